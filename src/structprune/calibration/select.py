@@ -1,0 +1,46 @@
+"""Which source a run uses when none is named, and the windows of the one that is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from structprune.calibration import SOURCES
+from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.calibration.sources import boolq
+from structprune.calibration.sources.file import file_windows
+from structprune.errors import InputError
+
+
+def load_windows(name: str | None, context: SourceContext, notify: Callable[[str], None]) -> tuple[str, CalibrationWindows]:
+    """Windows of the named source, or of the first of wikitext2, boolq, self that can be had.
+
+    Returns the name that was used. Raises InputError for an unknown name or a text that is too short.
+    """
+    if name is not None:
+        if name in SOURCES:
+            return name, SOURCES.get(name)(context)
+        path = Path(name).expanduser()
+        if path.exists() or "/" in name or path.suffix:
+            return str(path), file_windows(path, context)
+        raise InputError(f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file")
+    if importlib.util.find_spec("datasets") is None:
+        notify("no --calibration given; wikitext2 needs the datasets package")
+    elif os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "true", "yes", "on"):
+        notify("no --calibration given; wikitext2 is not tried because HF_HUB_OFFLINE is set")
+    else:
+        try:
+            return "wikitext2", SOURCES.get("wikitext2")(context)
+        except InputError as error:
+            notify(f"no --calibration given; {error}")
+    chosen = "boolq" if boolq.is_installed() else "self"
+    notify(f"calibrating on {chosen}; the domain of this text decides more than the method (docs/footguns.md)")
+    return chosen, SOURCES.get(chosen)(context)
+
+
+def fingerprint(windows: CalibrationWindows) -> str:
+    """SHA-256 of the token windows."""
+    return hashlib.sha256(windows.ids_NS.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,160 @@
+"""Reads a Hugging Face directory of safetensors: headers first, tensors one by one, never the whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from structprune.errors import CheckpointError, NumericalError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class CheckpointReader:
+    """Lazy view of a checkpoint directory with one or many shards.
+
+    Raises CheckpointError when the configuration, the index or a shard is missing, truncated or inconsistent.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = self._read_json(directory / "config.json", "every Hugging Face checkpoint has a config.json")
+        self._shard_of = self._locate()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._read_headers()
+
+    def _read_json(self, path: Path, do: str) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError("the file is missing", where=str(path), do=do) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError("the file cannot be read as JSON", where=str(path), got=str(error)) from None
+        if not isinstance(value, dict):
+            raise CheckpointError("the file does not hold a JSON object", where=str(path), got=type(value).__name__)
+        return value
+
+    def _locate(self) -> dict[str, Path]:
+        index_path = self.directory / INDEX_NAME
+        single_path = self.directory / SINGLE_NAME
+        if index_path.exists():
+            weight_map = self._read_json(index_path, "").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError("the index has no weight_map", where=str(index_path), do="download the checkpoint again")
+            shards: dict[str, Path] = {}
+            for name, file_name in weight_map.items():
+                # An index is untrusted input: a shard must be a plain file name beside it.
+                if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+                    raise CheckpointError("the index names a shard outside its directory", where=str(index_path), got=repr(file_name))
+                shards[name] = self.directory / file_name
+            return shards
+        if single_path.exists():
+            with self._open(single_path) as handle:
+                return dict.fromkeys(handle.keys(), single_path)
+        pickled = sorted(p.name for p in self.directory.glob("*.bin"))
+        raise CheckpointError(
+            "no safetensors weights found",
+            where=str(self.directory),
+            got=pickled[0] if pickled else "none",
+            wanted=f"{SINGLE_NAME} or {INDEX_NAME}",
+            do="convert pickled weights with save_pretrained(safe_serialization=True) first; pickles are never loaded"
+            if pickled
+            else "check the path",
+        )
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(str(path), framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(
+                "a shard that the index names is missing", where=str(path), do="download the checkpoint again"
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                "the shard is truncated or not safetensors", where=str(path), got=str(error), do="download this file again"
+            ) from None
+
+    def _read_headers(self) -> None:
+        by_shard: dict[Path, list[str]] = {}
+        for name, path in self._shard_of.items():
+            by_shard.setdefault(path, []).append(name)
+        for path, names in by_shard.items():
+            with self._open(path) as handle:
+                present = set(handle.keys())
+                for name in names:
+                    if name not in present:
+                        raise CheckpointError(f"the index places tensor {name!r} in a shard that lacks it", where=str(path))
+                    part = handle.get_slice(name)
+                    dtype = part.get_dtype()
+                    if dtype not in _DTYPES:
+                        raise CheckpointError(
+                            f"tensor {name!r} is stored quantised or as integers",
+                            where=str(path),
+                            got=dtype,
+                            wanted=", ".join(_DTYPES),
+                            do="prune the unquantised checkpoint, then quantise the result",
+                        )
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = _DTYPES[dtype]
+
+    def num_bytes(self, names: Iterable[str]) -> int:
+        """Bytes that the named tensors take in the checkpoint."""
+        return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all weight files on disk."""
+        return sum(path.stat().st_size for path in set(self._shard_of.values()))
+
+    def read(self, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
+        """Read tensors by name, `prefix` added to each, as private copies in the stored dtype.
+
+        Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
+        """
+        wanted = list(names)
+        tensors: dict[str, Tensor] = {}
+        by_shard: dict[Path, list[str]] = {}
+        for name in wanted:
+            full = prefix + name
+            if full not in self._shard_of:
+                raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(self.directory))
+            by_shard.setdefault(self._shard_of[full], []).append(name)
+        for path, short_names in by_shard.items():
+            # Opened anew each time: the mapping is dropped with the handle, so its pages do not stay resident.
+            with self._open(path) as handle:
+                for name in short_names:
+                    # The clone detaches the tensor from the file's mapping.
+                    tensor = handle.get_tensor(prefix + name).clone()
+                    if not torch.isfinite(tensor).all():
+                        raise NumericalError(
+                            f"tensor {prefix + name!r} holds NaN or infinity",
+                            where=str(path),
+                            do="the source checkpoint is damaged; download it again",
+                        )
+                    tensors[name] = tensor
+        return tensors
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, the tensor names and shapes, and each shard's size (not its content)."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.shapes):
+            digest.update(f"{name}{self.shapes[name]}{self.dtypes[name]}".encode())
+        for path in sorted(set(self._shard_of.values())):
+            digest.update(f"{path.name}{path.stat().st_size}".encode())
+        return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""Writes a Hugging Face checkpoint shard by shard; the index comes last, so an unfinished directory cannot load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from structprune.checkpoint.files import atomic_path, write_json
+from structprune.checkpoint.reader import INDEX_NAME
+
+
+class CheckpointWriter:
+    """Shards 1..num_shards of one checkpoint. Each shard appears whole and synced, or not at all."""
+
+    def __init__(self, directory: Path, num_shards: int) -> None:
+        self.directory = directory
+        self.num_shards = num_shards
+        self._weight_map: dict[str, str] = {}
+        self._total_bytes = 0
+        self.num_parameters = 0
+
+    def shard_name(self, number: int) -> str:
+        """File name of shard `number` (from 1), by the convention of the hub."""
+        return f"model-{number:05d}-of-{self.num_shards:05d}.safetensors"
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> str:
+        """Write one shard and return its file name. Tensors are stored in the dtype they have."""
+        name = self.shard_name(number)
+        with atomic_path(self.directory / name) as temporary:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"format": "pt"})
+        for key, value in tensors.items():
+            self._weight_map[key] = name
+            self._total_bytes += value.numel() * value.element_size()
+            self.num_parameters += value.numel()
+        return name
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files written so far."""
+        return sum((self.directory / name).stat().st_size for name in set(self._weight_map.values()))
+
+    def finish(self) -> None:
+        """Write the index. Call once, after every shard and every other file of the checkpoint."""
+        write_json(
+            self.directory / INDEX_NAME,
+            {
+                "metadata": {"total_size": self._total_bytes, "total_parameters": self.num_parameters},
+                "weight_map": dict(sorted(self._weight_map.items())),
+            },
+        )

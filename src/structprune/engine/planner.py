@@ -1,0 +1,154 @@
+"""Bytes before work: what each phase of a run will hold at its peak, and the settings that fit the budget.
+
+The figures are upper bounds from shapes. They count what this process adds to its size after the libraries are
+imported: one block, one micro-batch of activations, one Gram matrix, the solver's workspace, the hidden states.
+Embeddings and head are each held once, alone: at the start to embed the windows, at the end to copy them and to
+compute two perplexities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from structprune.errors import MemoryBudgetError
+from structprune.memory import available_bytes, format_bytes
+from structprune.types import BlockLayout, ModelLayout, UnitGroup
+
+# More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
+_TARGET_TOKENS = 4096
+# Thread stacks, allocator slack, Python objects. Measured: 20-35 MiB on Linux with two threads.
+_RUNTIME_BYTES = 48 * 2**20
+LOGIT_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunePlan:
+    """What a run will hold and how it will go about it."""
+
+    budget_bytes: int
+    phases: dict[str, int]
+    """Phase -> peak host bytes, the hidden-state store included where it is in memory."""
+    store: str
+    """`memory` or `file`."""
+    store_bytes: int
+    micro_batch_windows: int
+    disk_bytes: int
+    """Free disk that the run needs at its peak."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+
+def make_plan(
+    layout: ModelLayout,
+    groups: tuple[UnitGroup, ...],
+    *,
+    stored_bytes: dict[str, int],
+    compute_dtype: torch.dtype,
+    num_windows: int,
+    seq_len: int,
+    num_probe: int,
+    needs_statistics: bool,
+    memory: int | None,
+) -> PrunePlan:
+    """Choose micro-batch and store so that the peak fits `memory` (default: 80% of what is free).
+
+    `stored_bytes` maps checkpoint tensor names to bytes. Raises MemoryBudgetError, naming the smallest budget that
+    would do, when even one window at a time with the hidden states on disk does not fit.
+    """
+    budget = memory if memory is not None else available_bytes() * 8 // 10
+    largest = min(max(1, _TARGET_TOKENS // seq_len), num_windows)
+    smallest: PrunePlan | None = None
+    for store in ("memory", "file"):
+        for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
+            plan = _plan_with(
+                layout, groups, stored_bytes, compute_dtype, num_windows, seq_len, num_probe, needs_statistics, budget, store, micro_batch
+            )
+            if plan.peak_bytes <= budget:
+                return plan
+            if smallest is None or plan.peak_bytes < smallest.peak_bytes:
+                smallest = plan
+    assert smallest is not None
+    phase = max(smallest.phases, key=lambda name: smallest.phases[name])
+    raise MemoryBudgetError(
+        "does not fit in the memory budget",
+        where=f"phase {phase!r}",
+        got=format_bytes(budget),
+        wanted=f"at least {format_bytes(smallest.peak_bytes + 2**20)}",
+        do="raise --memory or lower --seq-len",
+    )
+
+
+def _plan_with(
+    layout: ModelLayout,
+    groups: tuple[UnitGroup, ...],
+    stored_bytes: dict[str, int],
+    compute_dtype: torch.dtype,
+    num_windows: int,
+    seq_len: int,
+    num_probe: int,
+    needs_statistics: bool,
+    budget: int,
+    store: str,
+    micro_batch: int,
+) -> PrunePlan:
+    item = compute_dtype.itemsize
+    hidden = layout.hidden_size
+    store_bytes = num_windows * seq_len * hidden * item
+    resident = _RUNTIME_BYTES + num_probe * seq_len * hidden * item + (store_bytes if store == "memory" else 0)
+
+    block = max(layout.blocks, key=lambda b: b.num_parameters)
+    names = [block.prefix + name for name in block.shapes]
+    weights = sum(stored_bytes[name] for name in names)
+    cast = block.num_parameters * item if any(stored_bytes[n] != _numel(layout, block, n) * item for n in names) else 0
+    activations = micro_batch * seq_len * _activation_width(block, hidden) * item
+
+    outer = {name: stored_bytes[name] for name in layout.outer_tensors}
+    embedding = sum(size for name, size in outer.items() if name.startswith(tuple(f"{m}." for m in layout.embedding_modules)))
+    phases = {
+        # A tensor is read through a mapping of the file and copied: both are resident until the copy is done.
+        "embed": resident + 2 * embedding + 2 * micro_batch * seq_len * hidden * item,
+        "read block": resident + 2 * weights + cast,
+        "propagate": resident + 2 * weights + cast + activations,
+        # The shard's tensors are serialised to one buffer.
+        "write block": resident + 3 * weights + cast,
+        "copy embeddings and head": resident + 3 * max(outer.values()),
+        "perplexity of the calibration text": resident
+        + 2 * max(outer.values())
+        + LOGIT_TOKENS * layout.vocab_size * (item + 2 * 4),
+    }
+    if needs_statistics:
+        for group in groups:
+            inputs = group.num_units * group.width
+            gram = inputs * inputs * 4
+            phases[f"statistics ({group.kind})"] = (
+                resident + weights + cast + gram + activations + (0 if item == 4 else micro_batch * seq_len * inputs * 4)
+            )
+            # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
+            solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
+            phases[f"solve ({group.kind})"] = resident + weights + cast + solve
+    model_bytes = sum(stored_bytes.values())
+    return PrunePlan(
+        budget_bytes=budget,
+        phases=phases,
+        store=store,
+        store_bytes=store_bytes,
+        micro_batch_windows=micro_batch,
+        disk_bytes=model_bytes + (store_bytes if store == "file" else 0),
+    )
+
+
+def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:
+    return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
+
+
+def _activation_width(block: BlockLayout, hidden: int) -> int:
+    """Floats per token that a block's forward holds at its peak: the MLP's or the attention's, whichever is wider.
+
+    MLP: gate, activated gate, up and product; attention: q, k, v with repeated heads and the output.
+    """
+    widest = max(g.num_units * g.width for g in block.groups)
+    return 4 * widest + 6 * hidden

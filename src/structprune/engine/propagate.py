@@ -1,0 +1,74 @@
+"""Runs one block over every calibration window, micro-batch by micro-batch.
+
+Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-batch, T tokens, I consumer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock import BlockInputs, output_tensor
+from structprune.calibration.store import HiddenStore
+
+
+class _Tap(nn.Module):
+    """Stands where a block's consumer would: hands its input to the statistics and adds nothing to the residual."""
+
+    def __init__(self, receive: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.receive = receive
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.receive(x.reshape(-1, x.shape[-1]))
+        return x.new_zeros(())
+
+
+@contextmanager
+def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the context the consumer `module` is not computed: its input (tokens, inputs) goes to `receive`.
+
+    For an additive consumer the block's output is then its residual stream before the consumer's sum.
+    """
+    consumer = block.get_submodule(module)
+    block.set_submodule(module, _Tap(receive))
+    try:
+        yield
+    finally:
+        block.set_submodule(module, consumer)
+
+
+@contextmanager
+def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the context the input of `module` (tokens, inputs) goes to `receive`; the block computes as usual."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        receive(args[0].reshape(-1, args[0].shape[-1]))
+
+    handle = block.get_submodule(module).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Propagator:
+    """One model's micro-batch loop: shape, device and the arguments that every block is called with."""
+
+    def __init__(self, inputs: dict[int, BlockInputs], micro_batch: int, device: torch.device) -> None:
+        self._inputs = inputs
+        self._micro_batch = micro_batch
+        self._device = device
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, store: HiddenStore, *, write: bool) -> None:
+        """Forward every window through `block`; with `write`, the outputs replace the store's content."""
+        for start in range(0, store.shape[0], self._micro_batch):
+            stop = min(start + self._micro_batch, store.shape[0])
+            hidden_BSD = store.read(start, stop).to(self._device)
+            output_BSD = output_tensor(block(hidden_BSD, **self._inputs[stop - start].kwargs[index]))
+            if write:
+                store.write(start, output_BSD.cpu())

@@ -1,0 +1,66 @@
+"""Errors that a user can act on. Every message says what, where, got, wanted and what to do (exit code 2)."""
+
+from __future__ import annotations
+
+
+class StructPruneError(Exception):
+    """Base of every error that is the input's fault, not ours.
+
+    The parts are kept as attributes so that `--json` can print them as data.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object | None = None,
+        wanted: object | None = None,
+        do: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.got = got
+        self.wanted = wanted
+        self.do = do
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        details = [f"{label} {value}" for label, value in (("got", self.got), ("wanted", self.wanted)) if value is not None]
+        if details:
+            text += "; " + ", ".join(details)
+        if self.do:
+            text += f". {self.do[0].upper()}{self.do[1:]}"
+        return text + ("" if text.endswith((".", "?", "!")) else ".")
+
+    def to_dict(self) -> dict[str, object]:
+        """The parts as JSON-ready values."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "got": None if self.got is None else str(self.got),
+            "wanted": None if self.wanted is None else str(self.wanted),
+            "do": self.do,
+        }
+
+
+class InputError(StructPruneError):
+    """A flag, recipe, text or path that cannot be used as given."""
+
+
+class CheckpointError(StructPruneError):
+    """A checkpoint that is missing, truncated, inconsistent or not finite."""
+
+
+class UnsupportedError(StructPruneError):
+    """A family, format or combination that this version does not handle."""
+
+
+class MemoryBudgetError(StructPruneError):
+    """The work does not fit in the memory budget."""
+
+
+class NumericalError(StructPruneError):
+    """A value that is not finite, or a factorisation that failed after its bounded retries."""

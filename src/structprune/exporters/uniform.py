@@ -1,0 +1,43 @@
+"""Uniform widths: the source's config with smaller numbers, so stock code loads the result."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from structprune.checkpoint.files import write_json
+from structprune.types import UnitGroup
+
+# What travels beside the weights: tokenizer, chat template, generation defaults, licence.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+def uniform_config(config: Mapping[str, Any], groups: tuple[UnitGroup, ...], kept: Mapping[str, int]) -> dict[str, Any]:
+    """The source config with the entries that `kept` units per kind change; every other entry stays."""
+    result = dict(config)
+    for group in groups:
+        if group.kind in kept:
+            result |= {name: kept[group.kind] * factor for name, factor in group.config_fields.items()}
+    return result
+
+
+def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json and copy the tokenizer, generation config, chat template and licence."""
+    write_json(target / "config.json", config)
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)

@@ -1,0 +1,13 @@
+"""Methods: a score, an allocator and a solver under the name that a paper gave them."""
+
+from structprune.methods.method import Method
+from structprune.registry import Registry
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "fasp": "structprune.methods.fasp:FASP",
+        "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
+        "magnitude": "structprune.methods.magnitude:MAGNITUDE",
+    },
+)

@@ -1,0 +1,24 @@
+"""What a method is: names from the registries below, and where it was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A composition; the engine runs any of them in the same block loop."""
+
+    name: str
+    title: str
+    paper: str
+    summary: str
+    provenance: Literal["published formula", "read in public code", "baseline"]
+    score: str
+    allocator: str
+    solver: str
+    needs_statistics: bool
+    """Whether the decision or the solver reads activation statistics."""
+    kinds: tuple[str, ...] = ("mlp",)
+    """Unit kinds that this version of the method removes."""

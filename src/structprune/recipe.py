@@ -1,0 +1,74 @@
+"""The recipe: everything that decides what a run does, as one frozen, hashable value that can be saved and read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from structprune.errors import InputError
+from structprune.memory import parse_bytes
+
+Scope = Literal["mlp", "attention", "all"]
+
+
+class Recipe(BaseModel):
+    """What to prune and how. `None` means: chosen by the planner, and written into the resolved recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "fasp"
+    sparsity: float = Field(default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove")
+    scope: Scope = "mlp"
+    calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
+    num_samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+    memory: int | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    multiple_of: int | None = Field(default=None, ge=1, description="kept units per block are a multiple of this")
+    damping: float = Field(default=1e-4, gt=0, le=1, description="ridge as a share of the Gram's mean diagonal")
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _parse_memory(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @classmethod
+    def build(cls, **values: Any) -> Recipe:
+        """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "recipe"
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is not usable", got=repr(first.get("input")), wanted=first["msg"].lower()) from None
+
+    @classmethod
+    def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
+        """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError("the recipe file does not exist", where=str(path)) from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError("the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())) from None
+        if data is None:
+            data = {}
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise InputError("a recipe must be a mapping", where=str(path), got=type(data).__name__, wanted="lines such as `sparsity: 0.3`")
+        unknown = sorted(set(data) - set(cls.model_fields))
+        if unknown:
+            raise InputError(f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(cls.model_fields)}")
+        return cls.build(**{**data, **overrides})
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of every field."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""The report of one pruning run. `schema_version` rises when a field changes its meaning or goes away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from structprune.recipe import Recipe
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationReport(_Frozen):
+    """The text that statistics were taken from."""
+
+    name: str
+    description: str
+    fingerprint: str
+    num_windows: int
+    seq_len: int
+    perplexity_windows: int
+    """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
+    dense_perplexity: float
+    pruned_perplexity: float
+
+
+class BlockReport(_Frozen):
+    """One unit group of one block."""
+
+    block: int
+    kind: str
+    num_units: int
+    kept_units: int
+    error_mask_only: float | None
+    """|W x - W_K x_K|^2 / |W x|^2 over the calibration tokens, before any weight update."""
+    error: float | None
+    """The same after the solver."""
+    status: str
+    statistics: dict[str, float]
+    seconds: float
+
+
+class SizeReport(_Frozen):
+    """Parameters and bytes, before and after."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    removed_share_of_scope: float
+    """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
+    removed_share_of_blocks: float
+    removed_share_of_model: float
+
+
+class MemoryReport(_Frozen):
+    """Bytes above the process's size before the run (libraries imported)."""
+
+    budget_bytes: int
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    phases: dict[str, int]
+    store: str
+    micro_batch_windows: int
+
+
+class PruneReport(_Frozen):
+    """Everything that a run states about itself."""
+
+    schema_version: int = SCHEMA_VERSION
+    output: str
+    source: str
+    source_fingerprint: str
+    family: str
+    method: str
+    recipe: Recipe
+    """Resolved: no `auto` and no `None` except an unset option that has no effect."""
+    device: str
+    compute_dtype: str
+    calibration: CalibrationReport
+    size: SizeReport
+    memory: MemoryReport
+    blocks: list[BlockReport]
+    wall_seconds: float
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return self.model_dump(mode="json")

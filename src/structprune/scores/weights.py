@@ -1,0 +1,17 @@
+"""Scores from the weights alone. Shape suffixes: U units, O outputs, I inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from structprune.types import LayerProblem
+
+
+def magnitude(problem: LayerProblem) -> Tensor:
+    """Product over the group's matrices of the L2 norm of the unit's slice, shape (U,).
+
+    The product is unchanged when a channel's scale moves between the producers and the consumer of a linear unit.
+    """
+    weight_OI = problem.weight_OI.float()
+    consumer_norm_U = weight_OI.T.reshape(problem.num_units, -1).norm(dim=1)
+    return problem.producer_norm_U.to(consumer_norm_U.device) * consumer_norm_U

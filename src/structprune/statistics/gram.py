@@ -1,0 +1,60 @@
+"""Gram matrix of a linear map's input, accumulated over calibration tokens.
+
+Shape suffixes: T tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structprune.errors import NumericalError
+
+# With four column strips 10 of the 16 tiles of the symmetric product are computed.
+_NUM_STRIPS = 4
+
+
+class GramAccumulator:
+    """sum_t x_t x_t^T in float32, only the upper strips; the lower triangle is mirrored by `finalize`."""
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+        self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self._strip = max(1, -(-num_inputs // _NUM_STRIPS))
+        self.num_tokens = 0
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add the tokens of one batch, shape (tokens, inputs) of any float dtype."""
+        x_TI = x_TI.to(torch.float32)
+        for start in range(0, x_TI.shape[1], self._strip):
+            stop = start + self._strip
+            self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        self.num_tokens += len(x_TI)
+
+    def merge(self, other: GramAccumulator) -> None:
+        """Add another accumulator's tokens."""
+        self._gram_II += other._gram_II
+        self.num_tokens += other.num_tokens
+
+    def finalize(self, where: str) -> Tensor:
+        """The full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.
+
+        The accumulator gives its memory away and cannot be used afterwards.
+        """
+        gram_II = self._gram_II
+        del self._gram_II
+        diagonal = gram_II.diagonal()
+        if not torch.isfinite(diagonal).all():
+            bad = int((~torch.isfinite(diagonal)).sum())
+            raise NumericalError(
+                f"{bad} of {len(diagonal)} activations are NaN or infinite (or overflow when squared)",
+                where=where,
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+        for start in range(0, len(gram_II), self._strip):
+            stop = start + self._strip
+            gram_II[stop:, start:stop] = gram_II[start:stop, stop:].T
+        # Within a diagonal strip both triangles were computed, equal up to rounding; make them exactly equal.
+        for start in range(0, len(gram_II), self._strip):
+            tile = gram_II[start : start + self._strip, start : start + self._strip]
+            tile.copy_(torch.triu(tile) + torch.triu(tile, 1).T)
+        return gram_II

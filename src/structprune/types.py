@@ -1,0 +1,152 @@
+"""Values that cross the floors: how a block's axes shrink together, and one block's problem and its answer.
+
+Shape suffixes: U units, I inputs of the consumer (U * width), O outputs of the consumer, K kept inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+UnitKind = Literal["mlp", "attention"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisSlice:
+    """Unit u of a group owns `width` indices of `tensor` along `axis`, from `offset + u * width`."""
+
+    tensor: str
+    """Name relative to the block, e.g. `mlp.up_proj.weight`."""
+    axis: int
+    width: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitGroup:
+    """Units of one kind in one block that can be removed, and every axis that shrinks with them.
+
+    The consumer is the linear map that reads the units' activations (`down_proj`, `fc2`, `o_proj`); it is the
+    only weight that is re-solved. Producers only lose rows.
+    """
+
+    kind: UnitKind
+    num_units: int
+    width: int
+    """Consumer inputs per unit (1 for an MLP channel, query heads per group times head_dim for a KV group)."""
+    producers: tuple[AxisSlice, ...]
+    consumer: AxisSlice
+    consumer_module: str
+    consumer_bias: str | None = None
+    config_fields: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Config entry -> value per kept unit, e.g. `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
+    module_prefix: str = ""
+    """Tensors of the block that start with this make the denominator of `--sparsity`."""
+    additive: bool = True
+    """The consumer's output is added to the residual stream without anything in between."""
+
+    @property
+    def slices(self) -> tuple[AxisSlice, ...]:
+        return (*self.producers, self.consumer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """One decoder block: where its tensors live in the checkpoint and what can be removed."""
+
+    index: int
+    prefix: str
+    """Checkpoint prefix of the block's tensors, with the final dot, e.g. `model.layers.3.`."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Relative tensor name -> shape."""
+    groups: tuple[UnitGroup, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(_numel(shape) for shape in self.shapes.values())
+
+    def group(self, kind: str) -> UnitGroup:
+        return next(group for group in self.groups if group.kind == kind)
+
+    def module_parameters(self, group: UnitGroup) -> int:
+        """Parameters of the module that holds `group`: the denominator of `--sparsity`."""
+        return sum(_numel(s) for name, s in self.shapes.items() if name.startswith(group.module_prefix))
+
+    def unit_parameters(self, group: UnitGroup) -> int:
+        """Parameters that leave with one unit of `group`."""
+        total = 0
+        for part in group.slices:
+            shape = self.shapes[part.tensor]
+            total += _numel(shape) // shape[part.axis] * part.width
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLayout:
+    """A model as data: the blocks, the tensors around them, and the names of the stock modules."""
+
+    family: str
+    config: Mapping[str, Any]
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    blocks: tuple[BlockLayout, ...]
+    blocks_module: str
+    embedding_modules: tuple[str, ...]
+    rotary_module: str | None
+    final_norm_module: str | None
+    head_module: str
+    tied_embeddings: bool
+    outer_tensors: Mapping[str, tuple[int, ...]]
+    """Checkpoint tensors outside the blocks (embeddings, final norm, head), copied unchanged."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(b.num_parameters for b in self.blocks) + sum(_numel(s) for s in self.outer_tensors.values())
+
+    @property
+    def block_parameters(self) -> int:
+        return sum(b.num_parameters for b in self.blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProblem:
+    """min over W' of E|W' x - W x|^2 where removed inputs of W' are zero; everything a score or solver may see."""
+
+    weight_OI: Tensor
+    gram_II: Tensor
+    """Sum over calibration tokens of x x^T, float32 or wider."""
+    num_tokens: int
+    width: int
+    damping: float
+    """Ridge, as a share of the mean diagonal of the Gram."""
+    producer_norm_U: Tensor
+    """Product over the producers of the L2 norm of the unit's slice."""
+
+    @property
+    def num_units(self) -> int:
+        return self.weight_OI.shape[1] // self.width
+
+    def kept_inputs(self, keep_U: Tensor) -> Tensor:
+        """Indices of the consumer inputs that belong to kept units, ascending."""
+        return torch.nonzero(keep_U.repeat_interleave(self.width)).flatten()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveResult:
+    """New consumer weight on the kept inputs, and how it was found."""
+
+    weight_OK: Tensor
+    status: Literal["ok", "damping-raised"]
+    statistics: Mapping[str, float]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
