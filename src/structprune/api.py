@@ -5,27 +5,30 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
-from structprune.calibration.context import SourceContext
+from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
+from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.executor import Job, execute
 from structprune.engine.observer import Observer, SilentObserver
-from structprune.engine.planner import make_plan
+from structprune.engine.planner import PrunePlan, make_plan
 from structprune.errors import UnsupportedError
+from structprune.evaluation.perplexity import PerplexityResult, load_model, perplexity
 from structprune.memory import PeakMeter
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
-from structprune.types import UnitGroup
+from structprune.types import ModelLayout, UnitGroup
 
 _PROBE_TOKENS = 2048
 _NARROW = 4096
@@ -58,7 +61,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     )
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
-    def plan_for(num_windows: int):  # noqa: ANN202
+    def plan_for(num_windows: int) -> PrunePlan:
         return make_plan(
             stock.layout,
             groups,
@@ -73,18 +76,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
-        encoder = TextEncoder(directory)
-
-        def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
-            return sample_windows(
-                directory, num_windows, seq_len, seed, start_id=encoder.bos_id, dtype=dtype, device=device, budget_bytes=plan.budget_bytes
-            )
-
-        context = SourceContext(
-            encode=encoder.encode, sample=sample, num_samples=recipe.num_samples, seq_len=recipe.seq_len, seed=recipe.seed
-        )
-        name, windows = load_windows(recipe.calibration, context, observer.note)
-        del encoder
+        name, windows = _windows(directory, recipe, plan, device, dtype, observer)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
             plan = plan_for(num_windows)
@@ -92,7 +84,9 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             source=str(model),
             reader=reader,
             stock=stock,
-            recipe=recipe.model_copy(update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}),
+            recipe=recipe.model_copy(
+                update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
+            ),
             method=method,
             groups=groups,
             plan=plan,
@@ -107,6 +101,59 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             return execute(job, run, meter, observer)
 
 
+def _windows(
+    directory: Path, recipe: Recipe, plan: PrunePlan, device: torch.device, dtype: torch.dtype, observer: Observer
+) -> tuple[str, CalibrationWindows]:
+    """The calibration windows; the tokenizer is gone when this returns."""
+    encoder = TextEncoder(directory)
+
+    def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
+        return sample_windows(
+            directory,
+            num_windows,
+            seq_len,
+            seed,
+            start_id=encoder.bos_id,
+            dtype=dtype,
+            device=device,
+            budget_bytes=plan.budget_bytes,
+        )
+
+    context = SourceContext(
+        encode=encoder.encode,
+        sample=sample,
+        num_samples=recipe.num_samples,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+    )
+    return load_windows(recipe.calibration, context, observer.note)
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> PerplexityResult:
+    """Perplexity of `model`, loaded by stock transformers, on the text file `text`. Raises StructPruneError."""
+    recipe = Recipe.build(device=device, dtype=dtype, seq_len=seq_len)
+    content = read_text(Path(text))
+    target = resolve_device(recipe.device)
+    directory = resolve_model(str(model))
+    # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
+    CheckpointReader(directory)
+    loaded = load_model(directory, target, resolve_dtype(recipe, target))
+    return perplexity(loaded, TextEncoder(directory), content, str(text), seq_len=seq_len, max_windows=max_windows)
+
+
+def inspect(model: str | Path) -> ModelLayout:
+    """The blocks of `model`, what can be removed from them, and their sizes; reads headers only."""
+    return StockModel(CheckpointReader(resolve_model(str(model)))).layout
+
+
 def default_multiple(groups: tuple[UnitGroup, ...]) -> int:
     """32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
     return 32 if max(group.num_units * group.width for group in groups) < _NARROW else 128
@@ -117,6 +164,8 @@ def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple
     for kind in kinds:
         if kind not in method.kinds:
             raise UnsupportedError(
-                f"method {method.name!r} does not prune {kind}", got=f"--scope {recipe.scope}", wanted=f"--scope {method.kinds[0]}"
+                f"method {method.name!r} does not prune {kind}",
+                got=f"--scope {recipe.scope}",
+                wanted=f"--scope {method.kinds[0]}",
             )
     return tuple(group for group in stock.groups if group.kind in kinds)

@@ -27,7 +27,9 @@ class StructPruneError(Exception):
 
     def _render(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        details = [f"{label} {value}" for label, value in (("got", self.got), ("wanted", self.wanted)) if value is not None]
+        details = [
+            f"{label} {value}" for label, value in (("got", self.got), ("wanted", self.wanted)) if value is not None
+        ]
         if details:
             text += "; " + ", ".join(details)
         if self.do:

@@ -1,4 +1,4 @@
-"""Bytes: parsing, the budget that work is admitted against, and the peak that was really reached."""
+"""Bytes: parsing, what is free, and the peak that was really reached."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import ctypes
 import re
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from structprune.errors import InputError, MemoryBudgetError
+from structprune.errors import InputError
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {
+    "": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", "k", "m", "g", "t"))},
+    **{f"{prefix}{end}": 1024**power for power, prefix in enumerate("kmgt", start=1) for end in ("", "ib")},
+}
 
 
 def parse_bytes(text: str | int) -> int:
     """`"4GiB"`, `"512 MB"`, `"4g"` (binary) or a plain number of bytes -> bytes. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in _UNITS:
-        raise InputError("a size in bytes cannot be read", got=repr(text), wanted="a number with a unit such as 4GiB or 512MB")
+        raise InputError(
+            "a size in bytes cannot be read", got=repr(text), wanted="a number with a unit such as 4GiB or 512MB"
+        )
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -44,33 +48,6 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):
         available = min(available, int(limit_file.read_text()) - int(usage_file.read_text()))
     return max(available, 0)
-
-
-class MemoryBudget:
-    """Byte leases against a fixed budget. A lease that does not fit raises; the peak of all leases is kept."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.leased_bytes = 0
-        self.peak_bytes = 0
-
-    @contextlib.contextmanager
-    def lease(self, where: str, num_bytes: int) -> Iterator[None]:
-        """Hold `num_bytes` while the context is open. Raises MemoryBudgetError if the budget is passed."""
-        if self.leased_bytes + num_bytes > self.total_bytes:
-            raise MemoryBudgetError(
-                "does not fit in the memory budget",
-                where=where,
-                got=f"{format_bytes(self.leased_bytes)} in use + {format_bytes(num_bytes)}",
-                wanted=f"at most {format_bytes(self.total_bytes)}",
-                do="raise --memory, or lower --num-samples or --seq-len",
-            )
-        self.leased_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.leased_bytes)
-        try:
-            yield
-        finally:
-            self.leased_bytes -= num_bytes
 
 
 def release_free_memory() -> None:

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides what a run does, as one frozen, hashable value that can be saved and read back."""
+"""The recipe: everything that decides what a run does, as one frozen value that can be hashed, saved and read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "recipe"
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is not usable", got=repr(first.get("input")), wanted=first["msg"].lower()) from None
+            raise InputError(
+                f"{flag} is not usable", got=repr(first.get("input")), wanted=first["msg"].lower()
+            ) from None
 
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
@@ -58,14 +60,23 @@ class Recipe(BaseModel):
         except FileNotFoundError:
             raise InputError("the recipe file does not exist", where=str(path)) from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError("the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())) from None
+            raise InputError(
+                "the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())
+            ) from None
         if data is None:
             data = {}
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise InputError("a recipe must be a mapping", where=str(path), got=type(data).__name__, wanted="lines such as `sparsity: 0.3`")
+            raise InputError(
+                "a recipe must be a mapping",
+                where=str(path),
+                got=type(data).__name__,
+                wanted="lines such as `sparsity: 0.3`",
+            )
         unknown = sorted(set(data) - set(cls.model_fields))
         if unknown:
-            raise InputError(f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(cls.model_fields)}")
+            raise InputError(
+                f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(cls.model_fields)}"
+            )
         return cls.build(**{**data, **overrides})
 
     def fingerprint(self) -> str:

@@ -65,7 +65,9 @@ def convert_gguf(source: Path, directory: Path) -> None:
     for number, tensors in enumerate(by_block.values(), start=1):
         shard: dict[str, torch.Tensor] = {}
         for tensor in tensors:
-            weights = processor.process(weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            weights = processor.process(
+                weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name
+            ).weights
             shard[names[tensor.name]] = torch.from_numpy(weights.copy()).float()
         writer.write(number, shard)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))

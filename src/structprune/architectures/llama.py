@@ -23,7 +23,9 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         num_units=config.intermediate_size,
         width=1,
         producers=tuple(
-            AxisSlice(tensor=f"mlp.{module}.{part}", axis=0) for module in ("gate_proj", "up_proj") for part in mlp_parts
+            AxisSlice(tensor=f"mlp.{module}.{part}", axis=0)
+            for module in ("gate_proj", "up_proj")
+            for part in mlp_parts
         ),
         consumer=AxisSlice(tensor="mlp.down_proj.weight", axis=1),
         consumer_module="mlp.down_proj",

@@ -21,7 +21,9 @@ def _check(config: PretrainedConfig) -> None:
             do="use another size of OPT",
         )
     if not config.do_layer_norm_before:
-        raise UnsupportedError("OPT with layer norm after the sum is not supported", wanted="do_layer_norm_before: true")
+        raise UnsupportedError(
+            "OPT with layer norm after the sum is not supported", wanted="do_layer_norm_before: true"
+        )
 
 
 def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:

@@ -39,10 +39,13 @@ def sample_windows(
     Raises InputError if the tokenizer has no start token, MemoryBudgetError if model and cache pass the budget.
     """
     if start_id is None:
-        raise InputError("self-sampling needs a start token, and the tokenizer has none", do="pass a text as --calibration")
+        raise InputError(
+            "self-sampling needs a start token, and the tokenizer has none", do="pass a text as --calibration"
+        )
     length = min(_TEXT_LENGTH, seq_len)
     num_rows = -(-num_windows * seq_len // length)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+    model = model.to(device).eval()
     config = model.config
     rows_at_once = min(_MAX_ROWS, num_rows)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -66,7 +69,11 @@ def sample_windows(
         token_R1 = torch.full((rows, 1), start_id, dtype=torch.int64, device=device)
         for position in range(length):
             positions = torch.full((1, 1), position, device=device)
-            logits_RV = model(input_ids=token_R1, past_key_values=cache, use_cache=True, position_ids=positions).logits[:, -1].float()
+            logits_RV = (
+                model(input_ids=token_R1, past_key_values=cache, use_cache=True, position_ids=positions)
+                .logits[:, -1]
+                .float()
+            )
             # argmax(logits + Gumbel noise) is a draw from the softmax without normalising it.
             noise_RV = torch.empty_like(logits_RV).exponential_(generator=generator).log_()
             token_R1 = (logits_RV - noise_RV).argmax(dim=-1, keepdim=True)

@@ -41,7 +41,9 @@ def resolve_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError("the model is a file, but not a .gguf", where=str(path), wanted="a directory, hub id or .gguf")
+        raise CheckpointError(
+            "the model is a file, but not a .gguf", where=str(path), wanted="a directory, hub id or .gguf"
+        )
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise CheckpointError("the model directory does not exist", where=str(path), do="check the path")
     try:
@@ -49,7 +51,9 @@ def resolve_model(model: str) -> Path:
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a directory nor a hub id", do="check the path") from None
     except RepositoryNotFoundError:
-        raise CheckpointError(f"the hub has no model {model!r}", do="check the name, or log in for a gated model") from None
+        raise CheckpointError(
+            f"the hub has no model {model!r}", do="check the name, or log in for a gated model"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{model!r} is no local directory and the hub cannot be reached",

@@ -5,7 +5,8 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class BlockInputs:
     kwargs: tuple[dict[str, Any], ...]
 
 
-class _StopForward(Exception):
+class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Ends the stock model's forward once the last block has been reached."""
 
 
@@ -65,7 +66,9 @@ class StockModel:
         model_type = reader.config.get("model_type")
         if "quantization_config" in reader.config:
             raise UnsupportedError(
-                "the checkpoint is quantised", where=str(reader.directory), do="prune the unquantised checkpoint, then quantise"
+                "the checkpoint is quantised",
+                where=str(reader.directory),
+                do="prune the unquantised checkpoint, then quantise",
             )
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedError(
@@ -77,9 +80,9 @@ class StockModel:
             )
         self.family: Family = FAMILIES.get(model_type)
         try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(str(reader.directory), local_files_only=True)
-            # One kind of attention everywhere, so that streamed and whole-model results can be compared.
-            self.config._attn_implementation = "sdpa"
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                str(reader.directory), local_files_only=True, attn_implementation="sdpa"
+            )
             self.family.check(self.config)
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
@@ -89,7 +92,9 @@ class StockModel:
         except Exception as error:
             # transformers raises many types for a config that makes no model; all of them are the input's fault.
             raise CheckpointError(
-                "transformers cannot build this configuration", where=str(reader.directory / "config.json"), got=str(error)
+                "transformers cannot build this configuration",
+                where=str(reader.directory / "config.json"),
+                got=str(error),
             ) from error
         self.layout = self._layout(reader)
 
@@ -119,7 +124,9 @@ class StockModel:
             prefix = f"{family.blocks_module}.{index}."
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=self.groups))
-        outer = {n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected}
+        outer = {
+            n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected
+        }
         return ModelLayout(
             family=family.name,
             config=reader.config,
@@ -137,9 +144,8 @@ class StockModel:
         )
 
     def resized_config(self, kept: Mapping[str, int]) -> PretrainedConfig:
-        """A copy of the config with `kept` units per kind in every block. Raises UnsupportedError if it cannot say so."""
-        config = type(self.config).from_dict(self.config.to_dict())
-        config._attn_implementation = self.config._attn_implementation
+        """The config with `kept` units per kind in every block. Raises UnsupportedError if it cannot say so."""
+        config = copy.deepcopy(self.config)
         for group in self.groups:
             if group.kind not in kept or kept[group.kind] == group.num_units:
                 continue
@@ -158,7 +164,7 @@ class StockModel:
         return layer.eval().requires_grad_(False)
 
     @contextmanager
-    def mlp_half(self, block: nn.Module) -> Iterator[None]:
+    def mlp_half(self, block: nn.Module) -> Generator[None]:
         """Inside the context `block(h)` is `h + mlp(h)`: its input must already hold the attention's sum."""
         assert self.family.attention_module is not None
         attention = block.get_submodule(self.family.attention_module)

@@ -21,7 +21,10 @@ class TextEncoder:
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
             raise CheckpointError(
-                "the tokenizer cannot be loaded", where=str(directory), got=str(error).splitlines()[0], do="copy its files there"
+                "the tokenizer cannot be loaded",
+                where=str(directory),
+                got=str(error).splitlines()[0],
+                do="copy its files there",
             ) from error
 
     def encode(self, text: str) -> Tensor:

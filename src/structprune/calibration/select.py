@@ -15,7 +15,9 @@ from structprune.calibration.sources.file import file_windows
 from structprune.errors import InputError
 
 
-def load_windows(name: str | None, context: SourceContext, notify: Callable[[str], None]) -> tuple[str, CalibrationWindows]:
+def load_windows(
+    name: str | None, context: SourceContext, notify: Callable[[str], None]
+) -> tuple[str, CalibrationWindows]:
     """Windows of the named source, or of the first of wikitext2, boolq, self that can be had.
 
     Returns the name that was used. Raises InputError for an unknown name or a text that is too short.
@@ -26,7 +28,9 @@ def load_windows(name: str | None, context: SourceContext, notify: Callable[[str
         path = Path(name).expanduser()
         if path.exists() or "/" in name or path.suffix:
             return str(path), file_windows(path, context)
-        raise InputError(f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file")
+        raise InputError(
+            f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file"
+        )
     if importlib.util.find_spec("datasets") is None:
         notify("no --calibration given; wikitext2 needs the datasets package")
     elif os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "true", "yes", "on"):

@@ -9,7 +9,7 @@ resident memory, which is the very thing that the budget limits.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class FileStore:
 
     def read(self, start: int, stop: int) -> Tensor:
         buffer = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        view = _bytes_of(buffer)
         self._file.seek(start * self._window_bytes)
         done = 0
         while done < len(view):
@@ -70,7 +70,7 @@ class FileStore:
         return buffer
 
     def write(self, start: int, hidden_BSD: Tensor) -> None:
-        view = memoryview(hidden_BSD.contiguous().view(torch.uint8).numpy()).cast("B")
+        view = _bytes_of(hidden_BSD.contiguous())
         self._file.seek(start * self._window_bytes)
         done = 0
         while done < len(view):
@@ -79,3 +79,9 @@ class FileStore:
     def close(self) -> None:
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's memory, without a copy. NumPy has no bfloat16, so the view is of bytes."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")

@@ -17,6 +17,8 @@ from structprune.errors import CheckpointError, NumericalError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+_CHUNK_BYTES = 16 * 2**20
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,12 +58,16 @@ class CheckpointReader:
         if index_path.exists():
             weight_map = self._read_json(index_path, "").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError("the index has no weight_map", where=str(index_path), do="download the checkpoint again")
+                raise CheckpointError(
+                    "the index has no weight_map", where=str(index_path), do="download the checkpoint again"
+                )
             shards: dict[str, Path] = {}
             for name, file_name in weight_map.items():
                 # An index is untrusted input: a shard must be a plain file name beside it.
                 if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-                    raise CheckpointError("the index names a shard outside its directory", where=str(index_path), got=repr(file_name))
+                    raise CheckpointError(
+                        "the index names a shard outside its directory", where=str(index_path), got=repr(file_name)
+                    )
                 shards[name] = self.directory / file_name
             return shards
         if single_path.exists():
@@ -87,7 +93,10 @@ class CheckpointReader:
             ) from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                "the shard is truncated or not safetensors", where=str(path), got=str(error), do="download this file again"
+                "the shard is truncated or not safetensors",
+                where=str(path),
+                got=str(error),
+                do="download this file again",
             ) from None
 
     def _read_headers(self) -> None:
@@ -99,7 +108,9 @@ class CheckpointReader:
                 present = set(handle.keys())
                 for name in names:
                     if name not in present:
-                        raise CheckpointError(f"the index places tensor {name!r} in a shard that lacks it", where=str(path))
+                        raise CheckpointError(
+                            f"the index places tensor {name!r} in a shard that lacks it", where=str(path)
+                        )
                     part = handle.get_slice(name)
                     dtype = part.get_dtype()
                     if dtype not in _DTYPES:
@@ -136,18 +147,20 @@ class CheckpointReader:
                 raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(self.directory))
             by_shard.setdefault(self._shard_of[full], []).append(name)
         for path, short_names in by_shard.items():
-            # Opened anew each time: the mapping is dropped with the handle, so its pages do not stay resident.
-            with self._open(path) as handle:
-                for name in short_names:
-                    # The clone detaches the tensor from the file's mapping.
-                    tensor = handle.get_tensor(prefix + name).clone()
-                    if not torch.isfinite(tensor).all():
-                        raise NumericalError(
-                            f"tensor {prefix + name!r} holds NaN or infinity",
-                            where=str(path),
-                            do="the source checkpoint is damaged; download it again",
-                        )
-                    tensors[name] = tensor
+            handle = self._open(path)
+            for name in short_names:
+                tensor = torch.empty(self.shapes[prefix + name], dtype=self.dtypes[prefix + name])
+                for start, stop in _row_chunks(tensor):
+                    # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
+                    handle = handle or self._open(path)
+                    part = handle.get_slice(prefix + name)
+                    if stop is None:
+                        tensor.copy_(part[...])
+                    else:
+                        tensor[start:stop] = part[start:stop]
+                        handle = None
+                _check_finite(tensor, prefix + name, path)
+                tensors[name] = tensor
         return tensors
 
     def fingerprint(self) -> str:
@@ -158,3 +171,25 @@ class CheckpointReader:
         for path in sorted(set(self._shard_of.values())):
             digest.update(f"{path.name}{path.stat().st_size}".encode())
         return digest.hexdigest()
+
+
+def _row_chunks(tensor: Tensor) -> list[tuple[int, int | None]]:
+    """Row ranges of about 16 MiB; one range without an end for a tensor that is smaller than two of them."""
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes <= 2 * _CHUNK_BYTES or tensor.ndim == 0:
+        return [(0, None)]
+    rows = max(1, len(tensor) * _CHUNK_BYTES // num_bytes)
+    return [(start, min(start + rows, len(tensor))) for start in range(0, len(tensor), rows)]
+
+
+def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    if tensor.numel() == 0:
+        return
+    # Extremes carry NaN and infinity along, and need no temporary of the tensor's size as isfinite does.
+    low, high = tensor.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise NumericalError(
+            f"tensor {name!r} holds NaN or infinity",
+            where=str(path),
+            do="the source checkpoint is damaged; download it again",
+        )

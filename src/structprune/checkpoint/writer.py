@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from structprune.checkpoint.files import atomic_path, write_json
 from structprune.checkpoint.reader import INDEX_NAME
+from structprune.files import atomic_path, write_json
 
 
 class CheckpointWriter:
@@ -30,7 +30,9 @@ class CheckpointWriter:
         """Write one shard and return its file name. Tensors are stored in the dtype they have."""
         name = self.shard_name(number)
         with atomic_path(self.directory / name) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"format": "pt"})
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"format": "pt"}
+            )
         for key, value in tensors.items():
             self._weight_map[key] = name
             self._total_bytes += value.numel() * value.element_size()

@@ -20,7 +20,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError("--device is not usable", got=name, wanted="auto, cpu or cuda", do=str(error).splitlines()[0]) from None
+        raise InputError(
+            "--device is not usable", got=name, wanted="auto, cpu or cuda", do=str(error).splitlines()[0]
+        ) from None
     return device
 
 

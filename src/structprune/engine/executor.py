@@ -15,14 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import structprune
 from structprune.allocation import ALLOCATORS
 from structprune.allocation.uniform import BlockBudget
 from structprune.architectures.stock import BlockInputs, StockModel, compact, producer_norms
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import fingerprint
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.checkpoint.files import write_json
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.observer import Observer
@@ -30,6 +28,7 @@ from structprune.engine.planner import LOGIT_TOKENS, PrunePlan
 from structprune.engine.propagate import Propagator, observed, tapped
 from structprune.errors import NumericalError
 from structprune.exporters.uniform import uniform_config, write_companions
+from structprune.files import write_json
 from structprune.linalg.damped import quadratic_error
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.methods.method import Method
@@ -109,12 +108,14 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     checkpoint = staging / "checkpoint"
     checkpoint.mkdir()
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
-    ids_NS = job.windows.ids_NS
-    shape = (*ids_NS.shape, layout.hidden_size)
+    num_windows, seq_len = job.windows.ids_NS.shape
+    shape = (num_windows, seq_len, layout.hidden_size)
     store: HiddenStore = (
-        MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(staging / "hidden.bin", shape, job.dtype)
+        MemoryStore(shape, job.dtype)
+        if job.plan.store == "memory"
+        else FileStore(staging / "hidden.bin", shape, job.dtype)
     )
-    probe = MemoryStore((job.num_probe, *shape[1:]), job.dtype)
+    probe = MemoryStore((job.num_probe, seq_len, layout.hidden_size), job.dtype)
     propagator = _embed(job, store, probe)
     reports: list[BlockReport] = []
     kept_indices: dict[str, dict[str, list[int]]] = {}
@@ -141,10 +142,14 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     store.close()
     dense, pruned = _perplexities(job, probe.read(0, job.num_probe), final_NSD)
     _copy_outer(job, writer)
-    write_companions(job.reader.directory, checkpoint, uniform_config(job.reader.config, job.groups, {k: c[0] for k, c in kept_units.items()}))
+    write_companions(
+        job.reader.directory,
+        checkpoint,
+        uniform_config(job.reader.config, job.groups, {k: c[0] for k, c in kept_units.items()}),
+    )
     report = _report(job, run, writer, meter, reports, dense, pruned)
     manifest = {
-        "structprune": structprune.__version__,
+        "structprune": importlib.metadata.version("structprune"),
         "recipe": job.recipe.model_dump(mode="json"),
         "source_fingerprint": report.source_fingerprint,
         "calibration": report.calibration.model_dump(mode="json"),
@@ -220,7 +225,14 @@ def _prune_block(
 
 
 def _gram(
-    job: Job, block: BlockLayout, module: nn.Module, group: UnitGroup, propagator: Propagator, store: HiddenStore, *, split: bool
+    job: Job,
+    block: BlockLayout,
+    module: nn.Module,
+    group: UnitGroup,
+    propagator: Propagator,
+    store: HiddenStore,
+    *,
+    split: bool,
 ) -> Tensor:
     """Gram of the consumer's input over all windows; with `split` the store is moved on to the residual stream."""
     accumulator = GramAccumulator(group.num_units * group.width, job.device)
@@ -246,13 +258,17 @@ def _decide(
     )
     score_U = SCORES.get(job.method.score)(problem)
     if not torch.isfinite(score_U).all():
-        raise NumericalError("a score is not finite", where=f"block {block.index} {group.kind}", do="use --dtype float32")
+        raise NumericalError(
+            "a score is not finite", where=f"block {block.index} {group.kind}", do="use --dtype float32"
+        )
     order = torch.sort(score_U, descending=True, stable=True).indices
     keep_U = torch.zeros(problem.num_units, dtype=torch.bool)
     keep_U[order[:num_keep]] = True
     result = SOLVERS.get(job.method.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
-        raise NumericalError("the solver's weight is not finite", where=f"block {block.index} {group.kind}", do="raise damping")
+        raise NumericalError(
+            "the solver's weight is not finite", where=f"block {block.index} {group.kind}", do="raise damping"
+        )
     if gram_II is None:
         return keep_U, result, (None, None)
     kept_K = problem.kept_inputs(keep_U)
@@ -278,7 +294,9 @@ def _perplexities(job: Job, dense_NSD: Tensor, pruned_NSD: Tensor) -> tuple[floa
         total = 0.0
         for start in range(0, len(hidden_TD), LOGIT_TOKENS):
             logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
-            total += float(nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum"))
+            total += float(
+                nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum")
+            )
         mean = total / len(hidden_TD)
         result.append(math.exp(mean) if mean < 700 else math.inf)
     return result[0], result[1]
@@ -294,7 +312,13 @@ def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
 
 
 def _report(
-    job: Job, run: RunDirectory, writer: CheckpointWriter, meter: PeakMeter, blocks: list[BlockReport], dense: float, pruned: float
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    blocks: list[BlockReport],
+    dense: float,
+    pruned: float,
 ) -> PruneReport:
     layout = job.stock.layout
     removed = layout.num_parameters - writer.num_parameters
@@ -338,7 +362,7 @@ def _report(
         blocks=blocks,
         wall_seconds=time.perf_counter() - job.started,
         versions={
-            "structprune": structprune.__version__,
+            "structprune": importlib.metadata.version("structprune"),
             "torch": torch.__version__,
             "transformers": importlib.metadata.version("transformers"),
             "safetensors": importlib.metadata.version("safetensors"),
@@ -350,4 +374,3 @@ def _report(
 def _block_line(report: BlockReport) -> str:
     error = "" if report.error is None else f"  error {report.error:.4f}"
     return f"block {report.block} {report.kind} {report.kept_units}/{report.num_units}{error}"
-

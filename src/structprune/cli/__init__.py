@@ -1,0 +1,47 @@
+"""The command line: each verb parses, calls the API and renders. Errors of the input exit with 2, Ctrl-C with 130."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from structprune.cli import eval as eval_verb
+from structprune.cli import inspect as inspect_verb
+from structprune.cli import methods as methods_verb
+from structprune.cli import prune as prune_verb
+from structprune.errors import StructPruneError
+
+app = typer.Typer(
+    name="structprune",
+    help="Structured pruning of large language models in bounded memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("prune")(prune_verb.prune)
+app.command("inspect")(inspect_verb.inspect)
+app.command("methods")(methods_verb.methods)
+app.command("eval")(eval_verb.evaluate)
+
+
+@app.callback()
+def _root() -> None:
+    """Structured pruning of large language models in bounded memory."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `structprune` command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=arguments, prog_name="structprune")
+    except StructPruneError as error:
+        if "--json" in arguments:
+            print(json.dumps(error.to_dict()))
+        print(f"structprune: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("structprune: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,62 @@
+"""`structprune inspect`: what a checkpoint is made of and what can be removed from it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
+    from structprune.api import inspect as run_inspect
+    from structprune.cli.render import key_value_table
+
+    layout = run_inspect(model)
+    block = layout.blocks[0]
+    groups = [
+        {
+            "kind": group.kind,
+            "units_per_block": group.num_units,
+            "parameters_per_unit": block.unit_parameters(group),
+            "share_of_block": block.module_parameters(group) / block.num_parameters,
+            "share_of_model": sum(b.module_parameters(group) for b in layout.blocks) / layout.num_parameters,
+        }
+        for group in block.groups
+    ]
+    facts = {
+        "model": model,
+        "family": layout.family,
+        "parameters": layout.num_parameters,
+        "blocks": len(layout.blocks),
+        "hidden_size": layout.hidden_size,
+        "vocab_size": layout.vocab_size,
+        "max_positions": layout.max_positions,
+        "tied_embeddings": layout.tied_embeddings,
+        "share_of_blocks": layout.block_parameters / layout.num_parameters,
+    }
+    if as_json:
+        print(json.dumps({**facts, "groups": groups}, indent=2))
+        return
+    rows = [(name.replace("_", " "), _show(value)) for name, value in facts.items()]
+    for group in groups:
+        rows.append(
+            (
+                f"{group['kind']} units",
+                f"{group['units_per_block']} per block, {group['parameters_per_unit']:,} parameters each; "
+                f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
+            )
+        )
+    key_value_table(f"structprune inspect {model}", rows)
+
+
+def _show(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,71 @@
+"""`structprune prune`: recipe from flags and file, then the run, then a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the scope's parameters to remove.  [default: 0.3]")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="mlp, attention or all.  [default: mlp]")] = None,
+    method: Annotated[str | None, typer.Option(help="See `structprune methods`.  [default: fasp]")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, boolq, self, or a text or jsonl file.  [default: the first that can be had]"),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.  [default: 2048]")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="Kept widths are a multiple of this.  [default: 32, wide models 128]")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Ridge of the least squares, share of the mean diagonal.  [default: 1e-4]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Prune MODEL into a new, physically smaller checkpoint."""
+    from structprune.api import prune as run_prune
+    from structprune.cli.progress import progress_observer
+    from structprune.cli.render import report_table
+    from structprune.recipe import Recipe
+
+    flags: dict[str, Any] = {
+        "sparsity": sparsity,
+        "scope": scope,
+        "method": method,
+        "calibration": calibration,
+        "num_samples": num_samples,
+        "seq_len": seq_len,
+        "memory": memory,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "multiple_of": multiple_of,
+        "damping": damping,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
+    with progress_observer(quiet=quiet) as observer:
+        report = run_prune(model, settings, output, observer)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        report_table(report)

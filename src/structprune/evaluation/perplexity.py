@@ -1,0 +1,97 @@
+"""Perplexity over consecutive windows of a text, with the checkpoint loaded by stock transformers.
+
+Shape suffixes: B windows of one batch, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from structprune.architectures.tokenizer import TextEncoder
+from structprune.errors import CheckpointError, InputError
+
+# Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
+_LOGIT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityResult:
+    """exp of the mean negative log-likelihood, and over what."""
+
+    perplexity: float
+    mean_nll: float
+    seq_len: int
+    stride: int
+    num_windows: int
+    num_predicted_tokens: int
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint as stock transformers loads it. Raises CheckpointError with its reason if it does not."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        return model.to(device).eval()
+    except Exception as error:
+        # Any failure of the stock loader means the same to the user: this directory does not load.
+        raise CheckpointError(
+            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
+        ) from error
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, encoder: TextEncoder, text: str, text_name: str, *, seq_len: int, max_windows: int | None = None
+) -> PerplexityResult:
+    """Non-overlapping windows of `seq_len` tokens, no special tokens, tail dropped; seq_len - 1 predictions each.
+
+    Raises InputError if the text is shorter than one window or the window longer than the model's positions.
+    """
+    limit = model.config.max_position_embeddings
+    if seq_len > limit:
+        raise InputError("--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {limit}")
+    ids = encoder.encode(text)
+    num_windows = len(ids) // seq_len
+    if num_windows == 0:
+        raise InputError(
+            "the text is shorter than one window",
+            where=text_name,
+            got=f"{len(ids)} tokens",
+            wanted=f"at least {seq_len}",
+            do="give more text, or lower --seq-len",
+        )
+    if max_windows is not None:
+        num_windows = min(num_windows, max_windows)
+    total = 0.0
+    for index in range(num_windows):
+        ids_BS = ids[None, index * seq_len : (index + 1) * seq_len].to(model.device)
+        base = model.base_model(input_ids=ids_BS, use_cache=False)
+        hidden_SD = base.last_hidden_state[0, :-1]
+        labels_S = ids_BS[0, 1:]
+        for start in range(0, seq_len - 1, _LOGIT_TOKENS):
+            logits_SV = model.get_output_embeddings()(hidden_SD[start : start + _LOGIT_TOKENS]).float()
+            total += float(
+                nn.functional.cross_entropy(logits_SV, labels_S[start : start + _LOGIT_TOKENS], reduction="sum")
+            )
+    predicted = num_windows * (seq_len - 1)
+    mean = total / predicted
+    return PerplexityResult(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        mean_nll=mean,
+        seq_len=seq_len,
+        stride=seq_len,
+        num_windows=num_windows,
+        num_predicted_tokens=predicted,
+        text=text_name,
+    )
