@@ -18,10 +18,10 @@ import torch
 from structprune import Recipe, prune
 from structprune.api import evaluate
 from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import load_model
 from structprune.calibration.sources.boolq import split_texts
 from structprune.cli.progress import progress_observer
 from structprune.cli.render import key_value_table
-from structprune.evaluation.perplexity import load_model
 from structprune.evaluation.speed import speed_pair
 from structprune.memory import format_bytes
 
@@ -93,7 +93,8 @@ def main() -> None:
             ("whole run", f"{time.perf_counter() - started:.1f} s"),
             (
                 "peak memory of pruning",
-                f"planned {format_bytes(memory.planned_peak_bytes)}, measured {format_bytes(memory.measured_peak_bytes)}",
+                f"planned {format_bytes(memory.planned_peak_bytes)}, "
+                f"measured {format_bytes(memory.measured_peak_bytes)}",
             ),
             ("written to", str(output)),
             ("it says", tokenizer.decode(ids[0], skip_special_tokens=True)),

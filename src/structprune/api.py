@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock import StockModel, load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
@@ -21,7 +21,7 @@ from structprune.engine.executor import Job, execute
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PrunePlan, make_plan
 from structprune.errors import UnsupportedError
-from structprune.evaluation.perplexity import PerplexityResult, load_model, perplexity
+from structprune.evaluation.perplexity import PerplexityResult, perplexity
 from structprune.memory import PeakMeter
 from structprune.methods import METHODS
 from structprune.methods.method import Method

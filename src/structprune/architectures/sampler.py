@@ -9,12 +9,12 @@ Shape suffixes: R rows (texts), L text length, N windows, S window length, V voc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 
+from structprune.architectures.stock import load_model
 from structprune.errors import InputError, MemoryBudgetError
 from structprune.memory import format_bytes
 
@@ -44,8 +44,7 @@ def sample_windows(
         )
     length = min(_TEXT_LENGTH, seq_len)
     num_rows = -(-num_windows * seq_len // length)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
-    model = model.to(device).eval()
+    model = load_model(directory, device, dtype)
     config = model.config
     rows_at_once = min(_MAX_ROWS, num_rows)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

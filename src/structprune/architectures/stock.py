@@ -9,11 +9,13 @@ import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
@@ -225,6 +227,19 @@ class StockModel:
         projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
         projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
         return nn.Sequential(*parts, projection).eval().requires_grad_(False)
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The whole checkpoint as stock transformers loads it. Raises CheckpointError with its reason if it does not."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        return model.to(device).eval()
+    except Exception as error:
+        # Any failure of the stock loader means the same to the user: this directory does not load.
+        raise CheckpointError(
+            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
+        ) from error
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from structprune.architectures.tokenizer import TextEncoder
-from structprune.errors import CheckpointError, InputError
+from structprune.errors import InputError
 
 # Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
 _LOGIT_TOKENS = 512
@@ -36,18 +34,6 @@ class PerplexityResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self)
-
-
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The checkpoint as stock transformers loads it. Raises CheckpointError with its reason if it does not."""
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
-        return model.to(device).eval()
-    except Exception as error:
-        # Any failure of the stock loader means the same to the user: this directory does not load.
-        raise CheckpointError(
-            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
-        ) from error
 
 
 @torch.no_grad()

