@@ -22,7 +22,7 @@ _TARGET_TOKENS = 2048
 _RUNTIME_BYTES = 96 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
-LOGIT_TOKENS = 128
+LOGIT_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,44 @@
+"""Masks and errors of one tiny seeded model: a change here is a change of results, and must be meant.
+
+To accept new values: STRUCTPRUNE_UPDATE_GOLDEN=1 pytest tests/golden
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from structprune import Recipe, prune
+from structprune.methods import METHODS
+
+GOLDEN = Path(__file__).with_name("tiny.json")
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_masks_and_errors(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        method=method,
+        sparsity=0.4,
+        calibration=str(text_file),
+        num_samples=8,
+        seq_len=64,
+        multiple_of=4,
+        dtype="float32",
+    )
+    report = prune(tiny_llama, recipe, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text())
+    found: dict[str, Any] = {
+        "kept": manifest["kept_indices"],
+        "errors": [None if b.error is None else round(b.error, 6) for b in report.blocks],
+    }
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("STRUCTPRUNE_UPDATE_GOLDEN"):
+        golden[method] = found
+        GOLDEN.write_text(json.dumps(golden, sort_keys=True) + "\n")
+    assert found["kept"] == golden[method]["kept"]
+    for actual, expected in zip(found["errors"], golden[method]["errors"], strict=True):
+        assert actual == (None if expected is None else pytest.approx(expected, rel=1e-3))
