@@ -38,7 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/p1.py
 
 docs: setup
-	$(BIN)/python docs/build.py
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) out build dist
