@@ -27,9 +27,9 @@ class StructPruneError(Exception):
 
     def _render(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        details = [
-            f"{label} {value}" for label, value in (("got", self.got), ("wanted", self.wanted)) if value is not None
-        ]
+        # Values may carry line breaks of other libraries' messages; ours is one line.
+        named = (("got", self.got), ("wanted", self.wanted))
+        details = [f"{label} {' '.join(str(value).split())}" for label, value in named if value is not None]
         if details:
             text += "; " + ", ".join(details)
         if self.do:

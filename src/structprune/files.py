@@ -16,12 +16,23 @@ def atomic_path(path: Path) -> Generator[Path]:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
+        # Some writers create files for the owner alone; outputs follow the user's umask like any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def expand_user(path: str) -> Path:
+    """`~` and `~user` expanded; a name that only looks like a user stays as it is."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def write_text(path: Path, text: str) -> None:

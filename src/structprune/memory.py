@@ -27,7 +27,10 @@ def parse_bytes(text: str | int) -> int:
         raise InputError(
             "a size in bytes cannot be read", got=repr(text), wanted="a number with a unit such as 4GiB or 512MB"
         )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    value = float(match[1]) * _UNITS[match[2].lower()]
+    if value >= 2**63:
+        raise InputError("a size in bytes is too large", got=f"{str(text)[:20]}...", wanted="less than 8 EiB")
+    return int(value)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -38,6 +41,11 @@ def format_bytes(num_bytes: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def format_budget(num_bytes: int) -> str:
+    """Bytes -> whole mebibytes, rounded up: a budget that is printed must do when it is typed."""
+    return f"{-(-num_bytes // 2**20)} MiB"
 
 
 def available_bytes() -> int:

@@ -59,7 +59,8 @@ class Recipe(BaseModel):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError("the recipe file does not exist", where=str(path)) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except Exception as error:
+            # PyYAML's constructors raise ValueError, TypeError, RecursionError and more beside YAMLError.
             raise InputError(
                 "the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())
             ) from None

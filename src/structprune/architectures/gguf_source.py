@@ -45,6 +45,19 @@ def convert_gguf(source: Path, directory: Path) -> None:
             wanted=", ".join(_ARCHITECTURES),
             do="start from the model's Hugging Face checkpoint",
         )
+    try:
+        _convert(source, directory, reader, architecture, gguf.dequantize)
+    except OSError:
+        raise  # a full disk is not the file's fault
+    except Exception as error:
+        raise CheckpointError(
+            "the GGUF file cannot be converted; metadata or tensors are missing or damaged",
+            where=str(source),
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequantize: Any) -> None:
     # transformers warns that it dequantises; that is what is asked for here.
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
     config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
@@ -65,9 +78,7 @@ def convert_gguf(source: Path, directory: Path) -> None:
     for number, tensors in enumerate(by_block.values(), start=1):
         shard: dict[str, torch.Tensor] = {}
         for tensor in tensors:
-            weights = processor.process(
-                weights=gguf.dequantize(tensor.data, tensor.tensor_type), name=tensor.name
-            ).weights
+            weights = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
             shard[names[tensor.name]] = torch.from_numpy(weights.copy()).float()
         writer.write(number, shard)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from structprune.checkpoint.reader import INDEX_NAME
 from structprune.errors import CheckpointError, UnsupportedError
+from structprune.files import expand_user
 
 BUNDLED = "smollm2"
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -33,7 +34,7 @@ def resolve_model(model: str) -> Path:
     """
     if model == BUNDLED:
         return _converted(_bundled_gguf())
-    path = Path(model).expanduser()
+    path = expand_user(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError("the GGUF file does not exist", where=str(path))

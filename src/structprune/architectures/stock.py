@@ -88,6 +88,8 @@ class StockModel:
             self.family.check(self.config)
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
+            if self.config.num_hidden_layers < 1:
+                raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self.groups = self.family.groups(self.config)
         except StructPruneError:
             raise

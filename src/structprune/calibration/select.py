@@ -6,13 +6,13 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from structprune.calibration import SOURCES
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.sources import boolq
 from structprune.calibration.sources.file import file_windows
 from structprune.errors import InputError
+from structprune.files import expand_user
 
 
 def load_windows(
@@ -25,7 +25,7 @@ def load_windows(
     if name is not None:
         if name in SOURCES:
             return name, SOURCES.get(name)(context)
-        path = Path(name).expanduser()
+        path = expand_user(name)
         if path.exists() or "/" in name or path.suffix:
             return str(path), file_windows(path, context)
         raise InputError(

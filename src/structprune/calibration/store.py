@@ -70,7 +70,7 @@ class FileStore:
         return buffer
 
     def write(self, start: int, hidden_BSD: Tensor) -> None:
-        view = _bytes_of(hidden_BSD.contiguous())
+        view = _bytes_of(hidden_BSD.to(self.dtype).contiguous())
         self._file.seek(start * self._window_bytes)
         done = 0
         while done < len(view):

@@ -55,6 +55,10 @@ class CheckpointReader:
     def _locate(self) -> dict[str, Path]:
         index_path = self.directory / INDEX_NAME
         single_path = self.directory / SINGLE_NAME
+        # Stock transformers prefers the single file where both are there.
+        if single_path.exists():
+            with self._open(single_path) as handle:
+                return dict.fromkeys(handle.keys(), single_path)
         if index_path.exists():
             weight_map = self._read_json(index_path, "").get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -70,9 +74,6 @@ class CheckpointReader:
                     )
                 shards[name] = self.directory / file_name
             return shards
-        if single_path.exists():
-            with self._open(single_path) as handle:
-                return dict.fromkeys(handle.keys(), single_path)
         pickled = sorted(p.name for p in self.directory.glob("*.bin"))
         raise CheckpointError(
             "no safetensors weights found",

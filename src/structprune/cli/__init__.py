@@ -1,4 +1,4 @@
-"""The command line: each verb parses, calls the API and renders. Errors of the input exit with 2, Ctrl-C with 130."""
+"""The command line: each verb parses, calls the API and renders. Errors of the input exit with 2."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Structured pruning of large language models in bounded memory.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune_verb.prune)
@@ -42,6 +43,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(error.to_dict()))
         print(f"structprune: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("structprune: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)

@@ -35,7 +35,7 @@ class _BarObserver:
         self._progress = progress
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False)
 
     def start(self, phase: str, total: int) -> None:
         self._task = self._progress.add_task(phase, total=total, detail="")
@@ -61,7 +61,7 @@ def progress_observer(*, quiet: bool) -> Generator[Observer]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=console) as progress:
         yield _BarObserver(progress)

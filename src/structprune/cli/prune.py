@@ -63,8 +63,12 @@ def prune(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
-    with progress_observer(quiet=quiet) as observer:
-        report = run_prune(model, settings, output, observer)
+    try:
+        with progress_observer(quiet=quiet) as observer:
+            report = run_prune(model, settings, output, observer)
+    except KeyboardInterrupt:
+        typer.echo("structprune: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

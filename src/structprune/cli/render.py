@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from structprune.memory import format_bytes
 from structprune.report.schema import PruneReport
@@ -13,11 +14,12 @@ from structprune.report.schema import PruneReport
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print two columns without a header."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    # Text, not str: names and paths may hold brackets, which rich would read as markup.
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     Console().print(table)
 
 

@@ -297,6 +297,12 @@ def _perplexities(job: Job, dense_NSD: Tensor, pruned_NSD: Tensor) -> tuple[floa
             total += float(
                 nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum")
             )
+        if not math.isfinite(total):
+            raise NumericalError(
+                "the model's output on the calibration text is NaN or infinite",
+                where="dense model" if not result else "pruned model",
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
         mean = total / len(hidden_TD)
         result.append(math.exp(mean) if mean < 700 else math.inf)
     return result[0], result[1]

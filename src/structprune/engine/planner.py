@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from structprune.errors import MemoryBudgetError
-from structprune.memory import available_bytes, format_bytes
+from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
@@ -89,7 +89,7 @@ def make_plan(
         "does not fit in the memory budget",
         where=f"phase {phase!r}",
         got=format_bytes(budget),
-        wanted=f"at least {format_bytes(smallest.peak_bytes + 2**20)}",
+        wanted=f"at least {format_budget(smallest.peak_bytes)}",
         do="raise --memory or lower --seq-len",
     )
 

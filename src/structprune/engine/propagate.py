@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock import BlockInputs, output_tensor
 from structprune.calibration.store import HiddenStore
+from structprune.errors import NumericalError
 
 
 class _Tap(nn.Module):
@@ -65,10 +66,21 @@ class Propagator:
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, store: HiddenStore, *, write: bool) -> None:
-        """Forward every window through `block`; with `write`, the outputs replace the store's content."""
+        """Forward every window through `block`; with `write`, the outputs replace the store's content.
+
+        Raises NumericalError if an output is not finite.
+        """
         for start in range(0, store.shape[0], self._micro_batch):
             stop = min(start + self._micro_batch, store.shape[0])
             hidden_BSD = store.read(start, stop).to(self._device)
             output_BSD = output_tensor(block(hidden_BSD, **self._inputs[stop - start].kwargs[index]))
+            # Extremes carry NaN and infinity along, without a temporary of the output's size.
+            low, high = output_BSD.aminmax()
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise NumericalError(
+                    "the hidden states after the block are NaN or infinite",
+                    where=f"block {index}",
+                    do="use --dtype float32; if it stays, the source checkpoint is damaged",
+                )
             if write:
                 store.write(start, output_BSD.cpu())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from structprune.architectures.tokenizer import TextEncoder
-from structprune.errors import InputError
+from structprune.errors import InputError, NumericalError
 
 # Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
 _LOGIT_TOKENS = 512
@@ -42,7 +42,8 @@ def perplexity(
 ) -> PerplexityResult:
     """Non-overlapping windows of `seq_len` tokens, no special tokens, tail dropped; seq_len - 1 predictions each.
 
-    Raises InputError if the text is shorter than one window or the window longer than the model's positions.
+    Raises InputError if the text is shorter than one window or the window longer than the model's positions,
+    NumericalError if the logits are not finite.
     """
     limit = model.config.max_position_embeddings
     if seq_len > limit:
@@ -70,6 +71,12 @@ def perplexity(
             total += float(
                 nn.functional.cross_entropy(logits_SV, labels_S[start : start + _LOGIT_TOKENS], reduction="sum")
             )
+    if not math.isfinite(total):
+        raise NumericalError(
+            "the model's logits are NaN or infinite",
+            where=text_name,
+            do="use --dtype float32; if it stays, the checkpoint is damaged",
+        )
     predicted = num_windows * (seq_len - 1)
     mean = total / predicted
     return PerplexityResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -25,25 +26,34 @@ class RunDirectory:
     """
 
     def __init__(self, output: Path) -> None:
-        self.output = output
-        self.staging = output.with_name(output.name + ".partial")
+        self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
+        self.staging = self.output.parent / f"{self.output.name}.partial"
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
-        if self.output.exists():
+        # lexists: a dangling link is in the way too.
+        if os.path.lexists(self.output):
             raise InputError(
                 "the output directory exists", where=str(self.output), do="choose another -o, or remove it first"
             )
-        if self.staging.exists() and any(self.staging.iterdir()) and not (self.staging / JOURNAL_NAME).exists():
+        if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
             )
-        parent = next(p for p in self.output.absolute().parents if p.exists())
-        if not os.access(parent, os.W_OK):
+        parent = next(p for p in self.output.parents if os.path.lexists(p))
+        if not parent.is_dir():
+            raise InputError("the output lies below something that is not a directory", where=str(parent))
+        if not os.access(parent, os.W_OK | os.X_OK):
             raise InputError("the output's parent directory cannot be written", where=str(parent))
+
+    def _is_ours(self) -> bool:
+        if self.staging.is_symlink() or not self.staging.is_dir():
+            return False
+        return (self.staging / JOURNAL_NAME).is_file() or not any(self.staging.iterdir())
 
     def __enter__(self) -> RunDirectory:
         self.check()
+        self._new_parents = [p for p in self.output.parents if not p.exists()]
         self.staging.mkdir(parents=True, exist_ok=True)
         self._journal = (self.staging / JOURNAL_NAME).open("a+", encoding="utf-8")
         try:
@@ -85,3 +95,6 @@ class RunDirectory:
         # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory.
         if kind is not None and self.staging.exists():
             shutil.rmtree(self.staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for parent in self._new_parents:
+                    parent.rmdir()

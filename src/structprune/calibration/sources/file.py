@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
     if path.suffix not in (".jsonl", ".json"):
         return content
     texts: list[str] = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

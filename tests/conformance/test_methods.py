@@ -1,0 +1,120 @@
+"""Every method: its parts are registered, it says where it was published, and a misspelt name gets a suggestion."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from structprune.allocation import ALLOCATORS
+from structprune.architectures import FAMILIES
+from structprune.calibration import SOURCES
+from structprune.errors import InputError
+from structprune.methods import METHODS
+from structprune.methods.method import Method
+from structprune.registry import Registry
+from structprune.scores import SCORES
+from structprune.solvers import SOLVERS
+from structprune.types import LayerProblem, UnitKind
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "method": METHODS,
+    "score": SCORES,
+    "allocator": ALLOCATORS,
+    "solver": SOLVERS,
+    "calibration source": SOURCES,
+    "model family": FAMILIES,
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_parts_are_registered(name: str) -> None:
+    method = METHODS.get(name)
+    assert method.name == name
+    assert callable(SCORES.get(method.score))
+    assert callable(ALLOCATORS.get(method.allocator))
+    assert callable(SOLVERS.get(method.solver))
+    assert method.kinds
+    assert set(method.kinds) <= set(get_args(UnitKind))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_says_what_it_is_and_where_it_was_published(name: str) -> None:
+    method = METHODS.get(name)
+    for text in (method.title, method.paper, method.summary):
+        assert text.strip()
+    assert method.provenance in get_args(get_type_hints(Method)["provenance"])
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_its_file_explains_it(name: str) -> None:
+    """One file per method; its docstring is the method's page in the API documentation."""
+    METHODS.get(name)
+    files = [
+        module
+        for key, module in sys.modules.items()
+        if key.startswith("structprune.methods.") and METHODS.get(name) in vars(module).values()
+    ]
+    assert len(files) == 1
+    assert files[0].__doc__ is not None
+    assert len(files[0].__doc__.split()) >= 10
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
+    """Without statistics the engine hands over an identity for the Gram; the parts must then not look at it."""
+    method = METHODS.get(name)
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(30, 6, generator=generator) * torch.arange(1, 7)
+    problem = LayerProblem(
+        weight_OI=torch.randn(4, 6, generator=generator),
+        gram_II=x_TI.T @ x_TI,
+        num_tokens=30,
+        width=1,
+        damping=1e-4,
+        producer_norm_U=torch.rand(6, generator=generator),
+    )
+    blind = replace(problem, gram_II=torch.eye(6))
+    score, solver = SCORES.get(method.score), SOLVERS.get(method.solver)
+    keep_U = torch.tensor([True, False, True, True, False, True])
+    same_score = torch.equal(score(problem), score(blind))
+    same_weight = torch.equal(solver(problem, keep_U).weight_OK, solver(blind, keep_U).weight_OK)
+    assert method.needs_statistics == (not (same_score and same_weight))
+
+
+@pytest.mark.parametrize("kind", list(REGISTRIES))
+def test_every_entry_can_be_imported(kind: str) -> None:
+    registry = REGISTRIES[kind]
+    assert list(registry)
+    for name in registry:
+        assert name in registry
+        assert registry.get(name) is not None
+
+
+@pytest.mark.parametrize("kind", list(REGISTRIES))
+def test_misspelt_name_gets_a_suggestion(kind: str) -> None:
+    registry = REGISTRIES[kind]
+    name = next(iter(registry))
+    with pytest.raises(InputError, match=f"^unknown {kind}.* '{name}x'.*[Dd]id you mean '{name}'") as caught:
+        registry.get(name + "x")
+    assert all(known in str(caught.value) for known in registry)
+
+
+def test_strange_name_gets_the_list_and_no_suggestion() -> None:
+    assert "zzzzzzzzzz" not in METHODS
+    with pytest.raises(InputError, match=f"Known: {', '.join(METHODS)}") as caught:
+        METHODS.check("zzzzzzzzzz")
+    assert "did you mean" not in str(caught.value).lower()
+
+
+def test_registry_imports_nothing_before_it_is_asked() -> None:
+    registry: Registry[Any] = Registry("thing", {"absent": "structprune.not_there:X", "here": "structprune.types:X"})
+    assert list(registry) == ["absent", "here"]
+    assert registry.check("absent") == "absent"
+    with pytest.raises(ModuleNotFoundError):
+        registry.get("absent")
+    with pytest.raises(AttributeError):
+        registry.get("here")

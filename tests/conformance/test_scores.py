@@ -1,0 +1,119 @@
+"""Every score: one finite number per unit, indifferent to the order of the units, zero for a unit without weights.
+
+Shape suffixes: T tokens, O outputs, I inputs, U units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from structprune.scores import SCORES
+from structprune.types import LayerProblem
+
+
+def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32) -> LayerProblem:
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(40, num_units * width, generator=generator)
+    return LayerProblem(
+        weight_OI=torch.randn(5, num_units * width, generator=generator).to(dtype),
+        gram_II=x_TI.T @ x_TI,
+        num_tokens=40,
+        width=width,
+        damping=1e-4,
+        producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
+    )
+
+
+def by_hand(width: int, producer_norm_U: Tensor) -> LayerProblem:
+    """A 2 x 3 consumer; four tokens with input norms 2, 3 and 4, so root mean squares of 1, 1.5 and 2."""
+    return LayerProblem(
+        weight_OI=torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]]),
+        gram_II=torch.tensor([[4.0, 0.5, -1.0], [0.5, 9.0, 2.0], [-1.0, 2.0, 16.0]]),
+        num_tokens=4,
+        width=width,
+        damping=1e-4,
+        producer_norm_U=producer_norm_U,
+    )
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_finite_number_per_unit(name: str, width: int, dtype: torch.dtype) -> None:
+    score_U = SCORES.get(name)(make_problem(6, width, dtype))
+    assert score_U.shape == (6,)
+    assert score_U.dtype in (torch.float32, torch.float64)
+    assert torch.isfinite(score_U).all()
+    assert score_U.unique().numel() == 6
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+@pytest.mark.parametrize("width", [1, 4])
+def test_permutation_equivariant(name: str, width: int) -> None:
+    problem = make_problem(6, width)
+    order_U = torch.tensor([3, 5, 0, 1, 4, 2])
+    order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
+    permuted = replace(
+        problem,
+        weight_OI=problem.weight_OI[:, order_I],
+        gram_II=problem.gram_II[order_I][:, order_I],
+        producer_norm_U=problem.producer_norm_U[order_U],
+    )
+    score = SCORES.get(name)
+    torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+@pytest.mark.parametrize("width", [1, 4])
+def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
+    problem = make_problem(6, width)
+    problem.weight_OI[:, 2 * width : 3 * width] = 0
+    problem.producer_norm_U[2] = 0
+    score_U = SCORES.get(name)(problem)
+    assert score_U[2] == 0
+    assert score_U.ne(0).sum() == 5
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+def test_leaves_the_problem_alone(name: str) -> None:
+    problem = make_problem(6, 2)
+    before = problem.weight_OI.clone(), problem.gram_II.clone(), problem.producer_norm_U.clone()
+    SCORES.get(name)(problem)
+    after = problem.weight_OI, problem.gram_II, problem.producer_norm_U
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_wanda_by_hand() -> None:
+    score_U = SCORES.get("wanda")(by_hand(1, torch.ones(3)))
+    torch.testing.assert_close(score_U, torch.tensor([5 * 1.0, 7 * 1.5, 9 * 2.0]))
+
+
+def test_wanda_of_a_group_is_the_sum_of_its_inputs() -> None:
+    score_U = SCORES.get("wanda")(by_hand(3, torch.ones(1)))
+    torch.testing.assert_close(score_U, torch.tensor([5 * 1.0 + 7 * 1.5 + 9 * 2.0]))
+
+
+def test_wanda_is_a_mean_over_tokens() -> None:
+    """Seeing every token twice changes nothing."""
+    problem = make_problem(6, 2)
+    twice = replace(problem, gram_II=2 * problem.gram_II, num_tokens=2 * problem.num_tokens)
+    score = SCORES.get("wanda")
+    torch.testing.assert_close(score(twice), score(problem))
+
+
+def test_magnitude_by_hand() -> None:
+    score_U = SCORES.get("magnitude")(by_hand(1, torch.tensor([2.0, 1.0, 0.5])))
+    expected_U = torch.tensor([2.0 * 17**0.5, 1.0 * 29**0.5, 0.5 * 45**0.5])
+    torch.testing.assert_close(score_U, expected_U)
+
+
+def test_magnitude_of_a_group_is_the_norm_of_its_slice() -> None:
+    score_U = SCORES.get("magnitude")(by_hand(3, torch.tensor([2.0])))
+    torch.testing.assert_close(score_U, torch.tensor([2.0 * (17 + 29 + 45) ** 0.5]))
+    problem = make_problem(6, 4)
+    expected_U = torch.stack([problem.weight_OI[:, 4 * u : 4 * u + 4].norm() for u in range(6)])
+    torch.testing.assert_close(SCORES.get("magnitude")(problem), expected_U * problem.producer_norm_U)

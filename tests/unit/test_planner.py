@@ -1,0 +1,196 @@
+"""The planner: a plan keeps to its budget, gives way in the right order, and a refusal names a budget that does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from structprune.engine.planner import PrunePlan, make_plan
+from structprune.errors import MemoryBudgetError
+from structprune.memory import available_bytes, parse_bytes
+from structprune.types import AxisSlice, BlockLayout, ModelLayout, UnitGroup
+
+
+def layout_of(hidden: int, channels: int, num_blocks: int = 2, vocab: int = 1000) -> ModelLayout:
+    """A LLaMA by its shapes alone: nothing is allocated, so its size does not matter."""
+    group = UnitGroup(
+        kind="mlp",
+        num_units=channels,
+        width=1,
+        producers=tuple(AxisSlice(tensor=f"mlp.{m}_proj.weight", axis=0) for m in ("gate", "up")),
+        consumer=AxisSlice(tensor="mlp.down_proj.weight", axis=1),
+        consumer_module="mlp.down_proj",
+        config_fields={"intermediate_size": 1},
+        module_prefix="mlp.",
+    )
+    shapes = {f"self_attn.{m}_proj.weight": (hidden, hidden) for m in "qkvo"}
+    shapes |= {f"mlp.{m}_proj.weight": (channels, hidden) for m in ("gate", "up")}
+    shapes |= {"mlp.down_proj.weight": (hidden, channels), "norm.weight": (hidden,)}
+    return ModelLayout(
+        family="llama",
+        config={},
+        hidden_size=hidden,
+        vocab_size=vocab,
+        max_positions=4096,
+        blocks=tuple(
+            BlockLayout(index=i, prefix=f"model.layers.{i}.", shapes=shapes, groups=(group,)) for i in range(num_blocks)
+        ),
+        blocks_module="model.layers",
+        embedding_modules=("model.embed_tokens",),
+        rotary_module=None,
+        final_norm_module="model.norm",
+        head_module="lm_head",
+        tied_embeddings=True,
+        outer_tensors={"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)},
+    )
+
+
+def plan_for(
+    layout: ModelLayout, memory: int | None = 2**60, *, stored: torch.dtype = torch.float32, **changes: Any
+) -> PrunePlan:
+    shapes = dict(layout.outer_tensors)
+    for block in layout.blocks:
+        shapes |= {block.prefix + name: shape for name, shape in block.shapes.items()}
+    options: dict[str, Any] = {
+        "compute_dtype": torch.float32,
+        "num_windows": 128,
+        "seq_len": 256,
+        "num_probe": 8,
+        "needs_statistics": True,
+        **changes,
+    }
+    stored_bytes = {name: torch.Size(shape).numel() * stored.itemsize for name, shape in shapes.items()}
+    return make_plan(layout, layout.blocks[0].groups, stored_bytes=stored_bytes, memory=memory, **options)
+
+
+SMALL = layout_of(hidden=64, channels=176)
+# Activations decide: few weights, a wide MLP, and no Gram.
+WIDE = {"layout": layout_of(hidden=16, channels=8192, num_blocks=1), "needs_statistics": False, "num_windows": 256}
+LLAMA_7B = layout_of(hidden=4096, channels=11008, num_blocks=32, vocab=32000)
+
+
+def test_ample_memory_gives_the_fast_plan() -> None:
+    plan = plan_for(SMALL)
+    assert plan.store == "memory"
+    assert plan.micro_batch_windows == 2048 // 256
+    assert plan.store_bytes == 128 * 256 * 64 * 4
+    assert plan.budget_bytes == 2**60
+    assert plan.peak_bytes == max(plan.phases.values())
+
+
+@pytest.mark.parametrize(("seq_len", "num_windows", "micro_batch"), [(4096, 128, 1), (2048, 128, 1), (64, 5, 5)])
+def test_micro_batch_is_at_least_one_and_at_most_all(seq_len: int, num_windows: int, micro_batch: int) -> None:
+    plan = plan_for(SMALL, seq_len=seq_len, num_windows=num_windows, num_probe=1)
+    assert plan.micro_batch_windows == micro_batch
+
+
+def test_default_budget_is_a_share_of_what_is_free() -> None:
+    budget = plan_for(SMALL, None).budget_bytes
+    assert 0.5 * available_bytes() < budget < available_bytes()
+
+
+def test_micro_batch_shrinks_before_the_store_moves() -> None:
+    ample = plan_for(**WIDE)
+    assert ample.micro_batch_windows == 8
+    plan = plan_for(memory=ample.peak_bytes - 1, **WIDE)
+    assert plan.store == "memory"
+    assert plan.micro_batch_windows == 4
+    assert plan.peak_bytes <= plan.budget_bytes == ample.peak_bytes - 1
+    smaller = plan_for(memory=plan.peak_bytes - 1, **WIDE)
+    assert (smaller.store, smaller.micro_batch_windows) == ("memory", 1)
+
+
+def test_store_moves_to_a_file_when_memory_is_tight() -> None:
+    changes: dict[str, Any] = {"num_windows": 4096}
+    ample = plan_for(SMALL, **changes)
+    assert ample.store == "memory"
+    assert ample.store_bytes == 4096 * 256 * 64 * 4
+    plan = plan_for(SMALL, ample.peak_bytes - ample.store_bytes // 2, **changes)
+    assert plan.store == "file"
+    assert plan.micro_batch_windows == ample.micro_batch_windows
+    assert plan.peak_bytes <= plan.budget_bytes
+    assert plan.store_bytes == ample.store_bytes
+    assert plan.disk_bytes == ample.disk_bytes + plan.store_bytes
+    assert all(plan.phases[phase] <= ample.phases[phase] for phase in plan.phases)
+
+
+@settings(deadline=None)
+@given(
+    hidden=st.sampled_from([64, 576, 4096]),
+    channels=st.sampled_from([100, 1536, 11008]),
+    num_windows=st.integers(1, 2000),
+    seq_len=st.sampled_from([2, 100, 2048, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    statistics=st.booleans(),
+    memory=st.integers(2**26, 2**34),
+)
+def test_a_plan_keeps_to_its_budget(
+    hidden: int, channels: int, num_windows: int, seq_len: int, dtype: torch.dtype, statistics: bool, memory: int
+) -> None:
+    layout = layout_of(hidden, channels)
+    changes: dict[str, Any] = {
+        "num_windows": num_windows,
+        "seq_len": seq_len,
+        "num_probe": 1,
+        "compute_dtype": dtype,
+        "needs_statistics": statistics,
+    }
+    try:
+        plan = plan_for(layout, memory, **changes)
+    except MemoryBudgetError:
+        assume(False)
+        raise
+    assert 0 < plan.peak_bytes <= memory
+    assert 1 <= plan.micro_batch_windows <= num_windows
+
+
+@pytest.mark.parametrize(
+    ("hidden", "channels", "seq_len"),
+    [
+        (64, 176, 256),
+        (576, 1536, 2048),
+        (4096, 11008, 2048),
+        (2048, 5632, 2048),
+    ],
+)
+def test_refusal_names_a_budget_that_works(hidden: int, channels: int, seq_len: int) -> None:
+    layout = layout_of(hidden, channels)
+    with pytest.raises(MemoryBudgetError, match="does not fit in the memory budget") as caught:
+        plan_for(layout, 2**20, seq_len=seq_len)
+    assert caught.value.got == "1.0 MiB"
+    assert str(caught.value.where).startswith("phase '")
+    named = parse_bytes(str(caught.value.wanted).removeprefix("at least "))
+    plan = plan_for(layout, named, seq_len=seq_len)
+    assert plan.peak_bytes <= named
+    # And not much more than is needed.
+    with pytest.raises(MemoryBudgetError):
+        plan_for(layout, named * 9 // 10, seq_len=seq_len)
+
+
+def test_statistics_have_their_phases() -> None:
+    blind = plan_for(SMALL, needs_statistics=False)
+    assert set(plan_for(SMALL).phases) - set(blind.phases) == {"statistics (mlp)", "solve (mlp)"}
+    # Gram and the solver's squares, at the least.
+    gram_bytes = 11008**2 * 4
+    assert plan_for(LLAMA_7B).phases["solve (mlp)"] > 3 * gram_bytes
+    assert plan_for(LLAMA_7B, needs_statistics=False).peak_bytes < plan_for(LLAMA_7B).peak_bytes
+
+
+def test_peak_does_not_grow_with_the_number_of_blocks() -> None:
+    shallow = plan_for(layout_of(hidden=64, channels=176, num_blocks=2))
+    deep = plan_for(layout_of(hidden=64, channels=176, num_blocks=40))
+    assert deep.phases == shallow.phases
+    assert deep.disk_bytes > shallow.disk_bytes
+
+
+def test_a_cast_copy_of_the_block_is_counted() -> None:
+    same = plan_for(LLAMA_7B, stored=torch.bfloat16, compute_dtype=torch.bfloat16, needs_statistics=False)
+    cast = plan_for(LLAMA_7B, stored=torch.bfloat16, compute_dtype=torch.float32, needs_statistics=False)
+    difference = cast.phases["read block"] - same.phases["read block"]
+    # The hidden states of the store and of the two probes are twice as wide too.
+    states = (128 + 2 * 8) * 256 * 4096 * 2
+    assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states

@@ -1,0 +1,174 @@
+"""The recipe: what is accepted, from flags and from YAML, and a fingerprint over every field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from structprune.errors import InputError
+from structprune.recipe import Recipe
+
+# A value per field that differs from the default.
+CHANGES: dict[str, Any] = {
+    "method": "magnitude",
+    "sparsity": 0.25,
+    "scope": "all",
+    "calibration": "wikitext2",
+    "num_samples": 4,
+    "seq_len": 64,
+    "memory": 2**30,
+    "device": "cpu",
+    "dtype": "float32",
+    "seed": 1,
+    "multiple_of": 8,
+    "damping": 1e-3,
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    return tmp_path / "recipe.yaml"
+
+
+def test_yaml(recipe_file: Path) -> None:
+    recipe_file.write_text("method: wanda-sp\nsparsity: 0.2\nmemory: 4GiB\ncalibration: null\n", encoding="utf-8")
+    recipe = Recipe.from_yaml(recipe_file)
+    assert recipe == Recipe(method="wanda-sp", sparsity=0.2, memory=4 * 2**30)
+
+
+def test_empty_yaml_is_the_default(recipe_file: Path) -> None:
+    recipe_file.write_text("# nothing yet\n", encoding="utf-8")
+    assert Recipe.from_yaml(recipe_file) == Recipe()
+
+
+def test_overrides_win(recipe_file: Path) -> None:
+    recipe_file.write_text("sparsity: 0.2\nseed: 5\n", encoding="utf-8")
+    recipe = Recipe.from_yaml(recipe_file, sparsity=0.4, memory="1g")
+    assert recipe == Recipe(sparsity=0.4, seed=5, memory=2**30)
+
+
+def test_unknown_field_in_yaml(recipe_file: Path) -> None:
+    recipe_file.write_text("sparsty: 0.2\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"unknown recipe field 'sparsty'\. Known: method, sparsity") as caught:
+        Recipe.from_yaml(recipe_file)
+    assert caught.value.where == str(recipe_file)
+
+
+def test_unknown_field_in_code() -> None:
+    with pytest.raises(InputError, match=r"^--sparsty is not usable; got 0\.2"):
+        Recipe.build(sparsty=0.2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sparsity: [0.1",
+        "\tsparsity: 0.1",
+        "- sparsity",
+        "0.3",
+        "1: 2",
+        "? [a]\n: 2",
+        "sparsity: 0.3\n---\nsparsity: 0.4\n",
+        "memory: lots",
+        "sparsity: half",
+    ],
+)
+def test_unusable_yaml_is_refused(recipe_file: Path, text: str) -> None:
+    recipe_file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError):
+        Recipe.from_yaml(recipe_file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("sparsity: 2024-13-45", id="impossible-date"),
+        pytest.param("seed: !!int abc", id="tagged-int"),
+        pytest.param("seed: !!timestamp abc", id="tagged-timestamp"),
+        pytest.param("sparsity: " + "[" * 800 + "]" * 800, id="deep"),
+    ],
+)
+def test_yaml_that_cannot_be_constructed_is_refused(recipe_file: Path, text: str) -> None:
+    recipe_file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        Recipe.from_yaml(recipe_file)
+
+
+def test_yaml_that_is_not_text_is_refused(recipe_file: Path) -> None:
+    recipe_file.write_bytes(b"sparsity: \xff\xfe\n")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        Recipe.from_yaml(recipe_file)
+
+
+def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the recipe file does not exist"):
+        Recipe.from_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="cannot be read as YAML"):
+        Recipe.from_yaml(tmp_path)
+
+
+def test_python_tags_are_never_executed(recipe_file: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    recipe_file.write_text(f"method: !!python/object/apply:os.mkdir ['{trace}']\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"cannot be read as YAML.*python/object"):
+        Recipe.from_yaml(recipe_file)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.999])
+def test_sparsity_in_bounds(sparsity: float) -> None:
+    assert Recipe.build(sparsity=sparsity).sparsity == sparsity
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf"), "half", None, True])
+def test_sparsity_out_of_bounds(sparsity: Any) -> None:
+    with pytest.raises(InputError, match=r"^--sparsity is not usable; got ") as caught:
+        Recipe.build(sparsity=sparsity)
+    assert caught.value.got == repr(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("num_samples", 0, "--num-samples"),
+        ("num_samples", 1.5, "--num-samples"),
+        ("seq_len", 1, "--seq-len"),
+        ("memory", 0, "--memory"),
+        ("seed", -1, "--seed"),
+        ("multiple_of", 0, "--multiple-of"),
+        ("damping", 0, "--damping"),
+        ("damping", 2, "--damping"),
+        ("dtype", "int8", "--dtype"),
+        ("scope", "head", "--scope"),
+        ("method", 3, "--method"),
+    ],
+)
+def test_the_error_names_the_flag(field: str, value: Any, flag: str) -> None:
+    with pytest.raises(InputError, match=f"^{flag} is not usable; got {value!r}, wanted "):
+        Recipe.build(**{field: value})
+
+
+def test_frozen() -> None:
+    recipe = Recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.sparsity = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_fingerprint_is_stable() -> None:
+    recipe = Recipe(**CHANGES)
+    again = Recipe.model_validate_json(recipe.model_dump_json())
+    shuffled = Recipe(**dict(reversed(CHANGES.items())))
+    assert recipe.fingerprint() == again.fingerprint() == shuffled.fingerprint()
+    assert len(bytes.fromhex(recipe.fingerprint())) == 32
+
+
+def test_changes_cover_every_field() -> None:
+    assert set(CHANGES) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("field", list(CHANGES))
+def test_fingerprint_sees_every_field(field: str) -> None:
+    assert Recipe(**{field: CHANGES[field]}).fingerprint() != Recipe().fingerprint()
