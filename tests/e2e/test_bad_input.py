@@ -565,7 +565,6 @@ def test_logits_that_overflow(refused: Refused, tiny_llama: Path, text_file: Pat
     refused(source)
 
 
-@pytest.mark.xfail(strict=True, reason="eval prints perplexity inf and exits with 0")
 def test_eval_of_nan(refused: Refused, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     source = with_tensor(tiny_llama, tmp_path / "source", "model.layers.1.mlp.down_proj.weight", one_nan)
     refused(source, "--text", text_file, "--seq-len", 32, "--max-windows", 2, verb="eval")
