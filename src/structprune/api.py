@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from structprune.allocation import ALLOCATORS
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel, load_model
@@ -17,12 +19,13 @@ from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.executor import Job, execute
+from structprune.engine.executor import execute
+from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PrunePlan, make_plan
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, perplexity
-from structprune.memory import PeakMeter
+from structprune.memory import PeakMeter, format_budget, format_bytes
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -59,6 +62,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
+    recipe = _resolve_method_settings(recipe, method, stock)
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
@@ -71,12 +75,16 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             seq_len=recipe.seq_len,
             num_probe=min(num_probe, num_windows),
             needs_statistics=method.needs_statistics,
+            needs_survey=method.needs_survey,
+            follows_dense=recipe.target == "dense-path",
+            sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
             memory=recipe.memory,
         )
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
         name, windows = _windows(directory, recipe, plan, device, dtype, observer)
+        _check_disk(run, plan)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
             plan = plan_for(num_windows)
@@ -88,7 +96,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
             ),
             method=method,
-            groups=groups,
+            kinds=tuple(group.kind for group in groups),
             plan=plan,
             calibration_name=name,
             windows=windows,
@@ -99,6 +107,49 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
         )
         with run:
             return execute(job, run, meter, observer)
+
+
+def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
+    """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning."""
+    allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
+    # Nothing removed leaves nothing to correct: the dense path is the model's own.
+    target = (recipe.target or method.target) if recipe.sparsity > 0 else "local"
+    uneven = any(block.groups != stock.groups for block in stock.layout.blocks)
+    if allocator != "uniform" and not method.needs_survey:
+        raise UnsupportedError(
+            f"allocator {allocator!r} needs removal costs, which {method.name!r} does not measure",
+            wanted="--allocator uniform, or --method structprune",
+        )
+    if uneven and recipe.structure == "uniform":
+        raise UnsupportedError("the source's blocks have different widths", wanted="--structure per-layer")
+    if allocator != "uniform" and recipe.structure == "uniform":
+        raise UnsupportedError(
+            f"allocator {allocator!r} gives every block its own width",
+            wanted="--structure per-layer or --allocator uniform",
+        )
+    if target == "dense-path" and not method.needs_statistics:
+        raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
+    return recipe.model_copy(
+        update={
+            "allocator": allocator,
+            "target": target,
+            "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
+            "damping": recipe.damping or method.damping,
+        }
+    )
+
+
+def _check_disk(run: RunDirectory, plan: PrunePlan) -> None:
+    parent = next(p for p in run.output.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk_bytes:
+        raise InputError(
+            "not enough free disk for the output",
+            where=str(parent),
+            got=format_bytes(free),
+            wanted=f"at least {format_budget(plan.disk_bytes)}",
+            do="free some, or choose another -o",
+        )
 
 
 def _windows(

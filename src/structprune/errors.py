@@ -48,6 +48,11 @@ class StructPruneError(Exception):
         }
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class InputError(StructPruneError):
     """A flag, recipe, text or path that cannot be used as given."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,13 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
     multiple_of: int | None = Field(default=None, ge=1, description="kept units per block are a multiple of this")
-    damping: float = Field(default=1e-4, gt=0, le=1, description="ridge as a share of the Gram's mean diagonal")
+    damping: float | None = Field(default=None, gt=0, le=1, description="ridge as a share of the Gram's mean diagonal")
+    allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
+    target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")
+    structure: Literal["uniform", "per-layer"] | None = Field(default=None, description="output format")
+    temperature: float = Field(default=0.0, ge=0, description="of the energy and softmax allocators")
+    min_retention: float = Field(default=0.1, gt=0, le=1, description="least share of its units that a block keeps")
+    sensitivity_samples: int = Field(default=12, ge=1, description="windows of the streamed backward pass")
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -49,7 +56,7 @@ class Recipe(BaseModel):
             name = ".".join(str(part) for part in first["loc"]) or "recipe"
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{flag} is not usable", got=repr(first.get("input")), wanted=first["msg"].lower()
+                f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
             ) from None
 
     @classmethod

@@ -115,7 +115,11 @@ class ModelLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProblem:
-    """min over W' of E|W' x - W x|^2 where removed inputs of W' are zero; everything a score or solver may see."""
+    """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
+
+    The target y is W x (local), or what the dense model has at this point of the residual stream minus what the pruned
+    one has before the consumer's sum (dense path).
+    """
 
     weight_OI: Tensor
     gram_II: Tensor
@@ -126,10 +130,23 @@ class LayerProblem:
     """Ridge, as a share of the mean diagonal of the Gram."""
     producer_norm_U: Tensor
     """Product over the producers of the L2 norm of the unit's slice."""
+    target_OI: Tensor | None = None
+    """Sum over tokens of y x^T; None for the local target, where it is W G."""
+    target_energy: float | None = None
+    """Sum over tokens of |y|^2; None for the local target."""
+    sensitivity_OO: Tensor | None = None
+    """E[g g^T], g the gradient of the summed loss by the consumer's output at one token; None where not measured."""
 
     @property
     def num_units(self) -> int:
         return self.weight_OI.shape[1] // self.width
+
+    @property
+    def cross_OI(self) -> Tensor:
+        """Sum over tokens of y x^T in float64, for either target."""
+        if self.target_OI is not None:
+            return self.target_OI.to(torch.float64)
+        return self.weight_OI.to(torch.float64) @ self.gram_II.to(torch.float64)
 
     def kept_inputs(self, keep_U: Tensor) -> Tensor:
         """Indices of the consumer inputs that belong to kept units, ascending."""

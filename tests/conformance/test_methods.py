@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from torch import Tensor
 
 from structprune.allocation import ALLOCATORS
 from structprune.architectures import FAMILIES
@@ -16,13 +17,15 @@ from structprune.errors import InputError
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.registry import Registry
-from structprune.scores import SCORES
+from structprune.scores import SCORES, SELECTORS
+from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem, UnitKind
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "method": METHODS,
     "score": SCORES,
+    "selector": SELECTORS,
     "allocator": ALLOCATORS,
     "solver": SOLVERS,
     "calibration source": SOURCES,
@@ -34,7 +37,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
 def test_parts_are_registered(name: str) -> None:
     method = METHODS.get(name)
     assert method.name == name
-    assert callable(SCORES.get(method.score))
+    assert (method.score in SCORES) != (method.score in SELECTORS)
+    assert callable((SCORES if method.score in SCORES else SELECTORS).get(method.score))
     assert callable(ALLOCATORS.get(method.allocator))
     assert callable(SOLVERS.get(method.solver))
     assert method.kinds
@@ -46,7 +50,10 @@ def test_says_what_it_is_and_where_it_was_published(name: str) -> None:
     method = METHODS.get(name)
     for text in (method.title, method.paper, method.summary):
         assert text.strip()
-    assert method.provenance in get_args(get_type_hints(Method)["provenance"])
+    hints = get_type_hints(Method)
+    assert method.provenance in get_args(hints["provenance"])
+    assert method.target in get_args(hints["target"])
+    assert 0 < method.damping <= 1
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -68,21 +75,27 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
     """Without statistics the engine hands over an identity for the Gram; the parts must then not look at it."""
     method = METHODS.get(name)
     generator = torch.Generator().manual_seed(0)
-    x_TI = torch.randn(30, 6, generator=generator) * torch.arange(1, 7)
+    # The Gram prefers the first units, the weights the last ones.
+    x_TI = torch.randn(30, 6, generator=generator) * torch.arange(6, 0, -1) ** 3
     problem = LayerProblem(
-        weight_OI=torch.randn(4, 6, generator=generator),
+        weight_OI=torch.randn(4, 6, generator=generator).sign() * torch.arange(1, 7),
         gram_II=x_TI.T @ x_TI,
         num_tokens=30,
         width=1,
         damping=1e-4,
-        producer_norm_U=torch.rand(6, generator=generator),
+        producer_norm_U=torch.ones(6),
     )
     blind = replace(problem, gram_II=torch.eye(6))
-    score, solver = SCORES.get(method.score), SOLVERS.get(method.solver)
-    keep_U = torch.tensor([True, False, True, True, False, True])
-    same_score = torch.equal(score(problem), score(blind))
-    same_weight = torch.equal(solver(problem, keep_U).weight_OK, solver(blind, keep_U).weight_OK)
-    assert method.needs_statistics == (not (same_score and same_weight))
+
+    def pruned(given: LayerProblem) -> tuple[Tensor, Tensor]:
+        if method.score in SELECTORS:
+            keep_U = SELECTORS.get(method.score)(given, 4)
+        else:
+            keep_U = keep_best(SCORES.get(method.score)(given), 4)
+        return keep_U, SOLVERS.get(method.solver)(given, keep_U).weight_OK
+
+    same = all(torch.equal(a, b) for a, b in zip(pruned(problem), pruned(blind), strict=True))
+    assert method.needs_statistics == (not same)
 
 
 @pytest.mark.parametrize("kind", list(REGISTRIES))

@@ -1,4 +1,4 @@
-"""Every score: one finite number per unit, indifferent to the order of the units, zero for a unit without weights.
+"""Every score and selector: a number or a verdict per unit, indifferent to the units' order; weights of zero go first.
 
 Shape suffixes: T tokens, O outputs, I inputs, U units.
 """
@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.scores import SCORES
+from structprune.linalg.damped import quadratic_error
+from structprune.scores import SCORES, SELECTORS
+from structprune.scores.selection import keep_best
+from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem
 
 
 def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32) -> LayerProblem:
     generator = torch.Generator().manual_seed(0)
     x_TI = torch.randn(40, num_units * width, generator=generator)
+    gradient_TO = torch.randn(40, 5, generator=generator)
     return LayerProblem(
         weight_OI=torch.randn(5, num_units * width, generator=generator).to(dtype),
         gram_II=x_TI.T @ x_TI,
@@ -25,6 +29,7 @@ def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32)
         width=width,
         damping=1e-4,
         producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
+        sensitivity_OO=gradient_TO.T @ gradient_TO / 40,
     )
 
 
@@ -64,7 +69,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         producer_norm_U=problem.producer_norm_U[order_U],
     )
     score = SCORES.get(name)
-    torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-6, atol=0)
+    torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", list(SCORES))
@@ -117,3 +122,75 @@ def test_magnitude_of_a_group_is_the_norm_of_its_slice() -> None:
     problem = make_problem(6, 4)
     expected_U = torch.stack([problem.weight_OI[:, 4 * u : 4 * u + 4].norm() for u in range(6)])
     torch.testing.assert_close(SCORES.get("magnitude")(problem), expected_U * problem.producer_norm_U)
+
+
+def test_l2_by_hand() -> None:
+    score = SCORES.get("l2")
+    torch.testing.assert_close(score(by_hand(1, torch.ones(3))), torch.tensor([17 * 1.0, 29 * 2.25, 45 * 4.0]))
+    torch.testing.assert_close(score(by_hand(3, torch.ones(1))), torch.tensor([17 * 1.0 + 29 * 2.25 + 45 * 4.0]))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_obs_is_half_the_error_after_the_refit(width: int) -> None:
+    """Per token; by its definition: drop the unit, solve the others by least squares, measure."""
+    problem = replace(make_problem(6, width), damping=1e-12)
+    problem = replace(problem, gram_II=problem.gram_II.double(), weight_OI=problem.weight_OI.double())
+    score_U = SCORES.get("obs")(problem)
+    for unit in range(6):
+        keep_U = torch.arange(6) != unit
+        difference_OI = problem.weight_OI.clone()
+        kept_K = problem.kept_inputs(keep_U)
+        difference_OI[:, kept_K] -= SOLVERS.get("least-squares")(problem, keep_U).weight_OK
+        expected = 0.5 * quadratic_error(difference_OI, problem.gram_II) / problem.num_tokens
+        assert float(score_U[unit]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_loss_with_equal_sensitivities_is_obs(width: int) -> None:
+    """F = c I weighs every output alike, up to the thousandth that makes F definite."""
+    problem = replace(make_problem(6, width), sensitivity_OO=4.0 * torch.eye(5))
+    expected_U = 4.0 * SCORES.get("obs")(problem)
+    torch.testing.assert_close(SCORES.get("loss")(problem), expected_U, rtol=2e-3, atol=0)
+
+
+def test_loss_without_a_sensitivity_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs the output sensitivity"):
+        SCORES.get("loss")(replace(make_problem(6, 1), sensitivity_OO=None))
+
+
+@pytest.mark.parametrize("num_keep", [0, 1, 3, 6])
+def test_keep_best(num_keep: int) -> None:
+    keep_U = keep_best(torch.tensor([0.5, 2.0, 1.0, 3.0, 0.0, 2.5]), num_keep)
+    assert keep_U.nonzero().flatten().tolist() == sorted([3, 5, 1, 2, 0, 4][:num_keep])
+
+
+def test_keep_best_breaks_ties_to_the_lower_number() -> None:
+    assert keep_best(torch.ones(6), 2).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("name", list(SELECTORS))
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("num_keep", [1, 4, 8])
+@pytest.mark.parametrize("with_sensitivity", [False, True])
+def test_selector_keeps_as_many_as_asked(name: str, width: int, num_keep: int, with_sensitivity: bool) -> None:
+    problem = make_problem(8, width)
+    if not with_sensitivity:
+        problem = replace(problem, sensitivity_OO=None)
+    selector = SELECTORS.get(name)
+    keep_U = selector(problem, num_keep)
+    assert (keep_U.dtype, keep_U.shape, int(keep_U.sum())) == (torch.bool, (8,), num_keep)
+    assert torch.equal(keep_U, selector(problem, num_keep))
+    order_U = torch.tensor([3, 5, 0, 7, 1, 6, 4, 2])
+    order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
+    permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
+    assert torch.equal(selector(permuted, num_keep), keep_U[order_U])
+
+
+@pytest.mark.parametrize("name", list(SELECTORS))
+@pytest.mark.parametrize("width", [1, 4])
+def test_selector_drops_units_without_weights_first(name: str, width: int) -> None:
+    """With independent inputs nothing can be moved onto them, and their removal costs nothing."""
+    problem = replace(make_problem(8, width), gram_II=torch.eye(8 * width))
+    for unit in (1, 6):
+        problem.weight_OI[:, unit * width : (unit + 1) * width] = 0
+    assert SELECTORS.get(name)(problem, 6).tolist() == [True, False, True, True, True, True, False, True]

@@ -68,7 +68,7 @@ def energy(problem: LayerProblem) -> float:
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     width=st.sampled_from(WIDTHS),
     num_tokens=st.integers(1, 60),

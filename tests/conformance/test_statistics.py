@@ -57,7 +57,7 @@ def test_exactly_symmetric(num_inputs: int) -> None:
     assert torch.equal(gram_II, gram_II.T)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     num_inputs=st.integers(1, 12),
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6),
@@ -72,7 +72,7 @@ def test_any_split_of_batches_is_one_pass(num_inputs: int, sizes: list[int], see
     assert torch.equal(accumulator.finalize("here"), x_TI.T @ x_TI)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(num_inputs=st.integers(1, 12), first=st.integers(0, 20), second=st.integers(0, 20), seed=st.integers(0, 1000))
 def test_merge_is_one_pass(num_inputs: int, first: int, second: int, seed: int) -> None:
     x_TI = integers(first + second, num_inputs, seed)

@@ -131,6 +131,14 @@ def test_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
     assert caught.value.where == f"{path}:1"
 
 
+def test_jsonl_text_that_is_no_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud800"}\n', encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        read_text(path)
+    assert caught.value.where == f"{path}:2"
+
+
 def test_text_file_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the text file does not exist"):
         read_text(tmp_path / "absent.txt")

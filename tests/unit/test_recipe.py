@@ -25,6 +25,12 @@ CHANGES: dict[str, Any] = {
     "seed": 1,
     "multiple_of": 8,
     "damping": 1e-3,
+    "allocator": "uniform",
+    "target": "dense-path",
+    "structure": "per-layer",
+    "temperature": 0.5,
+    "min_retention": 0.2,
+    "sensitivity_samples": 3,
 }
 
 
@@ -95,6 +101,15 @@ def test_yaml_that_cannot_be_constructed_is_refused(recipe_file: Path, text: str
     recipe_file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match="cannot be read as YAML"):
         Recipe.from_yaml(recipe_file)
+
+
+def test_nested_aliases_do_not_blow_up_the_message(recipe_file: Path) -> None:
+    """Each line stands for nine of the line before; a few more would be gigabytes when written out."""
+    lines = ["  a0: &a0 x", *(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 5))]
+    recipe_file.write_text("\n".join(["sparsity:", *lines]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"^--sparsity is not usable; got ") as caught:
+        Recipe.from_yaml(recipe_file)
+    assert len(str(caught.value)) < 4000
 
 
 def test_yaml_that_is_not_text_is_refused(recipe_file: Path) -> None:

@@ -202,3 +202,28 @@ def test_dangling_link_is_refused(output: Path, tmp_path: Path) -> None:
 def test_output_without_a_name_is_refused(text: str) -> None:
     with pytest.raises(InputError):
         RunDirectory(Path(text)).check()
+
+
+def test_output_that_appeared_during_the_run_is_kept(output: Path) -> None:
+    def race() -> None:
+        with RunDirectory(output) as run:
+            (run.staging / "checkpoint").mkdir()
+            output.mkdir()
+            (output / "theirs").write_text("mine", encoding="utf-8")
+            run.commit(run.staging / "checkpoint")
+
+    with pytest.raises(InputError):
+        race()
+    assert names(output) == ["theirs"]
+
+
+def test_link_in_a_stale_partial_is_removed_and_not_followed(output: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "data").write_text("mine", encoding="utf-8")
+    stale = tmp_path / "out.partial"
+    stale.mkdir()
+    (stale / JOURNAL_NAME).touch()
+    (stale / "link").symlink_to(tmp_path / "real")
+    assert python(_SECOND, output).stdout == "entered\n"
+    assert names(stale) == [JOURNAL_NAME]
+    assert names(tmp_path / "real") == ["data"]

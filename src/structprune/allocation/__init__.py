@@ -2,9 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
-from structprune.allocation.uniform import BlockBudget
+from structprune.allocation.budget import AllocationOptions, BlockBudget
 from structprune.registry import Registry
 
-Allocator = Callable[[Sequence[BlockBudget], float, int], list[int]]
+Allocator = Callable[[Sequence[BlockBudget], AllocationOptions], list[int]]
 
-ALLOCATORS: Registry[Allocator] = Registry("allocator", {"uniform": "structprune.allocation.uniform:uniform"})
+ALLOCATORS: Registry[Allocator] = Registry(
+    "allocator",
+    {
+        "uniform": "structprune.allocation.uniform:uniform",
+        "closed-form": "structprune.allocation.across:closed_form",
+        "energy": "structprune.allocation.across:energy",
+        "softmax": "structprune.allocation.across:softmax",
+    },
+)

@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from structprune.allocation.budget import AllocationOptions, BlockBudget
 from structprune.errors import InputError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockBudget:
-    """One unit group of one block, as an allocator sees it: counts and costs, never a matrix."""
-
-    block: int
-    kind: str
-    num_units: int
-    unit_parameters: int
-    module_parameters: int
-    """Parameters of the module that holds the group; the sparsity's denominator."""
-
-
-def uniform(budgets: Sequence[BlockBudget], sparsity: float, multiple_of: int) -> list[int]:
+def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
     """Units to keep per group: at least `sparsity` of each module's parameters goes.
 
-    The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Raises
-    InputError if a group would be left empty.
+    The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected
+    blocks lose nothing, and `min_retention` has no part: the share is the same by intent. Raises InputError if a
+    group would be left empty.
     """
     kept: list[int] = []
     for budget in budgets:
         # The epsilon keeps 0.3 * 1000 / 1 from becoming 301 units through binary rounding.
-        remove = math.ceil(sparsity * budget.module_parameters / budget.unit_parameters - 1e-9)
+        remove = math.ceil(options.sparsity * budget.module_parameters / budget.unit_parameters - 1e-9)
         keep = budget.num_units - remove
         if remove > 0:
-            keep -= keep % multiple_of
+            keep -= keep % options.multiple_of
+        if budget.block in options.protected:
+            keep = budget.num_units
         if keep <= 0:
             raise InputError(
                 f"no {budget.kind} units would be left",
                 where=f"block {budget.block}",
-                got=f"sparsity {sparsity:g} with multiples of {multiple_of}",
+                got=f"sparsity {options.sparsity:g} with multiples of {options.multiple_of}",
                 wanted=f"at least one of {budget.num_units} units",
                 do="lower --sparsity or --multiple-of",
             )

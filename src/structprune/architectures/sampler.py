@@ -93,13 +93,13 @@ def sample_windows(
         token_R1 = torch.full((rows, 1), start_id, dtype=torch.int64, device=device)
         for position in range(length):
             logits_RV = model(input_ids=token_R1, past_key_values=cache, use_cache=True).logits[:, -1].float()
-            token_R1 = _draw(logits_RV, generator)
+            token_R1 = draw_tokens(logits_RV, generator)
             ids_RL[:, position] = token_R1[:, 0]
         texts.append(ids_RL.cpu())
     return torch.cat(texts).flatten()[: num_windows * seq_len].reshape(num_windows, seq_len)
 
 
-def _draw(logits_RV: Tensor, generator: torch.Generator) -> Tensor:
+def draw_tokens(logits_RV: Tensor, generator: torch.Generator) -> Tensor:
     """One token per row from the softmax, (R, 1), by inverting the cumulated probabilities: one random number per row.
 
     `multinomial` and Gumbel noise draw one number per vocabulary entry, which took a tenth of the whole step.

@@ -17,7 +17,7 @@ from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import expand_user
 
 BUNDLED = "smollm2"
-_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_FILES = ["*.safetensors", "modeling_structprune.py", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
 def cache_directory() -> Path:

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
@@ -60,6 +63,8 @@ class _NoAttention(nn.Module):
 class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
+    `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
+    (`block_configs`, `layout.blocks[i].groups`). Code that lies in the checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
     another shape than the configuration says.
     """
@@ -85,11 +90,13 @@ class StockModel:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(
                 str(reader.directory), local_files_only=True, attn_implementation="sdpa"
             )
+            self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
+            self._fit_skeleton()
             self.groups = self.family.groups(self.config)
         except StructPruneError:
             raise
@@ -101,6 +108,33 @@ class StockModel:
                 got=str(error),
             ) from error
         self.layout = self._layout(reader)
+
+    def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
+        """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
+        config: Any = self.config
+        if not config.is_heterogeneous:
+            return (config,) * config.num_hidden_layers
+        per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
+        self.config = copy.deepcopy(config)
+        self.config.per_layer_config = None
+        known = {name for group in self.family.groups(self.config) for name in group.config_fields}
+        found = {name for fields in reader.config["per_layer_config"].values() for name in fields}
+        if found - known:
+            raise UnsupportedError(
+                "per_layer_config changes more than the widths",
+                where=str(reader.directory / "config.json"),
+                got=", ".join(sorted(found - known)),
+                wanted=", ".join(sorted(known)),
+            )
+        return per_block
+
+    def _fit_skeleton(self) -> None:
+        """Rebuild the skeleton's layers where a block's widths are its own."""
+        layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
+        for index, config in enumerate(self.block_configs):
+            if config is not self.config:
+                with torch.device("meta"):
+                    layers[index] = type(layers[index])(config, layer_idx=index).eval()
 
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
         family = self.family
@@ -115,6 +149,15 @@ class StockModel:
                 where=str(reader.directory),
                 do="download it again, or check that config.json belongs to it",
             )
+        extra = sorted(n for n in reader.shapes if n.startswith(f"{family.blocks_module}.") and n not in expected)
+        # Old checkpoints carry computed buffers; a weight that the stock model lacks would be lost without a word.
+        extra = [name for name in extra if not name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))]
+        if extra:
+            raise CheckpointError(
+                f"the checkpoint has {len(extra)} block tensor(s) that the configuration does not, first {extra[0]!r}",
+                where=str(reader.directory),
+                do="check that config.json belongs to it",
+            )
         for name, shape in expected.items():
             if name in reader.shapes and reader.shapes[name] != shape:
                 raise CheckpointError(
@@ -127,7 +170,8 @@ class StockModel:
         for index in range(self.config.num_hidden_layers):
             prefix = f"{family.blocks_module}.{index}."
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
-            blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=self.groups))
+            groups = self.family.groups(self.block_configs[index])
+            blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
         outer = {
             n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected
         }
@@ -147,23 +191,36 @@ class StockModel:
             outer_tensors=outer,
         )
 
-    def resized_config(self, kept: Mapping[str, int]) -> PretrainedConfig:
-        """The config with `kept` units per kind in every block. Raises UnsupportedError if it cannot say so."""
-        config = copy.deepcopy(self.config)
-        for group in self.groups:
+    def resized_config(self, kept: Mapping[str, int], index: int | None = None) -> PretrainedConfig:
+        """The config of block `index`, or of every block, with `kept` units per kind.
+
+        Raises UnsupportedError if the config cannot say so, or for every block if the source's blocks differ.
+        """
+        if index is None and any(block.groups != self.groups for block in self.layout.blocks):
+            raise UnsupportedError(
+                "the blocks of the source have different widths, so one config cannot describe them",
+                do="write the per-layer format",
+            )
+        config = copy.deepcopy(self.config if index is None else self.block_configs[index])
+        for group in self.groups if index is None else self.layout.blocks[index].groups:
             if group.kind not in kept or kept[group.kind] == group.num_units:
                 continue
             if not group.config_fields:
                 raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
             for name, factor in group.config_fields.items():
                 setattr(config, name, kept[group.kind] * factor)
+            if heads_per_unit := group.config_fields.get("num_attention_heads"):
+                config.head_dim = group.width // heads_per_unit
         return config
 
     def block(self, index: int, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None) -> nn.Module:
-        """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's."""
+        """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's.
+
+        `config` is the block's own unless given.
+        """
         layer_class: Any = type(self.skeleton.get_submodule(self.family.blocks_module).get_submodule(str(index)))
         with torch.device("meta"):
-            layer: nn.Module = layer_class(config or self.config, layer_idx=index)
+            layer: nn.Module = layer_class(config or self.block_configs[index], layer_idx=index)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         return layer.eval().requires_grad_(False)
 
@@ -232,16 +289,55 @@ class StockModel:
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The whole checkpoint as stock transformers loads it. Raises CheckpointError with its reason if it does not."""
+    """The whole checkpoint as stock transformers loads it; a per-layer one through our own modelling file.
+
+    Raises CheckpointError with its reason if it does not load, or if its modelling file is not ours.
+    """
     transformers_logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
+        model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
         return model.to(device).eval()
+    except StructPruneError:
+        raise
     except Exception as error:
         # Any failure of the stock loader means the same to the user: this directory does not load.
         raise CheckpointError(
             "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
         ) from error
+
+
+def _per_layer_class(directory: Path) -> Any:
+    """The model class in a per-layer checkpoint's modelling file, or None for a checkpoint without one.
+
+    `trust_remote_code` would also trust whatever else config.json names and lies in the directory, so it stays off:
+    only the one file is imported, and only if it is byte for byte a text of ours.
+    """
+    path = directory / MODELING_NAME
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if not path.exists() and "per_layer_config" not in config:
+        return None
+    model_type = config.get("model_type")
+    if model_type not in CLASS_STEMS:
+        raise CheckpointError(
+            "the model family has no per-layer format",
+            where=str(directory / "config.json"),
+            got=f"model_type {model_type!r}",
+            wanted=", ".join(CLASS_STEMS),
+        )
+    if not path.is_file():
+        raise CheckpointError("the per-layer checkpoint lacks its modelling file", where=str(path), do="copy it there")
+    if path.read_bytes() not in [text.encode() for text in ACCEPTED_SOURCES[FAMILIES.get(model_type).name]]:
+        raise CheckpointError(
+            "the modelling file is not one that structprune writes, so it is not run",
+            where=str(path),
+            got="other bytes",
+            wanted=f"an unchanged file for {model_type}",
+            do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
+        )
+    return get_class_from_dynamic_module(
+        f"{MODELING_MODULE}.{CLASS_STEMS[model_type]}ForCausalLM", str(directory), local_files_only=True
+    )
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from structprune.errors import CheckpointError
+from structprune.errors import CheckpointError, first_line
 
 
 class TextEncoder:
@@ -23,7 +23,7 @@ class TextEncoder:
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
                 where=str(directory),
-                got=str(error).splitlines()[0],
+                got=first_line(error),
                 do="copy its files there",
             ) from error
 

@@ -17,14 +17,16 @@ def inspect(
     from structprune.cli.render import key_value_table
 
     layout = run_inspect(model)
-    block = layout.blocks[0]
+    block = max(layout.blocks, key=lambda b: b.num_parameters)
+    uneven = any(b.groups != block.groups for b in layout.blocks)
     groups = [
         {
             "kind": group.kind,
             "units_per_block": group.num_units,
             "parameters_per_unit": block.unit_parameters(group),
             "share_of_block": block.module_parameters(group) / block.num_parameters,
-            "share_of_model": sum(b.module_parameters(group) for b in layout.blocks) / layout.num_parameters,
+            "share_of_model": sum(b.module_parameters(b.group(group.kind)) for b in layout.blocks)
+            / layout.num_parameters,
         }
         for group in block.groups
     ]
@@ -47,7 +49,8 @@ def inspect(
         rows.append(
             (
                 f"{group['kind']} units",
-                f"{group['units_per_block']} per block, {group['parameters_per_unit']:,} parameters each; "
+                f"{'up to ' if uneven else ''}{group['units_per_block']} per block, "
+                f"{group['parameters_per_unit']:,} parameters each; "
                 f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
             )
         )

@@ -35,16 +35,30 @@ def prune(
         int | None, typer.Option(help="Kept widths are a multiple of this.  [default: 32, wide models 128]")
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Ridge of the least squares, share of the mean diagonal.  [default: 1e-4]")
+        float | None,
+        typer.Option(help="Ridge of the least squares, share of the mean diagonal.  [default: the method's]"),
+    ] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="uniform, closed-form, energy or softmax.  [default: the method's]")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
+    structure: Annotated[
+        str | None, typer.Option(help="uniform or per-layer.  [default: what the allocator needs]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the energy and softmax allocators.  [default: 0.0]")
+    ] = None,
+    min_retention: Annotated[
+        float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")
+    ] = None,
+    sensitivity_samples: Annotated[
+        int | None, typer.Option(help="Windows of the streamed backward pass.  [default: 12]")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Prune MODEL into a new, physically smaller checkpoint."""
-    from structprune.api import prune as run_prune
-    from structprune.cli.progress import progress_observer
-    from structprune.cli.render import report_table
     from structprune.recipe import Recipe
 
     flags: dict[str, Any] = {
@@ -60,9 +74,20 @@ def prune(
         "seed": seed,
         "multiple_of": multiple_of,
         "damping": damping,
+        "allocator": allocator,
+        "target": target,
+        "structure": structure,
+        "temperature": temperature,
+        "min_retention": min_retention,
+        "sensitivity_samples": sensitivity_samples,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
+    # Only now: these load torch and transformers, and a wrong flag should not wait for that.
+    from structprune.api import prune as run_prune
+    from structprune.cli.progress import progress_observer
+    from structprune.cli.render import report_table
+
     try:
         with progress_observer(quiet=quiet) as observer:
             report = run_prune(model, settings, output, observer)

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 from structprune.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,11 +18,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise RuntimeError("there is no such device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            "--device is not usable", got=name, wanted="auto, cpu or cuda", do=str(error).splitlines()[0]
-        ) from None
+        raise InputError("--device is not usable", got=name, wanted="auto, cpu or cuda", do=first_line(error)) from None
     return device
 
 

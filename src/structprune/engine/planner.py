@@ -54,6 +54,9 @@ def make_plan(
     seq_len: int,
     num_probe: int,
     needs_statistics: bool,
+    needs_survey: bool = False,
+    follows_dense: bool = False,
+    sensitivity_windows: int = 0,
     memory: int | None,
 ) -> PrunePlan:
     """Choose micro-batch and store so that the peak fits `memory` (default: 80% of what is free).
@@ -75,6 +78,9 @@ def make_plan(
                 seq_len,
                 num_probe,
                 needs_statistics,
+                needs_survey,
+                follows_dense,
+                sensitivity_windows,
                 budget,
                 store,
                 micro_batch,
@@ -103,6 +109,9 @@ def _plan_with(
     seq_len: int,
     num_probe: int,
     needs_statistics: bool,
+    needs_survey: bool,
+    follows_dense: bool,
+    sensitivity_windows: int,
     budget: int,
     store: str,
     micro_batch: int,
@@ -110,8 +119,9 @@ def _plan_with(
     item = compute_dtype.itemsize
     hidden = layout.hidden_size
     store_bytes = num_windows * seq_len * hidden * item
+    num_stores = 2 if follows_dense else 1
     small = _RUNTIME_BYTES + 2 * num_probe * seq_len * hidden * item
-    resident = small + (store_bytes if store == "memory" else 0)
+    resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
     block = max(layout.blocks, key=lambda b: b.num_parameters)
     names = [block.prefix + name for name in block.shapes]
@@ -149,15 +159,35 @@ def _plan_with(
             )
             # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
-            phases[f"solve ({group.kind})"] = resident + weights + cast + solve
+            cross = inputs * hidden * 4 if follows_dense else 0
+            if needs_survey:
+                # Greedy removal: Gram in float64, shifted, factor, inverse, a copy that shrinks; weights, metric.
+                solve = gram + 5 * 2 * gram + 5 * inputs * hidden * 8 + 3 * hidden * hidden * 8
+                gradient = sensitivity_windows * seq_len * hidden * 4
+                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + solve
+                # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
+                kept = 3 * seq_len * _activation_width(block, hidden) * item
+                phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
+                phases["survey: loss"] = (
+                    small
+                    + (store_bytes if store == "memory" else 0)
+                    + gradient
+                    + max(outer.values())
+                    + _CHUNK_BYTES
+                    + LOGIT_TOKENS * layout.vocab_size * (item + 6 * 8)
+                )
+            phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross
+            phases[f"statistics ({group.kind})"] += cross
     model_bytes = sum(stored_bytes.values())
+    borders = (len(layout.blocks) * sensitivity_windows * seq_len * hidden * item) if needs_survey else 0
+    grams = sum((g.num_units * g.width) ** 2 * 4 for g in groups) * len(layout.blocks) if needs_survey else 0
     return PrunePlan(
         budget_bytes=budget,
         phases=phases,
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
-        disk_bytes=model_bytes + (store_bytes if store == "file" else 0),
+        disk_bytes=model_bytes + borders + grams + (num_stores * store_bytes if store == "file" else 0),
     )
 
 

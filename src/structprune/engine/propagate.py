@@ -5,8 +5,9 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,23 +65,36 @@ class Propagator:
         self._micro_batch = micro_batch
         self._device = device
 
+    def kwargs(self, num_windows: int, index: int) -> dict[str, Any]:
+        """What the stock model passes to block `index` for a batch of `num_windows`."""
+        return self._inputs[num_windows].kwargs[index]
+
+    def batches(self, store: HiddenStore) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each micro-batch of the store's windows."""
+        for start in range(0, store.shape[0], self._micro_batch):
+            yield start, min(start + self._micro_batch, store.shape[0])
+
     @torch.no_grad()
+    def forward(self, block: nn.Module, index: int, store: HiddenStore, start: int, stop: int) -> Tensor:
+        """The block's output for windows start..stop of the store, on the device. Raises NumericalError."""
+        hidden_BSD = store.read(start, stop).to(self._device)
+        output_BSD = output_tensor(block(hidden_BSD, **self.kwargs(stop - start, index)))
+        # Extremes carry NaN and infinity along, without a temporary of the output's size.
+        low, high = output_BSD.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise NumericalError(
+                "the hidden states after the block are NaN or infinite",
+                where=f"block {index}",
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+        return output_BSD
+
     def run(self, block: nn.Module, index: int, store: HiddenStore, *, write: bool) -> None:
         """Forward every window through `block`; with `write`, the outputs replace the store's content.
 
         Raises NumericalError if an output is not finite.
         """
-        for start in range(0, store.shape[0], self._micro_batch):
-            stop = min(start + self._micro_batch, store.shape[0])
-            hidden_BSD = store.read(start, stop).to(self._device)
-            output_BSD = output_tensor(block(hidden_BSD, **self._inputs[stop - start].kwargs[index]))
-            # Extremes carry NaN and infinity along, without a temporary of the output's size.
-            low, high = output_BSD.aminmax()
-            if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise NumericalError(
-                    "the hidden states after the block are NaN or infinite",
-                    where=f"block {index}",
-                    do="use --dtype float32; if it stays, the source checkpoint is damaged",
-                )
+        for start, stop in self.batches(store):
+            output_BSD = self.forward(block, index, store, start, stop)
             if write:
                 store.write(start, output_BSD.cpu())

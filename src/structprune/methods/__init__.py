@@ -6,6 +6,7 @@ from structprune.registry import Registry
 METHODS: Registry[Method] = Registry(
     "method",
     {
+        "structprune": "structprune.methods.structprune:STRUCTPRUNE",
         "fasp": "structprune.methods.fasp:FASP",
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",

@@ -14,11 +14,16 @@ class Method:
     title: str
     paper: str
     summary: str
-    provenance: Literal["published formula", "read in public code", "baseline"]
+    provenance: Literal["published formula", "read in public code", "derived", "baseline"]
     score: str
+    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`."""
     allocator: str
     solver: str
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
+    needs_survey: bool = False
+    """Whether the dense model is surveyed first (removal costs, output sensitivities)."""
+    target: Literal["local", "dense-path"] = "local"
+    damping: float = 1e-4
     kinds: tuple[str, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""

@@ -63,14 +63,18 @@ class RunDirectory:
             raise InputError(
                 "another process is writing this output", where=str(self.output), do="wait for it, or choose another -o"
             ) from None
-        self._clear()
+        try:
+            self._clear()
+        except OSError:
+            self._journal.close()
+            raise
         return self
 
     def _clear(self) -> None:
         for path in self.staging.iterdir():
             if path.name == JOURNAL_NAME:
                 continue
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -83,7 +87,11 @@ class RunDirectory:
         os.fsync(self._journal.fileno())
 
     def commit(self, finished: Path) -> None:
-        """Make the finished directory inside staging the output, and drop the rest."""
+        """Make the finished directory inside staging the output, and drop the rest. Raises InputError if it exists."""
+        if os.path.lexists(self.output):
+            raise InputError(
+                "the output appeared while the run was working", where=str(self.output), do="choose another -o"
+            )
         finished.rename(self.output)
         sync_directory(self.output.parent)
         shutil.rmtree(self.staging)
@@ -91,10 +99,11 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
         # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory.
         if kind is not None and self.staging.exists():
             shutil.rmtree(self.staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for parent in self._new_parents:
                     parent.rmdir()
+        # Last: closing the journal gives up the lock.
+        self._journal.close()

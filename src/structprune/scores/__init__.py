@@ -14,5 +14,12 @@ SCORES: Registry[Score] = Registry(
     {
         "magnitude": "structprune.scores.weights:magnitude",
         "wanda": "structprune.scores.activations:wanda",
+        "l2": "structprune.scores.activations:l2",
+        "obs": "structprune.scores.activations:obs",
+        "loss": "structprune.scores.activations:loss",
     },
 )
+
+Selector = Callable[[LayerProblem, int], Tensor]
+
+SELECTORS: Registry[Selector] = Registry("selector", {"greedy": "structprune.scores.selection:keep_greedy"})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.obs import group_costs, metric_root
 from structprune.types import LayerProblem
 
 
@@ -16,3 +19,34 @@ def wanda(problem: LayerProblem) -> Tensor:
     norm_I = (problem.gram_II.diagonal() / problem.num_tokens).sqrt()
     score_I = problem.weight_OI.to(norm_I.dtype).abs().sum(dim=0) * norm_I
     return score_I.reshape(problem.num_units, problem.width).sum(dim=1)
+
+
+def l2(problem: LayerProblem) -> Tensor:
+    """|W_:j|^2 G_jj / tokens, summed over the unit's inputs: the squared output error of dropping each input alone."""
+    gram_I = problem.gram_II.diagonal() / problem.num_tokens
+    score_I = problem.weight_OI.to(gram_I.dtype).square().sum(dim=0) * gram_I
+    return score_I.reshape(problem.num_units, problem.width).sum(dim=1)
+
+
+def obs(problem: LayerProblem) -> Tensor:
+    """1/2 tr(W_g ([H^-1]_gg)^-1 W_g^T) / tokens: half the squared output error of dropping unit g after the refit.
+
+    H = G + delta I (optimal brain surgeon, Hassibi & Stork 1993; group form).
+    """
+    return _exact_cost(problem, problem.weight_OI.to(torch.float64))
+
+
+def loss(problem: LayerProblem) -> Tensor:
+    """1/2 tr(F W_g ([H^-1]_gg)^-1 W_g^T) / tokens: the second-order increase of the loss, F the output sensitivity.
+
+    Derived (docs/methods/structprune.md). Raises ValueError if the sensitivity was not measured.
+    """
+    if problem.sensitivity_OO is None:
+        raise ValueError("score 'loss' needs the output sensitivity")
+    return _exact_cost(problem, metric_root(problem.sensitivity_OO).T @ problem.weight_OI.to(torch.float64))
+
+
+def _exact_cost(problem: LayerProblem, weight_MI: Tensor) -> Tensor:
+    factor = damped_cholesky(problem.gram_II, problem.damping, "OBS score")
+    inverse_II = torch.cholesky_inverse(factor.factor_NN)
+    return group_costs(weight_MI, inverse_II, problem.width) / problem.num_tokens

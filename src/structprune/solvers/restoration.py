@@ -19,21 +19,27 @@ def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 
 def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
-    """min_V sum_t |V x_K - W x|^2 + delta |V - W_K|^2, solved in float64.
+    """min over V of sum_t |V x_K - y|^2 + delta |V - W_K|^2, solved in float64.
 
-    V = W_K + W_P G_PK (G_KK + delta I)^-1: the restoration of FASP (arXiv 2501.09412) with the ridge drawn toward
-    the original weight instead of zero. delta = damping * mean(diag G_KK); raised dampings are in the statistics.
+    V = W_K + (C_K - W_K G_KK) (G_KK + delta I)^-1 with C = sum y x^T. For the local target y = W x this is the
+    restoration of FASP (arXiv 2501.09412), W_K + W_P G_PK (G_KK + delta I)^-1, with the ridge drawn toward the original
+    weight instead of zero. delta = damping * mean(diag G_KK); raised dampings are in the statistics.
     """
     kept_K = problem.kept_inputs(keep_U)
-    removed_P = problem.kept_inputs(~keep_U)
-    weight_OI = problem.weight_OI.to(torch.float64)
-    if len(removed_P) == 0:
+    if problem.target_OI is None and len(kept_K) == problem.weight_OI.shape[1]:
         return SolveResult(weight_OK=problem.weight_OI, status="ok", statistics={})
-    factor = damped_cholesky(problem.gram_II[kept_K][:, kept_K], problem.damping, "least squares")
-    target_KO = problem.gram_II[kept_K][:, removed_P].to(torch.float64) @ weight_OI[:, removed_P].T
-    update_KO = torch.cholesky_solve(target_KO, factor.factor_NN)
+    gram_KK = problem.gram_II[kept_K][:, kept_K].to(torch.float64)
+    factor = damped_cholesky(gram_KK, problem.damping, "least squares")
+    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64)
+    if problem.target_OI is None:
+        removed_P = problem.kept_inputs(~keep_U)
+        gram_PK = problem.gram_II[removed_P][:, kept_K].to(torch.float64)
+        residual_OK = problem.weight_OI[:, removed_P].to(torch.float64) @ gram_PK
+    else:
+        residual_OK = problem.target_OI[:, kept_K].to(torch.float64) - weight_OK @ gram_KK
+    update_KO = torch.cholesky_solve(residual_OK.T, factor.factor_NN)
     return SolveResult(
-        weight_OK=(weight_OI[:, kept_K] + update_KO.T).to(problem.weight_OI.dtype),
+        weight_OK=(weight_OK + update_KO.T).to(problem.weight_OI.dtype),
         status="damping-raised" if factor.num_raises else "ok",
         statistics={"damping": factor.damping, "damping_raises": float(factor.num_raises)},
     )

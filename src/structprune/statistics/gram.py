@@ -32,6 +32,7 @@ class GramAccumulator:
 
     def merge(self, other: GramAccumulator) -> None:
         """Add another accumulator's tokens."""
+        assert self._gram_II.shape == other._gram_II.shape
         self._gram_II += other._gram_II
         self.num_tokens += other.num_tokens
 

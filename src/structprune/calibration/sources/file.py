@@ -31,6 +31,8 @@ def read_text(path: Path) -> str:
             raise InputError("the line is not JSON", where=f"{path}:{number}", got=str(error)) from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise InputError("the line has no text", where=f"{path}:{number}", wanted='{"text": "..."}')
+        if any("\ud800" <= character <= "\udfff" for character in row["text"]):
+            raise InputError("the line's text is no Unicode", where=f"{path}:{number}", got="half a surrogate pair")
         texts.append(row["text"])
     return "\n\n".join(texts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
-from structprune.errors import InputError
+from structprune.errors import InputError, first_line
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
 
@@ -23,7 +23,7 @@ def _load(name: str, *args: Any, **kwargs: Any) -> Any:
         # datasets raises its own, requests' and the hub's types for an unreachable hub; all mean the same here.
         raise InputError(
             f"calibration source {name!r} cannot be fetched",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             do="pass a text file as --calibration, or --calibration boolq or self",
         ) from error
 

@@ -1,0 +1,144 @@
+"""Allocation across blocks from the loss that each removal adds: threshold, Fermi-Dirac and softmax forms.
+
+Notation as in docs/methods/structprune.md: s_lj the loss added by removal j of group l, c_l its parameters, r_l the
+removed share of group l.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from structprune.allocation.budget import (
+    AllocationOptions,
+    BlockBudget,
+    largest_removal,
+    removal_target,
+    round_to_budget,
+)
+from structprune.errors import NumericalError
+
+_TINY = 1e-300
+
+
+def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
+    """Lagrangian threshold: unit j of group l goes iff s_lj / c_l <= lambda, one lambda for all groups and kinds.
+
+    min sum of s over removed units subject to the parameter budget; the Lagrangian separates (derived, method note
+    3a). s is made non-decreasing along each group's removal order first (pooled adjacent violators), so that what a
+    threshold selects is a prefix of that order.
+    """
+    price = [_increasing(_cost(b)) / b.unit_parameters for b in budgets]
+    limits = [largest_removal(b, options) for b in budgets]
+
+    def removals(threshold: float) -> list[float]:
+        return [
+            float(min(limit, int(torch.searchsorted(p, threshold, right=True))))
+            for p, limit in zip(price, limits, strict=True)
+        ]
+
+    # Bisection over the prices that occur; units of the price at the threshold go only as far as the target asks.
+    levels = [-math.inf, *torch.cat(price).unique().tolist()]
+    target = removal_target(budgets, options)
+    reached = bisect.bisect_left(levels, target, key=lambda x: _parameters(budgets, removals(x)))
+    beyond = removals(levels[min(reached, len(levels) - 1)])
+    below = removals(levels[max(0, reached - 1)])
+    extra = _parameters(budgets, beyond) - _parameters(budgets, below)
+    share = min(1.0, (target - _parameters(budgets, below)) / extra) if extra > 0 else 0.0
+    return round_to_budget(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], options)
+
+
+def energy(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
+    """Fermi-Dirac: r_l = mean_j sigmoid((mu - eps_lj) / T), eps_lj = ln(s_lj / c_l) standardised (derived, note 3b).
+
+    T -> 0 is `closed_form`, T -> infinity is uniform. mu meets the budget.
+    """
+    if options.temperature <= 0:
+        return closed_form(budgets, options)
+    energies = [(_increasing(_cost(b)) / b.unit_parameters).clamp_min(_TINY).log() for b in budgets]
+    pooled = torch.cat(energies)
+    energies = [(e - pooled.mean()) / pooled.std().clamp_min(1e-12) for e in energies]
+    limits = [largest_removal(b, options) for b in budgets]
+
+    def removals(mu: float) -> list[float]:
+        return [
+            min(float(limit), b.num_units * float(torch.sigmoid((mu - e) / options.temperature).mean()))
+            for b, e, limit in zip(budgets, energies, limits, strict=True)
+        ]
+
+    reach = 60.0 * max(1.0, options.temperature) + 60.0
+    mu = _bisect(lambda x: _parameters(budgets, removals(x)), removal_target(budgets, options), -reach, reach)
+    return round_to_budget(budgets, removals(mu), options)
+
+
+def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
+    """Kept share q_l = clip(kappa exp(I_l / T), q_min, 1), I_l the standardised log of the group's total loss per
+    parameter (derived, note 3c, nearest to the paper's abstract). kappa meets the budget. T <= 0 is read as 1.
+    """
+    temperature = options.temperature if options.temperature > 0 else 1.0
+    importance = torch.tensor(
+        [float(_cost(b).sum().clamp_min(_TINY).log()) - torch.tensor(b.module_parameters).log() for b in budgets]
+    )
+    importance = (
+        (importance - importance.mean()) / importance.std().clamp_min(1e-12) if len(budgets) > 1 else importance * 0
+    )
+    limits = [largest_removal(b, options) for b in budgets]
+
+    def removals(log_kappa: float) -> list[float]:
+        kept = (log_kappa + importance / temperature).exp().clamp(max=1.0)
+        return [
+            min(float(limit), b.num_units * (1.0 - float(q))) for b, q, limit in zip(budgets, kept, limits, strict=True)
+        ]
+
+    reach = 60.0 + float(importance.abs().max()) / temperature
+    # More kappa keeps more: bisect on its negative, so that removals rise.
+    found = _bisect(lambda x: _parameters(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
+    return round_to_budget(budgets, removals(-found), options)
+
+
+def _cost(budget: BlockBudget) -> Tensor:
+    assert budget.cost_U is not None, "this allocator needs the loss of each removal"
+    if not torch.isfinite(budget.cost_U).all():
+        raise NumericalError(
+            "a removal cost is not finite", where=f"block {budget.block} {budget.kind}", do="raise --damping"
+        )
+    return budget.cost_U.to(torch.float64)
+
+
+def _increasing(cost_U: Tensor) -> Tensor:
+    """The nearest non-decreasing sequence (pool adjacent violators), so the sum over any whole pool is unchanged."""
+    values: list[float] = []
+    counts: list[int] = []
+    for value in cost_U.tolist():
+        values.append(value)
+        counts.append(1)
+        while len(values) > 1 and values[-2] > values[-1]:
+            total = counts[-2] + counts[-1]
+            values[-2] = (values[-2] * counts[-2] + values[-1] * counts[-1]) / total
+            counts[-2] = total
+            values.pop()
+            counts.pop()
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
+
+
+def _parameters(budgets: Sequence[BlockBudget], removals: Sequence[float]) -> float:
+    return sum(r * b.unit_parameters for r, b in zip(removals, budgets, strict=True))
+
+
+def _bisect(removed: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The largest x that removes no more than `target`, for a non-decreasing `removed`; `high` if all of it is less."""
+    if removed(high) <= target:
+        return high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if removed(middle) > target:
+            high = middle
+        else:
+            low = middle
+    return low

@@ -1,0 +1,88 @@
+"""What an allocator sees: counts and costs of unit groups, never a matrix; and the rounding that all of them share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from structprune.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBudget:
+    """One unit group of one block."""
+
+    block: int
+    kind: str
+    num_units: int
+    unit_parameters: int
+    module_parameters: int
+    """Parameters of the module that holds the group; the sparsity's denominator."""
+    cost_U: Tensor | None = None
+    """Loss that the removal of the first, second, ... unit adds, in the order in which the block would lose them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocationOptions:
+    """Settings that all allocators share, and the temperature of those that have one."""
+
+    sparsity: float
+    """Share of the groups' module parameters to remove."""
+    multiple_of: int
+    min_retention: float = 0.1
+    """No group keeps a smaller share of its units."""
+    protected: frozenset[int] = frozenset()
+    """Blocks that lose nothing."""
+    temperature: float = 0.0
+
+
+def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -> int:
+    """Parameters to remove in all groups together."""
+    return math.ceil(options.sparsity * sum(b.module_parameters for b in budgets) - 1e-6)
+
+
+def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
+    """Units that a group may lose at most, with the width that stays a multiple of `multiple_of`."""
+    if budget.block in options.protected:
+        return 0
+    least = max(1, math.ceil(options.min_retention * budget.num_units))
+    least = -(-least // options.multiple_of) * options.multiple_of
+    return max(0, budget.num_units - least)
+
+
+def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], options: AllocationOptions) -> list[int]:
+    """Real-valued removals -> units to keep, in multiples, so that at least the target is removed.
+
+    Each group is rounded down to a step it can take; the steps that are still missing go to the groups that lost most
+    by rounding (largest remainder; ties to the earlier group). The surplus is less than one step of one group. A
+    group that loses nothing keeps its dense width even if that is no multiple.
+    """
+    steps = [_steps(budget, options) for budget in budgets]
+    positions: list[int] = []
+    for allowed, value in zip(steps, wanted, strict=True):
+        positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
+    target = removal_target(budgets, options)
+    removed = sum(s[p] * b.unit_parameters for s, p, b in zip(steps, positions, budgets, strict=True))
+    while removed < target:
+        open_groups = [i for i, (s, p) in enumerate(zip(steps, positions, strict=True)) if p + 1 < len(s)]
+        if not open_groups:
+            raise InputError(
+                "the sparsity cannot be reached within the groups' bounds",
+                got=f"sparsity {options.sparsity:g}, at least {options.min_retention:g} of each group kept",
+                wanted=f"at most {removed / sum(b.module_parameters for b in budgets):.4f}",
+                do="lower --sparsity, --min-retention or --multiple-of",
+            )
+        best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / steps[i][1], -i))
+        removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_parameters
+        positions[best] += 1
+    return [b.num_units - s[p] for b, s, p in zip(budgets, steps, positions, strict=True)]
+
+
+def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:
+    """Removals that leave a multiple, ascending, from zero."""
+    largest = largest_removal(budget, options)
+    first = budget.num_units % options.multiple_of or options.multiple_of
+    return [0, *range(first, largest + 1, options.multiple_of)]

@@ -1,0 +1,208 @@
+"""One block of the pruning pass: statistics, decision, solve.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I consumer inputs, O outputs, K kept inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock import compact, producer_norms
+from structprune.calibration.store import HiddenStore
+from structprune.engine.job import Job
+from structprune.engine.propagate import Propagator, observed, tapped
+from structprune.errors import NumericalError
+from structprune.linalg.damped import target_error
+from structprune.report.schema import BlockReport
+from structprune.scores import SCORES, SELECTORS
+from structprune.scores.selection import keep_best
+from structprune.solvers import SOLVERS
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout, LayerProblem, SolveResult, UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOutcome:
+    """A pruned block and what became of the hidden states."""
+
+    tensors: dict[str, Tensor]
+    """The pruned block, relative names, stored dtype."""
+    reports: list[BlockReport]
+    kept: dict[str, list[int]]
+    holds_residual: bool
+    """The store holds each window's residual stream before the MLP's sum, not the block's input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    gram_II: Tensor
+    target_OI: Tensor | None = None
+    target_energy: float | None = None
+
+
+def prune_block(
+    job: Job,
+    block: BlockLayout,
+    num_keep: Mapping[str, int],
+    propagator: Propagator,
+    store: HiddenStore,
+    dense: HiddenStore,
+    sensitivities: Mapping[str, Tensor],
+) -> BlockOutcome:
+    """Measure, decide and solve every group of one block.
+
+    `store` holds the pruned model's hidden states at the block's input; `dense` the dense model's, of all windows where
+    the target is the dense path, else of the few whose perplexity is reported. Both are moved on: `dense` to the
+    block's output, `store` as `holds_residual` says.
+    """
+    started = time.perf_counter()
+    tensors = job.reader.read(block.shapes, block.prefix)
+    module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+    if not job.follows_dense:
+        propagator.run(module, block.index, dense, write=True)
+    reports: list[BlockReport] = []
+    kept: dict[str, list[int]] = {}
+    holds_residual = False
+    for group in job.groups(block):
+        measured: _Measured | None = None
+        # An MLP whose output is simply added: leave its last product out, keep the residual, add the pruned MLP later.
+        split = group.kind == "mlp" and group.additive and job.stock.family.attention_module is not None
+        if job.follows_dense:
+            measured = _measure_dense_path(job, block, module, group, propagator, store, dense, tensors)
+            holds_residual = True
+        elif job.method.needs_statistics:
+            measured = _measure_local(job, block, module, group, propagator, store, split=split)
+            holds_residual = split
+        keep_U, result, errors = _decide(
+            job, block, group, tensors, measured, num_keep[group.kind], sensitivities.get(group.kind)
+        )
+        keep_units = torch.nonzero(keep_U).flatten()
+        tensors = compact(tensors, group, keep_units)
+        tensors[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
+        kept[group.kind] = keep_units.tolist()
+        reports.append(
+            BlockReport(
+                block=block.index,
+                kind=group.kind,
+                num_units=group.num_units,
+                kept_units=len(keep_units),
+                error_mask_only=errors[0],
+                error=errors[1],
+                status=result.status,
+                statistics=dict(result.statistics),
+                seconds=time.perf_counter() - started,
+            )
+        )
+    return BlockOutcome(tensors=tensors, reports=reports, kept=kept, holds_residual=holds_residual)
+
+
+def _measure_local(
+    job: Job,
+    block: BlockLayout,
+    module: nn.Module,
+    group: UnitGroup,
+    propagator: Propagator,
+    store: HiddenStore,
+    *,
+    split: bool,
+) -> _Measured:
+    """Gram of the consumer's input over all windows; with `split` the store is moved on to the residual stream."""
+    accumulator = GramAccumulator(group.num_units * group.width, job.device)
+    attach = tapped if split else observed
+    with attach(module, group.consumer_module, accumulator.update):
+        propagator.run(module, block.index, store, write=split)
+    return _Measured(gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu())
+
+
+def _measure_dense_path(
+    job: Job,
+    block: BlockLayout,
+    module: nn.Module,
+    group: UnitGroup,
+    propagator: Propagator,
+    store: HiddenStore,
+    dense: HiddenStore,
+    tensors: Mapping[str, Tensor],
+) -> _Measured:
+    """Gram, and its product with the target y = dense output - pruned residual - consumer bias.
+
+    Both streams pass the block without its consumer: the dense output is its residual plus the consumer's product.
+    """
+    inputs: list[Tensor] = []
+    consumer = module.get_submodule(group.consumer_module)
+    accumulator = GramAccumulator(group.num_units * group.width, job.device)
+    hidden_size = job.stock.layout.hidden_size
+    target_OI = torch.zeros(hidden_size, group.num_units * group.width, device=job.device)
+    bias_O = 0.0 if group.consumer_bias is None else tensors[group.consumer_bias].to(job.device, torch.float32)
+    energy = 0.0
+    with tapped(module, group.consumer_module, inputs.append):
+        for start, stop in propagator.batches(store):
+            residual_BSD = propagator.forward(module, block.index, dense, start, stop)
+            with torch.no_grad():
+                output_BSD = residual_BSD + consumer(inputs.pop().reshape(*residual_BSD.shape[:2], -1))
+            dense.write(start, output_BSD.cpu())
+            residual_BSD = propagator.forward(module, block.index, store, start, stop)
+            store.write(start, residual_BSD.cpu())
+            x_TI = inputs.pop().to(torch.float32)
+            target_TO = (output_BSD.float() - residual_BSD.float() - bias_O).reshape(-1, hidden_size)
+            accumulator.update(x_TI)
+            target_OI.addmm_(target_TO.T, x_TI)
+            energy += float(target_TO.square().sum(dtype=torch.float64))
+    return _Measured(
+        gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(),
+        target_OI=target_OI.cpu(),
+        target_energy=energy,
+    )
+
+
+def _decide(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    measured: _Measured | None,
+    num_keep: int,
+    sensitivity_OO: Tensor | None,
+) -> tuple[Tensor, SolveResult, tuple[float | None, float | None]]:
+    """Choose the units, solve the consumer; relative errors before and after the solve, None without statistics."""
+    where = f"block {block.index} {group.kind}"
+    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)
+    problem = LayerProblem(
+        weight_OI=weight_OI,
+        gram_II=measured.gram_II if measured is not None else torch.eye(weight_OI.shape[1]),
+        num_tokens=job.windows.ids_NS.numel(),
+        width=group.width,
+        damping=job.damping,
+        producer_norm_U=producer_norms(tensors, group),
+        target_OI=None if measured is None else measured.target_OI,
+        target_energy=None if measured is None else measured.target_energy,
+        sensitivity_OO=sensitivity_OO,
+    )
+    if job.method.score in SELECTORS:
+        keep_U = SELECTORS.get(job.method.score)(problem, num_keep)
+    else:
+        score_U = SCORES.get(job.method.score)(problem)
+        if not torch.isfinite(score_U).all():
+            raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
+        keep_U = keep_best(score_U, num_keep)
+    result = SOLVERS.get(job.method.solver)(problem, keep_U)
+    if not torch.isfinite(result.weight_OK).all():
+        raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
+    if measured is None:
+        return keep_U, result, (None, None)
+    kept_K = problem.kept_inputs(keep_U)
+    cross_OI = problem.cross_OI
+    energy = problem.target_energy
+    if energy is None:
+        energy = float((cross_OI * weight_OI).sum(dtype=torch.float64))
+    if energy <= 0:
+        return keep_U, result, (0.0, 0.0)
+    gram_KK = problem.gram_II[kept_K][:, kept_K]
+    before = target_error(weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
+    after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+    return keep_U, result, (before / energy, after / energy)

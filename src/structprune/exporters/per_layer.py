@@ -1,0 +1,66 @@
+"""Uneven widths: the stock config with `per_layer_config`, and a small modelling file that consumes it.
+
+The result loads through `from_pretrained(directory, trust_remote_code=True)`. No class for AutoConfig is needed:
+stock configs accept `per_layer_config`, and since 5.23 transformers does not register foreign classes for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from structprune.architectures.per_layer_source import CLASS_STEMS, MODELING_MODULE, MODELING_NAME, MODELING_SOURCES
+from structprune.errors import UnsupportedError
+from structprune.files import write_text
+from structprune.types import UnitGroup
+
+
+def per_layer_config(
+    config: Mapping[str, Any], groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]], family_name: str
+) -> dict[str, Any]:
+    """The source config with the widths of every block; `kept` is kind -> kept units of each block.
+
+    The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
+    kinds that are not in `kept` stay as they are, also where the source is per-layer itself.
+    Raises UnsupportedError for a family or kind without a per-layer form.
+    """
+    stem = CLASS_STEMS.get(str(config.get("model_type")))
+    if stem is None or family_name not in MODELING_SOURCES:
+        raise UnsupportedError(
+            f"{family_name} has no per-layer output format",
+            got=f"model_type {config.get('model_type')!r}",
+            wanted=", ".join(CLASS_STEMS),
+            do="use the uniform format",
+        )
+    source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
+    layers = [dict(source_layers.get(index, {})) for index in range(config["num_hidden_layers"])]
+    result = dict(config)
+    for group in groups:
+        if group.kind not in kept:
+            continue
+        if not group.config_fields:
+            if any(count != group.num_units for count in kept[group.kind]):
+                raise UnsupportedError(f"stock {family_name} cannot express fewer {group.kind} units")
+            continue
+        for fields, count in zip(layers, kept[group.kind], strict=True):
+            fields.update({name: count * factor for name, factor in group.config_fields.items()})
+        if heads_per_unit := group.config_fields.get("num_attention_heads"):
+            # Left out, it would be derived from the number of heads, which now differs between blocks.
+            result["head_dim"] = group.width // heads_per_unit
+    digits = len(str(len(layers) - 1))
+    return result | {
+        "architectures": [f"{stem}ForCausalLM"],
+        "auto_map": {
+            "AutoModel": f"{MODELING_MODULE}.{stem}Model",
+            "AutoModelForCausalLM": f"{MODELING_MODULE}.{stem}ForCausalLM",
+        },
+        # Stock LlamaConfig reads the global number of heads when it checks itself, which raises without this.
+        "allow_global_per_layer_attribute_access": True,
+        "per_layer_config": {str(index).zfill(digits): fields for index, fields in enumerate(layers)},
+    }
+
+
+def write_modeling_file(directory: Path, family_name: str) -> None:
+    """Write the family's constant modelling file beside config.json."""
+    write_text(directory / MODELING_NAME, MODELING_SOURCES[family_name])

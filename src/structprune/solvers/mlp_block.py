@@ -1,0 +1,101 @@
+"""One MLP block as values: its tokens, its weights, its true error, and the guard that keeps the better weights.
+
+Shape suffixes: T tokens, D hidden, N kept channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from structprune.solvers.mlp_updates import Activation, Affine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpTokens:
+    """Inputs of the MLP (after the norm) and the outputs it should give, one row per token."""
+
+    x_TD: Tensor
+    y_TD: Tensor
+
+    def __post_init__(self) -> None:
+        assert len(self.x_TD) == len(self.y_TD) > 0
+        assert self.x_TD.dtype == self.y_TD.dtype
+        assert self.x_TD.dtype in (torch.float32, torch.float64)
+
+    def chunks(self, chunk_tokens: int) -> Iterator[slice]:
+        """Rows of one micro-batch after the other."""
+        for start in range(0, len(self.x_TD), chunk_tokens):
+            yield slice(start, start + chunk_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpWeights:
+    """down(phi(up x)), or down(phi(gate x) * up x) if there is a gate; of the tokens' dtype."""
+
+    activation: Activation
+    up: Affine
+    down: Affine
+    gate: Affine | None = None
+
+    def __post_init__(self) -> None:
+        # up and gate share one Gram of their inputs.
+        assert self.gate is None or (self.gate.bias_O is None) == (self.up.bias_O is None)
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """The consumer's real inputs, (T, N)."""
+        up_TN = self.up(x_TD)
+        return self.link(up_TN, None if self.gate is None else self.gate(x_TD))
+
+    def link(self, z_TN: Tensor, s_TN: Tensor | None) -> Tensor:
+        """phi(z), or phi(s) * z."""
+        return self.activation.value(z_TN) if s_TN is None else self.activation.value(s_TN) * z_TN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The better of two weights on held-out tokens, and both errors."""
+
+    weights: MlpWeights
+    kept: Literal["start", "solution"]
+    start_error: float
+    solution_error: float
+
+
+@torch.no_grad()
+def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = 2048) -> float:
+    """sum_t |y - MLP(x)|^2 on the real activations."""
+    total = zero_sum(tokens)
+    for rows in tokens.chunks(chunk_tokens):
+        total += energy(tokens.y_TD[rows] - weights.down(weights.hidden(tokens.x_TD[rows])))
+    return float(total)
+
+
+def accept(start: MlpWeights, solution: MlpWeights, held_out: MlpTokens, chunk_tokens: int = 2048) -> Accepted:
+    """(f) Keep the solution only if its true error on unseen tokens is below the start's (mask + least squares).
+
+    A tie, or an error that is not a number, keeps the start.
+    """
+    start_error = block_error(held_out, start, chunk_tokens)
+    solution_error = block_error(held_out, solution, chunk_tokens)
+    better = solution_error < start_error
+    return Accepted(
+        weights=solution if better else start,
+        kept="solution" if better else "start",
+        start_error=start_error,
+        solution_error=solution_error,
+    )
+
+
+def zero_sum(tokens: MlpTokens) -> Tensor:
+    """A float64 sum on the tokens' device: read once per pass."""
+    return torch.zeros((), dtype=torch.float64, device=tokens.x_TD.device)
+
+
+def energy(x: Tensor) -> Tensor:
+    """Sum of squares in float64, a scalar on the same device."""
+    return x.square().sum(dtype=torch.float64)

@@ -1,0 +1,261 @@
+"""Per-layer checkpoints: what stock transformers loads equals the compacted blocks; nothing foreign is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.dynamic_module_utils
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from conftest import TINY_MODELS, VOCAB, save_tiny
+from structprune.architectures.per_layer_source import MODELING_NAME
+from structprune.architectures.stock import StockModel, compact, load_model, output_tensor
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.errors import CheckpointError, UnsupportedError
+from structprune.exporters.per_layer import per_layer_config, write_modeling_file
+from structprune.exporters.uniform import write_companions
+
+NUM_BLOCKS = 3
+# Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
+KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
+IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def tiny_mistral() -> MistralForCausalLM:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            sliding_window=8,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
+    """Prune `source` without calibration: keep the last units of each block."""
+    target.mkdir()
+    reader = CheckpointReader(source)
+    stock = StockModel(reader)
+    writer = CheckpointWriter(target, len(stock.layout.blocks) + 1)
+    for block in stock.layout.blocks:
+        tensors = reader.read(block.shapes, block.prefix)
+        for kind, counts in kept.items():
+            group = block.group(kind)
+            tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
+        writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
+    writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
+    config = per_layer_config(reader.config, stock.groups, kept, stock.family.name)
+    write_companions(source, target, config)
+    write_modeling_file(target, stock.family.name)
+    writer.finish()
+    return target
+
+
+@pytest.fixture(scope="module")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers reads HF_MODULES_CACHE at import, so the name it made of it is replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setenv("HF_MODULES_CACHE", cache)
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        patch.syspath_prepend(cache)
+        yield
+
+
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
+    """A per-layer checkpoint of each family, every block of another width."""
+    root = tmp_path_factory.mktemp("per-layer")
+    with pytest.MonkeyPatch.context() as patch:
+        dense = tiny_mistral if request.param == "mistral" else TINY_MODELS[request.param]
+
+        def build() -> Any:
+            model = dense()
+            model.config.num_hidden_layers = NUM_BLOCKS
+            return type(model)(model.config)
+
+        patch.setitem(TINY_MODELS, request.param, build)
+        source = save_tiny(request.param, root / "dense")
+    kept = {"mlp": KEPT["mlp"]} if request.param == "opt" else KEPT
+    return write_per_layer(source, root / f"pruned-{request.param}", kept)
+
+
+def load(directory: Path, attention: str = "sdpa", auto_class: Any = AutoModelForCausalLM) -> Any:
+    return auto_class.from_pretrained(
+        directory, trust_remote_code=True, attn_implementation=attention, dtype=torch.float32
+    ).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS_BS).logits
+
+
+@torch.no_grad()
+def streamed_logits(directory: Path) -> Tensor:
+    """The blocks one by one through StockModel, with SDPA."""
+    reader = CheckpointReader(directory)
+    stock = StockModel(reader)
+    hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
+    for block in stock.layout.blocks:
+        module = stock.block(block.index, reader.read(block.shapes, block.prefix))
+        hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
+    return stock.head(reader.read(stock.head_tensors()))(hidden_BSD)
+
+
+def test_from_pretrained_equals_the_streamed_blocks(pruned: Path) -> None:
+    model = load(pruned)
+    assert type(model).__name__.startswith("StructPrune")
+    assert torch.equal(logits(model), streamed_logits(pruned))
+
+
+def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
+    model = load(pruned)
+    stock = StockModel(CheckpointReader(pruned))
+    layers = model.get_submodule(stock.family.blocks_module)
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(NUM_BLOCKS))
+    for block, layer in zip(stock.layout.blocks, layers, strict=True):
+        assert block.shapes == {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        assert block.group("mlp").num_units == KEPT["mlp"][block.index]
+        if stock.family.name == "llama":
+            assert block.group("attention").num_units == KEPT["attention"][block.index]
+    assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())
+    assert stock.groups[0].num_units == 48, "the groups of the model are those of its dense config"
+
+
+def test_eager_and_sdpa_agree_and_reach_every_layer(pruned: Path) -> None:
+    eager = load(pruned, "eager")
+    expected = logits(load(pruned, "sdpa"))
+    torch.testing.assert_close(logits(eager), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        # Only eager attention returns weights, so this fails where one layer runs another implementation.
+        attentions = eager(input_ids=IDS_BS, output_attentions=True, output_hidden_states=True)
+    assert all(weights is not None for weights in attentions.attentions)
+    assert len(attentions.attentions) == NUM_BLOCKS
+    assert len(attentions.hidden_states) == NUM_BLOCKS + 1
+    eager.set_attn_implementation("sdpa")
+    assert torch.equal(logits(eager), expected)
+
+
+def test_generation_with_both_caches_equals_recomputing(pruned: Path) -> None:
+    model = load(pruned)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    mask_BS = torch.ones_like(IDS_BS)
+    runs = [
+        model.generate(IDS_BS, attention_mask=mask_BS, **options, **cache)
+        for cache in ({"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"})
+    ]
+    assert runs[0].shape[1] == IDS_BS.shape[1] + 12
+    assert torch.equal(runs[1], runs[0])
+    assert torch.equal(runs[2], runs[0])
+
+
+def test_auto_model_loads_the_same_blocks(pruned: Path) -> None:
+    base = load(pruned, auto_class=AutoModel)
+    whole = load(pruned)
+    with torch.no_grad():
+        expected = whole.get_submodule(whole.base_model_prefix)(input_ids=IDS_BS).last_hidden_state
+        actual = base(input_ids=IDS_BS).last_hidden_state
+    assert torch.equal(actual, expected)
+
+
+def test_embeddings_are_tied_as_in_the_source(pruned: Path) -> None:
+    model = load(pruned)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied is bool(model.config.tie_word_embeddings)
+
+
+def test_exports(pruned: Path) -> None:
+    model = load(pruned)
+    program = torch.export.export(model, (), {"input_ids": IDS_BS, "use_cache": False}, strict=False)
+    actual = program.module()(input_ids=IDS_BS, use_cache=False).logits
+    torch.testing.assert_close(actual, logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_save_pretrained_keeps_the_model(pruned: Path, tmp_path: Path) -> None:
+    expected = logits(load(pruned))
+    load(pruned).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / MODELING_NAME).read_bytes() == (pruned / MODELING_NAME).read_bytes()
+    assert torch.equal(logits(load(tmp_path / "again")), expected)
+    assert torch.equal(logits(load_model(tmp_path / "again", torch.device("cpu"), torch.float32)), expected)
+    assert torch.equal(streamed_logits(tmp_path / "again"), expected)
+
+
+def test_load_model_accepts_our_file_only(pruned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    assert torch.equal(logits(load_model(copy, torch.device("cpu"), torch.float32)), logits(load(pruned)))
+    marker = tmp_path / "ran"
+    with (copy / MODELING_NAME).open("a") as handle:
+        handle.write(f"\nopen({str(marker)!r}, 'w').close()\n")
+    with pytest.raises(CheckpointError, match="not one that structprune writes"):
+        load_model(copy, torch.device("cpu"), torch.float32)
+    (copy / MODELING_NAME).unlink()
+    with pytest.raises(CheckpointError, match="lacks its modelling file"):
+        load_model(copy, torch.device("cpu"), torch.float32)
+    assert not marker.exists()
+
+
+def test_load_model_runs_nothing_else_that_the_config_names(pruned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    marker = tmp_path / "ran"
+    (copy / "other.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: ...\n")
+    (copy / "custom_generate").mkdir()
+    (copy / "custom_generate" / "generate.py").write_text(f"open({str(marker)!r}, 'w').close()\ndef generate(): ...\n")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "other.Config")
+    (copy / "config.json").write_text(json.dumps(config))
+    load_model(copy, torch.device("cpu"), torch.float32)
+    StockModel(CheckpointReader(copy))
+    assert not marker.exists()
+
+
+def test_pruned_again_keeps_the_other_widths(pruned: Path, tmp_path: Path) -> None:
+    """A second pruning of the MLP leaves the attention's widths of the first one."""
+    twice = write_per_layer(pruned, tmp_path / "twice", {"mlp": [8, 16, 27]})
+    stock = StockModel(CheckpointReader(twice))
+    first = StockModel(CheckpointReader(pruned))
+    for block, before in zip(stock.layout.blocks, first.layout.blocks, strict=True):
+        assert block.group("mlp").num_units == [8, 16, 27][block.index]
+        assert block.group("attention") == before.group("attention")
+        assert first.resized_config({"mlp": 8}, block.index).to_dict()["hidden_size"] == 32
+    with pytest.raises(UnsupportedError, match="different widths"):
+        first.resized_config({"mlp": 8})
+    assert torch.equal(logits(load(twice)), streamed_logits(twice))
+
+
+def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["per_layer_config"]["1"]["skip"] = ["mlp"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="more than the widths"):
+        StockModel(CheckpointReader(copy))
+
+
+def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
+    reader = CheckpointReader(tiny_opt)
+    stock = StockModel(reader)
+    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, "opt")
+    with pytest.raises(UnsupportedError, match="fewer attention units"):
+        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, "opt")
+
+
+def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
+    reader = CheckpointReader(tiny_llama)
+    stock = StockModel(reader)
+    config = {name: value for name, value in reader.config.items() if name != "head_dim"}
+    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, "llama")["head_dim"] == 8
+    assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
