@@ -161,8 +161,9 @@ def _plan_with(
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
             cross = inputs * hidden * 4 if follows_dense else 0
             if needs_survey:
-                # Greedy removal: Gram in float64, shifted, factor, inverse, a copy that shrinks; weights, metric.
-                solve = gram + 5 * 2 * gram + 5 * inputs * hidden * 8 + 3 * hidden * hidden * 8
+                # Greedy removal in float64: Gram, shifted, factor, inverse, its working copy and that one's successor;
+                # weights, targets and updates.
+                solve = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
                 gradient = sensitivity_windows * seq_len * hidden * 4
                 phases[f"survey: costs ({group.kind})"] = small + gradient + weights + solve
                 # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
@@ -177,7 +178,10 @@ def _plan_with(
                     + LOGIT_TOKENS * layout.vocab_size * (item + 6 * 8)
                 )
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross
-            phases[f"statistics ({group.kind})"] += cross
+            if follows_dense:
+                # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
+                both = 2 * inputs + 6 * hidden
+                phases[f"statistics ({group.kind})"] += cross + micro_batch * seq_len * both * 4
     model_bytes = sum(stored_bytes.values())
     borders = (len(layout.blocks) * sensitivity_windows * seq_len * hidden * item) if needs_survey else 0
     grams = sum((g.num_units * g.width) ** 2 * 4 for g in groups) * len(layout.blocks) if needs_survey else 0
