@@ -22,7 +22,7 @@ from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.executor import execute
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
-from structprune.engine.planner import PrunePlan, make_plan
+from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, perplexity
 from structprune.memory import PeakMeter, format_budget, format_bytes
@@ -66,9 +66,9 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
-        return make_plan(
-            stock.layout,
-            groups,
+        request = PlanRequest(
+            layout=stock.layout,
+            groups=groups,
             stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
             compute_dtype=dtype,
             num_windows=num_windows,
@@ -78,8 +78,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             needs_survey=method.needs_survey,
             follows_dense=recipe.target == "dense-path",
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
-            memory=recipe.memory,
         )
+        return make_plan(request, recipe.memory)
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)

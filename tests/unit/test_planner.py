@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from structprune.engine.planner import PrunePlan, make_plan
+from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, parse_bytes
 from structprune.types import AxisSlice, BlockLayout, ModelLayout, UnitGroup
@@ -64,7 +64,8 @@ def plan_for(
         **changes,
     }
     stored_bytes = {name: torch.Size(shape).numel() * stored.itemsize for name, shape in shapes.items()}
-    return make_plan(layout, layout.blocks[0].groups, stored_bytes=stored_bytes, memory=memory, **options)
+    request = PlanRequest(layout=layout, groups=layout.blocks[0].groups, stored_bytes=stored_bytes, **options)
+    return make_plan(request, memory)
 
 
 SMALL = layout_of(hidden=64, channels=176)

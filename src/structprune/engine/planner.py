@@ -8,6 +8,7 @@ compute two perplexities.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,47 +45,38 @@ class PrunePlan:
         return max(self.phases.values())
 
 
-def make_plan(
-    layout: ModelLayout,
-    groups: tuple[UnitGroup, ...],
-    *,
-    stored_bytes: dict[str, int],
-    compute_dtype: torch.dtype,
-    num_windows: int,
-    seq_len: int,
-    num_probe: int,
-    needs_statistics: bool,
-    needs_survey: bool = False,
-    follows_dense: bool = False,
-    sensitivity_windows: int = 0,
-    memory: int | None,
-) -> PrunePlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What is to be done, as far as bytes depend on it."""
+
+    layout: ModelLayout
+    groups: tuple[UnitGroup, ...]
+    """The groups in scope of the widest block."""
+    stored_bytes: Mapping[str, int]
+    """Checkpoint tensor name -> bytes."""
+    compute_dtype: torch.dtype
+    num_windows: int
+    seq_len: int
+    num_probe: int
+    """Windows whose perplexity is reported."""
+    needs_statistics: bool
+    needs_survey: bool = False
+    follows_dense: bool = False
+    sensitivity_windows: int = 0
+
+
+def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
     """Choose micro-batch and store so that the peak fits `memory` (default: 80% of what is free).
 
-    `stored_bytes` maps checkpoint tensor names to bytes. Raises MemoryBudgetError, naming the smallest budget that
-    would do, when even one window at a time with the hidden states on disk does not fit.
+    Raises MemoryBudgetError, naming the smallest budget that would do, when even one window at a time with the hidden
+    states on disk does not fit.
     """
     budget = memory if memory is not None else available_bytes() * 8 // 10
-    largest = min(max(1, _TARGET_TOKENS // seq_len), num_windows)
+    largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
     smallest: PrunePlan | None = None
     for store in ("memory", "file"):
         for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
-            plan = _plan_with(
-                layout,
-                groups,
-                stored_bytes,
-                compute_dtype,
-                num_windows,
-                seq_len,
-                num_probe,
-                needs_statistics,
-                needs_survey,
-                follows_dense,
-                sensitivity_windows,
-                budget,
-                store,
-                micro_batch,
-            )
+            plan = _plan_with(request, budget, store, micro_batch)
             if plan.peak_bytes <= budget:
                 return plan
             if smallest is None or plan.peak_bytes < smallest.peak_bytes:
@@ -100,41 +92,32 @@ def make_plan(
     )
 
 
-def _plan_with(
-    layout: ModelLayout,
-    groups: tuple[UnitGroup, ...],
-    stored_bytes: dict[str, int],
-    compute_dtype: torch.dtype,
-    num_windows: int,
-    seq_len: int,
-    num_probe: int,
-    needs_statistics: bool,
-    needs_survey: bool,
-    follows_dense: bool,
-    sensitivity_windows: int,
-    budget: int,
-    store: str,
-    micro_batch: int,
-) -> PrunePlan:
-    item = compute_dtype.itemsize
-    hidden = layout.hidden_size
-    store_bytes = num_windows * seq_len * hidden * item
-    num_stores = 2 if follows_dense else 1
-    small = _RUNTIME_BYTES + 2 * num_probe * seq_len * hidden * item
+def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) -> PrunePlan:
+    item = request.compute_dtype.itemsize
+    hidden = request.layout.hidden_size
+    store_bytes = request.num_windows * request.seq_len * hidden * item
+    num_stores = 2 if request.follows_dense else 1
+    small = _RUNTIME_BYTES + 2 * request.num_probe * request.seq_len * hidden * item
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
-    block = max(layout.blocks, key=lambda b: b.num_parameters)
+    block = max(request.layout.blocks, key=lambda b: b.num_parameters)
     names = [block.prefix + name for name in block.shapes]
-    weights = sum(stored_bytes[name] for name in names)
-    cast = block.num_parameters * item if any(stored_bytes[n] != _numel(layout, block, n) * item for n in names) else 0
-    activations = micro_batch * seq_len * _activation_width(block, hidden) * item
+    weights = sum(request.stored_bytes[name] for name in names)
+    cast = (
+        block.num_parameters * item
+        if any(request.stored_bytes[n] != _numel(request.layout, block, n) * item for n in names)
+        else 0
+    )
+    activations = micro_batch * request.seq_len * _activation_width(block, hidden) * item
 
-    outer = {name: stored_bytes[name] for name in layout.outer_tensors}
+    outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     embedding = sum(
-        size for name, size in outer.items() if name.startswith(tuple(f"{m}." for m in layout.embedding_modules))
+        size
+        for name, size in outer.items()
+        if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
     )
     phases = {
-        "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * seq_len * hidden * item,
+        "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
         "propagate": resident + 2 * weights + cast + activations,
         "write block": resident + 2 * weights + cast,
@@ -143,10 +126,10 @@ def _plan_with(
         "perplexity of the calibration text": small
         + max(outer.values())
         + _CHUNK_BYTES
-        + LOGIT_TOKENS * layout.vocab_size * (item + 3 * 4),
+        + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
     }
-    if needs_statistics:
-        for group in groups:
+    if request.needs_statistics:
+        for group in request.groups:
             inputs = group.num_units * group.width
             gram = inputs * inputs * 4
             phases[f"statistics ({group.kind})"] = (
@@ -155,19 +138,19 @@ def _plan_with(
                 + cast
                 + gram
                 + activations
-                + (0 if item == 4 else micro_batch * seq_len * inputs * 4)
+                + (0 if item == 4 else micro_batch * request.seq_len * inputs * 4)
             )
             # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
-            cross = inputs * hidden * 4 if follows_dense else 0
-            if needs_survey:
+            cross = inputs * hidden * 4 if request.follows_dense else 0
+            if request.needs_survey:
                 # Greedy removal in float64: Gram, shifted, factor, inverse, its working copy and that one's successor;
                 # weights, targets and updates.
                 solve = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
-                gradient = sensitivity_windows * seq_len * hidden * 4
+                gradient = request.sensitivity_windows * request.seq_len * hidden * 4
                 phases[f"survey: costs ({group.kind})"] = small + gradient + weights + solve
                 # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
-                kept = 3 * seq_len * _activation_width(block, hidden) * item
+                kept = 3 * request.seq_len * _activation_width(block, hidden) * item
                 phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
                 phases["survey: loss"] = (
                     small
@@ -175,16 +158,24 @@ def _plan_with(
                     + gradient
                     + max(outer.values())
                     + _CHUNK_BYTES
-                    + LOGIT_TOKENS * layout.vocab_size * (item + 6 * 8)
+                    + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
                 )
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross
-            if follows_dense:
+            if request.follows_dense:
                 # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
                 both = 2 * inputs + 6 * hidden
-                phases[f"statistics ({group.kind})"] += cross + micro_batch * seq_len * both * 4
-    model_bytes = sum(stored_bytes.values())
-    borders = (len(layout.blocks) * sensitivity_windows * seq_len * hidden * item) if needs_survey else 0
-    grams = sum((g.num_units * g.width) ** 2 * 4 for g in groups) * len(layout.blocks) if needs_survey else 0
+                phases[f"statistics ({group.kind})"] += cross + micro_batch * request.seq_len * both * 4
+    model_bytes = sum(request.stored_bytes.values())
+    borders = (
+        (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
+        if request.needs_survey
+        else 0
+    )
+    grams = (
+        sum((g.num_units * g.width) ** 2 * 4 for g in request.groups) * len(request.layout.blocks)
+        if request.needs_survey
+        else 0
+    )
     return PrunePlan(
         budget_bytes=budget,
         phases=phases,
