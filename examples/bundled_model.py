@@ -26,7 +26,7 @@ from structprune.evaluation.speed import speed_pair
 from structprune.memory import format_bytes
 
 # Chosen so that everything after the installation takes less than six minutes on two cores.
-RECIPE = Recipe(method="fasp", sparsity=0.3, calibration="boolq", num_samples=24, seq_len=512)
+RECIPE = Recipe(method="fasp", sparsity=0.3, calibration="boolq", num_samples=40, seq_len=512)
 EVAL_SEQ_LEN, EVAL_WINDOWS = 1024, 8
 PROMPT = "The capital of France is"
 
