@@ -35,22 +35,27 @@ class CalibrationWindows:
 Source = Callable[[SourceContext], CalibrationWindows]
 
 
+def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Tensor:
+    """Token ids (tokens,) cut into windows (N, S), the tail dropped. Raises InputError when there is not one."""
+    num_windows = len(ids) // seq_len
+    if num_windows == 0:
+        raise InputError(
+            f"the {what} is shorter than one window",
+            where=where,
+            got=f"{len(ids)} tokens",
+            wanted=f"at least {seq_len}",
+            do="give more text, or lower --seq-len",
+        )
+    return ids[: num_windows * seq_len].reshape(num_windows, seq_len)
+
+
 def draw_windows(text: str, description: str, context: SourceContext) -> CalibrationWindows:
     """Cut the tokenised text into consecutive windows and draw `num_samples` of them without replacement.
 
     Fewer windows than asked are all used, and the description says so. Raises InputError when there is not one.
     """
-    ids = context.encode(text)
-    num_windows = len(ids) // context.seq_len
-    if num_windows == 0:
-        raise InputError(
-            "the calibration text is shorter than one window",
-            where=description,
-            got=f"{len(ids)} tokens",
-            wanted=f"at least {context.seq_len}",
-            do="give more text, or lower --seq-len",
-        )
-    windows = ids[: num_windows * context.seq_len].reshape(num_windows, context.seq_len)
+    windows = consecutive_windows(context.encode(text), context.seq_len, "calibration text", description)
+    num_windows = len(windows)
     order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(context.seed))
     chosen = order[: context.num_samples]
     if len(chosen) < context.num_samples:

@@ -1,6 +1,6 @@
 """Perplexity over consecutive windows of a text, with the checkpoint loaded by stock transformers.
 
-Shape suffixes: B windows of one batch, S positions, V vocabulary.
+Shape suffixes: N windows, B windows of one batch, S positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from structprune.architectures.tokenizer import TextEncoder
+from structprune.calibration.context import consecutive_windows
 from structprune.errors import InputError, NumericalError
 
 # Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
@@ -48,21 +49,11 @@ def perplexity(
     limit = model.config.max_position_embeddings
     if seq_len > limit:
         raise InputError("--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {limit}")
-    ids = encoder.encode(text)
-    num_windows = len(ids) // seq_len
-    if num_windows == 0:
-        raise InputError(
-            "the text is shorter than one window",
-            where=text_name,
-            got=f"{len(ids)} tokens",
-            wanted=f"at least {seq_len}",
-            do="give more text, or lower --seq-len",
-        )
-    if max_windows is not None:
-        num_windows = min(num_windows, max_windows)
+    windows_NS = consecutive_windows(encoder.encode(text), seq_len, "text", text_name)[:max_windows]
+    num_windows = len(windows_NS)
     total = 0.0
     for index in range(num_windows):
-        ids_BS = ids[None, index * seq_len : (index + 1) * seq_len].to(model.device)
+        ids_BS = windows_NS[index : index + 1].to(model.device)
         base = model.base_model(input_ids=ids_BS, use_cache=False)
         hidden_SD = base.last_hidden_state[0, :-1]
         labels_S = ids_BS[0, 1:]
