@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=default)
-    parser.add_argument("--methods", nargs="+", default=["wanda-sp", "fasp"])
+    parser.add_argument("--methods", nargs="+", default=["wanda-sp", "fasp", "structprune"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3])
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--windows", type=int, default=16)
