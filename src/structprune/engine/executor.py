@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
-from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.block import prune_block
-from structprune.engine.embed import embed
+from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
@@ -123,9 +122,9 @@ def _prune_blocks(
     num_windows = len(job.windows.ids_NS)
     num_dense = num_windows if job.follows_dense else job.num_probe
     with contextlib.ExitStack() as stack:
-        store = _store(job, run.staging / "hidden.bin", num_windows)
+        store = open_store(job, run.staging / "hidden.bin", num_windows)
         stack.callback(store.close)
-        dense = _store(job, run.staging / "dense.bin", num_dense)
+        dense = open_store(job, run.staging / "dense.bin", num_dense)
         stack.callback(dense.close)
         propagator = embed(job, {store: num_windows, dense: num_dense})
         observer.start("prune", len(blocks))
@@ -153,11 +152,6 @@ def _write_structure(job: Job, checkpoint: Path, kept: dict[str, list[int]]) -> 
         write_modeling_file(checkpoint, job.stock.family.name)
         return per_layer_config(job.reader.config, job.stock.groups, kept, job.stock.family.name)
     return uniform_config(job.reader.config, job.stock.groups, {kind: counts[0] for kind, counts in kept.items()})
-
-
-def _store(job: Job, path: Path, num_windows: int) -> HiddenStore:
-    shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
-    return MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(path, shape, job.dtype)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from structprune.architectures.sampler import draw_tokens
 from structprune.architectures.stock import output_tensor, producer_norms
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.embed import embed
+from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
@@ -38,13 +38,9 @@ Costs = dict[str, list[Tensor]]
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_sensitivity`)."""
     folder.mkdir()
-    shape = (*job.windows.ids_NS.shape, job.stock.layout.hidden_size)
-    num_windows, seq_len, hidden = shape
-    store: HiddenStore = (
-        MemoryStore((num_windows, seq_len, hidden), job.dtype)
-        if job.plan.store == "memory"
-        else FileStore(folder / "hidden.bin", (num_windows, seq_len, hidden), job.dtype)
-    )
+    num_windows, seq_len = job.windows.ids_NS.shape
+    hidden = job.stock.layout.hidden_size
+    store = open_store(job, folder / "hidden.bin", num_windows)
     num_blocks = len(job.stock.layout.blocks)
     num_sensitivity = min(job.recipe.sensitivity_samples, num_windows)
     with contextlib.ExitStack() as stack:
