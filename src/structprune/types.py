@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-UnitKind = Literal["mlp", "attention"]
+UnitKind = Literal["attention", "mlp"]
+UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
+"""In the order of a block's forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from conftest import TINY_MODELS, save_tiny
 from structprune.architectures.stock import StockModel, compact, output_tensor
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.propagate import tapped
+from structprune.types import UNIT_KINDS, UnitKind
 
 
 @pytest.fixture(scope="module", params=list(TINY_MODELS))
@@ -84,23 +86,34 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
 
 
-def test_mlp_half_completes_the_residual(tiny: Path) -> None:
-    """The block without its consumer gives the residual; the MLP half on top of it gives the whole block."""
-    from structprune.engine.propagate import tapped
-
+def test_one_half_after_the_other_is_the_block(tiny: Path) -> None:
     reader = CheckpointReader(tiny)
     stock = StockModel(reader)
     block = stock.layout.blocks[0]
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
-    seen: list[torch.Tensor] = []
     with torch.no_grad():
         whole = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-        with tapped(module, block.group("mlp").consumer_module, seen.append):
-            residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-        with stock.mlp_half(module):
-            again = output_tensor(module(residual, **inputs.kwargs[0]))
+        halves = hidden_BSD
+        for kind in UNIT_KINDS:
+            with stock.half(module, kind):
+                before, halves = halves, output_tensor(module(halves, **inputs.kwargs[0]))
+            assert not torch.allclose(before, halves)
         unchanged = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-    torch.testing.assert_close(again, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(unchanged, whole, rtol=0, atol=0)
-    assert seen[0].shape == (60, block.group("mlp").num_units)
+
+
+@pytest.mark.parametrize("kind", UNIT_KINDS)
+def test_a_half_without_its_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
+    reader = CheckpointReader(tiny)
+    stock = StockModel(reader)
+    block = stock.layout.blocks[0]
+    group = block.group(kind)
+    module = stock.block(0, reader.read(block.shapes, block.prefix))
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), stock.half(module, kind), tapped(module, group.consumer_module, seen.append):
+        residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
+    torch.testing.assert_close(residual, hidden_BSD, rtol=0, atol=0)
+    assert seen[0].shape == (60, group.num_units * group.width)

@@ -30,8 +30,10 @@ class Family:
     attention_module: str | None
     """Attention inside a block, when the block is `h += attention(h); h += mlp(h)` with nothing after each sum.
 
-    The block's MLP half can then run alone. None for parallel or post-normalised blocks.
+    Each half can then run alone. None for parallel or post-normalised blocks.
     """
+    mlp_modules: tuple[str, ...]
+    """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
     groups: Callable[[PretrainedConfig], tuple[UnitGroup, ...]]
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""

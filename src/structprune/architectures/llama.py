@@ -60,5 +60,6 @@ LLAMA = Family(
     final_norm_module="model.norm",
     head_module="lm_head",
     attention_module="self_attn",
+    mlp_modules=("mlp",),
     groups=_groups,
 )

@@ -67,6 +67,7 @@ OPT = Family(
     final_norm_module="model.decoder.final_layer_norm",
     head_module="lm_head",
     attention_module="self_attn",
+    mlp_modules=("fc1", "fc2"),
     groups=_groups,
     check=_check,
 )

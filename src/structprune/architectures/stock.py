@@ -24,7 +24,7 @@ from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
-from structprune.types import BlockLayout, ModelLayout, UnitGroup
+from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,14 @@ class _NoAttention(nn.Module):
     """Attention that adds nothing: what is left of the block is its MLP half."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device), None
+        return hidden_states.new_zeros(()), None
+
+
+class _NoMlp(nn.Module):
+    """In the place of each module of the MLP: what is left of the block is its attention half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
 
 
 class StockModel:
@@ -225,15 +232,20 @@ class StockModel:
         return layer.eval().requires_grad_(False)
 
     @contextmanager
-    def mlp_half(self, block: nn.Module) -> Generator[None]:
-        """Inside the context `block(h)` is `h + mlp(h)`: its input must already hold the attention's sum."""
+    def half(self, block: nn.Module, kind: UnitKind) -> Generator[None]:
+        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`: one half after the other is the block."""
         assert self.family.attention_module is not None
-        attention = block.get_submodule(self.family.attention_module)
-        block.set_submodule(self.family.attention_module, _NoAttention())
+        others = {self.family.attention_module: _NoAttention()}
+        if kind == "attention":
+            others = {name: _NoMlp() for name in self.family.mlp_modules}
+        removed = {name: block.get_submodule(name) for name in others}
+        for name, module in others.items():
+            block.set_submodule(name, module)
         try:
             yield
         finally:
-            block.set_submodule(self.family.attention_module, attention)
+            for name, module in removed.items():
+                block.set_submodule(name, module)
 
     def embedding_tensors(self) -> list[str]:
         """Names of the tensors that `embed` needs."""

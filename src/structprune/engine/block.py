@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from structprune.architectures.stock import compact, producer_norms
 from structprune.calibration.store import HiddenStore
 from structprune.engine.job import Job
-from structprune.engine.propagate import Propagator, observed, tapped
+from structprune.engine.propagate import Propagator, tapped
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
 from structprune.report.schema import BlockReport
@@ -23,19 +23,27 @@ from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, LayerProblem, SolveResult, UnitGroup
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, SolveResult, UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockOutcome:
-    """A pruned block and what became of the hidden states."""
+    """A pruned block."""
 
     tensors: dict[str, Tensor]
     """The pruned block, relative names, stored dtype."""
     reports: list[BlockReport]
     kept: dict[str, list[int]]
-    holds_residual: bool
-    """The store holds each window's residual stream before the MLP's sum, not the block's input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Hidden states of the calibration windows between two blocks, and the loop that moves them on."""
+
+    propagator: Propagator
+    pruned: HiddenStore
+    dense: HiddenStore
+    """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,49 +54,42 @@ class _Measured:
 
 
 def prune_block(
-    job: Job,
-    block: BlockLayout,
-    num_keep: Mapping[str, int],
-    propagator: Propagator,
-    store: HiddenStore,
-    dense: HiddenStore,
-    sensitivities: Mapping[str, Tensor],
+    job: Job, block: BlockLayout, num_keep: Mapping[str, int], streams: Streams, sensitivities: Mapping[str, Tensor]
 ) -> BlockOutcome:
-    """Measure, decide and solve every group of one block.
-
-    `store` holds the pruned model's hidden states at the block's input; `dense` the dense model's, of all windows where
-    the target is the dense path, else of the few whose perplexity is reported. Both are moved on: `dense` to the
-    block's output, `store` as `holds_residual` says.
-    """
-    started = time.perf_counter()
+    """Measure, decide and solve one half of the block after the other; both streams move on to the block's output."""
     tensors = job.reader.read(block.shapes, block.prefix)
-    module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+    module = _module(job, block, tensors, {})
     if not job.follows_dense:
-        propagator.run(module, block.index, dense, write=True)
+        streams.propagator.run(module, block.index, streams.dense, write=True)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
-    holds_residual = False
-    for group in job.groups(block):
+    for kind in UNIT_KINDS:
+        if kind not in num_keep:
+            with job.stock.half(module, kind):
+                streams.propagator.run(module, block.index, streams.pruned, write=True)
+                if job.follows_dense:
+                    streams.propagator.run(module, block.index, streams.dense, write=True)
+            continue
+        started = time.perf_counter()
+        group = block.group(kind)
         measured: _Measured | None = None
-        # An MLP whose output is simply added: leave its last product out, keep the residual, add the pruned MLP later.
-        split = group.kind == "mlp" and group.additive and job.stock.family.attention_module is not None
-        if job.follows_dense:
-            measured = _measure_dense_path(job, block, module, group, propagator, store, dense, tensors)
-            holds_residual = True
-        elif job.method.needs_statistics:
-            measured = _measure_local(job, block, module, group, propagator, store, split=split)
-            holds_residual = split
-        keep_U, result, errors = _decide(
-            job, block, group, tensors, measured, num_keep[group.kind], sensitivities.get(group.kind)
-        )
+        with job.stock.half(module, kind):
+            if job.follows_dense:
+                measured = _measure_dense_path(job, block, module, group, streams, tensors)
+            elif job.method.needs_statistics:
+                measured = _measure_local(job, block, module, group, streams)
+        keep_U, result, errors = _decide(job, block, group, tensors, measured, num_keep[kind], sensitivities.get(kind))
         keep_units = torch.nonzero(keep_U).flatten()
         tensors = compact(tensors, group, keep_units)
         tensors[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
-        kept[group.kind] = keep_units.tolist()
+        kept[kind] = keep_units.tolist()
+        module = _module(job, block, tensors, kept)
+        with job.stock.half(module, kind):
+            streams.propagator.run(module, block.index, streams.pruned, write=True)
         reports.append(
             BlockReport(
                 block=block.index,
-                kind=group.kind,
+                kind=kind,
                 num_units=group.num_units,
                 kept_units=len(keep_units),
                 error_mask_only=errors[0],
@@ -98,56 +99,45 @@ def prune_block(
                 seconds=time.perf_counter() - started,
             )
         )
-    return BlockOutcome(tensors=tensors, reports=reports, kept=kept, holds_residual=holds_residual)
+    return BlockOutcome(tensors=tensors, reports=reports, kept=kept)
 
 
-def _measure_local(
-    job: Job,
-    block: BlockLayout,
-    module: nn.Module,
-    group: UnitGroup,
-    propagator: Propagator,
-    store: HiddenStore,
-    *,
-    split: bool,
-) -> _Measured:
-    """Gram of the consumer's input over all windows; with `split` the store is moved on to the residual stream."""
+def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:
+    """The stock layer with the units that are left, in the dtype of the forward passes."""
+    config = job.stock.resized_config({kind: len(units) for kind, units in kept.items()}, block.index)
+    return job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()}, config)
+
+
+def _measure_local(job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams) -> _Measured:
+    """Gram of the consumer's input over all windows."""
     accumulator = GramAccumulator(group.num_units * group.width, job.device)
-    attach = tapped if split else observed
-    with attach(module, group.consumer_module, accumulator.update):
-        propagator.run(module, block.index, store, write=split)
+    with tapped(half, group.consumer_module, accumulator.update):
+        streams.propagator.run(half, block.index, streams.pruned, write=False)
     return _Measured(gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu())
 
 
 def _measure_dense_path(
-    job: Job,
-    block: BlockLayout,
-    module: nn.Module,
-    group: UnitGroup,
-    propagator: Propagator,
-    store: HiddenStore,
-    dense: HiddenStore,
-    tensors: Mapping[str, Tensor],
+    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, tensors: Mapping[str, Tensor]
 ) -> _Measured:
-    """Gram, and its product with the target y = dense output - pruned residual - consumer bias.
+    """Gram, and its product with the target y = dense output - pruned residual - consumer bias; moves `dense` on.
 
-    Both streams pass the block without its consumer: the dense output is its residual plus the consumer's product.
+    Both streams pass the half without its consumer, which leaves their residual; the dense output is that plus the
+    consumer's product.
     """
     inputs: list[Tensor] = []
-    consumer = module.get_submodule(group.consumer_module)
+    consumer = half.get_submodule(group.consumer_module)
     accumulator = GramAccumulator(group.num_units * group.width, job.device)
     hidden_size = job.stock.layout.hidden_size
     target_OI = torch.zeros(hidden_size, group.num_units * group.width, device=job.device)
     bias_O = 0.0 if group.consumer_bias is None else tensors[group.consumer_bias].to(job.device, torch.float32)
     energy = 0.0
-    with tapped(module, group.consumer_module, inputs.append):
-        for start, stop in propagator.batches(store):
-            residual_BSD = propagator.forward(module, block.index, dense, start, stop)
+    with tapped(half, group.consumer_module, inputs.append):
+        for start, stop in streams.propagator.batches(streams.pruned):
+            residual_BSD = streams.propagator.forward(half, block.index, streams.dense, start, stop)
             with torch.no_grad():
                 output_BSD = residual_BSD + consumer(inputs.pop().reshape(*residual_BSD.shape[:2], -1))
-            dense.write(start, output_BSD.cpu())
-            residual_BSD = propagator.forward(module, block.index, store, start, stop)
-            store.write(start, residual_BSD.cpu())
+            streams.dense.write(start, output_BSD.cpu())
+            residual_BSD = streams.propagator.forward(half, block.index, streams.pruned, start, stop)
             x_TI = inputs.pop().to(torch.float32)
             target_TO = (output_BSD.float() - residual_BSD.float() - bias_O).reshape(-1, hidden_size)
             accumulator.update(x_TI)

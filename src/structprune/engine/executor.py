@@ -21,7 +21,7 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.block import prune_block
+from structprune.engine.block import Streams, prune_block
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -127,20 +127,17 @@ def _prune_blocks(
         dense = open_store(job, run.staging / "dense.bin", num_dense)
         stack.callback(dense.close)
         propagator = embed(job, {store: num_windows, dense: num_dense})
+        streams = Streams(propagator=propagator, pruned=store, dense=dense)
         observer.start("prune", len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
             sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.needs_survey else {}
-            outcome = prune_block(job, block, num_keep, propagator, store, dense, sensitivities)
+            outcome = prune_block(job, block, num_keep, streams, sensitivities)
             shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
             run.record("block", index=block.index, shard=shard)
-            cast = {name: tensor.to(job.device, job.dtype) for name, tensor in outcome.tensors.items()}
-            module = job.stock.block(block.index, cast, job.stock.resized_config(num_keep, block.index))
-            with job.stock.mlp_half(module) if outcome.holds_residual else contextlib.nullcontext():
-                propagator.run(module, block.index, store, write=True)
             reports.extend(outcome.reports)
             kept_indices[str(block.index)] = outcome.kept
-            del outcome, cast, module
+            del outcome
             release_free_memory()
             observer.advance(f"{_block_line(reports[-1])}  memory {format_bytes(meter.peak_so_far())}")
         return reports, kept_indices, dense.read(0, job.num_probe).clone(), store.read(0, job.num_probe).clone()
