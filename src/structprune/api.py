@@ -31,7 +31,7 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
-from structprune.types import ModelLayout, UnitGroup
+from structprune.types import UNIT_KINDS, ModelLayout, UnitGroup
 
 _PROBE_TOKENS = 2048
 _NARROW = 4096
@@ -114,7 +114,16 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
     # Nothing removed leaves nothing to correct: the dense path is the model's own.
     target = (recipe.target or method.target) if recipe.sparsity > 0 else "local"
-    uneven = any(block.groups != stock.groups for block in stock.layout.blocks)
+    num_protected = recipe.protect_first + recipe.protect_last
+    if num_protected and num_protected >= len(stock.layout.blocks):
+        raise InputError(
+            "every block is protected",
+            got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
+            wanted=f"fewer than {len(stock.layout.blocks)} together",
+        )
+    if num_protected and recipe.structure == "uniform":
+        raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
+    uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
     if allocator != "uniform" and not method.needs_survey:
         raise UnsupportedError(
             f"allocator {allocator!r} needs removal costs, which {method.name!r} does not measure",
@@ -211,7 +220,9 @@ def default_multiple(groups: tuple[UnitGroup, ...]) -> int:
 
 
 def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple[UnitGroup, ...]:
-    kinds = ("mlp", "attention") if recipe.scope == "all" else (recipe.scope,)
+    """In the order of the forward pass."""
+    kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
+    groups = {group.kind: group for group in stock.groups}
     for kind in kinds:
         if kind not in method.kinds:
             raise UnsupportedError(
@@ -219,4 +230,10 @@ def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple
                 got=f"--scope {recipe.scope}",
                 wanted=f"--scope {method.kinds[0]}",
             )
-    return tuple(group for group in stock.groups if group.kind in kinds)
+        if not groups[kind].config_fields:
+            raise UnsupportedError(
+                f"stock {stock.family.name} cannot express fewer {kind} units",
+                got=f"--scope {recipe.scope}",
+                wanted="--scope mlp",
+            )
+    return tuple(groups[kind] for kind in kinds)

@@ -176,6 +176,18 @@ def test_unsupported_scope(method: str, scope: str, refused: Refused, tiny_llama
     assert message == f"method '{method}' does not prune attention; got --scope {scope}, wanted --scope mlp."
 
 
+def test_protection_of_every_block(refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--protect-first", 1, "--protect-last", 1)
+    assert message == (
+        "every block is protected; got --protect-first 1, --protect-last 1, wanted fewer than 2 together."
+    )
+
+
+def test_protected_blocks_are_uneven(refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--protect-first", 1, "--structure", "uniform")
+    assert message == "protected blocks keep another width than the others; wanted --structure per-layer."
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -185,6 +185,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "structure": "uniform",
         "temperature": 0.5,
         "min_retention": 0.2,
+        "protect_first": 0,
+        "protect_last": 0,
         "sensitivity_samples": 3,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import TINY_MODELS, VOCAB, save_tiny
+from structprune import prune
 from structprune.architectures.per_layer_source import MODELING_NAME
 from structprune.architectures.stock import StockModel, compact, load_model, output_tensor
 from structprune.checkpoint.reader import CheckpointReader
@@ -21,6 +22,7 @@ from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import write_companions
+from structprune.recipe import Recipe
 
 NUM_BLOCKS = 3
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
@@ -259,3 +261,19 @@ def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
     assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, "llama")["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
+
+
+@pytest.mark.parametrize("method", ["fasp", "structprune"])
+def test_protected_blocks_keep_their_width(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        method=method,
+        sparsity=0.25,
+        calibration=str(text_file),
+        num_samples=4,
+        seq_len=32,
+        multiple_of=1,
+        protect_first=1,
+    )
+    report = prune(tiny_llama, recipe, tmp_path / "out")
+    assert [b.kept_units for b in report.blocks] == [48, 24]
+    assert report.size.removed_share_of_scope == 0.25

@@ -21,6 +21,8 @@ class BlockBudget:
     unit_parameters: int
     module_parameters: int
     """Parameters of the module that holds the group; the sparsity's denominator."""
+    multiple_of: int = 1
+    """Kept units are a multiple of this."""
     cost_U: Tensor | None = None
     """Loss that the removal of the first, second, ... unit adds, in the order in which the block would lose them."""
 
@@ -31,7 +33,6 @@ class AllocationOptions:
 
     sparsity: float
     """Share of the groups' module parameters to remove."""
-    multiple_of: int
     min_retention: float = 0.1
     """No group keeps a smaller share of its units."""
     protected: frozenset[int] = frozenset()
@@ -45,11 +46,11 @@ def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -
 
 
 def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
-    """Units that a group may lose at most, with the width that stays a multiple of `multiple_of`."""
+    """Units that a group may lose at most, with the width that stays a multiple."""
     if budget.block in options.protected:
         return 0
     least = max(1, math.ceil(options.min_retention * budget.num_units))
-    least = -(-least // options.multiple_of) * options.multiple_of
+    least = -(-least // budget.multiple_of) * budget.multiple_of
     return max(0, budget.num_units - least)
 
 
@@ -84,5 +85,5 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
 def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:
     """Removals that leave a multiple, ascending, from zero."""
     largest = largest_removal(budget, options)
-    first = budget.num_units % options.multiple_of or options.multiple_of
-    return [0, *range(first, largest + 1, options.multiple_of)]
+    first = budget.num_units % budget.multiple_of or budget.multiple_of
+    return [0, *range(first, largest + 1, budget.multiple_of)]

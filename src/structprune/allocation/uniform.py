@@ -13,23 +13,27 @@ def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     """Units to keep per group: at least `sparsity` of each module's parameters goes.
 
     The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected
-    blocks lose nothing, and `min_retention` has no part: the share is the same by intent. Raises InputError if a
-    group would be left empty.
+    blocks lose nothing, the others of their kind so much more; `min_retention` has no part: the share is the same by
+    intent. Raises InputError if a group would be left empty.
     """
     kept: list[int] = []
     for budget in budgets:
+        peers = [b for b in budgets if b.kind == budget.kind]
+        total = sum(b.module_parameters for b in peers)
+        free = sum(b.module_parameters for b in peers if b.block not in options.protected)
+        share = options.sparsity * total / free if free else 0.0
         # The epsilon keeps 0.3 * 1000 / 1 from becoming 301 units through binary rounding.
-        remove = math.ceil(options.sparsity * budget.module_parameters / budget.unit_parameters - 1e-9)
+        remove = math.ceil(share * budget.module_parameters / budget.unit_parameters - 1e-9)
         keep = budget.num_units - remove
         if remove > 0:
-            keep -= keep % options.multiple_of
+            keep -= keep % budget.multiple_of
         if budget.block in options.protected:
             keep = budget.num_units
         if keep <= 0:
             raise InputError(
                 f"no {budget.kind} units would be left",
                 where=f"block {budget.block}",
-                got=f"sparsity {options.sparsity:g} with multiples of {options.multiple_of}",
+                got=f"sparsity {options.sparsity:g} with multiples of {budget.multiple_of}",
                 wanted=f"at least one of {budget.num_units} units",
                 do="lower --sparsity or --multiple-of",
             )

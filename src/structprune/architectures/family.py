@@ -15,6 +15,10 @@ def _accept(_: Any) -> None:
     return None
 
 
+def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
+    return config
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
@@ -37,3 +41,5 @@ class Family:
     groups: Callable[[PretrainedConfig], tuple[UnitGroup, ...]]
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
+    resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
+    """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""

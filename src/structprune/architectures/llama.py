@@ -6,9 +6,12 @@ and o columns of its g query heads, [k g hd, (k+1) g hd).
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family
+from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, UnitGroup
 
 
@@ -52,6 +55,23 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
     return (mlp, attention)
 
 
+def _resized(config: dict[str, Any]) -> dict[str, Any]:
+    """LlamaConfig wants hidden_size to be a multiple of the number of heads, even where head_dim is given.
+
+    Mistral's is the same block (no biases, here without a window) without that check.
+    """
+    if config["model_type"] != "llama" or config["hidden_size"] % config["num_attention_heads"] == 0:
+        return config
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UnsupportedError(
+                "no stock class takes this number of heads together with biases",
+                got=f"{config['num_attention_heads']} heads, hidden_size {config['hidden_size']}, {name}",
+                do="use --structure per-layer",
+            )
+    return config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
 LLAMA = Family(
     name="llama",
     blocks_module="model.layers",
@@ -62,4 +82,5 @@ LLAMA = Family(
     attention_module="self_attn",
     mlp_modules=("mlp",),
     groups=_groups,
+    resized=_resized,
 )

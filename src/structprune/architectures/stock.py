@@ -233,9 +233,9 @@ class StockModel:
 
     @contextmanager
     def half(self, block: nn.Module, kind: UnitKind) -> Generator[None]:
-        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`: one half after the other is the block."""
+        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`; the one after the other is the block."""
         assert self.family.attention_module is not None
-        others = {self.family.attention_module: _NoAttention()}
+        others: dict[str, nn.Module] = {self.family.attention_module: _NoAttention()}
         if kind == "attention":
             others = {name: _NoMlp() for name in self.family.mlp_modules}
         removed = {name: block.get_submodule(name) for name in others}

@@ -51,6 +51,10 @@ def prune(
     min_retention: Annotated[
         float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")
     ] = None,
+    protect_first: Annotated[
+        int | None, typer.Option(help="Blocks at the start that lose nothing.  [default: 0]")
+    ] = None,
+    protect_last: Annotated[int | None, typer.Option(help="Blocks at the end that lose nothing.  [default: 0]")] = None,
     sensitivity_samples: Annotated[
         int | None, typer.Option(help="Windows of the streamed backward pass.  [default: 12]")
     ] = None,
@@ -79,6 +83,8 @@ def prune(
         "structure": structure,
         "temperature": temperature,
         "min_retention": min_retention,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
         "sensitivity_samples": sensitivity_samples,
     }
     given = {name: value for name, value in flags.items() if value is not None}

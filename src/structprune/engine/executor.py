@@ -51,20 +51,23 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
             num_units=group.num_units,
             unit_parameters=block.unit_parameters(group),
             module_parameters=block.module_parameters(group),
+            # A unit of attention is a whole group of heads.
+            multiple_of=job.recipe.multiple_of if kind == "mlp" else 1,
             cost_U=None if costs is None else costs[group.kind][block.index],
         )
         for kind in job.kinds
         for block in job.stock.layout.blocks
         for group in (block.group(kind),)
     ]
+    num_blocks = len(job.stock.layout.blocks)
     options = AllocationOptions(
         sparsity=job.recipe.sparsity,
-        multiple_of=job.recipe.multiple_of,
         min_retention=job.recipe.min_retention,
         temperature=job.recipe.temperature,
+        protected=frozenset(range(job.recipe.protect_first))
+        | frozenset(range(num_blocks - job.recipe.protect_last, num_blocks)),
     )
     kept = ALLOCATORS.get(job.recipe.allocator)(budgets, options)
-    num_blocks = len(job.stock.layout.blocks)
     return {kind: kept[i * num_blocks : (i + 1) * num_blocks] for i, kind in enumerate(job.kinds)}
 
 
@@ -148,7 +151,8 @@ def _write_structure(job: Job, checkpoint: Path, kept: dict[str, list[int]]) -> 
     if job.recipe.structure == "per-layer":
         write_modeling_file(checkpoint, job.stock.family.name)
         return per_layer_config(job.reader.config, job.stock.groups, kept, job.stock.family.name)
-    return uniform_config(job.reader.config, job.stock.groups, {kind: counts[0] for kind, counts in kept.items()})
+    widths = {kind: counts[0] for kind, counts in kept.items()}
+    return uniform_config(job.reader.config, job.stock.groups, widths, job.stock.family)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from structprune.architectures.family import Family
 from structprune.files import write_json
 from structprune.types import UnitGroup
 
@@ -25,13 +26,22 @@ _COMPANIONS = (
 )
 
 
-def uniform_config(config: Mapping[str, Any], groups: tuple[UnitGroup, ...], kept: Mapping[str, int]) -> dict[str, Any]:
-    """The source config with the entries that `kept` units per kind change; every other entry stays."""
+def uniform_config(
+    config: Mapping[str, Any], groups: tuple[UnitGroup, ...], kept: Mapping[str, int], family: Family
+) -> dict[str, Any]:
+    """The source config with the entries that `kept` units per kind change; every other entry stays.
+
+    Raises UnsupportedError if no stock class takes the result.
+    """
     result = dict(config)
     for group in groups:
-        if group.kind in kept:
-            result |= {name: kept[group.kind] * factor for name, factor in group.config_fields.items()}
-    return result
+        if group.kind not in kept:
+            continue
+        result |= {name: kept[group.kind] * factor for name, factor in group.config_fields.items()}
+        if (heads_per_unit := group.config_fields.get("num_attention_heads")) and kept[group.kind] != group.num_units:
+            # Left out, it would be derived from the number of heads.
+            result["head_dim"] = group.width // heads_per_unit
+    return family.resized(result)
 
 
 def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from structprune.types import UnitKind
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -25,5 +27,5 @@ class Method:
     """Whether the dense model is surveyed first (removal costs, output sensitivities)."""
     target: Literal["local", "dense-path"] = "local"
     damping: float = 1e-4
-    kinds: tuple[str, ...] = ("mlp",)
+    kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""

@@ -20,4 +20,5 @@ STRUCTPRUNE = Method(
     needs_survey=True,
     target="dense-path",
     damping=1e-2,
+    kinds=("attention", "mlp"),
 )

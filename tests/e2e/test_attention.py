@@ -1,0 +1,126 @@
+"""Attention shrinks by KV groups: uneven per-layer models and uniform ones that stock code loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+
+import structprune
+from conftest import TINY_MODELS, llama_config, save_tiny
+from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import load_model
+from structprune.architectures.tokenizer import TextEncoder
+from structprune.calibration.context import consecutive_windows
+from structprune.errors import UnsupportedError
+from structprune.recipe import Recipe
+from structprune.report.schema import PruneReport
+
+SEQ_LEN, NUM_SAMPLES = 32, 8
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["grouped", "llama3-rope"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight query heads of width 4 in four KV groups; without one group, hidden_size 32 is no multiple of six."""
+    changes: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    if request.param == "llama3-rope":
+        changes |= {"rope_parameters": LLAMA3_ROPE}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY_MODELS, "wide", lambda: LlamaForCausalLM(llama_config(**changes)))
+        return save_tiny("wide", tmp_path_factory.mktemp("attention") / "model")
+
+
+def pruned(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneReport:
+    recipe = Recipe.build(
+        method="structprune",
+        calibration=str(text_file),
+        num_samples=NUM_SAMPLES,
+        seq_len=SEQ_LEN,
+        dtype="float32",
+        multiple_of=1,
+        **changes,
+    )
+    return structprune.prune(source, recipe, output)
+
+
+def reloaded_perplexity(directory: Path, text_file: Path, num_windows: int) -> float:
+    windows_NS = consecutive_windows(TextEncoder(directory).encode(text_file.read_text()), SEQ_LEN, "text", "test")
+    order = torch.randperm(len(windows_NS), generator=torch.Generator().manual_seed(0))
+    ids_NS = windows_NS[order[:NUM_SAMPLES]][:num_windows]
+    model = load_model(resolve_model(str(directory)), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        logits_TV = model(input_ids=ids_NS).logits[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits_TV, ids_NS[:, 1:].flatten()).exp())
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("scope", ["attention", "all"])
+def test_uneven(scope: str, source: Path, text_file: Path, tmp_path: Path) -> None:
+    report = pruned(source, tmp_path / "out", text_file, scope=scope, sparsity=0.4)
+    assert report.size.removed_share_of_scope >= 0.4
+    layers = read_config(tmp_path / "out")["per_layer_config"]
+    for block in report.blocks:
+        fields = layers[str(block.block)]
+        if block.kind == "attention":
+            assert fields["num_key_value_heads"] == block.kept_units
+            assert fields["num_attention_heads"] == 2 * block.kept_units
+        else:
+            assert fields["intermediate_size"] == block.kept_units
+    assert sum(b.kept_units for b in report.blocks if b.kind == "attention") < 8
+    assert (len({b.kind for b in report.blocks}) == 2) == (scope == "all")
+    perplexity = reloaded_perplexity(tmp_path / "out", text_file, report.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(report.calibration.pruned_perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["attention", "all"])
+def test_uniform_llama_loads_in_stock_code(scope: str, source: Path, text_file: Path, tmp_path: Path) -> None:
+    report = pruned(source, tmp_path / "out", text_file, scope=scope, sparsity=0.25, structure="uniform")
+    config = read_config(tmp_path / "out")
+    assert (config["num_key_value_heads"], config["num_attention_heads"], config["head_dim"]) == (3, 6, 4)
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", None)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model, MistralForCausalLM)
+    perplexity = reloaded_perplexity(tmp_path / "out", text_file, report.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(report.calibration.pruned_perplexity, rel=1e-4)
+
+
+def test_uniform_stays_llama_where_llama_takes_it(source: Path, text_file: Path, tmp_path: Path) -> None:
+    pruned(source, tmp_path / "out", text_file, scope="attention", sparsity=0.5, structure="uniform")
+    config = read_config(tmp_path / "out")
+    assert (config["model_type"], config["num_attention_heads"], config["head_dim"]) == ("llama", 4, 4)
+
+
+def test_nothing_removed_is_the_same_model(source: Path, text_file: Path, tmp_path: Path) -> None:
+    report = pruned(source, tmp_path / "out", text_file, scope="all", sparsity=0.0)
+    assert report.size.parameters_after == report.size.parameters_before
+    assert report.calibration.pruned_perplexity == pytest.approx(report.calibration.dense_perplexity, rel=1e-6)
+
+
+def test_opt_refuses_heads(tiny_opt: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="stock opt cannot express fewer attention units"):
+        pruned(tiny_opt, tmp_path / "out", text_file, scope="all", sparsity=0.3)
+    assert not (tmp_path / "out").exists()
