@@ -77,6 +77,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             needs_statistics=method.needs_statistics,
             needs_survey=method.needs_survey,
             follows_dense=recipe.target == "dense-path",
+            holds_out=recipe.damping == "auto",
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         )
         return make_plan(request, recipe.memory)
@@ -120,6 +121,12 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             "every block is protected",
             got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
             wanted=f"fewer than {len(stock.layout.blocks)} together",
+        )
+    if (recipe.damping or method.damping) == "auto" and recipe.num_samples < 2 and method.needs_statistics:
+        raise InputError(
+            "one window cannot both fit and choose the ridge",
+            got=f"--num-samples {recipe.num_samples}, --damping auto",
+            wanted="at least 2 windows, or a number for --damping",
         )
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -33,7 +33,9 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
     multiple_of: int | None = Field(default=None, ge=1, description="kept units per block are a multiple of this")
-    damping: float | None = Field(default=None, gt=0, le=1, description="ridge as a share of the Gram's mean diagonal")
+    damping: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
+        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
+    )
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
     target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")
     structure: Literal["uniform", "per-layer"] | None = Field(default=None, description="output format")
@@ -55,7 +57,8 @@ class Recipe(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "recipe"
+            # Only the field: a union's errors go on with the name of the alternative.
+            name = str(first["loc"][0]) if first["loc"] else "recipe"
             flag = "--" + name.replace("_", "-")
             raise InputError(
                 f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()

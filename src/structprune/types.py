@@ -6,7 +6,7 @@ Shape suffixes: U units, I inputs of the consumer (U * width), O outputs of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,8 @@ class UnitGroup:
     """Config entry -> value per kept unit, e.g. `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
+    norm_module: str | None = None
+    """Norm that only this half of the block reads; it goes when the whole half goes."""
     additive: bool = True
     """The consumer's output is added to the residual stream without anything in between."""
 
@@ -66,6 +68,7 @@ class BlockLayout:
     shapes: Mapping[str, tuple[int, ...]]
     """Relative tensor name -> shape."""
     groups: tuple[UnitGroup, ...]
+    """Those of the halves that the block still has."""
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +76,20 @@ class BlockLayout:
 
     def group(self, kind: str) -> UnitGroup:
         return next(group for group in self.groups if group.kind == kind)
+
+    def has(self, kind: str) -> bool:
+        """Whether the block still has its half of this kind."""
+        return any(group.kind == kind for group in self.groups)
+
+    def half_tensors(self, kind: str) -> list[str]:
+        """Relative names of the tensors that go when no unit of `kind` is kept: the half's modules and its norm."""
+        group = self.group(kind)
+        prefixes = (group.module_prefix,) if group.norm_module is None else (group.module_prefix, f"{group.norm_module}.")
+        return [name for name in self.shapes if name.startswith(prefixes)]
+
+    def half_parameters(self, kind: str) -> int:
+        """Parameters that leave with the whole half; more than its units', as the norm and some biases are no unit's."""
+        return sum(_numel(self.shapes[name]) for name in self.half_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:
         """Parameters of the module that holds `group`: the denominator of `--sparsity`."""
@@ -116,6 +133,32 @@ class ModelLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """Sums over some calibration tokens of a consumer's inputs x and targets y."""
+
+    gram_II: Tensor
+    """Sum of x x^T, float32 or wider."""
+    num_tokens: int
+    target_OI: Tensor | None = None
+    """Sum of y x^T; None for the local target, where it is W G."""
+    target_energy: float | None = None
+    """Sum of |y|^2; None for the local target."""
+
+    def __add__(self, other: Moments) -> Moments:
+        target_OI, energy = self.target_OI, self.target_energy
+        if target_OI is not None and energy is not None:
+            assert other.target_OI is not None
+            assert other.target_energy is not None
+            target_OI, energy = target_OI + other.target_OI, energy + other.target_energy
+        return Moments(
+            gram_II=self.gram_II + other.gram_II,
+            num_tokens=self.num_tokens + other.num_tokens,
+            target_OI=target_OI,
+            target_energy=energy,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProblem:
     """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
 
@@ -136,6 +179,8 @@ class LayerProblem:
     """Sum over tokens of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
     """Sum over tokens of |y|^2; None for the local target."""
+    held_out: Moments | None = None
+    """The part of the sums above whose windows choose the ridge; None: `damping` is the ridge."""
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token; None where not measured."""
 
@@ -149,6 +194,19 @@ class LayerProblem:
         if self.target_OI is not None:
             return self.target_OI.to(torch.float64)
         return self.weight_OI.to(torch.float64) @ self.gram_II.to(torch.float64)
+
+    def without_held_out(self) -> LayerProblem:
+        """The same problem on the other windows only."""
+        held_out = self.held_out
+        assert held_out is not None
+        return replace(
+            self,
+            gram_II=self.gram_II - held_out.gram_II,
+            num_tokens=self.num_tokens - held_out.num_tokens,
+            target_OI=None if held_out.target_OI is None else self.cross_OI - held_out.target_OI,
+            target_energy=None,
+            held_out=None,
+        )
 
     def kept_inputs(self, keep_U: Tensor) -> Tensor:
         """Indices of the consumer inputs that belong to kept units, ascending."""

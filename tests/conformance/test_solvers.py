@@ -16,7 +16,7 @@ from torch import Tensor
 from structprune.errors import NumericalError
 from structprune.linalg.damped import quadratic_error
 from structprune.solvers import SOLVERS
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 # Solvers that read the Gram, and so must state the damping that they took.
 UPDATING = [name for name in SOLVERS if name != "mask-only"]
@@ -232,3 +232,95 @@ def test_nan_in_the_gram_is_an_error(name: str) -> None:
     problem.gram_II[1, 1] = float("nan")
     with pytest.raises(NumericalError):
         SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
+
+
+def split_problem(num_noise: int, *, path: bool, seed: int = 0) -> LayerProblem:
+    """Sums over 60 tokens, the last 20 held out; `num_noise` columns of the target are noise that nothing predicts."""
+    x_TI = correlated(60, 12, seed)
+    weight_OI = torch.randn(6, 12, generator=generator(seed + 2), dtype=torch.float64)
+    y_TO = x_TI @ weight_OI.T
+    y_TO[:, :num_noise] += 3 * torch.randn(60, num_noise, generator=generator(seed + 3), dtype=torch.float64)
+
+    def moments(rows: slice) -> Moments:
+        x, y = x_TI[rows], y_TO[rows]
+        return Moments(
+            gram_II=x.T @ x,
+            num_tokens=len(x),
+            target_OI=y.T @ x if path else None,
+            target_energy=float(y.square().sum()) if path else None,
+        )
+
+    total = moments(slice(0, 60))
+    return LayerProblem(
+        weight_OI=weight_OI,
+        gram_II=total.gram_II,
+        num_tokens=60,
+        width=1,
+        damping=1e-2,
+        producer_norm_U=torch.ones(12),
+        target_OI=total.target_OI,
+        target_energy=total.target_energy,
+        held_out=moments(slice(40, 60)),
+    )
+
+
+def test_noise_gets_the_larger_ridge() -> None:
+    keep_U = keep_mask(12, list(range(8)))
+    clean = SOLVERS.get("least-squares")(split_problem(0, path=True), keep_U)
+    noisy = SOLVERS.get("least-squares")(split_problem(6, path=True), keep_U)
+    assert noisy.statistics["path_damping"] > 10 * clean.statistics["path_damping"]
+    assert noisy.statistics["held_out_error"] > clean.statistics["held_out_error"]
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool) -> None:
+    """Brute force over the local grid: solve on 40 tokens with each ridge, measure on the other 20."""
+    problem = split_problem(2, path=path)
+    assert problem.held_out is not None
+    keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
+    kept_K = problem.kept_inputs(keep_U)
+    result = SOLVERS.get("least-squares")(problem, keep_U)
+    fit = problem.without_held_out()
+    held_out = replace(
+        problem,
+        gram_II=problem.held_out.gram_II,
+        target_OI=problem.held_out.target_OI,
+        target_energy=problem.held_out.target_energy,
+        held_out=None,
+    )
+    energy = problem.held_out.target_energy or float((held_out.cross_OI * problem.weight_OI).sum())
+
+    def held_out_error(local: float, residual: float) -> float:
+        def solve(right_OK: Tensor, damping: float) -> Tensor:
+            gram_KK = fit.gram_II[kept_K][:, kept_K]
+            ridge_KK = damping * gram_KK.diagonal().mean() * torch.eye(len(kept_K))
+            return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
+
+        missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
+        residual_OK = (fit.cross_OI - problem.weight_OI @ fit.gram_II)[:, kept_K]
+        weight_OK = problem.weight_OI[:, kept_K] + solve(missing_OK, local) + solve(residual_OK, residual)
+        gram_KK = held_out.gram_II[kept_K][:, kept_K]
+        square = ((weight_OK @ gram_KK - 2 * held_out.cross_OI[:, kept_K]) * weight_OK).sum()
+        return (energy + float(square)) / energy
+
+    local, residual = result.statistics["damping"], result.statistics.get("path_damping", 1.0)
+    assert result.statistics["held_out_error"] == pytest.approx(held_out_error(local, residual), rel=1e-9)
+    if path:
+        errors = [held_out_error(local, damping) for damping in (1e-2, 1e-1, 1.0, 10.0, 100.0)]
+        assert result.statistics["held_out_error"] == pytest.approx(min(errors), rel=1e-9)
+    else:
+        errors = [held_out_error(damping, 1.0) for damping in (1e-3, 1e-2, 1e-1, 1.0)]
+        assert result.statistics["held_out_error"] == pytest.approx(min(errors), rel=1e-9)
+
+
+def test_the_answer_is_solved_on_all_tokens() -> None:
+    problem = split_problem(2, path=True)
+    keep_U = keep_mask(12, list(range(8)))
+    chosen = SOLVERS.get("least-squares")(problem, keep_U)
+    assert chosen.statistics["damping"] != chosen.statistics["path_damping"]
+    fixed = replace(problem, held_out=None, damping=chosen.statistics["damping"])
+    same = replace(problem, held_out=None, damping=chosen.statistics["path_damping"])
+    local_only = SOLVERS.get("least-squares")(replace(fixed, target_OI=None, target_energy=None), keep_U).weight_OK
+    path_ridge_local = SOLVERS.get("least-squares")(replace(same, target_OI=None, target_energy=None), keep_U).weight_OK
+    path_ridge_both = SOLVERS.get("least-squares")(same, keep_U).weight_OK
+    torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)

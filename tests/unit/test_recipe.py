@@ -30,6 +30,8 @@ CHANGES: dict[str, Any] = {
     "structure": "per-layer",
     "temperature": 0.5,
     "min_retention": 0.2,
+    "protect_first": 1,
+    "protect_last": 1,
     "sensitivity_samples": 3,
 }
 

@@ -35,8 +35,8 @@ def prune(
         int | None, typer.Option(help="Kept widths are a multiple of this.  [default: 32, wide models 128]")
     ] = None,
     damping: Annotated[
-        float | None,
-        typer.Option(help="Ridge of the least squares, share of the mean diagonal.  [default: the method's]"),
+        str | None,
+        typer.Option(help="Ridge as a share of the Gram's mean diagonal, or auto.  [default: the method's]"),
     ] = None,
     allocator: Annotated[
         str | None, typer.Option(help="uniform, closed-form, energy or softmax.  [default: the method's]")

@@ -6,7 +6,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, SolveResult, UnitGroup
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +46,6 @@ class Streams:
     """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    gram_II: Tensor
-    target_OI: Tensor | None = None
-    target_energy: float | None = None
-
-
 def prune_block(
     job: Job, block: BlockLayout, num_keep: Mapping[str, int], streams: Streams, sensitivities: Mapping[str, Tensor]
 ) -> BlockOutcome:
@@ -72,13 +65,18 @@ def prune_block(
             continue
         started = time.perf_counter()
         group = block.group(kind)
-        measured: _Measured | None = None
-        with job.stock.half(module, kind):
-            if job.follows_dense:
-                measured = _measure_dense_path(job, block, module, group, streams, tensors)
-            elif job.method.needs_statistics:
-                measured = _measure_local(job, block, module, group, streams)
-        keep_U, result, errors = _decide(job, block, group, tensors, measured, num_keep[kind], sensitivities.get(kind))
+        measured: list[Moments] = []
+        if job.method.needs_statistics:
+            measure = _measure_dense_path if job.follows_dense else _measure_local
+            num_fit = len(job.windows.ids_NS) - job.num_held_out
+            with job.stock.half(module, kind):
+                for first, last in ((0, num_fit), (num_fit, len(job.windows.ids_NS))):
+                    if first < last:
+                        measured.append(measure(job, block, module, group, streams, (first, last)))
+        problem = _problem(job, group, tensors, measured, sensitivities.get(kind))
+        keep_U, result = _decide(job, problem, num_keep[kind], f"block {block.index} {kind}")
+        errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
+        del problem, measured
         keep_units = torch.nonzero(keep_U).flatten()
         tensors = compact(tensors, group, keep_units)
         tensors[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
@@ -108,17 +106,21 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: M
     return job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()}, config)
 
 
-def _measure_local(job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams) -> _Measured:
-    """Gram of the consumer's input over all windows."""
+def _measure_local(
+    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, windows: tuple[int, int]
+) -> Moments:
+    """Gram of the consumer's input over windows first..last."""
     accumulator = GramAccumulator(group.num_units * group.width, job.device)
     with tapped(half, group.consumer_module, accumulator.update):
-        streams.propagator.run(half, block.index, streams.pruned, write=False)
-    return _Measured(gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu())
+        for start, stop in streams.propagator.batches(*windows):
+            streams.propagator.forward(half, block.index, streams.pruned, start, stop)
+    num_tokens = accumulator.num_tokens
+    return Moments(gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(), num_tokens=num_tokens)
 
 
 def _measure_dense_path(
-    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, tensors: Mapping[str, Tensor]
-) -> _Measured:
+    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, windows: tuple[int, int]
+) -> Moments:
     """Gram, and its product with the target y = dense output - pruned residual - consumer bias; moves `dense` on.
 
     Both streams pass the half without its consumer, which leaves their residual; the dense output is that plus the
@@ -129,10 +131,12 @@ def _measure_dense_path(
     accumulator = GramAccumulator(group.num_units * group.width, job.device)
     hidden_size = job.stock.layout.hidden_size
     target_OI = torch.zeros(hidden_size, group.num_units * group.width, device=job.device)
-    bias_O = 0.0 if group.consumer_bias is None else tensors[group.consumer_bias].to(job.device, torch.float32)
+    bias_O = 0.0
+    if group.consumer_bias is not None:
+        bias_O = half.get_parameter(group.consumer_bias).to(torch.float32)
     energy = 0.0
     with tapped(half, group.consumer_module, inputs.append):
-        for start, stop in streams.propagator.batches(streams.pruned):
+        for start, stop in streams.propagator.batches(*windows):
             residual_BSD = streams.propagator.forward(half, block.index, streams.dense, start, stop)
             with torch.no_grad():
                 output_BSD = residual_BSD + consumer(inputs.pop().reshape(*residual_BSD.shape[:2], -1))
@@ -143,36 +147,43 @@ def _measure_dense_path(
             accumulator.update(x_TI)
             target_OI.addmm_(target_TO.T, x_TI)
             energy += float(target_TO.square().sum(dtype=torch.float64))
-    return _Measured(
+    num_tokens = accumulator.num_tokens
+    return Moments(
         gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(),
+        num_tokens=num_tokens,
         target_OI=target_OI.cpu(),
         target_energy=energy,
     )
 
 
-def _decide(
+def _problem(
     job: Job,
-    block: BlockLayout,
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
-    measured: _Measured | None,
-    num_keep: int,
+    measured: Sequence[Moments],
     sensitivity_OO: Tensor | None,
-) -> tuple[Tensor, SolveResult, tuple[float | None, float | None]]:
-    """Choose the units, solve the consumer; relative errors before and after the solve, None without statistics."""
-    where = f"block {block.index} {group.kind}"
+) -> LayerProblem:
+    """The consumer's problem: sums over the windows to fit, or those and the held-out ones."""
     weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)
-    problem = LayerProblem(
+    if not measured:
+        measured = [Moments(gram_II=torch.eye(weight_OI.shape[1]), num_tokens=1)]
+    total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
+    return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=measured.gram_II if measured is not None else torch.eye(weight_OI.shape[1]),
-        num_tokens=job.windows.ids_NS.numel(),
+        gram_II=total.gram_II,
+        num_tokens=total.num_tokens,
         width=group.width,
         damping=job.damping,
         producer_norm_U=producer_norms(tensors, group),
-        target_OI=None if measured is None else measured.target_OI,
-        target_energy=None if measured is None else measured.target_energy,
+        target_OI=total.target_OI,
+        target_energy=total.target_energy,
+        held_out=measured[1] if len(measured) > 1 else None,
         sensitivity_OO=sensitivity_OO,
     )
+
+
+def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple[Tensor, SolveResult]:
+    """Choose the units, solve the consumer."""
     if job.method.score in SELECTORS:
         keep_U = SELECTORS.get(job.method.score)(problem, num_keep)
     else:
@@ -183,16 +194,19 @@ def _decide(
     result = SOLVERS.get(job.method.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
-    if measured is None:
-        return keep_U, result, (None, None)
+    return keep_U, result
+
+
+def _relative_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float]:
+    """Squared error over target energy, of the cut weight and of the solved one, on the calibration tokens."""
     kept_K = problem.kept_inputs(keep_U)
     cross_OI = problem.cross_OI
     energy = problem.target_energy
     if energy is None:
-        energy = float((cross_OI * weight_OI).sum(dtype=torch.float64))
+        energy = float((cross_OI * problem.weight_OI).sum(dtype=torch.float64))
     if energy <= 0:
-        return keep_U, result, (0.0, 0.0)
+        return 0.0, 0.0
     gram_KK = problem.gram_II[kept_K][:, kept_K]
-    before = target_error(weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
+    before = target_error(problem.weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
     after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
-    return keep_U, result, (before / energy, after / energy)
+    return before / energy, after / energy

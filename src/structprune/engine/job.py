@@ -14,6 +14,9 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
 
+# Costs and selection come before the ridge is chosen; the prototype's value.
+_DECISION_DAMPING = 1e-2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -42,9 +45,14 @@ class Job:
 
     @property
     def damping(self) -> float:
-        """The recipe's damping, resolved from the method's where it was not given."""
+        """The ridge of the decision, and of the solver unless it is chosen on held-out windows."""
         assert self.recipe.damping is not None
-        return self.recipe.damping
+        return _DECISION_DAMPING if self.recipe.damping == "auto" else self.recipe.damping
+
+    @property
+    def num_held_out(self) -> int:
+        """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
+        return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0
 
     @property
     def follows_dense(self) -> bool:

@@ -63,6 +63,8 @@ class PlanRequest:
     needs_survey: bool = False
     follows_dense: bool = False
     sensitivity_windows: int = 0
+    holds_out: bool = False
+    """Whether the sums of some windows are kept apart to choose the ridge."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -143,12 +145,16 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
             cross = inputs * hidden * 4 if request.follows_dense else 0
+            if request.holds_out:
+                # Both sums, one without the other, kept squares of each in float64, one of them shifted and factored.
+                solve = max(solve, 3 * gram + 4 * 2 * gram + 8 * inputs * hidden * 8)
             if request.needs_survey:
                 # Greedy removal in float64: Gram, shifted, factor, inverse, its working copy and that one's successor;
                 # weights, targets and updates.
-                solve = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
+                greedy = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
+                solve = max(solve, greedy)
                 gradient = request.sensitivity_windows * request.seq_len * hidden * 4
-                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + solve
+                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + greedy
                 # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
                 kept = 3 * request.seq_len * _activation_width(block, hidden) * item
                 phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
@@ -160,7 +166,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                     + _CHUNK_BYTES
                     + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
                 )
-            phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross
+            kept_apart = gram + cross if request.holds_out else 0
+            phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
+            phases[f"statistics ({group.kind})"] += kept_apart
             if request.follows_dense:
                 # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
                 both = 2 * inputs + 6 * hidden

@@ -69,10 +69,14 @@ class Propagator:
         """What the stock model passes to block `index` for a batch of `num_windows`."""
         return self._inputs[num_windows].kwargs[index]
 
-    def batches(self, store: HiddenStore) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each micro-batch of the store's windows."""
-        for start in range(0, store.shape[0], self._micro_batch):
-            yield start, min(start + self._micro_batch, store.shape[0])
+    def batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each micro-batch of the windows first..last, of sizes whose arguments are known."""
+        start = first
+        while start < last:
+            size = min(self._micro_batch, last - start)
+            stop = start + (size if size in self._inputs else 1)
+            yield start, stop
+            start = stop
 
     @torch.no_grad()
     def forward(self, block: nn.Module, index: int, store: HiddenStore, start: int, stop: int) -> Tensor:
@@ -94,7 +98,7 @@ class Propagator:
 
         Raises NumericalError if an output is not finite.
         """
-        for start, stop in self.batches(store):
+        for start, stop in self.batches(0, store.shape[0]):
             output_BSD = self.forward(block, index, store, start, stop)
             if write:
                 store.write(start, output_BSD.cpu())

@@ -26,6 +26,6 @@ class Method:
     needs_survey: bool = False
     """Whether the dense model is surveyed first (removal costs, output sensitivities)."""
     target: Literal["local", "dense-path"] = "local"
-    damping: float = 1e-4
+    damping: float | Literal["auto"] = 1e-4
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""

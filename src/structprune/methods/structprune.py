@@ -19,6 +19,6 @@ STRUCTPRUNE = Method(
     needs_statistics=True,
     needs_survey=True,
     target="dense-path",
-    damping=1e-2,
+    damping="auto",
     kinds=("attention", "mlp"),
 )

@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.damped import DampedCholesky, damped_cholesky, target_error
 from structprune.types import LayerProblem, SolveResult
+
+# Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
+_LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0)
+_PATH_GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
@@ -19,27 +23,102 @@ def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 
 def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
-    """min over V of sum_t |V x_K - y|^2 + delta |V - W_K|^2, solved in float64.
+    """min over V of sum_t |V x_K - y|^2 + ridge toward the original weights, solved in float64.
 
-    V = W_K + (C_K - W_K G_KK) (G_KK + delta I)^-1 with C = sum y x^T. For the local target y = W x this is the
-    restoration of FASP (arXiv 2501.09412), W_K + W_P G_PK (G_KK + delta I)^-1, with the ridge drawn toward the original
-    weight instead of zero. delta = damping * mean(diag G_KK); raised dampings are in the statistics.
+    V = W_K + W_P G_PK (G_KK + delta I)^-1 + R_K (G_KK + delta' I)^-1 with R = C - W G and C = sum y x^T. The first
+    correction makes up for the removed inputs: for the local target y = W x, where R is zero, it is the restoration of
+    FASP (arXiv 2501.09412) with the ridge drawn toward the original weight instead of zero. The second makes up for
+    what earlier blocks got wrong; it fits a residual that is mostly noise to these inputs, and wants a larger ridge.
+
+    Both ridges are `damping` as a share of mean(diag G_KK), or, with `held_out`, whichever of a grid fits the held-out
+    windows best when the others are solved; the answer is then solved on all windows. What was taken is in the
+    statistics.
     """
     kept_K = problem.kept_inputs(keep_U)
     if problem.target_OI is None and len(kept_K) == problem.weight_OI.shape[1]:
         return SolveResult(weight_OK=problem.weight_OI, status="ok", statistics={})
-    gram_KK = problem.gram_II[kept_K][:, kept_K].to(torch.float64)
-    factor = damped_cholesky(gram_KK, problem.damping, "least squares")
-    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64)
-    if problem.target_OI is None:
-        removed_P = problem.kept_inputs(~keep_U)
-        gram_PK = problem.gram_II[removed_P][:, kept_K].to(torch.float64)
-        residual_OK = problem.weight_OI[:, removed_P].to(torch.float64) @ gram_PK
-    else:
-        residual_OK = problem.target_OI[:, kept_K].to(torch.float64) - weight_OK @ gram_KK
-    update_KO = torch.cholesky_solve(residual_OK.T, factor.factor_NN)
+    statistics: dict[str, float] = {}
+    local, path = problem.damping, problem.damping
+    if problem.held_out is not None:
+        local, path, statistics["held_out_error"] = _choose_ridges(problem, keep_U)
+    corrections = _Corrections(problem, keep_U)
+    local_OK, local_factor = corrections.local(local)
+    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64) + local_OK
+    raises = local_factor.num_raises
+    statistics["damping"] = local_factor.damping
+    if problem.target_OI is not None:
+        path_OK, path_factor = corrections.path(path)
+        weight_OK += path_OK
+        raises = max(raises, path_factor.num_raises)
+        statistics["path_damping"] = path_factor.damping
+    statistics["damping_raises"] = float(raises)
     return SolveResult(
-        weight_OK=(weight_OK + update_KO.T).to(problem.weight_OI.dtype),
-        status="damping-raised" if factor.num_raises else "ok",
-        statistics={"damping": factor.damping, "damping_raises": float(factor.num_raises)},
+        weight_OK=weight_OK.to(problem.weight_OI.dtype),
+        status="damping-raised" if raises else "ok",
+        statistics=statistics,
     )
+
+
+class _Corrections:
+    """The two terms that `least_squares` adds to W_K, each for any ridge."""
+
+    def __init__(self, problem: LayerProblem, keep_U: Tensor) -> None:
+        kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
+        self.gram_KK = problem.gram_II[kept_K][:, kept_K].to(torch.float64)
+        gram_PK = problem.gram_II[removed_P][:, kept_K].to(torch.float64)
+        removed_OP = problem.weight_OI[:, removed_P].to(torch.float64)
+        self.missing_OK = removed_OP @ gram_PK
+        self.residual_OK: Tensor | None = None
+        if problem.target_OI is not None:
+            kept_OK = problem.weight_OI[:, kept_K].to(torch.float64)
+            own_OK = kept_OK @ self.gram_KK + self.missing_OK
+            self.residual_OK = problem.target_OI[:, kept_K].to(torch.float64) - own_OK
+
+    def local(self, damping: float) -> tuple[Tensor, DampedCholesky]:
+        return self._solve(self.missing_OK, damping)
+
+    def path(self, damping: float) -> tuple[Tensor, DampedCholesky]:
+        assert self.residual_OK is not None
+        return self._solve(self.residual_OK, damping)
+
+    def _solve(self, right_OK: Tensor, damping: float) -> tuple[Tensor, DampedCholesky]:
+        factor = damped_cholesky(self.gram_KK, damping, "least squares")
+        return torch.cholesky_solve(right_OK.T, factor.factor_NN).T, factor
+
+
+def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float, float]:
+    """(local ridge, path ridge, relative held-out error): the first with the path ridge at its middle, then the second.
+
+    One correction at a time, so that two solutions are in memory and not two grids of them.
+    """
+    held_out = problem.held_out
+    assert held_out is not None
+    kept_K = problem.kept_inputs(keep_U)
+    corrections = _Corrections(problem.without_held_out(), keep_U)
+    weight_OI = problem.weight_OI.to(torch.float64)
+    gram_KK = held_out.gram_II[kept_K][:, kept_K].to(torch.float64)
+    if held_out.target_OI is None or held_out.target_energy is None:
+        cross_OI = weight_OI @ held_out.gram_II.to(torch.float64)
+        energy = float((cross_OI * weight_OI).sum())
+        path_OK = torch.zeros(())
+    else:
+        cross_OI, energy = held_out.target_OI, held_out.target_energy
+        path_OK, _ = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2])
+
+    def error(weight_OK: Tensor) -> float:
+        return target_error(weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+
+    best, local, local_OK = torch.inf, _LOCAL_GRID[0], torch.zeros(())
+    start_OK = weight_OI[:, kept_K]
+    for damping in _LOCAL_GRID:
+        trial_OK, _ = corrections.local(damping)
+        if (found := error(start_OK + trial_OK + path_OK)) < best:
+            best, local, local_OK = found, damping, trial_OK
+    path = local
+    if held_out.target_OI is not None:
+        best = torch.inf
+        for damping in _PATH_GRID:
+            path_OK, _ = corrections.path(damping)
+            if (found := error(start_OK + local_OK + path_OK)) < best:
+                best, path = found, damping
+    return local, path, best / energy if energy > 0 else 0.0
