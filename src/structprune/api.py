@@ -122,7 +122,19 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
             wanted=f"fewer than {len(stock.layout.blocks)} together",
         )
-    if (recipe.damping or method.damping) == "auto" and recipe.num_samples < 2 and method.needs_statistics:
+    solver = recipe.solver or method.solver
+    damping = recipe.damping or method.damping
+    if solver != "mask-only" and not method.needs_statistics:
+        raise UnsupportedError(
+            f"method {method.name!r} measures nothing that a solver could use", wanted="--solver mask-only"
+        )
+    if solver == "admm" and damping != "auto":
+        raise UnsupportedError(
+            "solver 'admm' is judged on held-out windows",
+            got=f"--damping {damping:g}",
+            wanted="--damping auto",
+        )
+    if damping == "auto" and recipe.num_samples < 2 and method.needs_statistics:
         raise InputError(
             "one window cannot both fit and choose the ridge",
             got=f"--num-samples {recipe.num_samples}, --damping auto",
@@ -150,7 +162,8 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             "allocator": allocator,
             "target": target,
             "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
-            "damping": recipe.damping or method.damping,
+            "damping": damping,
+            "solver": solver,
         }
     )
 

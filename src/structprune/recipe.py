@@ -37,6 +37,9 @@ class Recipe(BaseModel):
         default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
     )
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
+    solver: Literal["mask-only", "least-squares", "admm"] | None = Field(
+        default=None, description="how weights are restored; None: the method's"
+    )
     target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")
     structure: Literal["uniform", "per-layer"] | None = Field(default=None, description="output format")
     temperature: float = Field(default=0.0, ge=0, description="of the energy and softmax allocators")

@@ -52,6 +52,11 @@ class UnitGroup:
     """Norm that only this half of the block reads; it goes when the whole half goes."""
     additive: bool = True
     """The consumer's output is added to the residual stream without anything in between."""
+    up_module: str | None = None
+    """Of an MLP: consumer(activation(up x)), or with a gate consumer(activation(gate x) * up x)."""
+    gate_module: str | None = None
+    activation: str | None = None
+    """Its name in the config."""
 
     @property
     def slices(self) -> tuple[AxisSlice, ...]:
@@ -84,11 +89,11 @@ class BlockLayout:
     def half_tensors(self, kind: str) -> list[str]:
         """Relative names of the tensors that go when no unit of `kind` is kept: the half's modules and its norm."""
         group = self.group(kind)
-        prefixes = (group.module_prefix,) if group.norm_module is None else (group.module_prefix, f"{group.norm_module}.")
-        return [name for name in self.shapes if name.startswith(prefixes)]
+        norm = () if group.norm_module is None else (f"{group.norm_module}.",)
+        return [name for name in self.shapes if name.startswith((group.module_prefix, *norm))]
 
     def half_parameters(self, kind: str) -> int:
-        """Parameters that leave with the whole half; more than its units', as the norm and some biases are no unit's."""
+        """Parameters that leave with the whole half: its units', and those of the norm and of biases that no unit has."""
         return sum(_numel(self.shapes[name]) for name in self.half_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:

@@ -181,6 +181,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "multiple_of": 4,
         "damping": 0.01,
         "allocator": "uniform",
+        "solver": "least-squares",
         "target": "local",
         "structure": "uniform",
         "temperature": 0.5,

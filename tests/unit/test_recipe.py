@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "multiple_of": 8,
     "damping": 1e-3,
     "allocator": "uniform",
+    "solver": "least-squares",
     "target": "dense-path",
     "structure": "per-layer",
     "temperature": 0.5,

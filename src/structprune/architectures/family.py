@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.types import UnitGroup
+from structprune.types import UnitGroup, UnitKind
 
 
 def _accept(_: Any) -> None:
@@ -34,7 +34,7 @@ class Family:
     attention_module: str | None
     """Attention inside a block, when the block is `h += attention(h); h += mlp(h)` with nothing after each sum.
 
-    Each half can then run alone. None for parallel or post-normalised blocks.
+    Each half can then run alone, or be removed. None for parallel or post-normalised blocks.
     """
     mlp_modules: tuple[str, ...]
     """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
@@ -43,3 +43,9 @@ class Family:
     """Raises UnsupportedError for variants that the family file does not describe."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
+
+    def half_modules(self, kind: UnitKind) -> tuple[str, ...]:
+        """Modules of one half of a block, without its norm. Empty if the block has no halves."""
+        if self.attention_module is None:
+            return ()
+        return (self.attention_module,) if kind == "attention" else self.mlp_modules

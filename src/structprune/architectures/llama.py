@@ -35,6 +35,10 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         consumer_bias="mlp.down_proj.bias" if len(mlp_parts) == 2 else None,
         config_fields={"intermediate_size": 1},
         module_prefix="mlp.",
+        up_module="mlp.up_proj",
+        gate_module="mlp.gate_proj",
+        activation=config.hidden_act,
+        norm_module="post_attention_layernorm",
     )
     widths = {"q_proj": queries_per_group * head_dim, "k_proj": head_dim, "v_proj": head_dim}
     attention = UnitGroup(
@@ -51,6 +55,7 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         consumer_bias="self_attn.o_proj.bias" if len(attention_parts) == 2 else None,
         config_fields={"num_key_value_heads": 1, "num_attention_heads": queries_per_group},
         module_prefix="self_attn.",
+        norm_module="input_layernorm",
     )
     return (mlp, attention)
 

@@ -39,6 +39,9 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         consumer_bias="fc2.bias" if bias else None,
         config_fields={"ffn_dim": 1},
         module_prefix="fc",
+        up_module="fc1",
+        activation=config.activation_function,
+        norm_module="final_layer_norm",
     )
     attention = UnitGroup(
         kind="attention",
@@ -55,6 +58,7 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         # Stock OPT derives q/k/v/out from hidden_size, so no config entry can express fewer heads.
         config_fields={},
         module_prefix="self_attn.",
+        norm_module="self_attn_layer_norm",
     )
     return (mlp, attention)
 

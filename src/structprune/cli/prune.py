@@ -41,6 +41,9 @@ def prune(
     allocator: Annotated[
         str | None, typer.Option(help="uniform, closed-form, energy or softmax.  [default: the method's]")
     ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="mask-only, least-squares or admm.  [default: the method's]")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
     structure: Annotated[
         str | None, typer.Option(help="uniform or per-layer.  [default: what the allocator needs]")
@@ -79,6 +82,7 @@ def prune(
         "multiple_of": multiple_of,
         "damping": damping,
         "allocator": allocator,
+        "solver": solver,
         "target": target,
         "structure": structure,
         "temperature": temperature,

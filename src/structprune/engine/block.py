@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.stock import compact, producer_norms
-from structprune.calibration.store import HiddenStore
 from structprune.engine.job import Job
-from structprune.engine.propagate import Propagator, tapped
+from structprune.engine.measure import Streams, measure, moving_dense
+from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
-from structprune.solvers import SOLVERS
-from structprune.statistics import GramAccumulator
+from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup
 
 
@@ -34,16 +33,6 @@ class BlockOutcome:
     """The pruned block, relative names, stored dtype."""
     reports: list[BlockReport]
     kept: dict[str, list[int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streams:
-    """Hidden states of the calibration windows between two blocks, and the loop that moves them on."""
-
-    propagator: Propagator
-    pruned: HiddenStore
-    dense: HiddenStore
-    """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
 
 
 def prune_block(
@@ -67,12 +56,8 @@ def prune_block(
         group = block.group(kind)
         measured: list[Moments] = []
         if job.method.needs_statistics:
-            measure = _measure_dense_path if job.follows_dense else _measure_local
-            num_fit = len(job.windows.ids_NS) - job.num_held_out
-            with job.stock.half(module, kind):
-                for first, last in ((0, num_fit), (num_fit, len(job.windows.ids_NS))):
-                    if first < last:
-                        measured.append(measure(job, block, module, group, streams, (first, last)))
+            reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
+            measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
         problem = _problem(job, group, tensors, measured, sensitivities.get(kind))
         keep_U, result = _decide(job, problem, num_keep[kind], f"block {block.index} {kind}")
         errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
@@ -81,7 +66,14 @@ def prune_block(
         tensors = compact(tensors, group, keep_units)
         tensors[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
         kept[kind] = keep_units.tolist()
-        module = _module(job, block, tensors, kept)
+        original, module = module, _module(job, block, tensors, kept)
+        statistics, objective = dict(result.statistics), []
+        if kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
+            refined = refine(job, block, group, module, original, streams, tensors, result)
+            tensors, objective = refined.tensors, refined.objective
+            statistics |= refined.statistics
+            module = _module(job, block, tensors, kept)
+        del original
         with job.stock.half(module, kind):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
         reports.append(
@@ -93,7 +85,8 @@ def prune_block(
                 error_mask_only=errors[0],
                 error=errors[1],
                 status=result.status,
-                statistics=dict(result.statistics),
+                statistics=statistics,
+                objective=objective,
                 seconds=time.perf_counter() - started,
             )
         )
@@ -104,56 +97,6 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: M
     """The stock layer with the units that are left, in the dtype of the forward passes."""
     config = job.stock.resized_config({kind: len(units) for kind, units in kept.items()}, block.index)
     return job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()}, config)
-
-
-def _measure_local(
-    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, windows: tuple[int, int]
-) -> Moments:
-    """Gram of the consumer's input over windows first..last."""
-    accumulator = GramAccumulator(group.num_units * group.width, job.device)
-    with tapped(half, group.consumer_module, accumulator.update):
-        for start, stop in streams.propagator.batches(*windows):
-            streams.propagator.forward(half, block.index, streams.pruned, start, stop)
-    num_tokens = accumulator.num_tokens
-    return Moments(gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(), num_tokens=num_tokens)
-
-
-def _measure_dense_path(
-    job: Job, block: BlockLayout, half: nn.Module, group: UnitGroup, streams: Streams, windows: tuple[int, int]
-) -> Moments:
-    """Gram, and its product with the target y = dense output - pruned residual - consumer bias; moves `dense` on.
-
-    Both streams pass the half without its consumer, which leaves their residual; the dense output is that plus the
-    consumer's product.
-    """
-    inputs: list[Tensor] = []
-    consumer = half.get_submodule(group.consumer_module)
-    accumulator = GramAccumulator(group.num_units * group.width, job.device)
-    hidden_size = job.stock.layout.hidden_size
-    target_OI = torch.zeros(hidden_size, group.num_units * group.width, device=job.device)
-    bias_O = 0.0
-    if group.consumer_bias is not None:
-        bias_O = half.get_parameter(group.consumer_bias).to(torch.float32)
-    energy = 0.0
-    with tapped(half, group.consumer_module, inputs.append):
-        for start, stop in streams.propagator.batches(*windows):
-            residual_BSD = streams.propagator.forward(half, block.index, streams.dense, start, stop)
-            with torch.no_grad():
-                output_BSD = residual_BSD + consumer(inputs.pop().reshape(*residual_BSD.shape[:2], -1))
-            streams.dense.write(start, output_BSD.cpu())
-            residual_BSD = streams.propagator.forward(half, block.index, streams.pruned, start, stop)
-            x_TI = inputs.pop().to(torch.float32)
-            target_TO = (output_BSD.float() - residual_BSD.float() - bias_O).reshape(-1, hidden_size)
-            accumulator.update(x_TI)
-            target_OI.addmm_(target_TO.T, x_TI)
-            energy += float(target_TO.square().sum(dtype=torch.float64))
-    num_tokens = accumulator.num_tokens
-    return Moments(
-        gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(),
-        num_tokens=num_tokens,
-        target_OI=target_OI.cpu(),
-        target_energy=energy,
-    )
 
 
 def _problem(
@@ -191,7 +134,7 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep)
-    result = SOLVERS.get(job.method.solver)(problem, keep_U)
+    result = SOLVERS.get(job.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
     return keep_U, result

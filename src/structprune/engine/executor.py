@@ -21,9 +21,10 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.block import Streams, prune_block
+from structprune.engine.block import prune_block
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
+from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.survey import Costs, load_sensitivity, survey

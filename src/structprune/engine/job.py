@@ -50,9 +50,22 @@ class Job:
         return _DECISION_DAMPING if self.recipe.damping == "auto" else self.recipe.damping
 
     @property
+    def solver(self) -> str:
+        """The recipe's solver, resolved from the method's where it was not given."""
+        assert self.recipe.solver is not None
+        return self.recipe.solver
+
+    @property
     def num_held_out(self) -> int:
         """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
         return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0
+
+    @property
+    def window_parts(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) of the windows that are fitted, and of those held out if there are any."""
+        num_windows = len(self.windows.ids_NS)
+        num_fit = num_windows - self.num_held_out
+        return ((0, num_fit), (num_fit, num_windows)) if self.num_held_out else ((0, num_windows),)
 
     @property
     def follows_dense(self) -> bool:

@@ -42,6 +42,8 @@ class BlockReport(_Frozen):
     """The same after the solver."""
     status: str
     statistics: dict[str, float]
+    objective: list[float]
+    """Of an iterative solver, before its first step and after each; empty for the others."""
     seconds: float
 
 

@@ -1,10 +1,12 @@
-"""Solvers: one block's problem and the kept units -> the consumer's new weight."""
+"""Solvers: one problem and the kept units -> the consumer's new weight; iterative ones move the producers too."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 from structprune.registry import Registry
+from structprune.solvers.admm import MlpSolution
+from structprune.solvers.mlp_block import MlpTokens, MlpWeights
 from structprune.types import LayerProblem, SolveResult
 
 Solver = Callable[[LayerProblem, Tensor], SolveResult]
@@ -14,5 +16,12 @@ SOLVERS: Registry[Solver] = Registry(
     {
         "mask-only": "structprune.solvers.restoration:mask_only",
         "least-squares": "structprune.solvers.restoration:least_squares",
+        # Before and after the alternation; see ITERATIVE.
+        "admm": "structprune.solvers.restoration:least_squares",
     },
 )
+
+IterativeUpdate = Callable[[MlpTokens, MlpWeights], MlpSolution]
+
+ITERATIVE: Registry[IterativeUpdate] = Registry("iterative solver", {"admm": "structprune.solvers.admm:solve_mlp"})
+"""Solvers that also propose new producers, from tokens instead of sums."""

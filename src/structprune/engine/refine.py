@@ -1,0 +1,149 @@
+"""New producers for a pruned MLP, kept only if windows that they were not solved on are met better.
+
+The consumer is solved from sums over all tokens. An iterative solver also moves gate and up, for which it needs tokens
+themselves: it gets some windows, proposes, and the consumer is solved again behind the proposal.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, O outputs, I consumer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from structprune.engine.job import Job
+from structprune.engine.measure import Reference, Streams, consumer_target, measure
+from structprune.engine.propagate import observed, tapped
+from structprune.solvers import ITERATIVE, SOLVERS
+from structprune.solvers.mlp_block import MlpTokens, MlpWeights
+from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
+from structprune.types import BlockLayout, LayerProblem, SolveResult, UnitGroup
+
+# Tokens that an iterative solver holds at once with its split variables.
+SOLVER_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """What became of a proposal."""
+
+    tensors: dict[str, Tensor]
+    """The block's tensors: with new producers and consumer, or those that were given."""
+    accepted: bool
+    objective: list[float]
+    """Of the iterative solver, before its first step and after each."""
+    statistics: dict[str, float]
+
+
+def refine(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    start: nn.Module,
+    original: nn.Module,
+    streams: Streams,
+    tensors: Mapping[str, Tensor],
+    solved: SolveResult,
+) -> Refined:
+    """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the job's iterative solver, and judge them.
+
+    Both are judged by the relative error on the held-out windows with the consumer solved on the others. The pruned
+    stream is at the MLP's input, the dense one at its output. `original` is the MLP before units were removed.
+    """
+    group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
+    num_solved = max(1, min(job.window_parts[0][1], SOLVER_TOKENS // job.windows.ids_NS.shape[1]))
+    reference = _reference(job, block, original, streams)
+    tokens = _tokens(job, block, group, start, streams, reference, num_solved)
+    proposal = ITERATIVE.get(job.solver)(tokens, _weights(group, tensors))
+    candidate = dict(tensors)
+    for name, affine in ((group.up_module, proposal.weights.up), (group.gate_module, proposal.weights.gate)):
+        if name is None or affine is None:
+            continue
+        candidate[f"{name}.weight"] = affine.weight_OI.cpu().to(tensors[f"{name}.weight"].dtype)
+        if affine.bias_O is not None:
+            candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
+    for name, tensor in candidate.items():
+        start.get_parameter(name).data = tensor.to(job.device, job.dtype)
+    measured = [measure(job, block, group, start, streams, windows, reference) for windows in job.window_parts]
+    total = measured[0] + measured[1]
+    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)
+    problem = LayerProblem(
+        weight_OI=weight_OI,
+        gram_II=total.gram_II,
+        num_tokens=total.num_tokens,
+        width=group.width,
+        damping=job.damping,
+        producer_norm_U=torch.ones(group.num_units),
+        target_OI=total.target_OI,
+        target_energy=total.target_energy,
+        held_out=measured[1],
+    )
+    result = SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
+    before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
+    accepted = after < before
+    if accepted:
+        candidate[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
+    statistics = {f"{job.solver}_{name}": value for name, value in proposal.statistics.items()}
+    return Refined(
+        tensors=candidate if accepted else dict(tensors),
+        accepted=accepted,
+        objective=proposal.history,
+        statistics={**statistics, f"{job.solver}_held_out_error": after, f"{job.solver}_accepted": float(accepted)},
+    )
+
+
+def _reference(job: Job, block: BlockLayout, original: nn.Module, streams: Streams) -> Reference:
+    """The dense stream, which is already behind the MLP, or what the uncut MLP makes of the pruned one."""
+
+    def output(start: int, stop: int) -> Tensor:
+        if job.follows_dense:
+            return streams.dense.read(start, stop).to(job.device)
+        with job.stock.half(original, "mlp"):
+            return streams.propagator.forward(original, block.index, streams.pruned, start, stop)
+
+    return output
+
+
+def _tokens(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    half: nn.Module,
+    streams: Streams,
+    reference: Reference,
+    num_windows: int,
+) -> MlpTokens:
+    """Inputs and targets of the MLP for the first windows."""
+    assert group.up_module is not None
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    for start, stop in streams.propagator.batches(0, num_windows):
+        wanted_BSD = reference(start, stop)
+        with (
+            job.stock.half(half, "mlp"),
+            observed(half, group.up_module, inputs.append),
+            tapped(half, group.consumer_module, lambda _: None),
+        ):
+            residual_BSD = streams.propagator.forward(half, block.index, streams.pruned, start, stop)
+        targets.append(consumer_target(group, half, wanted_BSD, residual_BSD))
+    return MlpTokens(x_TD=torch.cat(inputs).float(), y_TD=torch.cat(targets))
+
+
+def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
+    """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
+    assert group.up_module is not None
+    assert group.activation is not None
+
+    def affine(module: str) -> Affine:
+        bias = tensors.get(f"{module}.bias")
+        return Affine(weight_OI=tensors[f"{module}.weight"].float(), bias_O=None if bias is None else bias.float())
+
+    return MlpWeights(
+        activation=ACTIVATIONS.get(group.activation),
+        up=affine(group.up_module),
+        gate=None if group.gate_module is None else affine(group.gate_module),
+        down=Affine(weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1).float()),
+    )
