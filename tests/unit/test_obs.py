@@ -83,3 +83,14 @@ def test_metric_prices_the_loss() -> None:
         expected = 0.5 * float(torch.trace(root @ root.T @ difference @ hessian_II @ difference.T))
         assert float(SCORES.get("loss")(problem)[unit]) == pytest.approx(expected, rel=1e-6)
     assert float(removal_path(problem, 1).cost[0]) == pytest.approx(float(SCORES.get("loss")(problem).min()), rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+def test_everything_can_be_removed(width: int) -> None:
+    """Up to the last unit, where rounding must not make a removed group of columns look alive."""
+    for seed in range(10):
+        weight_OI, hessian_II = random_problem(12 * width, seed)
+        path = greedy_removal(weight_OI, torch.linalg.inv(hessian_II), 12, width=width)
+        assert path.order.sort().values.tolist() == list(range(12))
+        expected = best_without(weight_OI, hessian_II, list(range(12 * width)))
+        assert float(path.cost.sum()) == pytest.approx(expected, rel=1e-6)

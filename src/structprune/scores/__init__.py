@@ -22,4 +22,10 @@ SCORES: Registry[Score] = Registry(
 
 Selector = Callable[[LayerProblem, int], Tensor]
 
-SELECTORS: Registry[Selector] = Registry("selector", {"greedy": "structprune.scores.selection:keep_greedy"})
+SELECTORS: Registry[Selector] = Registry(
+    "selector",
+    {
+        "greedy": "structprune.scores.selection:keep_greedy",
+        "greedy-swap": "structprune.scores.selection:keep_swapped",
+    },
+)
