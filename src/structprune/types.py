@@ -93,7 +93,7 @@ class BlockLayout:
         return [name for name in self.shapes if name.startswith((group.module_prefix, *norm))]
 
     def half_parameters(self, kind: str) -> int:
-        """Parameters that leave with the whole half: its units', and those of the norm and of biases that no unit has."""
+        """Parameters that leave with the whole half: its units, the norm, and the biases that belong to no unit."""
         return sum(_numel(self.shapes[name]) for name in self.half_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:

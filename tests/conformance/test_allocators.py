@@ -72,14 +72,20 @@ def models(draw: st.DrawFn, *, whole_multiples: bool = False) -> tuple[list[Bloc
 
 @pytest.mark.parametrize("name", list(ALLOCATORS))
 @settings(deadline=None, max_examples=20)
-@given(model=models(), sparsity=st.floats(1e-6, 0.7), temperature=st.sampled_from([0.0, 0.3, 5.0]))
+@given(
+    model=models(),
+    sparsity=st.floats(1e-6, 0.7),
+    temperature=st.sampled_from([0.0, 0.3, 5.0]),
+    allow_removal=st.booleans(),
+)
 def test_removes_the_asked_share_and_at_most_one_multiple_more(
-    name: str, model: tuple[list[BlockBudget], int], sparsity: float, temperature: float
+    name: str, model: tuple[list[BlockBudget], int], sparsity: float, temperature: float, allow_removal: bool
 ) -> None:
     budgets, multiple_of = model
-    kept = allocate(name, budgets, sparsity, multiple_of, temperature=temperature)
+    kept = allocate(name, budgets, sparsity, multiple_of, temperature=temperature, allow_removal=allow_removal)
     assert len(kept) == len(budgets)
-    assert all(0 < k <= b.num_units for b, k in zip(budgets, kept, strict=True))
+    least = 0 if allow_removal and name in GLOBAL else 1
+    assert all(least <= k <= b.num_units for b, k in zip(budgets, kept, strict=True))
     assert all(k == b.num_units or k % multiple_of == 0 for b, k in zip(budgets, kept, strict=True))
     asked = sparsity * sum(b.module_parameters for b in budgets)
     removed = total_removed(budgets, kept)
@@ -103,12 +109,18 @@ def test_sparsity_zero_keeps_everything(name: str, num_units: int, multiple_of: 
     model=models(whole_multiples=True),
     shares=st.tuples(st.floats(0, 0.7), st.floats(0, 0.7)),
     temperature=st.sampled_from([0.0, 1.0]),
+    allow_removal=st.booleans(),
 )
 def test_monotone_in_sparsity(
-    name: str, model: tuple[list[BlockBudget], int], shares: tuple[float, float], temperature: float
+    name: str,
+    model: tuple[list[BlockBudget], int],
+    shares: tuple[float, float],
+    temperature: float,
+    allow_removal: bool,
 ) -> None:
     budgets, multiple_of = model
-    low, high = (allocate(name, budgets, s, multiple_of, temperature=temperature) for s in sorted(shares))
+    options = {"temperature": temperature, "allow_removal": allow_removal}
+    low, high = (allocate(name, budgets, s, multiple_of, **options) for s in sorted(shares))
     assert sum(low) >= sum(high)
 
 
@@ -189,6 +201,34 @@ def test_least_share_is_kept(name: str) -> None:
     assert allocate(name, [free, dear], 0.4, min_retention=0.35)[0] >= 35
     with pytest.raises(InputError, match="cannot be reached within the groups' bounds"):
         allocate(name, [free, dear], 0.7, min_retention=0.35)
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize(("num_units", "multiple_of"), [(100, 1), (100, 32), (96, 32), (20, 32)])
+def test_a_group_may_go_where_removal_is_allowed(name: str, num_units: int, multiple_of: int) -> None:
+    """To exactly nothing, also where the last step is a whole multiple or the only one."""
+    free = budget(num_units, cost_U=1e-30 * rising_costs(num_units, 0))
+    dear = [budget(num_units, block=block) for block in (1, 2)]
+    options = {"temperature": 0.02, "allow_removal": True}
+    assert allocate(name, [free, *dear], 1 / 3, multiple_of, **options) == [0, num_units, num_units]
+    protected = allocate(name, [free, *dear], 1 / 3, multiple_of, protected=frozenset({0}), **options)
+    assert protected[0] == num_units
+    if multiple_of == 1:
+        assert allocate(name, [free, *dear], 1 / 3, temperature=0.02)[0] == num_units // 10
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_all_groups_may_go_and_no_more(name: str) -> None:
+    budgets = [budget(48, 96, bias=96, block=block) for block in range(2)]
+    assert allocate(name, budgets, 0.97, 32, allow_removal=True) == [0, 0]
+    with pytest.raises(InputError, match=r"biases.*at most 0\.9796.*Lower --sparsity\.") as refused:
+        allocate(name, budgets, 0.99, 32, allow_removal=True)
+    assert "--min-retention" not in str(refused.value)
+
+
+def test_uniform_never_removes_a_group() -> None:
+    with pytest.raises(InputError, match="no mlp units would be left"):
+        allocate("uniform", [budget(48, 96)], 0.5, 32, allow_removal=True)
 
 
 @pytest.mark.parametrize("name", list(ALLOCATORS))

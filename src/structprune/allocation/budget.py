@@ -34,7 +34,9 @@ class AllocationOptions:
     sparsity: float
     """Share of the groups' module parameters to remove."""
     min_retention: float = 0.1
-    """No group keeps a smaller share of its units."""
+    """No group keeps a smaller share of its units; not in force where groups may go."""
+    allow_removal: bool = False
+    """A group may lose all of its units. `uniform` does not make use of it."""
     protected: frozenset[int] = frozenset()
     """Blocks that lose nothing."""
     temperature: float = 0.0
@@ -46,9 +48,11 @@ def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -
 
 
 def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
-    """Units that a group may lose at most, with the width that stays a multiple."""
+    """Units that a group may lose at most, so that the width which stays is a multiple."""
     if budget.block in options.protected:
         return 0
+    if options.allow_removal:
+        return budget.num_units
     least = max(1, math.ceil(options.min_retention * budget.num_units))
     least = -(-least // budget.multiple_of) * budget.multiple_of
     return max(0, budget.num_units - least)
@@ -72,14 +76,22 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
         if not open_groups:
             raise InputError(
                 "the sparsity cannot be reached within the groups' bounds",
-                got=f"sparsity {options.sparsity:g}, at least {options.min_retention:g} of each group kept",
+                got=f"sparsity {options.sparsity:g}, {_bounds(options)}",
                 wanted=f"at most {removed / sum(b.module_parameters for b in budgets):.4f}",
-                do="lower --sparsity, --min-retention or --multiple-of",
+                do="lower --sparsity"
+                if options.allow_removal
+                else "lower --sparsity, --min-retention or --multiple-of",
             )
         best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / steps[i][1], -i))
         removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_parameters
         positions[best] += 1
     return [b.num_units - s[p] for b, s, p in zip(budgets, steps, positions, strict=True)]
+
+
+def _bounds(options: AllocationOptions) -> str:
+    if options.allow_removal:
+        return "whole groups may go, but for the biases that belong to no unit and the protected blocks"
+    return f"at least {options.min_retention:g} of each group kept"
 
 
 def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:

@@ -13,8 +13,8 @@ def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     """Units to keep per group: at least `sparsity` of each module's parameters goes.
 
     The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected
-    blocks lose nothing, the others of their kind so much more; `min_retention` has no part: the share is the same by
-    intent. Raises InputError if a group would be left empty.
+    blocks lose nothing, the others of their kind so much more; `min_retention` and `allow_removal` have no part: the
+    share is the same by intent. Raises InputError if a group would be left empty.
     """
     kept: list[int] = []
     for budget in budgets:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
+from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
@@ -54,24 +55,28 @@ class _Recorder(nn.Module):
 
 
 class _NoAttention(nn.Module):
-    """Attention that adds nothing: what is left of the block is its MLP half."""
+    """In the place of the attention, for a while or where it is removed: adds nothing."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
 class _NoMlp(nn.Module):
-    """In the place of each module of the MLP: what is left of the block is its attention half."""
+    """In the place of each module of the MLP: the last one adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())
+
+
+_STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
 
 
 class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
     `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
-    (`block_configs`, `layout.blocks[i].groups`). Code that lies in the checkpoint is never run here.
+    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). Code that lies in the
+    checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
     another shape than the configuration says.
     """
@@ -99,12 +104,13 @@ class StockModel:
             )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
+            self.groups = self.family.groups(self.config)
+            self.removed: RemovedHalves = self._read_removed(reader)
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()
-            self.groups = self.family.groups(self.config)
         except StructPruneError:
             raise
         except Exception as error:
@@ -135,13 +141,32 @@ class StockModel:
             )
         return per_block
 
+    def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
+        where = str(reader.directory / "config.json")
+        removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
+        if any(removed) and self.family.attention_module is None:
+            raise UnsupportedError(f"{self.family.name} blocks have no halves that can be removed", where=where)
+        return removed
+
     def _fit_skeleton(self) -> None:
-        """Rebuild the skeleton's layers where a block's widths are its own."""
+        """Rebuild the skeleton's layers where a block's widths are its own or a half is gone."""
         layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
         for index, config in enumerate(self.block_configs):
-            if config is not self.config:
-                with torch.device("meta"):
-                    layers[index] = type(layers[index])(config, layer_idx=index).eval()
+            if config is not self.config or self.removed[index]:
+                layers[index] = self._empty_layer(index, config, ())
+
+    def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
+        """Layer `index` on `meta`, with modules that add nothing for the halves that are gone."""
+        layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
+        with torch.device("meta"):
+            layer: nn.Module = layer_class(config, layer_idx=index)
+        for group in self.groups:
+            if group.kind in self.removed[index] or group.kind in removed:
+                for name in self.family.half_modules(group.kind):
+                    layer.set_submodule(name, _STAND_INS[group.kind]())
+                if group.norm_module is not None:
+                    layer.set_submodule(group.norm_module, nn.Identity())
+        return layer.eval()
 
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
         family = self.family
@@ -177,7 +202,11 @@ class StockModel:
         for index in range(self.config.num_hidden_layers):
             prefix = f"{family.blocks_module}.{index}."
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
-            groups = self.family.groups(self.block_configs[index])
+            groups = tuple(
+                group
+                for group in self.family.groups(self.block_configs[index])
+                if group.kind not in self.removed[index]
+            )
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
         outer = {
             n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected
@@ -201,7 +230,9 @@ class StockModel:
     def resized_config(self, kept: Mapping[str, int], index: int | None = None) -> PretrainedConfig:
         """The config of block `index`, or of every block, with `kept` units per kind.
 
-        Raises UnsupportedError if the config cannot say so, or for every block if the source's blocks differ.
+        For one block, a kind of which nothing is kept keeps its numbers: stock classes divide by some of them, and
+        what is gone is said to `block`. Raises UnsupportedError if the config cannot say so, or for every block if
+        the source's blocks differ or a half would go.
         """
         if index is None and any(block.groups != self.groups for block in self.layout.blocks):
             raise UnsupportedError(
@@ -212,6 +243,12 @@ class StockModel:
         for group in self.groups if index is None else self.layout.blocks[index].groups:
             if group.kind not in kept or kept[group.kind] == group.num_units:
                 continue
+            if kept[group.kind] == 0:
+                if index is not None:
+                    continue
+                raise UnsupportedError(
+                    f"one config cannot describe blocks without {group.kind}", do="write the per-layer format"
+                )
             if not group.config_fields:
                 raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
             for name, factor in group.config_fields.items():
@@ -220,31 +257,37 @@ class StockModel:
                 config.head_dim = group.width // heads_per_unit
         return config
 
-    def block(self, index: int, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None) -> nn.Module:
+    def block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        config: PretrainedConfig | None = None,
+        removed: Collection[UnitKind] = (),
+    ) -> nn.Module:
         """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's.
 
-        `config` is the block's own unless given.
+        `config` is the block's own unless given. The halves in `removed`, and those that the checkpoint lacks, add
+        nothing and take no tensors.
         """
-        layer_class: Any = type(self.skeleton.get_submodule(self.family.blocks_module).get_submodule(str(index)))
-        with torch.device("meta"):
-            layer: nn.Module = layer_class(config or self.block_configs[index], layer_idx=index)
+        layer = self._empty_layer(index, config or self.block_configs[index], removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
-        return layer.eval().requires_grad_(False)
+        return layer.requires_grad_(False)
 
     @contextmanager
     def half(self, block: nn.Module, kind: UnitKind) -> Generator[None]:
-        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`; the one after the other is the block."""
+        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`; the one after the other is the block.
+
+        A half that is removed from the block is `h`.
+        """
         assert self.family.attention_module is not None
-        others: dict[str, nn.Module] = {self.family.attention_module: _NoAttention()}
-        if kind == "attention":
-            others = {name: _NoMlp() for name in self.family.mlp_modules}
-        removed = {name: block.get_submodule(name) for name in others}
-        for name, module in others.items():
-            block.set_submodule(name, module)
+        other: UnitKind = "mlp" if kind == "attention" else "attention"
+        outside = {name: block.get_submodule(name) for name in self.family.half_modules(other)}
+        for name in outside:
+            block.set_submodule(name, _STAND_INS[other]())
         try:
             yield
         finally:
-            for name, module in removed.items():
+            for name, module in outside.items():
                 block.set_submodule(name, module)
 
     def embedding_tensors(self) -> list[str]:
@@ -327,7 +370,7 @@ def _per_layer_class(directory: Path) -> Any:
     """
     path = directory / MODELING_NAME
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if not path.exists() and "per_layer_config" not in config:
+    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY}:
         return None
     model_type = config.get("model_type")
     if model_type not in CLASS_STEMS:
@@ -378,6 +421,12 @@ def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor)
             mask[unit_indices(width, offset, keep_units)] = True
         result[name] = result[name].index_select(axis, torch.nonzero(mask).flatten().to(result[name].device))
     return result
+
+
+def remove_half(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
+    """`tensors` of `block` (relative names) without those of one half and its norm."""
+    gone = set(block.half_tensors(kind))
+    return {name: tensor for name, tensor in tensors.items() if name not in gone}
 
 
 def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.per_layer_source import CLASS_STEMS, MODELING_MODULE, MODELING_NAME, MODELING_SOURCES
+from structprune.architectures.removed import REMOVED_ENTRY, check_attention_is_left, removed_entry, removed_halves
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
 from structprune.types import UnitGroup
@@ -22,8 +23,9 @@ def per_layer_config(
     """The source config with the widths of every block; `kept` is kind -> kept units of each block.
 
     The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
-    kinds that are not in `kept` stay as they are, also where the source is per-layer itself.
-    Raises UnsupportedError for a family or kind without a per-layer form.
+    kinds that are not in `kept` stay as they are, also where the source is per-layer itself. Where nothing of a kind is
+    kept, that half of the block is named as removed and its widths stay too: LlamaConfig divides by them.
+    Raises UnsupportedError for a family or kind without a per-layer form, or if no block would have attention.
     """
     stem = CLASS_STEMS.get(str(config.get("model_type")))
     if stem is None or family_name not in MODELING_SOURCES:
@@ -35,19 +37,28 @@ def per_layer_config(
         )
     source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
     layers = [dict(source_layers.get(index, {})) for index in range(config["num_hidden_layers"])]
-    result = dict(config)
+    removed = list(removed_halves(config, len(layers), "config.json"))
+    result = {name: value for name, value in config.items() if name != REMOVED_ENTRY}
     for group in groups:
         if group.kind not in kept:
             continue
+        for index, count in enumerate(kept[group.kind]):
+            assert count == 0 or group.kind not in removed[index], "a removed half keeps no units"
+            if count == 0:
+                removed[index] = removed[index].union((group.kind,))
         if not group.config_fields:
-            if any(count != group.num_units for count in kept[group.kind]):
+            if any(count not in (0, group.num_units) for count in kept[group.kind]):
                 raise UnsupportedError(f"stock {family_name} cannot express fewer {group.kind} units")
             continue
         for fields, count in zip(layers, kept[group.kind], strict=True):
-            fields.update({name: count * factor for name, factor in group.config_fields.items()})
+            if count:
+                fields.update({name: count * factor for name, factor in group.config_fields.items()})
         if heads_per_unit := group.config_fields.get("num_attention_heads"):
             # Left out, it would be derived from the number of heads, which now differs between blocks.
             result["head_dim"] = group.width // heads_per_unit
+    check_attention_is_left(removed)
+    if any(removed):
+        result[REMOVED_ENTRY] = removed_entry(removed)
     digits = len(str(len(layers) - 1))
     return result | {
         "architectures": [f"{stem}ForCausalLM"],

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.family import Family
+from structprune.architectures.removed import REMOVED_ENTRY
+from structprune.errors import UnsupportedError
 from structprune.files import write_json
 from structprune.types import UnitGroup
 
@@ -31,8 +33,15 @@ def uniform_config(
 ) -> dict[str, Any]:
     """The source config with the entries that `kept` units per kind change; every other entry stays.
 
-    Raises UnsupportedError if no stock class takes the result.
+    Raises UnsupportedError if no stock class takes the result, as where a block lacks its attention or its MLP.
     """
+    without = [kind for kind, count in kept.items() if count == 0]
+    if without or config.get(REMOVED_ENTRY):
+        raise UnsupportedError(
+            "the uniform format cannot leave out the attention or the MLP of a block",
+            got=f"no {' and no '.join(without)} units" if without else f"{REMOVED_ENTRY} in the source's config.json",
+            do="use --structure per-layer",
+        )
     result = dict(config)
     for group in groups:
         if group.kind not in kept:

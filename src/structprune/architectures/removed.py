@@ -1,0 +1,76 @@
+"""The entry of config.json that names the halves which blocks of a per-layer checkpoint no longer have.
+
+`"structprune_removed": {"7": ["attention"], "9": ["attention", "mlp"]}`: block 7 is `h += mlp(h)`, block 9 passes the
+residual stream on. A block that is not named is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from structprune.errors import CheckpointError, UnsupportedError
+from structprune.types import UNIT_KINDS, UnitKind
+
+REMOVED_ENTRY = "structprune_removed"
+
+RemovedHalves = tuple[frozenset[UnitKind], ...]
+"""The kinds of the halves that each block lacks."""
+
+
+def removed_halves(config: Mapping[str, Any], num_blocks: int, where: str) -> RemovedHalves:
+    """What config.json, read as JSON, says about each block.
+
+    Raises CheckpointError for an entry of another form, UnsupportedError if no block has attention.
+    """
+    entry: Any = config.get(REMOVED_ENTRY, {})
+    if not isinstance(entry, dict):
+        raise CheckpointError(
+            f"{REMOVED_ENTRY} is not an object",
+            where=where,
+            got=repr(entry),
+            wanted='block number -> kinds, e.g. {"7": ["attention"]}',
+        )
+    removed: list[frozenset[UnitKind]] = [frozenset()] * num_blocks
+    for key, kinds in entry.items():
+        # "07" beside "7" would name a block twice, and the modelling file looks for "7" only.
+        if key not in map(str, range(num_blocks)):
+            raise CheckpointError(
+                f"{REMOVED_ENTRY} names a block that is none",
+                where=where,
+                got=repr(key),
+                wanted=f'"0" to "{num_blocks - 1}"',
+            )
+        if not isinstance(kinds, list) or not kinds or any(kind not in UNIT_KINDS for kind in kinds):
+            raise CheckpointError(
+                f"{REMOVED_ENTRY} names halves that are none",
+                where=f"{where}, block {key}",
+                got=repr(kinds),
+                wanted=f"a list of {', '.join(UNIT_KINDS)} or both",
+            )
+        if len(set(kinds)) != len(kinds):
+            raise CheckpointError(
+                f"{REMOVED_ENTRY} names a half twice",
+                where=f"{where}, block {key}",
+                got=repr(kinds),
+                wanted="each once",
+            )
+        removed[int(key)] = frozenset(kinds)
+    check_attention_is_left(removed)
+    return tuple(removed)
+
+
+def removed_entry(removed: Sequence[frozenset[UnitKind]]) -> dict[str, list[UnitKind]]:
+    """The entry that says `removed`, in the order of a block's forward pass; empty if every block is whole."""
+    return {str(i): [kind for kind in UNIT_KINDS if kind in kinds] for i, kinds in enumerate(removed) if kinds}
+
+
+def check_attention_is_left(removed: Sequence[frozenset[UnitKind]]) -> None:
+    """Raise UnsupportedError if every block lacks its attention: tokens would not see each other, nor caches fill."""
+    if removed and all("attention" in kinds for kinds in removed):
+        raise UnsupportedError(
+            "the attention of every block is removed",
+            got=f"{len(removed)} of {len(removed)} blocks",
+            wanted="attention in at least one block",
+            do="lower --sparsity, or protect a block from pruning",
+        )
