@@ -75,7 +75,7 @@ def test_the_written_weights_are_those_of_the_proposal(tiny_opt: Path, text_file
 
 
 def test_admm_needs_held_out_windows(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="judged on held-out windows; got --damping 0.01"):
+    with pytest.raises(UnsupportedError, match=r"judged on held-out windows; got --damping 0\.01"):
         pruned(tiny_llama, tmp_path / "out", text_file, solver="admm", damping=0.01)
 
 

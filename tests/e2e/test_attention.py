@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
 import structprune
@@ -124,3 +125,50 @@ def test_opt_refuses_heads(tiny_opt: Path, text_file: Path, tmp_path: Path) -> N
     with pytest.raises(UnsupportedError, match="stock opt cannot express fewer attention units"):
         pruned(tiny_opt, tmp_path / "out", text_file, scope="all", sparsity=0.3)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def idle_halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of three blocks; the attention of block 0 and the MLP of block 1 add next to nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY_MODELS, "three", lambda: LlamaForCausalLM(llama_config(num_hidden_layers=3)))
+        directory = save_tiny("three", tmp_path_factory.mktemp("idle") / "model")
+    model = LlamaForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e-6)
+        model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(1e-6)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("target", ["local", "dense-path"])
+def test_halves_that_add_nothing_are_removed(target: str, idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    report = pruned(
+        idle_halves, output, text_file, scope="all", sparsity=0.3333, target=target, allow_block_removal=True
+    )
+    assert read_config(output)["structprune_removed"] == {"0": ["attention"], "1": ["mlp"]}
+    assert [(b.block, b.kind) for b in report.blocks if b.status == "removed"] == [(0, "attention"), (1, "mlp")]
+    names = {name for path in output.glob("*.safetensors") for name in load_file(path)}
+    assert not any(name.startswith(("model.layers.0.self_attn", "model.layers.1.mlp")) for name in names)
+    assert not {"model.layers.0.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight"} & names
+    perplexity = reloaded_perplexity(output, text_file, report.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(report.calibration.pruned_perplexity, rel=1e-4)
+    assert perplexity == pytest.approx(report.calibration.dense_perplexity, rel=0.05)
+
+    again = pruned(output, tmp_path / "again", text_file, scope="all", sparsity=0.1, target=target)
+    assert read_config(tmp_path / "again")["structprune_removed"] == {"0": ["attention"], "1": ["mlp"]}
+    assert {(b.block, b.kind) for b in again.blocks} == {(0, "mlp"), (1, "attention"), (2, "attention"), (2, "mlp")}
+    perplexity = reloaded_perplexity(tmp_path / "again", text_file, again.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(again.calibration.pruned_perplexity, rel=1e-4)
+
+
+def test_without_the_flag_every_half_keeps_something(idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
+    report = pruned(idle_halves, tmp_path / "out", text_file, scope="all", sparsity=0.2)
+    assert min(b.kept_units for b in report.blocks) >= 1
+    assert "structprune_removed" not in read_config(tmp_path / "out")
+
+
+def test_uniform_removes_no_half(idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="takes the same share of every block"):
+        pruned(idle_halves, tmp_path / "out", text_file, structure="uniform", allow_block_removal=True)

@@ -186,11 +186,14 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "structure": "uniform",
         "temperature": 0.5,
         "min_retention": 0.2,
+        "allow_block_removal": False,
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 3,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
+    place = flags.index("--allow-block-removal")
+    flags[place : place + 2] = ["--no-block-removal"]
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     assert strict_json(result.out)["recipe"] == given

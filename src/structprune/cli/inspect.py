@@ -25,7 +25,7 @@ def inspect(
             "units_per_block": group.num_units,
             "parameters_per_unit": block.unit_parameters(group),
             "share_of_block": block.module_parameters(group) / block.num_parameters,
-            "share_of_model": sum(b.module_parameters(b.group(group.kind)) for b in layout.blocks)
+            "share_of_model": sum(b.module_parameters(b.group(group.kind)) for b in layout.blocks if b.has(group.kind))
             / layout.num_parameters,
         }
         for group in block.groups

@@ -54,6 +54,13 @@ def prune(
     min_retention: Annotated[
         float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")
     ] = None,
+    allow_block_removal: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-block-removal/--no-block-removal",
+            help="A block may lose its whole attention or MLP.  [default: no]",
+        ),
+    ] = None,
     protect_first: Annotated[
         int | None, typer.Option(help="Blocks at the start that lose nothing.  [default: 0]")
     ] = None,
@@ -87,6 +94,7 @@ def prune(
         "structure": structure,
         "temperature": temperature,
         "min_retention": min_retention,
+        "allow_block_removal": allow_block_removal,
         "protect_first": protect_first,
         "protect_last": protect_last,
         "sensitivity_samples": sensitivity_samples,

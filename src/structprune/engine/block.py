@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import compact, producer_norms
+from structprune.architectures.stock import compact, producer_norms, remove_half
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams, measure, moving_dense
 from structprune.engine.refine import refine
@@ -22,7 +22,7 @@ from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import ITERATIVE, SOLVERS
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,8 @@ def prune_block(
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     for kind in UNIT_KINDS:
+        if not block.has(kind):
+            continue
         if kind not in num_keep:
             with job.stock.half(module, kind):
                 streams.propagator.run(module, block.index, streams.pruned, write=True)
@@ -54,6 +56,28 @@ def prune_block(
             continue
         started = time.perf_counter()
         group = block.group(kind)
+        if num_keep[kind] == 0:
+            if job.follows_dense:
+                with job.stock.half(module, kind):
+                    streams.propagator.run(module, block.index, streams.dense, write=True)
+            tensors = remove_half(tensors, block, kind)
+            kept[kind] = []
+            module = _module(job, block, tensors, kept)
+            reports.append(
+                BlockReport(
+                    block=block.index,
+                    kind=kind,
+                    num_units=group.num_units,
+                    kept_units=0,
+                    error_mask_only=None,
+                    error=None,
+                    status="removed",
+                    statistics={},
+                    objective=[],
+                    seconds=time.perf_counter() - started,
+                )
+            )
+            continue
         measured: list[Moments] = []
         if job.method.needs_statistics:
             reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
@@ -96,7 +120,9 @@ def prune_block(
 def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:
     """The stock layer with the units that are left, in the dtype of the forward passes."""
     config = job.stock.resized_config({kind: len(units) for kind, units in kept.items()}, block.index)
-    return job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()}, config)
+    cast = {name: tensor.to(job.device, job.dtype) for name, tensor in tensors.items()}
+    removed: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) == []]
+    return job.stock.block(block.index, cast, config, removed)
 
 
 def _problem(

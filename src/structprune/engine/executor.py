@@ -10,7 +10,6 @@ import importlib.metadata
 import math
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,10 @@ SURVEY = "survey"
 
 
 def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
-    """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them."""
+    """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
+
+    Zero where the block has no such half, or is to lose it.
+    """
     assert job.recipe.allocator is not None
     assert job.recipe.multiple_of is not None
     budgets = [
@@ -58,6 +60,7 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
         )
         for kind in job.kinds
         for block in job.stock.layout.blocks
+        if block.has(kind)
         for group in (block.group(kind),)
     ]
     num_blocks = len(job.stock.layout.blocks)
@@ -65,11 +68,14 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
         sparsity=job.recipe.sparsity,
         min_retention=job.recipe.min_retention,
         temperature=job.recipe.temperature,
+        allow_removal=job.recipe.allow_block_removal,
         protected=frozenset(range(job.recipe.protect_first))
         | frozenset(range(num_blocks - job.recipe.protect_last, num_blocks)),
     )
-    kept = ALLOCATORS.get(job.recipe.allocator)(budgets, options)
-    return {kind: kept[i * num_blocks : (i + 1) * num_blocks] for i, kind in enumerate(job.kinds)}
+    kept: dict[str, list[int]] = {kind: [0] * num_blocks for kind in job.kinds}
+    for budget, num_keep in zip(budgets, ALLOCATORS.get(job.recipe.allocator)(budgets, options), strict=True):
+        kept[budget.kind][budget.block] = num_keep
+    return kept
 
 
 def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
@@ -84,13 +90,17 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     checkpoint.mkdir()
     costs = survey(job, staging / SURVEY, observer) if job.method.needs_survey else None
     kept_units = allocate(job, costs)
+    # Before the long pass: what cannot be written is refused here.
+    config = _output_config(job, kept_units)
 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
     reports, kept_indices, dense_NSD, pruned_NSD = _prune_blocks(job, run, writer, kept_units, meter, observer)
     release_free_memory()
     dense_perplexity, pruned_perplexity = _perplexities(job, dense_NSD, pruned_NSD)
     _copy_outer(job, writer)
-    write_companions(job.reader.directory, checkpoint, _write_structure(job, checkpoint, kept_units))
+    if job.recipe.structure == "per-layer":
+        write_modeling_file(checkpoint, job.stock.family.name)
+    write_companions(job.reader.directory, checkpoint, config)
     report = _report(job, run, writer, meter, reports, dense_perplexity, pruned_perplexity)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
@@ -147,10 +157,8 @@ def _prune_blocks(
         return reports, kept_indices, dense.read(0, job.num_probe).clone(), store.read(0, job.num_probe).clone()
 
 
-def _write_structure(job: Job, checkpoint: Path, kept: dict[str, list[int]]) -> dict[str, Any]:
-    """The output's config; the per-layer format also gets its modelling file."""
+def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
     if job.recipe.structure == "per-layer":
-        write_modeling_file(checkpoint, job.stock.family.name)
         return per_layer_config(job.reader.config, job.stock.groups, kept, job.stock.family.name)
     widths = {kind: counts[0] for kind, counts in kept.items()}
     return uniform_config(job.reader.config, job.stock.groups, widths, job.stock.family)

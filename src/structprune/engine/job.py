@@ -40,8 +40,8 @@ class Job:
     """`time.perf_counter()` at the start of the run."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
-        """The groups in scope of one block; blocks of an unevenly pruned source differ."""
-        return tuple(block.group(kind) for kind in self.kinds)
+        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack one."""
+        return tuple(block.group(kind) for kind in self.kinds if block.has(kind))
 
     @property
     def damping(self) -> float:

@@ -32,7 +32,7 @@ from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, LayerProblem
 
 Costs = dict[str, list[Tensor]]
-"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,)."""
+"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
@@ -65,8 +65,9 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
         for block in reversed(job.stock.layout.blocks):
             sensitivities = backward(job, block, propagator, borders[block.index], gradient)
             save_file(sensitivities, str(folder / f"sensitivity-{block.index}.safetensors"))
-            for kind, cost_U in _costs(job, block, folder, sensitivities).items():
-                costs[kind].insert(0, cost_U)
+            found = _costs(job, block, folder, sensitivities)
+            for kind in job.kinds:
+                costs[kind].insert(0, found.get(kind, torch.empty(0)))
             release_free_memory()
             observer.advance(f"block {block.index}")
     return costs
