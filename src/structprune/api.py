@@ -51,7 +51,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     run.check()
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
-    stock = StockModel(reader)
+    stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
     groups = _groups_in_scope(method, recipe, stock)
     dtype = resolve_dtype(recipe, device)
     recipe = recipe.model_copy(

@@ -25,6 +25,9 @@ class Recipe(BaseModel):
     method: str = "fasp"
     sparsity: float = Field(default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove")
     scope: Scope = "mlp"
+    head_units: Literal["kv-group", "query-head"] = Field(
+        default="kv-group", description="what attention loses: KV heads with their query heads, or query heads alone"
+    )
     calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
     num_samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)

@@ -13,19 +13,31 @@ import torch
 from torch import Tensor
 
 UnitKind = Literal["attention", "mlp"]
+HeadUnits = Literal["kv-group", "query-head"]
+"""What a unit of attention is: a KV head with all its query heads, or one query head of every KV head."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """In the order of a block's forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AxisSlice:
-    """Unit u of a group owns `width` indices of `tensor` along `axis`, from `offset + u * width`."""
+    """Unit u of a group owns `width` indices of `tensor` along `axis`, from `offset + u * width`.
+
+    With `repeat` > 1 it owns as many again `stride` further on, and so forth.
+    """
 
     tensor: str
     """Name relative to the block, e.g. `mlp.up_proj.weight`."""
     axis: int
     width: int = 1
     offset: int = 0
+    repeat: int = 1
+    stride: int = 0
+
+    def indices(self, units: Tensor) -> Tensor:
+        """Indices along the axis that belong to `units`, one unit after the other."""
+        starts = self.offset + units[:, None, None] * self.width + torch.arange(self.repeat)[:, None] * self.stride
+        return (starts + torch.arange(self.width)).flatten()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +51,7 @@ class UnitGroup:
     kind: UnitKind
     num_units: int
     width: int
-    """Consumer inputs per unit (1 for an MLP channel, query heads per group times head_dim for a KV group)."""
+    """Consumer inputs per unit (1 for an MLP channel, query heads per unit times head_dim for attention)."""
     producers: tuple[AxisSlice, ...]
     consumer: AxisSlice
     consumer_module: str
@@ -105,7 +117,7 @@ class BlockLayout:
         total = 0
         for part in group.slices:
             shape = self.shapes[part.tensor]
-            total += _numel(shape) // shape[part.axis] * part.width
+            total += _numel(shape) // shape[part.axis] * part.width * part.repeat
         return total
 
 
@@ -148,6 +160,14 @@ class Moments:
     """Sum of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
     """Sum of |y|^2; None for the local target."""
+
+    def reordered(self, order_I: Tensor) -> Moments:
+        """The same sums with the inputs in another order."""
+        return replace(
+            self,
+            gram_II=self.gram_II[order_I][:, order_I],
+            target_OI=None if self.target_OI is None else self.target_OI[:, order_I],
+        )
 
     def __add__(self, other: Moments) -> Moments:
         target_OI, energy = self.target_OI, self.target_energy

@@ -115,6 +115,59 @@ def test_uniform_stays_llama_where_llama_takes_it(source: Path, text_file: Path,
     assert (config["model_type"], config["num_attention_heads"], config["head_dim"]) == ("llama", 4, 4)
 
 
+@pytest.fixture(scope="module", params=["unbiased", "biased"])
+def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve query heads of width 4 in three KV groups: four query-head units."""
+    changes = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3}
+    biased = {"attention_bias": request.param == "biased"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY_MODELS, "grouped", lambda: LlamaForCausalLM(llama_config(**changes, **biased)))
+        return save_tiny("grouped", tmp_path_factory.mktemp("grouped") / "model")
+
+
+@pytest.mark.parametrize("changes", [{}, {"structure": "uniform"}, {"target": "local"}])
+def test_query_heads(changes: dict[str, Any], grouped: Path, text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    report = pruned(grouped, output, text_file, scope="attention", head_units="query-head", sparsity=0.3, **changes)
+    assert {b.num_units for b in report.blocks} == {4}
+    assert sum(b.kept_units for b in report.blocks) < 8
+    tensors = {n: t for path in output.glob("*.safetensors") for n, t in load_file(path).items()}
+    for block in report.blocks:
+        prefix = f"model.layers.{block.block}.self_attn"
+        assert tensors[f"{prefix}.q_proj.weight"].shape == (12 * block.kept_units, 48)
+        assert tensors[f"{prefix}.k_proj.weight"].shape == (12, 48)
+        assert tensors[f"{prefix}.o_proj.weight"].shape == (48, 12 * block.kept_units)
+    perplexity = reloaded_perplexity(output, text_file, report.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(report.calibration.pruned_perplexity, rel=1e-4)
+
+
+def test_a_query_head_that_adds_nothing_goes_first(grouped: Path, text_file: Path, tmp_path: Path) -> None:
+    """The third query head of every KV group of block 0, and the first of block 1, do not reach the output."""
+    source = tmp_path / "source"
+    model: Any = LlamaForCausalLM.from_pretrained(grouped)
+    with torch.no_grad():
+        for block, head in ((0, 2), (1, 0)):
+            for group in range(3):
+                first = (group * 4 + head) * 4
+                model.model.layers[block].self_attn.o_proj.weight[:, first : first + 4] *= 1e-6
+    model.save_pretrained(source)
+    for path in grouped.glob("tokenizer*"):
+        (source / path.name).write_bytes(path.read_bytes())
+    report = pruned(source, tmp_path / "out", text_file, scope="attention", head_units="query-head", sparsity=0.15)
+    manifest = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text(encoding="utf-8"))
+    assert manifest["kept_indices"] == {"0": {"attention": [0, 1, 3]}, "1": {"attention": [1, 2, 3]}}
+    calibration = report.calibration
+    assert calibration.pruned_perplexity == pytest.approx(calibration.dense_perplexity, rel=0.01)
+
+
+def test_query_heads_need_groups(text_file: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY_MODELS, "mha", lambda: LlamaForCausalLM(llama_config(num_key_value_heads=4)))
+        source = save_tiny("mha", tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="every KV head has one query head"):
+        pruned(source, tmp_path / "out", text_file, scope="attention", head_units="query-head")
+
+
 def test_nothing_removed_is_the_same_model(source: Path, text_file: Path, tmp_path: Path) -> None:
     report = pruned(source, tmp_path / "out", text_file, scope="all", sparsity=0.0)
     assert report.size.parameters_after == report.size.parameters_before

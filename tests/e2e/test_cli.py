@@ -171,6 +171,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "method": "wanda-sp",
         "sparsity": 0.25,
         "scope": "mlp",
+        "head_units": "query-head",
         "calibration": str(text_file),
         "num_samples": 3,
         "seq_len": 40,

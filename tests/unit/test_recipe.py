@@ -16,6 +16,7 @@ CHANGES: dict[str, Any] = {
     "method": "magnitude",
     "sparsity": 0.25,
     "scope": "all",
+    "head_units": "query-head",
     "calibration": "wikitext2",
     "num_samples": 4,
     "seq_len": 64,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.types import UnitGroup, UnitKind
+from structprune.types import HeadUnits, UnitGroup, UnitKind
 
 
 def _accept(_: Any) -> None:
@@ -38,7 +38,8 @@ class Family:
     """
     mlp_modules: tuple[str, ...]
     """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
-    groups: Callable[[PretrainedConfig], tuple[UnitGroup, ...]]
+    groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
+    """Raises UnsupportedError where attention has no such units."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged

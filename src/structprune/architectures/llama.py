@@ -1,21 +1,35 @@
 """LLaMA 1-3, SmolLM2, Mistral: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Channel j of the MLP is gate row j, up row j and down column j. KV group k is k/v rows [k hd, (k+1) hd) with the q rows
-and o columns of its g query heads, [k g hd, (k+1) g hd).
+and o columns of its g query heads, [k g hd, (k+1) g hd). Query-head unit u is the u-th query head of every KV group.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, UnitGroup
+from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
 
-def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
+def _head_slices(
+    num_kv: int, queries_per_group: int, head_dim: int, head_units: HeadUnits
+) -> tuple[AxisSlice, AxisSlice]:
+    """What a unit owns of the query heads, and of the KV heads."""
+    shared = AxisSlice(tensor="", axis=0, width=head_dim)
+    if head_units == "kv-group":
+        return AxisSlice(tensor="", axis=0, width=queries_per_group * head_dim), shared
+    if queries_per_group == 1:
+        raise UnsupportedError("every KV head has one query head", wanted="--head-units kv-group")
+    # One query head of every group: stock attention wants as many in each.
+    return AxisSlice(tensor="", axis=0, width=head_dim, repeat=num_kv, stride=queries_per_group * head_dim), shared
+
+
+def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
     num_kv = config.num_key_value_heads
     queries_per_group = config.num_attention_heads // num_kv
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -40,20 +54,25 @@ def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
         activation=config.hidden_act,
         norm_module="post_attention_layernorm",
     )
-    widths = {"q_proj": queries_per_group * head_dim, "k_proj": head_dim, "v_proj": head_dim}
+    modules = ["q_proj", "k_proj", "v_proj"] if head_units == "kv-group" else ["q_proj"]
+    queries, shared = _head_slices(num_kv, queries_per_group, head_dim, head_units)
     attention = UnitGroup(
         kind="attention",
-        num_units=num_kv,
-        width=queries_per_group * head_dim,
+        num_units=num_kv if head_units == "kv-group" else queries_per_group,
+        width=queries.width * queries.repeat,
         producers=tuple(
-            AxisSlice(tensor=f"self_attn.{module}.{part}", axis=0, width=width)
-            for module, width in widths.items()
+            replace(queries if module == "q_proj" else shared, tensor=f"self_attn.{module}.{part}")
+            for module in modules
             for part in attention_parts
         ),
-        consumer=AxisSlice(tensor="self_attn.o_proj.weight", axis=1, width=queries_per_group * head_dim),
+        consumer=replace(queries, tensor="self_attn.o_proj.weight", axis=1),
         consumer_module="self_attn.o_proj",
         consumer_bias="self_attn.o_proj.bias" if len(attention_parts) == 2 else None,
-        config_fields={"num_key_value_heads": 1, "num_attention_heads": queries_per_group},
+        config_fields=(
+            {"num_key_value_heads": 1, "num_attention_heads": queries_per_group}
+            if head_units == "kv-group"
+            else {"num_attention_heads": num_kv}
+        ),
         module_prefix="self_attn.",
         norm_module="input_layernorm",
     )

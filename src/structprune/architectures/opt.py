@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, UnitGroup
+from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
 
 def _check(config: PretrainedConfig) -> None:
@@ -26,7 +26,9 @@ def _check(config: PretrainedConfig) -> None:
         )
 
 
-def _groups(config: PretrainedConfig) -> tuple[UnitGroup, ...]:
+def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    if head_units != "kv-group":
+        raise UnsupportedError("OPT has one query head per KV head", wanted="--head-units kv-group")
     bias = bool(config.enable_bias)
     head_dim = config.hidden_size // config.num_attention_heads
     mlp = UnitGroup(

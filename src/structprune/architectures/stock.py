@@ -25,7 +25,7 @@ from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_S
 from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
-from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
+from structprune.types import AxisSlice, BlockLayout, HeadUnits, ModelLayout, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,8 @@ class StockModel:
     another shape than the configuration says.
     """
 
-    def __init__(self, reader: CheckpointReader) -> None:
+    def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
+        self._head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
         if "quantization_config" in reader.config:
             raise UnsupportedError(
@@ -104,7 +105,7 @@ class StockModel:
             )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
-            self.groups = self.family.groups(self.config)
+            self.groups = self.family.groups(self.config, self._head_units)
             self.removed: RemovedHalves = self._read_removed(reader)
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
@@ -130,7 +131,7 @@ class StockModel:
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
         self.config = copy.deepcopy(config)
         self.config.per_layer_config = None
-        known = {name for group in self.family.groups(self.config) for name in group.config_fields}
+        known = {name for group in self.family.groups(self.config, self._head_units) for name in group.config_fields}
         found = {name for fields in reader.config["per_layer_config"].values() for name in fields}
         if found - known:
             raise UnsupportedError(
@@ -204,7 +205,7 @@ class StockModel:
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
             groups = tuple(
                 group
-                for group in self.family.groups(self.block_configs[index])
+                for group in self.family.groups(self.block_configs[index], self._head_units)
                 if group.kind not in self.removed[index]
             )
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
@@ -400,25 +401,20 @@ def output_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def unit_indices(group_part_width: int, offset: int, keep_units: Tensor) -> Tensor:
-    """Indices along one axis that belong to the units in `keep_units` (ascending unit numbers)."""
-    return (offset + keep_units[:, None] * group_part_width + torch.arange(group_part_width)).flatten()
-
-
 def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor) -> dict[str, Tensor]:
     """Cut every axis of `group` down to the units in `keep_units` (ascending). Other tensors are passed through.
 
-    Indices of an axis that no unit owns stay (fused tensors hold several groups).
+    Indices of an axis that no unit owns stay (fused tensors hold several groups), and what stays keeps its order.
     """
     result = dict(tensors)
-    by_axis: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    by_axis: dict[tuple[str, int], list[AxisSlice]] = {}
     for part in group.slices:
-        by_axis.setdefault((part.tensor, part.axis), []).append((part.width, part.offset))
+        by_axis.setdefault((part.tensor, part.axis), []).append(part)
     for (name, axis), parts in by_axis.items():
         mask = torch.ones(result[name].shape[axis], dtype=torch.bool)
-        for width, offset in parts:
-            mask[offset : offset + width * group.num_units] = False
-            mask[unit_indices(width, offset, keep_units)] = True
+        for part in parts:
+            mask[part.indices(torch.arange(group.num_units))] = False
+            mask[part.indices(keep_units)] = True
         result[name] = result[name].index_select(axis, torch.nonzero(mask).flatten().to(result[name].device))
     return result
 
@@ -436,6 +432,6 @@ def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         weight = tensors[part.tensor]
         if weight.ndim < 2:
             continue  # a bias moves with its row but is no weight of its own
-        rows = weight.float().movedim(part.axis, 0)[part.offset : part.offset + part.width * group.num_units]
+        rows = weight.float().movedim(part.axis, 0)[part.indices(torch.arange(group.num_units))]
         norms = norms * rows.reshape(group.num_units, -1).norm(dim=1).cpu()
     return norms

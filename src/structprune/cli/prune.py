@@ -16,6 +16,10 @@ def prune(
         float | None, typer.Option(help="Share of the scope's parameters to remove.  [default: 0.3]")
     ] = None,
     scope: Annotated[str | None, typer.Option(help="mlp, attention or all.  [default: mlp]")] = None,
+    head_units: Annotated[
+        str | None,
+        typer.Option(help="kv-group: KV heads with their query heads; query-head: one of each.  [default: kv-group]"),
+    ] = None,
     method: Annotated[str | None, typer.Option(help="See `structprune methods`.  [default: fasp]")] = None,
     calibration: Annotated[
         str | None,
@@ -78,6 +82,7 @@ def prune(
     flags: dict[str, Any] = {
         "sparsity": sparsity,
         "scope": scope,
+        "head_units": head_units,
         "method": method,
         "calibration": calibration,
         "num_samples": num_samples,

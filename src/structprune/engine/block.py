@@ -88,7 +88,9 @@ def prune_block(
         del problem, measured
         keep_units = torch.nonzero(keep_U).flatten()
         tensors = compact(tensors, group, keep_units)
-        tensors[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
+        # Solved unit after unit; in the tensor the kept inputs keep their order.
+        order_K = torch.argsort(group.consumer.indices(keep_units))
+        tensors[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
         kept[kind] = keep_units.tolist()
         original, module = module, _module(job, block, tensors, kept)
         statistics, objective = dict(result.statistics), []
@@ -132,10 +134,13 @@ def _problem(
     measured: Sequence[Moments],
     sensitivity_OO: Tensor | None,
 ) -> LayerProblem:
-    """The consumer's problem: sums over the windows to fit, or those and the held-out ones."""
-    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)
+    """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit."""
+    order_I = group.consumer.indices(torch.arange(group.num_units))
+    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I]
     if not measured:
         measured = [Moments(gram_II=torch.eye(weight_OI.shape[1]), num_tokens=1)]
+    if group.consumer.repeat > 1:
+        measured = [part.reordered(order_I) for part in measured]
     total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
     return LayerProblem(
         weight_OI=weight_OI,

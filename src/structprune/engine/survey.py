@@ -166,9 +166,10 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
+        order_I = group.consumer.indices(torch.arange(group.num_units))
         problem = LayerProblem(
-            weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1),
-            gram_II=grams[group.kind],
+            weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I],
+            gram_II=grams[group.kind] if group.consumer.repeat == 1 else grams[group.kind][order_I][:, order_I],
             num_tokens=job.windows.ids_NS.numel(),
             width=group.width,
             damping=job.damping,
