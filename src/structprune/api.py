@@ -157,6 +157,12 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
         )
     if target == "dense-path" and not method.needs_statistics:
         raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
+    if recipe.outer_iterations and allocator == "uniform":
+        raise UnsupportedError(
+            "the uniform allocator reads no prices, so an outer iteration changes nothing",
+            got=f"--outer-iterations {recipe.outer_iterations}",
+            wanted="an allocator that weighs blocks, such as closed-form",
+        )
     if recipe.allow_block_removal and allocator == "uniform":
         raise UnsupportedError(
             "the uniform allocator takes the same share of every block, so it removes none",

@@ -47,6 +47,9 @@ class Recipe(BaseModel):
     structure: Literal["uniform", "per-layer"] | None = Field(default=None, description="output format")
     temperature: float = Field(default=0.0, ge=0, description="of the energy and softmax allocators")
     min_retention: float = Field(default=0.1, gt=0, le=1, description="least share of its units that a block keeps")
+    outer_iterations: int = Field(
+        default=0, ge=0, description="times that prices are measured again on the pruned model and shared out anew"
+    )
     allow_block_removal: bool = Field(default=False, description="a block may lose its whole attention or MLP")
     protect_first: int = Field(default=0, ge=0, description="blocks at the start that lose nothing")
     protect_last: int = Field(default=0, ge=0, description="blocks at the end that lose nothing")

@@ -277,3 +277,20 @@ def test_protected_blocks_keep_their_width(method: str, tiny_llama: Path, text_f
     report = prune(tiny_llama, recipe, tmp_path / "out")
     assert [b.kept_units for b in report.blocks] == [48, 24]
     assert report.size.removed_share_of_scope == 0.25
+
+
+def test_outer_iterations_price_the_pruned_model(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    def run(name: str, **changes: Any) -> Any:
+        settings: dict[str, Any] = {"method": "structprune", "sparsity": 0.4, "calibration": str(text_file)}
+        settings |= {"num_samples": 8, "seq_len": 32, "multiple_of": 1, "dtype": "float32", **changes}
+        return prune(tiny_llama, Recipe.build(**settings), tmp_path / name)
+
+    once, again = run("once"), run("again", outer_iterations=1)
+    repeated = run("repeated", outer_iterations=1)
+    assert again.size.removed_share_of_scope >= 0.4
+    # The first block sees the same input either way, the second a pruned one: its price, and so the widths, change.
+    assert [b.kept_units for b in again.blocks] != [b.kept_units for b in once.blocks]
+    assert [b.kept_units for b in again.blocks] == [b.kept_units for b in repeated.blocks]
+    assert again.memory.measured_peak_bytes <= again.memory.planned_peak_bytes
+    with pytest.raises(UnsupportedError, match="outer iteration changes nothing"):
+        run("uniform", outer_iterations=1, allocator="uniform")

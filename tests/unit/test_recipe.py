@@ -32,6 +32,7 @@ CHANGES: dict[str, Any] = {
     "structure": "per-layer",
     "temperature": 0.5,
     "min_retention": 0.2,
+    "outer_iterations": 1,
     "allow_block_removal": True,
     "protect_first": 1,
     "protect_last": 1,

@@ -58,6 +58,9 @@ def prune(
     min_retention: Annotated[
         float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")
     ] = None,
+    outer_iterations: Annotated[
+        int | None, typer.Option(help="Times that removals are priced again on the pruned model.  [default: 0]")
+    ] = None,
     allow_block_removal: Annotated[
         bool | None,
         typer.Option(
@@ -99,6 +102,7 @@ def prune(
         "structure": structure,
         "temperature": temperature,
         "min_retention": min_retention,
+        "outer_iterations": outer_iterations,
         "allow_block_removal": allow_block_removal,
         "protect_first": protect_first,
         "protect_last": protect_last,

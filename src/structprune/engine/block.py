@@ -20,7 +20,7 @@ from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
-from structprune.scores.selection import keep_best
+from structprune.scores.selection import keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup, UnitKind
 
@@ -33,90 +33,139 @@ class BlockOutcome:
     """The pruned block, relative names, stored dtype."""
     reports: list[BlockReport]
     kept: dict[str, list[int]]
+    costs: dict[str, Tensor]
+    """Kind -> loss that each removal adds, (units,), where it was asked for."""
 
 
 def prune_block(
-    job: Job, block: BlockLayout, num_keep: Mapping[str, int], streams: Streams, sensitivities: Mapping[str, Tensor]
+    job: Job,
+    block: BlockLayout,
+    num_keep: Mapping[str, int],
+    streams: Streams,
+    sensitivities: Mapping[str, Tensor],
+    *,
+    reprice: bool = False,
 ) -> BlockOutcome:
-    """Measure, decide and solve one half of the block after the other; both streams move on to the block's output."""
+    """Measure, decide and solve one half of the block after the other; both streams move on to the block's output.
+
+    With `reprice` the removals of each half are priced again, on the pruned model's stream.
+    """
     tensors = job.reader.read(block.shapes, block.prefix)
     module = _module(job, block, tensors, {})
     if not job.follows_dense:
         streams.propagator.run(module, block.index, streams.dense, write=True)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
+    costs: dict[str, Tensor] = {}
     for kind in UNIT_KINDS:
         if not block.has(kind):
             continue
-        if kind not in num_keep:
+        if num_keep.get(kind, 0) == 0 and job.follows_dense:
             with job.stock.half(module, kind):
-                streams.propagator.run(module, block.index, streams.pruned, write=True)
-                if job.follows_dense:
-                    streams.propagator.run(module, block.index, streams.dense, write=True)
-            continue
-        started = time.perf_counter()
-        group = block.group(kind)
-        if num_keep[kind] == 0:
-            if job.follows_dense:
-                with job.stock.half(module, kind):
-                    streams.propagator.run(module, block.index, streams.dense, write=True)
-            tensors = remove_half(tensors, block, kind)
-            kept[kind] = []
-            module = _module(job, block, tensors, kept)
-            reports.append(
-                BlockReport(
-                    block=block.index,
-                    kind=kind,
-                    num_units=group.num_units,
-                    kept_units=0,
-                    error_mask_only=None,
-                    error=None,
-                    status="removed",
-                    statistics={},
-                    objective=[],
-                    seconds=time.perf_counter() - started,
+                streams.propagator.run(module, block.index, streams.dense, write=True)
+        if kind in num_keep:
+            if num_keep[kind] == 0:
+                half = _remove(block, kind, tensors)
+            else:
+                half = _prune_half(
+                    job,
+                    block,
+                    block.group(kind),
+                    module,
+                    streams,
+                    tensors,
+                    num_keep[kind],
+                    sensitivities.get(kind),
+                    kept,
+                    reprice=reprice,
                 )
-            )
-            continue
-        measured: list[Moments] = []
-        if job.method.needs_statistics:
-            reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
-            measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
-        problem = _problem(job, group, tensors, measured, sensitivities.get(kind))
-        keep_U, result = _decide(job, problem, num_keep[kind], f"block {block.index} {kind}")
-        errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
-        del problem, measured
-        keep_units = torch.nonzero(keep_U).flatten()
-        tensors = compact(tensors, group, keep_units)
-        # Solved unit after unit; in the tensor the kept inputs keep their order.
-        order_K = torch.argsort(group.consumer.indices(keep_units))
-        tensors[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
-        kept[kind] = keep_units.tolist()
-        original, module = module, _module(job, block, tensors, kept)
-        statistics, objective = dict(result.statistics), []
-        if kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
-            refined = refine(job, block, group, module, original, streams, tensors, result)
-            tensors, objective = refined.tensors, refined.objective
-            statistics |= refined.statistics
+            tensors, kept[kind] = half.tensors, half.keep_units
+            reports.append(half.report)
+            if half.cost_U is not None:
+                costs[kind] = half.cost_U
             module = _module(job, block, tensors, kept)
-        del original
         with job.stock.half(module, kind):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
-        reports.append(
-            BlockReport(
-                block=block.index,
-                kind=kind,
-                num_units=group.num_units,
-                kept_units=len(keep_units),
-                error_mask_only=errors[0],
-                error=errors[1],
-                status=result.status,
-                statistics=statistics,
-                objective=objective,
-                seconds=time.perf_counter() - started,
-            )
-        )
-    return BlockOutcome(tensors=tensors, reports=reports, kept=kept)
+    return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Half:
+    """One half of a block, decided and solved."""
+
+    tensors: dict[str, Tensor]
+    """All of the block's."""
+    keep_units: list[int]
+    report: BlockReport
+    cost_U: Tensor | None = None
+
+
+def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Half:
+    """The whole half goes."""
+    report = BlockReport(
+        block=block.index,
+        kind=kind,
+        num_units=block.group(kind).num_units,
+        kept_units=0,
+        error_mask_only=None,
+        error=None,
+        status="removed",
+        statistics={},
+        objective=[],
+        seconds=0.0,
+    )
+    return _Half(tensors=remove_half(tensors, block, kind), keep_units=[], report=report)
+
+
+def _prune_half(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    module: nn.Module,
+    streams: Streams,
+    tensors: Mapping[str, Tensor],
+    num_keep: int,
+    sensitivity_OO: Tensor | None,
+    kept: Mapping[str, list[int]],
+    *,
+    reprice: bool,
+) -> _Half:
+    """Some units go. The dense stream moves on, the pruned one stays at the half's input; `kept` is what came first."""
+    started = time.perf_counter()
+    measured: list[Moments] = []
+    if job.method.needs_statistics:
+        reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
+        measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
+    problem = _problem(job, group, tensors, measured, sensitivity_OO)
+    keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
+    errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
+    cost_U = removal_path(problem, group.num_units).cost if reprice else None
+    del problem, measured
+    keep_units = torch.nonzero(keep_U).flatten()
+    cut = compact(tensors, group, keep_units)
+    # Solved unit after unit; in the tensor the kept inputs keep their order.
+    order_K = torch.argsort(group.consumer.indices(keep_units))
+    cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
+    statistics: dict[str, float] = dict(result.statistics)
+    objective: list[float] = []
+    if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
+        pruned = _module(job, block, cut, {**kept, group.kind: keep_units.tolist()})
+        refined = refine(job, block, group, pruned, module, streams, cut, result)
+        cut, objective = refined.tensors, refined.objective
+        statistics |= refined.statistics
+    report = BlockReport(
+        block=block.index,
+        kind=group.kind,
+        num_units=group.num_units,
+        kept_units=len(keep_units),
+        error_mask_only=errors[0],
+        error=errors[1],
+        status=result.status,
+        statistics=statistics,
+        objective=objective,
+        seconds=time.perf_counter() - started,
+    )
+    return _Half(tensors=cut, keep_units=keep_units.tolist(), report=report, cost_U=cost_U)
 
 
 def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:

@@ -10,6 +10,8 @@ import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,21 +95,28 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     # Before the long pass: what cannot be written is refused here.
     config = _output_config(job, kept_units)
 
+    for iteration in range(job.recipe.outer_iterations):
+        assert costs is not None
+        rehearsal = _prune_blocks(job, run, None, kept_units, meter, observer, f"outer iteration {iteration + 1}")
+        costs = _repriced(costs, rehearsal.costs)
+        kept_units = allocate(job, costs)
+        config = _output_config(job, kept_units)
+
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
-    reports, kept_indices, dense_NSD, pruned_NSD = _prune_blocks(job, run, writer, kept_units, meter, observer)
+    result = _prune_blocks(job, run, writer, kept_units, meter, observer, "prune")
     release_free_memory()
-    dense_perplexity, pruned_perplexity = _perplexities(job, dense_NSD, pruned_NSD)
+    dense_perplexity, pruned_perplexity = _perplexities(job, result.dense_NSD, result.pruned_NSD)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(checkpoint, job.stock.family.name)
     write_companions(job.reader.directory, checkpoint, config)
-    report = _report(job, run, writer, meter, reports, dense_perplexity, pruned_perplexity)
+    report = _report(job, run, writer, meter, result.reports, dense_perplexity, pruned_perplexity)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": job.recipe.model_dump(mode="json"),
         "source_fingerprint": report.source_fingerprint,
         "calibration": report.calibration.model_dump(mode="json"),
-        "kept_indices": kept_indices,
+        "kept_indices": result.kept_indices,
         "versions": report.versions,
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
@@ -119,19 +128,32 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     return report
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """What one pass over the blocks left, beside the shards."""
+
+    reports: list[BlockReport]
+    kept_indices: dict[str, dict[str, list[int]]]
+    costs: list[dict[str, Tensor]]
+    """Per block, kind -> cost of each removal on the pruned stream; of a rehearsal only."""
+    dense_NSD: Tensor
+    """Last hidden states of the reported windows."""
+    pruned_NSD: Tensor
+
+
 def _prune_blocks(
     job: Job,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     kept_units: dict[str, list[int]],
     meter: PeakMeter,
     observer: Observer,
-) -> tuple[list[BlockReport], dict[str, dict[str, list[int]]], Tensor, Tensor]:
-    """The loop itself. Returns reports, kept indices, and the last hidden states (N, S, D) of the reported windows,
-    dense and pruned.
-    """
+    phase: str,
+) -> _Pass:
+    """The loop itself. Without a writer it is a rehearsal: nothing is written, and removals are priced again."""
     reports: list[BlockReport] = []
     kept_indices: dict[str, dict[str, list[int]]] = {}
+    costs: list[dict[str, Tensor]] = []
     blocks = job.stock.layout.blocks
     num_windows = len(job.windows.ids_NS)
     num_dense = num_windows if job.follows_dense else job.num_probe
@@ -142,19 +164,35 @@ def _prune_blocks(
         stack.callback(dense.close)
         propagator = embed(job, {store: num_windows, dense: num_dense})
         streams = Streams(propagator=propagator, pruned=store, dense=dense)
-        observer.start("prune", len(blocks))
+        observer.start(phase, len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
             sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.needs_survey else {}
-            outcome = prune_block(job, block, num_keep, streams, sensitivities)
-            shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
-            run.record("block", index=block.index, shard=shard)
+            outcome = prune_block(job, block, num_keep, streams, sensitivities, reprice=writer is None)
+            if writer is not None:
+                shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
+                run.record("block", index=block.index, shard=shard)
             reports.extend(outcome.reports)
+            costs.append(outcome.costs)
             kept_indices[str(block.index)] = outcome.kept
             del outcome
             release_free_memory()
-            observer.advance(f"{_block_line(reports[-1])}  memory {format_bytes(meter.peak_so_far())}")
-        return reports, kept_indices, dense.read(0, job.num_probe).clone(), store.read(0, job.num_probe).clone()
+            line = _block_line(reports[-1]) if reports else f"block {block.index}"
+            observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
+        return _Pass(
+            reports=reports,
+            kept_indices=kept_indices,
+            costs=costs,
+            dense_NSD=dense.read(0, job.num_probe).clone(),
+            pruned_NSD=store.read(0, job.num_probe).clone(),
+        )
+
+
+def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
+    """The newest price of every half; one that was removed in the rehearsal keeps its old one."""
+    return {
+        kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
+    }
 
 
 def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
