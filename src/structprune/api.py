@@ -31,6 +31,7 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
+from structprune.scores import SCORES, SELECTORS
 from structprune.types import UNIT_KINDS, ModelLayout, UnitGroup
 
 _PROBE_TOKENS = 2048
@@ -122,6 +123,7 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
             wanted=f"fewer than {len(stock.layout.blocks)} together",
         )
+    score = _check_score(recipe.score or method.score, method)
     solver = recipe.solver or method.solver
     damping = recipe.damping or method.damping
     if solver != "mask-only" and not method.needs_statistics:
@@ -175,9 +177,25 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             "target": target,
             "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
             "damping": damping,
+            "score": score,
             "solver": solver,
         }
     )
+
+
+def _check_score(score: str, method: Method) -> str:
+    """`score` if `method` measures what it reads. Raises InputError for an unknown name, UnsupportedError else."""
+    (SCORES | SELECTORS).check(score)
+    if score != method.score and not method.needs_statistics:
+        raise UnsupportedError(
+            f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
+        )
+    if score == "loss" and not method.needs_survey:
+        raise UnsupportedError(
+            f"score 'loss' needs the output sensitivity, which {method.name!r} does not measure",
+            wanted="another --score, or --method structprune",
+        )
+    return score
 
 
 def _check_disk(run: RunDirectory, plan: PrunePlan) -> None:

@@ -39,6 +39,7 @@ class Recipe(BaseModel):
     damping: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
         default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
     )
+    score: str | None = Field(default=None, description="what decides which units stay; None: the method's")
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
     solver: Literal["mask-only", "least-squares", "admm"] | None = Field(
         default=None, description="how weights are restored; None: the method's"

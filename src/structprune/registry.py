@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from structprune.errors import InputError
 
@@ -24,6 +24,10 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+    def __or__(self, other: Registry[Any]) -> Registry[Any]:
+        """The names of both, under the kind of the first."""
+        return Registry(self.kind, {**self._entries, **other._entries})
 
     def check(self, name: str) -> str:
         """Return `name` if it is registered. Raises InputError with the nearest name otherwise."""

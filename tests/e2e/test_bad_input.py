@@ -176,6 +176,14 @@ def test_unsupported_scope(method: str, scope: str, refused: Refused, tiny_llama
     assert message == f"method '{method}' does not prune attention; got --scope {scope}, wanted --scope mlp."
 
 
+def test_scores_that_a_method_cannot_feed(refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--score", "wander")
+    assert message.startswith("unknown score 'wander'. Did you mean 'wanda'? known: magnitude, ")
+    assert message.endswith("greedy, greedy-swap.")
+    assert "needs the output sensitivity" in refused(tiny_llama, "--score", "loss")
+    assert "measures nothing that a score could read" in refused(tiny_llama, "--method", "magnitude", "--score", "l2")
+
+
 def test_protection_of_every_block(refused: Refused, tiny_llama: Path) -> None:
     message = refused(tiny_llama, "--protect-first", 1, "--protect-last", 1)
     assert message == (

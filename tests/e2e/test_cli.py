@@ -181,6 +181,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "seed": 9,
         "multiple_of": 4,
         "damping": 0.01,
+        "score": "l2",
         "allocator": "uniform",
         "solver": "least-squares",
         "target": "local",

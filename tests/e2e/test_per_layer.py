@@ -294,3 +294,13 @@ def test_outer_iterations_price_the_pruned_model(tiny_llama: Path, text_file: Pa
     assert again.memory.measured_peak_bytes <= again.memory.planned_peak_bytes
     with pytest.raises(UnsupportedError, match="outer iteration changes nothing"):
         run("uniform", outer_iterations=1, allocator="uniform")
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "l2", "obs", "loss", "greedy-swap"])
+def test_every_score_by_name(score: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        method="structprune", score=score, sparsity=0.4, calibration=str(text_file), num_samples=8, seq_len=32
+    )
+    report = prune(tiny_llama, recipe.model_copy(update={"multiple_of": 1}), tmp_path / "out")
+    assert report.recipe.score == score
+    assert report.size.removed_share_of_scope >= 0.4

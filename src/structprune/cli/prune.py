@@ -42,6 +42,10 @@ def prune(
         str | None,
         typer.Option(help="Ridge as a share of the Gram's mean diagonal, or auto.  [default: the method's]"),
     ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="magnitude, wanda, l2, obs, loss, greedy or greedy-swap.  [default: the method's]"),
+    ] = None,
     allocator: Annotated[
         str | None, typer.Option(help="uniform, closed-form, energy or softmax.  [default: the method's]")
     ] = None,
@@ -96,6 +100,7 @@ def prune(
         "seed": seed,
         "multiple_of": multiple_of,
         "damping": damping,
+        "score": score,
         "allocator": allocator,
         "solver": solver,
         "target": target,

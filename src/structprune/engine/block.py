@@ -207,10 +207,10 @@ def _problem(
 
 def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple[Tensor, SolveResult]:
     """Choose the units, solve the consumer."""
-    if job.method.score in SELECTORS:
-        keep_U = SELECTORS.get(job.method.score)(problem, num_keep)
+    if job.score in SELECTORS:
+        keep_U = SELECTORS.get(job.score)(problem, num_keep)
     else:
-        score_U = SCORES.get(job.method.score)(problem)
+        score_U = SCORES.get(job.score)(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep)

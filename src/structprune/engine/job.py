@@ -50,6 +50,12 @@ class Job:
         return _DECISION_DAMPING if self.recipe.damping == "auto" else self.recipe.damping
 
     @property
+    def score(self) -> str:
+        """The recipe's score or selector, resolved from the method's where it was not given."""
+        assert self.recipe.score is not None
+        return self.recipe.score
+
+    @property
     def solver(self) -> str:
         """The recipe's solver, resolved from the method's where it was not given."""
         assert self.recipe.solver is not None
