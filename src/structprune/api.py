@@ -32,6 +32,7 @@ from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
 from structprune.scores import SCORES, SELECTORS
+from structprune.solvers import ITERATIVE
 from structprune.types import UNIT_KINDS, ModelLayout, UnitGroup
 
 _PROBE_TOKENS = 2048
@@ -79,6 +80,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             needs_survey=method.needs_survey,
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
+            iterates=recipe.solver in ITERATIVE,
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         )
         return make_plan(request, recipe.memory)

@@ -44,6 +44,7 @@ def test_proposals_are_judged_on_held_out_windows(
     source = request.getfixturevalue(f"tiny_{family}")
     plain = pruned(source, tmp_path / "plain", text_file, target=target)
     report = pruned(source, tmp_path / "admm", text_file, target=target, solver="admm")
+    assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
     accepted = [block for block in report.blocks if block.statistics["admm_accepted"]]
     for block in report.blocks:
         better = block.statistics["admm_held_out_error"] < block.statistics["held_out_error"]

@@ -181,6 +181,22 @@ def test_statistics_have_their_phases() -> None:
     assert plan_for(LLAMA_7B, needs_statistics=False).peak_bytes < plan_for(LLAMA_7B).peak_bytes
 
 
+def test_an_iterative_solver_has_its_phase() -> None:
+    plan = plan_for(
+        LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4, iterates=True
+    )
+    without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4)
+    assert set(plan.phases) - set(without.phases) == {"iterate"}
+    # z and s of 32 windows of 256 tokens, at the least.
+    assert plan.phases["iterate"] > 2 * 32 * 256 * 11008 * 4
+    assert all(plan.phases[name] >= without.phases[name] for name in without.phases)
+
+
+def test_held_out_sums_are_counted() -> None:
+    plain, held_out = plan_for(LLAMA_7B), plan_for(LLAMA_7B, holds_out=True)
+    assert held_out.phases["statistics (mlp)"] - plain.phases["statistics (mlp)"] == 11008**2 * 4
+
+
 def test_peak_does_not_grow_with_the_number_of_blocks() -> None:
     shallow = plan_for(layout_of(hidden=64, channels=176, num_blocks=2))
     deep = plan_for(layout_of(hidden=64, channels=176, num_blocks=40))

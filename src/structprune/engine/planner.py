@@ -24,6 +24,9 @@ _RUNTIME_BYTES = 96 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
+# Tokens that an iterative solver holds at once with its split variables, and in one step of it.
+_SOLVER_TOKENS = 8192
+_SOLVER_CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class PlanRequest:
     sensitivity_windows: int = 0
     holds_out: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
+    iterates: bool = False
+    """Whether an iterative solver holds tokens of some windows."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -92,6 +97,11 @@ def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
         wanted=f"at least {format_budget(smallest.peak_bytes)}",
         do="raise --memory or lower --seq-len",
     )
+
+
+def solver_windows(num_windows: int, seq_len: int) -> int:
+    """How many of the windows that are fitted an iterative solver gets."""
+    return max(1, min(num_windows, _SOLVER_TOKENS // seq_len))
 
 
 def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) -> PrunePlan:
@@ -169,10 +179,32 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             kept_apart = gram + cross if request.holds_out else 0
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
             phases[f"statistics ({group.kind})"] += kept_apart
+            if request.iterates and group.kind == "mlp":
+                tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
+                chunk = min(tokens, _SOLVER_CHUNK)
+                phases["iterate"] = (
+                    resident
+                    + 5 * weights
+                    + 2 * cast
+                    # Inputs and targets with their pieces, and z and s; a dozen temporaries of a chunk.
+                    + tokens * (4 * hidden + 2 * inputs) * 4
+                    + chunk * 12 * inputs * 4
+                    # Float32 weights of three states, moments and a factorisation in float64.
+                    + 9 * inputs * hidden * 4
+                    + 6 * inputs * hidden * 8
+                    + 3 * 2 * gram
+                )
+                # Behind the proposal the consumer is measured and solved again, with the original block in memory.
+                phases[f"solve ({group.kind})"] += 3 * weights + cast
+                phases[f"statistics ({group.kind})"] += 3 * weights + cast
             if request.follows_dense:
                 # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
                 both = 2 * inputs + 6 * hidden
                 phases[f"statistics ({group.kind})"] += cross + micro_batch * request.seq_len * both * 4
+    if request.needs_survey and len(request.groups) > 1:
+        # The survey takes both kinds' sums in one pass.
+        both = sum((g.num_units * g.width) ** 2 * 4 for g in request.groups)
+        phases["survey: forward"] = resident + 2 * weights + cast + activations + both
     model_bytes = sum(request.stored_bytes.values())
     borders = (
         (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)

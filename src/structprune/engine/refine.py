@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from structprune.engine.job import Job
 from structprune.engine.measure import Reference, Streams, consumer_target, measure
+from structprune.engine.planner import solver_windows
 from structprune.engine.propagate import observed, tapped
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.solvers.mlp_block import MlpTokens, MlpWeights
 from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
 from structprune.types import BlockLayout, LayerProblem, SolveResult, UnitGroup
-
-# Tokens that an iterative solver holds at once with its split variables.
-SOLVER_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +52,11 @@ def refine(
     stream is at the MLP's input, the dense one at its output. `original` is the MLP before units were removed.
     """
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
-    num_solved = max(1, min(job.window_parts[0][1], SOLVER_TOKENS // job.windows.ids_NS.shape[1]))
+    num_solved = solver_windows(job.window_parts[0][1], job.windows.ids_NS.shape[1])
     reference = _reference(job, block, original, streams)
     tokens = _tokens(job, block, group, start, streams, reference, num_solved)
-    proposal = ITERATIVE.get(job.solver)(tokens, _weights(group, tensors))
+    proposal = ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors))
+    del tokens
     candidate = dict(tensors)
     for name, affine in ((group.up_module, proposal.weights.up), (group.gate_module, proposal.weights.gate)):
         if name is None or affine is None:
@@ -132,18 +131,21 @@ def _tokens(
     return MlpTokens(x_TD=torch.cat(inputs).float(), y_TD=torch.cat(targets))
 
 
-def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
+def _weights(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
     """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
     assert group.up_module is not None
     assert group.activation is not None
 
+    def values(name: str) -> Tensor:
+        return tensors[name].to(job.device, torch.float32)
+
     def affine(module: str) -> Affine:
-        bias = tensors.get(f"{module}.bias")
-        return Affine(weight_OI=tensors[f"{module}.weight"].float(), bias_O=None if bias is None else bias.float())
+        bias = f"{module}.bias"
+        return Affine(weight_OI=values(f"{module}.weight"), bias_O=values(bias) if bias in tensors else None)
 
     return MlpWeights(
         activation=ACTIVATIONS.get(group.activation),
         up=affine(group.up_module),
         gate=None if group.gate_module is None else affine(group.gate_module),
-        down=Affine(weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1).float()),
+        down=Affine(weight_OI=values(group.consumer.tensor).movedim(group.consumer.axis, -1)),
     )
