@@ -12,7 +12,7 @@ from torch import Tensor
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import StockModel, load_model
+from structprune.architectures.stock import StockModel, check_bias, load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
@@ -55,6 +55,9 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     reader = CheckpointReader(directory)
     stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
     groups = _groups_in_scope(method, recipe, stock)
+    if (recipe.solver or method.solver) == "bias":
+        for group in groups:
+            check_bias(group)
     dtype = resolve_dtype(recipe, device)
     recipe = recipe.model_copy(
         update={
@@ -77,7 +80,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             seq_len=recipe.seq_len,
             num_probe=min(num_probe, num_windows),
             needs_statistics=method.needs_statistics,
-            needs_survey=method.needs_survey,
+            needs_survey=method.survey == "loss",
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
             iterates=recipe.solver in ITERATIVE,
@@ -132,9 +135,9 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a solver could use", wanted="--solver mask-only"
         )
-    if solver == "admm" and damping != "auto":
+    if solver in ITERATIVE and damping != "auto":
         raise UnsupportedError(
-            "solver 'admm' is judged on held-out windows",
+            f"solver {solver!r} is judged on held-out windows",
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
@@ -147,10 +150,15 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
-    if allocator != "uniform" and not method.needs_survey:
+    if allocator != "uniform" and method.survey == "none":
         raise UnsupportedError(
             f"allocator {allocator!r} needs removal costs, which {method.name!r} does not measure",
             wanted="--allocator uniform, or --method structprune",
+        )
+    if allocator not in ("uniform", "standardised") and method.survey == "scores":
+        raise UnsupportedError(
+            f"allocator {allocator!r} compares costs in units of the loss, which {method.name!r} does not measure",
+            wanted="--allocator standardised or uniform, or --method structprune",
         )
     if uneven and recipe.structure == "uniform":
         raise UnsupportedError("the source's blocks have different widths", wanted="--structure per-layer")
@@ -159,6 +167,8 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             f"allocator {allocator!r} gives every block its own width",
             wanted="--structure per-layer or --allocator uniform",
         )
+    if target == "dense-path" and solver == "bias":
+        raise UnsupportedError("solver 'bias' makes up for removed inputs only", wanted="--target local")
     if target == "dense-path" and not method.needs_statistics:
         raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
     if recipe.outer_iterations and allocator == "uniform":
@@ -192,7 +202,11 @@ def _check_score(score: str, method: Method) -> str:
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
         )
-    if score == "loss" and not method.needs_survey:
+    if method.survey == "scores" and score in SELECTORS:
+        raise UnsupportedError(
+            f"{score!r} gives no number per unit that blocks could be compared by", wanted=f"--score {method.score}"
+        )
+    if score == "loss" and method.survey != "loss":
         raise UnsupportedError(
             f"score 'loss' needs the output sensitivity, which {method.name!r} does not measure",
             wanted="another --score, or --method structprune",

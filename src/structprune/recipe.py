@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     )
     score: str | None = Field(default=None, description="what decides which units stay; None: the method's")
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
-    solver: Literal["mask-only", "least-squares", "admm"] | None = Field(
+    solver: Literal["mask-only", "bias", "least-squares", "admm", "alternating"] | None = Field(
         default=None, description="how weights are restored; None: the method's"
     )
     target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")

@@ -64,6 +64,9 @@ class UnitGroup:
     """Norm that only this half of the block reads; it goes when the whole half goes."""
     additive: bool = True
     """The consumer's output is added to the residual stream without anything in between."""
+    bias_field: str | None = None
+    """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
+    bias_modules: tuple[str, ...] = ()
     up_module: str | None = None
     """Of an MLP: consumer(activation(up x)), or with a gate consumer(activation(gate x) * up x)."""
     gate_module: str | None = None
@@ -156,6 +159,8 @@ class Moments:
     gram_II: Tensor
     """Sum of x x^T, float32 or wider."""
     num_tokens: int
+    sum_I: Tensor | None = None
+    """Sum of x, float64."""
     target_OI: Tensor | None = None
     """Sum of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
@@ -166,6 +171,7 @@ class Moments:
         return replace(
             self,
             gram_II=self.gram_II[order_I][:, order_I],
+            sum_I=None if self.sum_I is None else self.sum_I[order_I],
             target_OI=None if self.target_OI is None else self.target_OI[:, order_I],
         )
 
@@ -178,6 +184,7 @@ class Moments:
         return Moments(
             gram_II=self.gram_II + other.gram_II,
             num_tokens=self.num_tokens + other.num_tokens,
+            sum_I=None if self.sum_I is None or other.sum_I is None else self.sum_I + other.sum_I,
             target_OI=target_OI,
             target_energy=energy,
         )
@@ -198,12 +205,16 @@ class LayerProblem:
     width: int
     damping: float
     """Ridge, as a share of the mean diagonal of the Gram."""
+    sum_I: Tensor | None = None
+    """Sum over calibration tokens of x, float64; None where nothing is measured."""
     producer_norm_U: Tensor
     """Product over the producers of the L2 norm of the unit's slice."""
     target_OI: Tensor | None = None
     """Sum over tokens of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
     """Sum over tokens of |y|^2; None for the local target."""
+    seed: int = 0
+    """Differs between blocks and kinds; for what is drawn at random."""
     held_out: Moments | None = None
     """The part of the sums above whose windows choose the ridge; None: `damping` is the ridge."""
     sensitivity_OO: Tensor | None = None
@@ -245,6 +256,8 @@ class SolveResult:
     weight_OK: Tensor
     status: Literal["ok", "damping-raised"]
     statistics: Mapping[str, float]
+    bias_O: Tensor | None = None
+    """What is to be added to the consumer's output; None: nothing."""
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -20,6 +20,8 @@ from structprune.errors import InputError
 
 # Allocators that weigh the blocks against each other by what their removals cost.
 GLOBAL = [name for name in ALLOCATORS if name != "uniform"]
+# Of these, those to which a block's overall level of cost means something.
+LEVELS = [name for name in GLOBAL if name != "standardised"]
 
 
 def rising_costs(num_units: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -152,7 +154,7 @@ def test_uniform_treats_blocks_alike_and_each_meets_the_share() -> None:
     assert allocate("uniform", budgets[1:], 0.25) == [149]
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_block_that_costs_more_keeps_more(name: str, temperature: float) -> None:
     cheap, dear = budget(100, cost_U=rising_costs(100, 0)), budget(100, block=1, cost_U=20 * rising_costs(100, 0))
@@ -203,7 +205,7 @@ def test_least_share_is_kept(name: str) -> None:
         allocate(name, [free, dear], 0.7, min_retention=0.35)
 
 
-@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize(("num_units", "multiple_of"), [(100, 1), (100, 32), (96, 32), (20, 32)])
 def test_a_group_may_go_where_removal_is_allowed(name: str, num_units: int, multiple_of: int) -> None:
     """To exactly nothing, also where the last step is a whole multiple or the only one."""
@@ -259,3 +261,16 @@ def test_cheap_units_of_one_block_go_before_dear_ones_of_another(price: float) -
     cheap_U[:50] = price
     budgets = [budget(100, cost_U=cheap_U), budget(100, block=1, cost_U=rising_costs(100, 1) + 1)]
     assert allocate("closed-form", budgets, 0.2) == [60, 100]
+
+
+def test_standardised_sees_the_shape_of_the_scores_and_not_their_level() -> None:
+    """Ten times the score everywhere changes nothing; one outlier among equals makes all the others cheap."""
+    even = rising_costs(100, 0).sort().values
+    kept = allocate("standardised", [budget(100, cost_U=even), budget(100, block=1, cost_U=10 * even)], 0.3)
+    assert kept == [70, 70]
+    outlier = torch.ones(100, dtype=torch.float64)
+    outlier[-1] = 1000
+    kept = allocate("standardised", [budget(100, cost_U=even), budget(100, block=1, cost_U=outlier)], 0.3)
+    # All but the outlier are a tenth of a deviation below the mean: dearer than the lowest of the even block.
+    assert kept[1] == 100 - (60 - (100 - kept[0]))
+    assert kept[0] < 70

@@ -81,11 +81,12 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
         weight_OI=torch.randn(4, 6, generator=generator).sign() * torch.arange(1, 7),
         gram_II=x_TI.T @ x_TI,
         num_tokens=30,
+        sum_I=x_TI.double().sum(dim=0),
         width=1,
         damping=1e-4,
         producer_norm_U=torch.ones(6),
     )
-    blind = replace(problem, gram_II=torch.eye(6))
+    blind = replace(problem, gram_II=torch.eye(6), sum_I=torch.zeros(6, dtype=torch.float64))
 
     def pruned(given: LayerProblem) -> tuple[Tensor, Tensor]:
         if method.score in SELECTORS:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import quadratic_error
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem
+
+# Scores that depend on the problem's numbers.
+READING = [name for name in SCORES if name != "random"]
 
 
 def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32) -> LayerProblem:
@@ -26,6 +28,7 @@ def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32)
         weight_OI=torch.randn(5, num_units * width, generator=generator).to(dtype),
         gram_II=x_TI.T @ x_TI,
         num_tokens=40,
+        sum_I=x_TI.double().sum(dim=0),
         width=width,
         damping=1e-4,
         producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
@@ -56,7 +59,7 @@ def test_one_finite_number_per_unit(name: str, width: int, dtype: torch.dtype) -
     assert score_U.unique().numel() == 6
 
 
-@pytest.mark.parametrize("name", list(SCORES))
+@pytest.mark.parametrize("name", READING)
 @pytest.mark.parametrize("width", [1, 4])
 def test_permutation_equivariant(name: str, width: int) -> None:
     problem = make_problem(6, width)
@@ -66,13 +69,14 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         problem,
         weight_OI=problem.weight_OI[:, order_I],
         gram_II=problem.gram_II[order_I][:, order_I],
+        sum_I=None if problem.sum_I is None else problem.sum_I[order_I],
         producer_norm_U=problem.producer_norm_U[order_U],
     )
     score = SCORES.get(name)
     torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", list(SCORES))
+@pytest.mark.parametrize("name", READING)
 @pytest.mark.parametrize("width", [1, 4])
 def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
     problem = make_problem(6, width)
@@ -141,7 +145,7 @@ def test_obs_is_half_the_error_after_the_refit(width: int) -> None:
         difference_OI = problem.weight_OI.clone()
         kept_K = problem.kept_inputs(keep_U)
         difference_OI[:, kept_K] -= SOLVERS.get("least-squares")(problem, keep_U).weight_OK
-        expected = 0.5 * quadratic_error(difference_OI, problem.gram_II) / problem.num_tokens
+        expected = 0.5 * float(((difference_OI @ problem.gram_II.double()) * difference_OI).sum()) / problem.num_tokens
         assert float(score_U[unit]) == pytest.approx(expected, rel=1e-6)
 
 
@@ -194,3 +198,24 @@ def test_selector_drops_units_without_weights_first(name: str, width: int) -> No
     for unit in (1, 6):
         problem.weight_OI[:, unit * width : (unit + 1) * width] = 0
     assert SELECTORS.get(name)(problem, 6).tolist() == [True, False, True, True, True, True, False, True]
+
+
+def test_random_is_the_seeds_draw() -> None:
+    problem = make_problem(50, 1)
+    draw = SCORES.get("random")
+    assert torch.equal(draw(problem), draw(problem))
+    assert not torch.equal(draw(problem), draw(replace(problem, seed=1)))
+
+
+def test_fluctuation_by_hand() -> None:
+    """Inputs of variance 1, 4 and 0 about means 3, 0 and 5; squared column norms 5, 1 and 2."""
+    x_TI = torch.tensor([[2.0, -2.0, 5.0], [4.0, 2.0, 5.0]])
+    problem = replace(
+        by_hand(1, torch.ones(3)),
+        weight_OI=torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, -1.0]]),
+        gram_II=x_TI.T @ x_TI,
+        num_tokens=2,
+        sum_I=x_TI.double().sum(dim=0),
+    )
+    assert SCORES.get("fluctuation")(problem).tolist() == [5.0, 4.0, 0.0]
+    assert SCORES.get("fluctuation")(replace(problem, width=3)).tolist() == [3.0]

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.linalg.damped import quadratic_error
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem, Moments
 
 # Solvers that read the Gram, and so must state the damping that they took.
-UPDATING = [name for name in SOLVERS if name != "mask-only"]
+UPDATING = [name for name in SOLVERS if name not in ("mask-only", "bias")]
 WIDTHS = [1, 3]
 
 
@@ -41,6 +40,7 @@ def make_problem(
         weight_OI=torch.randn(num_outputs, num_inputs, generator=generator(7)).to(dtype),
         gram_II=x_TI.T @ x_TI,
         num_tokens=len(x_TI),
+        sum_I=x_TI.double().sum(dim=0),
         width=width,
         damping=damping,
         producer_norm_U=torch.ones(num_inputs // width),
@@ -56,6 +56,11 @@ def dense_weight(problem: LayerProblem, keep_U: Tensor, weight_OK: Tensor) -> Te
     weight_OI = torch.zeros(problem.weight_OI.shape, dtype=torch.float64)
     weight_OI[:, problem.kept_inputs(keep_U)] = weight_OK.double()
     return weight_OI
+
+
+def quadratic_error(difference_OI: Tensor, gram_II: Tensor) -> float:
+    """tr(D G D^T): squared output error summed over tokens."""
+    return float(((difference_OI @ gram_II) * difference_OI).sum(dtype=torch.float64))
 
 
 def error(problem: LayerProblem, keep_U: Tensor, weight_OK: Tensor) -> float:
@@ -117,6 +122,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         problem,
         weight_OI=problem.weight_OI[:, order_I],
         gram_II=problem.gram_II[order_I][:, order_I],
+        sum_I=None if problem.sum_I is None else problem.sum_I[order_I],
         producer_norm_U=problem.producer_norm_U[order_U],
     )
     solver = SOLVERS.get(name)
@@ -324,3 +330,16 @@ def test_the_answer_is_solved_on_all_tokens() -> None:
     path_ridge_local = SOLVERS.get("least-squares")(replace(same, target_OI=None, target_energy=None), keep_U).weight_OK
     path_ridge_both = SOLVERS.get("least-squares")(same, keep_U).weight_OK
     torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bias_is_the_best_constant(width: int) -> None:
+    x_TI = correlated(50, 8 * width) + 0.7
+    problem = make_problem(x_TI, width, dtype=torch.float64)
+    keep_U = keep_mask(8, [0, 2, 5])
+    result = SOLVERS.get("bias")(problem, keep_U)
+    kept_K = problem.kept_inputs(keep_U)
+    missing_TO = x_TI @ problem.weight_OI.T - x_TI[:, kept_K] @ result.weight_OK.T
+    assert result.bias_O is not None
+    torch.testing.assert_close(result.bias_O, missing_TO.mean(dim=0))
+    assert torch.equal(result.weight_OK, problem.weight_OI[:, kept_K])

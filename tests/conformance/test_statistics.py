@@ -105,3 +105,14 @@ def test_not_finite_is_an_error_that_names_the_place(bad: float, column: int) ->
     with pytest.raises(NumericalError, match=r"^block 3 mlp: 1 of 7 activations") as caught:
         accumulator.finalize("block 3 mlp")
     assert caught.value.where == "block 3 mlp"
+
+
+def test_sums_of_any_split_are_one_pass() -> None:
+    x_TI = integers(60, 7)
+    whole, first, second = GramAccumulator(7), GramAccumulator(7), GramAccumulator(7)
+    whole.update(x_TI)
+    first.update(x_TI[:13])
+    second.update(x_TI[13:])
+    first.merge(second)
+    assert torch.equal(whole.sum_I, x_TI.double().sum(dim=0))
+    assert torch.equal(first.sum_I, whole.sum_I)

@@ -225,3 +225,50 @@ def test_without_the_flag_every_half_keeps_something(idle_halves: Path, text_fil
 def test_uniform_removes_no_half(idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="takes the same share of every block"):
         pruned(idle_halves, tmp_path / "out", text_file, structure="uniform", allow_block_removal=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("structure", ["uniform", "per-layer"])
+def test_flap_adds_what_removed_units_give_on_average(
+    family: str, structure: str, request: pytest.FixtureRequest, text_file: Path, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue(f"tiny_{family}")
+    changes: dict[str, Any] = {"method": "flap", "sparsity": 0.3, "structure": structure}
+    changes |= {"scope": "all" if family == "llama" else "mlp"}
+    report = flapped(source, tmp_path / "out", text_file, **changes)
+    # The biases that are added count against what is removed.
+    assert report.size.removed_share_of_scope >= (0.27 if family == "llama" else 0.3)
+    config = read_config(tmp_path / "out")
+    if family == "llama":
+        assert (config["mlp_bias"], config["attention_bias"]) == (True, True)
+    assert all(b.error is not None and b.error_mask_only is not None for b in report.blocks)
+    assert all((b.error or 0) <= (b.error_mask_only or 0) for b in report.blocks)
+    assert any((b.error or 0) < (b.error_mask_only or 0) for b in report.blocks)
+    perplexity = reloaded_perplexity(tmp_path / "out", text_file, report.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(report.calibration.pruned_perplexity, rel=1e-4)
+    again = flapped(tmp_path / "out", tmp_path / "again", text_file, method="flap", sparsity=0.2, scope="mlp")
+    perplexity = reloaded_perplexity(tmp_path / "again", text_file, again.calibration.perplexity_windows)
+    assert perplexity == pytest.approx(again.calibration.pruned_perplexity, rel=1e-4)
+
+
+def test_the_bias_is_the_mean_of_what_is_missing(tiny_opt: Path, text_file: Path, tmp_path: Path) -> None:
+    """With the mask of one run and its bias, the mean output error over the calibration tokens is zero: measured here
+    through the squared error, which a bias lowers by exactly its energy."""
+    masked = flapped(tiny_opt, tmp_path / "masked", text_file, solver="mask-only", sparsity=0.3)
+    biased = flapped(tiny_opt, tmp_path / "biased", text_file, sparsity=0.3)
+    # The first block sees the same input in both runs.
+    assert biased.blocks[0].error_mask_only == pytest.approx(masked.blocks[0].error_mask_only or 0)
+    assert (biased.blocks[0].error or 0) < (masked.blocks[0].error or 0)
+
+
+def test_flap_needs_a_bias(source: Path, text_file: Path, tmp_path: Path) -> None:
+    pruned(source, tmp_path / "mistral", text_file, scope="attention", sparsity=0.25, structure="uniform")
+    with pytest.raises(UnsupportedError, match="has no bias in its mlp"):
+        flapped(tmp_path / "mistral", tmp_path / "out", text_file, sparsity=0.3)
+
+
+def flapped(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneReport:
+    settings: dict[str, Any] = {"method": "flap", "calibration": str(text_file), "num_samples": 8, "seq_len": SEQ_LEN}
+    return structprune.prune(
+        source, Recipe.build(**{**settings, "multiple_of": 1, "dtype": "float32", **changes}), output
+    )

@@ -13,6 +13,7 @@ ALLOCATORS: Registry[Allocator] = Registry(
         "uniform": "structprune.allocation.uniform:uniform",
         "closed-form": "structprune.allocation.across:closed_form",
         "energy": "structprune.allocation.across:energy",
+        "standardised": "structprune.allocation.across:standardised",
         "softmax": "structprune.allocation.across:softmax",
     },
 )

@@ -32,24 +32,19 @@ def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
     3a). s is made non-decreasing along each group's removal order first (pooled adjacent violators), so that what a
     threshold selects is a prefix of that order.
     """
-    price = [_increasing(_cost(b)) / b.unit_parameters for b in budgets]
-    limits = [largest_removal(b, options) for b in budgets]
+    return _threshold(budgets, [_increasing(_cost(b)) / b.unit_parameters for b in budgets], options)
 
-    def removals(threshold: float) -> list[float]:
-        return [
-            float(min(limit, int(torch.searchsorted(p, threshold, right=True))))
-            for p, limit in zip(price, limits, strict=True)
-        ]
 
-    # Bisection over the prices that occur; units of the price at the threshold go only as far as the target asks.
-    levels = [-math.inf, *torch.cat(price).unique().tolist()]
-    target = removal_target(budgets, options)
-    reached = bisect.bisect_left(levels, target, key=lambda x: _parameters(budgets, removals(x)))
-    beyond = removals(levels[min(reached, len(levels) - 1)])
-    below = removals(levels[max(0, reached - 1)])
-    extra = _parameters(budgets, beyond) - _parameters(budgets, below)
-    share = min(1.0, (target - _parameters(budgets, below)) / extra) if extra > 0 else 0.0
-    return round_to_budget(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], options)
+def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
+    """One threshold on the scores after each group's are brought to mean zero and deviation one; parameters only count
+    toward the budget (FLAP, arXiv 2312.11983, as its public code has it). A group of equal scores is all zeros.
+    """
+
+    def standard(cost_U: Tensor) -> Tensor:
+        deviation = cost_U.std(correction=0)
+        return (cost_U - cost_U.mean()) / deviation if deviation > 0 else torch.zeros_like(cost_U)
+
+    return _threshold(budgets, [standard(_increasing(_cost(b))) for b in budgets], options)
 
 
 def energy(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
@@ -98,6 +93,27 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     # More kappa keeps more: bisect on its negative, so that removals rise.
     found = _bisect(lambda x: _parameters(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
     return round_to_budget(budgets, removals(-found), options)
+
+
+def _threshold(budgets: Sequence[BlockBudget], price: list[Tensor], options: AllocationOptions) -> list[int]:
+    """Units to keep when all removals whose price is at most lambda go; prices ascend within a group."""
+    limits = [largest_removal(b, options) for b in budgets]
+
+    def removals(threshold: float) -> list[float]:
+        return [
+            float(min(limit, int(torch.searchsorted(p, threshold, right=True))))
+            for p, limit in zip(price, limits, strict=True)
+        ]
+
+    # Bisection over the prices that occur; units of the price at the threshold go only as far as the target asks.
+    levels = [-math.inf, *torch.cat(price).unique().tolist()]
+    target = removal_target(budgets, options)
+    reached = bisect.bisect_left(levels, target, key=lambda x: _parameters(budgets, removals(x)))
+    beyond = removals(levels[min(reached, len(levels) - 1)])
+    below = removals(levels[max(0, reached - 1)])
+    extra = _parameters(budgets, beyond) - _parameters(budgets, below)
+    share = min(1.0, (target - _parameters(budgets, below)) / extra) if extra > 0 else 0.0
+    return round_to_budget(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], options)
 
 
 def _cost(budget: BlockBudget) -> Tensor:

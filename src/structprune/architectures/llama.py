@@ -49,6 +49,8 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         consumer_bias="mlp.down_proj.bias" if len(mlp_parts) == 2 else None,
         config_fields={"intermediate_size": 1},
         module_prefix="mlp.",
+        bias_field="mlp_bias" if config.model_type == "llama" else None,
+        bias_modules=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         up_module="mlp.up_proj",
         gate_module="mlp.gate_proj",
         activation=config.hidden_act,
@@ -74,6 +76,8 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
             else {"num_attention_heads": num_kv}
         ),
         module_prefix="self_attn.",
+        bias_field="attention_bias" if config.model_type == "llama" else None,
+        bias_modules=tuple(f"self_attn.{module}" for module in ("q_proj", "k_proj", "v_proj", "o_proj")),
         norm_module="input_layernorm",
     )
     return (mlp, attention)

@@ -228,8 +228,10 @@ class StockModel:
             outer_tensors=outer,
         )
 
-    def resized_config(self, kept: Mapping[str, int], index: int | None = None) -> PretrainedConfig:
-        """The config of block `index`, or of every block, with `kept` units per kind.
+    def resized_config(
+        self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
+    ) -> PretrainedConfig:
+        """The config of block `index`, or of every block, with `kept` units per kind; the halves `biased` get biases.
 
         For one block, a kind of which nothing is kept keeps its numbers: stock classes divide by some of them, and
         what is gone is said to `block`. Raises UnsupportedError if the config cannot say so, or for every block if
@@ -242,6 +244,8 @@ class StockModel:
             )
         config = copy.deepcopy(self.config if index is None else self.block_configs[index])
         for group in self.groups if index is None else self.layout.blocks[index].groups:
+            if group.kind in biased and group.consumer_bias is None and group.bias_field is not None:
+                setattr(config, group.bias_field, True)
             if group.kind not in kept or kept[group.kind] == group.num_units:
                 continue
             if kept[group.kind] == 0:
@@ -417,6 +421,33 @@ def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor)
             mask[part.indices(keep_units)] = True
         result[name] = result[name].index_select(axis, torch.nonzero(mask).flatten().to(result[name].device))
     return result
+
+
+def add_bias(tensors: Mapping[str, Tensor], group: UnitGroup, bias_O: Tensor) -> dict[str, Tensor]:
+    """`tensors` with `bias_O` added to the consumer's bias; where there is none, the half's other maps get zeros too.
+
+    Raises UnsupportedError if the family has no config entry for such biases.
+    """
+    result = dict(tensors)
+    name = group.consumer_bias
+    if name is None:
+        check_bias(group)
+        for module in group.bias_modules:
+            weight = tensors[f"{module}.weight"]
+            result[f"{module}.bias"] = weight.new_zeros(weight.shape[0])
+        name = f"{group.consumer_module}.bias"
+    result[name] = (result[name] + bias_O.to(result[name].dtype)).contiguous()
+    return result
+
+
+def check_bias(group: UnitGroup) -> None:
+    """Raise UnsupportedError if the group's consumer has no bias and cannot get one."""
+    if group.consumer_bias is None and group.bias_field is None:
+        raise UnsupportedError(
+            f"the stock class has no bias in its {group.kind}, which this method adds",
+            wanted="a llama or opt model",
+            do="use another --solver",
+        )
 
 
 def remove_half(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:

@@ -44,13 +44,13 @@ def prune(
     ] = None,
     score: Annotated[
         str | None,
-        typer.Option(help="magnitude, wanda, l2, obs, loss, greedy or greedy-swap.  [default: the method's]"),
+        typer.Option(help="See docs/methods.md.  [default: the method's]"),
     ] = None,
     allocator: Annotated[
-        str | None, typer.Option(help="uniform, closed-form, energy or softmax.  [default: the method's]")
+        str | None, typer.Option(help="uniform, closed-form, energy, softmax or standardised.  [default: the method's]")
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="mask-only, least-squares or admm.  [default: the method's]")
+        str | None, typer.Option(help="mask-only, bias, least-squares, admm or alternating.  [default: the method's]")
     ] = None,
     target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
     structure: Annotated[

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import compact, producer_norms, remove_half
+from structprune.architectures.stock import add_bias, compact, producer_norms, remove_half
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams, measure, moving_dense
 from structprune.engine.refine import refine
@@ -136,7 +136,7 @@ def _prune_half(
     if job.method.needs_statistics:
         reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
-    problem = _problem(job, group, tensors, measured, sensitivity_OO)
+    problem = _problem(job, block, group, tensors, measured, sensitivity_OO)
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
     errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
@@ -146,6 +146,8 @@ def _prune_half(
     # Solved unit after unit; in the tensor the kept inputs keep their order.
     order_K = torch.argsort(group.consumer.indices(keep_units))
     cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
+    if result.bias_O is not None:
+        cut = add_bias(cut, group, result.bias_O)
     statistics: dict[str, float] = dict(result.statistics)
     objective: list[float] = []
     if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
@@ -170,7 +172,10 @@ def _prune_half(
 
 def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:
     """The stock layer with the units that are left, in the dtype of the forward passes."""
-    config = job.stock.resized_config({kind: len(units) for kind, units in kept.items()}, block.index)
+    # Before a half is solved its tensors are the source's, and so is its bias or the lack of one.
+    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) and job.adds_bias]
+    widths = {kind: len(units) for kind, units in kept.items()}
+    config = job.stock.resized_config(widths, block.index, biased)
     cast = {name: tensor.to(job.device, job.dtype) for name, tensor in tensors.items()}
     removed: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) == []]
     return job.stock.block(block.index, cast, config, removed)
@@ -178,6 +183,7 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: M
 
 def _problem(
     job: Job,
+    block: BlockLayout,
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
     measured: Sequence[Moments],
@@ -197,9 +203,11 @@ def _problem(
         num_tokens=total.num_tokens,
         width=group.width,
         damping=job.damping,
+        sum_I=total.sum_I,
         producer_norm_U=producer_norms(tensors, group),
         target_OI=total.target_OI,
         target_energy=total.target_energy,
+        seed=job.recipe.seed * 1_000_003 + block.index * len(UNIT_KINDS) + UNIT_KINDS.index(group.kind),
         held_out=measured[1] if len(measured) > 1 else None,
         sensitivity_OO=sensitivity_OO,
     )
@@ -232,4 +240,7 @@ def _relative_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult)
     gram_KK = problem.gram_II[kept_K][:, kept_K]
     before = target_error(problem.weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
     after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+    if result.bias_O is not None:
+        # The bias is the mean of what is missing, so it takes exactly its own energy away.
+        after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
     return before / energy, after / energy

@@ -28,7 +28,7 @@ from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
-from structprune.engine.survey import Costs, load_sensitivity, survey
+from structprune.engine.survey import Costs, load_sensitivity, survey, survey_scores
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
@@ -90,7 +90,10 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
     checkpoint = staging / "checkpoint"
     checkpoint.mkdir()
-    costs = survey(job, staging / SURVEY, observer) if job.method.needs_survey else None
+    costs = None
+    if job.method.survey != "none":
+        measure = survey if job.method.survey == "loss" else survey_scores
+        costs = measure(job, staging / SURVEY, observer)
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
     config = _output_config(job, kept_units)
@@ -167,7 +170,7 @@ def _prune_blocks(
         observer.start(phase, len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
-            sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.needs_survey else {}
+            sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.survey == "loss" else {}
             outcome = prune_block(job, block, num_keep, streams, sensitivities, reprice=writer is None)
             if writer is not None:
                 shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
@@ -196,10 +199,14 @@ def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
 
 
 def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
+    source = dict(job.reader.config)
+    for group in job.stock.groups:
+        if job.adds_bias and group.kind in job.kinds and group.consumer_bias is None and group.bias_field is not None:
+            source[group.bias_field] = True
     if job.recipe.structure == "per-layer":
-        return per_layer_config(job.reader.config, job.stock.groups, kept, job.stock.family.name)
+        return per_layer_config(source, job.stock.groups, kept, job.stock.family.name)
     widths = {kind: counts[0] for kind, counts in kept.items()}
-    return uniform_config(job.reader.config, job.stock.groups, widths, job.stock.family)
+    return uniform_config(source, job.stock.groups, widths, job.stock.family)
 
 
 @torch.no_grad()

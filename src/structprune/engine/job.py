@@ -62,6 +62,11 @@ class Job:
         return self.recipe.solver
 
     @property
+    def adds_bias(self) -> bool:
+        """Whether the solver adds to the consumers' biases."""
+        return self.solver == "bias"
+
+    @property
     def num_held_out(self) -> int:
         """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
         return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0

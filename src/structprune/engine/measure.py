@@ -61,10 +61,11 @@ def measure(
             target_TD = consumer_target(group, module, wanted_BSD, residual_BSD)
             target_OI.addmm_(target_TD.T, x_TI)
             energy += float(target_TD.square().sum(dtype=torch.float64))
-    num_tokens = accumulator.num_tokens
+    num_tokens, sum_I = accumulator.num_tokens, accumulator.sum_I.cpu()
     return Moments(
         gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(),
         num_tokens=num_tokens,
+        sum_I=sum_I,
         target_OI=None if target_OI is None else target_OI.cpu(),
         target_energy=None if target_OI is None else energy,
     )

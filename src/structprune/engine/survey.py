@@ -11,7 +11,8 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary, U
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.propagate import Propagator, observed
 from structprune.memory import release_free_memory
+from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, LayerProblem
+from structprune.types import BlockLayout, LayerProblem, Moments, UnitGroup
 
 Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
@@ -68,6 +70,37 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
             found = _costs(job, block, folder, sensitivities)
             for kind in job.kinds:
                 costs[kind].insert(0, found.get(kind, torch.empty(0)))
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+    return costs
+
+
+def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
+    """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
+    folder.mkdir()
+    costs: Costs = {kind: [] for kind in job.kinds}
+    num_windows = job.windows.ids_NS.shape[0]
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, folder / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        propagator = embed(job, {store: num_windows})
+        observer.start("survey: scores", len(job.stock.layout.blocks))
+        for block in job.stock.layout.blocks:
+            tensors, module = _module(job, block)
+            accumulators = {g.kind: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
+            with contextlib.ExitStack() as hooks:
+                for group in job.groups(block):
+                    hooks.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
+                propagator.run(module, block.index, store, write=True)
+            found: dict[str, Tensor] = {}
+            for group in job.groups(block):
+                accumulator = accumulators.pop(group.kind)
+                sum_I, num_tokens = accumulator.sum_I.cpu(), accumulator.num_tokens
+                gram_II = accumulator.finalize(f"block {block.index} {group.kind}").cpu()
+                moments = Moments(gram_II=gram_II, num_tokens=num_tokens, sum_I=sum_I)
+                found[group.kind] = SCORES.get(job.score)(_problem(job, group, tensors, moments)).sort().values
+            for kind in job.kinds:
+                costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()
             observer.advance(f"block {block.index}")
     return costs
@@ -166,15 +199,23 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
-        order_I = group.consumer.indices(torch.arange(group.num_units))
-        problem = LayerProblem(
-            weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I],
-            gram_II=grams[group.kind] if group.consumer.repeat == 1 else grams[group.kind][order_I][:, order_I],
-            num_tokens=job.windows.ids_NS.numel(),
-            width=group.width,
-            damping=job.damping,
-            producer_norm_U=producer_norms(tensors, group),
-            sensitivity_OO=sensitivities[group.kind],
-        )
+        moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
+        problem = replace(_problem(job, group, tensors, moments), sensitivity_OO=sensitivities[group.kind])
         result[group.kind] = removal_path(problem, group.num_units).cost
     return result
+
+
+def _problem(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor], moments: Moments) -> LayerProblem:
+    """The dense model's own problem, inputs unit after unit."""
+    order_I = group.consumer.indices(torch.arange(group.num_units))
+    if group.consumer.repeat > 1:
+        moments = moments.reordered(order_I)
+    return LayerProblem(
+        weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I],
+        gram_II=moments.gram_II,
+        num_tokens=moments.num_tokens,
+        sum_I=moments.sum_I,
+        width=group.width,
+        damping=job.damping,
+        producer_norm_U=producer_norms(tensors, group),
+    )

@@ -49,12 +49,6 @@ def damped_cholesky(gram_NN: Tensor, damping: float, where: str) -> DampedCholes
     )
 
 
-def quadratic_error(difference_OI: Tensor, gram_II: Tensor) -> float:
-    """tr(D G D^T): the squared output error summed over tokens that a weight difference D makes."""
-    difference_OI = difference_OI.to(gram_II.dtype)
-    return float(((difference_OI @ gram_II) * difference_OI).sum(dtype=torch.float64))
-
-
 def target_error(weight_OI: Tensor, gram_II: Tensor, cross_OI: Tensor, energy: float) -> float:
     """sum_t |V x - y|^2 from G, C = sum y x^T and sum |y|^2, in float64; never below zero."""
     weight_OI = weight_OI.to(torch.float64)

@@ -7,8 +7,12 @@ METHODS: Registry[Method] = Registry(
     "method",
     {
         "structprune": "structprune.methods.structprune:STRUCTPRUNE",
+        "spap": "structprune.methods.spap:SPAP",
+        "osscar": "structprune.methods.osscar:OSSCAR",
+        "flap": "structprune.methods.flap:FLAP",
         "fasp": "structprune.methods.fasp:FASP",
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",
+        "random": "structprune.methods.random:RANDOM",
     },
 )

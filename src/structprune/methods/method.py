@@ -16,15 +16,15 @@ class Method:
     title: str
     paper: str
     summary: str
-    provenance: Literal["published formula", "read in public code", "derived", "baseline"]
+    provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
     score: str
     """A score of `SCORES` (the best stay) or a selector of `SELECTORS`."""
     allocator: str
     solver: str
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
-    needs_survey: bool = False
-    """Whether the dense model is surveyed first (removal costs, output sensitivities)."""
+    survey: Literal["none", "scores", "loss"] = "none"
+    """What is measured on the dense model first: nothing, each unit's score, or what its removals cost the loss."""
     target: Literal["local", "dense-path"] = "local"
     damping: float | Literal["auto"] = 1e-4
     kinds: tuple[UnitKind, ...] = ("mlp",)

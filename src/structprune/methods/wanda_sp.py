@@ -15,4 +15,5 @@ WANDA_SP = Method(
     allocator="uniform",
     solver="mask-only",
     needs_statistics=True,
+    kinds=("attention", "mlp"),
 )

@@ -13,7 +13,9 @@ SCORES: Registry[Score] = Registry(
     "score",
     {
         "magnitude": "structprune.scores.weights:magnitude",
+        "random": "structprune.scores.weights:random",
         "wanda": "structprune.scores.activations:wanda",
+        "fluctuation": "structprune.scores.activations:fluctuation",
         "l2": "structprune.scores.activations:l2",
         "obs": "structprune.scores.activations:obs",
         "loss": "structprune.scores.activations:loss",
@@ -26,6 +28,7 @@ SELECTORS: Registry[Selector] = Registry(
     "selector",
     {
         "greedy": "structprune.scores.selection:keep_greedy",
+        "penalty": "structprune.scores.penalty:keep_penalty",
         "greedy-swap": "structprune.scores.selection:keep_swapped",
     },
 )

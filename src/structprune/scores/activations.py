@@ -28,6 +28,19 @@ def l2(problem: LayerProblem) -> Tensor:
     return score_I.reshape(problem.num_units, problem.width).sum(dim=1)
 
 
+def fluctuation(problem: LayerProblem) -> Tensor:
+    """Var(x_j) sum_i W_ij^2 per input, the mean over the unit's inputs, shape (U,).
+
+    FLAP (arXiv 2312.11983), as its public code has it: what a mean cannot stand in for. The variance is E[x^2] - E[x]^2
+    from float32 squares and float64 sums, cut at zero.
+    """
+    assert problem.sum_I is not None
+    mean_I = problem.sum_I / problem.num_tokens
+    variance_I = (problem.gram_II.diagonal().to(torch.float64) / problem.num_tokens - mean_I.square()).clamp_min(0)
+    score_I = variance_I * problem.weight_OI.to(torch.float64).square().sum(dim=0)
+    return score_I.reshape(problem.num_units, problem.width).mean(dim=1)
+
+
 def obs(problem: LayerProblem) -> Tensor:
     """1/2 tr(W_g ([H^-1]_gg)^-1 W_g^T) / tokens: half the squared output error of dropping unit g after the refit.
 

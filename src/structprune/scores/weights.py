@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from structprune.types import LayerProblem
@@ -15,3 +16,9 @@ def magnitude(problem: LayerProblem) -> Tensor:
     weight_OI = problem.weight_OI.float()
     consumer_norm_U = weight_OI.T.reshape(problem.num_units, -1).norm(dim=1)
     return problem.producer_norm_U.to(consumer_norm_U.device) * consumer_norm_U
+
+
+def random(problem: LayerProblem) -> Tensor:
+    """Uniform draws in [0, 1), shape (U,), decided by the problem's seed: what any score must beat."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    return torch.rand(problem.num_units, generator=generator, dtype=torch.float64)

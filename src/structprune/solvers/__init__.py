@@ -5,8 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from structprune.registry import Registry
-from structprune.solvers.admm import MlpSolution
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights
+from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights
 from structprune.types import LayerProblem, SolveResult
 
 Solver = Callable[[LayerProblem, Tensor], SolveResult]
@@ -15,13 +14,18 @@ SOLVERS: Registry[Solver] = Registry(
     "solver",
     {
         "mask-only": "structprune.solvers.restoration:mask_only",
+        "bias": "structprune.solvers.restoration:mean_bias",
         "least-squares": "structprune.solvers.restoration:least_squares",
         # Before and after the alternation; see ITERATIVE.
         "admm": "structprune.solvers.restoration:least_squares",
+        "alternating": "structprune.solvers.restoration:least_squares",
     },
 )
 
 IterativeUpdate = Callable[[MlpTokens, MlpWeights], MlpSolution]
 
-ITERATIVE: Registry[IterativeUpdate] = Registry("iterative solver", {"admm": "structprune.solvers.admm:solve_mlp"})
+ITERATIVE: Registry[IterativeUpdate] = Registry(
+    "iterative solver",
+    {"admm": "structprune.solvers.admm:solve_mlp", "alternating": "structprune.solvers.alternating:alternate"},
+)
 """Solvers that also propose new producers, from tokens instead of sums."""

@@ -13,15 +13,14 @@ Shape suffixes: T tokens, D hidden, N kept channels, I inputs and O outputs of o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from structprune.linalg.damped import DampedCholesky, damped_cholesky
-from structprune.solvers.iterate import IterateOptions, IterateStatus, IterativeSolver, iterate
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights, block_error, energy, zero_sum
+from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
+from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights, block_error, energy, zero_sum
 from structprune.solvers.mlp_updates import (
     Activation,
     Affine,
@@ -59,26 +58,13 @@ def reference_options(weights: MlpWeights) -> MlpOptions:
     return MlpOptions(penalties=Penalties(alpha=5, beta=5, gamma=5), loop=IterateOptions(max_iterations=8))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlpSolution:
-    """New weights, with the consumer refitted on the real activations.
-
-    `statistics`: iterations; block_error_start and block_error, sum_t |y - MLP(x)|^2 on the tokens that were solved
-    for; damping (the largest that a weight update took) and damping_raises.
-    """
-
-    weights: MlpWeights
-    history: list[float]
-    status: IterateStatus
-    statistics: Mapping[str, float]
-
-
 @torch.no_grad()
 def solve_mlp(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions | None = None) -> MlpSolution:
     """Alternate (c) p, (d) z, (e) s, (a) weights from `weights`; finish with (f) the consumer's refit.
 
     The recorded objective is J of the note, which does not rise (without duals); a rise beyond round-off ends the loop.
-    Deterministic; `tokens` and `weights` are left alone. Raises NumericalError if a Gram stays indefinite.
+    Deterministic; `tokens` and `weights` are left alone. The statistics also have damping (the largest that a weight
+    update took) and damping_raises. Raises NumericalError if a Gram stays indefinite.
     """
     options = options or reference_options(weights)
     x_factor = _input_factor(tokens, weights.up, options)

@@ -1,17 +1,17 @@
-"""One MLP block as values: its tokens, its weights, its true error, and the guard that keeps the better weights.
+"""One MLP block as values: its tokens, its weights, its true error, what a solver returns.
 
 Shape suffixes: T tokens, D hidden, N kept channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from structprune.solvers.iterate import IterateStatus
 from structprune.solvers.mlp_updates import Activation, Affine
 
 
@@ -57,13 +57,17 @@ class MlpWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """The better of two weights on held-out tokens, and both errors."""
+class MlpSolution:
+    """New weights of an iterative solver.
+
+    `history` is its objective before the first step and after each. `statistics`: iterations; block_error_start and
+    block_error, sum_t |y - MLP(x)|^2 on the tokens that were solved for.
+    """
 
     weights: MlpWeights
-    kept: Literal["start", "solution"]
-    start_error: float
-    solution_error: float
+    history: list[float]
+    status: IterateStatus
+    statistics: Mapping[str, float]
 
 
 @torch.no_grad()
@@ -73,22 +77,6 @@ def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = 2048
     for rows in tokens.chunks(chunk_tokens):
         total += energy(tokens.y_TD[rows] - weights.down(weights.hidden(tokens.x_TD[rows])))
     return float(total)
-
-
-def accept(start: MlpWeights, solution: MlpWeights, held_out: MlpTokens, chunk_tokens: int = 2048) -> Accepted:
-    """(f) Keep the solution only if its true error on unseen tokens is below the start's (mask + least squares).
-
-    A tie, or an error that is not a number, keeps the start.
-    """
-    start_error = block_error(held_out, start, chunk_tokens)
-    solution_error = block_error(held_out, solution, chunk_tokens)
-    better = solution_error < start_error
-    return Accepted(
-        weights=solution if better else start,
-        kept="solution" if better else "start",
-        start_error=start_error,
-        solution_error=solution_error,
-    )
 
 
 def zero_sum(tokens: MlpTokens) -> Tensor:

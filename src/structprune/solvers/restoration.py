@@ -5,6 +5,8 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,16 @@ def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
     """Drop the removed columns and leave the others as they are."""
     kept_K = problem.kept_inputs(keep_U)
     return SolveResult(weight_OK=problem.weight_OI[:, kept_K], status="ok", statistics={})
+
+
+def mean_bias(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
+    """Drop the removed columns and add what they give on average: the bias W_P E[x_P] (FLAP, arXiv 2312.11983)."""
+    assert problem.sum_I is not None
+    removed_P = problem.kept_inputs(~keep_U)
+    mean_P = problem.sum_I[removed_P] / problem.num_tokens
+    bias_O = problem.weight_OI[:, removed_P].to(torch.float64) @ mean_P
+    result = mask_only(problem, keep_U)
+    return replace(result, bias_O=bias_O.to(problem.weight_OI.dtype))
 
 
 def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:

@@ -15,11 +15,12 @@ _NUM_STRIPS = 4
 
 
 class GramAccumulator:
-    """sum_t x_t x_t^T in float32, only the upper strips; the lower triangle is mirrored by `finalize`."""
+    """sum_t x_t and, in float32, sum_t x_t x_t^T: its upper strips; the lower triangle is mirrored by `finalize`."""
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
         self._strip = max(1, -(-num_inputs // _NUM_STRIPS))
+        self.sum_I = torch.zeros(num_inputs, dtype=torch.float64, device=device)
         self.num_tokens = 0
 
     def update(self, x_TI: Tensor) -> None:
@@ -28,12 +29,14 @@ class GramAccumulator:
         for start in range(0, x_TI.shape[1], self._strip):
             stop = start + self._strip
             self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        self.sum_I += x_TI.sum(dim=0)
         self.num_tokens += len(x_TI)
 
     def merge(self, other: GramAccumulator) -> None:
         """Add another accumulator's tokens."""
         assert self._gram_II.shape == other._gram_II.shape
         self._gram_II += other._gram_II
+        self.sum_I += other.sum_I
         self.num_tokens += other.num_tokens
 
     def finalize(self, where: str) -> Tensor:

@@ -1,0 +1,59 @@
+"""Which units stay, by a growing penalty that drives the others to zero (reconstructed after SPAP).
+
+Shape suffixes: U units, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structprune.linalg.damped import damped_cholesky
+from structprune.scores.selection import keep_best
+from structprune.types import LayerProblem
+
+_FIRST_PENALTY = 1e-3
+_GROWTH = 1.3
+_NUM_ITERATIONS = 40
+# What is left of the units to go, as a share of all, when there is nothing more to decide.
+_NEGLIGIBLE = 1e-8
+_LARGEST_WEIGHT = 1e6
+
+
+def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
+    """Mask of the units that are left when the penalty has driven the others to zero, shape (U,).
+
+    min over V of 1/2 |V x - W x|^2 + rho/2 sum_j s_j w_j |V_j|^2 with w_j = G_jj, while rho grows. s_j is 1 for the unit
+    at the border between those that go and those that stay and falls with a unit's energy e_j = w_j |V_j|^2, s_j = e/e_j;
+    V = W H (H + rho diag(s w))^-1. SPAP (arXiv 2505.03373) names a penalty method for a mixed-integer model; all else here
+    is reconstructed. With s in {0, 1}, as in the mixed-integer model, the first decision is the last: what is
+    penalised shrinks, and stays among the smallest (docs/log.md). With relaxed s units change sides.
+    """
+    num_remove = problem.num_units - num_keep
+    if num_remove == 0:
+        return torch.ones(problem.num_units, dtype=torch.bool)
+    damped_II = problem.gram_II.to(torch.float64, copy=True)
+    scale_I = damped_II.diagonal().clone()
+    damped_II.diagonal().add_(damped_cholesky(damped_II, problem.damping, "penalty method").delta)
+    value_OI = problem.weight_OI.to(torch.float64)
+    right_OI = value_OI @ damped_II
+
+    def energy(value_OI: Tensor) -> Tensor:
+        energy_I = scale_I * value_OI.square().sum(dim=0)
+        return energy_I.reshape(problem.num_units, problem.width).sum(dim=1)
+
+    energy_U = energy(value_OI)
+    penalty = _FIRST_PENALTY
+    for _ in range(_NUM_ITERATIONS):
+        ascending_U = energy_U.sort().values
+        border = ascending_U[num_remove - 1]
+        if float(ascending_U[:num_remove].sum()) <= _NEGLIGIBLE * float(ascending_U.sum()):
+            break
+        share_U = (border / energy_U).clamp(max=_LARGEST_WEIGHT).nan_to_num(posinf=_LARGEST_WEIGHT)
+        penalised_II = damped_II.clone()
+        penalised_II.diagonal().add_(penalty * scale_I * share_U.repeat_interleave(problem.width))
+        # Damped already: positive definite, so the factorisation takes no further ridge.
+        factor = damped_cholesky(penalised_II, 0.0, "penalty method")
+        energy_U = energy(torch.cholesky_solve(right_OI.T, factor.factor_NN).T)
+        penalty *= _GROWTH
+    return keep_best(energy_U, num_keep)
