@@ -47,7 +47,7 @@ def test_keeps_as_many_as_asked(width: int, num_keep: int) -> None:
 
 
 def test_beats_the_ranking_and_comes_near_the_best() -> None:
-    """Over 30 problems: sum of errors after the refit against the l2 ranking's, and against the best of all 252 sets."""
+    """Sums over 30 problems of the error after the refit: against the l2 ranking's, and the best of all 252 sets."""
     ranked = found = best = 0.0
     for seed in range(30):
         layer = problem(seed)
