@@ -130,6 +130,9 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
         )
     score = _check_score(recipe.score or method.score, method)
     solver = recipe.solver or method.solver
+    if solver == "bias" and recipe.sparsity == 0:
+        # Nothing is missing, so nothing is added.
+        solver = "mask-only"
     damping = recipe.damping or method.damping
     if solver != "mask-only" and not method.needs_statistics:
         raise UnsupportedError(

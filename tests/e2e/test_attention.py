@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEQ_LEN, NUM_SAMPLES = 32, 8
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,14 +32,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["grouped", "llama3-rope"])

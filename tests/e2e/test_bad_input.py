@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,9 @@ from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.runs.directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +145,7 @@ def test_other_settings_out_of_range(flag: str, value: str, refused: Refused, ti
     assert value in message
 
 
-@pytest.mark.parametrize(("given", "meant"), [("fsap", "fasp"), ("wanda", "wanda-sp"), ("magnitud", "magnitude")])
+@pytest.mark.parametrize(("given", "meant"), [("fassp", "fasp"), ("wanda", "wanda-sp"), ("magnitud", "magnitude")])
 def test_unknown_method(given: str, meant: str, refused: Refused, tiny_llama: Path) -> None:
     message = refused(tiny_llama, "--method", given)
     assert f"unknown method '{given}'" in message
@@ -179,7 +172,7 @@ def test_unsupported_scope(method: str, scope: str, refused: Refused, tiny_llama
 def test_scores_that_a_method_cannot_feed(refused: Refused, tiny_llama: Path) -> None:
     message = refused(tiny_llama, "--score", "wander")
     assert message.startswith("unknown score 'wander'. Did you mean 'wanda'? known: magnitude, ")
-    assert message.endswith("greedy, greedy-swap.")
+    assert message.endswith("greedy, penalty, greedy-swap.")
     assert "needs the output sensitivity" in refused(tiny_llama, "--score", "loss")
     assert "measures nothing that a score could read" in refused(tiny_llama, "--method", "magnitude", "--score", "l2")
 

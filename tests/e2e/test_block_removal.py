@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from test_per_layer import IDS_BS, load, logits, streamed_logits, tiny_mistral
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -71,17 +70,6 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
             if num_removed == group.num_units and consumer.bias is not None:
                 consumer.bias.zero_()
     return model(input_ids=IDS_BS).logits
-
-
-@pytest.fixture(scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers reads HF_MODULES_CACHE at import, so the name it made of it is replaced."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setenv("HF_MODULES_CACHE", cache)
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from structprune.cli import main
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Result(NamedTuple):
     code: object
@@ -30,15 +32,6 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

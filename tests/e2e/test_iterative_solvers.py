@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,7 @@ from structprune import Recipe, prune
 from structprune.errors import UnsupportedError
 from structprune.report.schema import PruneReport
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pruned(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneReport:

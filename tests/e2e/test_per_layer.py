@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -64,17 +63,6 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     write_modeling_file(target, stock.family.name)
     writer.finish()
     return target
-
-
-@pytest.fixture(scope="module")
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers reads HF_MODULES_CACHE at import, so the name it made of it is replaced."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setenv("HF_MODULES_CACHE", cache)
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
-        yield
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])

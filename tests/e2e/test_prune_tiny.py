@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,9 @@ from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
+from structprune.solvers import ITERATIVE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What the tests need to know about a family, stated independently of the package's own layout.
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim"}
@@ -91,15 +93,6 @@ def copy_with(source: Path, target: Path, **config: Any) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def sources(tiny_llama: Path, tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """(family, shard size) -> model directory."""
@@ -118,9 +111,13 @@ def test_the_sources_have_one_and_many_shards(sources: dict[tuple[str, str], Pat
         assert num_shards == 1 if size == SINGLE else num_shards > 2
 
 
+# `flap` adds biases, which the dense model of the comparison has no place for; see test_attention.py.
+UNBIASED = [name for name in METHODS if METHODS.get(name).solver != "bias"]
+
+
 @pytest.mark.parametrize("size", [SINGLE, MANY])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", UNBIASED)
 def test_result_is_the_masked_dense_model(
     method: str, family: str, size: str, sources: dict[tuple[str, str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +144,9 @@ def test_result_is_the_masked_dense_model(
         assert kept[-1] < NUM_CHANNELS
         for name in PRODUCERS[family]:
             expected[prefix + name] = before[prefix + name][kept]
+            if METHODS.get(method).solver in ITERATIVE:
+                expected[prefix + name] = after[prefix + name]
+                dense.get_parameter(prefix + name).data[kept] = after[prefix + name]
         consumer = prefix + CONSUMER[family]
         if METHODS.get(method).solver == "mask-only":
             expected[consumer] = before[consumer][:, kept]
@@ -327,7 +327,7 @@ def test_report_and_manifest(
     resolved = Recipe.build(**manifest["recipe"])
     assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
-    settings = {"memory": None, "damping": None, "allocator": None, "target": None, "structure": None}
+    settings = dict.fromkeys(("memory", "damping", "score", "allocator", "solver", "target", "structure"))
     assert resolved.model_copy(update=settings) == asked
     assert None not in resolved.model_dump().values()
     assert manifest["calibration"] == written["calibration"]

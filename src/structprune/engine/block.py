@@ -6,15 +6,16 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import add_bias, compact, producer_norms, remove_half
+from structprune.architectures.stock import add_bias, compact, remove_half
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams, measure, moving_dense
+from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
@@ -136,7 +137,7 @@ def _prune_half(
     if job.method.needs_statistics:
         reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
-    problem = _problem(job, block, group, tensors, measured, sensitivity_OO)
+    problem = layer_problem(job, block, group, tensors, measured, sensitivity_OO)
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
     errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
@@ -179,38 +180,6 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: M
     cast = {name: tensor.to(job.device, job.dtype) for name, tensor in tensors.items()}
     removed: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) == []]
     return job.stock.block(block.index, cast, config, removed)
-
-
-def _problem(
-    job: Job,
-    block: BlockLayout,
-    group: UnitGroup,
-    tensors: Mapping[str, Tensor],
-    measured: Sequence[Moments],
-    sensitivity_OO: Tensor | None,
-) -> LayerProblem:
-    """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit."""
-    order_I = group.consumer.indices(torch.arange(group.num_units))
-    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I]
-    if not measured:
-        measured = [Moments(gram_II=torch.eye(weight_OI.shape[1]), num_tokens=1)]
-    if group.consumer.repeat > 1:
-        measured = [part.reordered(order_I) for part in measured]
-    total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
-    return LayerProblem(
-        weight_OI=weight_OI,
-        gram_II=total.gram_II,
-        num_tokens=total.num_tokens,
-        width=group.width,
-        damping=job.damping,
-        sum_I=total.sum_I,
-        producer_norm_U=producer_norms(tensors, group),
-        target_OI=total.target_OI,
-        target_energy=total.target_energy,
-        seed=job.recipe.seed * 1_000_003 + block.index * len(UNIT_KINDS) + UNIT_KINDS.index(group.kind),
-        held_out=measured[1] if len(measured) > 1 else None,
-        sensitivity_OO=sensitivity_OO,
-    )
 
 
 def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple[Tensor, SolveResult]:

@@ -11,8 +11,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary, U
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,18 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.architectures.sampler import draw_tokens
-from structprune.architectures.stock import output_tensor, producer_norms
+from structprune.architectures.stock import output_tensor
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
+from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, observed
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, LayerProblem, Moments, UnitGroup
+from structprune.types import BlockLayout, Moments
 
 Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
@@ -98,7 +98,9 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
                 sum_I, num_tokens = accumulator.sum_I.cpu(), accumulator.num_tokens
                 gram_II = accumulator.finalize(f"block {block.index} {group.kind}").cpu()
                 moments = Moments(gram_II=gram_II, num_tokens=num_tokens, sum_I=sum_I)
-                found[group.kind] = SCORES.get(job.score)(_problem(job, group, tensors, moments)).sort().values
+                found[group.kind] = (
+                    SCORES.get(job.score)(layer_problem(job, block, group, tensors, [moments])).sort().values
+                )
             for kind in job.kinds:
                 costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()
@@ -200,22 +202,6 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
         moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
-        problem = replace(_problem(job, group, tensors, moments), sensitivity_OO=sensitivities[group.kind])
+        problem = layer_problem(job, block, group, tensors, [moments], sensitivities[group.kind])
         result[group.kind] = removal_path(problem, group.num_units).cost
     return result
-
-
-def _problem(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor], moments: Moments) -> LayerProblem:
-    """The dense model's own problem, inputs unit after unit."""
-    order_I = group.consumer.indices(torch.arange(group.num_units))
-    if group.consumer.repeat > 1:
-        moments = moments.reordered(order_I)
-    return LayerProblem(
-        weight_OI=tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I],
-        gram_II=moments.gram_II,
-        num_tokens=moments.num_tokens,
-        sum_I=moments.sum_I,
-        width=group.width,
-        damping=job.damping,
-        producer_norm_U=producer_norms(tensors, group),
-    )

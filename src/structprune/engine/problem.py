@@ -1,0 +1,47 @@
+"""One half of a block as all that scores and solvers may see.
+
+Shape suffixes: I consumer inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.stock import producer_norms
+from structprune.engine.job import Job
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, UnitGroup
+
+
+def layer_problem(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    measured: Sequence[Moments],
+    sensitivity_OO: Tensor | None = None,
+) -> LayerProblem:
+    """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit."""
+    order_I = group.consumer.indices(torch.arange(group.num_units))
+    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I]
+    if not measured:
+        measured = [Moments(gram_II=torch.eye(weight_OI.shape[1]), num_tokens=1)]
+    if group.consumer.repeat > 1:
+        measured = [part.reordered(order_I) for part in measured]
+    total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
+    return LayerProblem(
+        weight_OI=weight_OI,
+        gram_II=total.gram_II,
+        num_tokens=total.num_tokens,
+        width=group.width,
+        damping=job.damping,
+        sum_I=total.sum_I,
+        producer_norm_U=producer_norms(tensors, group),
+        target_OI=total.target_OI,
+        target_energy=total.target_energy,
+        seed=job.recipe.seed * 1_000_003 + block.index * len(UNIT_KINDS) + UNIT_KINDS.index(group.kind),
+        held_out=measured[1] if len(measured) > 1 else None,
+        sensitivity_OO=sensitivity_OO,
+    )
