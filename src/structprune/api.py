@@ -119,6 +119,9 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
 def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
     """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning."""
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
+    temperature = recipe.temperature
+    if temperature is None:
+        temperature = method.temperature if allocator == method.allocator else 0.0
     # Nothing removed leaves nothing to correct: the dense path is the model's own.
     target = (recipe.target or method.target) if recipe.sparsity > 0 else "local"
     num_protected = recipe.protect_first + recipe.protect_last
@@ -189,6 +192,7 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
     return recipe.model_copy(
         update={
             "allocator": allocator,
+            "temperature": temperature,
             "target": target,
             "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
             "damping": damping,

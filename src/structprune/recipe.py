@@ -46,7 +46,9 @@ class Recipe(BaseModel):
     )
     target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")
     structure: Literal["uniform", "per-layer"] | None = Field(default=None, description="output format")
-    temperature: float = Field(default=0.0, ge=0, description="of the energy and softmax allocators")
+    temperature: float | None = Field(
+        default=None, ge=0, description="of the energy and softmax allocators; None: the method's"
+    )
     min_retention: float = Field(default=0.1, gt=0, le=1, description="least share of its units that a block keeps")
     outer_iterations: int = Field(
         default=0, ge=0, description="times that prices are measured again on the pruned model and shared out anew"

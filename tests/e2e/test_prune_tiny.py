@@ -327,7 +327,8 @@ def test_report_and_manifest(
     resolved = Recipe.build(**manifest["recipe"])
     assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
-    settings = dict.fromkeys(("memory", "damping", "score", "allocator", "solver", "target", "structure"))
+    resolvable = ("memory", "damping", "score", "allocator", "temperature", "solver", "target", "structure")
+    settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
     assert None not in resolved.model_dump().values()
     assert manifest["calibration"] == written["calibration"]

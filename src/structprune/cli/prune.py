@@ -57,7 +57,7 @@ def prune(
         str | None, typer.Option(help="uniform or per-layer.  [default: what the allocator needs]")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the energy and softmax allocators.  [default: 0.0]")
+        float | None, typer.Option(help="Of the energy and softmax allocators.  [default: the method's]")
     ] = None,
     min_retention: Annotated[
         float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")

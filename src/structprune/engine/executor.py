@@ -65,6 +65,7 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
         if block.has(kind)
         for group in (block.group(kind),)
     ]
+    assert job.recipe.temperature is not None
     num_blocks = len(job.stock.layout.blocks)
     options = AllocationOptions(
         sparsity=job.recipe.sparsity,

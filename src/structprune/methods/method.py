@@ -25,6 +25,8 @@ class Method:
     """Whether the decision or the solver reads activation statistics."""
     survey: Literal["none", "scores", "loss"] = "none"
     """What is measured on the dense model first: nothing, each unit's score, or what its removals cost the loss."""
+    temperature: float = 0.0
+    """Of the method's own allocator."""
     target: Literal["local", "dense-path"] = "local"
     damping: float | Literal["auto"] = 1e-4
     kinds: tuple[UnitKind, ...] = ("mlp",)
