@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conftest import byte_tokenizer, llama_config
 from structprune.cli import main
+from structprune.cli.interrupt import interruptible
 
 NUM_BLOCKS = 12
 # `python -m structprune`, with the interrupt handler that a shell's background job would have switched off.
@@ -113,7 +114,7 @@ def test_killed_run_can_be_repeated(
 def test_interrupted_run_leaves_nothing(run_until_first_block: subprocess.Popen[str], tmp_path: Path) -> None:
     run_until_first_block.send_signal(signal.SIGINT)
     out, err = run_until_first_block.communicate(timeout=120)
-    assert run_until_first_block.returncode == 130
+    assert run_until_first_block.returncode == 130, err
     assert list(tmp_path.iterdir()) == []
     assert out == ""
     assert "Traceback" not in err
@@ -131,3 +132,23 @@ def test_interrupted_run_says_so(
         main(["prune", "model", "-o", str(tmp_path / "out")])
     assert caught.value.code == 130
     assert capsys.readouterr().err == "structprune: interrupted; nothing was written\n"
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error_is_one() -> None:
+    """As native code does that calls back into Python and reports any failure as its own."""
+
+    def library() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("no shape") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            library()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(ValueError, match="on its own"), interruptible():
+            raise ValueError("on its own")
+    finally:
+        signal.signal(signal.SIGINT, before)

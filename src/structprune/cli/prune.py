@@ -117,11 +117,12 @@ def prune(
     settings = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
     from structprune.api import prune as run_prune
+    from structprune.cli.interrupt import interruptible
     from structprune.cli.progress import progress_observer
     from structprune.cli.render import report_table
 
     try:
-        with progress_observer(quiet=quiet) as observer:
+        with interruptible(), progress_observer(quiet=quiet) as observer:
             report = run_prune(model, settings, output, observer)
     except KeyboardInterrupt:
         typer.echo("structprune: interrupted; nothing was written", err=True)
