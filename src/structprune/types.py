@@ -62,8 +62,6 @@ class UnitGroup:
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
     norm_module: str | None = None
     """Norm that only this half of the block reads; it goes when the whole half goes."""
-    additive: bool = True
-    """The consumer's output is added to the residual stream without anything in between."""
     bias_field: str | None = None
     """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
     bias_modules: tuple[str, ...] = ()

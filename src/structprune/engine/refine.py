@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from structprune.engine.job import Job
 from structprune.engine.measure import Reference, Streams, consumer_target, measure
 from structprune.engine.planner import solver_windows
+from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import observed, tapped
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.solvers.mlp_block import MlpTokens, MlpWeights
 from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
-from structprune.types import BlockLayout, LayerProblem, SolveResult, UnitGroup
+from structprune.types import BlockLayout, SolveResult, UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,6 @@ class Refined:
 
     tensors: dict[str, Tensor]
     """The block's tensors: with new producers and consumer, or those that were given."""
-    accepted: bool
     objective: list[float]
     """Of the iterative solver, before its first step and after each."""
     statistics: dict[str, float]
@@ -67,19 +67,7 @@ def refine(
     for name, tensor in candidate.items():
         start.get_parameter(name).data = tensor.to(job.device, job.dtype)
     measured = [measure(job, block, group, start, streams, windows, reference) for windows in job.window_parts]
-    total = measured[0] + measured[1]
-    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)
-    problem = LayerProblem(
-        weight_OI=weight_OI,
-        gram_II=total.gram_II,
-        num_tokens=total.num_tokens,
-        width=group.width,
-        damping=job.damping,
-        producer_norm_U=torch.ones(group.num_units),
-        target_OI=total.target_OI,
-        target_energy=total.target_energy,
-        held_out=measured[1],
-    )
+    problem = layer_problem(job, block, group, tensors, measured)
     result = SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before
@@ -88,7 +76,6 @@ def refine(
     statistics = {f"{job.solver}_{name}": value for name, value in proposal.statistics.items()}
     return Refined(
         tensors=candidate if accepted else dict(tensors),
-        accepted=accepted,
         objective=proposal.history,
         statistics={**statistics, f"{job.solver}_held_out_error": after, f"{job.solver}_accepted": float(accepted)},
     )

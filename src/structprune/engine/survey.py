@@ -56,7 +56,10 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
             borders.append(border)
             for start in range(num_sensitivity):
                 border.write(start, store.read(start, start + 1))
-            _measure(job, block, propagator, store, folder)
+            moments = _measure(job, block, _module(job, block)[1], propagator, store)
+            save_file({k: m.gram_II for k, m in moments.items()}, str(folder / f"gram-{block.index}.safetensors"))
+            del moments
+            release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore((num_sensitivity, seq_len, hidden), torch.float32)
         loss_gradient(job, store, gradient)
@@ -87,20 +90,11 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
         observer.start("survey: scores", len(job.stock.layout.blocks))
         for block in job.stock.layout.blocks:
             tensors, module = _module(job, block)
-            accumulators = {g.kind: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
-            with contextlib.ExitStack() as hooks:
-                for group in job.groups(block):
-                    hooks.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
-                propagator.run(module, block.index, store, write=True)
+            moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
-                accumulator = accumulators.pop(group.kind)
-                sum_I, num_tokens = accumulator.sum_I.cpu(), accumulator.num_tokens
-                gram_II = accumulator.finalize(f"block {block.index} {group.kind}").cpu()
-                moments = Moments(gram_II=gram_II, num_tokens=num_tokens, sum_I=sum_I)
-                found[group.kind] = (
-                    SCORES.get(job.score)(layer_problem(job, block, group, tensors, [moments])).sort().values
-                )
+                problem = layer_problem(job, block, group, tensors, [moments.pop(group.kind)])
+                found[group.kind] = SCORES.get(job.score)(problem).sort().values
             for kind in job.kinds:
                 costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()
@@ -118,17 +112,21 @@ def _module(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]
     return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
 
 
-def _measure(job: Job, block: BlockLayout, propagator: Propagator, store: HiddenStore, folder: Path) -> None:
-    """Dense forward of all windows; the Gram of each group's consumer goes to disk."""
-    _, module = _module(job, block)
+def _measure(
+    job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore
+) -> dict[str, Moments]:
+    """Dense forward of all windows: kind -> sums of each consumer's inputs. The store moves on to the next block."""
     accumulators = {g.kind: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
     with contextlib.ExitStack() as stack:
         for group in job.groups(block):
             stack.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
         propagator.run(module, block.index, store, write=True)
-    grams = {kind: a.finalize(f"block {block.index} {kind}").cpu() for kind, a in accumulators.items()}
-    save_file(grams, str(folder / f"gram-{block.index}.safetensors"))
-    release_free_memory()
+    return {
+        kind: Moments(
+            sum_I=a.sum_I.cpu(), num_tokens=a.num_tokens, gram_II=a.finalize(f"block {block.index} {kind}").cpu()
+        )
+        for kind, a in accumulators.items()
+    }
 
 
 def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore) -> None:
