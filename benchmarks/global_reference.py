@@ -27,7 +27,7 @@ from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import SourceContext, draw_windows
-from structprune.evaluation.perplexity import perplexity
+from structprune.evaluation.perplexity import perplexity, text_windows
 from structprune.memory import PeakMeter
 from structprune.scores.selection import keep_greedy, removal_path
 from structprune.solvers.restoration import least_squares
@@ -195,7 +195,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             peak = meter.peak_so_far()
         text = valid.read_text(encoding="utf-8")
-        result = perplexity(model, encoder, text, str(valid), seq_len=1024, max_windows=16)
+        result = perplexity(model, text_windows(model, encoder, text, str(valid), 1024, 16), str(valid))
         row = {
             "method": "global reference",
             "sparsity": sparsity,

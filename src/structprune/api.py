@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.errors import InputError, UnsupportedError
-from structprune.evaluation.perplexity import PerplexityResult, perplexity
+from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.memory import PeakMeter, format_budget, format_bytes
 from structprune.methods import METHODS
 from structprune.methods.method import Method
@@ -39,18 +41,26 @@ _PROBE_TOKENS = 2048
 _NARROW = 4096
 
 
-def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Observer | None = None) -> PruneReport:
-    """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """A model and a recipe that go together; no weight has been read."""
 
-    Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
-    do; nothing half-written stays behind.
-    """
-    started = time.perf_counter()
-    observer = observer or SilentObserver()
+    directory: Path
+    reader: CheckpointReader
+    stock: StockModel
+    method: Method
+    groups: tuple[UnitGroup, ...]
+    """Those in scope."""
+    recipe: Recipe
+    """Resolved but for what the calibration text and the memory decide."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+def check(model: str | Path, recipe: Recipe) -> CheckedRun:
+    """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
-    run = RunDirectory(Path(output))
-    run.check()
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
     stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
@@ -67,7 +77,39 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
-    recipe = _resolve_method_settings(recipe, method, stock)
+    return CheckedRun(
+        directory=directory,
+        reader=reader,
+        stock=stock,
+        method=method,
+        groups=groups,
+        recipe=_resolve_method_settings(recipe, method, stock),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def prune(
+    model: str | Path,
+    recipe: Recipe,
+    output: str | Path,
+    observer: Observer | None = None,
+    shared: Path | None = None,
+) -> PruneReport:
+    """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
+
+    In the directory `shared` the dense model's measurements are left for runs that ask for the same ones.
+
+    Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
+    do; nothing half-written stays behind.
+    """
+    started = time.perf_counter()
+    observer = observer or SilentObserver()
+    METHODS.get(recipe.method)
+    run = RunDirectory(Path(output))
+    run.check()
+    checked = check(model, recipe)
+    recipe, reader, stock, groups = checked.recipe, checked.reader, checked.stock, checked.groups
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
@@ -75,12 +117,12 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             layout=stock.layout,
             groups=groups,
             stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
-            compute_dtype=dtype,
+            compute_dtype=checked.dtype,
             num_windows=num_windows,
             seq_len=recipe.seq_len,
             num_probe=min(num_probe, num_windows),
-            needs_statistics=method.needs_statistics,
-            needs_survey=method.survey == "loss",
+            needs_statistics=checked.method.needs_statistics,
+            needs_survey=checked.method.survey == "loss",
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
             iterates=recipe.solver in ITERATIVE,
@@ -90,7 +132,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
-        name, windows = _windows(directory, recipe, plan, device, dtype, observer)
+        name, windows = _windows(checked, plan, observer)
         _check_disk(run, plan)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
@@ -102,15 +144,16 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             recipe=recipe.model_copy(
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
             ),
-            method=method,
+            method=checked.method,
             kinds=tuple(group.kind for group in groups),
             plan=plan,
             calibration_name=name,
             windows=windows,
             num_probe=min(num_probe, num_windows),
-            device=device,
-            dtype=dtype,
+            device=checked.device,
+            dtype=checked.dtype,
             started=started,
+            shared=shared,
         )
         with run:
             return execute(job, run, meter, observer)
@@ -234,21 +277,20 @@ def _check_disk(run: RunDirectory, plan: PrunePlan) -> None:
         )
 
 
-def _windows(
-    directory: Path, recipe: Recipe, plan: PrunePlan, device: torch.device, dtype: torch.dtype, observer: Observer
-) -> tuple[str, CalibrationWindows]:
+def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
-    encoder = TextEncoder(directory)
+    recipe = checked.recipe
+    encoder = TextEncoder(checked.directory)
 
     def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
         return sample_windows(
-            directory,
+            checked.directory,
             num_windows,
             seq_len,
             seed,
             start_id=encoder.bos_id,
-            dtype=dtype,
-            device=device,
+            dtype=checked.dtype,
+            device=checked.device,
             budget_bytes=plan.budget_bytes,
         )
 
@@ -266,20 +308,42 @@ def evaluate(
     model: str | Path,
     text: str | Path,
     *,
+    against: str | Path | None = None,
     seq_len: int = 2048,
     max_windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PerplexityResult:
-    """Perplexity of `model`, loaded by stock transformers, on the text file `text`. Raises StructPruneError."""
+    """Perplexity of `model`, loaded by stock transformers, on the text file `text`.
+
+    With `against` also how far its predictions are from that model's, which must have the same vocabulary.
+    Raises StructPruneError.
+    """
     recipe = Recipe.build(device=device, dtype=dtype, seq_len=seq_len)
     content = read_text(Path(text))
     target = resolve_device(recipe.device)
+    compute_dtype = resolve_dtype(recipe, target)
+    loaded, encoder = load_with_tokenizer(model, target, compute_dtype)
+    windows_NS = text_windows(loaded, encoder, content, str(text), seq_len, max_windows)
+    reference = None
+    if against is not None:
+        other, _ = load_with_tokenizer(against, target, compute_dtype)
+        if other.config.vocab_size != loaded.config.vocab_size:
+            raise InputError(
+                "the two models have different vocabularies",
+                got=f"{loaded.config.vocab_size} and {other.config.vocab_size} tokens",
+                wanted="a pruned model and the one it came from",
+            )
+        reference = make_reference(other, windows_NS)
+    return perplexity(loaded, windows_NS, str(text), reference=reference)
+
+
+def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
+    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
     directory = resolve_model(str(model))
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
     CheckpointReader(directory)
-    loaded = load_model(directory, target, resolve_dtype(recipe, target))
-    return perplexity(loaded, TextEncoder(directory), content, str(text), seq_len=seq_len, max_windows=max_windows)
+    return load_model(directory, device, dtype), TextEncoder(directory)
 
 
 def inspect(model: str | Path) -> ModelLayout:

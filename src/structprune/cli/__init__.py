@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
 from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
@@ -26,6 +27,7 @@ app.command("prune")(prune_verb.prune)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval")(eval_verb.evaluate)
+app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
 
 
 @app.callback()

@@ -44,6 +44,11 @@ class _BarObserver:
         self._progress.update(self._task, advance=1, detail=detail)
 
 
+def plain_observer(*, quiet: bool) -> Observer:
+    """Lines only, also on a terminal: for a process whose children draw the bars."""
+    return SilentObserver() if quiet else _PlainObserver()
+
+
 @contextmanager
 def progress_observer(*, quiet: bool) -> Generator[Observer]:
     """The observer that fits the terminal."""

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from structprune.memory import format_bytes
+from structprune.report.comparison import Comparison
 from structprune.report.schema import PruneReport
 
 
@@ -59,3 +60,60 @@ def report_table(report: PruneReport) -> None:
             ("wall time", f"{report.wall_seconds:.1f} s"),
         ],
     )
+
+
+def comparison_table(result: Comparison) -> None:
+    """Print what is left of the model's quality, then what it took; best first within each sparsity."""
+    windows = "all windows" if result.max_windows is None else f"first {result.max_windows} windows"
+    quality = Table(
+        title=Text(
+            f"{result.model}, calibrated on {result.calibration}: perplexity over {windows} of "
+            f"{result.seq_len} tokens, KL from the dense model in nats per token"
+        ),
+        title_justify="left",
+    )
+    cost = Table(title="What it took; wall time counts shared measurements in full", title_justify="left")
+    for table in (quality, cost):
+        table.add_column("asked", no_wrap=True)
+        table.add_column("method", overflow="fold")
+    for name in ("params", "disk"):
+        quality.add_column(name, justify="right", no_wrap=True)
+    for text in result.texts:
+        quality.add_column(Text(text.label), justify="right", overflow="fold")
+        quality.add_column("KL", justify="right", no_wrap=True)
+    for name in ("wall", "shared", "peak", "planned", "prefill", "decode"):
+        cost.add_column(name, justify="right", no_wrap=True)
+    if result.dense is not None:
+        scores = [value for score in result.dense.texts for value in (f"{score.perplexity:.2f}", "")]
+        quality.add_row("", "dense", _millions(result.dense.parameters), format_bytes(result.dense.bytes), *scores)
+    previous: str | None = None
+    for cell in result.ordered():
+        asked = f"{cell.sparsity:.4g} {cell.scope}"
+        if f"{cell.sparsity}" != previous:
+            quality.add_section()
+            cost.add_section()
+        previous = f"{cell.sparsity}"
+        scores = [
+            value
+            for score in cell.texts
+            for value in (f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}")
+        ]
+        quality.add_row(asked, Text(cell.label), _millions(cell.parameters), format_bytes(cell.bytes), *scores)
+        speed = cell.speed
+        cost.add_row(
+            asked,
+            Text(cell.label),
+            f"{cell.wall_seconds:.0f} s",
+            f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
+            format_bytes(cell.measured_peak_bytes),
+            format_bytes(cell.planned_peak_bytes),
+            "" if speed is None else f"{speed.prefill_speedup:.2f}x",
+            "" if speed is None else f"{speed.decode_speedup:.2f}x",
+        )
+    console = Console()
+    console.print(quality)
+    console.print(cost)
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f}M"

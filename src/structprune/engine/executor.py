@@ -28,13 +28,21 @@ from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
-from structprune.engine.survey import Costs, load_sensitivity, survey, survey_scores
+from structprune.engine.shared import Surveyed, surveyed
+from structprune.engine.survey import Costs, load_sensitivity
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
 from structprune.files import write_json
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
-from structprune.report.schema import BlockReport, CalibrationReport, MemoryReport, PruneReport, SizeReport
+from structprune.report.schema import (
+    BlockReport,
+    CalibrationReport,
+    MemoryReport,
+    PruneReport,
+    ReusedStatistics,
+    SizeReport,
+)
 from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
@@ -91,30 +99,30 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
     checkpoint = staging / "checkpoint"
     checkpoint.mkdir()
-    costs = None
-    if job.method.survey != "none":
-        measure = survey if job.method.survey == "loss" else survey_scores
-        costs = measure(job, staging / SURVEY, observer)
+    found = None if job.method.survey == "none" else surveyed(job, staging / SURVEY, meter, observer)
+    costs = None if found is None else found.costs
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
     config = _output_config(job, kept_units)
 
     for iteration in range(job.recipe.outer_iterations):
         assert costs is not None
-        rehearsal = _prune_blocks(job, run, None, kept_units, meter, observer, f"outer iteration {iteration + 1}")
+        rehearsal = _prune_blocks(
+            job, run, found, None, kept_units, meter, observer, f"outer iteration {iteration + 1}"
+        )
         costs = _repriced(costs, rehearsal.costs)
         kept_units = allocate(job, costs)
         config = _output_config(job, kept_units)
 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
-    result = _prune_blocks(job, run, writer, kept_units, meter, observer, "prune")
+    result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
     release_free_memory()
     dense_perplexity, pruned_perplexity = _perplexities(job, result.dense_NSD, result.pruned_NSD)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(checkpoint, job.stock.family.name)
     write_companions(job.reader.directory, checkpoint, config)
-    report = _report(job, run, writer, meter, result.reports, dense_perplexity, pruned_perplexity)
+    report = _report(job, run, writer, meter, found, result.reports, dense_perplexity, pruned_perplexity)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": job.recipe.model_dump(mode="json"),
@@ -148,6 +156,7 @@ class _Pass:
 def _prune_blocks(
     job: Job,
     run: RunDirectory,
+    found: Surveyed | None,
     writer: CheckpointWriter | None,
     kept_units: dict[str, list[int]],
     meter: PeakMeter,
@@ -171,7 +180,9 @@ def _prune_blocks(
         observer.start(phase, len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
-            sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.survey == "loss" else {}
+            sensitivities = (
+                load_sensitivity(found.folder, block.index) if found is not None and job.method.survey == "loss" else {}
+            )
             outcome = prune_block(job, block, num_keep, streams, sensitivities, reprice=writer is None)
             if writer is not None:
                 shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
@@ -250,6 +261,7 @@ def _report(
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
+    found: Surveyed | None,
     blocks: list[BlockReport],
     dense: float,
     pruned: float,
@@ -294,6 +306,9 @@ def _report(
             micro_batch_windows=job.plan.micro_batch_windows,
         ),
         blocks=blocks,
+        reused=None
+        if found is None or not found.reused_seconds
+        else ReusedStatistics(seconds=found.reused_seconds, peak_bytes=found.reused_peak_bytes),
         wall_seconds=time.perf_counter() - job.started,
         versions={
             "structprune": importlib.metadata.version("structprune"),

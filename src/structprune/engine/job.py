@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,8 @@ class Job:
     dtype: torch.dtype
     started: float
     """`time.perf_counter()` at the start of the run."""
+    shared: Path | None = None
+    """Where the dense model's measurements are kept for other runs; None: only for this one."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack one."""

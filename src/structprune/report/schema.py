@@ -71,6 +71,13 @@ class MemoryReport(_Frozen):
     micro_batch_windows: int
 
 
+class ReusedStatistics(_Frozen):
+    """Measurements of the dense model that an earlier run had taken; not part of this run's seconds and peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
 class PruneReport(_Frozen):
     """Everything that a run states about itself."""
 
@@ -88,6 +95,7 @@ class PruneReport(_Frozen):
     size: SizeReport
     memory: MemoryReport
     blocks: list[BlockReport]
+    reused: ReusedStatistics | None = None
     wall_seconds: float
     versions: dict[str, str]
 

@@ -1,0 +1,107 @@
+"""`structprune compare`: several methods at several sparsities in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+# Options that take every value up to the next option.
+_MANY = ("--methods", "--sparsities", "--text", "--set")
+
+
+class ManyValuesCommand(TyperCommand):
+    """Reads `--methods a b c` as `--methods a --methods b --methods c`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option's name before each of its values."""
+        spelled: list[str] = []
+        current: str | None = None
+        first = False
+        for argument in args:
+            if argument.startswith("-"):
+                name = argument.partition("=")[0]
+                current, first = (argument, True) if argument in _MANY else (None, False)
+                spelled.append(argument)
+                if name in _MANY and "=" in argument:
+                    current, first = name, False
+                continue
+            if current is not None and not first:
+                spelled.append(current)
+            first = False
+            spelled.append(argument)
+        return super().parse_args(ctx, spelled)
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],
+    methods: Annotated[
+        list[str],
+        typer.Option(help="One or more, each NAME or NAME:FIELD=VALUE,FIELD=VALUE, e.g. fasp:target=dense-path."),
+    ],
+    text: Annotated[list[Path], typer.Option("--text", help="One or more texts to test on.")],
+    sparsities: Annotated[list[float] | None, typer.Option(help="One or more.  [default: 0.1 0.2 0.3 0.5]")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Text of all methods, as in `prune`.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window, of calibration and of tests.  [default: 2048]")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows of each text.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings that all methods share.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, for all methods.")
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time prefill and decoding.")] = True,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the curves (needs matplotlib).")] = True,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
+    from structprune.comparison.cells import parse_settings, parse_variant
+    from structprune.recipe import Recipe
+
+    flags = {"calibration": calibration, "num_samples": num_samples, "seq_len": seq_len}
+    given = {name: value for name, value in flags.items() if value is not None} | parse_settings(
+        settings or [], "--set"
+    )
+    base = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
+    variants = [parse_variant(name) for name in methods]
+
+    from structprune.cli.interrupt import interruptible
+    from structprune.cli.progress import plain_observer
+    from structprune.cli.render import comparison_table
+    from structprune.comparison.run import ComparisonRequest
+    from structprune.comparison.run import compare as run_compare
+
+    request = ComparisonRequest(
+        model=model,
+        base=base,
+        variants=variants,
+        sparsities=sparsities or [0.1, 0.2, 0.3, 0.5],
+        texts=text,
+        seq_len=base.seq_len,
+        max_windows=max_windows,
+        time_it=speed,
+        plots=plots,
+        keep=keep,
+        quiet=quiet,
+    )
+    try:
+        with interruptible():
+            result = run_compare(request, output, plain_observer(quiet=quiet))
+    except KeyboardInterrupt:
+        typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.model_dump(mode="json"), indent=2))
+    else:
+        comparison_table(result)
+    if result.failures:
+        for failure in result.failures:
+            typer.echo(f"structprune: {failure.label} at {failure.sparsity:g} failed: {failure.error}", err=True)
+        raise typer.Exit(1)

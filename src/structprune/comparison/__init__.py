@@ -1,0 +1,1 @@
+"""Several methods at several sparsities, each in its own process, in one table."""

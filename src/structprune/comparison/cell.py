@@ -1,0 +1,161 @@
+"""One cell of a comparison: prune, test, time. Runs in a process of its own (`cli/cell.py`)."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from structprune.api import load_with_tokenizer, prune
+from structprune.architectures.source import resolve_model
+from structprune.calibration.sources.file import read_text
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.comparison.cells import settings_of
+from structprune.engine.device import DTYPES
+from structprune.engine.observer import Observer
+from structprune.errors import StructPruneError
+from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
+from structprune.evaluation.speed import SpeedResult, speed_pair
+from structprune.recipe import Recipe
+from structprune.report.comparison import Cell, DenseRow, Failure, Speed, TextScore
+from structprune.report.schema import PruneReport
+
+
+class CellSpec(BaseModel):
+    """What one process is to do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    label: str
+    key: str
+    recipe: Recipe | None
+    """None: only the dense model is tested."""
+    sparsity: float
+    texts: list[tuple[str, Path]]
+    """Label and file."""
+    seq_len: int
+    max_windows: int | None
+    device: str
+    dtype: str
+    time_it: bool
+    output: Path
+    """Directory of the pruned checkpoint."""
+    keep: bool
+    """Whether the checkpoint stays."""
+    shared: Path
+    """Where measurements of the dense model wait for the next cell."""
+    quiet: bool
+
+
+class CellResult(BaseModel):
+    """What it found: one of the three."""
+
+    dense: DenseRow | None = None
+    cell: Cell | None = None
+    failure: Failure | None = None
+
+
+def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
+    """Prune and test by `spec`. An error of the input or the numbers becomes a failure, anything else is raised."""
+    try:
+        if spec.recipe is None:
+            return CellResult(dense=_dense_row(spec))
+        report = prune(spec.model, spec.recipe, spec.output, observer, spec.shared)
+        try:
+            return CellResult(cell=_cell(spec, spec.recipe, report))
+        finally:
+            if not spec.keep:
+                shutil.rmtree(spec.output)
+    except StructPruneError as error:
+        return CellResult(failure=Failure(label=spec.label, sparsity=spec.sparsity, error=str(error)))
+
+
+def _dense_row(spec: CellSpec) -> DenseRow:
+    reader = CheckpointReader(resolve_model(spec.model))
+    model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype])
+    texts: list[TextScore] = []
+    for label, path in spec.texts:
+        windows_NS = text_windows(model, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        texts.append(_text_score(label, perplexity(model, windows_NS, label)))
+    return DenseRow(
+        parameters=sum(parameter.numel() for parameter in model.parameters()), bytes=reader.file_bytes, texts=texts
+    )
+
+
+def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
+    device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
+    dense, encoder = load_with_tokenizer(spec.model, device, dtype)
+    pruned, _ = load_with_tokenizer(spec.output, device, dtype)
+    texts: list[TextScore] = []
+    for label, path in spec.texts:
+        windows_NS = text_windows(dense, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        reference = make_reference(dense, windows_NS)
+        texts.append(_text_score(label, perplexity(pruned, windows_NS, label, reference=reference)))
+    reused_seconds = report.reused.seconds if report.reused else 0.0
+    speed = _speed(speed_pair({"dense": dense, "pruned": pruned}, repeats=3)) if spec.time_it else None
+    return Cell(
+        key=spec.key,
+        label=spec.label,
+        method=recipe.method,
+        sparsity=spec.sparsity,
+        scope=recipe.scope,
+        settings=settings_of(recipe),
+        parameters=report.size.parameters_after,
+        bytes=report.size.bytes_after,
+        removed_share_of_scope=report.size.removed_share_of_scope,
+        removed_share_of_blocks=report.size.removed_share_of_blocks,
+        removed_share_of_model=report.size.removed_share_of_model,
+        texts=texts,
+        speed=speed,
+        wall_seconds=report.wall_seconds + reused_seconds,
+        shared_seconds=reused_seconds,
+        planned_peak_bytes=report.memory.planned_peak_bytes,
+        measured_peak_bytes=max(report.memory.measured_peak_bytes, report.reused.peak_bytes if report.reused else 0),
+        calibration_windows=report.calibration.num_windows,
+        compute_dtype=report.compute_dtype,
+        kept={
+            kind: [block.kept_units for block in report.blocks if block.kind == kind]
+            for kind in dict.fromkeys(block.kind for block in report.blocks)
+        },
+        machine=machine(),
+        versions=report.versions,
+    )
+
+
+def _text_score(label: str, result: Any) -> TextScore:
+    return TextScore(
+        text=label,
+        perplexity=result.perplexity,
+        kl_to_dense=result.kl_to_reference,
+        top1_agreement=result.top1_agreement,
+        num_windows=result.num_windows,
+    )
+
+
+def _speed(results: dict[str, SpeedResult]) -> Speed:
+    dense, pruned = results["dense"], results["pruned"]
+    return Speed(
+        prefill_tokens_per_s=pruned.prefill_tokens_per_s,
+        decode_tokens_per_s=pruned.decode_tokens_per_s,
+        prefill_speedup=pruned.prefill_tokens_per_s / dense.prefill_tokens_per_s,
+        decode_speedup=pruned.decode_tokens_per_s / dense.decode_tokens_per_s,
+        prompt_tokens=pruned.prompt_tokens,
+        decoded_tokens=pruned.decoded_tokens,
+    )
+
+
+def machine() -> str:
+    """The processor and how much of it, as far as figures depend on it."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    return f"{name}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"

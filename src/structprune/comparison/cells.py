@@ -1,0 +1,89 @@
+"""What a comparison is made of: methods with changed settings, and the recipe of each cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from structprune.errors import InputError
+from structprune.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A method, perhaps with some of its settings changed."""
+
+    label: str
+    """As it was written: `fasp`, or `fasp:target=dense-path,damping=0.01`."""
+    method: str
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def parse_variant(text: str) -> Variant:
+    """`METHOD` or `METHOD:FIELD=VALUE,FIELD=VALUE`. Raises InputError."""
+    method, _, settings = text.partition(":")
+    return Variant(label=text, method=method, changes=parse_settings(settings.split(",") if settings else [], text))
+
+
+def parse_settings(entries: Sequence[str], where: str) -> dict[str, Any]:
+    """`FIELD=VALUE` entries -> recipe fields. Raises InputError for what is no such entry or no such field."""
+    result: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not value:
+            raise InputError("a setting is not usable", where=where, got=repr(entry), wanted="FIELD=VALUE")
+        if name not in Recipe.model_fields or name in ("method", "sparsity"):
+            known = ", ".join(f for f in Recipe.model_fields if f not in ("method", "sparsity"))
+            raise InputError(f"{name!r} is not a setting of a recipe", where=where, do=f"known: {known}")
+        try:
+            result[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError("a setting is not usable", where=where, got=repr(entry), wanted=str(error)) from None
+    return result
+
+
+def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
+    """The recipe of one cell. Raises InputError that names the variant's bad setting."""
+    fields = base.model_dump(exclude_unset=True) | dict(variant.changes)
+    return Recipe.build(**{**fields, "method": variant.method, "sparsity": sparsity})
+
+
+def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
+    """Hash of the recipe and of what else decides the figures; the calibration text counts by its content."""
+    fields = recipe.model_dump(mode="json")
+    fields["calibration"] = calibration_identity(recipe.calibration)
+    text = json.dumps([fields, dict(identity)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def calibration_identity(calibration: str | None) -> str:
+    """A file's hash, or the name of a source."""
+    if calibration is not None and Path(calibration).is_file():
+        return file_sha256(Path(calibration))
+    return calibration or "default"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises InputError if it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError("the text cannot be read", where=str(path), got=error.strerror) from None
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Fields that differ from the defaults, without those that every row has a column for, and without paths."""
+    changed = recipe.model_dump(mode="json", exclude_defaults=True)
+    for name in ("method", "sparsity", "scope", "memory"):
+        changed.pop(name, None)
+    if "calibration" in changed:
+        changed["calibration"] = Path(changed["calibration"]).name
+    return changed

@@ -1,0 +1,260 @@
+"""Run the cells of a comparison that are not there yet, one process each, and keep the table up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from structprune.api import CheckedRun, check
+from structprune.architectures.source import resolve_model
+from structprune.calibration.sources.file import read_text
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.comparison.cell import CellResult, CellSpec
+from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256
+from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.observer import Observer
+from structprune.errors import InputError, StructPruneError
+from structprune.files import write_json, write_text
+from structprune.recipe import Recipe
+from structprune.report.comparison import Comparison, Failure, TextInfo
+from structprune.report.plots import check_matplotlib, plot_comparison
+
+RESULT_NAME = "comparison.json"
+CSV_NAME = "comparison.csv"
+_WORK_NAME = "work"
+_SHARED_NAME = "shared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRequest:
+    """What to compare, and on what."""
+
+    model: str
+    base: Recipe
+    """Settings that all cells share; method and sparsity do not count."""
+    variants: Sequence[Variant]
+    sparsities: Sequence[float]
+    texts: Sequence[Path]
+    seq_len: int = 2048
+    """Tokens per evaluation window."""
+    max_windows: int | None = None
+    time_it: bool = True
+    plots: bool = True
+    keep: bool = False
+    """Whether the pruned checkpoints stay, in `checkpoints/`."""
+    quiet: bool = False
+
+
+def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Comparison:
+    """Fill `output` with the table of `request`: `comparison.json`, `.csv` and the curves.
+
+    Every cell is checked before the first one runs. Cells that `comparison.json` already holds are not run again; it
+    is rewritten after each, so an interrupted comparison goes on where it was. A cell that fails is named in the
+    result, and the others go on. Raises StructPruneError.
+    """
+    if request.plots:
+        check_matplotlib()
+    comparison, cells = _prepare(request)
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        comparison = _resumed(comparison, cells, output)
+        done = {cell.key for cell in comparison.cells}
+        missing = [spec for spec in cells if spec.key not in done]
+        if len(missing) < len(cells):
+            observer.note(f"{len(cells) - len(missing)} of {len(cells)} cells are in {output / RESULT_NAME} already")
+        if comparison.dense is None:
+            missing.insert(0, cells[0].model_copy(update={"recipe": None, "label": "dense", "sparsity": 0.0}))
+        for number, spec in enumerate(missing, start=1):
+            name = spec.label if spec.recipe is None else f"{spec.label} at {spec.sparsity:.0%}"
+            observer.note(f"[{number}/{len(missing)}] {name}")
+            result = _in_a_process(spec, output)
+            comparison = _added(comparison, result)
+            if result.failure is not None:
+                observer.note(f"failed: {result.failure.error}")
+            _write(comparison, output)
+        # An interrupted comparison keeps it: what the cells share is there when it goes on.
+        shutil.rmtree(output / _WORK_NAME, ignore_errors=True)
+        if request.plots and comparison.cells:
+            plot_comparison(comparison, output)
+    return comparison
+
+
+def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
+    """The empty table and its cells, all of them checked. Raises StructPruneError."""
+    device = resolve_device(request.base.device)
+    dtype = str(resolve_dtype(request.base, device)).removeprefix("torch.")
+    # Measured once: cells whose forward passes differ in precision would not be comparable.
+    base = request.base.model_copy(update={"dtype": dtype, "device": str(device)})
+    texts = [(path.name, path) for path in request.texts]
+    if len({label for label, _ in texts}) < len(texts):
+        raise InputError(
+            "two texts have the same file name", got=", ".join(label for label, _ in texts), do="rename one"
+        )
+    for _, path in texts:
+        read_text(path)
+    directory = resolve_model(request.model)
+    identity: dict[str, Any] = {
+        "source": CheckpointReader(directory).fingerprint(),
+        "texts": {label: file_sha256(path) for label, path in texts},
+        "seq_len": request.seq_len,
+        "max_windows": request.max_windows,
+    }
+    cells: list[CellSpec] = []
+    for sparsity in dict.fromkeys(request.sparsities):
+        for variant in request.variants:
+            recipe = cell_recipe(base, variant, sparsity)
+            _check_cell(request.model, recipe, variant.label, sparsity)
+            key = cell_key(recipe, identity)
+            spec = CellSpec(
+                model=request.model,
+                label=variant.label,
+                key=key,
+                recipe=recipe,
+                sparsity=sparsity,
+                texts=texts,
+                seq_len=request.seq_len,
+                max_windows=request.max_windows,
+                device=str(device),
+                dtype=dtype,
+                time_it=request.time_it,
+                output=Path(_checkpoint_name(variant, sparsity)),
+                keep=request.keep,
+                shared=Path(_SHARED_NAME),
+                quiet=request.quiet,
+            )
+            if key not in {cell.key for cell in cells}:
+                cells.append(spec)
+    comparison = Comparison(
+        model=Path(request.model).name,
+        source_fingerprint=identity["source"],
+        calibration="chosen by each run" if base.calibration is None else Path(base.calibration).name,
+        texts=[TextInfo(label=label, sha256=digest) for label, digest in identity["texts"].items()],
+        seq_len=request.seq_len,
+        max_windows=request.max_windows,
+        dtype=dtype,
+        device=str(device),
+    )
+    return comparison, cells
+
+
+def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> CheckedRun:
+    try:
+        return check(model, recipe)
+    except StructPruneError as error:
+        raise type(error)(
+            error.what,
+            where=f"{label} at {sparsity:g}" + (f", {error.where}" if error.where else ""),
+            got=error.got,
+            wanted=error.wanted,
+            do=error.do,
+        ) from None
+
+
+def _checkpoint_name(variant: Variant, sparsity: float) -> str:
+    safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in variant.label)
+    return f"{safe}-{sparsity:g}"
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Generator[None]:
+    """Raise InputError if another process fills the same directory."""
+    with (output / ".lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                "another process is filling this directory", where=str(output), do="wait for it, or choose another -o"
+            ) from None
+        yield
+
+
+def _resumed(fresh: Comparison, cells: Sequence[CellSpec], output: Path) -> Comparison:
+    """The table with what an earlier run left. Raises InputError if that was another comparison."""
+    path = output / RESULT_NAME
+    if not path.exists():
+        return fresh
+    try:
+        found = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise InputError(
+            "the earlier result cannot be read", where=str(path), got=str(error).splitlines()[0], do="move it away"
+        ) from None
+    for name in ("source_fingerprint", "calibration", "texts", "seq_len", "max_windows", "dtype", "device"):
+        if getattr(found, name) != getattr(fresh, name):
+            raise InputError(
+                f"the directory holds a comparison with another {name.replace('_', ' ')}",
+                where=str(path),
+                got=_shown(getattr(fresh, name)),
+                wanted=_shown(getattr(found, name)),
+                do="choose another -o",
+            )
+    labels = {spec.key: spec.label for spec in cells}
+    return found.model_copy(
+        update={
+            "failures": [],
+            # The same cell may go by another name now.
+            "cells": [c.model_copy(update={"label": labels.get(c.key, c.label)}) for c in found.cells],
+        }
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{text.label} ({text.sha256[:8]})" for text in value)
+    return str(value)
+
+
+def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
+    """Start the cell's process and wait for it. Raises KeyboardInterrupt if it was interrupted."""
+    work = output / _WORK_NAME
+    work.mkdir(exist_ok=True)
+    folder = output / "checkpoints" if spec.keep else work
+    folder.mkdir(exist_ok=True)
+    checkpoint = folder / spec.output
+    if checkpoint.exists():
+        # Only an unfinished cell leaves one.
+        shutil.rmtree(checkpoint)
+    spec = spec.model_copy(update={"output": checkpoint, "shared": work / _SHARED_NAME})
+    spec_path, result_path = work / "cell.json", work / "result.json"
+    result_path.unlink(missing_ok=True)
+    write_text(spec_path, spec.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-m", "structprune.cli.cell", str(spec_path), str(result_path)])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # A terminal sends Ctrl-C to the child too, which then cleans up behind itself.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        process.kill()
+        raise
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 0:
+        return CellResult.model_validate_json(result_path.read_text(encoding="utf-8"))
+    reason = f"signal {-code} (out of memory?)" if code < 0 else f"exit code {code}"
+    return CellResult(
+        failure=Failure(label=spec.label, sparsity=spec.sparsity, error=f"the process ended with {reason}")
+    )
+
+
+def _added(comparison: Comparison, result: CellResult) -> Comparison:
+    if result.dense is not None:
+        return comparison.model_copy(update={"dense": result.dense})
+    if result.cell is not None:
+        return comparison.model_copy(update={"cells": [*comparison.cells, result.cell]})
+    assert result.failure is not None
+    return comparison.model_copy(update={"failures": [*comparison.failures, result.failure]})
+
+
+def _write(comparison: Comparison, output: Path) -> None:
+    write_json(output / RESULT_NAME, comparison.model_dump(mode="json"))
+    write_text(output / CSV_NAME, comparison.to_csv())

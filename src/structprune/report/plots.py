@@ -1,0 +1,87 @@
+"""Curves of a comparison as PNG files. Needs matplotlib (the `report` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from structprune.errors import InputError
+from structprune.files import atomic_path
+from structprune.report.comparison import Cell, Comparison
+
+
+def check_matplotlib() -> None:
+    """Raise InputError if there is nothing to draw with."""
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "matplotlib is not installed, so there are no curves",
+            do="pip install 'structprune[report]', or use --no-plots",
+        ) from None
+
+
+def plot_comparison(comparison: Comparison, directory: Path) -> list[Path]:
+    """Perplexity against parameters kept, and against wall time; one panel per text. Returns the files."""
+    return [
+        _curves(
+            comparison,
+            directory / "perplexity-parameters.png",
+            "parameters kept, millions",
+            lambda cell: cell.parameters / 1e6,
+            dense=True,
+        ),
+        _curves(
+            comparison,
+            directory / "perplexity-seconds.png",
+            "wall time of pruning, seconds",
+            lambda cell: cell.wall_seconds,
+            dense=False,
+        ),
+    ]
+
+
+def _curves(
+    comparison: Comparison, path: Path, axis_label: str, position: Callable[[Cell], float], *, dense: bool
+) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    num_texts = len(comparison.texts)
+    figure = Figure(figsize=(6.4 * num_texts, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, num_texts, squeeze=False)[0]
+    labels = list(dict.fromkeys(cell.label for cell in comparison.cells))
+    for index, (panel, text) in enumerate(zip(panels, comparison.texts, strict=True)):
+        for label in labels:
+            # At each sparsity once: the line of a method goes from its smallest share to its largest.
+            points = sorted((c for c in comparison.cells if c.label == label), key=lambda c: c.sparsity)
+            panel.plot(
+                [position(cell) for cell in points],
+                [cell.texts[index].perplexity for cell in points],
+                marker="o" if label == "structprune" else ".",
+                linewidth=2.2 if label == "structprune" else 1.2,
+                label=label,
+            )
+        if dense and comparison.dense is not None:
+            score = comparison.dense.texts[index].perplexity
+            panel.plot(comparison.dense.parameters / 1e6, score, "k*", markersize=11, label="dense")
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter() if _decades(panel.get_ylim()) > 1 else ScalarFormatter())
+        panel.set_xlabel(axis_label)
+        panel.set_ylabel(f"perplexity, windows of {comparison.seq_len} tokens")
+        panel.set_title(text.label)
+        panel.grid(visible=True, which="both", alpha=0.3)
+    panels[-1].legend(fontsize="small")
+    figure.suptitle(f"{comparison.model}, calibrated on {comparison.calibration}")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def _decades(limits: tuple[float, float]) -> float:
+    from math import log10
+
+    return log10(limits[1] / limits[0])

@@ -1,0 +1,182 @@
+"""`structprune compare`: one process per cell, resumable, one table in four forms."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from structprune.api import evaluate, prune
+from structprune.cli import main
+from structprune.recipe import Recipe
+from structprune.report.comparison import Comparison
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROGRAM = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('structprune', run_name='__main__', alter_sys=True)"
+)
+
+
+@pytest.fixture
+def arguments(tiny_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    texts = [str(text_file), str(other)]
+    shared = ["--calibration", str(text_file), "--num-samples", "4", "--seq-len", "32", "--max-windows", "3"]
+    settings = ["--set", "multiple_of=1", "dtype=float32"]
+    output = ["-o", str(tmp_path / "table"), "--text", *texts]
+    return ["compare", str(tiny_llama), *output, *shared, *settings, "--no-speed"]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[object, str, str]]:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(*given: object) -> tuple[object, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in given])
+        return caught.value.code, *capfd.readouterr()
+
+    return run
+
+
+def result_of(tmp_path: Path) -> Comparison:
+    return Comparison.model_validate_json((tmp_path / "table" / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_says_what_separate_runs_say(
+    cli: Any, arguments: list[str], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    methods = ["fasp", "structprune", "structprune:target=local"]
+    code, out, _ = cli(*arguments, "--methods", *methods, "--sparsities", 0.25)
+    assert code == 0
+    found = result_of(tmp_path)
+    assert not found.failures
+    assert [cell.label for cell in found.cells] == methods
+    fields: dict[str, Any] = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "multiple_of": 1}
+    recipe = Recipe(method="structprune", sparsity=0.25, dtype="float32", **fields)
+    report = prune(tiny_llama, recipe, tmp_path / "alone")
+    cell = next(c for c in found.cells if c.label == "structprune")
+    assert cell.parameters == report.size.parameters_after
+    assert cell.kept == {"mlp": [block.kept_units for block in report.blocks]}
+    alone = evaluate(tmp_path / "alone", text_file, against=tiny_llama, seq_len=32, max_windows=3, dtype="float32")
+    assert cell.texts[0].perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert cell.texts[0].kl_to_dense == pytest.approx(alone.kl_to_reference, rel=1e-3)
+    assert alone.kl_to_reference is not None
+    assert alone.kl_to_reference > 0
+    assert cell.texts[1].perplexity != cell.texts[0].perplexity
+    # Both runs of structprune ask the same of the dense model; the first has measured it.
+    assert [c.shared_seconds > 0 for c in found.cells] == [False, False, True]
+    assert all(c.wall_seconds > c.shared_seconds for c in found.cells)
+    assert not (tmp_path / "table" / "work").exists()
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
+    assert sorted(row["method"] for row in rows) == sorted(["dense", *methods])
+    by_perplexity = [float(r["perplexity " + text_file.name]) for r in rows if r["method"] != "dense"]
+    assert by_perplexity == sorted(by_perplexity)
+    for name in ("perplexity-parameters.png", "perplexity-seconds.png"):
+        assert (tmp_path / "table" / name).read_bytes().startswith(b"\x89PNG")
+    assert "structprune:target=local" in out
+    assert str(tmp_path) not in (tmp_path / "table" / "comparison.json").read_text(encoding="utf-8")
+
+
+def test_what_is_done_is_not_done_again(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+    assert cli(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
+    first = result_of(tmp_path).cells[0]
+    code, _, err = cli(*arguments, "--methods", "magnitude", "wanda-sp", "--sparsities", 0.25)
+    assert code == 0
+    assert "1 of 2 cells" in err
+    assert "dense" not in err
+    assert result_of(tmp_path).cells[0] == first
+    assert [cell.label for cell in result_of(tmp_path).cells] == ["magnitude", "wanda-sp"]
+    # Another question in the same directory is refused, and nothing is lost.
+    code, _, err = cli(*arguments, "--methods", "magnitude", "--seq-len", 16)
+    assert code == 2
+    assert "another seq len" in err
+    assert len(result_of(tmp_path).cells) == 2
+
+
+def test_everything_is_checked_before_the_first_cell(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+    for method, word in (
+        ("no-such-method", "no-such-method"),
+        ("fasp:nonsense=1", "nonsense"),
+        ("fasp:damping", "FIELD=VALUE"),
+        ("fasp:sparsity=0.9", "sparsity"),
+        ("magnitude:target=dense-path", "dense-path"),
+    ):
+        code, _, err = cli(*arguments, "--methods", "fasp", method)
+        assert code == 2, method
+        assert word in err, err
+        assert len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "table").exists()
+
+
+def test_a_failing_cell_does_not_stop_the_others(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+    # Refused only when the widths are shared out: headers alone do not tell.
+    methods = ["structprune:min_retention=0.9", "magnitude"]
+    code, _, err = cli(*arguments, "--methods", *methods, "--sparsities", 0.5)
+    assert code == 1
+    assert "structprune:min_retention=0.9 at 0.5 failed" in err
+    found = result_of(tmp_path)
+    assert [cell.label for cell in found.cells] == ["magnitude"]
+    assert [failure.label for failure in found.failures] == ["structprune:min_retention=0.9"]
+
+
+def test_one_process_fills_a_directory(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    with (tmp_path / "table" / ".lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        code, _, err = cli(*arguments, "--methods", "fasp")
+    assert code == 2
+    assert "another process" in err
+
+
+def test_kept_checkpoints_load(cli: Any, arguments: list[str], tmp_path: Path, text_file: Path) -> None:
+    assert cli(*arguments, "--methods", "fasp", "--sparsities", 0.25, "--keep")[0] == 0
+    kept = tmp_path / "table" / "checkpoints" / "fasp-0.25"
+    again = evaluate(kept, text_file, seq_len=32, max_windows=3, dtype="float32")
+    assert again.perplexity == pytest.approx(result_of(tmp_path).cells[0].texts[0].perplexity, rel=1e-6)
+
+
+def test_ctrl_c_keeps_what_is_done(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, *arguments, "--methods", "magnitude", "fasp", "--no-plots"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        table = tmp_path / "table" / "comparison.json"
+        deadline = time.monotonic() + 240
+        while not (table.exists() and json.loads(table.read_text(encoding="utf-8"))["cells"]):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # As a terminal does: to the whole foreground group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert len(result_of(tmp_path).cells) >= 1
+
+
+def test_divergence_of_a_model_from_itself_is_zero(tiny_llama: Path, text_file: Path) -> None:
+    result = evaluate(tiny_llama, text_file, against=tiny_llama, seq_len=32, max_windows=2, dtype="float32")
+    assert result.kl_to_reference == pytest.approx(0, abs=1e-6)
+    assert result.top1_agreement == 1.0
+    assert torch.isfinite(torch.tensor(result.perplexity))
