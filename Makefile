@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/basedpyright
 
 bench: setup
-	$(BIN)/python benchmarks/p1.py
+	$(BIN)/python benchmarks/p1.py -o out/p1 --methods structprune fasp wanda-sp --sparsities 0.3
 
 docs: setup
 	$(BIN)/mkdocs build --quiet --strict
