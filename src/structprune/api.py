@@ -18,6 +18,7 @@ from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.depth import depth_request, depth_settings, execute_depth
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.executor import execute
 from structprune.engine.job import Job
@@ -54,10 +55,14 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
     stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
-    groups = _groups_in_scope(method, recipe, stock)
-    if (recipe.solver or method.solver) == "bias":
-        for group in groups:
-            check_bias(group)
+    if method.walk == "depth":
+        recipe = depth_settings(recipe, method, stock)
+        groups = stock.groups
+    else:
+        groups = _groups_in_scope(method, recipe, stock)
+        if (recipe.solver or method.solver) == "bias":
+            for group in groups:
+                check_bias(group)
     dtype = resolve_dtype(recipe, device)
     recipe = recipe.model_copy(
         update={
@@ -67,7 +72,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
-    recipe = _resolve_method_settings(recipe, method, stock)
+    if method.walk == "units":
+        recipe = _resolve_method_settings(recipe, method, stock)
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
@@ -86,7 +92,7 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             iterates=recipe.solver in ITERATIVE,
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         )
-        return make_plan(request, recipe.memory)
+        return make_plan(depth_request(request, recipe) if method.walk == "depth" else request, recipe.memory)
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
@@ -113,7 +119,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             started=started,
         )
         with run:
-            return execute(job, run, meter, observer)
+            walk = execute_depth if method.walk == "depth" else execute
+            return walk(job, run, meter, observer)
 
 
 def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:

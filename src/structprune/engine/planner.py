@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -70,6 +71,10 @@ class PlanRequest:
     """Whether the sums of some windows are kept apart to choose the ridge."""
     iterates: bool = False
     """Whether an iterative solver holds tokens of some windows."""
+    num_stores: int | None = None
+    """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
+    compares: Literal["nothing", "borders", "losses"] = "nothing"
+    """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -108,7 +113,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     item = request.compute_dtype.itemsize
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
-    num_stores = 2 if request.follows_dense else 1
+    num_stores = request.num_stores or (2 if request.follows_dense else 1)
     small = _RUNTIME_BYTES + 2 * request.num_probe * request.seq_len * hidden * item
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
@@ -140,6 +145,15 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         + _CHUNK_BYTES
         + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
     }
+    if request.compares == "borders":
+        # Both states, their unit vectors and one difference in float32.
+        states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
+        phases["angular distances"] = resident + 2 * weights + cast + states
+    if request.compares == "losses":
+        head = max(outer, key=lambda name: outer[name])
+        head_bytes = outer[head] + torch.Size(request.layout.outer_tensors[head]).numel() * item
+        logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
+        phases["measured losses"] = resident + head_bytes + _CHUNK_BYTES + logits
     if request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
