@@ -305,7 +305,7 @@ def test_pruned_again_by_units(deep_llama: Path, text_file: Path, tmp_path: Path
 
 def test_source_with_uneven_blocks_is_refused(deep_llama: Path, text_file: Path, tmp_path: Path) -> None:
     prune(deep_llama, recipe(text_file, method="fasp", multiple_of=1, protect_first=1), tmp_path / "uneven")
-    with pytest.raises(UnsupportedError, match="blocks have different widths.*Remove blocks first, units afterwards"):
+    with pytest.raises(UnsupportedError, match=r"blocks have different widths.*Remove blocks first"):
         prune(tmp_path / "uneven", recipe(text_file), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

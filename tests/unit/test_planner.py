@@ -213,6 +213,15 @@ def test_a_cast_copy_of_the_block_is_counted() -> None:
     assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states
 
 
+def test_cast_copies_of_embedding_and_head_are_counted() -> None:
+    """A checkpoint in bfloat16 computed in float32: both copies are there while one becomes the other."""
+    same = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True)
+    cast = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True, stored=torch.bfloat16)
+    for phase in ("embed", "perplexity of the calibration text"):
+        assert cast.phases[phase] - same.phases[phase] == 32000 * 4096 * 2
+    assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
+
+
 def test_every_border_that_is_kept_is_counted() -> None:
     """Whole blocks: no Gram, and as many stores as the choice needs, in memory or on disk."""
     options: dict[str, Any] = {"needs_statistics": False, "num_stores": 5}

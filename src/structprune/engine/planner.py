@@ -128,11 +128,18 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     activations = micro_batch * request.seq_len * _activation_width(block, hidden) * item
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
+    # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
+    in_use = {
+        name: stored + (cast_bytes if (cast_bytes := torch.Size(shape).numel() * item) != stored else 0)
+        for name, shape in request.layout.outer_tensors.items()
+        for stored in (outer[name],)
+    }
     embedding = sum(
         size
-        for name, size in outer.items()
+        for name, size in in_use.items()
         if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
     )
+    head = max(in_use.values())
     phases = {
         "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
@@ -141,7 +148,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         # By now the hidden states are gone, but for the few windows of the perplexity.
         "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
         "perplexity of the calibration text": small
-        + max(outer.values())
+        + head
         + _CHUNK_BYTES
         + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
     }
@@ -150,10 +157,8 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
-        head = max(outer, key=lambda name: outer[name])
-        head_bytes = outer[head] + torch.Size(request.layout.outer_tensors[head]).numel() * item
         logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
-        phases["measured losses"] = resident + head_bytes + _CHUNK_BYTES + logits
+        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
     if request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
@@ -186,7 +191,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                     small
                     + (store_bytes if store == "memory" else 0)
                     + gradient
-                    + max(outer.values())
+                    + head
                     + _CHUNK_BYTES
                     + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
                 )
