@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,15 +38,36 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_refusals(
-    peer: str, importance: str, sparsity: float, expected: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+    peer: str,
+    importance: str,
+    sparsity: float,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
-    done = run(
-        *("--peer", peer, "--importance", importance, "--sparsity", sparsity, "--model", tiny_llama),
-        *("--calibration", text_file, "-o", tmp_path / "out"),
-    )
-    assert done.returncode == 2
-    assert expected in done.stderr
+    command = ["--peer", peer, "--importance", importance, "--sparsity", str(sparsity), "--model", str(tiny_llama)]
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT))["main"]([*command, "--calibration", str(text_file), "-o", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_peer_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    command = ["--peer", "optipfair", "--importance", "data", "--model", str(tiny_llama)]
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT))["main"]([*command, "--calibration", str(text_file), "-o", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert "optipfair is not installed here; make peers-setup" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("peer", "importance"), PEERS)
