@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def angular_distance(before_TD: Tensor, after_TD: Tensor) -> Tensor:
-    """arccos(a.b / |a||b|) / pi of each token's two hidden states, in [0, 1], float32 (T,) (arXiv 2403.17887, eq. 7).
+    """arccos(a.b / |a||b|) / pi of each token's two hidden states, in [0, 1], float32 (T,) (arXiv 2403.17887).
 
     Computed as 2 atan2(|u - v|, |u + v|) of the unit vectors u and v: the arc cosine loses half of its digits where
     the two are nearly the same, which is where the blocks are that can go. A vector of zeros is at distance 0 from
