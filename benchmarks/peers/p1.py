@@ -53,7 +53,9 @@ def main() -> None:
                 for path in (valid, manual):
                     result = evaluate(output, path, seq_len=1024, max_windows=arguments.windows)
                     row[f"perplexity {path.name}"] = result.perplexity
-                row |= {"windows": arguments.windows, **json.loads(done.stdout.splitlines()[-1])}
+                facts = json.loads(done.stdout.splitlines()[-1])
+                # A temporary directory's name says nothing once it is gone.
+                row |= {"windows": arguments.windows, **{k: v for k, v in facts.items() if k != "output"}}
                 print(json.dumps(row), flush=True)
                 with arguments.output.open("a", encoding="utf-8") as handle:
                     handle.write(json.dumps(row) + "\n")
