@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup run test quick lint bench docs clean
+PEERS := .venv-peers
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+.PHONY: setup run test quick lint bench peers-setup docs clean
 
 setup: $(STAMP)
 
@@ -37,8 +40,18 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/p1.py -o out/p1 --methods structprune fasp wanda-sp --sparsities 0.3
 
+peers-setup: $(PEERS)/.setup-done
+
+# The peers of benchmarks/peers see the packages of $(VENV) through a .pth file, so that nothing is installed beside them.
+$(PEERS)/.setup-done: $(STAMP)
+	$(PYTHON) -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+		> "$$($(PEERS)/bin/python -c '$(SITE)')/product.pth"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch-pruning==1.6.1 optipfair==0.4.2
+	touch $(PEERS)/.setup-done
+
 docs: setup
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) $(PEERS) out build dist

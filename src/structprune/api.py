@@ -20,6 +20,7 @@ from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.depth import depth_request, depth_settings, execute_depth
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.executor import execute
 from structprune.engine.job import Job
@@ -64,10 +65,14 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
     stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
-    groups = _groups_in_scope(method, recipe, stock)
-    if (recipe.solver or method.solver) == "bias":
-        for group in groups:
-            check_bias(group)
+    if method.walk == "depth":
+        recipe = depth_settings(recipe, method, stock)
+        groups = stock.groups
+    else:
+        groups = _groups_in_scope(method, recipe, stock)
+        if (recipe.solver or method.solver) == "bias":
+            for group in groups:
+                check_bias(group)
     dtype = resolve_dtype(recipe, device)
     recipe = recipe.model_copy(
         update={
@@ -77,13 +82,15 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
+    if method.walk == "units":
+        recipe = _resolve_method_settings(recipe, method, stock)
     return CheckedRun(
         directory=directory,
         reader=reader,
         stock=stock,
         method=method,
         groups=groups,
-        recipe=_resolve_method_settings(recipe, method, stock),
+        recipe=recipe,
         device=device,
         dtype=dtype,
     )
@@ -128,7 +135,7 @@ def prune(
             iterates=recipe.solver in ITERATIVE,
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         )
-        return make_plan(request, recipe.memory)
+        return make_plan(depth_request(request, recipe) if checked.method.walk == "depth" else request, recipe.memory)
 
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
@@ -156,7 +163,8 @@ def prune(
             shared=shared,
         )
         with run:
-            return execute(job, run, meter, observer)
+            walk = execute_depth if checked.method.walk == "depth" else execute
+            return walk(job, run, meter, observer)
 
 
 def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:

@@ -56,7 +56,9 @@ class Recipe(BaseModel):
     allow_block_removal: bool = Field(default=False, description="a block may lose its whole attention or MLP")
     protect_first: int = Field(default=0, ge=0, description="blocks at the start that lose nothing")
     protect_last: int = Field(default=0, ge=0, description="blocks at the end that lose nothing")
-    sensitivity_samples: int = Field(default=12, ge=1, description="windows of the streamed backward pass")
+    sensitivity_samples: int = Field(
+        default=12, ge=1, description="windows of the streamed backward pass, or of measured losses"
+    )
 
     @field_validator("memory", mode="before")
     @classmethod

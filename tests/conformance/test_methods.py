@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.allocation import ALLOCATORS
 from structprune.architectures import FAMILIES
 from structprune.calibration import SOURCES
+from structprune.engine.block_choice import BLOCK_SCORES
 from structprune.errors import InputError
 from structprune.methods import METHODS
 from structprune.methods.method import Method
@@ -26,6 +27,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "method": METHODS,
     "score": SCORES,
     "selector": SELECTORS,
+    "block score": BLOCK_SCORES,
     "allocator": ALLOCATORS,
     "solver": SOLVERS,
     "calibration source": SOURCES,
@@ -37,8 +39,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
 def test_parts_are_registered(name: str) -> None:
     method = METHODS.get(name)
     assert method.name == name
-    assert (method.score in SCORES) != (method.score in SELECTORS)
-    assert callable((SCORES if method.score in SCORES else SELECTORS).get(method.score))
+    homes = [r for r in (SCORES, SELECTORS) if method.score in r] if method.walk == "units" else [BLOCK_SCORES]
+    assert len(homes) == 1
+    assert callable(homes[0].get(method.score))
     assert callable(ALLOCATORS.get(method.allocator))
     assert callable(SOLVERS.get(method.solver))
     assert method.kinds
@@ -53,6 +56,7 @@ def test_says_what_it_is_and_where_it_was_published(name: str) -> None:
     hints = get_type_hints(Method)
     assert method.provenance in get_args(hints["provenance"])
     assert method.target in get_args(hints["target"])
+    assert method.walk in get_args(hints["walk"])
     assert method.damping == "auto" or 0 < method.damping <= 1
 
 
@@ -74,6 +78,8 @@ def test_its_file_explains_it(name: str) -> None:
 def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
     """Without statistics the engine hands over an identity for the Gram; the parts must then not look at it."""
     method = METHODS.get(name)
+    if method.walk != "units":
+        pytest.skip("no part of it sees a layer's problem")
     generator = torch.Generator().manual_seed(0)
     # The Gram prefers the first units, the weights the last ones.
     x_TI = torch.randn(30, 6, generator=generator) * torch.arange(6, 0, -1) ** 3

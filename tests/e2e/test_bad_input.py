@@ -190,6 +190,63 @@ def test_protected_blocks_are_uneven(refused: Refused, tiny_llama: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--solver", "least-squares"),
+        ("--solver", "bias"),
+        ("--allocator", "closed-form"),
+        ("--target", "dense-path"),
+        ("--structure", "per-layer"),
+        ("--head-units", "query-head"),
+        ("--damping", "auto"),
+        ("--temperature", "0.5"),
+        ("--min-retention", "0.2"),
+        ("--outer-iterations", "1"),
+        ("--allow-block-removal", None),
+        ("--multiple-of", "8"),
+        ("--sensitivity-samples", "3"),
+    ],
+)
+def test_settings_without_a_meaning_for_whole_blocks(
+    flag: str, value: str | None, refused: Refused, tiny_llama: Path
+) -> None:
+    given = [flag] if value is None else [flag, value]
+    message = refused(tiny_llama, "--method", "depth", *given)
+    assert message == (
+        f"{flag} has no meaning for whole blocks chosen by 'angular'; got {value or 'true'}, wanted no {flag}."
+    )
+
+
+@pytest.mark.parametrize("scope", ["mlp", "attention"])
+def test_whole_blocks_have_one_scope(scope: str, refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--method", "depth", "--scope", scope)
+    assert message == f"method 'depth' removes whole blocks; got --scope {scope}, wanted --scope all."
+
+
+def test_score_that_is_none_of_whole_blocks(refused: Refused, tiny_llama: Path) -> None:
+    assert refused(tiny_llama, "--method", "depth", "--score", "angle") == (
+        "unknown block score 'angle'. Did you mean 'angular'? known: angular, measured-loss."
+    )
+    assert "unknown score 'angular'" in refused(tiny_llama, "--method", "fasp", "--score", "angular")
+
+
+def test_more_blocks_than_there_are(refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--method", "depth", "--sparsity", 0.6)
+    assert message.startswith("no block would be left; got sparsity 0.6, which is 2 of 2 blocks, wanted at most 1.")
+    message = refused(tiny_llama, "--method", "depth", "--protect-first", 1, "--protect-last", 1)
+    assert message.startswith("every block is protected; got --protect-first 1, --protect-last 1")
+
+
+def test_blocks_of_different_widths_stay(refused: Refused, tiny_llama: Path, tmp_path: Path) -> None:
+    """One config cannot describe what would be left of them."""
+    layers = {"per_layer_config": {"0": {"intermediate_size": 48}, "1": {"intermediate_size": 48}}}
+    entries = layers | {"allow_global_per_layer_attribute_access": True}
+    message = refused(with_config(tiny_llama, tmp_path / "same", **entries), "--method", "depth")
+    assert message.startswith("the source's blocks have configs of their own")
+    assert "Remove blocks first and units afterwards" in message
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("sparsty: 0.3\n", "unknown recipe field 'sparsty'"),

@@ -26,7 +26,8 @@ def test_masks_and_errors(method: str, tiny_llama: Path, text_file: Path, tmp_pa
         calibration=str(text_file),
         num_samples=8,
         seq_len=64,
-        multiple_of=4,
+        # Whole blocks have no width.
+        multiple_of=4 if METHODS.get(method).walk == "units" else 1,
         dtype="float32",
     )
     report = prune(tiny_llama, recipe, tmp_path / "out")

@@ -211,3 +211,31 @@ def test_a_cast_copy_of_the_block_is_counted() -> None:
     # The hidden states of the store and of the two probes are twice as wide too.
     states = (128 + 2 * 8) * 256 * 4096 * 2
     assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states
+
+
+def test_cast_copies_of_embedding_and_head_are_counted() -> None:
+    """A checkpoint in bfloat16 computed in float32: both copies are there while one becomes the other."""
+    same = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True)
+    cast = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True, stored=torch.bfloat16)
+    for phase in ("embed", "perplexity of the calibration text"):
+        assert cast.phases[phase] - same.phases[phase] == 32000 * 4096 * 2
+    assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
+
+
+def test_every_border_that_is_kept_is_counted() -> None:
+    """Whole blocks: no Gram, and as many stores as the choice needs, in memory or on disk."""
+    options: dict[str, Any] = {"needs_statistics": False, "num_stores": 5}
+    one = plan_for(SMALL, needs_statistics=False)
+    borders, losses = (plan_for(SMALL, compares=kind, **options) for kind in ("borders", "losses"))
+    assert set(borders.phases) - set(one.phases) == {"angular distances"}
+    assert set(losses.phases) - set(one.phases) == {"measured losses"}
+    assert borders.phases["read block"] - one.phases["read block"] == 4 * one.store_bytes
+    # The head is held beside all of them.
+    head_bytes = 1000 * 64 * 4
+    assert losses.phases["measured losses"] - losses.phases["read block"] > head_bytes - 2**20
+    many: dict[str, Any] = {**options, "compares": "borders", "num_windows": 4096}
+    ample = plan_for(SMALL, **many)
+    tight = plan_for(SMALL, ample.peak_bytes - ample.store_bytes, **many)
+    assert (ample.store, tight.store) == ("memory", "file")
+    assert tight.disk_bytes - ample.disk_bytes == 5 * tight.store_bytes
+    assert ample.peak_bytes - tight.peak_bytes == 5 * tight.store_bytes

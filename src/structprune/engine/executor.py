@@ -116,19 +116,51 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
     result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
+    scope = sum(block.module_parameters(group) for block in layout.blocks for group in job.groups(block))
+    return finish(job, run, writer, meter, config, result.outcome, scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a walk over the blocks left, beside the shards."""
+
+    reports: list[BlockReport]
+    kept_indices: Mapping[str, Any]
+    """What the manifest says was kept of which block."""
+    dense_NSD: Tensor
+    """Last hidden states of the reported windows."""
+    pruned_NSD: Tensor
+    reused: ReusedStatistics | None = None
+    """What an earlier run had measured for this one."""
+
+
+def finish(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    scope_parameters: int,
+) -> PruneReport:
+    """All that follows the last block's shard: the other tensors, config, report, manifest; last the index.
+
+    `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
+    """
+    checkpoint = writer.directory
     release_free_memory()
-    dense_perplexity, pruned_perplexity = _perplexities(job, result.dense_NSD, result.pruned_NSD)
+    perplexities = _perplexities(job, outcome.dense_NSD, outcome.pruned_NSD)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(checkpoint, job.stock.family.name)
     write_companions(job.reader.directory, checkpoint, config)
-    report = _report(job, run, writer, meter, found, result.reports, dense_perplexity, pruned_perplexity)
+    report = _report(job, run, writer, meter, outcome, perplexities, scope_parameters)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": job.recipe.model_dump(mode="json"),
         "source_fingerprint": report.source_fingerprint,
         "calibration": report.calibration.model_dump(mode="json"),
-        "kept_indices": result.kept_indices,
+        "kept_indices": outcome.kept_indices,
         "versions": report.versions,
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
@@ -142,15 +174,11 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
-    """What one pass over the blocks left, beside the shards."""
+    """One pass over the blocks."""
 
-    reports: list[BlockReport]
-    kept_indices: dict[str, dict[str, list[int]]]
+    outcome: Outcome
     costs: list[dict[str, Tensor]]
     """Per block, kind -> cost of each removal on the pruned stream; of a rehearsal only."""
-    dense_NSD: Tensor
-    """Last hidden states of the reported windows."""
-    pruned_NSD: Tensor
 
 
 def _prune_blocks(
@@ -195,11 +223,14 @@ def _prune_blocks(
             line = _block_line(reports[-1]) if reports else f"block {block.index}"
             observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
         return _Pass(
-            reports=reports,
-            kept_indices=kept_indices,
+            outcome=Outcome(
+                reports=reports,
+                kept_indices=kept_indices,
+                dense_NSD=dense.read(0, job.num_probe).clone(),
+                pruned_NSD=store.read(0, job.num_probe).clone(),
+                reused=None if found is None else found.reused,
+            ),
             costs=costs,
-            dense_NSD=dense.read(0, job.num_probe).clone(),
-            pruned_NSD=store.read(0, job.num_probe).clone(),
         )
 
 
@@ -222,6 +253,16 @@ def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
+    """Sum over tokens of the negative log-likelihood, a few logits at a time; may be NaN or infinite."""
+    total = 0.0
+    for start in range(0, len(hidden_TD), LOGIT_TOKENS):
+        logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
+        total += float(nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum"))
+    return total
+
+
+@torch.no_grad()
 def _perplexities(job: Job, dense_NSD: Tensor, pruned_NSD: Tensor) -> tuple[float, float]:
     """Perplexity of the first `num_probe` calibration windows, dense and pruned, from final hidden states."""
     tensors = job.reader.read(job.stock.head_tensors())
@@ -230,13 +271,7 @@ def _perplexities(job: Job, dense_NSD: Tensor, pruned_NSD: Tensor) -> tuple[floa
     result: list[float] = []
     for hidden_NSD in (dense_NSD, pruned_NSD):
         hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(job.device)
-        total = 0.0
-        for start in range(0, len(hidden_TD), LOGIT_TOKENS):
-            logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
-            total += float(
-                nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum")
-            )
-        mean = total / len(hidden_TD)
+        mean = summed_loss(head, hidden_TD, labels_T) / len(hidden_TD)
         if not mean < 700:
             raise NumericalError(
                 "the model's output on the calibration text is NaN, infinite or absurdly large",
@@ -261,14 +296,13 @@ def _report(
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
-    found: Surveyed | None,
-    blocks: list[BlockReport],
-    dense: float,
-    pruned: float,
+    outcome: Outcome,
+    perplexities: tuple[float, float],
+    scope_parameters: int,
 ) -> PruneReport:
     layout = job.stock.layout
+    dense, pruned = perplexities
     removed = layout.num_parameters - writer.num_parameters
-    scope = sum(block.module_parameters(group) for block in layout.blocks for group in job.groups(block))
     return PruneReport(
         output=str(run.output),
         source=job.source,
@@ -293,7 +327,7 @@ def _report(
             parameters_after=writer.num_parameters,
             bytes_before=job.reader.file_bytes,
             bytes_after=writer.file_bytes,
-            removed_share_of_scope=removed / scope,
+            removed_share_of_scope=removed / scope_parameters,
             removed_share_of_blocks=removed / layout.block_parameters,
             removed_share_of_model=removed / layout.num_parameters,
         ),
@@ -305,10 +339,8 @@ def _report(
             store=job.plan.store,
             micro_batch_windows=job.plan.micro_batch_windows,
         ),
-        blocks=blocks,
-        reused=None
-        if found is None or not found.reused_seconds
-        else ReusedStatistics(seconds=found.reused_seconds, peak_bytes=found.reused_peak_bytes),
+        blocks=outcome.reports,
+        reused=outcome.reused,
         wall_seconds=time.perf_counter() - job.started,
         versions={
             "structprune": importlib.metadata.version("structprune"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -70,6 +71,10 @@ class PlanRequest:
     """Whether the sums of some windows are kept apart to choose the ridge."""
     iterates: bool = False
     """Whether an iterative solver holds tokens of some windows."""
+    num_stores: int | None = None
+    """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
+    compares: Literal["nothing", "borders", "losses"] = "nothing"
+    """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -108,7 +113,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     item = request.compute_dtype.itemsize
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
-    num_stores = 2 if request.follows_dense else 1
+    num_stores = request.num_stores or (2 if request.follows_dense else 1)
     small = _RUNTIME_BYTES + 2 * request.num_probe * request.seq_len * hidden * item
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
@@ -123,11 +128,18 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     activations = micro_batch * request.seq_len * _activation_width(block, hidden) * item
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
+    # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
+    in_use = {
+        name: stored + (cast_bytes if (cast_bytes := torch.Size(shape).numel() * item) != stored else 0)
+        for name, shape in request.layout.outer_tensors.items()
+        for stored in (outer[name],)
+    }
     embedding = sum(
         size
-        for name, size in outer.items()
+        for name, size in in_use.items()
         if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
     )
+    head = max(in_use.values())
     phases = {
         "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
@@ -136,10 +148,17 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         # By now the hidden states are gone, but for the few windows of the perplexity.
         "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
         "perplexity of the calibration text": small
-        + max(outer.values())
+        + head
         + _CHUNK_BYTES
         + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
     }
+    if request.compares == "borders":
+        # Both states, their unit vectors and one difference in float32.
+        states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
+        phases["angular distances"] = resident + 2 * weights + cast + states
+    if request.compares == "losses":
+        logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
+        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
     if request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
@@ -172,7 +191,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                     small
                     + (store_bytes if store == "memory" else 0)
                     + gradient
-                    + max(outer.values())
+                    + head
                     + _CHUNK_BYTES
                     + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
                 )

@@ -16,8 +16,9 @@ from structprune.calibration.select import fingerprint
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.survey import Costs, survey, survey_scores
-from structprune.files import write_json
+from structprune.files import write_text
 from structprune.memory import PeakMeter
+from structprune.report.schema import ReusedStatistics
 
 _COSTS_NAME = "costs.safetensors"
 _DONE_NAME = "survey.json"
@@ -29,9 +30,8 @@ class Surveyed:
 
     costs: Costs
     folder: Path
-    reused_seconds: float = 0.0
-    """What it took the run that measured it; 0 if this one did."""
-    reused_peak_bytes: int = 0
+    reused: ReusedStatistics | None = None
+    """What it took the run that measured it; None if this one did."""
 
 
 def surveyed(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Surveyed:
@@ -42,13 +42,12 @@ def surveyed(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Su
     folder = job.shared / _key(job)
     done = folder / _DONE_NAME
     if done.exists():
-        facts = json.loads(done.read_text(encoding="utf-8"))
-        observer.note(f"the dense model's measurements are taken over from an earlier run ({facts['seconds']:.0f} s)")
+        reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
+        observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
         return Surveyed(
             costs=_unpacked(job, load_file(str(folder / _COSTS_NAME))),
             folder=folder,
-            reused_seconds=facts["seconds"],
-            reused_peak_bytes=facts["peak_bytes"],
+            reused=reused,
         )
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,8 +55,8 @@ def surveyed(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Su
     started = time.perf_counter()
     costs = measure(job, partial, observer)
     save_file(_packed(costs), str(partial / _COSTS_NAME))
-    facts = {"seconds": time.perf_counter() - started, "peak_bytes": meter.peak_so_far()}
-    write_json(partial / _DONE_NAME, facts)
+    spent = ReusedStatistics(seconds=time.perf_counter() - started, peak_bytes=meter.peak_so_far())
+    write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
     return Surveyed(costs=costs, folder=folder)
 

@@ -12,6 +12,7 @@ METHODS: Registry[Method] = Registry(
         "flap": "structprune.methods.flap:FLAP",
         "fasp": "structprune.methods.fasp:FASP",
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
+        "depth": "structprune.methods.depth:DEPTH",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",
         "random": "structprune.methods.random:RANDOM",
     },

@@ -10,7 +10,7 @@ from structprune.types import UnitKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A composition; the engine runs any of them in the same block loop."""
+    """A composition; the engine runs all those of one walk in the same block loop."""
 
     name: str
     title: str
@@ -18,7 +18,7 @@ class Method:
     summary: str
     provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
     score: str
-    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`."""
+    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth walk, one of `BLOCK_SCORES`."""
     allocator: str
     solver: str
     needs_statistics: bool
@@ -31,3 +31,5 @@ class Method:
     damping: float | Literal["auto"] = 1e-4
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""
+    walk: Literal["units", "depth"] = "units"
+    """Which loop of the engine runs it: units of every block, or whole blocks (`engine/depth.py`)."""

@@ -30,9 +30,10 @@ class CalibrationReport(_Frozen):
 
 
 class BlockReport(_Frozen):
-    """One unit group of one block."""
+    """One unit group of one block, or with kind `block` the block as a whole."""
 
     block: int
+    """Its number in the source."""
     kind: str
     num_units: int
     kept_units: int

@@ -1,0 +1,189 @@
+"""The walk that removes whole blocks: measure, choose, then copy the rest under new numbers; one block at a time.
+
+Nothing here belongs to units: a block is taken or left, so there is no allocation and nothing to solve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import replace
+
+from structprune.architectures.stock import StockModel
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.block_choice import BLOCK_SCORES, Choice, load_block
+from structprune.engine.embed import embed, open_store
+from structprune.engine.executor import Outcome, finish
+from structprune.engine.job import Job
+from structprune.engine.observer import Observer
+from structprune.engine.planner import PlanRequest
+from structprune.errors import InputError, UnsupportedError
+from structprune.exporters.depth import shallower_config
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.methods.method import Method
+from structprune.recipe import Recipe
+from structprune.report.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import ModelLayout
+
+
+def num_removed(sparsity: float, layout: ModelLayout) -> int:
+    """The smallest number of blocks, which are all alike, that holds at least `sparsity` of the blocks' parameters."""
+    # The epsilon keeps 0.3 * 10 from becoming 4 blocks through binary rounding.
+    return math.ceil(sparsity * len(layout.blocks) - 1e-9)
+
+
+def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
+    """The recipe with every entry filled. Raises UnsupportedError for settings without a meaning for whole blocks.
+
+    Raises InputError for an unknown score, or where fewer blocks may go than must.
+    """
+    score = BLOCK_SCORES.check(recipe.score or method.score)
+    blocks = stock.layout.blocks
+    if "scope" in recipe.model_fields_set and recipe.scope != "all":
+        raise UnsupportedError(
+            f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
+        )
+    only = {
+        "solver": method.solver,
+        "allocator": method.allocator,
+        "target": method.target,
+        "structure": "uniform",
+        "damping": method.damping,
+        "temperature": method.temperature,
+        "multiple_of": 1,
+        **{
+            name: Recipe.model_fields[name].default
+            for name in ("head_units", "min_retention", "outer_iterations", "allow_block_removal")
+        },
+        **(
+            {}
+            if score == "measured-loss"
+            else {"sensitivity_samples": Recipe.model_fields["sensitivity_samples"].default}
+        ),
+    }
+    for name, value in only.items():
+        given = getattr(recipe, name)
+        if given is not None and given != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedError(
+                f"{flag} has no meaning for whole blocks chosen by {score!r}",
+                got=str(given).lower() if isinstance(given, bool) else given,
+                wanted=f"no {flag}",
+            )
+    if any(block.shapes != blocks[0].shapes for block in blocks):
+        raise UnsupportedError(
+            "the source's blocks have different widths",
+            wanted="equal blocks",
+            do="remove blocks first, units afterwards",
+        )
+    remove = num_removed(recipe.sparsity, stock.layout)
+    free = len(blocks) - recipe.protect_first - recipe.protect_last
+    if recipe.sparsity > 0 and free < 1:
+        raise InputError(
+            "every block is protected",
+            got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
+            wanted=f"fewer than {len(blocks)} together",
+        )
+    if remove > min(free, len(blocks) - 1):
+        raise InputError(
+            "no block would be left" if remove >= len(blocks) else "more blocks would have to go than are unprotected",
+            got=f"sparsity {recipe.sparsity:g}, which is {remove} of {len(blocks)} blocks",
+            wanted=f"at most {min(free, len(blocks) - 1)}",
+            do="lower --sparsity or protect fewer blocks",
+        )
+    # What cannot be written is refused before anything is measured.
+    shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
+    return recipe.model_copy(update={**only, "scope": "all", "score": score})
+
+
+def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
+    """The bytes' side of the walk: how many borders' hidden states are kept, and of how many windows."""
+    remove = num_removed(recipe.sparsity, request.layout)
+    free = len(request.layout.blocks) - recipe.protect_first - recipe.protect_last
+    request = replace(request, needs_statistics=False)
+    if remove == 0:
+        return replace(request, num_windows=request.num_probe)
+    if recipe.score == "measured-loss":
+        windows = min(recipe.sensitivity_samples, request.num_windows)
+        return replace(request, num_windows=windows, num_stores=free + 1, compares="losses")
+    return replace(request, num_stores=remove + 1, compares="borders")
+
+
+def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Choose the blocks that go and write the others into `run`'s staging directory.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
+    checkpoint = run.staging / "checkpoint"
+    checkpoint.mkdir()
+    layout = job.stock.layout
+    remove = num_removed(job.recipe.sparsity, layout)
+    choice = Choice(removed=frozenset(), statistics={})
+    if remove:
+        choice = BLOCK_SCORES.get(job.score)(job, remove, run.staging, observer)
+        assert len(choice.removed) == remove
+        release_free_memory()
+    kept = [block.index for block in layout.blocks if block.index not in choice.removed]
+    writer = CheckpointWriter(checkpoint, len(kept) + 2)
+    outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
+    config = shallower_config(job.reader.config, job.stock.config, kept)
+    return finish(job, run, writer, meter, config, outcome, layout.block_parameters)
+
+
+def _write_blocks(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    kept: list[int],
+    choice: Choice,
+    meter: PeakMeter,
+    observer: Observer,
+) -> Outcome:
+    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept."""
+    blocks = job.stock.layout.blocks
+    reports: list[BlockReport] = []
+    with contextlib.ExitStack() as stack:
+        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        stack.callback(dense.close)
+        pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
+        stack.callback(pruned.close)
+        propagator = embed(job, {dense: job.num_probe, pruned: job.num_probe})
+        observer.start("write", len(blocks))
+        for block in blocks:
+            started = time.perf_counter()
+            tensors, module = load_block(job, block)
+            propagator.run(module, block.index, dense, write=True)
+            stays = block.index in kept
+            if stays:
+                propagator.run(module, block.index, pruned, write=True)
+                number = kept.index(block.index)
+                prefix = f"{job.stock.layout.blocks_module}.{number}."
+                shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
+                run.record("block", index=block.index, shard=shard)
+            reports.append(
+                BlockReport(
+                    block=block.index,
+                    kind="block",
+                    num_units=1,
+                    kept_units=int(stays),
+                    error_mask_only=None,
+                    error=None,
+                    status="ok" if stays else "removed",
+                    statistics=choice.statistics.get(block.index, {}),
+                    objective=[],
+                    seconds=time.perf_counter() - started,
+                )
+            )
+            del tensors, module
+            release_free_memory()
+            state = "kept" if stays else "removed"
+            observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
+        return Outcome(
+            reports=reports,
+            kept_indices={"blocks": kept},
+            dense_NSD=dense.read(0, job.num_probe),
+            pruned_NSD=pruned.read(0, job.num_probe),
+        )
