@@ -21,7 +21,8 @@ from structprune.engine.embed import embed
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
 from structprune.engine.planner import PrunePlan
-from structprune.engine.survey import backward, load_sensitivity, loss_gradient, survey
+from structprune.engine.survey import backward, load_sensitivity, survey
+from structprune.engine.walk import loss_gradient
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 
@@ -104,7 +105,7 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
         module = job.stock.block(block.index, job.reader.read(block.shapes, block.prefix))
         propagator.run(module, block.index, store, write=True)
     gradient = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
-    loss_gradient(job, store, gradient)
+    loss_gradient(job, store, gradient, "sampled")
     for block in reversed(job.stock.layout.blocks):
         backward(job, block, propagator, borders[block.index], gradient)
 

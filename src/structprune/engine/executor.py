@@ -28,7 +28,8 @@ from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
-from structprune.engine.survey import Costs, load_sensitivity, survey, survey_scores
+from structprune.engine.survey import load_sensitivity, survey, survey_scores
+from structprune.engine.walk import Costs
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
