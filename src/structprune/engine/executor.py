@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.survey import load_sensitivity, survey, survey_scores
+from structprune.engine.taylor import load_taylor, survey_taylor
 from structprune.engine.walk import Costs
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
@@ -37,6 +39,7 @@ from structprune.files import write_json
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.report.schema import BlockReport, CalibrationReport, MemoryReport, PruneReport, SizeReport
 from structprune.runs.directory import RunDirectory
+from structprune.types import Surveyed
 
 MANIFEST_NAME = "pruning_manifest.json"
 REPORT_NAME = "pruning_report.json"
@@ -67,6 +70,8 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
         for group in (block.group(kind),)
     ]
     assert job.recipe.temperature is not None
+    assert job.recipe.protect_first is not None
+    assert job.recipe.protect_last is not None
     num_blocks = len(job.stock.layout.blocks)
     options = AllocationOptions(
         sparsity=job.recipe.sparsity,
@@ -82,6 +87,30 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
     return kept
 
 
+def _survey(job: Job, folder: Path, observer: Observer) -> Costs | None:
+    """What the method measures on the dense model first."""
+    match job.method.survey:
+        case "none":
+            return None
+        case "scores":
+            return survey_scores(job, folder, observer)
+        case "loss":
+            return survey(job, folder, observer)
+        case "taylor":
+            return survey_taylor(job, folder, observer)
+
+
+def _surveyed(job: Job, folder: Path, block: int) -> dict[str, Surveyed]:
+    """Kind -> what the survey left for the decision in one block."""
+    match job.method.survey:
+        case "none" | "scores":
+            return {}
+        case "loss":
+            return {kind: Surveyed(sensitivity_OO=F_OO) for kind, F_OO in load_sensitivity(folder, block).items()}
+        case "taylor":
+            return {kind: Surveyed(taylor=sums) for kind, sums in load_taylor(folder, block).items()}
+
+
 def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Prune block after block into `run`'s staging directory and turn it into the output.
 
@@ -92,10 +121,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
     checkpoint = staging / "checkpoint"
     checkpoint.mkdir()
-    costs = None
-    if job.method.survey != "none":
-        measure = survey if job.method.survey == "loss" else survey_scores
-        costs = measure(job, staging / SURVEY, observer)
+    costs = _survey(job, staging / SURVEY, observer)
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
     config = _output_config(job, kept_units)
@@ -172,8 +198,8 @@ def _prune_blocks(
         observer.start(phase, len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
-            sensitivities = load_sensitivity(run.staging / SURVEY, block.index) if job.method.survey == "loss" else {}
-            outcome = prune_block(job, block, num_keep, streams, sensitivities, reprice=writer is None)
+            surveyed = _surveyed(job, run.staging / SURVEY, block.index)
+            outcome = prune_block(job, block, num_keep, streams, surveyed, reprice=writer is None)
             if writer is not None:
                 shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
                 run.record("block", index=block.index, shard=shard)

@@ -28,7 +28,7 @@ from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments
+from structprune.types import BlockLayout, Moments, Surveyed
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
@@ -141,6 +141,7 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
         moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
-        problem = layer_problem(job, block, group, tensors, [moments], sensitivities[group.kind])
+        surveyed = Surveyed(sensitivity_OO=sensitivities[group.kind])
+        problem = layer_problem(job, block, group, tensors, [moments], surveyed)
         result[group.kind] = removal_path(problem, group.num_units).cost
     return result
