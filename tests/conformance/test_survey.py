@@ -29,8 +29,9 @@ from structprune.engine.observer import SilentObserver
 from structprune.engine.planner import PrunePlan
 from structprune.engine.problem import layer_problem
 from structprune.engine.survey import backward, load_sensitivity, survey
-from structprune.engine.taylor import load_taylor, survey_taylor
+from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
 from structprune.engine.walk import load_block, loss_gradient
+from structprune.errors import NumericalError
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.scores import SCORES
@@ -230,3 +231,15 @@ def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
         problem = layer_problem(job, block, group, load_block(job, block)[0], [])
         assert problem.gram_II.shape == (problem.weight_OI.shape[1],) * 2
         assert problem.gram_II.untyped_storage().nbytes() <= 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_gradients_that_are_not_finite_are_an_error(value: float, tiny_llama: Path) -> None:
+    """Also those whose square overflows."""
+    job = job_for(tiny_llama, "llm-pruner")
+    border, gradient = (MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32) for _ in range(2))
+    propagator = embed(job, {border: NUM_WINDOWS})
+    gradient.write(0, torch.full((NUM_WINDOWS, SEQ_LEN, 32), value))
+    block = job.stock.layout.blocks[0]
+    with pytest.raises(NumericalError, match=r"block 0: a gradient by '.*weight' is NaN or infinite"):
+        weight_sums(job, block, load_block(job, block)[1], propagator, border, gradient)

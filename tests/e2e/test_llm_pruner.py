@@ -20,6 +20,7 @@ from structprune.architectures.stock import load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import consecutive_windows
 from structprune.cli import main
+from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.scores import TAYLOR
@@ -192,3 +193,20 @@ def test_bfloat16(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     wide, half = kept_indices(tmp_path / "wide"), kept_indices(tmp_path / "half")
     for block in wide:
         assert len(set(wide[block]["mlp"]) & set(half[block]["mlp"])) >= 26
+
+
+def test_gradients_by_the_weights_are_in_the_plan(text_file: Path, tmp_path: Path) -> None:
+    """An MLP wide enough that what is held with its gradients passes every other phase."""
+    wide = {"hidden_size": 512, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY_MODELS, "wide", lambda: LlamaForCausalLM(llama_config(**wide)))
+        source = save_tiny("wide", tmp_path / "model", dtype=torch.bfloat16)
+    changes = {"dtype": "bfloat16", "num_samples": 3, "sensitivity_samples": 3, "multiple_of": 32}
+    memory = pruned(source, tmp_path / "out", text_file, **changes).memory
+    others = [num_bytes for phase, num_bytes in memory.phases.items() if phase != "survey: backward"]
+    # 12 million weights: two float32 sums and one window's gradients.
+    assert memory.planned_peak_bytes > max(others) + 12 * 10**6 * (4 + 4 + 2)
+    assert max(others) < memory.measured_peak_bytes <= memory.planned_peak_bytes
+    tight = changes | {"memory": memory.planned_peak_bytes - 2**20}
+    with pytest.raises(MemoryBudgetError, match="phase 'survey: backward'"):
+        pruned(source, tmp_path / "tight", text_file, **tight)
