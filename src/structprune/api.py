@@ -34,7 +34,7 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
-from structprune.scores import SCORES, SELECTORS
+from structprune.scores import SCORES, SELECTORS, TAYLOR
 from structprune.solvers import ITERATIVE
 from structprune.types import UNIT_KINDS, ModelLayout, UnitGroup
 
@@ -130,6 +130,7 @@ def prune(
             num_probe=min(num_probe, num_windows),
             needs_statistics=checked.method.needs_statistics,
             needs_survey=checked.method.survey == "loss",
+            needs_weight_gradients=checked.method.survey == "taylor",
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
             iterates=recipe.solver in ITERATIVE,
@@ -175,11 +176,12 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
         temperature = method.temperature if allocator == method.allocator else 0.0
     # Nothing removed leaves nothing to correct: the dense path is the model's own.
     target = (recipe.target or method.target) if recipe.sparsity > 0 else "local"
-    num_protected = recipe.protect_first + recipe.protect_last
+    protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
+    num_protected = protect_first + protect_last
     if num_protected and num_protected >= len(stock.layout.blocks):
         raise InputError(
             "every block is protected",
-            got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
+            got=f"--protect-first {protect_first}, --protect-last {protect_last}",
             wanted=f"fewer than {len(stock.layout.blocks)} together",
         )
     score = _check_score(recipe.score or method.score, method)
@@ -234,6 +236,12 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="an allocator that weighs blocks, such as closed-form",
         )
+    if recipe.outer_iterations and method.survey != "loss":
+        raise UnsupportedError(
+            f"outer iterations price removals again by greedy removal, in another unit than {method.name!r} does",
+            got=f"--outer-iterations {recipe.outer_iterations}",
+            wanted="--outer-iterations 0, or --method structprune",
+        )
     if recipe.allow_block_removal and allocator == "uniform":
         raise UnsupportedError(
             "the uniform allocator takes the same share of every block, so it removes none",
@@ -249,14 +257,39 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             "damping": damping,
             "score": score,
             "solver": solver,
+            "protect_first": protect_first,
+            "protect_last": protect_last,
         }
     )
+
+
+def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[int, int]:
+    """Blocks at the start and at the end that lose nothing: the recipe's numbers, else the method's.
+
+    The method protects none where nothing is removed, or where uniform widths were asked for.
+    """
+    default = (0, 0)
+    if recipe.sparsity > 0 and recipe.structure != "uniform":
+        default = method.protected_blocks(num_blocks)
+    given = (recipe.protect_first, recipe.protect_last)
+    first, last = (value if value is not None else other for value, other in zip(given, default, strict=True))
+    return first, last
 
 
 def _check_score(score: str, method: Method) -> str:
     """`score` if `method` measures what it reads. Raises InputError for an unknown name, UnsupportedError else."""
     (SCORES | SELECTORS).check(score)
-    if score != method.score and not method.needs_statistics:
+    if score in TAYLOR and method.survey != "taylor":
+        raise UnsupportedError(
+            f"score {score!r} needs gradients by the weights, which {method.name!r} does not measure",
+            wanted="another --score, or --method llm-pruner",
+        )
+    if method.survey == "taylor" and score not in TAYLOR:
+        raise UnsupportedError(
+            f"method {method.name!r} measures gradients by the weights, which score {score!r} does not read",
+            wanted=f"--score {', '.join(TAYLOR)}",
+        )
+    if score != method.score and not method.needs_statistics and method.survey == "none":
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
         )

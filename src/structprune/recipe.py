@@ -54,8 +54,12 @@ class Recipe(BaseModel):
         default=0, ge=0, description="times that prices are measured again on the pruned model and shared out anew"
     )
     allow_block_removal: bool = Field(default=False, description="a block may lose its whole attention or MLP")
-    protect_first: int = Field(default=0, ge=0, description="blocks at the start that lose nothing")
-    protect_last: int = Field(default=0, ge=0, description="blocks at the end that lose nothing")
+    protect_first: int | None = Field(
+        default=None, ge=0, description="blocks at the start that lose nothing; None: the method's"
+    )
+    protect_last: int | None = Field(
+        default=None, ge=0, description="blocks at the end that lose nothing; None: the method's"
+    )
     sensitivity_samples: int = Field(
         default=12, ge=1, description="windows of the streamed backward pass, or of measured losses"
     )

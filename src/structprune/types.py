@@ -189,6 +189,32 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaylorSums:
+    """Sums over all weights w of each unit's slices, per unit, float64.
+
+    g is the mean over calibration windows of the gradient of the window's mean loss, g2 the mean of its square.
+    """
+
+    signed_U: Tensor
+    """Sum of w g."""
+    first_U: Tensor
+    """Sum of |w g|."""
+    second_U: Tensor
+    """Sum of w^2 g2."""
+    mixed_U: Tensor
+    """Sum of |w g - 1/2 w^2 g2|."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """What the survey of the dense model leaves for one half of a block, beside the price of its removals."""
+
+    sensitivity_OO: Tensor | None = None
+    """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""
+    taylor: TaylorSums | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProblem:
     """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
 
@@ -217,6 +243,8 @@ class LayerProblem:
     """The part of the sums above whose windows choose the ridge; None: `damping` is the ridge."""
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token; None where not measured."""
+    taylor: TaylorSums | None = None
+    """None where no gradient by the weights was measured."""
 
     @property
     def num_units(self) -> int:

@@ -21,7 +21,7 @@ from structprune.registry import Registry
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
-from structprune.types import LayerProblem, UnitKind
+from structprune.types import LayerProblem, TaylorSums, UnitKind
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "method": METHODS,
@@ -91,6 +91,7 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
         width=1,
         damping=1e-4,
         producer_norm_U=torch.ones(6),
+        taylor=TaylorSums(**dict.fromkeys(("signed_U", "first_U", "second_U", "mixed_U"), torch.arange(6.0))),
     )
     blind = replace(problem, gram_II=torch.eye(6), sum_I=torch.zeros(6, dtype=torch.float64))
 
@@ -103,6 +104,21 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
 
     same = all(torch.equal(a, b) for a, b in zip(pruned(problem), pruned(blind), strict=True))
     assert method.needs_statistics == (not same)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_some_block_is_never_protected(name: str) -> None:
+    method = METHODS.get(name)
+    for num_blocks in range(1, 129):
+        first, last = method.protected_blocks(num_blocks)
+        assert 0 <= first + last < num_blocks
+    assert method.protected_blocks(1) == method.protected_blocks(2) == (0, 0)
+
+
+def test_llm_pruner_leaves_the_outer_blocks_alone() -> None:
+    """Blocks 4 to 29 of LLaMA-7B are pruned; shorter models protect fewer blocks."""
+    sizes = {32: (4, 2), 30: (3, 1), 16: (2, 1), 12: (1, 0), 7: (0, 0)}
+    assert {size: METHODS.get("llm-pruner").protected_blocks(size) for size in sizes} == sizes
 
 
 @pytest.mark.parametrize("kind", list(REGISTRIES))

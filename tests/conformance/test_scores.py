@@ -5,16 +5,16 @@ Shape suffixes: T tokens, O outputs, I inputs, U units.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from structprune.scores import SCORES, SELECTORS
+from structprune.scores import SCORES, SELECTORS, TAYLOR
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, TaylorSums
 
 # Scores that depend on the problem's numbers.
 READING = [name for name in SCORES if name != "random"]
@@ -33,7 +33,18 @@ def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32)
         damping=1e-4,
         producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
         sensitivity_OO=gradient_TO.T @ gradient_TO / 40,
+        taylor=TaylorSums(
+            signed_U=torch.randn(num_units, generator=generator, dtype=torch.float64),
+            first_U=torch.rand(num_units, generator=generator, dtype=torch.float64) + 0.5,
+            second_U=torch.rand(num_units, generator=generator, dtype=torch.float64) + 0.5,
+            mixed_U=torch.rand(num_units, generator=generator, dtype=torch.float64) + 0.5,
+        ),
     )
+
+
+def sums_of(problem: LayerProblem) -> dict[str, Tensor]:
+    assert problem.taylor is not None
+    return {field.name: getattr(problem.taylor, field.name) for field in fields(TaylorSums)}
 
 
 def by_hand(width: int, producer_norm_U: Tensor) -> LayerProblem:
@@ -71,6 +82,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         gram_II=problem.gram_II[order_I][:, order_I],
         sum_I=None if problem.sum_I is None else problem.sum_I[order_I],
         producer_norm_U=problem.producer_norm_U[order_U],
+        taylor=TaylorSums(**{field: sum_U[order_U] for field, sum_U in sums_of(problem).items()}),
     )
     score = SCORES.get(name)
     torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-5, atol=0)
@@ -82,6 +94,8 @@ def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
     problem = make_problem(6, width)
     problem.weight_OI[:, 2 * width : 3 * width] = 0
     problem.producer_norm_U[2] = 0
+    for sum_U in sums_of(problem).values():
+        sum_U[2] = 0
     score_U = SCORES.get(name)(problem)
     assert score_U[2] == 0
     assert score_U.ne(0).sum() == 5
@@ -160,6 +174,29 @@ def test_loss_with_equal_sensitivities_is_obs(width: int) -> None:
 def test_loss_without_a_sensitivity_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs the output sensitivity"):
         SCORES.get("loss")(replace(make_problem(6, 1), sensitivity_OO=None))
+
+
+def test_taylor_scores_by_hand() -> None:
+    taylor = TaylorSums(
+        signed_U=torch.tensor([-3.0, 1.0, 2.0]),
+        first_U=torch.tensor([4.0, 1.0, 2.5]),
+        second_U=torch.tensor([0.5, 0.25, 1.0]),
+        mixed_U=torch.tensor([3.75, 0.875, 2.0]),
+    )
+    problem = replace(by_hand(1, torch.ones(3)), taylor=taylor)
+    found = {name: SCORES.get(name)(problem).tolist() for name in TAYLOR}
+    assert found == {
+        "taylor-vector": [3.0, 1.0, 2.0],
+        "taylor-first": [4.0, 1.0, 2.5],
+        "taylor-second": [0.5, 0.25, 1.0],
+        "taylor-mix": [3.75, 0.875, 2.0],
+    }
+
+
+@pytest.mark.parametrize("name", TAYLOR)
+def test_taylor_without_gradients_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="need gradients by the weights"):
+        SCORES.get(name)(replace(make_problem(6, 1), taylor=None))
 
 
 @pytest.mark.parametrize("num_keep", [0, 1, 3, 6])

@@ -1,10 +1,15 @@
-"""The streamed backward pass gives whole-model autograd's gradients, and the sensitivities that follow from them."""
+"""The streamed backward pass gives whole-model autograd's gradients, and the sensitivities and sums that follow.
+
+Shape suffix: U units.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +23,26 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.store import MemoryStore
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.embed import embed
+from structprune.engine.executor import allocate
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
 from structprune.engine.planner import PrunePlan
-from structprune.engine.survey import backward, load_sensitivity, loss_gradient, survey
+from structprune.engine.problem import layer_problem
+from structprune.engine.survey import backward, load_sensitivity, survey
+from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
+from structprune.engine.walk import load_block, loss_gradient
+from structprune.errors import NumericalError
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
+from structprune.scores import SCORES
+from structprune.types import HeadUnits, Surveyed, TaylorSums
 
 NUM_WINDOWS, SEQ_LEN = 3, 24
 
 
-def job_for(directory: Path) -> Job:
+def job_for(directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any) -> Job:
     reader = CheckpointReader(directory)
-    stock = StockModel(reader)
+    stock = StockModel(reader, head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
         budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
@@ -39,8 +51,12 @@ def job_for(directory: Path) -> Job:
         source="tiny",
         reader=reader,
         stock=stock,
-        recipe=Recipe(method="structprune", sensitivity_samples=NUM_WINDOWS, damping=1e-2, multiple_of=1),
-        method=METHODS.get("structprune"),
+        recipe=Recipe.build(
+            method=method,
+            score=changes.pop("score", METHODS.get(method).score),
+            **{"sensitivity_samples": NUM_WINDOWS, "damping": 1e-2, "multiple_of": 1, **changes},
+        ),
+        method=METHODS.get(method),
         kinds=tuple(g.kind for g in stock.groups),
         plan=plan,
         calibration_name="test",
@@ -104,7 +120,7 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
         module = job.stock.block(block.index, job.reader.read(block.shapes, block.prefix))
         propagator.run(module, block.index, store, write=True)
     gradient = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
-    loss_gradient(job, store, gradient)
+    loss_gradient(job, store, gradient, "sampled")
     for block in reversed(job.stock.layout.blocks):
         backward(job, block, propagator, borders[block.index], gradient)
 
@@ -124,3 +140,106 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
         expected = embedded[-1].grad
         assert expected is not None
         assert float((gradient.read(window, window + 1) - expected).norm() / expected.norm()) < 1e-5
+
+
+SUMS = [field.name for field in fields(TaylorSums)]
+
+
+def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    """(block, kind) -> the sums of every unit, weight by weight from whole-model gradients of the stock loss."""
+    model = AutoModelForCausalLM.from_pretrained(job.reader.directory, attn_implementation="sdpa").eval().double()
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for window in range(num_windows):
+        ids_BS = job.windows.ids_NS[window : window + 1]
+        model.zero_grad()
+        model(input_ids=ids_BS, labels=ids_BS).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            mean[name] += parameter.grad / num_windows
+            square[name] += parameter.grad.square() / num_windows
+    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for block in job.stock.layout.blocks:
+        for group in block.groups:
+            sums = {name: torch.zeros(group.num_units, dtype=torch.float64) for name in SUMS}
+            for unit in range(group.num_units):
+                for part in group.slices:
+                    name = block.prefix + part.tensor
+                    if name.endswith("bias"):
+                        continue
+                    rows = part.indices(torch.tensor([unit]))
+                    w, g, g2 = (
+                        t.detach().index_select(part.axis, rows).flatten()
+                        for t in (model.get_parameter(name), mean[name], square[name])
+                    )
+                    sums["signed_U"][unit] += w @ g
+                    sums["first_U"][unit] += (w * g).abs().sum()
+                    sums["second_U"][unit] += w.square() @ g2
+                    sums["mixed_U"][unit] += (w * g - 0.5 * w * g2 * w).abs().sum()
+            found[block.index, group.kind] = sums
+    return found
+
+
+def assert_sums_are_those_of_autograd(job: Job, folder: Path) -> None:
+    survey_taylor(job, folder, SilentObserver())
+    for (index, kind), expected in sums_by_autograd(job, job.recipe.sensitivity_samples).items():
+        found = load_taylor(folder, index)[kind]
+        for name in SUMS:
+            difference = (getattr(found, name) - expected[name]).norm()
+            assert float(difference / expected[name].norm()) < 1e-4, (index, kind, name)
+
+
+def test_taylor_sums_equal_whole_model_autograd(tiny: Path, tmp_path: Path) -> None:
+    assert_sums_are_those_of_autograd(job_for(tiny, "llm-pruner"), tmp_path / "survey")
+
+
+def test_taylor_sums_of_query_heads(tiny_llama: Path, tmp_path: Path) -> None:
+    """One query head of every KV group: its q rows and o columns, not the shared keys and values."""
+    assert_sums_are_those_of_autograd(job_for(tiny_llama, "llm-pruner", "query-head"), tmp_path / "survey")
+
+
+def test_taylor_sums_are_of_the_first_windows(tiny_llama: Path, tmp_path: Path) -> None:
+    assert_sums_are_those_of_autograd(job_for(tiny_llama, "llm-pruner", sensitivity_samples=1), tmp_path / "survey")
+
+
+@pytest.mark.parametrize("score", ["taylor-first", "taylor-mix"])
+def test_taylor_costs_are_the_scores_in_ascending_order(score: str, tiny_llama: Path, tmp_path: Path) -> None:
+    job = job_for(tiny_llama, "llm-pruner", score=score)
+    costs = survey_taylor(job, tmp_path / "survey", SilentObserver())
+    for block in job.stock.layout.blocks:
+        sums = load_taylor(tmp_path / "survey", block.index)
+        for group in block.groups:
+            tensors, _ = load_block(job, block)
+            problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.kind]))
+            score_U = SCORES.get(score)(problem)
+            assert costs[group.kind][block.index].tolist() == sorted(score_U.tolist())
+
+
+def test_closed_form_is_one_ranking_of_all_blocks(tiny_llama: Path, tmp_path: Path) -> None:
+    changes = {"allocator": "closed-form", "temperature": 0.0, "sparsity": 0.25, "min_retention": 0.01}
+    job = job_for(tiny_llama, "llm-pruner", score="taylor-first", protect_first=0, protect_last=0, **changes)
+    job = replace(job, kinds=("mlp",))
+    costs = survey_taylor(job, tmp_path / "survey", SilentObserver())
+    lowest = torch.cat(costs["mlp"]).sort(stable=True).indices[:24]
+    assert allocate(job, costs) == {"mlp": [48 - int((lowest // 48 == block).sum()) for block in range(2)]}
+
+
+def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
+    job = job_for(tiny_llama, "llm-pruner", "query-head")
+    block = job.stock.layout.blocks[0]
+    for group in block.groups:
+        problem = layer_problem(job, block, group, load_block(job, block)[0], [])
+        assert problem.gram_II.shape == (problem.weight_OI.shape[1],) * 2
+        assert problem.gram_II.untyped_storage().nbytes() <= 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_gradients_that_are_not_finite_are_an_error(value: float, tiny_llama: Path) -> None:
+    """Also those whose square overflows."""
+    job = job_for(tiny_llama, "llm-pruner")
+    border, gradient = (MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32) for _ in range(2))
+    propagator = embed(job, {border: NUM_WINDOWS})
+    gradient.write(0, torch.full((NUM_WINDOWS, SEQ_LEN, 32), value))
+    block = job.stock.layout.blocks[0]
+    with pytest.raises(NumericalError, match=r"block 0: a gradient by '.*weight' is NaN or infinite"):
+        weight_sums(job, block, load_block(job, block)[1], propagator, border, gradient)

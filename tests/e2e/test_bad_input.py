@@ -177,6 +177,40 @@ def test_scores_that_a_method_cannot_feed(refused: Refused, tiny_llama: Path) ->
     assert "measures nothing that a score could read" in refused(tiny_llama, "--method", "magnitude", "--score", "l2")
 
 
+def test_taylor_scores_need_a_method_that_measures_gradients(refused: Refused, tiny_llama: Path) -> None:
+    for method in ("fasp", "structprune", "flap", "magnitude"):
+        message = refused(tiny_llama, "--method", method, "--score", "taylor-first")
+        assert message == (
+            f"score 'taylor-first' needs gradients by the weights, which '{method}' does not measure; "
+            "wanted another --score, or --method llm-pruner."
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--score", "wanda"), "measures gradients by the weights, which score 'wanda' does not read"),
+        (("--score", "magnitude"), "wanted --score taylor-vector, taylor-first, taylor-second, taylor-mix"),
+        (("--score", "greedy"), "measures gradients by the weights, which score 'greedy' does not read"),
+        (("--solver", "least-squares"), "measures nothing that a solver could use; wanted --solver mask-only"),
+        (("--solver", "bias"), "measures nothing that a solver could use; wanted --solver mask-only"),
+        (("--target", "dense-path"), "solves nothing, so it has no target; wanted --target local"),
+        (("--allocator", "closed-form", "--structure", "uniform"), "gives every block its own width"),
+        (("--allocator", "closed-form", "--outer-iterations", "1"), "in another unit than 'llm-pruner' does"),
+        (("--allow-block-removal",), "takes the same share of every block"),
+        (("--protect-first", "1", "--structure", "uniform"), "protected blocks keep another width than the others"),
+        (("--protect-first", "2"), "every block is protected; got --protect-first 2, --protect-last 0"),
+    ],
+    ids=str,
+)
+def test_what_llm_pruner_cannot_do(flags: tuple[str, ...], expected: str, refused: Refused, tiny_llama: Path) -> None:
+    assert expected in refused(tiny_llama, "--method", "llm-pruner", *flags)
+
+
+def test_prices_of_another_unit_have_no_outer_iterations(refused: Refused, tiny_llama: Path) -> None:
+    assert "in another unit than 'flap' does" in refused(tiny_llama, "--method", "flap", "--outer-iterations", 1)
+
+
 def test_protection_of_every_block(refused: Refused, tiny_llama: Path) -> None:
     message = refused(tiny_llama, "--protect-first", 1, "--protect-last", 1)
     assert message == (

@@ -328,7 +328,7 @@ def test_report_and_manifest(
     assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
     resolvable = ("memory", "damping", "score", "allocator", "temperature", "solver", "target", "structure")
-    settings = dict.fromkeys(resolvable)
+    settings = dict.fromkeys((*resolvable, "protect_first", "protect_last"))
     assert resolved.model_copy(update=settings) == asked
     assert None not in resolved.model_dump().values()
     assert manifest["calibration"] == written["calibration"]

@@ -192,6 +192,20 @@ def test_an_iterative_solver_has_its_phase() -> None:
     assert all(plan.phases[name] >= without.phases[name] for name in without.phases)
 
 
+def test_gradients_by_the_weights_are_counted() -> None:
+    plan = plan_for(LLAMA_7B, needs_statistics=False, needs_weight_gradients=True, sensitivity_windows=12)
+    without = plan_for(LLAMA_7B, needs_statistics=False)
+    assert set(plan.phases) - set(without.phases) == {"survey: backward", "survey: loss"}
+    # The block, one window's gradients and two sums of the three matrices of the MLP, in float32.
+    block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
+    assert plan.phases["survey: backward"] > (block + 3 * mlp) * 4
+    # Attention is not in scope, and no Gram is.
+    assert plan.phases["survey: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
+    assert all(plan.phases[name] == without.phases[name] for name in without.phases)
+    # The windows at every border.
+    assert plan.disk_bytes - without.disk_bytes == 32 * 12 * 256 * 4096 * 4
+
+
 def test_held_out_sums_are_counted() -> None:
     plain, held_out = plan_for(LLAMA_7B), plan_for(LLAMA_7B, holds_out=True)
     assert held_out.phases["statistics (mlp)"] - plain.phases["statistics (mlp)"] == 11008**2 * 4

@@ -73,9 +73,11 @@ def prune(
         ),
     ] = None,
     protect_first: Annotated[
-        int | None, typer.Option(help="Blocks at the start that lose nothing.  [default: 0]")
+        int | None, typer.Option(help="Blocks at the start that lose nothing.  [default: the method's]")
     ] = None,
-    protect_last: Annotated[int | None, typer.Option(help="Blocks at the end that lose nothing.  [default: 0]")] = None,
+    protect_last: Annotated[
+        int | None, typer.Option(help="Blocks at the end that lose nothing.  [default: the method's]")
+    ] = None,
     sensitivity_samples: Annotated[
         int | None, typer.Option(help="Windows of the streamed backward pass, or of measured losses.  [default: 12]")
     ] = None,

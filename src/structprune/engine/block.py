@@ -23,7 +23,7 @@ from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, UnitGroup, UnitKind
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, Surveyed, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def prune_block(
     block: BlockLayout,
     num_keep: Mapping[str, int],
     streams: Streams,
-    sensitivities: Mapping[str, Tensor],
+    surveyed: Mapping[str, Surveyed],
     *,
     reprice: bool = False,
 ) -> BlockOutcome:
@@ -76,7 +76,7 @@ def prune_block(
                     streams,
                     tensors,
                     num_keep[kind],
-                    sensitivities.get(kind),
+                    surveyed.get(kind),
                     kept,
                     reprice=reprice,
                 )
@@ -126,7 +126,7 @@ def _prune_half(
     streams: Streams,
     tensors: Mapping[str, Tensor],
     num_keep: int,
-    sensitivity_OO: Tensor | None,
+    surveyed: Surveyed | None,
     kept: Mapping[str, list[int]],
     *,
     reprice: bool,
@@ -137,7 +137,7 @@ def _prune_half(
     if job.method.needs_statistics:
         reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
-    problem = layer_problem(job, block, group, tensors, measured, sensitivity_OO)
+    problem = layer_problem(job, block, group, tensors, measured, surveyed)
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
     errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
     cost_U = removal_path(problem, group.num_units).cost if reprice else None

@@ -57,7 +57,8 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
     """
     blocks = job.stock.layout.blocks
     num_windows = len(job.windows.ids_NS)
-    last = len(blocks) - job.recipe.protect_last
+    protect_first, protect_last = job.protected
+    last = len(blocks) - protect_last
     distances: dict[int, float] = {}
     with contextlib.ExitStack() as stack:
         ring: list[HiddenStore] = []
@@ -74,11 +75,11 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
             for start, stop in propagator.batches(0, num_windows):
                 output_BSD = propagator.forward(module, block.index, before, start, stop)
                 after.write(start, output_BSD.cpu())
-                if first >= job.recipe.protect_first:
+                if first >= protect_first:
                     input_BSD = ring[first % len(ring)].read(start, stop).to(job.device)
                     total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
             detail = f"block {block.index}"
-            if first >= job.recipe.protect_first:
+            if first >= protect_first:
                 distances[first] = total / job.windows.ids_NS.numel()
                 detail = f"blocks {first} to {block.index}  distance {distances[first]:.4f}"
             del module
@@ -101,7 +102,8 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
     """
     num_windows = min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
     blocks = job.stock.layout.blocks
-    may_go = range(job.recipe.protect_first, len(blocks) - job.recipe.protect_last)
+    protect_first, protect_last = job.protected
+    may_go = range(protect_first, len(blocks) - protect_last)
     removed: list[int] = []
     statistics: dict[int, dict[str, float]] = {}
     with contextlib.ExitStack() as stack:

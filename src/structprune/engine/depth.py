@@ -79,11 +79,12 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
             do="remove blocks first, units afterwards",
         )
     remove = num_removed(recipe.sparsity, stock.layout)
-    free = len(blocks) - recipe.protect_first - recipe.protect_last
+    protect_first, protect_last = recipe.protect_first or 0, recipe.protect_last or 0
+    free = len(blocks) - protect_first - protect_last
     if recipe.sparsity > 0 and free < 1:
         raise InputError(
             "every block is protected",
-            got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
+            got=f"--protect-first {protect_first}, --protect-last {protect_last}",
             wanted=f"fewer than {len(blocks)} together",
         )
     if remove > min(free, len(blocks) - 1):
@@ -95,13 +96,14 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         )
     # What cannot be written is refused before anything is measured.
     shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
-    return recipe.model_copy(update={**only, "scope": "all", "score": score})
+    protect = {"protect_first": protect_first, "protect_last": protect_last}
+    return recipe.model_copy(update={**only, **protect, "scope": "all", "score": score})
 
 
 def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
     """The bytes' side of the walk: how many borders' hidden states are kept, and of how many windows."""
     remove = num_removed(recipe.sparsity, request.layout)
-    free = len(request.layout.blocks) - recipe.protect_first - recipe.protect_last
+    free = len(request.layout.blocks) - (recipe.protect_first or 0) - (recipe.protect_last or 0)
     request = replace(request, needs_statistics=False)
     if remove == 0:
         return replace(request, num_windows=request.num_probe)

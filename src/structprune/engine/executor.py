@@ -28,8 +28,8 @@ from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
-from structprune.engine.shared import Surveyed, surveyed
-from structprune.engine.survey import Costs, load_sensitivity
+from structprune.engine.shared import Survey, survey_dense
+from structprune.engine.walk import Costs
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
@@ -74,14 +74,14 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
         for group in (block.group(kind),)
     ]
     assert job.recipe.temperature is not None
+    protect_first, protect_last = job.protected
     num_blocks = len(job.stock.layout.blocks)
     options = AllocationOptions(
         sparsity=job.recipe.sparsity,
         min_retention=job.recipe.min_retention,
         temperature=job.recipe.temperature,
         allow_removal=job.recipe.allow_block_removal,
-        protected=frozenset(range(job.recipe.protect_first))
-        | frozenset(range(num_blocks - job.recipe.protect_last, num_blocks)),
+        protected=frozenset(range(protect_first)) | frozenset(range(num_blocks - protect_last, num_blocks)),
     )
     kept: dict[str, list[int]] = {kind: [0] * num_blocks for kind in job.kinds}
     for budget, num_keep in zip(budgets, ALLOCATORS.get(job.recipe.allocator)(budgets, options), strict=True):
@@ -99,7 +99,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
     checkpoint = staging / "checkpoint"
     checkpoint.mkdir()
-    found = None if job.method.survey == "none" else surveyed(job, staging / SURVEY, meter, observer)
+    found = survey_dense(job, staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
@@ -184,7 +184,7 @@ class _Pass:
 def _prune_blocks(
     job: Job,
     run: RunDirectory,
-    found: Surveyed | None,
+    found: Survey | None,
     writer: CheckpointWriter | None,
     kept_units: dict[str, list[int]],
     meter: PeakMeter,
@@ -208,10 +208,8 @@ def _prune_blocks(
         observer.start(phase, len(blocks))
         for block in blocks:
             num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
-            sensitivities = (
-                load_sensitivity(found.folder, block.index) if found is not None and job.method.survey == "loss" else {}
-            )
-            outcome = prune_block(job, block, num_keep, streams, sensitivities, reprice=writer is None)
+            surveyed = {} if found is None else found.of_block(block.index)
+            outcome = prune_block(job, block, num_keep, streams, surveyed, reprice=writer is None)
             if writer is not None:
                 shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
                 run.record("block", index=block.index, shard=shard)

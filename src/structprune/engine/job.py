@@ -70,6 +70,13 @@ class Job:
         return self.solver == "bias"
 
     @property
+    def protected(self) -> tuple[int, int]:
+        """Blocks at the start and at the end that lose nothing."""
+        assert self.recipe.protect_first is not None
+        assert self.recipe.protect_last is not None
+        return self.recipe.protect_first, self.recipe.protect_last
+
+    @property
     def num_held_out(self) -> int:
         """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
         return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0

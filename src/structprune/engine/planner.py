@@ -65,6 +65,9 @@ class PlanRequest:
     """Windows whose perplexity is reported."""
     needs_statistics: bool
     needs_survey: bool = False
+    """Whether the survey brings the gradient of the loss to the consumers' outputs."""
+    needs_weight_gradients: bool = False
+    """Whether the survey sums the gradients by a block's weights."""
     follows_dense: bool = False
     sensitivity_windows: int = 0
     holds_out: bool = False
@@ -159,6 +162,24 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     if request.compares == "losses":
         logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
         phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
+    # Of the windows of the backward pass, at one block border.
+    gradient = request.sensitivity_windows * request.seq_len * hidden * 4
+    if request.needs_survey or request.needs_weight_gradients:
+        # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
+        kept = 3 * request.seq_len * _activation_width(block, hidden) * item
+        phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
+        phases["survey: loss"] = (
+            small
+            + (store_bytes if store == "memory" else 0)
+            + gradient
+            + head
+            + _CHUNK_BYTES
+            + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
+        )
+    if request.needs_weight_gradients:
+        sizes = _weight_sizes(block, request.groups)
+        # One window's gradients, two sums in float32, and a weight with its products when they are added up.
+        phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
     if request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
@@ -182,19 +203,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # weights, targets and updates.
                 greedy = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
                 solve = max(solve, greedy)
-                gradient = request.sensitivity_windows * request.seq_len * hidden * 4
                 phases[f"survey: costs ({group.kind})"] = small + gradient + weights + greedy
-                # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
-                kept = 3 * request.seq_len * _activation_width(block, hidden) * item
-                phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
-                phases["survey: loss"] = (
-                    small
-                    + (store_bytes if store == "memory" else 0)
-                    + gradient
-                    + head
-                    + _CHUNK_BYTES
-                    + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
-                )
             kept_apart = gram + cross if request.holds_out else 0
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
             phases[f"statistics ({group.kind})"] += kept_apart
@@ -227,7 +236,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     model_bytes = sum(request.stored_bytes.values())
     borders = (
         (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
-        if request.needs_survey
+        if request.needs_survey or request.needs_weight_gradients
         else 0
     )
     grams = (
@@ -247,6 +256,12 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
 
 def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:
     return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
+
+
+def _weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int]:
+    """Elements of each weight of the block that shrinks with one of the groups."""
+    names = {part.tensor for group in groups for part in group.slices}
+    return [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
 
 
 def _activation_width(block: BlockLayout, hidden: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structprune.architectures.stock import producer_norms
 from structprune.engine.job import Job
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, UnitGroup
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Surveyed, UnitGroup
 
 
 def layer_problem(
@@ -21,15 +21,17 @@ def layer_problem(
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
     measured: Sequence[Moments],
-    sensitivity_OO: Tensor | None = None,
+    surveyed: Surveyed | None = None,
 ) -> LayerProblem:
     """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit."""
+    surveyed = surveyed or Surveyed()
     order_I = group.consumer.indices(torch.arange(group.num_units))
     weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I]
-    if not measured:
-        measured = [Moments(gram_II=torch.eye(weight_OI.shape[1]), num_tokens=1)]
     if group.consumer.repeat > 1:
         measured = [part.reordered(order_I) for part in measured]
+    if not measured:
+        # Nothing reads it, and the plan has no bytes for it: zeros without memory of their own.
+        measured = [Moments(gram_II=torch.zeros(()).expand(len(order_I), len(order_I)), num_tokens=1)]
     total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
     return LayerProblem(
         weight_OI=weight_OI,
@@ -43,5 +45,6 @@ def layer_problem(
         target_energy=total.target_energy,
         seed=job.recipe.seed * 1_000_003 + block.index * len(UNIT_KINDS) + UNIT_KINDS.index(group.kind),
         held_out=measured[1] if len(measured) > 1 else None,
-        sensitivity_OO=sensitivity_OO,
+        sensitivity_OO=surveyed.sensitivity_OO,
+        taylor=surveyed.taylor,
     )

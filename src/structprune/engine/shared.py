@@ -1,4 +1,4 @@
-"""The survey of the dense model, measured here or taken over from another run that measured the same."""
+"""What a method measures on the dense model first, here or in an earlier run that asked the same."""
 
 from __future__ import annotations
 
@@ -15,50 +15,77 @@ from torch import Tensor
 from structprune.calibration.select import fingerprint
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.survey import Costs, survey, survey_scores
+from structprune.engine.survey import load_sensitivity, survey, survey_scores
+from structprune.engine.taylor import load_taylor, survey_taylor
+from structprune.engine.walk import Costs
 from structprune.files import write_text
 from structprune.memory import PeakMeter
 from structprune.report.schema import ReusedStatistics
+from structprune.types import Surveyed
 
 _COSTS_NAME = "costs.safetensors"
 _DONE_NAME = "survey.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surveyed:
-    """What the survey found, and where its sensitivities are."""
+class Survey:
+    """What was found, and where the rest of it lies."""
 
+    kind: str
+    """As in `Method.survey`."""
     costs: Costs
     folder: Path
     reused: ReusedStatistics | None = None
     """What it took the run that measured it; None if this one did."""
 
+    def of_block(self, block: int) -> dict[str, Surveyed]:
+        """Kind of unit -> what the decision in one block reads."""
+        match self.kind:
+            case "loss":
+                found = load_sensitivity(self.folder, block)
+                return {kind: Surveyed(sensitivity_OO=F_OO) for kind, F_OO in found.items()}
+            case "taylor":
+                return {kind: Surveyed(taylor=sums) for kind, sums in load_taylor(self.folder, block).items()}
+            case _:
+                return {}
 
-def surveyed(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Surveyed:
+
+def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Survey | None:
     """Measure into `folder`, or with `job.shared` into a place where later runs of the same question find it."""
-    measure = survey if job.method.survey == "loss" else survey_scores
+    kind = job.method.survey
+    if kind == "none":
+        return None
     if job.shared is None:
-        return Surveyed(costs=measure(job, folder, observer), folder=folder)
+        return Survey(kind=kind, costs=_measure(job, folder, observer), folder=folder)
     folder = job.shared / _key(job)
     done = folder / _DONE_NAME
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
         observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
-        return Surveyed(
-            costs=_unpacked(job, load_file(str(folder / _COSTS_NAME))),
-            folder=folder,
-            reused=reused,
-        )
+        costs = _unpacked(job, load_file(str(folder / _COSTS_NAME)))
+        return Survey(kind=kind, costs=costs, folder=folder, reused=reused)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     job.shared.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    costs = measure(job, partial, observer)
+    costs = _measure(job, partial, observer)
     save_file(_packed(costs), str(partial / _COSTS_NAME))
     spent = ReusedStatistics(seconds=time.perf_counter() - started, peak_bytes=meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
-    return Surveyed(costs=costs, folder=folder)
+    return Survey(kind=kind, costs=costs, folder=folder)
+
+
+def _measure(job: Job, folder: Path, observer: Observer) -> Costs:
+    match job.method.survey:
+        case "none":
+            raise AssertionError("nothing to measure")
+        case "scores":
+            return survey_scores(job, folder, observer)
+        case "loss":
+            return survey(job, folder, observer)
+        case "taylor":
+            return survey_taylor(job, folder, observer)
 
 
 def _key(job: Job) -> str:
@@ -68,7 +95,7 @@ def _key(job: Job) -> str:
         "source": job.reader.fingerprint(),
         "windows": fingerprint(job.windows),
         "survey": job.method.survey,
-        "score": job.score if job.method.survey == "scores" else None,
+        "score": None if job.method.survey == "loss" else job.score,
         "kinds": job.kinds,
         "head_units": recipe.head_units,
         "damping": job.damping,

@@ -1,80 +1,54 @@
 """The survey: what each removal would cost the loss, measured on the dense model before anything is pruned.
 
-Pass 1 runs the dense blocks forward over all windows and keeps one Gram matrix per block on disk. Pass 2 walks the
-blocks in reverse with the hidden states of some windows: each block is recomputed and differentiated, so the exact
-gradient of the loss reaches every block border while one block is in memory. From it comes the output sensitivity
-F = E[g g^T] (labels sampled from the model: the true Fisher), and with it the removal costs that allocators read.
+Forward over all windows one Gram matrix per block is kept on disk. The streamed backward pass (`engine/walk.py`) brings
+the exact gradient of the loss to every consumer's output. From it comes the output sensitivity F = E[g g^T] (labels
+sampled from the model: the true Fisher), and with it the removal costs that allocators read.
 
-Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary, U units, I consumer inputs, O outputs.
+Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I consumer inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from structprune.architectures.sampler import draw_tokens
-from structprune.architectures.stock import output_tensor
-from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, observed
+from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments
-
-Costs = dict[str, list[Tensor]]
-"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
+from structprune.types import BlockLayout, Moments, Surveyed
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_sensitivity`)."""
     folder.mkdir()
-    num_windows, seq_len = job.windows.ids_NS.shape
-    hidden = job.stock.layout.hidden_size
-    store = open_store(job, folder / "hidden.bin", num_windows)
-    num_blocks = len(job.stock.layout.blocks)
-    num_sensitivity = min(job.recipe.sensitivity_samples, num_windows)
-    with contextlib.ExitStack() as stack:
-        stack.callback(store.close)
-        propagator = embed(job, {store: num_windows})
-        observer.start("survey: forward", num_blocks)
-        borders: list[FileStore] = []
-        for block in job.stock.layout.blocks:
-            border = FileStore(folder / f"border-{block.index}.bin", (num_sensitivity, seq_len, hidden), job.dtype)
-            stack.callback(border.close)
-            borders.append(border)
-            for start in range(num_sensitivity):
-                border.write(start, store.read(start, start + 1))
-            moments = _measure(job, block, _module(job, block)[1], propagator, store)
-            save_file({k: m.gram_II for k, m in moments.items()}, str(folder / f"gram-{block.index}.safetensors"))
-            del moments
-            release_free_memory()
-            observer.advance(f"block {block.index}")
-        gradient = MemoryStore((num_sensitivity, seq_len, hidden), torch.float32)
-        loss_gradient(job, store, gradient)
-        store.close()
-        release_free_memory()
-        observer.start("survey: backward", num_blocks)
-        costs: Costs = {kind: [] for kind in job.kinds}
-        for block in reversed(job.stock.layout.blocks):
-            sensitivities = backward(job, block, propagator, borders[block.index], gradient)
-            save_file(sensitivities, str(folder / f"sensitivity-{block.index}.safetensors"))
-            found = _costs(job, block, folder, sensitivities)
-            for kind in job.kinds:
-                costs[kind].insert(0, found.get(kind, torch.empty(0)))
-            release_free_memory()
-            observer.advance(f"block {block.index}")
+    costs: Costs = {kind: [] for kind in job.kinds}
+
+    def measure(block: BlockLayout, propagator: Propagator, store: HiddenStore) -> None:
+        moments = _measure(job, block, load_block(job, block)[1], propagator, store)
+        save_file({k: m.gram_II for k, m in moments.items()}, str(folder / f"gram-{block.index}.safetensors"))
+
+    def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
+        sensitivities = backward(job, block, propagator, border, gradient)
+        save_file(sensitivities, str(folder / f"sensitivity-{block.index}.safetensors"))
+        found = _costs(job, block, folder, sensitivities)
+        for kind in job.kinds:
+            costs[kind].insert(0, found.get(kind, torch.empty(0)))
+
+    num_windows = len(job.windows.ids_NS)
+    walk(job, folder, observer, num_windows=num_windows, labels="sampled", forward=measure, backward=price)
     return costs
 
 
@@ -89,7 +63,7 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
         propagator = embed(job, {store: num_windows})
         observer.start("survey: scores", len(job.stock.layout.blocks))
         for block in job.stock.layout.blocks:
-            tensors, module = _module(job, block)
+            tensors, module = load_block(job, block)
             moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
@@ -105,11 +79,6 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
 def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
     """Kind -> F (O, O) of one block, as `survey` left it."""
     return load_file(str(folder / f"sensitivity-{block}.safetensors"))
-
-
-def _module(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
-    tensors = job.reader.read(block.shapes, block.prefix)
-    return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
 
 
 def _measure(
@@ -129,39 +98,14 @@ def _measure(
     }
 
 
-def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore) -> None:
-    """Fill `gradient` with the derivative of the summed loss by the last hidden states of its windows.
-
-    Labels are drawn from the model's own prediction at each position, so E[g g^T] is the true Fisher information.
-    """
-    tensors = job.reader.read(job.stock.head_tensors())
-    head = job.stock.head({n: t.to(job.device, job.dtype) for n, t in tensors.items()})
-    generator = torch.Generator(device=job.device).manual_seed(job.recipe.seed)
-    num_windows, seq_len, hidden = gradient.shape
-    for window in range(num_windows):
-        hidden_SD = final.read(window, window + 1)[0].to(job.device)
-        gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
-        # The last position predicts a token outside the window and takes no part, as in the perplexity.
-        for start in range(0, seq_len - 1, LOGIT_TOKENS):
-            stop = min(start + LOGIT_TOKENS, seq_len - 1)
-            part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
-            logits_TV = head(part_TD).float()
-            labels_T = draw_tokens(logits_TV.detach(), generator)[:, 0]
-            loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-            gradient_SD[start:stop] = torch.autograd.grad(loss, part_TD)[0].float()
-        gradient.write(window, gradient_SD[None].cpu())
-
-
 def backward(
     job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
 ) -> dict[str, Tensor]:
-    """Move `gradient` from the block's output to its input; return F of each group's consumer output, (O, O).
-
-    One window at a time: the block is recomputed from its stored input and differentiated.
-    """
-    _, module = _module(job, block)
+    """Move `gradient` from the block's output to its input; return F of each group's consumer output, (O, O)."""
+    _, module = load_block(job, block)
+    groups = job.groups(block)
     hidden_size = job.stock.layout.hidden_size
-    accumulators = {group.kind: GramAccumulator(hidden_size, job.device) for group in job.groups(block)}
+    accumulators = {group.kind: GramAccumulator(hidden_size, job.device) for group in groups}
     outputs: dict[str, Tensor] = {}
 
     def keep(kind: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -170,21 +114,18 @@ def backward(
 
         return hook
 
-    handles = [module.get_submodule(g.consumer_module).register_forward_hook(keep(g.kind)) for g in job.groups(block)]
-    for window in range(gradient.shape[0]):
-        hidden_BSD = border.read(window, window + 1).to(job.device).requires_grad_(True)
-        gradient_BSD = gradient.read(window, window + 1).to(job.device, job.dtype)
-        with torch.enable_grad():
-            output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
-            wanted = [hidden_BSD, *(outputs[group.kind] for group in job.groups(block))]
-            found = torch.autograd.grad(output_BSD, wanted, gradient_BSD)
-        # Sensitivities first: an additive consumer's gradient is the block's own, a view of what is overwritten.
-        for group, grad_BSD in zip(job.groups(block), found[1:], strict=True):
+    for group in groups:
+        module.get_submodule(group.consumer_module).register_forward_hook(keep(group.kind))
+
+    def update(found: Sequence[Tensor]) -> None:
+        for group, grad_BSD in zip(groups, found, strict=True):
             accumulators[group.kind].update(grad_BSD.reshape(-1, hidden_size))
-        gradient.write(window, found[0].float().cpu())
         outputs.clear()
-    for handle in handles:
-        handle.remove()
+
+    def wanted() -> list[Tensor]:
+        return [outputs[group.kind] for group in groups]
+
+    differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
     return {
         kind: (a.finalize(f"gradient of block {block.index} {kind}") / a.num_tokens).cpu()
         for kind, a in accumulators.items()
@@ -200,6 +141,7 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
         moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
-        problem = layer_problem(job, block, group, tensors, [moments], sensitivities[group.kind])
+        surveyed = Surveyed(sensitivity_OO=sensitivities[group.kind])
+        problem = layer_problem(job, block, group, tensors, [moments], surveyed)
         result[group.kind] = removal_path(problem, group.num_units).cost
     return result

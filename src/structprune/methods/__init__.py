@@ -10,6 +10,7 @@ METHODS: Registry[Method] = Registry(
         "spap": "structprune.methods.spap:SPAP",
         "osscar": "structprune.methods.osscar:OSSCAR",
         "flap": "structprune.methods.flap:FLAP",
+        "llm-pruner": "structprune.methods.llm_pruner:LLM_PRUNER",
         "fasp": "structprune.methods.fasp:FASP",
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
         "depth": "structprune.methods.depth:DEPTH",

@@ -23,8 +23,11 @@ class Method:
     solver: str
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
-    survey: Literal["none", "scores", "loss"] = "none"
-    """What is measured on the dense model first: nothing, each unit's score, or what its removals cost the loss."""
+    survey: Literal["none", "scores", "loss", "taylor"] = "none"
+    """What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
+    gradient of the loss by its weights."""
+    protect: tuple[float, float] = (0.0, 0.0)
+    """Shares of the blocks, at the start and at the end, that lose nothing unless the recipe says how many."""
     temperature: float = 0.0
     """Of the method's own allocator."""
     target: Literal["local", "dense-path"] = "local"
@@ -33,3 +36,8 @@ class Method:
     """Unit kinds that this version of the method removes."""
     walk: Literal["units", "depth"] = "units"
     """Which loop of the engine runs it: units of every block, or whole blocks (`engine/depth.py`)."""
+
+    def protected_blocks(self, num_blocks: int) -> tuple[int, int]:
+        """Blocks at the start and at the end that lose nothing by default: the shares, rounded down."""
+        first, last = self.protect
+        return int(first * num_blocks), int(last * num_blocks)

@@ -19,8 +19,14 @@ SCORES: Registry[Score] = Registry(
         "l2": "structprune.scores.activations:l2",
         "obs": "structprune.scores.activations:obs",
         "loss": "structprune.scores.activations:loss",
+        "taylor-vector": "structprune.scores.taylor:vector",
+        "taylor-first": "structprune.scores.taylor:first",
+        "taylor-second": "structprune.scores.taylor:second",
+        "taylor-mix": "structprune.scores.taylor:mix",
     },
 )
+TAYLOR = ("taylor-vector", "taylor-first", "taylor-second", "taylor-mix")
+"""Those that read gradients by the weights, and nothing else."""
 
 Selector = Callable[[LayerProblem, int], Tensor]
 

@@ -1,0 +1,145 @@
+"""The streamed backward pass: the gradient of the loss at every block border, one block in memory at a time.
+
+Forward, the hidden states of some windows are kept on disk at every border. Then the blocks are visited in reverse:
+each is recomputed from its stored input and differentiated, so the exact gradient moves on by one border. What is
+measured on the way, forward and in reverse, is the caller's.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.sampler import draw_tokens
+from structprune.architectures.stock import output_tensor
+from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.engine.embed import embed, open_store
+from structprune.engine.job import Job
+from structprune.engine.observer import Observer
+from structprune.engine.planner import LOGIT_TOKENS
+from structprune.engine.propagate import Propagator
+from structprune.memory import release_free_memory
+from structprune.types import BlockLayout
+
+Costs = dict[str, list[Tensor]]
+"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
+Labels = Literal["sampled", "text"]
+"""The loss is that of labels drawn from the model's own prediction, or of the calibration text's next tokens."""
+Forward = Callable[[BlockLayout, Propagator, HiddenStore], None]
+"""(block, micro-batch loop, store): moves the store from the block's input to its output."""
+Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore], None]
+"""(block, micro-batch loop, the block's stored input, gradient): moves the gradient from the output to the input."""
+
+
+def walk(
+    job: Job,
+    folder: Path,
+    observer: Observer,
+    *,
+    num_windows: int,
+    labels: Labels,
+    forward: Forward,
+    backward: Backward,
+) -> None:
+    """Visit every block forward with the first `num_windows` windows, then in reverse with the gradient of the loss.
+
+    The gradient is that of the first `sensitivity_samples` windows. What the walk itself puts into `folder` is gone at
+    its end.
+    """
+    blocks = job.stock.layout.blocks
+    shape = (num_gradient_windows(job), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, folder / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        propagator = embed(job, {store: num_windows})
+        observer.start("survey: forward", len(blocks))
+        borders: list[FileStore] = []
+        for block in blocks:
+            border = FileStore(folder / f"border-{block.index}.bin", shape, job.dtype)
+            stack.callback(border.close)
+            borders.append(border)
+            for start in range(shape[0]):
+                border.write(start, store.read(start, start + 1))
+            forward(block, propagator, store)
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+        gradient = MemoryStore(shape, torch.float32)
+        loss_gradient(job, store, gradient, labels)
+        store.close()
+        release_free_memory()
+        observer.start("survey: backward", len(blocks))
+        for block in reversed(blocks):
+            backward(block, propagator, borders[block.index], gradient)
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+
+
+def num_gradient_windows(job: Job) -> int:
+    """Windows of the backward pass, the first ones."""
+    return min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
+
+
+def load_block(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
+    """The block's tensors as stored, and the stock layer with them in the dtype of the forward passes."""
+    tensors = job.reader.read(block.shapes, block.prefix)
+    return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+
+
+def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: Labels) -> None:
+    """Fill `gradient` with the derivative of the summed loss by the last hidden states of its windows.
+
+    With labels drawn from the model's own prediction at each position E[g g^T] is the true Fisher information.
+    """
+    tensors = job.reader.read(job.stock.head_tensors())
+    head = job.stock.head({n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+    generator = torch.Generator(device=job.device).manual_seed(job.recipe.seed)
+    num_windows, seq_len, hidden = gradient.shape
+    for window in range(num_windows):
+        hidden_SD = final.read(window, window + 1)[0].to(job.device)
+        ids_S = job.windows.ids_NS[window].to(job.device)
+        gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
+        # The last position predicts a token outside the window and takes no part, as in the perplexity.
+        for start in range(0, seq_len - 1, LOGIT_TOKENS):
+            stop = min(start + LOGIT_TOKENS, seq_len - 1)
+            part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
+            logits_TV = head(part_TD).float()
+            drawn = labels == "sampled"
+            labels_T = draw_tokens(logits_TV.detach(), generator)[:, 0] if drawn else ids_S[start + 1 : stop + 1]
+            loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+            gradient_SD[start:stop] = torch.autograd.grad(loss, part_TD)[0].float()
+        gradient.write(window, gradient_SD[None].cpu())
+
+
+def differentiate(
+    job: Job,
+    block: BlockLayout,
+    module: nn.Module,
+    propagator: Propagator,
+    border: HiddenStore,
+    gradient: HiddenStore,
+    *,
+    wanted: Callable[[], Sequence[Tensor]],
+    receive: Callable[[Sequence[Tensor]], None],
+) -> None:
+    """Move `gradient` from the block's output to its input, one window at a time.
+
+    `wanted` is asked after each window's forward pass; the loss's derivatives by these tensors go to `receive`, which
+    may not keep them: one may be a view of what is overwritten next.
+    """
+    for window in range(gradient.shape[0]):
+        hidden_BSD = border.read(window, window + 1).to(job.device).requires_grad_(True)
+        gradient_BSD = gradient.read(window, window + 1).to(job.device, job.dtype)
+        with torch.enable_grad():
+            output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
+            found = torch.autograd.grad(output_BSD, [hidden_BSD, *wanted()], gradient_BSD)
+        receive(found[1:])
+        gradient.write(window, found[0].float().cpu())
+        # Derivatives by weights are as large as the block: those of two windows are not to be held at once.
+        del found, output_BSD
