@@ -28,7 +28,7 @@ from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
-from structprune.memory import PeakMeter, format_budget, format_bytes
+from structprune.memory import PeakMeter, format_budget, format_bytes, keep_large_blocks_apart
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -138,6 +138,7 @@ def prune(
         )
         return make_plan(depth_request(request, recipe) if checked.method.walk == "depth" else request, recipe.memory)
 
+    keep_large_blocks_apart()
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
         name, windows = _windows(checked, plan, observer)
@@ -200,6 +201,12 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
+    if recipe.shrinkage and score not in SELECTORS and method.survey != "loss":
+        raise UnsupportedError(
+            f"score {score!r} does not remove units one after the other, so it counts on no correlations",
+            got=f"--shrinkage {recipe.shrinkage:g}",
+            wanted="--score greedy, or --method structprune",
+        )
     if damping == "auto" and recipe.num_samples < 2 and method.needs_statistics:
         raise InputError(
             "one window cannot both fit and choose the ridge",
@@ -255,6 +262,7 @@ def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) 
             "target": target,
             "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
             "damping": damping,
+            "shrinkage": recipe.shrinkage if recipe.shrinkage is not None else method.shrinkage,
             "score": score,
             "solver": solver,
             "protect_first": protect_first,

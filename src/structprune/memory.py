@@ -13,6 +13,8 @@ import psutil
 
 from structprune.errors import InputError
 
+# From malloc.h.
+_M_MMAP_THRESHOLD = -3
 _UNITS = {
     "": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", "k", "m", "g", "t"))},
@@ -63,6 +65,17 @@ def release_free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_large_blocks_apart() -> None:
+    """Give every freed block of 16 MiB or more back to the system at once (glibc only).
+
+    By default freed blocks of up to 32 MiB become part of the heap, where differently sized successors do not fit into
+    their holes: the solver's peak was 45 MiB higher for matrices of order 1536.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
 
 
 class PeakMeter:

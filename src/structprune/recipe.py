@@ -39,6 +39,12 @@ class Recipe(BaseModel):
     damping: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
         default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
     )
+    shrinkage: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the units' correlations that removal does not count on; None: the method's",
+    )
     score: str | None = Field(default=None, description="what decides which units stay; None: the method's")
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
     solver: Literal["mask-only", "bias", "least-squares", "admm", "alternating"] | None = Field(

@@ -229,6 +229,8 @@ class LayerProblem:
     width: int
     damping: float
     """Ridge, as a share of the mean diagonal of the Gram."""
+    shrinkage: float = 0.0
+    """Share of the correlations between units that greedy removal does not count on, from 0 to 1."""
     sum_I: Tensor | None = None
     """Sum over calibration tokens of x, float64; None where nothing is measured."""
     producer_norm_U: Tensor

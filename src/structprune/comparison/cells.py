@@ -57,7 +57,8 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
 
 def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
     """Hash of the recipe and of what else decides the figures; the calibration text counts by its content."""
-    fields = recipe.model_dump(mode="json")
+    # Without the defaults, a recipe keeps its hash when recipes learn another field.
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
     fields["calibration"] = calibration_identity(recipe.calibration)
     text = json.dumps([fields, dict(identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

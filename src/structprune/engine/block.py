@@ -138,10 +138,12 @@ def _prune_half(
         reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
     problem = layer_problem(job, block, group, tensors, measured, surveyed)
+    # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
+    measured.clear()
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
-    errors = _relative_errors(problem, keep_U, result) if measured else (None, None)
+    errors = _relative_errors(problem, keep_U, result) if job.method.needs_statistics else (None, None)
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
-    del problem, measured
+    del problem
     keep_units = torch.nonzero(keep_U).flatten()
     cut = compact(tensors, group, keep_units)
     # Solved unit after unit; in the tensor the kept inputs keep their order.

@@ -51,6 +51,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         "target": method.target,
         "structure": "uniform",
         "damping": method.damping,
+        "shrinkage": method.shrinkage,
         "temperature": method.temperature,
         "multiple_of": 1,
         **{

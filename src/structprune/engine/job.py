@@ -53,6 +53,12 @@ class Job:
         return _DECISION_DAMPING if self.recipe.damping == "auto" else self.recipe.damping
 
     @property
+    def shrinkage(self) -> float:
+        """The recipe's, resolved from the method's where it was not given."""
+        assert self.recipe.shrinkage is not None
+        return self.recipe.shrinkage
+
+    @property
     def score(self) -> str:
         """The recipe's score or selector, resolved from the method's where it was not given."""
         assert self.recipe.score is not None

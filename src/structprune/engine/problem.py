@@ -39,6 +39,7 @@ def layer_problem(
         num_tokens=total.num_tokens,
         width=group.width,
         damping=job.damping,
+        shrinkage=job.shrinkage,
         sum_I=total.sum_I,
         producer_norm_U=producer_norms(tensors, group),
         target_OI=total.target_OI,

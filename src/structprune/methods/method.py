@@ -32,6 +32,8 @@ class Method:
     """Of the method's own allocator."""
     target: Literal["local", "dense-path"] = "local"
     damping: float | Literal["auto"] = 1e-4
+    shrinkage: float = 0.0
+    """Share of the correlations between units that greedy removal does not count on."""
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""
     walk: Literal["units", "depth"] = "units"

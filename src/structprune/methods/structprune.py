@@ -20,5 +20,6 @@ STRUCTPRUNE = Method(
     survey="loss",
     target="dense-path",
     damping="auto",
+    shrinkage=0.3,
     kinds=("attention", "mlp"),
 )

@@ -49,22 +49,41 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
     keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI, inverse_II).order] = False
     # The exchanges hold two matrices of this size; the inverse would be a third.
     del inverse_II
-    gram_II = problem.gram_II.to(torch.float64, copy=True)
+    gram_II = shrunk_gram(problem)
     gram_II.diagonal().add_(delta)
     return swap_units(weight_MI, gram_II, keep_U, width=problem.width).keep_U
 
 
+def shrunk_gram(problem: LayerProblem) -> Tensor:
+    """(1 - a) G + a blockdiag(G), a the problem's shrinkage and one block per unit, (I, I) in float64, a new tensor.
+
+    A removal may lean on the units that stay only as far as their activations move together, and how they do differs
+    between texts far more than how large they are. Shrinkage of a covariance toward its diagonal is Ledoit and Wolf's
+    (2004); here the share is given, not estimated, because the calibration text alone cannot tell it.
+    """
+    gram_II = problem.gram_II.to(torch.float64, copy=True)
+    if problem.shrinkage > 0:
+        by_unit = (problem.num_units, problem.width, problem.num_units, problem.width)
+        own = gram_II.view(by_unit).diagonal(dim1=0, dim2=2).clone()
+        gram_II.mul_(1 - problem.shrinkage)
+        gram_II.view(by_unit).diagonal(dim1=0, dim2=2).copy_(own)
+    return gram_II
+
+
 def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
-    """W and H^-1 of 1/2 tr((V - W) H (V - W)^T), and the ridge in H, all in float64.
+    """W and H^-1 of 1/2 tr((V - W) H (V - W)^T), and the ridge in H, all in float64; H is the shrunk, damped Gram.
 
     W is the ridge solution on all inputs, times the root of the damped sensitivity where there is one.
     """
-    factor = damped_cholesky(problem.gram_II, problem.damping, "greedy removal")
-    inverse_II = torch.cholesky_inverse(factor.factor_NN)
     weight_OI = problem.weight_OI.to(torch.float64)
     if problem.target_OI is not None:
+        # What the weights should be without a removal is a matter of fitting: there the correlations count in full.
+        factor_II = damped_cholesky(problem.gram_II, problem.damping, "greedy removal").factor_NN
         residual_OI = problem.target_OI.to(torch.float64) - weight_OI @ problem.gram_II.to(torch.float64)
-        weight_OI = weight_OI + residual_OI @ inverse_II
+        weight_OI = weight_OI + torch.cholesky_solve(residual_OI.T, factor_II).T
+        del factor_II
+    factor = damped_cholesky(shrunk_gram(problem), problem.damping, "greedy removal")
+    inverse_II = torch.cholesky_inverse(factor.factor_NN)
     if problem.sensitivity_OO is not None:
         weight_OI = metric_root(problem.sensitivity_OO).T @ weight_OI
     return weight_OI, inverse_II, factor.delta

@@ -5,12 +5,12 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import DampedCholesky, damped_cholesky, target_error
+from structprune.linalg.damped import damped_cholesky, target_error
 from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
@@ -54,21 +54,28 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
     if problem.held_out is not None:
         local, path, statistics["held_out_error"] = _choose_ridges(problem, keep_U)
     corrections = _Corrections(problem, keep_U)
-    local_OK, local_factor = corrections.local(local)
-    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64) + local_OK
-    raises = local_factor.num_raises
-    statistics["damping"] = local_factor.damping
+    found = corrections.local(local)
+    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64) + found.weight_OK
+    raises, statistics["damping"] = found.num_raises, found.damping
     if problem.target_OI is not None:
-        path_OK, path_factor = corrections.path(path)
-        weight_OK += path_OK
-        raises = max(raises, path_factor.num_raises)
-        statistics["path_damping"] = path_factor.damping
+        found = corrections.path(path)
+        weight_OK += found.weight_OK
+        raises, statistics["path_damping"] = max(raises, found.num_raises), found.damping
     statistics["damping_raises"] = float(raises)
     return SolveResult(
         weight_OK=weight_OK.to(problem.weight_OI.dtype),
         status="damping-raised" if raises else "ok",
         statistics=statistics,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Correction:
+    """One term and the ridge that it really took. The factor is not part of it: it is as large as the Gram."""
+
+    weight_OK: Tensor
+    damping: float
+    num_raises: int
 
 
 class _Corrections:
@@ -86,16 +93,17 @@ class _Corrections:
             own_OK = kept_OK @ self.gram_KK + self.missing_OK
             self.residual_OK = problem.target_OI[:, kept_K].to(torch.float64) - own_OK
 
-    def local(self, damping: float) -> tuple[Tensor, DampedCholesky]:
+    def local(self, damping: float) -> _Correction:
         return self._solve(self.missing_OK, damping)
 
-    def path(self, damping: float) -> tuple[Tensor, DampedCholesky]:
+    def path(self, damping: float) -> _Correction:
         assert self.residual_OK is not None
         return self._solve(self.residual_OK, damping)
 
-    def _solve(self, right_OK: Tensor, damping: float) -> tuple[Tensor, DampedCholesky]:
+    def _solve(self, right_OK: Tensor, damping: float) -> _Correction:
         factor = damped_cholesky(self.gram_KK, damping, "least squares")
-        return torch.cholesky_solve(right_OK.T, factor.factor_NN).T, factor
+        weight_OK = torch.cholesky_solve(right_OK.T, factor.factor_NN).T
+        return _Correction(weight_OK=weight_OK, damping=factor.damping, num_raises=factor.num_raises)
 
 
 def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float, float]:
@@ -115,7 +123,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
         path_OK = torch.zeros(())
     else:
         cross_OI, energy = held_out.target_OI, held_out.target_energy
-        path_OK, _ = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2])
+        path_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK
 
     def error(weight_OK: Tensor) -> float:
         return target_error(weight_OK, gram_KK, cross_OI[:, kept_K], energy)
@@ -123,14 +131,14 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
     best, local, local_OK = torch.inf, _LOCAL_GRID[0], torch.zeros(())
     start_OK = weight_OI[:, kept_K]
     for damping in _LOCAL_GRID:
-        trial_OK, _ = corrections.local(damping)
+        trial_OK = corrections.local(damping).weight_OK
         if (found := error(start_OK + trial_OK + path_OK)) < best:
             best, local, local_OK = found, damping, trial_OK
     path = local
     if held_out.target_OI is not None:
         best = torch.inf
         for damping in _PATH_GRID:
-            path_OK, _ = corrections.path(damping)
+            path_OK = corrections.path(damping).weight_OK
             if (found := error(start_OK + local_OK + path_OK)) < best:
                 best, path = found, damping
     return local, path, best / energy if energy > 0 else 0.0
