@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structprune.scores import SCORES, SELECTORS, TAYLOR
-from structprune.scores.selection import keep_best
+from structprune.scores.selection import keep_best, removal_path, shrunk_gram
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem, TaylorSums
 
@@ -256,3 +256,29 @@ def test_fluctuation_by_hand() -> None:
     )
     assert SCORES.get("fluctuation")(problem).tolist() == [5.0, 4.0, 0.0]
     assert SCORES.get("fluctuation")(replace(problem, width=3)).tolist() == [3.0]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_full_shrinkage_leaves_each_unit_to_itself(width: int) -> None:
+    """Then a unit costs 1/2 tr(F W_g (G_gg + delta I) W_g^T), whatever else is removed, and the cheapest go."""
+    problem = replace(make_problem(6, width), shrinkage=1.0, target_OI=None)
+    assert problem.sensitivity_OO is not None
+    damped = problem.gram_II + problem.damping * problem.gram_II.diagonal().mean() * torch.eye(6 * width)
+    sensitivity = problem.sensitivity_OO + 1e-3 * problem.sensitivity_OO.diagonal().mean() * torch.eye(5)
+    cost_U = torch.empty(6)
+    for unit in range(6):
+        part = slice(unit * width, (unit + 1) * width)
+        weight = problem.weight_OI[:, part]
+        cost_U[unit] = 0.5 * (sensitivity @ weight @ damped[part, part] @ weight.T).trace() / problem.num_tokens
+    path = removal_path(problem, 6)
+    assert path.order.tolist() == cost_U.argsort().tolist()
+    torch.testing.assert_close(path.cost.float(), cost_U.sort().values, rtol=1e-4, atol=0)
+
+
+def test_shrinkage_keeps_what_units_are_and_scales_what_they_share() -> None:
+    problem = replace(make_problem(3, 2), shrinkage=0.25)
+    own = torch.block_diag(*(torch.ones(2, 2),) * 3).bool()
+    shrunk_II = shrunk_gram(problem)
+    torch.testing.assert_close(shrunk_II[own], problem.gram_II.double()[own])
+    torch.testing.assert_close(shrunk_II[~own], 0.75 * problem.gram_II.double()[~own])
+    assert torch.equal(shrunk_gram(replace(problem, shrinkage=0.0)), problem.gram_II.double())
