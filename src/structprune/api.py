@@ -23,6 +23,8 @@ from structprune.engine.executor import execute
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.slice_settings import kept_width, resolve_slice_settings
+from structprune.engine.slicing import execute_slice
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, perplexity
 from structprune.memory import PeakMeter, format_budget, format_bytes
@@ -54,10 +56,23 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
     stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
-    groups = _groups_in_scope(method, recipe, stock)
-    if (recipe.solver or method.solver) == "bias":
-        for group in groups:
-            check_bias(group)
+    if stock.sliced:
+        raise UnsupportedError(
+            "the source is a sliced model with shortcut matrices, which no method can prune",
+            where=str(directory),
+            do="prune the dense model, or a model sliced with --structure uniform",
+        )
+    width = 0
+    if method.walk == "slice":
+        groups = stock.groups
+        recipe = resolve_slice_settings(recipe, method, stock)
+        assert stock.family.stream is not None
+        width = kept_width(stock.layout, stock.family.stream, recipe)
+    else:
+        groups = _groups_in_scope(method, recipe, stock)
+        if (recipe.solver or method.solver) == "bias":
+            for group in groups:
+                check_bias(group)
     dtype = resolve_dtype(recipe, device)
     recipe = recipe.model_copy(
         update={
@@ -67,7 +82,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
-    recipe = _resolve_method_settings(recipe, method, stock)
+    if method.walk == "units":
+        recipe = _resolve_method_settings(recipe, method, stock)
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
@@ -85,6 +101,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             holds_out=recipe.damping == "auto",
             iterates=recipe.solver in ITERATIVE,
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
+            slices="no" if not width else "one basis" if recipe.structure == "uniform" else "bases",
+            sliced_hidden=width,
         )
         return make_plan(request, recipe.memory)
 
@@ -113,7 +131,8 @@ def prune(model: str | Path, recipe: Recipe, output: str | Path, observer: Obser
             started=started,
         )
         with run:
-            return execute(job, run, meter, observer)
+            walk = execute_slice if method.walk == "slice" else execute
+            return walk(job, run, meter, observer)
 
 
 def _resolve_method_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:

@@ -10,17 +10,22 @@ from structprune.types import UnitKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A composition; the engine runs any of them in the same block loop."""
+    """A composition; the engine runs all of one walk in the same block loop."""
 
     name: str
     title: str
     paper: str
     summary: str
     provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
-    score: str
+    walk: Literal["units", "slice"] = "units"
+    """What the block loop does: remove units of each block, or cut the residual stream that all blocks share.
+
+    Score, allocator and solver are empty for `slice`, which has none.
+    """
+    score: str = ""
     """A score of `SCORES` (the best stay) or a selector of `SELECTORS`."""
-    allocator: str
-    solver: str
+    allocator: str = ""
+    solver: str = ""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
     survey: Literal["none", "scores", "loss"] = "none"
