@@ -54,7 +54,7 @@ def prune(
     ] = None,
     target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
     structure: Annotated[
-        str | None, typer.Option(help="uniform or per-layer.  [default: what the allocator needs]")
+        str | None, typer.Option(help="uniform or per-layer.  [default: what the method needs]")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the energy and softmax allocators.  [default: the method's]")
