@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from structprune.architectures.family import Stream
 from structprune.architectures.stock import StockModel
 from structprune.errors import InputError, UnsupportedError
@@ -82,10 +84,7 @@ def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: in
             module, _, part = name.rpartition(".")
             # A reader's bias is as long as its output, which stays.
             if module in touched and not (part == "bias" and module in half.readers):
-                numel = 1
-                for size in shape:
-                    numel *= size
-                total -= numel // hidden * (hidden - width)
+                total -= math.prod(shape) // hidden * (hidden - width)
         total += width * width if shortcuts else 0
     return total
 
