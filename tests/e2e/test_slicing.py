@@ -290,41 +290,33 @@ def test_each_cut_is_measured_behind_the_cuts_before_it(
     )
 
 
-def test_the_one_basis_weighs_every_position_alike(
+def test_the_one_basis_weighs_every_position_and_token_alike(
     sources: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """Second moments of the dense stream before each norm, each divided by its trace, summed."""
+    """Second moments of the directions of the dense stream before each norm, summed."""
     source = sources("llama-untied")
     text = tmp_path / "text.txt"
     text.write_bytes(text_file.read_bytes()[: 8 * 32])
     report = prune(source, recipe(text, structure="uniform", sparsity=0.4), tmp_path / "out")
     dense = load(source)
-    grams: list[Tensor] = []
-
-    def add(_: Any, args: tuple[Tensor, ...]) -> None:
-        x_TD = args[0].reshape(-1, HIDDEN).double()
-        grams.append(x_TD.T @ x_TD)
-
+    seen: list[Tensor] = []
     for name, module in dense.named_modules():
         if name.endswith("norm"):
-            module.register_forward_pre_hook(add)
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, HIDDEN).double()))
     with torch.no_grad():
         dense(input_ids=torch.tensor(_encode(source, text)).reshape(8, 32))
-    assert len(grams) == 5
+    assert len(seen) == 5
     before, after = (tensors_of(d)["model.embed_tokens.weight"].double() for d in (source, tmp_path / "out"))
 
-    def embedded(total_DD: Tensor) -> Tensor:
-        basis_DK = torch.linalg.eigh(total_DD).eigenvectors[:, -report.blocks[0].kept_units :]
+    def embedded(vectors: list[Tensor]) -> Tensor:
+        x_TD = torch.cat(vectors)
+        basis_DK = torch.linalg.eigh(x_TD.T @ x_TD).eigenvectors[:, -report.blocks[0].kept_units :]
         return before @ basis_DK @ basis_DK.T @ before.T
 
-    torch.testing.assert_close(
-        after @ after.T,
-        embedded(sum((g / g.trace() for g in grams), torch.zeros(HIDDEN, HIDDEN))),
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    plain = embedded(sum(grams, torch.zeros(HIDDEN, HIDDEN)))
-    assert (after @ after.T - plain).abs().max() > 1e-2, "the division matters here"
+    expected = embedded([x_TD / x_TD.norm(dim=1, keepdim=True) for x_TD in seen])
+    torch.testing.assert_close(after @ after.T, expected, rtol=1e-3, atol=1e-3)
+    for other in (seen, [x_TD / x_TD.norm() for x_TD in seen]):
+        assert (after @ after.T - embedded(other)).abs().max() > 1e-2, "the division matters here"
 
 
 def _encode(source: Path, text: Path) -> list[int]:

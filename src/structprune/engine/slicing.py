@@ -149,9 +149,10 @@ def _slice_blocks(
 
 
 def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
-    """The basis (D, K) of the sum over all positions of the dense stream's second moment, each divided by its trace.
+    """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
 
-    The stream grows by orders of magnitude on its way; without the division the last positions would decide alone.
+    The halves read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens are
+    longer than all others; without the division the last positions and those tokens would decide alone.
     """
     hidden = job.stock.layout.hidden_size
     total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=job.device)
@@ -160,7 +161,7 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
         stack.callback(store.close)
         propagator = embed(job, {store: len(job.windows.ids_NS)})
         observer.start("survey: stream", len(job.stock.layout.blocks))
-        _add_normalised(total_DD, _gram(job, _content(job, propagator, store), "embedding"))
+        total_DD += _gram(job, map(_directions, _content(job, propagator, store)), "embedding")
         for block in job.stock.layout.blocks:
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
@@ -168,17 +169,16 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
             for half in _stream(job).halves:
                 with job.stock.half(module, half.kind):
                     moved = _moved(propagator, module, block.index, store)
-                    _add_normalised(total_DD, _gram(job, moved, f"after block {block.index} {half.kind}"))
+                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
             del module
             release_free_memory()
             observer.advance(f"block {block.index}")
     return principal_basis(total_DD, width, job.damping, "all positions")
 
 
-def _add_normalised(total_DD: Tensor, gram_DD: Tensor) -> None:
-    trace = float(gram_DD.trace())
-    if trace > 0:
-        total_DD.add_(gram_DD, alpha=1.0 / trace)
+def _directions(hidden_BSD: Tensor) -> Tensor:
+    """Each token at length one; a token of zeros stays."""
+    return nn.functional.normalize(hidden_BSD.float(), dim=-1)
 
 
 class _CutBefore(nn.Module):
