@@ -35,7 +35,10 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+UNIT_METHODS = [name for name in METHODS if METHODS.get(name).walk == "units"]
+
+
+@pytest.mark.parametrize("name", UNIT_METHODS)
 def test_parts_are_registered(name: str) -> None:
     method = METHODS.get(name)
     assert method.name == name
@@ -46,6 +49,14 @@ def test_parts_are_registered(name: str) -> None:
     assert callable(SOLVERS.get(method.solver))
     assert method.kinds
     assert set(method.kinds) <= set(get_args(UnitKind))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(UNIT_METHODS)))
+def test_other_walks_have_no_parts(name: str) -> None:
+    method = METHODS.get(name)
+    assert method.name == name
+    assert method.walk == "slice"
+    assert (method.score, method.allocator, method.solver, method.survey) == ("", "", "", "none")
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -74,7 +85,7 @@ def test_its_file_explains_it(name: str) -> None:
     assert len(files[0].__doc__.split()) >= 10
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", UNIT_METHODS)
 def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
     """Without statistics the engine hands over an identity for the Gram; the parts must then not look at it."""
     method = METHODS.get(name)

@@ -253,3 +253,45 @@ def test_every_border_that_is_kept_is_counted() -> None:
     assert (ample.store, tight.store) == ("memory", "file")
     assert tight.disk_bytes - ample.disk_bytes == 5 * tight.store_bytes
     assert ample.peak_bytes - tight.peak_bytes == 5 * tight.store_bytes
+
+
+def sliced(layout: ModelLayout, width: int, kind: str = "bases", **changes: Any) -> PrunePlan:
+    return plan_for(layout, slices=kind, sliced_hidden=width, **changes)
+
+
+def test_slicing_has_its_phases_and_no_units() -> None:
+    plan = sliced(LLAMA_7B, 3072)
+    own = {"statistics", "eigenvectors", "rotate block", "rotate embeddings", "rotate head"}
+    common = set(plan_for(LLAMA_7B, needs_statistics=False).phases)
+    assert set(plan.phases) == common | own
+    square = 4096**2
+    # Gram in float32; shifted, eigenvectors and workspace in float64; the bases before, between and after.
+    assert plan.phases["eigenvectors"] > 4 * square + 4 * 8 * square + 3 * 8 * 4096 * 3072
+    one = sliced(LLAMA_7B, 3072, "one basis")
+    assert set(one.phases) == set(plan.phases)
+    # The sum over all positions instead of two more bases.
+    difference = plan.phases["eigenvectors"] - one.phases["eigenvectors"]
+    assert difference == 2 * 8 * 4096 * 3072 - 8 * square
+    assert one.phases["rotate block"] < plan.phases["rotate block"]
+    # The model, a head of its own, and where there are several bases, two shortcuts per block.
+    dense = plan_for(LLAMA_7B, needs_statistics=False).disk_bytes
+    assert one.disk_bytes == dense + 32000 * 4096 * 4
+    assert plan.disk_bytes == one.disk_bytes + 32 * 2 * 3072**2 * 8
+
+
+@pytest.mark.parametrize("kind", ["bases", "one basis"])
+def test_slicing_keeps_to_its_budget_and_names_one(kind: str) -> None:
+    with pytest.raises(MemoryBudgetError, match="does not fit") as caught:
+        sliced(LLAMA_7B, 3072, kind, memory=2**20)
+    named = parse_bytes(str(caught.value.wanted).removeprefix("at least "))
+    assert sliced(LLAMA_7B, 3072, kind, memory=named).peak_bytes <= named
+    with pytest.raises(MemoryBudgetError):
+        sliced(LLAMA_7B, 3072, kind, memory=named * 9 // 10)
+
+
+def test_slicing_peak_grows_with_the_width_not_with_the_blocks() -> None:
+    shallow, deep = (sliced(layout_of(hidden=64, channels=176, num_blocks=n), 48) for n in (2, 40))
+    assert deep.phases == shallow.phases
+    narrow, wide = sliced(LLAMA_7B, 2048), sliced(LLAMA_7B, 4096)
+    assert all(narrow.phases[name] <= wide.phases[name] for name in wide.phases)
+    assert narrow.phases["eigenvectors"] < wide.phases["eigenvectors"]

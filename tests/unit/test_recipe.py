@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "seed": 1,
     "multiple_of": 8,
     "damping": 1e-3,
+    "shrinkage": 0.5,
     "score": "l2",
     "allocator": "uniform",
     "solver": "least-squares",

@@ -20,6 +20,32 @@ def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamHalf:
+    """How one half of a block reads and writes the residual stream: h += writer(... reader(norm(h)) ...)."""
+
+    kind: UnitKind
+    norm: str
+    """An RMSNorm with a weight and no bias. Names are relative to the block."""
+    readers: tuple[str, ...]
+    """Linear maps whose input is the norm's output."""
+    writer: str
+    """Linear map whose output is added to the stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """The residual stream of a family, where every map that touches it is linear and every norm is an RMSNorm.
+
+    Such a stream can be rotated: an RMSNorm without a weight commutes with orthogonal maps.
+    """
+
+    halves: tuple[StreamHalf, ...]
+    """In the order of the forward pass."""
+    eps_field: str
+    """Config entry of the norms' epsilon."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
 
@@ -42,6 +68,8 @@ class Family:
     """Raises UnsupportedError where attention has no such units."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
+    stream: Stream | None = None
+    """None where the residual stream cannot be rotated, as with LayerNorm, or is not described."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
 

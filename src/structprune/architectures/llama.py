@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.architectures.family import Family
+from structprune.architectures.family import Family, Stream, StreamHalf
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
@@ -110,5 +110,22 @@ LLAMA = Family(
     attention_module="self_attn",
     mlp_modules=("mlp",),
     groups=_groups,
+    stream=Stream(
+        halves=(
+            StreamHalf(
+                kind="attention",
+                norm="input_layernorm",
+                readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                writer="self_attn.o_proj",
+            ),
+            StreamHalf(
+                kind="mlp",
+                norm="post_attention_layernorm",
+                readers=("mlp.gate_proj", "mlp.up_proj"),
+                writer="mlp.down_proj",
+            ),
+        ),
+        eps_field="rms_norm_eps",
+    ),
     resized=_resized,
 )

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from torch import nn
 '''
 
-_WITHOUT_LAYERS = '''
+WITHOUT_LAYERS = '''
 
 @contextmanager
 def _without_layers(config):
@@ -179,11 +179,11 @@ class StructPruneOPTForCausalLM(MIXINOPTForCausalLM):
 
 
 def _text_v1(family: str) -> str:
-    return _HEADER + _IMPORTS[family] + _WITHOUT_LAYERS + _LAYERS_V1 + _MODELS[family].replace("MIXIN", "")
+    return _HEADER + _IMPORTS[family] + WITHOUT_LAYERS + _LAYERS_V1 + _MODELS[family].replace("MIXIN", "")
 
 
 def _text(family: str) -> str:
-    helpers = _WITHOUT_LAYERS + _NO_HALVES + _HALVES[family] + _LAYERS
+    helpers = WITHOUT_LAYERS + _NO_HALVES + _HALVES[family] + _LAYERS
     return _HEADER + _IMPORTS[family] + helpers + _MODELS[family].replace("MIXIN", "_LazyStaticCache, ")
 
 

@@ -23,6 +23,12 @@ from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
 from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
+from structprune.architectures.sliced_source import (
+    ACCEPTED_SLICED_SOURCES,
+    SHORTCUTS,
+    SLICED_ENTRY,
+    SLICED_STEMS,
+)
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import AxisSlice, BlockLayout, HeadUnits, ModelLayout, UnitGroup, UnitKind
@@ -75,8 +81,9 @@ class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
     `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
-    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). Code that lies in the
-    checkpoint is never run here.
+    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). A sliced checkpoint
+    (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
+    the checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
     another shape than the configuration says.
     """
@@ -107,6 +114,7 @@ class StockModel:
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self._head_units)
             self.removed: RemovedHalves = self._read_removed(reader)
+            self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
             if self.config.num_hidden_layers < 1:
@@ -153,7 +161,7 @@ class StockModel:
         """Rebuild the skeleton's layers where a block's widths are its own or a half is gone."""
         layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
         for index, config in enumerate(self.block_configs):
-            if config is not self.config or self.removed[index]:
+            if config is not self.config or self.removed[index] or self.sliced:
                 layers[index] = self._empty_layer(index, config, ())
 
     def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
@@ -167,6 +175,9 @@ class StockModel:
                     layer.set_submodule(name, _STAND_INS[group.kind]())
                 if group.norm_module is not None:
                     layer.set_submodule(group.norm_module, nn.Identity())
+        if self.sliced:
+            for name in SHORTCUTS.values():
+                layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
         return layer.eval()
 
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
@@ -274,6 +285,7 @@ class StockModel:
         `config` is the block's own unless given. The halves in `removed`, and those that the checkpoint lacks, add
         nothing and take no tensors.
         """
+        assert not self.sliced, "the stock layer would ignore the shortcuts"
         layer = self._empty_layer(index, config or self.block_configs[index], removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         return layer.requires_grad_(False)
@@ -349,7 +361,7 @@ class StockModel:
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The whole checkpoint as stock transformers loads it; a per-layer one through our own modelling file.
+    """The whole checkpoint as stock transformers loads it; a per-layer or sliced one through our own modelling file.
 
     Raises CheckpointError with its reason if it does not load, or if its modelling file is not ours.
     """
@@ -368,26 +380,28 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
 
 
 def _per_layer_class(directory: Path) -> Any:
-    """The model class in a per-layer checkpoint's modelling file, or None for a checkpoint without one.
+    """The model class in the modelling file of a per-layer or sliced checkpoint, or None for one without such a file.
 
     `trust_remote_code` would also trust whatever else config.json names and lies in the directory, so it stays off:
     only the one file is imported, and only if it is byte for byte a text of ours.
     """
     path = directory / MODELING_NAME
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY}:
+    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
         return None
     model_type = config.get("model_type")
-    if model_type not in CLASS_STEMS:
+    form, stems = ("sliced", SLICED_STEMS) if SLICED_ENTRY in config else ("per-layer", CLASS_STEMS)
+    if model_type not in stems:
         raise CheckpointError(
-            "the model family has no per-layer format",
+            f"the model family has no {form} format",
             where=str(directory / "config.json"),
             got=f"model_type {model_type!r}",
-            wanted=", ".join(CLASS_STEMS),
+            wanted=", ".join(stems),
         )
     if not path.is_file():
-        raise CheckpointError("the per-layer checkpoint lacks its modelling file", where=str(path), do="copy it there")
-    if path.read_bytes() not in [text.encode() for text in ACCEPTED_SOURCES[FAMILIES.get(model_type).name]]:
+        raise CheckpointError(f"the {form} checkpoint lacks its modelling file", where=str(path), do="copy it there")
+    accepted = ACCEPTED_SLICED_SOURCES if form == "sliced" else ACCEPTED_SOURCES[FAMILIES.get(model_type).name]
+    if path.read_bytes() not in [text.encode() for text in accepted]:
         raise CheckpointError(
             "the modelling file is not one that structprune writes, so it is not run",
             where=str(path),
@@ -396,7 +410,7 @@ def _per_layer_class(directory: Path) -> Any:
             do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
         )
     return get_class_from_dynamic_module(
-        f"{MODELING_MODULE}.{CLASS_STEMS[model_type]}ForCausalLM", str(directory), local_files_only=True
+        f"{MODELING_MODULE}.{stems[model_type]}ForCausalLM", str(directory), local_files_only=True
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,20 @@ class CheckpointReader:
                 _check_finite(tensor, prefix + name, path)
                 tensors[name] = tensor
         return tensors
+
+    def read_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, private copy of the rows from there), at most `num_rows` at a time, in order.
+
+        Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
+        """
+        if name not in self._shard_of:
+            raise CheckpointError(f"the checkpoint lacks tensor {name!r}", where=str(self.directory))
+        path = self._shard_of[name]
+        for start in range(0, self.shapes[name][0], num_rows):
+            # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
+            rows = self._open(path).get_slice(name)[start : start + num_rows].clone()
+            _check_finite(rows, name, path)
+            yield start, rows
 
     def fingerprint(self) -> str:
         """SHA-256 over the config, the tensor names and shapes, and each shard's size (not its content)."""

@@ -42,6 +42,10 @@ def prune(
         str | None,
         typer.Option(help="Ridge as a share of the Gram's mean diagonal, or auto.  [default: the method's]"),
     ] = None,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(help="Share of the units' correlations that removal does not count on.  [default: the method's]"),
+    ] = None,
     score: Annotated[
         str | None,
         typer.Option(help="See docs/methods.md.  [default: the method's]"),
@@ -54,7 +58,7 @@ def prune(
     ] = None,
     target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
     structure: Annotated[
-        str | None, typer.Option(help="uniform or per-layer.  [default: what the allocator needs]")
+        str | None, typer.Option(help="uniform or per-layer.  [default: what the method needs]")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the energy and softmax allocators.  [default: the method's]")
@@ -102,6 +106,7 @@ def prune(
         "seed": seed,
         "multiple_of": multiple_of,
         "damping": damping,
+        "shrinkage": shrinkage,
         "score": score,
         "allocator": allocator,
         "solver": solver,

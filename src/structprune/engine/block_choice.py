@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
-from structprune.engine.executor import summed_loss
+from structprune.engine.finish import summed_loss
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.errors import NumericalError

@@ -14,7 +14,7 @@ from structprune.architectures.stock import StockModel
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.block_choice import BLOCK_SCORES, Choice, load_block
 from structprune.engine.embed import embed, open_store
-from structprune.engine.executor import Outcome, finish
+from structprune.engine.finish import Outcome, finish
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import PlanRequest

@@ -21,7 +21,7 @@ _DECISION_DAMPING = 1e-2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that a run needs. The recipe is resolved: no entry is None."""
+    """Everything that a run needs. The recipe is resolved: no entry that has an effect is None."""
 
     source: str
     reader: CheckpointReader

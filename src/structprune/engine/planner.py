@@ -78,6 +78,10 @@ class PlanRequest:
     """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
     compares: Literal["nothing", "borders", "losses"] = "nothing"
     """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
+    slices: Literal["no", "bases", "one basis"] = "no"
+    """Whether the residual stream is cut, with a basis for every position or with one for all."""
+    sliced_hidden: int = 0
+    """Dimensions of the stream that stay."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -180,7 +184,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         sizes = _weight_sizes(block, request.groups)
         # One window's gradients, two sums in float32, and a weight with its products when they are added up.
         phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
-    if request.needs_statistics:
+    if request.slices != "no":
+        phases |= _slice_phases(request, resident, small, weights, cast, activations, micro_batch)
+    elif request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
             gram = inputs * inputs * 4
@@ -244,14 +250,52 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         if request.needs_survey
         else 0
     )
+    added = 0
+    if request.slices != "no":
+        # An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number.
+        added = max(outer.values()) if request.layout.tied_embeddings else 0
+        if request.slices == "bases":
+            added += 2 * request.sliced_hidden**2 * 8 * len(request.layout.blocks)
     return PrunePlan(
         budget_bytes=budget,
         phases=phases,
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
-        disk_bytes=model_bytes + borders + grams + (num_stores * store_bytes if store == "file" else 0),
+        disk_bytes=model_bytes + added + borders + grams + (num_stores * store_bytes if store == "file" else 0),
     )
+
+
+def _slice_phases(
+    request: PlanRequest, resident: int, small: int, weights: int, cast: int, activations: int, micro_batch: int
+) -> dict[str, int]:
+    """The phases of the slicing walk that the common ones do not bound."""
+    hidden, width = request.layout.hidden_size, request.sliced_hidden
+    item = request.compute_dtype.itemsize
+    square = hidden * hidden
+    basis = hidden * width * 8
+    # Those before and after the block and between its halves, and the one at work in the forward passes' dtype.
+    bases = (3 if request.slices == "bases" else 1) * basis + hidden * width * item
+    states = micro_batch * request.seq_len * hidden
+    # Shifted Gram and eigenvectors, the library's copy of either, its workspace of two squares; sorted, signed, chosen.
+    eigen = 6 * square * 8 + 3 * basis
+    # A row chunk in float64, scaled basis, product; what is written beside what was read.
+    chunk = 3 * _CHUNK_BYTES + basis
+    growth = 2 * width * width * (8 + 4) if request.slices == "bases" else 0
+    outer = [request.stored_bytes[name] for name in request.layout.outer_tensors]
+    phases = {
+        # Gram; float32 copy of a micro-batch, the cut one and its coordinates.
+        "statistics": resident + 2 * weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
+        "eigenvectors": resident + weights + cast + square * 4 + bases + eigen,
+        "rotate block": resident + 2 * weights + cast + bases + chunk + growth,
+        "rotate embeddings": resident + max(outer) + 2 * _CHUNK_BYTES + bases + chunk,
+        "rotate head": small + max(outer) + 2 * _CHUNK_BYTES + bases + chunk,
+    }
+    if request.slices == "one basis":
+        # The sum over the positions.
+        phases["statistics"] += square * 8
+        phases["eigenvectors"] += square * 8
+    return phases
 
 
 def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:

@@ -15,6 +15,7 @@ METHODS: Registry[Method] = Registry(
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
         "depth": "structprune.methods.depth:DEPTH",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",
+        "slicegpt": "structprune.methods.slicegpt:SLICEGPT",
         "random": "structprune.methods.random:RANDOM",
     },
 )

@@ -17,10 +17,15 @@ class Method:
     paper: str
     summary: str
     provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
-    score: str
+    walk: Literal["units", "depth", "slice"] = "units"
+    """Which loop of the engine runs it: units of every block go, whole blocks go, or the residual stream is cut.
+
+    Score, allocator and solver are empty for `slice`, which has none.
+    """
+    score: str = ""
     """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth walk, one of `BLOCK_SCORES`."""
-    allocator: str
-    solver: str
+    allocator: str = ""
+    solver: str = ""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
     survey: Literal["none", "scores", "loss", "taylor"] = "none"
@@ -36,8 +41,6 @@ class Method:
     """Share of the correlations between units that greedy removal does not count on."""
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""
-    walk: Literal["units", "depth"] = "units"
-    """Which loop of the engine runs it: units of every block, or whole blocks (`engine/depth.py`)."""
 
     def protected_blocks(self, num_blocks: int) -> tuple[int, int]:
         """Blocks at the start and at the end that lose nothing by default: the shares, rounded down."""

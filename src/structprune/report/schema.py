@@ -30,17 +30,18 @@ class CalibrationReport(_Frozen):
 
 
 class BlockReport(_Frozen):
-    """One unit group of one block, or with kind `block` the block as a whole."""
+    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one half of it."""
 
     block: int
     """Its number in the source."""
     kind: str
     num_units: int
     kept_units: int
+    """Where the stream is sliced: its dimensions before and after."""
     error_mask_only: float | None
     """|W x - W_K x_K|^2 / |W x|^2 over the calibration tokens, before any weight update."""
     error: float | None
-    """The same after the solver."""
+    """The same after the solver. Where the stream is sliced: share of its energy that the cut before the half drops."""
     status: str
     statistics: dict[str, float]
     objective: list[float]
@@ -59,6 +60,7 @@ class SizeReport(_Frozen):
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
     removed_share_of_blocks: float
     removed_share_of_model: float
+    """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
 
 
 class MemoryReport(_Frozen):

@@ -1,0 +1,212 @@
+"""The end of every run: perplexities of the calibration text, sizes, report, manifest, index.
+
+Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock import StockModel
+from structprune.calibration.select import fingerprint
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.job import Job
+from structprune.engine.planner import LOGIT_TOKENS
+from structprune.errors import NumericalError
+from structprune.exporters.per_layer import write_modeling_file
+from structprune.exporters.uniform import write_companions
+from structprune.files import write_json
+from structprune.memory import PeakMeter, release_free_memory
+from structprune.report.schema import (
+    BlockReport,
+    CalibrationReport,
+    MemoryReport,
+    PruneReport,
+    ReusedStatistics,
+    SizeReport,
+)
+from structprune.runs.directory import RunDirectory
+
+MANIFEST_NAME = "pruning_manifest.json"
+REPORT_NAME = "pruning_report.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a walk over the blocks left, beside the shards."""
+
+    reports: list[BlockReport]
+    kept_indices: Mapping[str, Any]
+    """What the manifest says was kept of which block."""
+    dense_NSD: Tensor
+    """Last hidden states of the reported windows."""
+    pruned_NSD: Tensor
+    reused: ReusedStatistics | None = None
+    """What an earlier run had measured for this one."""
+
+
+def finish(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    scope_parameters: int,
+) -> PruneReport:
+    """All that follows the last block's shard where the tensors around the blocks stay as they are.
+
+    `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
+    """
+    release_free_memory()
+    perplexities = calibration_perplexities(job, outcome)
+    _copy_outer(job, writer)
+    if job.recipe.structure == "per-layer":
+        write_modeling_file(writer.directory, job.stock.family.name)
+    removed = job.stock.layout.num_parameters - writer.num_parameters
+    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
+    return commit(job, run, writer, meter, config, outcome, size, perplexities)
+
+
+def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
+    """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
+    outer = job.stock.layout.outer_tensors
+    embeddings = job.stock.embedding_tensors()
+    writer.write(1, job.reader.read(embeddings))
+    release_free_memory()
+    writer.write(writer.num_shards, job.reader.read([name for name in outer if name not in embeddings]))
+
+
+@torch.no_grad()
+def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
+    """Sum over tokens of the negative log-likelihood, a few logits at a time; may be NaN or infinite."""
+    total = 0.0
+    for start in range(0, len(hidden_TD), LOGIT_TOKENS):
+        logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
+        total += float(nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum"))
+    return total
+
+
+@torch.no_grad()
+def calibration_perplexities(job: Job, outcome: Outcome) -> tuple[float, float]:
+    """Perplexity of the first `num_probe` calibration windows, dense and pruned, from final hidden states."""
+    tensors = job.reader.read(job.stock.head_tensors())
+    head = job.stock.head({n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+    labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
+    result: list[float] = []
+    for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):
+        hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(job.device)
+        mean = summed_loss(head, hidden_TD, labels_T) / len(hidden_TD)
+        if not mean < 700:
+            raise NumericalError(
+                "the model's output on the calibration text is NaN, infinite or absurdly large",
+                where="dense model" if not result else "pruned model",
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+        result.append(math.exp(mean))
+    return result[0], result[1]
+
+
+def size_report(job: Job, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int) -> SizeReport:
+    """Sizes before and after; the two parts of what was removed may differ in sign."""
+    layout = job.stock.layout
+    return SizeReport(
+        parameters_before=layout.num_parameters,
+        parameters_after=writer.num_parameters,
+        bytes_before=job.reader.file_bytes,
+        bytes_after=writer.file_bytes,
+        removed_share_of_scope=removed_in_blocks / scope_parameters,
+        removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
+        removed_share_of_model=(layout.num_parameters - writer.num_parameters) / layout.num_parameters,
+    )
+
+
+def commit(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    size: SizeReport,
+    perplexities: tuple[float, float],
+) -> PruneReport:
+    """Write config, companions, report, manifest and last the index, read all headers back, and make it the output."""
+    checkpoint = writer.directory
+    write_companions(job.reader.directory, checkpoint, config)
+    report = _report(job, run, meter, outcome, size, perplexities)
+    manifest = {
+        "structprune": importlib.metadata.version("structprune"),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "source_fingerprint": report.source_fingerprint,
+        "calibration": report.calibration.model_dump(mode="json"),
+        "kept_indices": outcome.kept_indices,
+        "versions": report.versions,
+    }
+    write_json(checkpoint / MANIFEST_NAME, manifest)
+    write_json(checkpoint / REPORT_NAME, report.to_dict())
+    writer.finish()
+    # Reads every header back and compares it with the new config: what was written is what stock code expects.
+    StockModel(CheckpointReader(checkpoint))
+    run.commit(checkpoint)
+    return report
+
+
+def _report(
+    job: Job,
+    run: RunDirectory,
+    meter: PeakMeter,
+    outcome: Outcome,
+    size: SizeReport,
+    perplexities: tuple[float, float],
+) -> PruneReport:
+    layout = job.stock.layout
+    return PruneReport(
+        output=str(run.output),
+        source=job.source,
+        source_fingerprint=job.reader.fingerprint(),
+        family=layout.family,
+        method=job.method.name,
+        recipe=job.recipe,
+        device=str(job.device),
+        compute_dtype=str(job.dtype).removeprefix("torch."),
+        calibration=CalibrationReport(
+            name=job.calibration_name,
+            description=job.windows.description,
+            fingerprint=fingerprint(job.windows),
+            num_windows=job.windows.ids_NS.shape[0],
+            seq_len=job.windows.ids_NS.shape[1],
+            perplexity_windows=job.num_probe,
+            dense_perplexity=perplexities[0],
+            pruned_perplexity=perplexities[1],
+        ),
+        size=size,
+        memory=MemoryReport(
+            budget_bytes=job.plan.budget_bytes,
+            planned_peak_bytes=job.plan.peak_bytes,
+            measured_peak_bytes=meter.peak_so_far(),
+            phases=job.plan.phases,
+            store=job.plan.store,
+            micro_batch_windows=job.plan.micro_batch_windows,
+        ),
+        blocks=outcome.reports,
+        reused=outcome.reused,
+        wall_seconds=time.perf_counter() - job.started,
+        versions={
+            "structprune": importlib.metadata.version("structprune"),
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "safetensors": importlib.metadata.version("safetensors"),
+            "python": platform.python_version(),
+        },
+    )

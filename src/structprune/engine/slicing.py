@@ -1,0 +1,250 @@
+"""The slicing walk: one block in memory at a time, the residual stream cut at every position.
+
+The stream stays in the model's own coordinates while it is measured: a cut replaces x by B B^T x, B the (D, K) basis of
+the position, and the stock half then runs on it unchanged. That is what the written half of width K computes, since
+the norm's sum of squares is the same and everything it reads is W B B^T x. Only the written weights are rotated.
+
+Shape suffixes: B windows, S positions, N windows, D hidden size, K kept dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.family import Stream
+from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.embed import embed, open_store
+from structprune.engine.finish import Outcome, calibration_perplexities, commit, size_report
+from structprune.engine.job import Job
+from structprune.engine.observer import Observer
+from structprune.engine.propagate import Propagator
+from structprune.engine.slice_settings import kept_width
+from structprune.engine.sliced_weights import rotated_block, rotated_embeddings, rotated_head
+from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
+from structprune.linalg.rotation import dropped_share, principal_basis
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.report.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One position of the stream."""
+
+    basis_DK: Tensor
+    """Orthonormal columns, float64, on the device."""
+    dropped: float
+    """Share of the energy of the measured stream that lies outside the basis."""
+
+
+def execute_slice(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Slice block after block into `run`'s staging directory and turn it into the output.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    width = kept_width(job.stock.layout, _stream(job), job.recipe)
+    return slice_to(job, run, meter, observer, width)
+
+
+def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
+    """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
+    stock, layout = job.stock, job.stock.layout
+    run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
+    checkpoint = run.staging / "checkpoint"
+    checkpoint.mkdir()
+    shortcuts = job.recipe.structure == "per-layer"
+    # Before the long pass: what cannot be written is refused here.
+    config = sliced_config(job.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
+    common_DK = None if shortcuts else _common_basis(job, run, observer, width)
+    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
+    result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
+    release_free_memory()
+    perplexities = calibration_perplexities(job, result.outcome)
+    release_free_memory()
+    writer.write(writer.num_shards, rotated_head(job, result.last.basis_DK))
+    if shortcuts:
+        write_sliced_modeling_file(checkpoint)
+    removed = layout.block_parameters - result.num_block_parameters
+    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
+    return commit(job, run, writer, meter, config, result.outcome, size, perplexities)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """What the pass over the blocks left, beside the shards."""
+
+    outcome: Outcome
+    """Both hidden states in the model's own coordinates."""
+    num_block_parameters: int
+    last: Cut
+
+
+def _slice_blocks(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    width: int,
+    common_DK: Tensor | None,
+    meter: PeakMeter,
+    observer: Observer,
+) -> _Pass:
+    """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model."""
+    blocks = job.stock.layout.blocks
+    num_windows = len(job.windows.ids_NS) if common_DK is None else job.num_probe
+    reports: list[BlockReport] = []
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, run.staging / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        stack.callback(dense.close)
+        propagator = embed(job, {store: num_windows, dense: job.num_probe})
+        observer.start("slice", len(blocks))
+        here = _cut(job, _gram(job, _content(job, propagator, store), "embedding"), width, common_DK, "embedding")
+        writer.write(1, rotated_embeddings(job, here.basis_DK))
+        num_before = writer.num_parameters
+        release_free_memory()
+        for block in blocks:
+            started = time.perf_counter()
+            tensors = job.reader.read(block.shapes, block.prefix)
+            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            propagator.run(module, block.index, dense, write=True)
+            cuts = [here]
+            for half in _stream(job).halves:
+                where = f"after block {block.index} {half.kind}"
+                with job.stock.half(module, half.kind):
+                    moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
+                    gram_DD = _gram(job, moved, where)
+                cuts.append(_cut(job, gram_DD, width, common_DK, where))
+                del gram_DD
+            del module
+            bases = [cut.basis_DK for cut in cuts]
+            written = rotated_block(tensors, _stream(job), bases, shortcuts=common_DK is None)
+            shard = writer.write(block.index + 2, {block.prefix + name: t for name, t in written.items()})
+            run.record("block", index=block.index, shard=shard)
+            reports.extend(_reports(job, block, cuts, time.perf_counter() - started))
+            here = cuts[-1]
+            del tensors, written, bases, cuts
+            release_free_memory()
+            line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
+            observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
+        return _Pass(
+            outcome=Outcome(
+                reports=reports,
+                kept_indices={},
+                dense_NSD=dense.read(0, job.num_probe).clone(),
+                pruned_NSD=_projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
+            ),
+            num_block_parameters=writer.num_parameters - num_before,
+            last=here,
+        )
+
+
+def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
+    """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
+
+    The halves read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens are
+    longer than all others; without the division the last positions and those tokens would decide alone.
+    """
+    hidden = job.stock.layout.hidden_size
+    total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=job.device)
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, run.staging / "hidden.bin", len(job.windows.ids_NS))
+        stack.callback(store.close)
+        propagator = embed(job, {store: len(job.windows.ids_NS)})
+        observer.start("survey: stream", len(job.stock.layout.blocks))
+        total_DD += _gram(job, map(_directions, _content(job, propagator, store)), "embedding")
+        for block in job.stock.layout.blocks:
+            tensors = job.reader.read(block.shapes, block.prefix)
+            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            del tensors
+            for half in _stream(job).halves:
+                with job.stock.half(module, half.kind):
+                    moved = _moved(propagator, module, block.index, store)
+                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
+            del module
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+    return principal_basis(total_DD, width, job.damping, "all positions")
+
+
+def _directions(hidden_BSD: Tensor) -> Tensor:
+    """Each token at length one; a token of zeros stays."""
+    return nn.functional.normalize(hidden_BSD.float(), dim=-1)
+
+
+class _CutBefore(nn.Module):
+    """A block, or half of one, on the cut stream."""
+
+    def __init__(self, job: Job, block: nn.Module, cut: Cut) -> None:
+        super().__init__()
+        self.block = block
+        self.basis_DK = cut.basis_DK.to(job.dtype)
+
+    def forward(self, hidden_BSD: Tensor, **kwargs: Any) -> Any:
+        return self.block(_projected(hidden_BSD, self.basis_DK), **kwargs)
+
+
+def _projected(hidden_BSD: Tensor, basis_DK: Tensor) -> Tensor:
+    return (hidden_BSD @ basis_DK) @ basis_DK.T
+
+
+def _moved(propagator: Propagator, module: nn.Module, index: int, store: HiddenStore) -> Iterator[Tensor]:
+    """Each micro-batch's output; it has replaced its input in the store."""
+    for start, stop in propagator.batches(0, store.shape[0]):
+        output_BSD = propagator.forward(module, index, store, start, stop)
+        store.write(start, output_BSD.cpu())
+        yield output_BSD
+
+
+def _content(job: Job, propagator: Propagator, store: HiddenStore) -> Iterator[Tensor]:
+    for start, stop in propagator.batches(0, store.shape[0]):
+        yield store.read(start, stop).to(job.device)
+
+
+def _gram(job: Job, batches: Iterable[Tensor], where: str) -> Tensor:
+    """Sum of x x^T over the batches' tokens, (D, D), float32."""
+    accumulator = GramAccumulator(job.stock.layout.hidden_size, job.device)
+    for hidden_BSD in batches:
+        accumulator.update(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
+    return accumulator.finalize(where)
+
+
+def _cut(job: Job, gram_DD: Tensor, width: int, common_DK: Tensor | None, where: str) -> Cut:
+    basis_DK = principal_basis(gram_DD, width, job.damping, where) if common_DK is None else common_DK
+    return Cut(basis_DK=basis_DK, dropped=dropped_share(gram_DD, basis_DK))
+
+
+def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
+    """One line per half, with the cut at its input; the statistics have the one at its output."""
+    hidden, width = cuts[0].basis_DK.shape
+    return [
+        BlockReport(
+            block=block.index,
+            kind=half.kind,
+            num_units=hidden,
+            kept_units=width,
+            error_mask_only=None,
+            error=before.dropped,
+            status="sliced",
+            statistics={"dropped_after": after.dropped},
+            objective=[],
+            seconds=seconds / (len(cuts) - 1),
+        )
+        for half, before, after in zip(_stream(job).halves, cuts[:-1], cuts[1:], strict=True)
+    ]
+
+
+def _stream(job: Job) -> Stream:
+    stream = job.stock.family.stream
+    assert stream is not None, "refused before the run"
+    return stream

@@ -1,0 +1,62 @@
+"""The loops of the engine by name: how each reads a recipe, what it will hold in memory, and the loop itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from structprune.architectures.stock import StockModel
+from structprune.engine.depth import depth_request, depth_settings, execute_depth
+from structprune.engine.executor import execute
+from structprune.engine.job import Job
+from structprune.engine.observer import Observer
+from structprune.engine.planner import PlanRequest
+from structprune.engine.slice_settings import kept_width, resolve_slice_settings
+from structprune.engine.slicing import execute_slice
+from structprune.engine.unit_settings import unit_settings
+from structprune.memory import PeakMeter
+from structprune.methods.method import Method
+from structprune.recipe import Recipe
+from structprune.report.schema import PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """One way through the blocks; `Method.walk` names it."""
+
+    resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
+    """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
+    request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
+    """What the planner has to know beside what all walks have in common."""
+    execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
+
+
+def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+    return depth_settings(recipe, method, stock), stock.groups
+
+
+def _resolve_slice(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+    recipe = resolve_slice_settings(recipe, method, stock)
+    assert stock.family.stream is not None
+    # Raises where no width loses as much as is asked.
+    kept_width(stock.layout, stock.family.stream, recipe)
+    return recipe, stock.groups
+
+
+def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> PlanRequest:
+    assert stock.family.stream is not None
+    width = kept_width(stock.layout, stock.family.stream, recipe)
+    return replace(request, slices="one basis" if recipe.structure == "uniform" else "bases", sliced_hidden=width)
+
+
+WALKS: Mapping[str, Walk] = {
+    "units": Walk(resolve=unit_settings, request=lambda request, recipe, stock: request, execute=execute),
+    "depth": Walk(
+        resolve=_resolve_depth,
+        request=lambda request, recipe, stock: depth_request(request, recipe),
+        execute=execute_depth,
+    ),
+    "slice": Walk(resolve=_resolve_slice, request=_request_slice, execute=execute_slice),
+}
