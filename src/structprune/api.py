@@ -26,7 +26,7 @@ from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
-from structprune.memory import PeakMeter, format_budget, format_bytes, keep_large_blocks_apart
+from structprune.memory import PeakMeter, bound_hidden_memory, format_budget, format_bytes
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -103,6 +103,7 @@ def prune(
     do; nothing half-written stays behind.
     """
     started = time.perf_counter()
+    bound_hidden_memory()
     observer = observer or SilentObserver()
     METHODS.get(recipe.method)
     run = RunDirectory(Path(output))
@@ -131,7 +132,6 @@ def prune(
         )
         return make_plan(walk.request(request, recipe, stock), recipe.memory)
 
-    keep_large_blocks_apart()
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
         name, windows = _windows(checked, plan, observer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import threading
@@ -67,15 +68,19 @@ def release_free_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_large_blocks_apart() -> None:
-    """Give every freed block of 16 MiB or more back to the system at once (glibc only).
+def bound_hidden_memory() -> None:
+    """Keep two things from growing that no plan sees. Call before the first matrix product.
 
-    By default freed blocks of up to 32 MiB become part of the heap, where differently sized successors do not fit into
-    their holes: the solver's peak was 45 MiB higher for matrices of order 1536.
+    Freed blocks of 16 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
+    successors of another size do not fit into their holes; the solver peaked 45 MiB higher for matrices of order
+    1536. And oneDNN keeps what it prepared for each shape of a bfloat16 product, 0.6 MiB each and up to 1024 of them,
+    while every pruned block has its own width; a user's setting of these caches is left alone.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
 
 
 class PeakMeter:

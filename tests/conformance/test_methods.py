@@ -42,7 +42,7 @@ UNIT_METHODS = [name for name in METHODS if METHODS.get(name).walk == "units"]
 def test_parts_are_registered(name: str) -> None:
     method = METHODS.get(name)
     assert method.name == name
-    homes = [r for r in (SCORES, SELECTORS) if method.score in r] if method.walk == "units" else [BLOCK_SCORES]
+    homes = [r for r in (SCORES, SELECTORS) if method.score in r]
     assert len(homes) == 1
     assert callable(homes[0].get(method.score))
     assert callable(ALLOCATORS.get(method.allocator))
@@ -51,10 +51,14 @@ def test_parts_are_registered(name: str) -> None:
     assert set(method.kinds) <= set(get_args(UnitKind))
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(UNIT_METHODS)))
-def test_other_walks_have_no_parts(name: str) -> None:
-    method = METHODS.get(name)
-    assert method.name == name
+def test_depth_scores_blocks() -> None:
+    method = METHODS.get("depth")
+    assert method.walk == "depth"
+    assert callable(BLOCK_SCORES.get(method.score))
+
+
+def test_slicing_has_no_parts() -> None:
+    method = METHODS.get("slicegpt")
     assert method.walk == "slice"
     assert (method.score, method.allocator, method.solver, method.survey) == ("", "", "", "none")
 

@@ -174,6 +174,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "seed": 9,
         "multiple_of": 4,
         "damping": 0.01,
+        "shrinkage": 0.0,
         "score": "l2",
         "allocator": "uniform",
         "solver": "least-squares",

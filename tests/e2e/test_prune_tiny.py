@@ -328,8 +328,8 @@ def test_report_and_manifest(
     resolved = Recipe.build(**manifest["recipe"])
     assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
-    resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target", "structure")
-    settings = dict.fromkeys((*resolvable, "protect_first", "protect_last"))
+    resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target")
+    settings = dict.fromkeys((*resolvable, "structure", "protect_first", "protect_last"))
     assert resolved.model_copy(update=settings) == asked
     assert None not in resolved.model_dump().values()
     assert manifest["calibration"] == written["calibration"]

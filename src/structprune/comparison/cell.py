@@ -37,6 +37,8 @@ class CellSpec(BaseModel):
     recipe: Recipe | None
     """None: only the dense model is tested."""
     sparsity: float
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""
+    scope: str
     texts: list[tuple[str, Path]]
     """Label and file."""
     seq_len: int
@@ -104,7 +106,7 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
         label=spec.label,
         method=recipe.method,
         sparsity=spec.sparsity,
-        scope=recipe.scope,
+        scope=spec.scope,
         settings=settings_of(recipe),
         parameters=report.size.parameters_after,
         bytes=report.size.bytes_after,

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from structprune.errors import InputError
+from structprune.methods.method import Method
 from structprune.recipe import Recipe
+from structprune.types import UNIT_KINDS, ModelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,20 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
     """The recipe of one cell. Raises InputError that names the variant's bad setting."""
     fields = base.model_dump(exclude_unset=True) | dict(variant.changes)
     return Recipe.build(**{**fields, "method": variant.method, "sparsity": sparsity})
+
+
+def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
+    """The recipe for a method that knows no units: as many parameters as asked, taken from all of the blocks."""
+    if method.walk == "units":
+        return recipe
+    kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
+    in_scope = sum(
+        block.module_parameters(block.group(kind)) for block in layout.blocks for kind in kinds if block.has(kind)
+    )
+    fields = recipe.model_dump(exclude_unset=True)
+    fields["sparsity"] = recipe.sparsity * in_scope / layout.block_parameters
+    fields.pop("scope", None)
+    return Recipe.build(**fields)
 
 
 def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:

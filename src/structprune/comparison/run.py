@@ -16,14 +16,16 @@ from pydantic import ValidationError
 
 from structprune.api import CheckedRun, check
 from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
-from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256
+from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.observer import Observer
 from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
+from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.report.comparison import Comparison, Failure, TextInfo
 from structprune.report.plots import check_matplotlib, plot_comparison
@@ -101,9 +103,10 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         )
     for _, path in texts:
         read_text(path)
-    directory = resolve_model(request.model)
+    reader = CheckpointReader(resolve_model(request.model))
+    layout = StockModel(reader).layout
     identity: dict[str, Any] = {
-        "source": CheckpointReader(directory).fingerprint(),
+        "source": reader.fingerprint(),
         "texts": {label: file_sha256(path) for label, path in texts},
         "seq_len": request.seq_len,
         "max_windows": request.max_windows,
@@ -111,7 +114,8 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     cells: list[CellSpec] = []
     for sparsity in dict.fromkeys(request.sparsities):
         for variant in request.variants:
-            recipe = cell_recipe(base, variant, sparsity)
+            asked = cell_recipe(base, variant, sparsity)
+            recipe = fitted(asked, METHODS.get(variant.method), layout)
             _check_cell(request.model, recipe, variant.label, sparsity)
             key = cell_key(recipe, identity)
             spec = CellSpec(
@@ -120,6 +124,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
                 key=key,
                 recipe=recipe,
                 sparsity=sparsity,
+                scope=asked.scope,
                 texts=texts,
                 seq_len=request.seq_len,
                 max_windows=request.max_windows,

@@ -22,6 +22,8 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup
 _TARGET_TOKENS = 2048
 # Tokenizer and text readers (about 75 MiB, of which 50 stay), thread stacks, allocator slack, Python objects.
 _RUNTIME_BYTES = 96 * 2**20
+# What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number).
+_KERNEL_CACHE_BYTES = 16 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
@@ -121,7 +123,8 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
-    small = _RUNTIME_BYTES + 2 * request.num_probe * request.seq_len * hidden * item
+    runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
+    small = runtime + 2 * request.num_probe * request.seq_len * hidden * item
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)
@@ -202,8 +205,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
             cross = inputs * hidden * 4 if request.follows_dense else 0
             if request.holds_out:
-                # Both sums, one without the other, kept squares of each in float64, one of them shifted and factored.
-                solve = max(solve, 3 * gram + 4 * 2 * gram + 8 * inputs * hidden * 8)
+                # Both sums, one without the other, kept squares of each in float64, one of them shifted and factored,
+                # the factor's copy that its solution takes; weights, targets, both corrections, trials, their sums.
+                solve = max(solve, 3 * gram + 5 * 2 * gram + 12 * inputs * hidden * 8)
             if request.needs_survey:
                 # Greedy removal in float64: Gram, shifted, factor, inverse, its working copy and that one's successor;
                 # weights, targets and updates.

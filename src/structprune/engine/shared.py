@@ -99,7 +99,6 @@ def _key(job: Job) -> str:
         "kinds": job.kinds,
         "head_units": recipe.head_units,
         "damping": job.damping,
-        "shrinkage": job.shrinkage if job.method.survey == "loss" else None,
         "sensitivity_samples": recipe.sensitivity_samples,
         "seed": recipe.seed,
         "dtype": str(job.dtype),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -143,5 +144,6 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
         moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
         surveyed = Surveyed(sensitivity_OO=sensitivities[group.kind])
         problem = layer_problem(job, block, group, tensors, [moments], surveyed)
-        result[group.kind] = removal_path(problem, group.num_units).cost
+        # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
+        result[group.kind] = removal_path(replace(problem, shrinkage=0.0), group.num_units).cost
     return result

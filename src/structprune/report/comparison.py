@@ -60,7 +60,7 @@ class Cell(_Frozen):
     label: str
     method: str
     sparsity: float
-    """Asked share of the scope's parameters."""
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""
     scope: str
     settings: dict[str, Any]
     """Recipe fields that differ from the defaults."""
