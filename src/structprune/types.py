@@ -163,6 +163,8 @@ class Moments:
     """Sum of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
     """Sum of |y|^2; None for the local target."""
+    residual_energy: float = 0.0
+    """Sum of |h|^2, h the residual stream before the consumer's output is added."""
 
     def reordered(self, order_I: Tensor) -> Moments:
         """The same sums with the inputs in another order."""

@@ -54,7 +54,13 @@ def job_for(directory: Path, method: str = "structprune", head_units: HeadUnits 
         recipe=Recipe.build(
             method=method,
             score=changes.pop("score", METHODS.get(method).score),
-            **{"sensitivity_samples": NUM_WINDOWS, "damping": 1e-2, "multiple_of": 1, **changes},
+            **{
+                "sensitivity_samples": NUM_WINDOWS,
+                "damping": 1e-2,
+                "shrinkage": METHODS.get(method).shrinkage,
+                "multiple_of": 1,
+                **changes,
+            },
         ),
         method=METHODS.get(method),
         kinds=tuple(g.kind for g in stock.groups),

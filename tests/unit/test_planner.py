@@ -224,7 +224,8 @@ def test_a_cast_copy_of_the_block_is_counted() -> None:
     difference = cast.phases["read block"] - same.phases["read block"]
     # The hidden states of the store and of the two probes are twice as wide too.
     states = (128 + 2 * 8) * 256 * 4096 * 2
-    assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states
+    # In bfloat16 the CPU library keeps what it prepared for its last products.
+    assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states - 16 * 2**20
 
 
 def test_cast_copies_of_embedding_and_head_are_counted() -> None:

@@ -6,7 +6,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,7 @@ def _prune_half(
         reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
     problem = layer_problem(job, block, group, tensors, measured, surveyed)
+    context = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
@@ -151,7 +152,7 @@ def _prune_half(
     cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
     if result.bias_O is not None:
         cut = add_bias(cut, group, result.bias_O)
-    statistics: dict[str, float] = dict(result.statistics)
+    statistics: dict[str, float] = context | dict(result.statistics)
     objective: list[float] = []
     if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
         pruned = _module(job, block, cut, {**kept, group.kind: keep_units.tolist()})
@@ -171,6 +172,18 @@ def _prune_half(
         seconds=time.perf_counter() - started,
     )
     return _Half(tensors=cut, keep_units=keep_units.tolist(), report=report, cost_U=cost_U)
+
+
+def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:
+    """What the report says of the place in the stream: energies per token and how much the loss depends on it."""
+    found: dict[str, float] = {}
+    if measured:
+        found["residual_energy"] = sum(part.residual_energy for part in measured) / problem.num_tokens
+    if problem.target_energy is not None:
+        found["target_energy"] = problem.target_energy / problem.num_tokens
+    if problem.sensitivity_OO is not None:
+        found["sensitivity"] = float(problem.sensitivity_OO.diagonal().sum(dtype=torch.float64))
+    return found
 
 
 def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:

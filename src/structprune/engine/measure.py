@@ -50,11 +50,12 @@ def measure(
     hidden_size = job.stock.layout.hidden_size
     accumulator = GramAccumulator(num_inputs, job.device)
     target_OI = torch.zeros(hidden_size, num_inputs, device=job.device) if reference is not None else None
-    energy = 0.0
+    energy, residual_energy = 0.0, 0.0
     for start, stop in streams.propagator.batches(*windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with job.stock.half(module, group.kind), tapped(module, group.consumer_module, inputs.append):
             residual_BSD = streams.propagator.forward(module, block.index, streams.pruned, start, stop)
+        residual_energy += float(residual_BSD.float().square().sum(dtype=torch.float64))
         x_TI = inputs.pop().to(torch.float32)
         accumulator.update(x_TI)
         if wanted_BSD is not None and target_OI is not None:
@@ -68,6 +69,7 @@ def measure(
         sum_I=sum_I,
         target_OI=None if target_OI is None else target_OI.cpu(),
         target_energy=None if target_OI is None else energy,
+        residual_energy=residual_energy,
     )
 
 
