@@ -32,7 +32,7 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
-from structprune.solvers import ITERATIVE
+from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup
 
 _PROBE_TOKENS = 2048
@@ -127,7 +127,7 @@ def prune(
             needs_weight_gradients=checked.method.survey == "taylor",
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
-            iterates=recipe.solver in ITERATIVE,
+            num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         )
         return make_plan(walk.request(request, recipe, stock), recipe.memory)

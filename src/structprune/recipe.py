@@ -47,7 +47,7 @@ class Recipe(BaseModel):
     )
     score: str | None = Field(default=None, description="what decides which units stay; None: the method's")
     allocator: str | None = Field(default=None, description="how the blocks share the sparsity; None: the method's")
-    solver: Literal["mask-only", "bias", "least-squares", "admm", "alternating"] | None = Field(
+    solver: Literal["mask-only", "bias", "least-squares", "admm", "admm-duals", "alternating"] | None = Field(
         default=None, description="how weights are restored; None: the method's"
     )
     target: Literal["local", "dense-path"] | None = Field(default=None, description="what the solver fits")
@@ -56,6 +56,7 @@ class Recipe(BaseModel):
         default=None, ge=0, description="of the energy and softmax allocators; None: the method's"
     )
     min_retention: float = Field(default=0.1, gt=0, le=1, description="least share of its units that a block keeps")
+    max_retention: float = Field(default=1.0, gt=0, le=1, description="largest share of its units that a block keeps")
     outer_iterations: int = Field(
         default=0, ge=0, description="times that prices are measured again on the pruned model and shared out anew"
     )

@@ -206,6 +206,25 @@ def test_least_share_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_no_more_than_the_largest_share_is_kept(name: str, multiple_of: int) -> None:
+    free = [budget(96, block=block, cost_U=1e-9 * rising_costs(96, block)) for block in range(3)]
+    dear = budget(96, block=3, cost_U=1e9 * rising_costs(96, 3))
+    assert allocate(name, [*free, dear], 0.3, multiple_of, temperature=0.1)[3] > 72
+    kept = allocate(name, [*free, dear], 0.3, multiple_of, temperature=0.1, max_retention=0.75)
+    assert kept[3] == 72
+    assert max(kept) == 72
+    # The budget is still met, to within one step.
+    assert 0 <= 4 * 96 * 0.7 - sum(kept) < multiple_of
+    protected = allocate(
+        name, [*free, dear], 0.3, multiple_of, temperature=0.1, max_retention=0.75, protected=frozenset({3})
+    )
+    assert protected[3] == 96
+    with pytest.raises(InputError, match="--max-retention takes more than the sparsity asks for"):
+        allocate(name, [*free, dear], 0.1, multiple_of, temperature=0.1, max_retention=0.75)
+
+
+@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize(("num_units", "multiple_of"), [(100, 1), (100, 32), (96, 32), (20, 32)])
 def test_a_group_may_go_where_removal_is_allowed(name: str, num_units: int, multiple_of: int) -> None:
     """To exactly nothing, also where the last step is a whole multiple or the only one."""

@@ -182,6 +182,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "structure": "uniform",
         "temperature": 0.5,
         "min_retention": 0.2,
+        "max_retention": 0.9,
         "outer_iterations": 0,
         "allow_block_removal": False,
         "protect_first": 0,

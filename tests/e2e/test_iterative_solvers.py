@@ -54,6 +54,19 @@ def test_proposals_are_judged_on_held_out_windows(
         assert accepted
 
 
+def test_duals_are_another_solver(tiny_opt: Path, text_file: Path, tmp_path: Path) -> None:
+    plain = pruned(tiny_opt, tmp_path / "plain", text_file, solver="admm")
+    duals = pruned(tiny_opt, tmp_path / "duals", text_file, solver="admm-duals")
+    assert duals.memory.measured_peak_bytes <= duals.memory.planned_peak_bytes
+    assert duals.recipe.solver == "admm-duals"
+    # The same start, another way; and judged alike.
+    assert duals.blocks[0].objective[1:] != plain.blocks[0].objective[1:]
+    assert len(duals.blocks[0].objective) >= 2
+    for block in duals.blocks:
+        better = block.statistics["admm-duals_held_out_error"] < block.statistics["held_out_error"]
+        assert bool(block.statistics["admm-duals_accepted"]) == better
+
+
 def test_the_written_weights_are_those_of_the_proposal(tiny_opt: Path, text_file: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -183,7 +183,7 @@ def test_statistics_have_their_phases() -> None:
 
 def test_an_iterative_solver_has_its_phase() -> None:
     plan = plan_for(
-        LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4, iterates=True
+        LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4, num_latents=2
     )
     without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4)
     assert set(plan.phases) - set(without.phases) == {"iterate"}
@@ -206,6 +206,12 @@ def test_gradients_by_the_weights_are_counted() -> None:
     assert plan.disk_bytes - without.disk_bytes == 32 * 12 * 256 * 4096 * 4
 
 
+def test_duals_are_counted() -> None:
+    options: dict[str, Any] = {"holds_out": True, "num_windows": 8}
+    plain, duals = (plan_for(LLAMA_7B, num_latents=count, **options) for count in (2, 5))
+    assert duals.phases["iterate"] - plain.phases["iterate"] == 3 * 8 * 256 * 11008 * 4
+
+
 def test_held_out_sums_are_counted() -> None:
     plain, held_out = plan_for(LLAMA_7B), plan_for(LLAMA_7B, holds_out=True)
     assert held_out.phases["statistics (mlp)"] - plain.phases["statistics (mlp)"] == 11008**2 * 4
@@ -225,7 +231,7 @@ def test_a_cast_copy_of_the_block_is_counted() -> None:
     # The hidden states of the store and of the two probes are twice as wide too.
     states = (128 + 2 * 8) * 256 * 4096 * 2
     # In bfloat16 the CPU library keeps what it prepared for its last products.
-    assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states - 16 * 2**20
+    assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states - 32 * 2**20
 
 
 def test_cast_copies_of_embedding_and_head_are_counted() -> None:

@@ -34,6 +34,7 @@ CHANGES: dict[str, Any] = {
     "structure": "per-layer",
     "temperature": 0.5,
     "min_retention": 0.2,
+    "max_retention": 0.9,
     "outer_iterations": 1,
     "allow_block_removal": True,
     "protect_first": 1,

@@ -16,7 +16,7 @@ from torch import Tensor
 from structprune.allocation.budget import (
     AllocationOptions,
     BlockBudget,
-    largest_removal,
+    bounded,
     removal_target,
     round_to_budget,
 )
@@ -57,12 +57,11 @@ def energy(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[i
     energies = [(_increasing(_cost(b)) / b.unit_parameters).clamp_min(_TINY).log() for b in budgets]
     pooled = torch.cat(energies)
     energies = [(e - pooled.mean()) / pooled.std().clamp_min(1e-12) for e in energies]
-    limits = [largest_removal(b, options) for b in budgets]
 
     def removals(mu: float) -> list[float]:
         return [
-            min(float(limit), b.num_units * float(torch.sigmoid((mu - e) / options.temperature).mean()))
-            for b, e, limit in zip(budgets, energies, limits, strict=True)
+            bounded(b.num_units * float(torch.sigmoid((mu - e) / options.temperature).mean()), b, options)
+            for b, e in zip(budgets, energies, strict=True)
         ]
 
     reach = 60.0 * max(1.0, options.temperature) + 60.0
@@ -81,13 +80,10 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     importance = (
         (importance - importance.mean()) / importance.std().clamp_min(1e-12) if len(budgets) > 1 else importance * 0
     )
-    limits = [largest_removal(b, options) for b in budgets]
 
     def removals(log_kappa: float) -> list[float]:
         kept = (log_kappa + importance / temperature).exp().clamp(max=1.0)
-        return [
-            min(float(limit), b.num_units * (1.0 - float(q))) for b, q, limit in zip(budgets, kept, limits, strict=True)
-        ]
+        return [bounded(b.num_units * (1.0 - float(q)), b, options) for b, q in zip(budgets, kept, strict=True)]
 
     reach = 60.0 + float(importance.abs().max()) / temperature
     # More kappa keeps more: bisect on its negative, so that removals rise.
@@ -97,12 +93,11 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
 
 def _threshold(budgets: Sequence[BlockBudget], price: list[Tensor], options: AllocationOptions) -> list[int]:
     """Units to keep when all removals whose price is at most lambda go; prices ascend within a group."""
-    limits = [largest_removal(b, options) for b in budgets]
 
     def removals(threshold: float) -> list[float]:
         return [
-            float(min(limit, int(torch.searchsorted(p, threshold, right=True))))
-            for p, limit in zip(price, limits, strict=True)
+            bounded(float(torch.searchsorted(p, threshold, right=True)), b, options)
+            for p, b in zip(price, budgets, strict=True)
         ]
 
     # Bisection over the prices that occur; units of the price at the threshold go only as far as the target asks.

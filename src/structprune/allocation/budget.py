@@ -35,6 +35,8 @@ class AllocationOptions:
     """Share of the groups' module parameters to remove."""
     min_retention: float = 0.1
     """No group keeps a smaller share of its units; not in force where groups may go."""
+    max_retention: float = 1.0
+    """No group keeps a larger share of its units, but for the protected ones."""
     allow_removal: bool = False
     """A group may lose all of its units. `uniform` does not make use of it."""
     protected: frozenset[int] = frozenset()
@@ -58,6 +60,21 @@ def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
     return max(0, budget.num_units - least)
 
 
+def smallest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
+    """Units that a group loses at least, so that the width which stays is a multiple."""
+    if budget.block in options.protected or options.max_retention >= 1:
+        return 0
+    # The epsilon keeps 0.9 * 10 from becoming 8 units through binary rounding.
+    most = math.floor(options.max_retention * budget.num_units + 1e-9)
+    return min(budget.num_units - most // budget.multiple_of * budget.multiple_of, largest_removal(budget, options))
+
+
+def bounded(removal: float, budget: BlockBudget, options: AllocationOptions) -> float:
+    """`removal` within what the group may lose."""
+    low, high = smallest_removal(budget, options), largest_removal(budget, options)
+    return min(max(removal, float(low)), float(high))
+
+
 def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], options: AllocationOptions) -> list[int]:
     """Real-valued removals -> units to keep, in multiples, so that at least the target is removed.
 
@@ -70,6 +87,16 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
     for allowed, value in zip(steps, wanted, strict=True):
         positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
     target = removal_target(budgets, options)
+    total = sum(b.module_parameters for b in budgets)
+    # What the widest steps leave beyond the target is rounding; more than a step of each group is not.
+    least = sum(s[0] * b.unit_parameters for s, b in zip(steps, budgets, strict=True))
+    if least - sum(b.multiple_of * b.unit_parameters for b in budgets) >= target and options.max_retention < 1:
+        raise InputError(
+            "--max-retention takes more than the sparsity asks for",
+            got=f"--max-retention {options.max_retention:g}, sparsity {options.sparsity:g}",
+            wanted=f"a sparsity of at least {least / total:.4f}",
+            do="raise --max-retention or --sparsity",
+        )
     removed = sum(s[p] * b.unit_parameters for s, p, b in zip(steps, positions, budgets, strict=True))
     while removed < target:
         open_groups = [i for i, (s, p) in enumerate(zip(steps, positions, strict=True)) if p + 1 < len(s)]
@@ -77,12 +104,12 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
             raise InputError(
                 "the sparsity cannot be reached within the groups' bounds",
                 got=f"sparsity {options.sparsity:g}, {_bounds(options)}",
-                wanted=f"at most {removed / sum(b.module_parameters for b in budgets):.4f}",
+                wanted=f"at most {removed / total:.4f}",
                 do="lower --sparsity"
                 if options.allow_removal
                 else "lower --sparsity, --min-retention or --multiple-of",
             )
-        best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / steps[i][1], -i))
+        best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / _first_step(budgets[i]), -i))
         removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_parameters
         positions[best] += 1
     return [b.num_units - s[p] for b, s, p in zip(budgets, steps, positions, strict=True)]
@@ -95,7 +122,12 @@ def _bounds(options: AllocationOptions) -> str:
 
 
 def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:
-    """Removals that leave a multiple, ascending, from zero."""
-    largest = largest_removal(budget, options)
-    first = budget.num_units % budget.multiple_of or budget.multiple_of
-    return [0, *range(first, largest + 1, budget.multiple_of)]
+    """Removals that leave a multiple, ascending, from the smallest; zero is one whatever the dense width."""
+    smallest, largest = smallest_removal(budget, options), largest_removal(budget, options)
+    steps = [0, *range(_first_step(budget), largest + 1, budget.multiple_of)]
+    return [step for step in steps if step >= smallest]
+
+
+def _first_step(budget: BlockBudget) -> int:
+    """The smallest removal that leaves a multiple."""
+    return budget.num_units % budget.multiple_of or budget.multiple_of

@@ -54,7 +54,8 @@ def prune(
         str | None, typer.Option(help="uniform, closed-form, energy, softmax or standardised.  [default: the method's]")
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help="mask-only, bias, least-squares, admm or alternating.  [default: the method's]")
+        str | None,
+        typer.Option(help="mask-only, bias, least-squares, admm, admm-duals or alternating.  [default: the method's]"),
     ] = None,
     target: Annotated[str | None, typer.Option(help="local or dense-path.  [default: the method's]")] = None,
     structure: Annotated[
@@ -65,6 +66,9 @@ def prune(
     ] = None,
     min_retention: Annotated[
         float | None, typer.Option(help="Least share of its units that a block keeps.  [default: 0.1]")
+    ] = None,
+    max_retention: Annotated[
+        float | None, typer.Option(help="Largest share of its units that a block keeps.  [default: 1]")
     ] = None,
     outer_iterations: Annotated[
         int | None, typer.Option(help="Times that removals are priced again on the pruned model.  [default: 0]")
@@ -114,6 +118,7 @@ def prune(
         "structure": structure,
         "temperature": temperature,
         "min_retention": min_retention,
+        "max_retention": max_retention,
         "outer_iterations": outer_iterations,
         "allow_block_removal": allow_block_removal,
         "protect_first": protect_first,

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.finish import summed_loss
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
+from structprune.engine.walk import load_block
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.registry import Registry
 from structprune.scores.blocks import angular_distance
-from structprune.types import BlockLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +153,3 @@ def _losses(job: Job, streams: Mapping[int, HiddenStore], num_windows: int) -> d
                 "the loss is NaN or infinite", where=f"the model without block {index}", do="use --dtype float32"
             )
     return losses
-
-
-def load_block(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
-    """The block's stored tensors, and its stock layer in the dtype of the forward passes."""
-    tensors = job.reader.read(block.shapes, block.prefix)
-    return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})

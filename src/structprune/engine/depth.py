@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from structprune.architectures.stock import StockModel
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.block_choice import BLOCK_SCORES, Choice, load_block
+from structprune.engine.block_choice import BLOCK_SCORES, Choice
 from structprune.engine.embed import embed, open_store
 from structprune.engine.finish import Outcome, finish
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import PlanRequest
+from structprune.engine.walk import load_block
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
@@ -56,7 +57,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         "multiple_of": 1,
         **{
             name: Recipe.model_fields[name].default
-            for name in ("head_units", "min_retention", "outer_iterations", "allow_block_removal")
+            for name in ("head_units", "min_retention", "max_retention", "outer_iterations", "allow_block_removal")
         },
         **(
             {}

@@ -60,6 +60,7 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
     options = AllocationOptions(
         sparsity=job.recipe.sparsity,
         min_retention=job.recipe.min_retention,
+        max_retention=job.recipe.max_retention,
         temperature=job.recipe.temperature,
         allow_removal=job.recipe.allow_block_removal,
         protected=frozenset(range(protect_first)) | frozenset(range(num_blocks - protect_last, num_blocks)),

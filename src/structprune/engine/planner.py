@@ -22,8 +22,9 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup
 _TARGET_TOKENS = 2048
 # Tokenizer and text readers (about 75 MiB, of which 50 stay), thread stacks, allocator slack, Python objects.
 _RUNTIME_BYTES = 96 * 2**20
-# What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number).
-_KERNEL_CACHE_BYTES = 16 * 2**20
+# What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number), and its
+# code for them.
+_KERNEL_CACHE_BYTES = 32 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
@@ -74,8 +75,8 @@ class PlanRequest:
     sensitivity_windows: int = 0
     holds_out: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
-    iterates: bool = False
-    """Whether an iterative solver holds tokens of some windows."""
+    num_latents: int = 0
+    """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None
     """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
     compares: Literal["nothing", "borders", "losses"] = "nothing"
@@ -217,15 +218,15 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             kept_apart = gram + cross if request.holds_out else 0
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
             phases[f"statistics ({group.kind})"] += kept_apart
-            if request.iterates and group.kind == "mlp":
+            if request.num_latents and group.kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
                 chunk = min(tokens, _SOLVER_CHUNK)
                 phases["iterate"] = (
                     resident
                     + 5 * weights
                     + 2 * cast
-                    # Inputs and targets with their pieces, and z and s; a dozen temporaries of a chunk.
-                    + tokens * (4 * hidden + 2 * inputs) * 4
+                    # Inputs and targets with their pieces, and z, s and duals; a dozen temporaries of a chunk.
+                    + tokens * (4 * hidden + request.num_latents * inputs) * 4
                     + chunk * 12 * inputs * 4
                     # Float32 weights of three states, moments and a factorisation in float64.
                     + 9 * inputs * hidden * 4

@@ -22,6 +22,7 @@ _OF_UNITS = (
     "target",
     "temperature",
     "min_retention",
+    "max_retention",
     "outer_iterations",
     "allow_block_removal",
     "protect_first",

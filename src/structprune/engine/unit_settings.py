@@ -71,6 +71,12 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
             got=f"--num-samples {recipe.num_samples}, --damping auto",
             wanted="at least 2 windows, or a number for --damping",
         )
+    if recipe.max_retention < recipe.min_retention:
+        raise InputError(
+            "no share of a block's units is within the bounds",
+            got=f"--min-retention {recipe.min_retention:g}, --max-retention {recipe.max_retention:g}",
+            wanted="the first at most the second",
+        )
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)

@@ -18,6 +18,7 @@ SOLVERS: Registry[Solver] = Registry(
         "least-squares": "structprune.solvers.restoration:least_squares",
         # Before and after the alternation; see ITERATIVE.
         "admm": "structprune.solvers.restoration:least_squares",
+        "admm-duals": "structprune.solvers.restoration:least_squares",
         "alternating": "structprune.solvers.restoration:least_squares",
     },
 )
@@ -26,6 +27,13 @@ IterativeUpdate = Callable[[MlpTokens, MlpWeights], MlpSolution]
 
 ITERATIVE: Registry[IterativeUpdate] = Registry(
     "iterative solver",
-    {"admm": "structprune.solvers.admm:solve_mlp", "alternating": "structprune.solvers.alternating:alternate"},
+    {
+        "admm": "structprune.solvers.admm:solve_mlp",
+        "admm-duals": "structprune.solvers.admm:solve_mlp_with_duals",
+        "alternating": "structprune.solvers.alternating:alternate",
+    },
 )
 """Solvers that also propose new producers, from tokens instead of sums."""
+
+NUM_LATENTS = {"admm": 2, "admm-duals": 5, "alternating": 2}
+"""Of an iterative solver, the tensors as wide as the MLP that it holds for all of its tokens, at most."""

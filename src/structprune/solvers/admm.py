@@ -58,6 +58,11 @@ def reference_options(weights: MlpWeights) -> MlpOptions:
     return MlpOptions(penalties=Penalties(alpha=5, beta=5, gamma=5), loop=IterateOptions(max_iterations=8))
 
 
+def solve_mlp_with_duals(tokens: MlpTokens, weights: MlpWeights) -> MlpSolution:
+    """`solve_mlp` as ADMM proper, with scaled duals."""
+    return solve_mlp(tokens, weights, replace(reference_options(weights), duals=True))
+
+
 @torch.no_grad()
 def solve_mlp(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions | None = None) -> MlpSolution:
     """Alternate (c) p, (d) z, (e) s, (a) weights from `weights`; finish with (f) the consumer's refit.
