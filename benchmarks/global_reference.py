@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.evaluation.perplexity import perplexity, text_windows
 from structprune.memory import PeakMeter
+from structprune.methods.structprune import STRUCTPRUNE
 from structprune.scores.selection import keep_greedy, removal_path
 from structprune.solvers.restoration import least_squares
 from structprune.types import LayerProblem, Moments
@@ -150,6 +152,7 @@ def refit(model: Any, ids_NS: Tensor, kept: list[int], sensitivities: list[Tenso
             num_tokens = len(windows) * ids_NS.shape[1]
             parts.append(Moments(gram_II=gram_II, num_tokens=num_tokens, target_OI=target_OI, target_energy=energy))
         solved = problem(down.weight, parts[0] + parts[1], sensitivity_OO, parts[1])
+        solved = replace(solved, shrinkage=STRUCTPRUNE.shrinkage)
         keep_U = keep_greedy(solved, num_keep)
         weight_OK = least_squares(solved, keep_U).weight_OK
         down.weight.data.zero_()
