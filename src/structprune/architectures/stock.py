@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,21 @@ class _NoMlp(nn.Module):
 _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
 
 
+@contextmanager
+def _without_global_width_warnings() -> Generator[None]:
+    """transformers warns of readers that take a per-layer config's global width for every layer's.
+
+    Inside the context the reader is transformers itself, when it checks the config that it has just read.
+    """
+    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
@@ -107,9 +123,10 @@ class StockModel:
             )
         self.family: Family = FAMILIES.get(model_type)
         try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                str(reader.directory), local_files_only=True, attn_implementation="sdpa"
-            )
+            with _without_global_width_warnings():
+                self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                    str(reader.directory), local_files_only=True, attn_implementation="sdpa"
+                )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self._head_units)
@@ -368,7 +385,8 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
     transformers_logging.disable_progress_bar()
     try:
         loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
-        model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        with _without_global_width_warnings():
+            model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
         return model.to(device).eval()
     except StructPruneError:
         raise
