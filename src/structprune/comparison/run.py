@@ -225,30 +225,33 @@ def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
     folder = output / "checkpoints" if spec.keep else work
     folder.mkdir(exist_ok=True)
     checkpoint = folder / spec.output
-    if checkpoint.exists():
-        # Only an unfinished cell leaves one.
-        shutil.rmtree(checkpoint)
+    _discard(checkpoint)
     spec = spec.model_copy(update={"output": checkpoint, "shared": work / _SHARED_NAME})
     spec_path, result_path = work / "cell.json", work / "result.json"
     result_path.unlink(missing_ok=True)
     write_text(spec_path, spec.model_dump_json())
-    process = subprocess.Popen([sys.executable, "-m", "structprune.cli.cell", str(spec_path), str(result_path)])
+    command = [sys.executable, "-m", "structprune.cli.cell", str(spec_path), str(result_path)]
+    # A group of its own: Ctrl-C reaches this process alone, which then ends the other wherever it is.
+    process = subprocess.Popen(command, process_group=0)
     try:
         code = process.wait()
-    except KeyboardInterrupt:
-        # A terminal sends Ctrl-C to the child too, which then cleans up behind itself.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
+    except BaseException:
         process.kill()
+        process.wait()
+        _discard(checkpoint)
         raise
-    if code == 130:
-        raise KeyboardInterrupt
     if code == 0:
         return CellResult.model_validate_json(result_path.read_text(encoding="utf-8"))
     reason = f"signal {-code} (out of memory?)" if code < 0 else f"exit code {code}"
     return CellResult(
         failure=Failure(label=spec.label, sparsity=spec.sparsity, error=f"the process ended with {reason}")
     )
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove what an unfinished cell left."""
+    for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _added(comparison: Comparison, result: CellResult) -> Comparison:
