@@ -111,6 +111,7 @@ def prune(
     checked = check(model, recipe)
     recipe, reader, stock, groups = checked.recipe, checked.reader, checked.stock, checked.groups
     walk = WALKS[checked.method.walk]
+    survey = checked.method.survey_for(recipe.allocator or "uniform")
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
     def plan_for(num_windows: int) -> PrunePlan:
@@ -122,9 +123,9 @@ def prune(
             num_windows=num_windows,
             seq_len=recipe.seq_len,
             num_probe=min(num_probe, num_windows),
-            needs_statistics=checked.method.needs_statistics,
-            needs_survey=checked.method.survey == "loss",
-            needs_weight_gradients=checked.method.survey == "taylor",
+            needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
+            needs_survey=survey == "loss",
+            needs_weight_gradients=survey == "taylor",
             follows_dense=recipe.target == "dense-path",
             holds_out=recipe.damping == "auto",
             num_latents=NUM_LATENTS.get(recipe.solver or "", 0),

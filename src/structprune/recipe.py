@@ -68,7 +68,7 @@ class Recipe(BaseModel):
         default=None, ge=0, description="blocks at the end that lose nothing; None: the method's"
     )
     sensitivity_samples: int = Field(
-        default=12, ge=1, description="windows of the streamed backward pass, or of measured losses"
+        default=24, ge=1, description="windows of the streamed backward pass, or of measured losses"
     )
 
     @field_validator("memory", mode="before")

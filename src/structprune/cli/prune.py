@@ -87,7 +87,7 @@ def prune(
         int | None, typer.Option(help="Blocks at the end that lose nothing.  [default: the method's]")
     ] = None,
     sensitivity_samples: Annotated[
-        int | None, typer.Option(help="Windows of the streamed backward pass, or of measured losses.  [default: 12]")
+        int | None, typer.Option(help="Windows of the streamed backward pass, or of measured losses.  [default: 24]")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

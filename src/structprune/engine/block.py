@@ -19,9 +19,10 @@ from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
+from structprune.memory import release_free_memory
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
-from structprune.scores.selection import keep_best, removal_path
+from structprune.scores.selection import decision_objective, keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, Surveyed, UnitGroup, UnitKind
 
@@ -141,7 +142,10 @@ def _prune_half(
     context = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
+    # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+    release_free_memory()
     keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
+    decision = _decision_objectives(job, problem, keep_U)
     errors = _relative_errors(problem, keep_U, result) if job.method.needs_statistics else (None, None)
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
     del problem
@@ -152,7 +156,7 @@ def _prune_half(
     cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
     if result.bias_O is not None:
         cut = add_bias(cut, group, result.bias_O)
-    statistics: dict[str, float] = context | dict(result.statistics)
+    statistics: dict[str, float] = context | decision | dict(result.statistics)
     objective: list[float] = []
     if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
         pruned = _module(job, block, cut, {**kept, group.kind: keep_units.tolist()})
@@ -210,6 +214,17 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
     return keep_U, result
+
+
+def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
+    """What a search for the units was worth: its objective, and that of as many units by their own output energy."""
+    if job.score not in SELECTORS or bool(keep_U.all()):
+        return {}
+    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()))
+    return {
+        "decision_objective_l2": decision_objective(problem, ranked_U),
+        "decision_objective": decision_objective(problem, keep_U),
+    }
 
 
 def _relative_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planner import PrunePlan
-from structprune.methods.method import Method
+from structprune.methods.method import Method, Survey
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
 
@@ -69,6 +69,12 @@ class Job:
         """The recipe's solver, resolved from the method's where it was not given."""
         assert self.recipe.solver is not None
         return self.recipe.solver
+
+    @property
+    def survey(self) -> Survey:
+        """What is measured on the dense model first."""
+        assert self.recipe.allocator is not None
+        return self.method.survey_for(self.recipe.allocator)
 
     @property
     def adds_bias(self) -> bool:

@@ -175,7 +175,8 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     if request.needs_survey or request.needs_weight_gradients:
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
         kept = 3 * request.seq_len * _activation_width(block, hidden) * item
-        phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + 2 * hidden * hidden * 4
+        sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
+        phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + sums
         phases["survey: loss"] = (
             small
             + (store_bytes if store == "memory" else 0)
@@ -193,7 +194,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     elif request.needs_statistics:
         for group in request.groups:
             inputs = group.num_units * group.width
-            gram = inputs * inputs * 4
+            gram = _gram_bytes(group)
             phases[f"statistics ({group.kind})"] = (
                 resident
                 + weights
@@ -214,7 +215,8 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # weights, targets and updates.
                 greedy = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
                 solve = max(solve, greedy)
-                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + greedy
+                others = sum(_gram_bytes(other) for other in request.groups if other is not group)
+                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + greedy + others
             kept_apart = gram + cross if request.holds_out else 0
             phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
             phases[f"statistics ({group.kind})"] += kept_apart
@@ -240,19 +242,10 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
                 both = 2 * inputs + 6 * hidden
                 phases[f"statistics ({group.kind})"] += cross + micro_batch * request.seq_len * both * 4
-    if request.needs_survey and len(request.groups) > 1:
-        # The survey takes both kinds' sums in one pass.
-        both = sum((g.num_units * g.width) ** 2 * 4 for g in request.groups)
-        phases["survey: forward"] = resident + 2 * weights + cast + activations + both
     model_bytes = sum(request.stored_bytes.values())
     borders = (
         (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
         if request.needs_survey or request.needs_weight_gradients
-        else 0
-    )
-    grams = (
-        sum((g.num_units * g.width) ** 2 * 4 for g in request.groups) * len(request.layout.blocks)
-        if request.needs_survey
         else 0
     )
     added = 0
@@ -267,7 +260,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
-        disk_bytes=model_bytes + added + borders + grams + (num_stores * store_bytes if store == "file" else 0),
+        disk_bytes=model_bytes + added + borders + (num_stores * store_bytes if store == "file" else 0),
     )
 
 
@@ -305,6 +298,10 @@ def _slice_phases(
 
 def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:
     return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
+
+
+def _gram_bytes(group: UnitGroup) -> int:
+    return (group.num_units * group.width) ** 2 * 4
 
 
 def _weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int]:

@@ -35,11 +35,15 @@ class Survey:
     """As in `Method.survey`."""
     costs: Costs
     folder: Path
+    for_widths: bool
+    """Whether only the allocator reads it; the method then decides without."""
     reused: ReusedStatistics | None = None
     """What it took the run that measured it; None if this one did."""
 
     def of_block(self, block: int) -> dict[str, Surveyed]:
         """Kind of unit -> what the decision in one block reads."""
+        if self.for_widths:
+            return {}
         match self.kind:
             case "loss":
                 found = load_sensitivity(self.folder, block)
@@ -52,18 +56,19 @@ class Survey:
 
 def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Survey | None:
     """Measure into `folder`, or with `job.shared` into a place where later runs of the same question find it."""
-    kind = job.method.survey
+    kind = job.survey
     if kind == "none":
         return None
+    for_widths = kind != job.method.survey
     if job.shared is None:
-        return Survey(kind=kind, costs=_measure(job, folder, observer), folder=folder)
+        return Survey(kind=kind, costs=_measure(job, folder, observer), folder=folder, for_widths=for_widths)
     folder = job.shared / _key(job)
     done = folder / _DONE_NAME
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
         observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
         costs = _unpacked(job, load_file(str(folder / _COSTS_NAME)))
-        return Survey(kind=kind, costs=costs, folder=folder, reused=reused)
+        return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     job.shared.mkdir(parents=True, exist_ok=True)
@@ -73,11 +78,11 @@ def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -
     spent = ReusedStatistics(seconds=time.perf_counter() - started, peak_bytes=meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
-    return Survey(kind=kind, costs=costs, folder=folder)
+    return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
 
 
 def _measure(job: Job, folder: Path, observer: Observer) -> Costs:
-    match job.method.survey:
+    match job.survey:
         case "none":
             raise AssertionError("nothing to measure")
         case "scores":
@@ -94,8 +99,8 @@ def _key(job: Job) -> str:
     question = {
         "source": job.reader.fingerprint(),
         "windows": fingerprint(job.windows),
-        "survey": job.method.survey,
-        "score": None if job.method.survey == "loss" else job.score,
+        "survey": job.survey,
+        "score": None if job.survey == "loss" else job.score,
         "kinds": job.kinds,
         "head_units": recipe.head_units,
         "damping": job.damping,

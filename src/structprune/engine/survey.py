@@ -1,8 +1,8 @@
 """The survey: what each removal would cost the loss, measured on the dense model before anything is pruned.
 
-Forward over all windows one Gram matrix per block is kept on disk. The streamed backward pass (`engine/walk.py`) brings
-the exact gradient of the loss to every consumer's output. From it comes the output sensitivity F = E[g g^T] (labels
-sampled from the model: the true Fisher), and with it the removal costs that allocators read.
+The streamed backward pass (`engine/walk.py`) recomputes each block and brings the exact gradient of the loss to every
+consumer's output. From the two come the Gram matrix of the consumer's inputs and the output sensitivity F = E[g g^T]
+(labels sampled from the model: the true Fisher), and from those the removal costs that allocators read.
 
 Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I consumer inputs, O outputs.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,19 +37,15 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     folder.mkdir()
     costs: Costs = {kind: [] for kind in job.kinds}
 
-    def measure(block: BlockLayout, propagator: Propagator, store: HiddenStore) -> None:
-        moments = _measure(job, block, load_block(job, block)[1], propagator, store)
-        save_file({k: m.gram_II for k, m in moments.items()}, str(folder / f"gram-{block.index}.safetensors"))
-
     def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
-        sensitivities = backward(job, block, propagator, border, gradient)
+        measured = backward(job, block, propagator, border, gradient)
+        sensitivities = {kind: part.sensitivity_OO for kind, part in measured.items()}
         save_file(sensitivities, str(folder / f"sensitivity-{block.index}.safetensors"))
-        found = _costs(job, block, folder, sensitivities)
+        found = _costs(job, block, measured)
         for kind in job.kinds:
             costs[kind].insert(0, found.get(kind, torch.empty(0)))
 
-    num_windows = len(job.windows.ids_NS)
-    walk(job, folder, observer, num_windows=num_windows, labels="sampled", forward=measure, backward=price)
+    walk(job, folder, observer, labels="sampled", backward=price)
     return costs
 
 
@@ -91,26 +87,32 @@ def _measure(
         for group in job.groups(block):
             stack.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
         propagator.run(module, block.index, store, write=True)
-    return {
-        kind: Moments(
-            sum_I=a.sum_I.cpu(), num_tokens=a.num_tokens, gram_II=a.finalize(f"block {block.index} {kind}").cpu()
-        )
-        for kind, a in accumulators.items()
-    }
+    return {kind: _moments(a, f"block {block.index} {kind}") for kind, a in accumulators.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one block's recomputation and its gradient leave of one consumer."""
+
+    moments: Moments
+    sensitivity_OO: Tensor
+    """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""
 
 
 def backward(
     job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
-) -> dict[str, Tensor]:
-    """Move `gradient` from the block's output to its input; return F of each group's consumer output, (O, O)."""
+) -> dict[str, Measured]:
+    """Move `gradient` from the block's output to its input; kind -> sums of the consumer's inputs and gradients."""
     _, module = load_block(job, block)
     groups = job.groups(block)
     hidden_size = job.stock.layout.hidden_size
-    accumulators = {group.kind: GramAccumulator(hidden_size, job.device) for group in groups}
+    inputs = {group.kind: GramAccumulator(group.num_units * group.width, job.device) for group in groups}
+    gradients = {group.kind: GramAccumulator(hidden_size, job.device) for group in groups}
     outputs: dict[str, Tensor] = {}
 
-    def keep(kind: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+    def keep(kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[kind].update(args[0].detach().reshape(-1, args[0].shape[-1]))
             outputs[kind] = output
 
         return hook
@@ -120,7 +122,7 @@ def backward(
 
     def update(found: Sequence[Tensor]) -> None:
         for group, grad_BSD in zip(groups, found, strict=True):
-            accumulators[group.kind].update(grad_BSD.reshape(-1, hidden_size))
+            gradients[group.kind].update(grad_BSD.reshape(-1, hidden_size))
         outputs.clear()
 
     def wanted() -> list[Tensor]:
@@ -128,22 +130,29 @@ def backward(
 
     differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
     return {
-        kind: (a.finalize(f"gradient of block {block.index} {kind}") / a.num_tokens).cpu()
-        for kind, a in accumulators.items()
+        kind: Measured(
+            moments=_moments(inputs[kind], f"block {block.index} {kind}"),
+            sensitivity_OO=(a.finalize(f"gradient of block {block.index} {kind}") / a.num_tokens).cpu(),
+        )
+        for kind, a in gradients.items()
     }
 
 
-def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Kind -> loss added by each removal, by greedy removal on the dense statistics."""
-    path = folder / f"gram-{block.index}.safetensors"
-    grams = load_file(str(path))
-    path.unlink()
+def _moments(accumulator: GramAccumulator, where: str) -> Moments:
+    return Moments(
+        sum_I=accumulator.sum_I.cpu(), num_tokens=accumulator.num_tokens, gram_II=accumulator.finalize(where).cpu()
+    )
+
+
+def _costs(job: Job, block: BlockLayout, measured: dict[str, Measured]) -> dict[str, Tensor]:
+    """Kind -> loss added by each removal, by greedy removal on the dense statistics, which are used up."""
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
-        moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
-        surveyed = Surveyed(sensitivity_OO=sensitivities[group.kind])
-        problem = layer_problem(job, block, group, tensors, [moments], surveyed)
+        part = measured.pop(group.kind)
+        surveyed = Surveyed(sensitivity_OO=part.sensitivity_OO)
+        problem = layer_problem(job, block, group, tensors, [part.moments], surveyed)
+        del part
         # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
         result[group.kind] = removal_path(replace(problem, shrinkage=0.0), group.num_units).cost
     return result

@@ -21,7 +21,7 @@ from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator
-from structprune.engine.walk import Costs, differentiate, load_block, num_gradient_windows, walk
+from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.scores import SCORES
 from structprune.types import BlockLayout, Surveyed, TaylorSums, UnitGroup
@@ -37,9 +37,6 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
     folder.mkdir()
     costs: Costs = {kind: [] for kind in job.kinds}
 
-    def run(block: BlockLayout, propagator: Propagator, store: HiddenStore) -> None:
-        propagator.run(load_block(job, block)[1], block.index, store, write=True)
-
     def score(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
         tensors, module = load_block(job, block)
         sums = weight_sums(job, block, module, propagator, border, gradient)
@@ -51,8 +48,7 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         for kind in job.kinds:
             costs[kind].insert(0, found.get(kind, torch.empty(0)))
 
-    num_windows = num_gradient_windows(job)
-    walk(job, folder, observer, num_windows=num_windows, labels="text", forward=run, backward=score)
+    walk(job, folder, observer, labels="text", backward=score)
     return costs
 
 

@@ -30,6 +30,7 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
 def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
     """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning."""
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
+    survey = method.survey_for(allocator)
     temperature = recipe.temperature
     if temperature is None:
         temperature = method.temperature if allocator == method.allocator else 0.0
@@ -59,7 +60,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
-    if recipe.shrinkage and score not in SELECTORS and method.survey != "loss":
+    if recipe.shrinkage and score not in SELECTORS and survey != "loss":
         raise UnsupportedError(
             f"score {score!r} does not remove units one after the other, so it counts on no correlations",
             got=f"--shrinkage {recipe.shrinkage:g}",
@@ -80,15 +81,11 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
-    if allocator != "uniform" and method.survey == "none":
+    if survey == "scores" and score in SELECTORS:
         raise UnsupportedError(
-            f"allocator {allocator!r} needs removal costs, which {method.name!r} does not measure",
-            wanted="--allocator uniform, or --method structprune",
-        )
-    if allocator not in ("uniform", "standardised") and method.survey == "scores":
-        raise UnsupportedError(
-            f"allocator {allocator!r} compares costs in units of the loss, which {method.name!r} does not measure",
-            wanted="--allocator standardised or uniform, or --method structprune",
+            f"{score!r} gives no number per unit that blocks could be compared by",
+            got=f"--allocator {allocator}",
+            wanted=f"another allocator, or --score {', '.join(SCORES)}",
         )
     if uneven and recipe.structure == "uniform":
         raise UnsupportedError("the source's blocks have different widths", wanted="--structure per-layer")
@@ -107,7 +104,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="an allocator that weighs blocks, such as closed-form",
         )
-    if recipe.outer_iterations and method.survey != "loss":
+    if recipe.outer_iterations and survey != "loss":
         raise UnsupportedError(
             f"outer iterations price removals again by greedy removal, in another unit than {method.name!r} does",
             got=f"--outer-iterations {recipe.outer_iterations}",
@@ -164,10 +161,6 @@ def _check_score(score: str, method: Method) -> str:
     if score != method.score and not method.needs_statistics and method.survey == "none":
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
-        )
-    if method.survey == "scores" and score in SELECTORS:
-        raise UnsupportedError(
-            f"{score!r} gives no number per unit that blocks could be compared by", wanted=f"--score {method.score}"
         )
     if score == "loss" and method.survey != "loss":
         raise UnsupportedError(

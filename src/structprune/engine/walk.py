@@ -2,7 +2,7 @@
 
 Forward, the hidden states of some windows are kept on disk at every border. Then the blocks are visited in reverse:
 each is recomputed from its stored input and differentiated, so the exact gradient moves on by one border. What is
-measured on the way, forward and in reverse, is the caller's.
+measured on the way back is the caller's.
 
 Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
 """
@@ -32,8 +32,6 @@ Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
 Labels = Literal["sampled", "text"]
 """The loss is that of labels drawn from the model's own prediction, or of the calibration text's next tokens."""
-Forward = Callable[[BlockLayout, Propagator, HiddenStore], None]
-"""(block, micro-batch loop, store): moves the store from the block's input to its output."""
 Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore], None]
 """(block, micro-batch loop, the block's stored input, gradient): moves the gradient from the output to the input."""
 
@@ -43,18 +41,17 @@ def walk(
     folder: Path,
     observer: Observer,
     *,
-    num_windows: int,
     labels: Labels,
-    forward: Forward,
     backward: Backward,
 ) -> None:
-    """Visit every block forward with the first `num_windows` windows, then in reverse with the gradient of the loss.
+    """Visit every block forward, then in reverse with the gradient of the loss.
 
-    The gradient is that of the first `sensitivity_samples` windows. What the walk itself puts into `folder` is gone at
-    its end.
+    Of the calibration windows only the first `sensitivity_samples` take part. What the walk itself puts into `folder`
+    is gone at its end.
     """
     blocks = job.stock.layout.blocks
-    shape = (num_gradient_windows(job), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+    num_windows = min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
+    shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     with contextlib.ExitStack() as stack:
         store = open_store(job, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
@@ -65,9 +62,9 @@ def walk(
             border = FileStore(folder / f"border-{block.index}.bin", shape, job.dtype)
             stack.callback(border.close)
             borders.append(border)
-            for start in range(shape[0]):
+            for start in range(num_windows):
                 border.write(start, store.read(start, start + 1))
-            forward(block, propagator, store)
+            propagator.run(load_block(job, block)[1], block.index, store, write=True)
             release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
@@ -79,11 +76,6 @@ def walk(
             backward(block, propagator, borders[block.index], gradient)
             release_free_memory()
             observer.advance(f"block {block.index}")
-
-
-def num_gradient_windows(job: Job) -> int:
-    """Windows of the backward pass, the first ones."""
-    return min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
 
 
 def load_block(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:

@@ -96,6 +96,26 @@ def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
     return _block_costs(weight_MA, blocks_Uww)
 
 
+def set_objective(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> float:
+    """min over V, columns of removed units zero, of 1/2 tr((V - W) H (V - W)^T): what a decision costs, solved anew.
+
+    `gram_II` H is the damped Gram in float64. Raises NumericalError if it is not positive definite on the kept units.
+    """
+    kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
+    weight_MR = weight_MI[:, removed].to(torch.float64)
+    factor = _factor(gram_II[kept][:, kept])
+    own_MR = weight_MR @ gram_II[removed][:, removed]
+    explained_KM = torch.linalg.solve_triangular(factor, (weight_MR @ gram_II[removed][:, kept]).T, upper=False)
+    return max(0.0, 0.5 * float((own_MR * weight_MR).sum() - explained_KM.square().sum()))
+
+
+def _factor(gram_KK: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(gram_KK)
+    if int(info) != 0:
+        raise NumericalError("the Gram matrix of the kept units is not positive definite", do="raise damping")
+    return factor
+
+
 def metric_root(sensitivity_OO: Tensor, damping: float = 1e-3) -> Tensor:
     """L with F + damping * mean(diag F) I = L L^T, lower triangular, float64: the map into units of the loss."""
     return damped_cholesky(sensitivity_OO, damping, "output sensitivity").factor_NN
@@ -174,9 +194,7 @@ def _swept(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> tu
     residual correlation c = (W - V) H in the columns R. The objective is 1/2 tr(W_R S W_R^T).
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
-    factor, info = torch.linalg.cholesky_ex(gram_II[kept][:, kept])
-    if int(info) != 0:
-        raise NumericalError("the Gram matrix of the kept units is not positive definite", do="raise damping")
+    factor = _factor(gram_II[kept][:, kept])
     cross_KR = torch.cholesky_solve(gram_II[kept][:, removed], factor)
     schur_RR = gram_II[removed][:, removed] - gram_II[removed][:, kept] @ cross_KR
     table_II = torch.empty_like(gram_II)

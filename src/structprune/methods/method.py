@@ -7,6 +7,10 @@ from typing import Literal
 
 from structprune.types import UnitKind
 
+Survey = Literal["none", "scores", "loss", "taylor"]
+"""What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
+gradient of the loss by its weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -28,9 +32,8 @@ class Method:
     solver: str = ""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
-    survey: Literal["none", "scores", "loss", "taylor"] = "none"
-    """What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
-    gradient of the loss by its weights."""
+    survey: Survey = "none"
+    """What it needs of the dense model with its own allocator."""
     protect: tuple[float, float] = (0.0, 0.0)
     """Shares of the blocks, at the start and at the end, that lose nothing unless the recipe says how many."""
     temperature: float = 0.0
@@ -41,6 +44,15 @@ class Method:
     """Share of the correlations between units that greedy removal does not count on."""
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""
+
+    def survey_for(self, allocator: str) -> Survey:
+        """What `allocator` reads and the method itself does not measure: widths by prices in loss, units by the method.
+
+        `standardised` compares the method's own scores.
+        """
+        if allocator == "uniform" or self.survey in ("loss", "taylor"):
+            return self.survey
+        return "scores" if allocator == "standardised" else "loss"
 
     def protected_blocks(self, num_blocks: int) -> tuple[int, int]:
         """Blocks at the start and at the end that lose nothing by default: the shares, rounded down."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky
-from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, swap_units
+from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
 from structprune.types import LayerProblem
 
 # Units that leave together in greedy removal, as a share of all: 128 steps for the whole width.
@@ -52,6 +52,18 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
     gram_II = shrunk_gram(problem)
     gram_II.diagonal().add_(delta)
     return swap_units(weight_MI, gram_II, keep_U, width=problem.width).keep_U
+
+
+def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
+    """Objective of the mixed-integer problem for these units, as a share of sum |W x|^2: what no refit can repair.
+
+    min over V, removed columns zero, of sum |V x - W x|^2, up to the ridge of the decision.
+    """
+    gram_II = problem.gram_II.to(torch.float64, copy=True)
+    gram_II.diagonal().add_(problem.damping * (float(gram_II.diagonal().mean()) or 1.0))
+    weight_OI = problem.weight_OI.to(torch.float64)
+    energy = 0.5 * float(((weight_OI @ gram_II) * weight_OI).sum())
+    return set_objective(weight_OI, gram_II, keep_U, problem.width) / energy if energy > 0 else 0.0
 
 
 def shrunk_gram(problem: LayerProblem) -> Tensor:
