@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.stock import StockModel, compact, output_tensor
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
 from structprune.types import UNIT_KINDS, UnitKind

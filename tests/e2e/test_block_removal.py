@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import TINY_MODELS, save_tiny
+from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, MODELING_NAME
 from structprune.architectures.removed import REMOVED_ENTRY
-from structprune.architectures.stock import StockModel, compact, load_model, output_tensor, remove_half
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact, remove_half
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError

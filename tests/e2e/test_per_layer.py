@@ -14,8 +14,10 @@ from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, Mistral
 
 from conftest import TINY_MODELS, VOCAB, save_tiny
 from structprune import prune
+from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME
-from structprune.architectures.stock import StockModel, compact, load_model, output_tensor
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError

@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Mist
 from conftest import TINY_MODELS, VOCAB, llama_config, save_tiny
 from structprune import prune
 from structprune.api import evaluate, inspect
+from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME
 from structprune.architectures.sliced_source import SLICED_ENTRY
-from structprune.architectures.stock import StockModel, load_model
+from structprune.architectures.stock import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
 from structprune.engine import slicing

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import add_bias, compact, remove_half
+from structprune.architectures.units import add_bias, compact, remove_half
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams, measure, moving_dense
 from structprune.engine.problem import layer_problem

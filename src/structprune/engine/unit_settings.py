@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from structprune.allocation import ALLOCATORS
-from structprune.architectures.stock import StockModel, check_bias
+from structprune.architectures.stock import StockModel
+from structprune.architectures.units import check_bias
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
