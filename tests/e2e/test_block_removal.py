@@ -158,14 +158,14 @@ def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: 
         dense.block(2, {}, removed=UNIT_KINDS),
     ]
     for module in modules:
-        with torch.no_grad(), stock.half(module, kind):
+        with torch.no_grad(), stock.stage(module, (kind,)):
             assert torch.equal(output_tensor(module(hidden_BSD, **inputs.kwargs[index])), hidden_BSD)
     with torch.no_grad():
         whole_module = dense.block(index, tensors)
-        with dense.half(whole_module, other):
+        with dense.stage(whole_module, (other,)):
             expected = output_tensor(whole_module(hidden_BSD, **inputs.kwargs[index]))
         assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
-        with dense.half(modules[1], other):
+        with dense.stage(modules[1], (other,)):
             assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
     assert not torch.allclose(expected, hidden_BSD)
 

@@ -54,7 +54,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         up_module="mlp.up_proj",
         gate_module="mlp.gate_proj",
         activation=config.hidden_act,
-        norm_module="post_attention_layernorm",
+        norm_modules=("post_attention_layernorm",),
     )
     modules = ["q_proj", "k_proj", "v_proj"] if head_units == "kv-group" else ["q_proj"]
     queries, shared = _head_slices(num_kv, queries_per_group, head_dim, head_units)
@@ -78,7 +78,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         module_prefix="self_attn.",
         bias_field="attention_bias" if config.model_type == "llama" else None,
         bias_modules=tuple(f"self_attn.{module}" for module in ("q_proj", "k_proj", "v_proj", "o_proj")),
-        norm_module="input_layernorm",
+        norm_modules=("input_layernorm",),
     )
     return (mlp, attention)
 

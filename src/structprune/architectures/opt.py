@@ -43,7 +43,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         module_prefix="fc",
         up_module="fc1",
         activation=config.activation_function,
-        norm_module="final_layer_norm",
+        norm_modules=("final_layer_norm",),
     )
     attention = UnitGroup(
         kind="attention",
@@ -60,7 +60,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         # Stock OPT derives q/k/v/out from hidden_size, so no config entry can express fewer heads.
         config_fields={},
         module_prefix="self_attn.",
-        norm_module="self_attn_layer_norm",
+        norm_modules=("self_attn_layer_norm",),
     )
     return (mlp, attention)
 

@@ -22,7 +22,7 @@ from structprune.architectures.removed import RemovedHalves, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
-from structprune.types import BlockLayout, HeadUnits, ModelLayout, UnitKind
+from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,8 @@ class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
     `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
-    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). A sliced checkpoint
+    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). The halves of a block read
+    the stream in `stages`. A sliced checkpoint
     (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
     the checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
@@ -105,6 +106,7 @@ class StockModel:
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self._head_units)
+            self.stages: tuple[Stage, ...] = self.family.stages(self.config)
             self.removed: RemovedHalves = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
@@ -144,10 +146,7 @@ class StockModel:
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
         where = str(reader.directory / "config.json")
-        removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
-        if any(removed) and self.family.attention_module is None:
-            raise UnsupportedError(f"{self.family.name} blocks have no halves that can be removed", where=where)
-        return removed
+        return removed_halves(reader.config, self.config.num_hidden_layers, where)
 
     def _fit_skeleton(self) -> None:
         """Rebuild the skeleton's layers where a block's widths are its own or a half is gone."""
@@ -165,8 +164,8 @@ class StockModel:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.half_modules(group.kind):
                     layer.set_submodule(name, _STAND_INS[group.kind]())
-                if group.norm_module is not None:
-                    layer.set_submodule(group.norm_module, nn.Identity())
+                for name in group.norm_modules:
+                    layer.set_submodule(name, nn.Identity())
         if self.sliced:
             for name in SHORTCUTS.values():
                 layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
@@ -282,17 +281,22 @@ class StockModel:
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         return layer.requires_grad_(False)
 
-    @contextmanager
-    def half(self, block: nn.Module, kind: UnitKind) -> Generator[None]:
-        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`; the one after the other is the block.
+    def stage_of(self, kind: UnitKind) -> Stage:
+        """The stage that the half belongs to."""
+        return next(stage for stage in self.stages if kind in stage)
 
-        A half that is removed from the block is `h`.
+    @contextmanager
+    def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
+        """Inside the context `block(h)` is `h` plus what the halves of `stage` add; all stages in turn are the block.
+
+        A half that is removed from the block adds nothing.
         """
-        assert self.family.attention_module is not None
-        other: UnitKind = "mlp" if kind == "attention" else "attention"
-        outside = {name: block.get_submodule(name) for name in self.family.half_modules(other)}
-        for name in outside:
-            block.set_submodule(name, _STAND_INS[other]())
+        outside: dict[str, nn.Module] = {}
+        for kind in UNIT_KINDS:
+            if kind not in stage:
+                for name in self.family.half_modules(kind):
+                    outside[name] = block.get_submodule(name)
+                    block.set_submodule(name, _STAND_INS[kind]())
         try:
             yield
         finally:

@@ -121,7 +121,7 @@ def _slice_blocks(
             cuts = [here]
             for half in _stream(job).halves:
                 where = f"after block {block.index} {half.kind}"
-                with job.stock.half(module, half.kind):
+                with job.stock.stage(module, (half.kind,)):
                     moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
                     gram_DD = _gram(job, moved, where)
                 cuts.append(_cut(job, gram_DD, width, common_DK, where))
@@ -168,7 +168,7 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
             del tensors
             for half in _stream(job).halves:
-                with job.stock.half(module, half.kind):
+                with job.stock.stage(module, (half.kind,)):
                     moved = _moved(propagator, module, block.index, store)
                     total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
             del module
