@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import TINY_MODELS, save_tiny
 from structprune.architectures.loading import load_model
-from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, MODELING_NAME
+from structprune.architectures.per_layer_source import MODELING_NAME, accepted_sources
 from structprune.architectures.removed import REMOVED_ENTRY
 from structprune.architectures.stock import StockModel, output_tensor
 from structprune.architectures.units import compact, remove_half
@@ -50,9 +50,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
                 tensors = compact(tensors, group, torch.arange(group.num_units - count, group.num_units))
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family.name)
+    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family.name)
+    write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
@@ -228,14 +228,14 @@ def test_load_model_wants_the_modelling_file(pruned: Path, tmp_path: Path) -> No
 
 
 def test_the_first_version_of_the_text_still_loads(source: Path, tmp_path: Path, modules_cache: None) -> None:
-    family = StockModel(CheckpointReader(source)).family.name
-    text = ACCEPTED_SOURCES[family][-1]
+    family = StockModel(CheckpointReader(source)).family
+    text = accepted_sources(family)[-1]
     assert (
         hashlib.sha256(text.encode()).hexdigest()
         == {
             "llama": "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f",
             "opt": "66a1a6525e1c88c2be2a46434e5ee935a3a570834b3b1ef5598445531affeaa5",
-        }[family]
+        }[family.name]
     ), "a released text has changed"
     old = write_per_layer(source, tmp_path / "old", {"mlp": [16, 40, 27, 48]})
     assert REMOVED_ENTRY not in json.loads((old / "config.json").read_text())
@@ -284,7 +284,7 @@ def test_malformed_entries_are_refused(entry: Any, match: str, pruned: Path, tmp
 def test_some_attention_must_stay(source: Path, pruned: Path, tmp_path: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
-        per_layer_config(stock.layout.config, stock.groups, {"attention": [0] * NUM_BLOCKS}, stock.family.name)
+        per_layer_config(stock.layout.config, stock.groups, {"attention": [0] * NUM_BLOCKS}, stock.family)
     every = {str(i): ["attention"] for i in range(NUM_BLOCKS)}
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
         StockModel(CheckpointReader(edited(pruned, tmp_path / "copy", **{REMOVED_ENTRY: every})))
@@ -305,4 +305,4 @@ def test_the_uniform_format_refuses_removed_halves(source: Path, pruned: Path) -
 def test_nothing_removed_leaves_no_entry(source: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     whole = {group.kind: [group.num_units] * NUM_BLOCKS for group in stock.groups}
-    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family.name)
+    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family)

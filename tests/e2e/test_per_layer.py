@@ -60,9 +60,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
             tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family.name)
+    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family.name)
+    write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
@@ -240,16 +240,16 @@ def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Pat
 def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
     reader = CheckpointReader(tiny_opt)
     stock = StockModel(reader)
-    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, "opt")
+    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, stock.family)
     with pytest.raises(UnsupportedError, match="fewer attention units"):
-        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, "opt")
+        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, stock.family)
 
 
 def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
     reader = CheckpointReader(tiny_llama)
     stock = StockModel(reader)
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
-    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, "llama")["head_dim"] == 8
+    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, stock.family)["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,19 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StockClasses:
+    """Names of the stock classes of one `model_type`, which the modelling file of uneven widths is made of."""
+
+    module: str
+    """Where they are: `llama` stands for transformers.models.llama.modeling_llama."""
+    stem: str
+    """Our own are called StructPrune<stem>Model and StructPrune<stem>ForCausalLM."""
+    layer: str
+    chain: tuple[str, ...]
+    """From the class that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
 
@@ -66,6 +79,10 @@ class Family:
     """Attention inside a block; with zeros in its place the MLP half is left."""
     mlp_modules: tuple[str, ...]
     """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
+    norms: Mapping[UnitKind, tuple[str, ...]]
+    """The norms of each half, as in its unit group."""
+    classes: Mapping[str, StockClasses]
+    """`model_type` -> stock classes."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other

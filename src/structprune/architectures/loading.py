@@ -15,7 +15,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
 from structprune.architectures import FAMILIES
-from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
+from structprune.architectures.family import Family
+from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.removed import REMOVED_ENTRY
 from structprune.architectures.sliced_source import ACCEPTED_SLICED_SOURCES, SLICED_ENTRY, SLICED_STEMS
 from structprune.errors import CheckpointError, StructPruneError
@@ -67,17 +68,18 @@ def _per_layer_class(directory: Path) -> Any:
     if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
         return None
     model_type = config.get("model_type")
-    form, stems = ("sliced", SLICED_STEMS) if SLICED_ENTRY in config else ("per-layer", CLASS_STEMS)
-    if model_type not in stems:
+    form, known = ("sliced", SLICED_STEMS) if SLICED_ENTRY in config else ("per-layer", FAMILIES)
+    if model_type not in known:
         raise CheckpointError(
             f"the model family has no {form} format",
             where=str(directory / "config.json"),
             got=f"model_type {model_type!r}",
-            wanted=", ".join(stems),
+            wanted=", ".join(known),
         )
     if not path.is_file():
         raise CheckpointError(f"the {form} checkpoint lacks its modelling file", where=str(path), do="copy it there")
-    accepted = ACCEPTED_SLICED_SOURCES if form == "sliced" else ACCEPTED_SOURCES[FAMILIES.get(model_type).name]
+    family: Family = FAMILIES.get(model_type)
+    accepted = ACCEPTED_SLICED_SOURCES if form == "sliced" else accepted_sources(family)
     if path.read_bytes() not in [text.encode() for text in accepted]:
         raise CheckpointError(
             "the modelling file is not one that structprune writes, so it is not run",
@@ -86,6 +88,9 @@ def _per_layer_class(directory: Path) -> Any:
             wanted=f"an unchanged file for {model_type}",
             do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
         )
-    return get_class_from_dynamic_module(
-        f"{MODELING_MODULE}.{stems[model_type]}ForCausalLM", str(directory), local_files_only=True
+    name = (
+        f"{SLICED_STEMS[model_type]}ForCausalLM"
+        if form == "sliced"
+        else class_name(family.classes[model_type], "ForCausalLM")
     )
+    return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)
