@@ -15,6 +15,9 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
 from structprune.types import UNIT_KINDS, UnitKind
 
+# Norms of queries and keys over the dimensions of a head.
+SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
 
 @pytest.fixture(scope="module", params=list(TINY_MODELS))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,9 +59,12 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
     for block in layout.blocks:
         for group in block.groups:
             removable = group.num_units * block.unit_parameters(group)
-            bias = torch.Size(block.shapes[group.consumer_bias]).numel() if group.consumer_bias else 0
-            # A module is its units, and the consumer's bias, which belongs to no unit.
-            assert removable + bias == block.module_parameters(group)
+            # A module is its units, and what belongs to none: the consumer's bias, norms that all heads share.
+            owned = {part.tensor for part in group.slices}
+            others = [n for n in block.shapes if n.startswith(group.module_prefix) and n not in owned]
+            shared = sum(torch.Size(block.shapes[name]).numel() for name in others)
+            assert removable + shared == block.module_parameters(group)
+            assert set(others) <= {group.consumer_bias, *SHARED}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])

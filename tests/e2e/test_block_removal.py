@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_per_layer import IDS_BS, load, logits, streamed_logits, tiny_mistral
+from test_per_layer import IDS_BS, load, logits, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from conftest import TINY_MODELS, save_tiny
+from conftest import save_tiny
 from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME, accepted_sources
 from structprune.architectures.removed import REMOVED_ENTRY
@@ -22,9 +22,12 @@ from structprune.architectures.stock import StockModel, output_tensor
 from structprune.architectures.units import compact, remove_half
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.unit_settings import unit_settings
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
+from structprune.methods import METHODS
+from structprune.recipe import Recipe
 from structprune.types import UNIT_KINDS
 
 NUM_BLOCKS = 4
@@ -74,18 +77,9 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
     return model(input_ids=IDS_BS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen3"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        dense = tiny_mistral if request.param == "mistral" else TINY_MODELS[request.param]
-
-        def build() -> Any:
-            model = dense()
-            model.config.num_hidden_layers = NUM_BLOCKS
-            return type(model)(model.config)
-
-        patch.setitem(TINY_MODELS, request.param, build)
-        return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param)
+    return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param, num_blocks=NUM_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -227,16 +221,18 @@ def test_load_model_wants_the_modelling_file(pruned: Path, tmp_path: Path) -> No
         load_model(copy, torch.device("cpu"), torch.float32)
 
 
-def test_the_first_version_of_the_text_still_loads(source: Path, tmp_path: Path, modules_cache: None) -> None:
-    family = StockModel(CheckpointReader(source)).family
-    text = accepted_sources(family)[-1]
-    assert (
-        hashlib.sha256(text.encode()).hexdigest()
-        == {
-            "llama": "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f",
-            "opt": "66a1a6525e1c88c2be2a46434e5ee935a3a570834b3b1ef5598445531affeaa5",
-        }[family.name]
-    ), "a released text has changed"
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("llama", "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f"),
+        ("mistral", "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f"),
+        ("opt", "66a1a6525e1c88c2be2a46434e5ee935a3a570834b3b1ef5598445531affeaa5"),
+    ],
+)
+def test_the_first_version_of_the_text_still_loads(kind: str, digest: str, tmp_path: Path, modules_cache: None) -> None:
+    source = save_tiny(kind, tmp_path / "dense", num_blocks=NUM_BLOCKS)
+    text = accepted_sources(StockModel(CheckpointReader(source)).family)[-1]
+    assert hashlib.sha256(text.encode()).hexdigest() == digest, "a released text has changed"
     old = write_per_layer(source, tmp_path / "old", {"mlp": [16, 40, 27, 48]})
     assert REMOVED_ENTRY not in json.loads((old / "config.json").read_text())
     (old / MODELING_NAME).write_text(text)
@@ -306,3 +302,23 @@ def test_nothing_removed_leaves_no_entry(source: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     whole = {group.kind: [group.num_units] * NUM_BLOCKS for group in stock.groups}
     assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family)
+
+
+def test_blocks_with_and_without_a_window_keep_their_attention(tmp_path: Path, modules_cache: None) -> None:
+    source = save_tiny("qwen2", tmp_path / "dense", num_blocks=NUM_BLOCKS)
+    with pytest.raises(UnsupportedError, match="cannot lose their attention; got layer_types full_attention, sliding"):
+        unit_settings(
+            Recipe(method="structprune", scope="all", allow_block_removal=True),
+            METHODS.get("structprune"),
+            StockModel(CheckpointReader(source)),
+        )
+    pruned = write_per_layer(source, tmp_path / "pruned", {"mlp": KEPT["mlp"]})
+    model = load(pruned)
+    assert torch.equal(logits(model), streamed_logits(pruned))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(IDS_BS, use_cache=False, **options)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(model.generate(IDS_BS, cache_implementation=cache, **options), expected), cache
+    broken = edited(pruned, tmp_path / "broken", **{REMOVED_ENTRY: {"0": ["attention"]}})
+    with pytest.raises(UnsupportedError, match="cannot lose their attention"):
+        StockModel(CheckpointReader(broken))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import TINY_MODELS, VOCAB, save_tiny
+from conftest import save_tiny
 from structprune import prune
 from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME
@@ -29,22 +29,6 @@ NUM_BLOCKS = 3
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
-
-
-def tiny_mistral() -> MistralForCausalLM:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            sliding_window=8,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
 
 
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
@@ -67,20 +51,11 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     return target
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen2", "qwen3"])
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")
-    with pytest.MonkeyPatch.context() as patch:
-        dense = tiny_mistral if request.param == "mistral" else TINY_MODELS[request.param]
-
-        def build() -> Any:
-            model = dense()
-            model.config.num_hidden_layers = NUM_BLOCKS
-            return type(model)(model.config)
-
-        patch.setitem(TINY_MODELS, request.param, build)
-        source = save_tiny(request.param, root / "dense")
+    source = save_tiny(request.param, root / "dense", num_blocks=NUM_BLOCKS)
     kept = {"mlp": KEPT["mlp"]} if request.param == "opt" else KEPT
     return write_per_layer(source, root / f"pruned-{request.param}", kept)
 

@@ -18,7 +18,7 @@ from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.removed import REMOVED_ENTRY
-from structprune.architectures.sliced_source import ACCEPTED_SLICED_SOURCES, SLICED_ENTRY, SLICED_STEMS
+from structprune.architectures.sliced_source import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
 from structprune.errors import CheckpointError, StructPruneError
 
 
@@ -68,18 +68,18 @@ def _per_layer_class(directory: Path) -> Any:
     if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
         return None
     model_type = config.get("model_type")
-    form, known = ("sliced", SLICED_STEMS) if SLICED_ENTRY in config else ("per-layer", FAMILIES)
-    if model_type not in known:
+    form = "sliced" if SLICED_ENTRY in config else "per-layer"
+    family: Family | None = FAMILIES.get(model_type) if model_type in FAMILIES else None
+    if family is None or (form == "sliced" and family.stream is None):
         raise CheckpointError(
             f"the model family has no {form} format",
             where=str(directory / "config.json"),
             got=f"model_type {model_type!r}",
-            wanted=", ".join(known),
+            wanted=", ".join(FAMILIES) if form == "per-layer" else None,
         )
     if not path.is_file():
         raise CheckpointError(f"the {form} checkpoint lacks its modelling file", where=str(path), do="copy it there")
-    family: Family = FAMILIES.get(model_type)
-    accepted = ACCEPTED_SLICED_SOURCES if form == "sliced" else accepted_sources(family)
+    accepted = (accepted_sliced_sources if form == "sliced" else accepted_sources)(family)
     if path.read_bytes() not in [text.encode() for text in accepted]:
         raise CheckpointError(
             "the modelling file is not one that structprune writes, so it is not run",
@@ -88,9 +88,5 @@ def _per_layer_class(directory: Path) -> Any:
             wanted=f"an unchanged file for {model_type}",
             do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
         )
-    name = (
-        f"{SLICED_STEMS[model_type]}ForCausalLM"
-        if form == "sliced"
-        else class_name(family.classes[model_type], "ForCausalLM")
-    )
+    name = (sliced_class_name if form == "sliced" else class_name)(family.classes[model_type], "ForCausalLM")
     return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)

@@ -100,7 +100,8 @@ def class_name(classes: StockClasses, suffix: str) -> str:
     return f"StructPrune{classes.stem}{suffix}"
 
 
-def _imports(family: Family) -> str:
+def imports(family: Family) -> str:
+    """The lines that import the stock classes."""
     return "".join(
         f"from transformers.models.{classes.module}.modeling_{classes.module} import "
         f"{', '.join(sorted((classes.layer, *classes.chain)))}\n"
@@ -141,14 +142,14 @@ class {name}({bases if left == 0 else ""}{stock}):
 
 
 def _text_v1(family: Family) -> str:
-    return _HEADER + _imports(family) + WITHOUT_LAYERS + _LAYERS_V1 + _models(family, "")
+    return _HEADER + imports(family) + WITHOUT_LAYERS + _LAYERS_V1 + _models(family, "")
 
 
 def modeling_source(family: Family) -> str:
     """The text that is written for `family` now."""
     layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
     helpers = WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
-    return _HEADER + _imports(family) + helpers + _models(family, "_LazyStaticCache, ")
+    return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
 
 
 def accepted_sources(family: Family) -> tuple[str, ...]:

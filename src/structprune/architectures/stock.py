@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.loading import without_global_width_warnings
-from structprune.architectures.removed import RemovedHalves, removed_halves
+from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
@@ -146,7 +146,10 @@ class StockModel:
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
         where = str(reader.directory / "config.json")
-        return removed_halves(reader.config, self.config.num_hidden_layers, where)
+        removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
+        if any("attention" in kinds for kinds in removed):
+            check_attention_can_go(self.config)
+        return removed
 
     def _fit_skeleton(self) -> None:
         """Rebuild the skeleton's layers where a block's widths are its own or a half is gone."""

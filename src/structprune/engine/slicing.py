@@ -73,7 +73,7 @@ def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, 
     release_free_memory()
     writer.write(writer.num_shards, rotated_head(job, result.last.basis_DK))
     if shortcuts:
-        write_sliced_modeling_file(checkpoint)
+        write_sliced_modeling_file(checkpoint, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
     return commit(job, run, writer, meter, config, result.outcome, size, perplexities)
