@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import draw_tokens
 from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.evaluation.perplexity import perplexity, text_windows

@@ -16,7 +16,19 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB = 260
 
@@ -66,21 +78,64 @@ def opt_config(**changes: Any) -> OPTConfig:
     )
 
 
+# What all configs call by the same name.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+# A full and a windowed block, the window shorter than the tests' texts.
+WINDOWED: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+
 # Family -> (config factory, stock class); the conformance tests run over every variant.
 TINY_MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(llama_config()),
     "llama-untied-biased": lambda: LlamaForCausalLM(
         llama_config(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
     ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
     "opt": lambda: OPTForCausalLM(opt_config()),
     "opt-without-bias": lambda: OPTForCausalLM(opt_config(enable_bias=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, use_sliding_window=True, **WINDOWED)),
+    # Heads wider than the hidden size shared out among them, as in the small real ones.
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
+    "qwen3-biased-windowed": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**COMMON, head_dim=8, attention_bias=True, use_sliding_window=True, **WINDOWED)
+    ),
 }
 
 
-def save_tiny(kind: str, directory: Path, *, max_shard_size: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
+def with_blocks(model: Any, num_blocks: int) -> Any:
+    """A random model of the same kind with another number of blocks."""
+    config = model.config
+    config.num_hidden_layers = num_blocks
+    if (types := getattr(config, "layer_types", None)) is not None:
+        config.layer_types = (types * num_blocks)[:num_blocks]
+    return type(model)(config)
+
+
+def save_tiny(
+    kind: str,
+    directory: Path,
+    *,
+    num_blocks: int | None = None,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write a random model of `kind` with its tokenizer. Weights are scaled up so that channels differ."""
     torch.manual_seed(0)
     model = TINY_MODELS[kind]()
+    if num_blocks is not None:
+        model = with_blocks(model, num_blocks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import StockModel, load_model
+from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows

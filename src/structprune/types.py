@@ -17,6 +17,8 @@ HeadUnits = Literal["kv-group", "query-head"]
 """What a unit of attention is: a KV head with all its query heads, or one query head of every KV head."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """In the order of a block's forward pass."""
+Stage = tuple[UnitKind, ...]
+"""Halves of a block that read the same state of the residual stream: one of them, or both where they are parallel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +62,10 @@ class UnitGroup:
     """Config entry -> value per kept unit, e.g. `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
-    norm_module: str | None = None
-    """Norm that only this half of the block reads; it goes when the whole half goes."""
+    norm_modules: tuple[str, ...] = ()
+    """Norms that only this half of the block has, before it and, if `output_normed`, behind it; they go with it."""
+    output_normed: bool = False
+    """Whether the consumer's output passes a norm before it is added to the stream."""
     bias_field: str | None = None
     """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
     bias_modules: tuple[str, ...] = ()
@@ -100,13 +104,13 @@ class BlockLayout:
         return any(group.kind == kind for group in self.groups)
 
     def half_tensors(self, kind: str) -> list[str]:
-        """Relative names of the tensors that go when no unit of `kind` is kept: the half's modules and its norm."""
+        """Relative names of the tensors that go when no unit of `kind` is kept: the half's modules and its norms."""
         group = self.group(kind)
-        norm = () if group.norm_module is None else (f"{group.norm_module}.",)
-        return [name for name in self.shapes if name.startswith((group.module_prefix, *norm))]
+        norms = tuple(f"{module}." for module in group.norm_modules)
+        return [name for name in self.shapes if name.startswith((group.module_prefix, *norms))]
 
     def half_parameters(self, kind: str) -> int:
-        """Parameters that leave with the whole half: its units, the norm, and the biases that belong to no unit."""
+        """Parameters that leave with the whole half: its units, its norms, and the biases that belong to no unit."""
         return sum(_numel(self.shapes[name]) for name in self.half_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:
@@ -220,8 +224,8 @@ class Surveyed:
 class LayerProblem:
     """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
 
-    The target y is W x (local), or what the dense model has at this point of the residual stream minus what the pruned
-    one has before the consumer's sum (dense path).
+    The target y is W x (local), or on the dense path what the dense model has at this point of the residual stream
+    minus what the pruned one has before the consumer's sum; where that output is normed first, the dense model's W x.
     """
 
     weight_OI: Tensor

@@ -9,10 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.stock import StockModel, compact, output_tensor
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
 from structprune.types import UNIT_KINDS, UnitKind
+
+# Norms of queries and keys over the dimensions of a head.
+SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 @pytest.fixture(scope="module", params=list(TINY_MODELS))
@@ -55,9 +59,12 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
     for block in layout.blocks:
         for group in block.groups:
             removable = group.num_units * block.unit_parameters(group)
-            bias = torch.Size(block.shapes[group.consumer_bias]).numel() if group.consumer_bias else 0
-            # A module is its units, and the consumer's bias, which belongs to no unit.
-            assert removable + bias == block.module_parameters(group)
+            # A module is its units, and what belongs to none: the consumer's bias, norms that all heads share.
+            owned = {part.tensor for part in group.slices}
+            others = [n for n in block.shapes if n.startswith(group.module_prefix) and n not in owned]
+            shared = sum(torch.Size(block.shapes[name]).numel() for name in others)
+            assert removable + shared == block.module_parameters(group)
+            assert set(others) <= {group.consumer_bias, *SHARED}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
@@ -86,7 +93,7 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
 
 
-def test_one_half_after_the_other_is_the_block(tiny: Path) -> None:
+def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
     reader = CheckpointReader(tiny)
     stock = StockModel(reader)
     block = stock.layout.blocks[0]
@@ -94,18 +101,18 @@ def test_one_half_after_the_other_is_the_block(tiny: Path) -> None:
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
     with torch.no_grad():
         whole = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-        halves = hidden_BSD
-        for kind in UNIT_KINDS:
-            with stock.half(module, kind):
-                before, halves = halves, output_tensor(module(halves, **inputs.kwargs[0]))
-            assert not torch.allclose(before, halves)
+        stages = hidden_BSD
+        for stage in stock.stages:
+            with stock.stage(module, stage):
+                before, stages = stages, output_tensor(module(stages, **inputs.kwargs[0]))
+            assert not torch.allclose(before, stages)
         unchanged = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-    torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stages, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(unchanged, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
-def test_a_half_without_its_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
+def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
     reader = CheckpointReader(tiny)
     stock = StockModel(reader)
     block = stock.layout.blocks[0]
@@ -113,7 +120,12 @@ def test_a_half_without_its_consumer_leaves_the_residual(tiny: Path, kind: UnitK
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), stock.half(module, kind), tapped(module, group.consumer_module, seen.append):
+    stage = stock.stage_of(kind)
+    with torch.no_grad(), stock.stage(module, stage), tapped(module, group.consumer_module, seen.append):
         residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
-    torch.testing.assert_close(residual, hidden_BSD, rtol=0, atol=0)
+    others = tuple(other for other in stage if other != kind)
+    with torch.no_grad(), stock.stage(module, others):
+        expected = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
+    torch.testing.assert_close(residual, expected, rtol=0, atol=0)
+    assert torch.equal(expected, hidden_BSD) is (not others)
     assert seen[0].shape == (60, group.num_units * group.width)

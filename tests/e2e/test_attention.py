@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausa
 
 import structprune
 from conftest import TINY_MODELS, llama_config, save_tiny
+from structprune.architectures.loading import load_model
 from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import consecutive_windows
 from structprune.errors import UnsupportedError

@@ -10,19 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_per_layer import IDS_BS, load, logits, streamed_logits, tiny_mistral
+from test_per_layer import IDS_BS, load, logits, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, MODELING_NAME
+from conftest import save_tiny
+from structprune.architectures.loading import load_model
+from structprune.architectures.per_layer_source import MODELING_NAME, accepted_sources
 from structprune.architectures.removed import REMOVED_ENTRY
-from structprune.architectures.stock import StockModel, compact, load_model, output_tensor, remove_half
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact, remove_half
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.unit_settings import unit_settings
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
+from structprune.methods import METHODS
+from structprune.recipe import Recipe
 from structprune.types import UNIT_KINDS
 
 NUM_BLOCKS = 4
@@ -48,9 +53,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
                 tensors = compact(tensors, group, torch.arange(group.num_units - count, group.num_units))
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family.name)
+    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family.name)
+    write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
@@ -72,18 +77,9 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
     return model(input_ids=IDS_BS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen3"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        dense = tiny_mistral if request.param == "mistral" else TINY_MODELS[request.param]
-
-        def build() -> Any:
-            model = dense()
-            model.config.num_hidden_layers = NUM_BLOCKS
-            return type(model)(model.config)
-
-        patch.setitem(TINY_MODELS, request.param, build)
-        return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param)
+    return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param, num_blocks=NUM_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +152,14 @@ def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: 
         dense.block(2, {}, removed=UNIT_KINDS),
     ]
     for module in modules:
-        with torch.no_grad(), stock.half(module, kind):
+        with torch.no_grad(), stock.stage(module, (kind,)):
             assert torch.equal(output_tensor(module(hidden_BSD, **inputs.kwargs[index])), hidden_BSD)
     with torch.no_grad():
         whole_module = dense.block(index, tensors)
-        with dense.half(whole_module, other):
+        with dense.stage(whole_module, (other,)):
             expected = output_tensor(whole_module(hidden_BSD, **inputs.kwargs[index]))
         assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
-        with dense.half(modules[1], other):
+        with dense.stage(modules[1], (other,)):
             assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
     assert not torch.allclose(expected, hidden_BSD)
 
@@ -225,16 +221,18 @@ def test_load_model_wants_the_modelling_file(pruned: Path, tmp_path: Path) -> No
         load_model(copy, torch.device("cpu"), torch.float32)
 
 
-def test_the_first_version_of_the_text_still_loads(source: Path, tmp_path: Path, modules_cache: None) -> None:
-    family = StockModel(CheckpointReader(source)).family.name
-    text = ACCEPTED_SOURCES[family][-1]
-    assert (
-        hashlib.sha256(text.encode()).hexdigest()
-        == {
-            "llama": "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f",
-            "opt": "66a1a6525e1c88c2be2a46434e5ee935a3a570834b3b1ef5598445531affeaa5",
-        }[family]
-    ), "a released text has changed"
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("llama", "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f"),
+        ("mistral", "900c92e04df0dfc7b750bb3d296be305ad984891ff21b02b3bc28ca7ddba4f6f"),
+        ("opt", "66a1a6525e1c88c2be2a46434e5ee935a3a570834b3b1ef5598445531affeaa5"),
+    ],
+)
+def test_the_first_version_of_the_text_still_loads(kind: str, digest: str, tmp_path: Path, modules_cache: None) -> None:
+    source = save_tiny(kind, tmp_path / "dense", num_blocks=NUM_BLOCKS)
+    text = accepted_sources(StockModel(CheckpointReader(source)).family)[-1]
+    assert hashlib.sha256(text.encode()).hexdigest() == digest, "a released text has changed"
     old = write_per_layer(source, tmp_path / "old", {"mlp": [16, 40, 27, 48]})
     assert REMOVED_ENTRY not in json.loads((old / "config.json").read_text())
     (old / MODELING_NAME).write_text(text)
@@ -282,7 +280,7 @@ def test_malformed_entries_are_refused(entry: Any, match: str, pruned: Path, tmp
 def test_some_attention_must_stay(source: Path, pruned: Path, tmp_path: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
-        per_layer_config(stock.layout.config, stock.groups, {"attention": [0] * NUM_BLOCKS}, stock.family.name)
+        per_layer_config(stock.layout.config, stock.groups, {"attention": [0] * NUM_BLOCKS}, stock.family)
     every = {str(i): ["attention"] for i in range(NUM_BLOCKS)}
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
         StockModel(CheckpointReader(edited(pruned, tmp_path / "copy", **{REMOVED_ENTRY: every})))
@@ -303,4 +301,24 @@ def test_the_uniform_format_refuses_removed_halves(source: Path, pruned: Path) -
 def test_nothing_removed_leaves_no_entry(source: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     whole = {group.kind: [group.num_units] * NUM_BLOCKS for group in stock.groups}
-    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family.name)
+    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family)
+
+
+def test_blocks_with_and_without_a_window_keep_their_attention(tmp_path: Path, modules_cache: None) -> None:
+    source = save_tiny("qwen2", tmp_path / "dense", num_blocks=NUM_BLOCKS)
+    with pytest.raises(UnsupportedError, match="cannot lose their attention; got layer_types full_attention, sliding"):
+        unit_settings(
+            Recipe(method="structprune", scope="all", allow_block_removal=True),
+            METHODS.get("structprune"),
+            StockModel(CheckpointReader(source)),
+        )
+    pruned = write_per_layer(source, tmp_path / "pruned", {"mlp": KEPT["mlp"]})
+    model = load(pruned)
+    assert torch.equal(logits(model), streamed_logits(pruned))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(IDS_BS, use_cache=False, **options)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(model.generate(IDS_BS, cache_implementation=cache, **options), expected), cache
+    broken = edited(pruned, tmp_path / "broken", **{REMOVED_ENTRY: {"0": ["attention"]}})
+    with pytest.raises(UnsupportedError, match="cannot lose their attention"):
+        StockModel(CheckpointReader(broken))

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_per_layer import IDS_BS, logits, tiny_mistral
+from test_per_layer import IDS_BS, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import TINY_MODELS, save_tiny
+from conftest import save_tiny
 from structprune import Recipe, prune
+from structprune.architectures import FAMILIES
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.checkpoint.reader import CheckpointReader
@@ -34,19 +35,10 @@ NUM_WINDOWS, SEQ_LEN = 7, 32
 
 def save_deep(kind: str, directory: Path, num_blocks: int = NUM_BLOCKS) -> Path:
     """A tiny model of more blocks than the others have."""
-    dense = tiny_mistral if kind == "mistral" else TINY_MODELS[kind]
-
-    def build() -> Any:
-        model = dense()
-        model.config.num_hidden_layers = num_blocks
-        return type(model)(model.config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TINY_MODELS, kind, build)
-        return save_tiny(kind, directory)
+    return save_tiny(kind, directory, num_blocks=num_blocks)
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "opt-without-bias"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "opt-without-bias", "qwen2"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_deep(request.param, tmp_path_factory.mktemp("deep") / request.param)
 
@@ -73,19 +65,18 @@ def windows(source: Path, text_file: Path) -> Tensor:
 
 
 def layers_of(model: Any) -> nn.ModuleList:
-    return model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
+    return model.get_submodule(FAMILIES.get(model.config.model_type).blocks_module)
 
 
 def stock_without(source: Path, removed: Iterable[int]) -> Any:
     """The stock model with layers taken out of its ModuleList."""
     model: Any = AutoModelForCausalLM.from_pretrained(source).eval()
-    gone = set(removed)
-    kept = nn.ModuleList(layer for index, layer in enumerate(layers_of(model)) if index not in gone)
-    if hasattr(model.model, "decoder"):
-        model.model.decoder.layers = kept
-    else:
-        model.model.layers = kept
+    kept = [index for index in range(model.config.num_hidden_layers) if index not in set(removed)]
+    layers = nn.ModuleList(layers_of(model)[index] for index in kept)
+    model.set_submodule(FAMILIES.get(model.config.model_type).blocks_module, layers)
     model.config.num_hidden_layers = len(kept)
+    if (types := getattr(model.config, "layer_types", None)) is not None:
+        model.config.layer_types = [types[index] for index in kept]
     model.config.use_cache = False
     return model
 

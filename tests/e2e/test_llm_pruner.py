@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import structprune
 from conftest import TINY_MODELS, llama_config, save_tiny
-from structprune.architectures.stock import load_model
+from structprune.architectures.loading import load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import consecutive_windows
 from structprune.cli import main

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import TINY_MODELS, VOCAB, save_tiny
+from conftest import save_tiny
 from structprune import prune
+from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME
-from structprune.architectures.stock import StockModel, compact, load_model, output_tensor
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
@@ -27,22 +29,6 @@ NUM_BLOCKS = 3
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
-
-
-def tiny_mistral() -> MistralForCausalLM:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            sliding_window=8,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
 
 
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
@@ -58,27 +44,18 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
             tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family.name)
+    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family.name)
+    write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen2", "qwen3"])
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")
-    with pytest.MonkeyPatch.context() as patch:
-        dense = tiny_mistral if request.param == "mistral" else TINY_MODELS[request.param]
-
-        def build() -> Any:
-            model = dense()
-            model.config.num_hidden_layers = NUM_BLOCKS
-            return type(model)(model.config)
-
-        patch.setitem(TINY_MODELS, request.param, build)
-        source = save_tiny(request.param, root / "dense")
+    source = save_tiny(request.param, root / "dense", num_blocks=NUM_BLOCKS)
     kept = {"mlp": KEPT["mlp"]} if request.param == "opt" else KEPT
     return write_per_layer(source, root / f"pruned-{request.param}", kept)
 
@@ -238,16 +215,16 @@ def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Pat
 def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
     reader = CheckpointReader(tiny_opt)
     stock = StockModel(reader)
-    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, "opt")
+    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, stock.family)
     with pytest.raises(UnsupportedError, match="fewer attention units"):
-        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, "opt")
+        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, stock.family)
 
 
 def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
     reader = CheckpointReader(tiny_llama)
     stock = StockModel(reader)
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
-    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, "llama")["head_dim"] == 8
+    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, stock.family)["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
 
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from conftest import TINY_MODELS, VOCAB, llama_config, save_tiny
+from conftest import TINY_MODELS, llama_config, save_tiny
 from structprune import prune
 from structprune.api import evaluate, inspect
+from structprune.architectures.loading import load_model
 from structprune.architectures.per_layer_source import MODELING_NAME
 from structprune.architectures.sliced_source import SLICED_ENTRY
-from structprune.architectures.stock import StockModel, load_model
+from structprune.architectures.stock import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
 from structprune.engine import slicing
@@ -38,20 +39,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama-untied": lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=False)),
     "llama-untied-biased": TINY_MODELS["llama-untied-biased"],
     "llama-wide-heads": lambda: LlamaForCausalLM(llama_config(head_dim=16)),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            sliding_window=8,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    ),
+    "mistral": TINY_MODELS["mistral"],
+    "qwen2": TINY_MODELS["qwen2"],
 }
 
 

@@ -9,5 +9,7 @@ FAMILIES: Registry[Family] = Registry(
         "llama": "structprune.architectures.llama:LLAMA",
         "mistral": "structprune.architectures.llama:LLAMA",
         "opt": "structprune.architectures.opt:OPT",
+        "qwen2": "structprune.architectures.qwen:QWEN2",
+        "qwen3": "structprune.architectures.qwen:QWEN3",
     },
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.types import HeadUnits, UnitGroup, UnitKind
+from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
 
 def _accept(_: Any) -> None:
@@ -17,6 +17,11 @@ def _accept(_: Any) -> None:
 
 def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
     return config
+
+
+def one_after_the_other(_: Any) -> tuple[Stage, ...]:
+    """The usual block: h += attention(h); h += mlp(h)."""
+    return (("attention",), ("mlp",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,19 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StockClasses:
+    """Names of the stock classes of one `model_type`, which the modelling file of uneven widths is made of."""
+
+    module: str
+    """Where they are: `llama` stands for transformers.models.llama.modeling_llama."""
+    stem: str
+    """Our own are called StructPrune<stem>Model and StructPrune<stem>ForCausalLM."""
+    layer: str
+    chain: tuple[str, ...]
+    """From the class that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
 
@@ -57,15 +75,18 @@ class Family:
     """Module without weights that computes position embeddings; built anew from the config."""
     final_norm_module: str | None
     head_module: str
-    attention_module: str | None
-    """Attention inside a block, when the block is `h += attention(h); h += mlp(h)` with nothing after each sum.
-
-    Each half can then run alone, or be removed. None for parallel or post-normalised blocks.
-    """
+    attention_module: str
+    """Attention inside a block; with zeros in its place the MLP half is left."""
     mlp_modules: tuple[str, ...]
     """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
+    norms: Mapping[UnitKind, tuple[str, ...]]
+    """The norms of each half, as in its unit group."""
+    classes: Mapping[str, StockClasses]
+    """`model_type` -> stock classes."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
+    stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
+    """In which order the halves read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
     stream: Stream | None = None
@@ -74,7 +95,5 @@ class Family:
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
 
     def half_modules(self, kind: UnitKind) -> tuple[str, ...]:
-        """Modules of one half of a block, without its norm. Empty if the block has no halves."""
-        if self.attention_module is None:
-            return ()
+        """Modules of one half of a block, without its norms."""
         return (self.attention_module,) if kind == "attention" else self.mlp_modules

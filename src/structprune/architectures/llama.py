@@ -1,84 +1,56 @@
-"""LLaMA 1-3, SmolLM2, Mistral: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
-
-Channel j of the MLP is gate row j, up row j and down column j. KV group k is k/v rows [k hd, (k+1) hd) with the q rows
-and o columns of its g query heads, [k g hd, (k+1) g hd). Query-head unit u is the u-th query head of every KV group.
-"""
+"""LLaMA 1-3, SmolLM2, Mistral: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.architectures.family import Family, Stream, StreamHalf
+from structprune.architectures.family import Family, StockClasses, Stream, StreamHalf
+from structprune.architectures.parts import gated_mlp, grouped_attention
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, HeadUnits, UnitGroup
+from structprune.types import HeadUnits, UnitGroup, UnitKind
 
-
-def _head_slices(
-    num_kv: int, queries_per_group: int, head_dim: int, head_units: HeadUnits
-) -> tuple[AxisSlice, AxisSlice]:
-    """What a unit owns of the query heads, and of the KV heads."""
-    shared = AxisSlice(tensor="", axis=0, width=head_dim)
-    if head_units == "kv-group":
-        return AxisSlice(tensor="", axis=0, width=queries_per_group * head_dim), shared
-    if queries_per_group == 1:
-        raise UnsupportedError("every KV head has one query head", wanted="--head-units kv-group")
-    # One query head of every group: stock attention wants as many in each.
-    return AxisSlice(tensor="", axis=0, width=head_dim, repeat=num_kv, stride=queries_per_group * head_dim), shared
+NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+    "attention": ("input_layernorm",),
+    "mlp": ("post_attention_layernorm",),
+}
+STREAM = Stream(
+    halves=(
+        StreamHalf(
+            kind="attention",
+            norm="input_layernorm",
+            readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            writer="self_attn.o_proj",
+        ),
+        StreamHalf(
+            kind="mlp",
+            norm="post_attention_layernorm",
+            readers=("mlp.gate_proj", "mlp.up_proj"),
+            writer="mlp.down_proj",
+        ),
+    ),
+    eps_field="rms_norm_eps",
+)
 
 
 def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-    num_kv = config.num_key_value_heads
-    queries_per_group = config.num_attention_heads // num_kv
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    mlp_parts = ["weight", "bias"] if getattr(config, "mlp_bias", False) else ["weight"]
-    attention_parts = ["weight", "bias"] if getattr(config, "attention_bias", False) else ["weight"]
-    mlp = UnitGroup(
-        kind="mlp",
-        num_units=config.intermediate_size,
-        width=1,
-        producers=tuple(
-            AxisSlice(tensor=f"mlp.{module}.{part}", axis=0)
-            for module in ("gate_proj", "up_proj")
-            for part in mlp_parts
-        ),
-        consumer=AxisSlice(tensor="mlp.down_proj.weight", axis=1),
-        consumer_module="mlp.down_proj",
-        consumer_bias="mlp.down_proj.bias" if len(mlp_parts) == 2 else None,
-        config_fields={"intermediate_size": 1},
-        module_prefix="mlp.",
+    biased_attention = bool(getattr(config, "attention_bias", False))
+    mlp = gated_mlp(
+        config.intermediate_size,
+        config.hidden_act,
+        norms=NORMS["mlp"],
+        biased=bool(getattr(config, "mlp_bias", False)),
         bias_field="mlp_bias" if config.model_type == "llama" else None,
-        bias_modules=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-        up_module="mlp.up_proj",
-        gate_module="mlp.gate_proj",
-        activation=config.hidden_act,
-        norm_module="post_attention_layernorm",
     )
-    modules = ["q_proj", "k_proj", "v_proj"] if head_units == "kv-group" else ["q_proj"]
-    queries, shared = _head_slices(num_kv, queries_per_group, head_dim, head_units)
-    attention = UnitGroup(
-        kind="attention",
-        num_units=num_kv if head_units == "kv-group" else queries_per_group,
-        width=queries.width * queries.repeat,
-        producers=tuple(
-            replace(queries if module == "q_proj" else shared, tensor=f"self_attn.{module}.{part}")
-            for module in modules
-            for part in attention_parts
-        ),
-        consumer=replace(queries, tensor="self_attn.o_proj.weight", axis=1),
-        consumer_module="self_attn.o_proj",
-        consumer_bias="self_attn.o_proj.bias" if len(attention_parts) == 2 else None,
-        config_fields=(
-            {"num_key_value_heads": 1, "num_attention_heads": queries_per_group}
-            if head_units == "kv-group"
-            else {"num_attention_heads": num_kv}
-        ),
-        module_prefix="self_attn.",
+    attention = grouped_attention(
+        config,
+        head_units,
+        norms=NORMS["attention"],
+        biased_inputs=biased_attention,
+        biased_output=biased_attention,
         bias_field="attention_bias" if config.model_type == "llama" else None,
-        bias_modules=tuple(f"self_attn.{module}" for module in ("q_proj", "k_proj", "v_proj", "o_proj")),
-        norm_module="input_layernorm",
     )
     return (mlp, attention)
 
@@ -109,23 +81,16 @@ LLAMA = Family(
     head_module="lm_head",
     attention_module="self_attn",
     mlp_modules=("mlp",),
-    groups=_groups,
-    stream=Stream(
-        halves=(
-            StreamHalf(
-                kind="attention",
-                norm="input_layernorm",
-                readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                writer="self_attn.o_proj",
-            ),
-            StreamHalf(
-                kind="mlp",
-                norm="post_attention_layernorm",
-                readers=("mlp.gate_proj", "mlp.up_proj"),
-                writer="mlp.down_proj",
-            ),
+    norms=NORMS,
+    classes={
+        "llama": StockClasses(
+            module="llama", stem="Llama", layer="LlamaDecoderLayer", chain=("LlamaModel", "LlamaForCausalLM")
         ),
-        eps_field="rms_norm_eps",
-    ),
+        "mistral": StockClasses(
+            module="mistral", stem="Mistral", layer="MistralDecoderLayer", chain=("MistralModel", "MistralForCausalLM")
+        ),
+    },
+    groups=_groups,
+    stream=STREAM,
     resized=_resized,
 )

@@ -5,11 +5,18 @@ Channel j of the MLP is fc1 row j, fc1 bias j and fc2 column j.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PretrainedConfig
 
-from structprune.architectures.family import Family
+from structprune.architectures.family import Family, StockClasses
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, HeadUnits, UnitGroup
+from structprune.types import AxisSlice, HeadUnits, UnitGroup, UnitKind
+
+_NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+    "attention": ("self_attn_layer_norm",),
+    "mlp": ("final_layer_norm",),
+}
 
 
 def _check(config: PretrainedConfig) -> None:
@@ -43,7 +50,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         module_prefix="fc",
         up_module="fc1",
         activation=config.activation_function,
-        norm_module="final_layer_norm",
+        norm_modules=_NORMS["mlp"],
     )
     attention = UnitGroup(
         kind="attention",
@@ -60,7 +67,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         # Stock OPT derives q/k/v/out from hidden_size, so no config entry can express fewer heads.
         config_fields={},
         module_prefix="self_attn.",
-        norm_module="self_attn_layer_norm",
+        norm_modules=_NORMS["attention"],
     )
     return (mlp, attention)
 
@@ -74,6 +81,12 @@ OPT = Family(
     head_module="lm_head",
     attention_module="self_attn",
     mlp_modules=("fc1", "fc2"),
+    norms=_NORMS,
+    classes={
+        "opt": StockClasses(
+            module="opt", stem="OPT", layer="OPTDecoderLayer", chain=("OPTDecoder", "OPTModel", "OPTForCausalLM")
+        )
+    },
     groups=_groups,
     check=_check,
 )

@@ -3,15 +3,19 @@
 Stock configs carry `per_layer_config`, but stock models build every layer from the global numbers. These files
 subclass the stock classes and hand each layer its own copy of the config; since the second version they also put
 modules that add nothing where half of a block is gone. A text that has been released must stay loadable: `load_model`
-runs a file only if it equals one of `ACCEPTED_SOURCES`, so keep the old text there when one changes.
+runs a file only if it equals one of `accepted_sources`, so keep the old text there when one changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from structprune.architectures.family import Family, StockClasses
+from structprune.types import UNIT_KINDS
 
 MODELING_MODULE = "modeling_structprune"
 MODELING_NAME = f"{MODELING_MODULE}.py"
+
+# Families that the first version of the text was written for.
+_FIRST_VERSION = ("llama", "opt")
 
 _HEADER = '''"""Layers of different widths, written by structprune: stock classes, one copy of the config per layer."""
 
@@ -68,23 +72,6 @@ class _LazyStaticCache:
         return None if getattr(self.config, "structprune_removed", None) else super()._get_static_cache_init_shape()
 '''
 
-_HALVES = {
-    "llama": """
-
-_HALVES = {
-    "attention": {"input_layernorm": nn.Identity, "self_attn": _NoAttn},
-    "mlp": {"post_attention_layernorm": nn.Identity, "mlp": _NoMlp},
-}
-""",
-    "opt": """
-
-_HALVES = {
-    "attention": {"self_attn_layer_norm": nn.Identity, "self_attn": _NoAttn},
-    "mlp": {"final_layer_norm": nn.Identity, "fc1": _NoMlp, "fc2": _NoMlp},
-}
-""",
-}
-
 _LAYERS = """
 
 def _layers(layer_class, config):
@@ -107,95 +94,65 @@ def _layers(layer_class, config):
     return layers
 """
 
-_IMPORTS = {
-    "llama": """from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
-""",
-    "opt": """from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
-""",
-}
 
-# `MIXIN` stands for the base classes that a version adds.
-_MODELS = {
-    "llama": """
+def class_name(classes: StockClasses, suffix: str) -> str:
+    """Our class for `suffix` Model or ForCausalLM."""
+    return f"StructPrune{classes.stem}{suffix}"
 
-class StructPruneLlamaModel(LlamaModel):
+
+def imports(family: Family) -> str:
+    """The lines that import the stock classes."""
+    return "".join(
+        f"from transformers.models.{classes.module}.modeling_{classes.module} import "
+        f"{', '.join(sorted((classes.layer, *classes.chain)))}\n"
+        for classes in family.classes.values()
+    )
+
+
+def _halves(family: Family) -> str:
+    text = "\n\n_HALVES = {\n"
+    for kind in UNIT_KINDS:
+        stand_in = "_NoAttn" if kind == "attention" else "_NoMlp"
+        names = dict.fromkeys(family.norms[kind], "nn.Identity")
+        names |= dict.fromkeys(family.half_modules(kind), stand_in)
+        text += f'    "{kind}": {{' + ", ".join(f'"{name}": {made}' for name, made in names.items()) + "},\n"
+    return text + "}\n"
+
+
+def _models(family: Family, bases: str) -> str:
+    """Our classes of each model type, from the one that holds the blocks outward; `bases` are those of the last one."""
+    text = ""
+    for classes in family.classes.values():
+        child = f"_layers({classes.layer}, config)"
+        path = reversed(family.blocks_module.split("."))
+        for left, (stock, attribute) in enumerate(zip(classes.chain, path, strict=True), start=1 - len(classes.chain)):
+            suffix = {0: "ForCausalLM", -1: "Model"}.get(left, stock.removeprefix(classes.stem))
+            name = class_name(classes, suffix)
+            text += f"""
+
+class {name}({bases if left == 0 else ""}{stock}):
     def __init__(self, config):
         with _without_layers(config):
             super().__init__(config)
-        self.layers = _layers(LlamaDecoderLayer, config)
+        self.{attribute} = {child}
         self.post_init()
+"""
+            child = f"{name}(config)"
+    return text
 
 
-class StructPruneLlamaForCausalLM(MIXINLlamaForCausalLM):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.model = StructPruneLlamaModel(config)
-        self.post_init()
+def _text_v1(family: Family) -> str:
+    return _HEADER + imports(family) + WITHOUT_LAYERS + _LAYERS_V1 + _models(family, "")
 
 
-class StructPruneMistralModel(MistralModel):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.layers = _layers(MistralDecoderLayer, config)
-        self.post_init()
+def modeling_source(family: Family) -> str:
+    """The text that is written for `family` now."""
+    layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
+    helpers = WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
+    return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
 
 
-class StructPruneMistralForCausalLM(MIXINMistralForCausalLM):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.model = StructPruneMistralModel(config)
-        self.post_init()
-""",
-    "opt": """
-
-class StructPruneOPTDecoder(OPTDecoder):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.layers = _layers(OPTDecoderLayer, config)
-        self.post_init()
-
-
-class StructPruneOPTModel(OPTModel):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.decoder = StructPruneOPTDecoder(config)
-        self.post_init()
-
-
-class StructPruneOPTForCausalLM(MIXINOPTForCausalLM):
-    def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.model = StructPruneOPTModel(config)
-        self.post_init()
-""",
-}
-
-
-def _text_v1(family: str) -> str:
-    return _HEADER + _IMPORTS[family] + WITHOUT_LAYERS + _LAYERS_V1 + _MODELS[family].replace("MIXIN", "")
-
-
-def _text(family: str) -> str:
-    helpers = WITHOUT_LAYERS + _NO_HALVES + _HALVES[family] + _LAYERS
-    return _HEADER + _IMPORTS[family] + helpers + _MODELS[family].replace("MIXIN", "_LazyStaticCache, ")
-
-
-MODELING_SOURCES: Mapping[str, str] = {family: _text(family) for family in _MODELS}
-"""Family name -> the text that is written now."""
-
-ACCEPTED_SOURCES: Mapping[str, tuple[str, ...]] = {family: (_text(family), _text_v1(family)) for family in _MODELS}
-"""Family name -> every text that was ever written for it."""
-
-CLASS_STEMS: Mapping[str, str] = {
-    "llama": "StructPruneLlama",
-    "mistral": "StructPruneMistral",
-    "opt": "StructPruneOPT",
-}
-"""`config.model_type` -> class name without its `Model` or `ForCausalLM`."""
+def accepted_sources(family: Family) -> tuple[str, ...]:
+    """Every text that was ever written for `family`."""
+    released = (_text_v1(family),) if family.name in _FIRST_VERSION else ()
+    return (modeling_source(family), *released)

@@ -65,6 +65,21 @@ def removed_entry(removed: Sequence[frozenset[UnitKind]]) -> dict[str, list[Unit
     return {str(i): [kind for kind in UNIT_KINDS if kind in kinds] for i, kinds in enumerate(removed) if kinds}
 
 
+def check_attention_can_go(config: Any) -> None:
+    """Raise UnsupportedError if the attention of blocks differs in kind; `config` is the stock config object.
+
+    Caches have one entry per attention that is left, and take each entry's kind from the block of that number.
+    """
+    types = getattr(config, "layer_types", None) or []
+    if len(set(types)) > 1:
+        raise UnsupportedError(
+            "blocks with and without an attention window cannot lose their attention",
+            got=f"layer_types {', '.join(sorted(set(types)))}",
+            wanted="one type in all blocks",
+            do="remove whole halves with --scope mlp only",
+        )
+
+
 def check_attention_is_left(removed: Sequence[frozenset[UnitKind]]) -> None:
     """Raise UnsupportedError if every block lacks its attention: tokens would not see each other, nor caches fill."""
     if removed and all("attention" in kinds for kinds in removed):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from structprune.architectures.stock import load_model
+from structprune.architectures.loading import load_model
 from structprune.errors import InputError, MemoryBudgetError
 from structprune.memory import format_budget, format_bytes
 

@@ -1,15 +1,16 @@
-"""The modelling file of sliced checkpoints: one constant text, nothing from the input in it.
+"""The modelling file of sliced checkpoints: one constant text per family, nothing from the input in it.
 
 A sliced block is the stock block of a smaller hidden size whose residual stream passes through a square matrix in each
 sum: h <- S h + attention(norm(h)), h <- S' h + mlp(norm(h)). Everything else is stock. As with the per-layer files,
-a text that has been released must stay loadable: when it changes, keep the old one in `ACCEPTED_SLICED_SOURCES`.
+a text that has been released must stay loadable: when it changes, keep the old one in `accepted_sliced_sources`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from structprune.architectures.per_layer_source import WITHOUT_LAYERS
+from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.per_layer_source import WITHOUT_LAYERS, imports
 
 SLICED_ENTRY = "structprune_sliced"
 """Entry of config.json that marks the format: `{"hidden_size": width of the stream before the cut}`."""
@@ -19,8 +20,6 @@ _HEADER = '''"""A narrower residual stream, written by structprune: stock classe
 from contextlib import contextmanager
 
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 '''
 
 _SHORTCUTS = '''
@@ -39,44 +38,54 @@ class _Shortcuts:
         return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
 '''
 
-_FAMILY = """
 
-class StructPruneSlicedSTEMDecoderLayer(_Shortcuts, STEMDecoderLayer):
+def sliced_class_name(classes: StockClasses, suffix: str) -> str:
+    """Our class for `suffix` Model, ForCausalLM or DecoderLayer."""
+    return f"StructPruneSliced{classes.stem}{suffix}"
+
+
+def _models(classes: StockClasses) -> str:
+    model, causal = classes.chain
+    layer, ours, outer = (sliced_class_name(classes, name) for name in ("DecoderLayer", "Model", "ForCausalLM"))
+    return f"""
+
+class {layer}(_Shortcuts, {classes.layer}):
     pass
 
 
-class StructPruneSlicedSTEMModel(STEMModel):
-    _no_split_modules = ["StructPruneSlicedSTEMDecoderLayer"]
+class {ours}({model}):
+    _no_split_modules = ["{layer}"]
 
     def __init__(self, config):
         with _without_layers(config):
             super().__init__(config)
         self.layers = nn.ModuleList(
-            StructPruneSlicedSTEMDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+            {layer}(config, i) for i in range(config.num_hidden_layers)
         )
         self.post_init()
 
 
-class StructPruneSlicedSTEMForCausalLM(STEMForCausalLM):
-    _no_split_modules = ["StructPruneSlicedSTEMDecoderLayer"]
+class {outer}({causal}):
+    _no_split_modules = ["{layer}"]
 
     def __init__(self, config):
         with _without_layers(config):
             super().__init__(config)
-        self.model = StructPruneSlicedSTEMModel(config)
+        self.model = {ours}(config)
         self.post_init()
 """
 
-_STEMS = {"llama": "Llama", "mistral": "Mistral"}
 
-SLICED_SOURCE = _HEADER + WITHOUT_LAYERS + _SHORTCUTS + "".join(_FAMILY.replace("STEM", s) for s in _STEMS.values())
-"""The text that is written now."""
+def sliced_source(family: Family) -> str:
+    """The text that is written for `family` now; it must describe its stream."""
+    assert family.stream is not None
+    return _HEADER + imports(family) + WITHOUT_LAYERS + _SHORTCUTS + "".join(map(_models, family.classes.values()))
 
-ACCEPTED_SLICED_SOURCES: tuple[str, ...] = (SLICED_SOURCE,)
-"""Every text that was ever written."""
 
-SLICED_STEMS: Mapping[str, str] = {name: f"StructPruneSliced{stem}" for name, stem in _STEMS.items()}
-"""`config.model_type` -> class name without its `Model` or `ForCausalLM`."""
+def accepted_sliced_sources(family: Family) -> tuple[str, ...]:
+    """Every text that was ever written for `family`."""
+    return (sliced_source(family),)
+
 
 SHORTCUTS: Mapping[str, str] = {"attention": "attention_shortcut", "mlp": "mlp_shortcut"}
 """Kind of a block's half -> the module that its residual sum passes through."""

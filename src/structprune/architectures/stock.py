@@ -6,33 +6,23 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
 from __future__ import annotations
 
 import copy
-import json
-import logging
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging as transformers_logging
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
-from structprune.architectures.per_layer_source import ACCEPTED_SOURCES, CLASS_STEMS, MODELING_MODULE, MODELING_NAME
-from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
-from structprune.architectures.sliced_source import (
-    ACCEPTED_SLICED_SOURCES,
-    SHORTCUTS,
-    SLICED_ENTRY,
-    SLICED_STEMS,
-)
+from structprune.architectures.loading import without_global_width_warnings
+from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
+from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
-from structprune.types import AxisSlice, BlockLayout, HeadUnits, ModelLayout, UnitGroup, UnitKind
+from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,26 +68,12 @@ class _NoMlp(nn.Module):
 _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
 
 
-@contextmanager
-def _without_global_width_warnings() -> Generator[None]:
-    """transformers warns of readers that take a per-layer config's global width for every layer's.
-
-    Inside the context the reader is transformers itself, when it checks the config that it has just read.
-    """
-    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
     `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
-    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). A sliced checkpoint
+    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). The halves of a block read
+    the stream in `stages`. A sliced checkpoint
     (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
     the checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
@@ -123,13 +99,14 @@ class StockModel:
             )
         self.family: Family = FAMILIES.get(model_type)
         try:
-            with _without_global_width_warnings():
+            with without_global_width_warnings():
                 self.config: PretrainedConfig = AutoConfig.from_pretrained(
                     str(reader.directory), local_files_only=True, attn_implementation="sdpa"
                 )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self._head_units)
+            self.stages: tuple[Stage, ...] = self.family.stages(self.config)
             self.removed: RemovedHalves = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
@@ -170,8 +147,8 @@ class StockModel:
     def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
         where = str(reader.directory / "config.json")
         removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
-        if any(removed) and self.family.attention_module is None:
-            raise UnsupportedError(f"{self.family.name} blocks have no halves that can be removed", where=where)
+        if any("attention" in kinds for kinds in removed):
+            check_attention_can_go(self.config)
         return removed
 
     def _fit_skeleton(self) -> None:
@@ -190,8 +167,8 @@ class StockModel:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.half_modules(group.kind):
                     layer.set_submodule(name, _STAND_INS[group.kind]())
-                if group.norm_module is not None:
-                    layer.set_submodule(group.norm_module, nn.Identity())
+                for name in group.norm_modules:
+                    layer.set_submodule(name, nn.Identity())
         if self.sliced:
             for name in SHORTCUTS.values():
                 layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
@@ -307,17 +284,22 @@ class StockModel:
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         return layer.requires_grad_(False)
 
-    @contextmanager
-    def half(self, block: nn.Module, kind: UnitKind) -> Generator[None]:
-        """Inside the context `block(h)` is `h + attention(h)` or `h + mlp(h)`; the one after the other is the block.
+    def stage_of(self, kind: UnitKind) -> Stage:
+        """The stage that the half belongs to."""
+        return next(stage for stage in self.stages if kind in stage)
 
-        A half that is removed from the block is `h`.
+    @contextmanager
+    def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
+        """Inside the context `block(h)` is `h` plus what the halves of `stage` add; all stages in turn are the block.
+
+        A half that is removed from the block adds nothing.
         """
-        assert self.family.attention_module is not None
-        other: UnitKind = "mlp" if kind == "attention" else "attention"
-        outside = {name: block.get_submodule(name) for name in self.family.half_modules(other)}
-        for name in outside:
-            block.set_submodule(name, _STAND_INS[other]())
+        outside: dict[str, nn.Module] = {}
+        for kind in UNIT_KINDS:
+            if kind not in stage:
+                for name in self.family.half_modules(kind):
+                    outside[name] = block.get_submodule(name)
+                    block.set_submodule(name, _STAND_INS[kind]())
         try:
             yield
         finally:
@@ -377,124 +359,6 @@ class StockModel:
         return nn.Sequential(*parts, projection).eval().requires_grad_(False)
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The whole checkpoint as stock transformers loads it; a per-layer or sliced one through our own modelling file.
-
-    Raises CheckpointError with its reason if it does not load, or if its modelling file is not ours.
-    """
-    transformers_logging.disable_progress_bar()
-    try:
-        loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
-        with _without_global_width_warnings():
-            model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
-        return model.to(device).eval()
-    except StructPruneError:
-        raise
-    except Exception as error:
-        # Any failure of the stock loader means the same to the user: this directory does not load.
-        raise CheckpointError(
-            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
-        ) from error
-
-
-def _per_layer_class(directory: Path) -> Any:
-    """The model class in the modelling file of a per-layer or sliced checkpoint, or None for one without such a file.
-
-    `trust_remote_code` would also trust whatever else config.json names and lies in the directory, so it stays off:
-    only the one file is imported, and only if it is byte for byte a text of ours.
-    """
-    path = directory / MODELING_NAME
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
-        return None
-    model_type = config.get("model_type")
-    form, stems = ("sliced", SLICED_STEMS) if SLICED_ENTRY in config else ("per-layer", CLASS_STEMS)
-    if model_type not in stems:
-        raise CheckpointError(
-            f"the model family has no {form} format",
-            where=str(directory / "config.json"),
-            got=f"model_type {model_type!r}",
-            wanted=", ".join(stems),
-        )
-    if not path.is_file():
-        raise CheckpointError(f"the {form} checkpoint lacks its modelling file", where=str(path), do="copy it there")
-    accepted = ACCEPTED_SLICED_SOURCES if form == "sliced" else ACCEPTED_SOURCES[FAMILIES.get(model_type).name]
-    if path.read_bytes() not in [text.encode() for text in accepted]:
-        raise CheckpointError(
-            "the modelling file is not one that structprune writes, so it is not run",
-            where=str(path),
-            got="other bytes",
-            wanted=f"an unchanged file for {model_type}",
-            do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
-        )
-    return get_class_from_dynamic_module(
-        f"{MODELING_MODULE}.{stems[model_type]}ForCausalLM", str(directory), local_files_only=True
-    )
-
-
 def output_tensor(output: Any) -> Tensor:
     """A block's hidden states, whether the layer returns them bare or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor) -> dict[str, Tensor]:
-    """Cut every axis of `group` down to the units in `keep_units` (ascending). Other tensors are passed through.
-
-    Indices of an axis that no unit owns stay (fused tensors hold several groups), and what stays keeps its order.
-    """
-    result = dict(tensors)
-    by_axis: dict[tuple[str, int], list[AxisSlice]] = {}
-    for part in group.slices:
-        by_axis.setdefault((part.tensor, part.axis), []).append(part)
-    for (name, axis), parts in by_axis.items():
-        mask = torch.ones(result[name].shape[axis], dtype=torch.bool)
-        for part in parts:
-            mask[part.indices(torch.arange(group.num_units))] = False
-            mask[part.indices(keep_units)] = True
-        result[name] = result[name].index_select(axis, torch.nonzero(mask).flatten().to(result[name].device))
-    return result
-
-
-def add_bias(tensors: Mapping[str, Tensor], group: UnitGroup, bias_O: Tensor) -> dict[str, Tensor]:
-    """`tensors` with `bias_O` added to the consumer's bias; where there is none, the half's other maps get zeros too.
-
-    Raises UnsupportedError if the family has no config entry for such biases.
-    """
-    result = dict(tensors)
-    name = group.consumer_bias
-    if name is None:
-        check_bias(group)
-        for module in group.bias_modules:
-            weight = tensors[f"{module}.weight"]
-            result[f"{module}.bias"] = weight.new_zeros(weight.shape[0])
-        name = f"{group.consumer_module}.bias"
-    result[name] = (result[name] + bias_O.to(result[name].dtype)).contiguous()
-    return result
-
-
-def check_bias(group: UnitGroup) -> None:
-    """Raise UnsupportedError if the group's consumer has no bias and cannot get one."""
-    if group.consumer_bias is None and group.bias_field is None:
-        raise UnsupportedError(
-            f"the stock class has no bias in its {group.kind}, which this method adds",
-            wanted="a llama or opt model",
-            do="use another --solver",
-        )
-
-
-def remove_half(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
-    """`tensors` of `block` (relative names) without those of one half and its norm."""
-    gone = set(block.half_tensors(kind))
-    return {name: tensor for name, tensor in tensors.items() if name not in gone}
-
-
-def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-    """Product over the producers' weight tensors of each unit's L2 norm, shape (units,), float32."""
-    norms = torch.ones(group.num_units)
-    for part in group.producers:
-        weight = tensors[part.tensor]
-        if weight.ndim < 2:
-            continue  # a bias moves with its row but is no weight of its own
-        rows = weight.float().movedim(part.axis, 0)[part.indices(torch.arange(group.num_units))]
-        norms = norms * rows.reshape(group.num_units, -1).norm(dim=1).cpu()
-    return norms

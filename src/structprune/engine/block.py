@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import add_bias, compact, remove_half
+from structprune.architectures.units import add_bias, compact, remove_half
 from structprune.engine.job import Job
-from structprune.engine.measure import Streams, measure, moving_dense
+from structprune.engine.measure import Reference, Streams, follow_dense, measure
 from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
@@ -50,7 +50,9 @@ def prune_block(
 ) -> BlockOutcome:
     """Measure, decide and solve one half of the block after the other; both streams move on to the block's output.
 
-    With `reprice` the removals of each half are priced again, on the pruned model's stream.
+    Halves that read the same state of the stream are solved against the same output, each with the others as they are
+    by then; the streams move once for all of them. With `reprice` the removals of each half are priced again, on the
+    pruned model's stream.
     """
     tensors = job.reader.read(block.shapes, block.prefix)
     module = _module(job, block, tensors, {})
@@ -59,13 +61,17 @@ def prune_block(
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
-    for kind in UNIT_KINDS:
-        if not block.has(kind):
+    for stage in job.stock.stages:
+        halves: list[UnitKind] = [kind for kind in stage if block.has(kind)]
+        if not halves:
             continue
-        if num_keep.get(kind, 0) == 0 and job.follows_dense:
-            with job.stock.half(module, kind):
-                streams.propagator.run(module, block.index, streams.dense, write=True)
-        if kind in num_keep:
+        reference = None
+        if job.follows_dense:
+            measured = [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
+            reference = follow_dense(job, block, stage, measured, module, streams)
+        for kind in halves:
+            if kind not in num_keep:
+                continue
             if num_keep[kind] == 0:
                 half = _remove(block, kind, tensors)
             else:
@@ -75,6 +81,7 @@ def prune_block(
                     block.group(kind),
                     module,
                     streams,
+                    reference,
                     tensors,
                     num_keep[kind],
                     surveyed.get(kind),
@@ -86,7 +93,7 @@ def prune_block(
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
             module = _module(job, block, tensors, kept)
-        with job.stock.half(module, kind):
+        with job.stock.stage(module, stage):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
@@ -125,6 +132,7 @@ def _prune_half(
     group: UnitGroup,
     module: nn.Module,
     streams: Streams,
+    reference: Reference | None,
     tensors: Mapping[str, Tensor],
     num_keep: int,
     surveyed: Surveyed | None,
@@ -132,11 +140,10 @@ def _prune_half(
     *,
     reprice: bool,
 ) -> _Half:
-    """Some units go. The dense stream moves on, the pruned one stays at the half's input; `kept` is what came first."""
+    """Some units go. The pruned stream stays at the half's input; `kept` is what came first."""
     started = time.perf_counter()
     measured: list[Moments] = []
     if job.method.needs_statistics:
-        reference = moving_dense(job, block, group, module, streams) if job.follows_dense else None
         measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
     problem = layer_problem(job, block, group, tensors, measured, surveyed)
     context = _context(problem, measured)
@@ -160,7 +167,7 @@ def _prune_half(
     objective: list[float] = []
     if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
         pruned = _module(job, block, cut, {**kept, group.kind: keep_units.tolist()})
-        refined = refine(job, block, group, pruned, module, streams, cut, result)
+        refined = refine(job, block, group, pruned, module, streams, reference, cut, result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics
     report = BlockReport(

@@ -175,7 +175,7 @@ def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
         if job.adds_bias and group.kind in job.kinds and group.consumer_bias is None and group.bias_field is not None:
             source[group.bias_field] = True
     if job.recipe.structure == "per-layer":
-        return per_layer_config(source, job.stock.groups, kept, job.stock.family.name)
+        return per_layer_config(source, job.stock.groups, kept, job.stock.family)
     widths = {kind: counts[0] for kind, counts in kept.items()}
     return uniform_config(source, job.stock.groups, widths, job.stock.family)
 

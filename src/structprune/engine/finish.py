@@ -72,7 +72,7 @@ def finish(
     perplexities = calibration_perplexities(job, outcome)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
-        write_modeling_file(writer.directory, job.stock.family.name)
+        write_modeling_file(writer.directory, job.stock.family)
     removed = job.stock.layout.num_parameters - writer.num_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
     return commit(job, run, writer, meter, config, outcome, size, perplexities)

@@ -5,7 +5,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
 from structprune.engine.job import Job
-from structprune.engine.propagate import Propagator, tapped
+from structprune.engine.propagate import Propagator, captured, tapped
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments, UnitGroup
+from structprune.types import BlockLayout, Moments, Stage, UnitGroup
 
 Reference = Callable[[int, int], Tensor]
-"""(start, stop) -> what the half's output for these windows should be, (B, S, D) on the device."""
+"""(start, stop) -> what is to be met for these windows, (B, S, D) on the device.
+
+The stream behind the stage, or the consumer's output where that is normed before the sum.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Streams:
-    """Hidden states of the calibration windows between two halves, and the loop that moves them on."""
+    """Hidden states of the calibration windows between two stages, and the loop that moves them on."""
 
     propagator: Propagator
     pruned: HiddenStore
@@ -42,7 +45,7 @@ def measure(
 ) -> Moments:
     """Sums of the consumer's inputs in the pruned stream, and with a reference of its targets, over some windows.
 
-    The half runs without its consumer, which leaves the residual; the target is the reference minus that, minus the
+    The stage runs without the consumer, which leaves the residual; the target is the reference minus that, minus the
     consumer's bias. Neither stream is moved, unless the reference does it.
     """
     inputs: list[Tensor] = []
@@ -53,7 +56,8 @@ def measure(
     energy, residual_energy = 0.0, 0.0
     for start, stop in streams.propagator.batches(*windows):
         wanted_BSD = None if reference is None else reference(start, stop)
-        with job.stock.half(module, group.kind), tapped(module, group.consumer_module, inputs.append):
+        stage = job.stock.stage_of(group.kind)
+        with job.stock.stage(module, stage), tapped(module, group.consumer_module, inputs.append):
             residual_BSD = streams.propagator.forward(module, block.index, streams.pruned, start, stop)
         residual_energy += float(residual_BSD.float().square().sum(dtype=torch.float64))
         x_TI = inputs.pop().to(torch.float32)
@@ -75,17 +79,54 @@ def measure(
 
 def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
     """What the consumer's product should be, float32 (T, D)."""
-    bias_D = 0.0 if group.consumer_bias is None else module.get_parameter(group.consumer_bias).float()
-    return (wanted_BSD.float() - residual_BSD.float() - bias_D).reshape(-1, wanted_BSD.shape[-1])
+    target_BSD = wanted_BSD.float()
+    if not group.output_normed:
+        target_BSD = target_BSD - residual_BSD.float()
+    if group.consumer_bias is not None:
+        target_BSD = target_BSD - module.get_parameter(group.consumer_bias).float()
+    return target_BSD.reshape(-1, target_BSD.shape[-1])
 
 
-def moving_dense(job: Job, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams) -> Reference:
-    """The dense stream after the half: each call moves its windows on."""
+def follow_dense(
+    job: Job, block: BlockLayout, stage: Stage, groups: Sequence[UnitGroup], module: nn.Module, streams: Streams
+) -> Reference:
+    """Move the dense stream behind `stage` of the uncut block `module`: what its halves in `groups` are to meet.
+
+    The output of a normed consumer is not in the stream: there the stream moves as the reference is asked, which must
+    be once for each window.
+    """
+    if any(group.output_normed for group in groups):
+        (group,) = groups
+        return stage_output(job, block, group, module, streams, streams.dense, write=True)
+    with job.stock.stage(module, stage):
+        streams.propagator.run(module, block.index, streams.dense, write=True)
 
     def output(start: int, stop: int) -> Tensor:
-        with job.stock.half(module, group.kind):
-            output_BSD = streams.propagator.forward(module, block.index, streams.dense, start, stop)
-        streams.dense.write(start, output_BSD.cpu())
-        return output_BSD
+        return streams.dense.read(start, stop).to(job.device)
+
+    return output
+
+
+def stage_output(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    module: nn.Module,
+    streams: Streams,
+    store: HiddenStore,
+    *,
+    write: bool,
+) -> Reference:
+    """What `module` makes of `store` at the consumer of `group`; with `write` the store moves on as it is asked."""
+    outputs: list[Tensor] = []
+
+    def output(start: int, stop: int) -> Tensor:
+        stage = job.stock.stage_of(group.kind)
+        with job.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
+            stream_BSD = streams.propagator.forward(module, block.index, store, start, stop)
+        if write:
+            store.write(start, stream_BSD.cpu())
+        consumer_BSD = outputs.pop()
+        return consumer_BSD if group.output_normed else stream_BSD
 
     return output

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from structprune.architectures.stock import producer_norms
+from structprune.architectures.units import producer_norms
 from structprune.engine.job import Job
 from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Surveyed, UnitGroup
 

@@ -57,6 +57,20 @@ def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -
         handle.remove()
 
 
+@contextmanager
+def captured(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
+    """Inside the context the output of `module`, of whatever shape, goes to `receive`; the block computes as usual."""
+
+    def hook(_: nn.Module, __: object, output: Tensor) -> None:
+        receive(output)
+
+    handle = block.get_submodule(module).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Propagator:
     """One model's micro-batch loop: shape, device and the arguments that every block is called with."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.engine.job import Job
-from structprune.engine.measure import Reference, Streams, consumer_target, measure
+from structprune.engine.measure import Reference, Streams, consumer_target, measure, stage_output
 from structprune.engine.planner import solver_windows
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import observed, tapped
@@ -43,17 +43,19 @@ def refine(
     start: nn.Module,
     original: nn.Module,
     streams: Streams,
+    dense: Reference | None,
     tensors: Mapping[str, Tensor],
     solved: SolveResult,
 ) -> Refined:
     """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the job's iterative solver, and judge them.
 
     Both are judged by the relative error on the held-out windows with the consumer solved on the others. The pruned
-    stream is at the MLP's input, the dense one at its output. `original` is the MLP before units were removed.
+    stream is at the MLP's input. What it is to meet is `dense`, the dense stream behind the MLP, or without one what
+    `original` makes of the pruned stream, the block before units of the MLP were removed.
     """
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
     num_solved = solver_windows(job.window_parts[0][1], job.windows.ids_NS.shape[1])
-    reference = _reference(job, block, original, streams)
+    reference = dense or stage_output(job, block, group, original, streams, streams.pruned, write=False)
     tokens = _tokens(job, block, group, start, streams, reference, num_solved)
     proposal = ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors))
     del tokens
@@ -81,18 +83,6 @@ def refine(
     )
 
 
-def _reference(job: Job, block: BlockLayout, original: nn.Module, streams: Streams) -> Reference:
-    """The dense stream, which is already behind the MLP, or what the uncut MLP makes of the pruned one."""
-
-    def output(start: int, stop: int) -> Tensor:
-        if job.follows_dense:
-            return streams.dense.read(start, stop).to(job.device)
-        with job.stock.half(original, "mlp"):
-            return streams.propagator.forward(original, block.index, streams.pruned, start, stop)
-
-    return output
-
-
 def _tokens(
     job: Job,
     block: BlockLayout,
@@ -109,7 +99,7 @@ def _tokens(
     for start, stop in streams.propagator.batches(0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
-            job.stock.half(half, "mlp"),
+            job.stock.stage(half, job.stock.stage_of("mlp")),
             observed(half, group.up_module, inputs.append),
             tapped(half, group.consumer_module, lambda _: None),
         ):

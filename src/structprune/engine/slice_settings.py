@@ -58,7 +58,7 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
         raise UnsupportedError(
             f"method {method.name!r} rotates the residual stream, which needs RMSNorm and a family that describes it",
             got=stock.family.name,
-            wanted="a llama or mistral model",
+            wanted="such as llama, mistral, qwen2",
             do="use another --method",
         )
     if any(block.groups != stock.groups for block in stock.layout.blocks):

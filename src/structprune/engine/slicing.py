@@ -73,7 +73,7 @@ def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, 
     release_free_memory()
     writer.write(writer.num_shards, rotated_head(job, result.last.basis_DK))
     if shortcuts:
-        write_sliced_modeling_file(checkpoint)
+        write_sliced_modeling_file(checkpoint, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
     return commit(job, run, writer, meter, config, result.outcome, size, perplexities)
@@ -121,7 +121,7 @@ def _slice_blocks(
             cuts = [here]
             for half in _stream(job).halves:
                 where = f"after block {block.index} {half.kind}"
-                with job.stock.half(module, half.kind):
+                with job.stock.stage(module, (half.kind,)):
                     moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
                     gram_DD = _gram(job, moved, where)
                 cuts.append(_cut(job, gram_DD, width, common_DK, where))
@@ -168,7 +168,7 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
             del tensors
             for half in _stream(job).halves:
-                with job.stock.half(module, half.kind):
+                with job.stock.stage(module, (half.kind,)):
                     moved = _moved(propagator, module, block.index, store)
                     total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
             del module

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from structprune.allocation import ALLOCATORS
-from structprune.architectures.stock import StockModel, check_bias
+from structprune.architectures.removed import check_attention_can_go
+from structprune.architectures.stock import StockModel
+from structprune.architectures.units import check_bias
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -23,6 +25,8 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
     if (recipe.solver or method.solver) == "bias":
         for group in groups:
             check_bias(group)
+    if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
+        check_attention_can_go(stock.config)
     recipe = recipe.model_copy(update={"multiple_of": recipe.multiple_of or _default_multiple(groups)})
     return _resolved(recipe, method, stock), groups
 

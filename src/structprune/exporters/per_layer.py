@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from structprune.architectures.per_layer_source import CLASS_STEMS, MODELING_MODULE, MODELING_NAME, MODELING_SOURCES
+from structprune.architectures.family import Family
+from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, class_name, modeling_source
 from structprune.architectures.removed import REMOVED_ENTRY, check_attention_is_left, removed_entry, removed_halves
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
@@ -18,23 +19,16 @@ from structprune.types import UnitGroup
 
 
 def per_layer_config(
-    config: Mapping[str, Any], groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]], family_name: str
+    config: Mapping[str, Any], groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]], family: Family
 ) -> dict[str, Any]:
     """The source config with the widths of every block; `kept` is kind -> kept units of each block.
 
     The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
     kinds that are not in `kept` stay as they are, also where the source is per-layer itself. Where nothing of a kind is
     kept, that half of the block is named as removed and its widths stay too: LlamaConfig divides by them.
-    Raises UnsupportedError for a family or kind without a per-layer form, or if no block would have attention.
+    Raises UnsupportedError for a kind without a per-layer form, or if no block would have attention.
     """
-    stem = CLASS_STEMS.get(str(config.get("model_type")))
-    if stem is None or family_name not in MODELING_SOURCES:
-        raise UnsupportedError(
-            f"{family_name} has no per-layer output format",
-            got=f"model_type {config.get('model_type')!r}",
-            wanted=", ".join(CLASS_STEMS),
-            do="use the uniform format",
-        )
+    classes = family.classes[config["model_type"]]
     source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
     layers = [dict(source_layers.get(index, {})) for index in range(config["num_hidden_layers"])]
     removed = list(removed_halves(config, len(layers), "config.json"))
@@ -48,7 +42,7 @@ def per_layer_config(
                 removed[index] = removed[index].union((group.kind,))
         if not group.config_fields:
             if any(count not in (0, group.num_units) for count in kept[group.kind]):
-                raise UnsupportedError(f"stock {family_name} cannot express fewer {group.kind} units")
+                raise UnsupportedError(f"stock {family.name} cannot express fewer {group.kind} units")
             continue
         for fields, count in zip(layers, kept[group.kind], strict=True):
             if count:
@@ -61,10 +55,10 @@ def per_layer_config(
         result[REMOVED_ENTRY] = removed_entry(removed)
     digits = len(str(len(layers) - 1))
     return result | {
-        "architectures": [f"{stem}ForCausalLM"],
+        "architectures": [class_name(classes, "ForCausalLM")],
         "auto_map": {
-            "AutoModel": f"{MODELING_MODULE}.{stem}Model",
-            "AutoModelForCausalLM": f"{MODELING_MODULE}.{stem}ForCausalLM",
+            "AutoModel": f"{MODELING_MODULE}.{class_name(classes, 'Model')}",
+            "AutoModelForCausalLM": f"{MODELING_MODULE}.{class_name(classes, 'ForCausalLM')}",
         },
         # Stock LlamaConfig reads the global number of heads when it checks itself, which raises without this.
         "allow_global_per_layer_attribute_access": True,
@@ -72,6 +66,6 @@ def per_layer_config(
     }
 
 
-def write_modeling_file(directory: Path, family_name: str) -> None:
+def write_modeling_file(directory: Path, family: Family) -> None:
     """Write the family's constant modelling file beside config.json."""
-    write_text(directory / MODELING_NAME, MODELING_SOURCES[family_name])
+    write_text(directory / MODELING_NAME, modeling_source(family))

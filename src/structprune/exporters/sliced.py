@@ -9,7 +9,7 @@ from typing import Any
 
 from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME
-from structprune.architectures.sliced_source import SLICED_ENTRY, SLICED_SOURCE, SLICED_STEMS
+from structprune.architectures.sliced_source import SLICED_ENTRY, sliced_class_name, sliced_source
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
 
@@ -42,17 +42,17 @@ def sliced_config(
         ) from None
     if not shortcuts:
         return result
-    stem = SLICED_STEMS[result["model_type"]]
+    model, causal = (sliced_class_name(family.classes[result["model_type"]], s) for s in ("Model", "ForCausalLM"))
     return result | {
-        "architectures": [f"{stem}ForCausalLM"],
+        "architectures": [causal],
         "auto_map": {
-            "AutoModel": f"{MODELING_MODULE}.{stem}Model",
-            "AutoModelForCausalLM": f"{MODELING_MODULE}.{stem}ForCausalLM",
+            "AutoModel": f"{MODELING_MODULE}.{model}",
+            "AutoModelForCausalLM": f"{MODELING_MODULE}.{causal}",
         },
         SLICED_ENTRY: {"hidden_size": hidden},
     }
 
 
-def write_sliced_modeling_file(directory: Path) -> None:
-    """Write the constant modelling file beside config.json."""
-    write_text(directory / MODELING_NAME, SLICED_SOURCE)
+def write_sliced_modeling_file(directory: Path, family: Family) -> None:
+    """Write the family's constant modelling file beside config.json."""
+    write_text(directory / MODELING_NAME, sliced_source(family))

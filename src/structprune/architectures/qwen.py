@@ -1,0 +1,74 @@
+"""Qwen 2, 2.5 and 3: the block of LLaMA with a window of attention in some blocks.
+
+Qwen 2 has biases on q, k and v alone. Qwen 3 has none and norms queries and keys over the dimensions of a head, with
+one weight for all heads: these norms belong to no unit. They share the config's epsilon with the norms of the stream,
+which slicing changes, so that the stream of Qwen 3 is not described.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.llama import NORMS, STREAM
+from structprune.architectures.parts import gated_mlp, grouped_attention
+from structprune.types import HeadUnits, UnitGroup
+
+
+def _qwen2_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    return (
+        gated_mlp(config.intermediate_size, config.hidden_act, norms=NORMS["mlp"]),
+        grouped_attention(config, head_units, norms=NORMS["attention"], biased_inputs=True),
+    )
+
+
+def _qwen3_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    return (
+        gated_mlp(config.intermediate_size, config.hidden_act, norms=NORMS["mlp"]),
+        grouped_attention(
+            config,
+            head_units,
+            norms=NORMS["attention"],
+            biased_inputs=config.attention_bias,
+            biased_output=config.attention_bias,
+            bias_field="attention_bias",
+        ),
+    )
+
+
+QWEN2 = Family(
+    name="qwen2",
+    blocks_module="model.layers",
+    embedding_modules=("model.embed_tokens",),
+    rotary_module="model.rotary_emb",
+    final_norm_module="model.norm",
+    head_module="lm_head",
+    attention_module="self_attn",
+    mlp_modules=("mlp",),
+    norms=NORMS,
+    classes={
+        "qwen2": StockClasses(
+            module="qwen2", stem="Qwen2", layer="Qwen2DecoderLayer", chain=("Qwen2Model", "Qwen2ForCausalLM")
+        )
+    },
+    groups=_qwen2_groups,
+    stream=STREAM,
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    blocks_module="model.layers",
+    embedding_modules=("model.embed_tokens",),
+    rotary_module="model.rotary_emb",
+    final_norm_module="model.norm",
+    head_module="lm_head",
+    attention_module="self_attn",
+    mlp_modules=("mlp",),
+    norms=NORMS,
+    classes={
+        "qwen3": StockClasses(
+            module="qwen3", stem="Qwen3", layer="Qwen3DecoderLayer", chain=("Qwen3Model", "Qwen3ForCausalLM")
+        )
+    },
+    groups=_qwen3_groups,
+)

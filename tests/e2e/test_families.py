@@ -1,0 +1,139 @@
+"""Every family through every kind of run: what the run measured on its streams is what the reloaded output computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import structprune
+from conftest import TINY_MODELS, save_tiny
+from structprune.architectures.loading import load_model
+from structprune.architectures.stock import StockModel
+from structprune.architectures.tokenizer import TextEncoder
+from structprune.calibration.context import consecutive_windows
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import UnsupportedError
+from structprune.recipe import Recipe
+from structprune.report.schema import PruneReport
+
+pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+
+NUM_SAMPLES, SEQ_LEN = 8, 32
+KINDS = [kind for kind in TINY_MODELS if not kind.startswith(("llama", "opt"))]
+# Stock classes derive the size of a head from the hidden size.
+FIXED_HEADS: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("families") / request.param, num_blocks=3)
+
+
+def run(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneReport:
+    settings: dict[str, Any] = {"sparsity": 0.3, "calibration": str(text_file), "num_samples": NUM_SAMPLES}
+    settings |= {"seq_len": SEQ_LEN, "dtype": "float32", "device": "cpu", **changes}
+    return structprune.prune(source, Recipe.build(**settings), output)
+
+
+def perplexity(model: Any, directory: Path, text_file: Path, num_windows: int) -> float:
+    """Of the windows that a run draws, through the whole model."""
+    windows_NS = consecutive_windows(TextEncoder(directory).encode(text_file.read_text()), SEQ_LEN, "text", "test")
+    order = torch.randperm(len(windows_NS), generator=torch.Generator().manual_seed(0))
+    ids_NS = windows_NS[order[:NUM_SAMPLES]][:num_windows]
+    with torch.no_grad():
+        logits_TV = model(input_ids=ids_NS).logits[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits_TV, ids_NS[:, 1:].flatten()).exp())
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def scope_of(source: Path) -> str:
+    return "mlp" if source.name in FIXED_HEADS else "all"
+
+
+def check(report: PruneReport, source: Path, output: Path, text_file: Path, sparsity: float = 0.3) -> Any:
+    """The reloaded model's perplexity is the reported one, and so is the dense one's; returns the model."""
+    windows = report.calibration.perplexity_windows
+    dense = AutoModelForCausalLM.from_pretrained(source).eval()
+    expected = perplexity(dense, source, text_file, windows)
+    assert report.calibration.dense_perplexity == pytest.approx(expected, rel=1e-4)
+    model = load_model(output, torch.device("cpu"), torch.float32)
+    assert report.calibration.pruned_perplexity == pytest.approx(
+        perplexity(model, output, text_file, windows), rel=1e-4
+    )
+    assert report.calibration.pruned_perplexity != pytest.approx(expected, rel=1e-3)
+    assert report.size.removed_share_of_scope >= sparsity
+    assert report.size.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
+    return model
+
+
+@pytest.mark.parametrize("target", ["dense-path", "local"])
+def test_structprune(target: str, source: Path, text_file: Path, tmp_path: Path) -> None:
+    report = run(
+        source, tmp_path / "out", text_file, method="structprune", scope=scope_of(source), target=target, multiple_of=1
+    )
+    check(report, source, tmp_path / "out", text_file)
+    assert all(block.error < 1 for block in report.blocks if block.error is not None)
+
+
+def test_uniform_needs_no_code(source: Path, text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    check(run(source, output, text_file, method="fasp", multiple_of=4), source, output, text_file)
+    assert not list(output.glob("*.py"))
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert type(loaded) is type(AutoModelForCausalLM.from_pretrained(source))
+
+
+def test_taylor(source: Path, text_file: Path, tmp_path: Path) -> None:
+    report = run(source, tmp_path / "out", text_file, method="llm-pruner", scope=scope_of(source), multiple_of=1)
+    check(report, source, tmp_path / "out", text_file)
+
+
+def test_whole_blocks(source: Path, text_file: Path, tmp_path: Path) -> None:
+    check(run(source, tmp_path / "out", text_file, method="depth"), source, tmp_path / "out", text_file)
+
+
+def test_uniform_heads(source: Path, text_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "wanda-sp", "scope": "attention", "sparsity": 0.4, "structure": "uniform"}
+    if source.name in FIXED_HEADS:
+        with pytest.raises(UnsupportedError, match="cannot express fewer attention units"):
+            run(source, tmp_path / "out", text_file, **settings)
+        return
+    check(run(source, tmp_path / "out", text_file, **settings), source, tmp_path / "out", text_file, 0.4)
+    heads = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (heads["num_attention_heads"], heads["num_key_value_heads"]) == (2, 1)
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_nothing_removed_is_the_source(source: Path, text_file: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", text_file, method="structprune", scope=scope_of(source), sparsity=0.0)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pruned_again(source: Path, text_file: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "once", text_file, method="structprune", scope=scope_of(source), multiple_of=1)
+    report = run(tmp_path / "once", tmp_path / "twice", text_file, method="structprune", multiple_of=1)
+    first = StockModel(CheckpointReader(tmp_path / "once")).layout
+    second = StockModel(CheckpointReader(tmp_path / "twice")).layout
+    assert report.size.parameters_before == first.num_parameters
+    for before, after in zip(first.blocks, second.blocks, strict=True):
+        assert after.group("mlp").num_units < before.group("mlp").num_units
+        assert after.group("attention") == before.group("attention")
+
+
+def test_bfloat16_stays_bfloat16(source: Path, text_file: Path, tmp_path: Path) -> None:
+    half = save_tiny(source.name, tmp_path / "half", dtype=torch.bfloat16)
+    run(half, tmp_path / "out", text_file, method="structprune", scope=scope_of(source), dtype="bfloat16")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
