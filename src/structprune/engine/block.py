@@ -217,6 +217,7 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep)
+    release_free_memory()
     result = SOLVERS.get(job.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
