@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -78,6 +81,11 @@ def opt_config(**changes: Any) -> OPTConfig:
     )
 
 
+def gpt2_config(**changes: Any) -> GPT2Config:
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    return GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **changes)
+
+
 # What all configs call by the same name.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -105,6 +113,8 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
     "opt": lambda: OPTForCausalLM(opt_config()),
     "opt-without-bias": lambda: OPTForCausalLM(opt_config(enable_bias=False)),
+    "gpt2": lambda: GPT2LMHeadModel(gpt2_config(n_inner=48)),
+    "gpt2-default-width": lambda: GPT2LMHeadModel(gpt2_config(n_inner=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, use_sliding_window=True, **WINDOWED)),
     # Heads wider than the hidden size shared out among them, as in the small real ones.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
@@ -138,7 +148,7 @@ def save_tiny(
         model = with_blocks(model, num_blocks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if not re.search(r"norm|\bln_", name):
                 parameter.normal_(std=0.15)
             elif name.endswith("weight"):
                 parameter.uniform_(0.5, 1.5)

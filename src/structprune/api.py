@@ -60,8 +60,7 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     directory = resolve_model(str(model))
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
+    stock = StockModel(CheckpointReader(directory), recipe.head_units if recipe.scope != "mlp" else "kv-group")
     if stock.sliced:
         raise UnsupportedError(
             "the source is a sliced model with shortcut matrices, which no method can prune",
@@ -79,7 +78,7 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
     return CheckedRun(
         directory=directory,
-        reader=reader,
+        reader=stock.reader,
         stock=stock,
         method=method,
         groups=groups,

@@ -93,6 +93,29 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
 
 
+@pytest.mark.parametrize("kind", UNIT_KINDS)
+def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> None:
+    """Zeros in all that a unit owns of its producers are zeros in what the consumer reads of it, and nothing else."""
+    reader = CheckpointReader(tiny)
+    stock = StockModel(reader)
+    block = stock.layout.blocks[1]
+    group = block.group(kind)
+    tensors = reader.read(block.shapes, block.prefix)
+    units = torch.arange(group.num_units)[::2]
+    silent, masked = dict(tensors), dict(tensors)
+    for cut, parts in ((silent, group.producers), (masked, (group.consumer,))):
+        for part in parts:
+            cut[part.tensor] = cut[part.tensor].clone()
+            cut[part.tensor].movedim(part.axis, 0)[part.indices(units)] = 0
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(stock.block(1, silent)(hidden_BSD, **inputs.kwargs[1]))
+        dense = output_tensor(stock.block(1, tensors)(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(dense, expected, atol=1e-3)
+
+
 def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
     reader = CheckpointReader(tiny)
     stock = StockModel(reader)

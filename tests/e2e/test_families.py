@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 NUM_SAMPLES, SEQ_LEN = 8, 32
 KINDS = [kind for kind in TINY_MODELS if not kind.startswith(("llama", "opt"))]
 # Stock classes derive the size of a head from the hidden size.
-FIXED_HEADS: tuple[str, ...] = ()
+FIXED_HEADS = ("gpt2", "gpt2-default-width")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -137,3 +137,32 @@ def test_bfloat16_stays_bfloat16(source: Path, text_file: Path, tmp_path: Path) 
     half = save_tiny(source.name, tmp_path / "half", dtype=torch.bfloat16)
     run(half, tmp_path / "out", text_file, method="structprune", scope=scope_of(source), dtype="bfloat16")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("solver", ["admm", "alternating"])
+def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "structprune", "solver": solver, "target": "local", "multiple_of": 1}
+    report = run(source, tmp_path / "out", text_file, **settings)
+    check(report, source, tmp_path / "out", text_file)
+    assert all(f"{solver}_accepted" in block.statistics for block in report.blocks)
+
+
+def test_a_model_saved_without_its_head(text_file: Path, tmp_path: Path) -> None:
+    """As the first GPT-2s are: names without the base model's, and the causal masks as buffers."""
+    source = save_tiny("gpt2", tmp_path / "gpt2")
+    AutoModelForCausalLM.from_pretrained(source).transformer.save_pretrained(source)
+    bare = load_file(source / "model.safetensors")
+    assert "h.0.attn.c_attn.weight" in bare
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(bare | masks, source / "model.safetensors", metadata={"format": "pt"})
+    for structure in ("uniform", "per-layer"):
+        output = tmp_path / structure
+        check(
+            run(source, output, text_file, method="fasp", structure=structure, sparsity=0.6, multiple_of=1),
+            source,
+            output,
+            text_file,
+        )
+        # transformers translates names for its own classes only.
+        expected = bare if structure == "uniform" else {f"transformer.{name}" for name in bare}
+        assert set(tensors_of(output)) == set(expected)

@@ -28,6 +28,8 @@ from structprune.recipe import Recipe
 NUM_BLOCKS = 3
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
+# Stock classes derive the size of a head from the hidden size.
+FIXED_HEADS = ("opt", "gpt2")
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -44,19 +46,19 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
             tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
+    config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
     write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "qwen2", "qwen3"])
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")
     source = save_tiny(request.param, root / "dense", num_blocks=NUM_BLOCKS)
-    kept = {"mlp": KEPT["mlp"]} if request.param == "opt" else KEPT
+    kept = {"mlp": KEPT["mlp"]} if request.param in FIXED_HEADS else KEPT
     return write_per_layer(source, root / f"pruned-{request.param}", kept)
 
 
@@ -93,11 +95,12 @@ def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
     model = load(pruned)
     stock = StockModel(CheckpointReader(pruned))
     layers = model.get_submodule(stock.family.blocks_module)
-    assert [layer.self_attn.layer_idx for layer in layers] == list(range(NUM_BLOCKS))
+    attention = stock.family.attention_module
+    assert [layer.get_submodule(attention).layer_idx for layer in layers] == list(range(NUM_BLOCKS))
     for block, layer in zip(stock.layout.blocks, layers, strict=True):
         assert block.shapes == {name: tuple(p.shape) for name, p in layer.named_parameters()}
         assert block.group("mlp").num_units == KEPT["mlp"][block.index]
-        if stock.family.name == "llama":
+        if stock.family.name not in FIXED_HEADS:
             assert block.group("attention").num_units == KEPT["attention"][block.index]
     assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())
     assert stock.groups[0].num_units == 48, "the groups of the model are those of its dense config"
@@ -197,7 +200,7 @@ def test_pruned_again_keeps_the_other_widths(pruned: Path, tmp_path: Path) -> No
     for block, before in zip(stock.layout.blocks, first.layout.blocks, strict=True):
         assert block.group("mlp").num_units == [8, 16, 27][block.index]
         assert block.group("attention") == before.group("attention")
-        assert first.resized_config({"mlp": 8}, block.index).to_dict()["hidden_size"] == 32
+        assert first.resized_config({"mlp": 8}, block.index).hidden_size == 32
     with pytest.raises(UnsupportedError, match="different widths"):
         first.resized_config({"mlp": 8})
     assert torch.equal(logits(load(twice)), streamed_logits(twice))
@@ -215,16 +218,16 @@ def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Pat
 def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
     reader = CheckpointReader(tiny_opt)
     stock = StockModel(reader)
-    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, stock.family)
+    per_layer_config(reader.config, stock, {"attention": [4, 4]})
     with pytest.raises(UnsupportedError, match="fewer attention units"):
-        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, stock.family)
+        per_layer_config(reader.config, stock, {"attention": [4, 2]})
 
 
 def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
     reader = CheckpointReader(tiny_llama)
     stock = StockModel(reader)
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
-    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, stock.family)["head_dim"] == 8
+    assert per_layer_config(config, stock, {"attention": [1, 2]})["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
 
 

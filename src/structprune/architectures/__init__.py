@@ -6,6 +6,7 @@ from structprune.registry import Registry
 FAMILIES: Registry[Family] = Registry(
     "model family (config.model_type)",
     {
+        "gpt2": "structprune.architectures.gpt2:GPT2",
         "llama": "structprune.architectures.llama:LLAMA",
         "mistral": "structprune.architectures.llama:LLAMA",
         "opt": "structprune.architectures.opt:OPT",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -87,6 +87,8 @@ class Family:
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
     """In which order the halves read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Start of a tensor's name in older checkpoints -> in the stock class."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
     stream: Stream | None = None

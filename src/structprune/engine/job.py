@@ -46,6 +46,13 @@ class Job:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack one."""
         return tuple(block.group(kind) for kind in self.kinds if block.has(kind))
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the output's files: as in the source, or as our own modelling file needs it.
+
+        transformers translates old names for its own classes only.
+        """
+        return name if self.recipe.structure == "per-layer" else self.reader.stored_name(name)
+
     @property
     def damping(self) -> float:
         """The ridge of the decision, and of the solver unless it is chosen on held-out windows."""
