@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -43,6 +45,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+# What all configs call by the same name.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
@@ -81,23 +97,17 @@ def opt_config(**changes: Any) -> OPTConfig:
     )
 
 
+def gpt_neox_config(**changes: Any) -> GPTNeoXConfig:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    sizes = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
+    return GPTNeoXConfig(**sizes, rope_parameters=rope, **changes)
+
+
 def gpt2_config(**changes: Any) -> GPT2Config:
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
     return GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **changes)
 
 
-# What all configs call by the same name.
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 # A full and a windowed block, the window shorter than the tests' texts.
 WINDOWED: dict[str, Any] = {
     "sliding_window": 8,
@@ -115,6 +125,10 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "opt-without-bias": lambda: OPTForCausalLM(opt_config(enable_bias=False)),
     "gpt2": lambda: GPT2LMHeadModel(gpt2_config(n_inner=48)),
     "gpt2-default-width": lambda: GPT2LMHeadModel(gpt2_config(n_inner=None)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(gpt_neox_config()),
+    "gpt_neox-sequential": lambda: GPTNeoXForCausalLM(
+        gpt_neox_config(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, use_sliding_window=True, **WINDOWED)),
     # Heads wider than the hidden size shared out among them, as in the small real ones.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),

@@ -44,7 +44,6 @@ class CheckedRun:
     """A model and a recipe that go together; no weight has been read."""
 
     directory: Path
-    reader: CheckpointReader
     stock: StockModel
     method: Method
     groups: tuple[UnitGroup, ...]
@@ -78,7 +77,6 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
     return CheckedRun(
         directory=directory,
-        reader=stock.reader,
         stock=stock,
         method=method,
         groups=groups,
@@ -109,7 +107,7 @@ def prune(
     run = RunDirectory(Path(output))
     run.check()
     checked = check(model, recipe)
-    recipe, reader, stock, groups = checked.recipe, checked.reader, checked.stock, checked.groups
+    recipe, stock, groups = checked.recipe, checked.stock, checked.groups
     walk = WALKS[checked.method.walk]
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
 
@@ -117,7 +115,7 @@ def prune(
         request = PlanRequest(
             layout=stock.layout,
             groups=groups,
-            stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
+            stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
             compute_dtype=checked.dtype,
             num_windows=num_windows,
             seq_len=recipe.seq_len,
@@ -141,7 +139,6 @@ def prune(
             plan = plan_for(num_windows)
         job = Job(
             source=str(model),
-            reader=reader,
             stock=stock,
             recipe=recipe.model_copy(
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}

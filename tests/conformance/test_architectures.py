@@ -33,18 +33,18 @@ def streamed_logits(stock: StockModel, reader: CheckpointReader, ids_BS: torch.T
 
 
 def test_streamed_forward_equals_stock_forward(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
+    stock = StockModel(CheckpointReader(tiny))
     ids_BS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     with torch.no_grad():
         expected = model(input_ids=ids_BS).logits
-        actual = streamed_logits(StockModel(reader), reader, ids_BS)
+        actual = streamed_logits(stock, stock.reader, ids_BS)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_embedding_twice_gives_the_same(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     tensors = reader.read(stock.embedding_tensors())
     ids_BS = torch.arange(30).reshape(2, 15)
     first, _ = stock.embed(ids_BS, tensors)
@@ -69,8 +69,8 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[1]
     group = block.group(kind)
     if not group.config_fields:
@@ -96,8 +96,8 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> None:
     """Zeros in all that a unit owns of its producers are zeros in what the consumer reads of it, and nothing else."""
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[1]
     group = block.group(kind)
     tensors = reader.read(block.shapes, block.prefix)
@@ -117,8 +117,8 @@ def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> N
 
 
 def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[0]
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
@@ -136,8 +136,8 @@ def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[0]
     group = block.group(kind)
     module = stock.block(0, reader.read(block.shapes, block.prefix))

@@ -41,15 +41,13 @@ NUM_WINDOWS, SEQ_LEN = 3, 24
 
 
 def job_for(directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any) -> Job:
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader, head_units)
+    stock = StockModel(CheckpointReader(directory), head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
         budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     return Job(
         source="tiny",
-        reader=reader,
         stock=stock,
         recipe=Recipe.build(
             method=method,

@@ -40,8 +40,8 @@ KEPT_FIXED = {"mlp": [16, 0, 0, 27], "attention": [0, 4, 0, 4]}
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
     """Prune `source` without calibration: keep the last units of each block, or none."""
     target.mkdir()
-    reader = CheckpointReader(source)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(source))
+    reader = stock.reader
     writer = CheckpointWriter(target, NUM_BLOCKS + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
@@ -77,7 +77,7 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
     return model(input_ids=IDS_BS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen3"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param, num_blocks=NUM_BLOCKS)
 
@@ -138,8 +138,8 @@ def test_layout_knows_what_is_gone(source: Path, pruned: Path) -> None:
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: Path) -> None:
     """Of the checkpoint's own removed halves and of one that `block` is told to leave out."""
-    reader, dense_reader = CheckpointReader(pruned), CheckpointReader(source)
-    stock, dense = StockModel(reader), StockModel(dense_reader)
+    stock, dense = StockModel(CheckpointReader(pruned)), StockModel(CheckpointReader(source))
+    reader, dense_reader = stock.reader, dense.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
     other = "mlp" if kind == "attention" else "attention"
     index = 0 if kind == "attention" else 1

@@ -26,18 +26,19 @@ from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 
 NUM_BLOCKS = 3
+KINDS = ("llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen2", "qwen3")
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
 # Stock classes derive the size of a head from the hidden size.
-FIXED_HEADS = ("opt", "gpt2")
+FIXED_HEADS = ("opt", "gpt2", "gpt_neox")
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
     """Prune `source` without calibration: keep the last units of each block."""
     target.mkdir()
-    reader = CheckpointReader(source)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(source))
+    reader = stock.reader
     writer = CheckpointWriter(target, len(stock.layout.blocks) + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
@@ -53,7 +54,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     return target
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "qwen2", "qwen3"])
+@pytest.fixture(
+    scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen2", "qwen3"]
+)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")
@@ -76,8 +79,8 @@ def logits(model: Any) -> Tensor:
 @torch.no_grad()
 def streamed_logits(directory: Path) -> Tensor:
     """The blocks one by one through StockModel, with SDPA."""
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(directory))
+    reader = stock.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
     for block in stock.layout.blocks:
         module = stock.block(block.index, reader.read(block.shapes, block.prefix))
@@ -216,16 +219,16 @@ def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Pat
 
 
 def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
-    reader = CheckpointReader(tiny_opt)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny_opt))
+    reader = stock.reader
     per_layer_config(reader.config, stock, {"attention": [4, 4]})
     with pytest.raises(UnsupportedError, match="fewer attention units"):
         per_layer_config(reader.config, stock, {"attention": [4, 2]})
 
 
 def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
-    reader = CheckpointReader(tiny_llama)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny_llama))
+    reader = stock.reader
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
     assert per_layer_config(config, stock, {"attention": [1, 2]})["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8

@@ -7,6 +7,7 @@ FAMILIES: Registry[Family] = Registry(
     "model family (config.model_type)",
     {
         "gpt2": "structprune.architectures.gpt2:GPT2",
+        "gpt_neox": "structprune.architectures.gpt_neox:GPT_NEOX",
         "llama": "structprune.architectures.llama:LLAMA",
         "mistral": "structprune.architectures.llama:LLAMA",
         "opt": "structprune.architectures.opt:OPT",
