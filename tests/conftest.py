@@ -28,6 +28,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -103,6 +105,11 @@ def gpt_neox_config(**changes: Any) -> GPTNeoXConfig:
     return GPTNeoXConfig(**sizes, rope_parameters=rope, **changes)
 
 
+def phi3_config(**changes: Any) -> Phi3Config:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return Phi3Config(**{**COMMON, "pad_token_id": None, "rope_parameters": rope, **changes})
+
+
 def gpt2_config(**changes: Any) -> GPT2Config:
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
     return GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **changes)
@@ -128,6 +135,22 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(gpt_neox_config()),
     "gpt_neox-sequential": lambda: GPTNeoXForCausalLM(
         gpt_neox_config(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(phi3_config()),
+    # Factors for texts longer than 16 tokens, and a window.
+    "phi3-longrope": lambda: Phi3ForCausalLM(
+        phi3_config(
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [2.0, 4.0],
+            },
+            original_max_position_embeddings=16,
+            sliding_window=8,
+            tie_word_embeddings=True,
+        )
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**COMMON, use_sliding_window=True, **WINDOWED)),
     # Heads wider than the hidden size shared out among them, as in the small real ones.

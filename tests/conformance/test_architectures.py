@@ -13,6 +13,7 @@ from structprune.architectures.stock import StockModel, output_tensor
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
+from structprune.errors import UnsupportedError
 from structprune.types import UNIT_KINDS, UnitKind
 
 # Norms of queries and keys over the dimensions of a head.
@@ -91,6 +92,28 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     after = sum(p.numel() for p in smaller.parameters())
     assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
+
+
+def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
+    try:
+        stock = StockModel(CheckpointReader(tiny), "query-head")
+    except UnsupportedError as error:
+        pytest.skip(error.what)
+    block = stock.layout.blocks[1]
+    group = block.group("attention")
+    tensors = stock.reader.read(block.shapes, block.prefix)
+    keep_units = torch.tensor([1])
+    masked = dict(tensors)
+    masked[group.consumer.tensor] = torch.zeros_like(tensors[group.consumer.tensor])
+    kept_K = group.consumer.indices(keep_units)
+    masked[group.consumer.tensor][:, kept_K] = tensors[group.consumer.tensor][:, kept_K]
+    ids_BS = torch.arange(60).reshape(2, 30)
+    hidden_BSD, inputs = stock.embed(ids_BS, stock.reader.read(stock.embedding_tensors()))
+    smaller = stock.block(1, compact(tensors, group, keep_units), stock.resized_config({"attention": 1}))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)

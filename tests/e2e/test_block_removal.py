@@ -77,7 +77,9 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
     return model(input_ids=IDS_BS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen3"])
+@pytest.fixture(
+    scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "phi3", "qwen3"]
+)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param, num_blocks=NUM_BLOCKS)
 

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
 NUM_SAMPLES, SEQ_LEN = 8, 32
 KINDS = [kind for kind in TINY_MODELS if not kind.startswith(("llama", "opt"))]
+# Gate and up are one map.
+FUSED_MLP = ("phi3", "phi3-longrope")
 # Stock classes derive the size of a head from the hidden size.
 FIXED_HEADS = ("gpt2", "gpt2-default-width", "gpt_neox", "gpt_neox-sequential")
 
@@ -70,7 +72,9 @@ def check(report: PruneReport, source: Path, output: Path, text_file: Path, spar
     assert report.calibration.pruned_perplexity == pytest.approx(
         perplexity(model, output, text_file, windows), rel=1e-4
     )
-    assert report.calibration.pruned_perplexity != pytest.approx(expected, rel=1e-3)
+    ids_BS = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids_BS).logits, dense(input_ids=ids_BS).logits, atol=0.05)
     assert report.size.removed_share_of_scope >= sparsity
     assert report.size.parameters_after == sum(p.numel() for p in model.parameters())
     assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
@@ -95,7 +99,8 @@ def test_uniform_needs_no_code(source: Path, text_file: Path, tmp_path: Path) ->
 
 
 def test_taylor(source: Path, text_file: Path, tmp_path: Path) -> None:
-    report = run(source, tmp_path / "out", text_file, method="llm-pruner", scope=scope_of(source), multiple_of=1)
+    settings: dict[str, Any] = {"method": "llm-pruner", "scope": scope_of(source), "structure": "per-layer"}
+    report = run(source, tmp_path / "out", text_file, multiple_of=1, **settings)
     check(report, source, tmp_path / "out", text_file)
 
 
@@ -105,8 +110,8 @@ def test_whole_blocks(source: Path, text_file: Path, tmp_path: Path) -> None:
 
 def test_uniform_heads(source: Path, text_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "wanda-sp", "scope": "attention", "sparsity": 0.4, "structure": "uniform"}
-    if source.name in FIXED_HEADS:
-        with pytest.raises(UnsupportedError, match="cannot express fewer attention units"):
+    if source.name in (*FIXED_HEADS, "phi3-longrope"):
+        with pytest.raises(UnsupportedError, match=r"cannot express fewer attention units|factors for long texts"):
             run(source, tmp_path / "out", text_file, **settings)
         return
     check(run(source, tmp_path / "out", text_file, **settings), source, tmp_path / "out", text_file, 0.4)
@@ -142,6 +147,10 @@ def test_bfloat16_stays_bfloat16(source: Path, text_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize("solver", ["admm", "alternating"])
 def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "structprune", "solver": solver, "target": "local", "multiple_of": 1}
+    if source.name in FUSED_MLP:
+        with pytest.raises(UnsupportedError, match="moves up and gate as maps of their own"):
+            run(source, tmp_path / "out", text_file, **settings)
+        return
     report = run(source, tmp_path / "out", text_file, **settings)
     check(report, source, tmp_path / "out", text_file)
     assert all(f"{solver}_accepted" in block.statistics for block in report.blocks)

@@ -26,7 +26,7 @@ from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 
 NUM_BLOCKS = 3
-KINDS = ("llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen2", "qwen3")
+KINDS = ("llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "phi3", "qwen2", "qwen3")
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
 # Stock classes derive the size of a head from the hidden size.
@@ -54,9 +54,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     return target
 
 
-@pytest.fixture(
-    scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "qwen2", "qwen3"]
-)
+@pytest.fixture(scope="module", params=KINDS)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")

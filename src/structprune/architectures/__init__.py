@@ -11,6 +11,7 @@ FAMILIES: Registry[Family] = Registry(
         "llama": "structprune.architectures.llama:LLAMA",
         "mistral": "structprune.architectures.llama:LLAMA",
         "opt": "structprune.architectures.opt:OPT",
+        "phi3": "structprune.architectures.phi3:PHI3",
         "qwen2": "structprune.architectures.qwen:QWEN2",
         "qwen3": "structprune.architectures.qwen:QWEN3",
     },

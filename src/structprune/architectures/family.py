@@ -83,6 +83,8 @@ class Family:
     """The norms of each half, as in its unit group."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
+    attention_reads_widths: bool = False
+    """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
