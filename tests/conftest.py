@@ -18,6 +18,10 @@ import torch
 import transformers.dynamic_module_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -61,24 +65,15 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+# A full and a windowed block, the window shorter than the tests' texts.
+WINDOWED: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(
-        **{
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": True,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            **changes,
-        }
-    )
+    return LlamaConfig(**{**COMMON, "tie_word_embeddings": True, **changes})
 
 
 def opt_config(**changes: Any) -> OPTConfig:
@@ -110,16 +105,15 @@ def phi3_config(**changes: Any) -> Phi3Config:
     return Phi3Config(**{**COMMON, "pad_token_id": None, "rope_parameters": rope, **changes})
 
 
+def gemma_config(config_class: type[Any], **changes: Any) -> Any:
+    sizes: dict[str, Any] = {**COMMON, "head_dim": 16, "pad_token_id": None, "query_pre_attn_scalar": 16}
+    return config_class(**{**sizes, **WINDOWED, **changes})
+
+
 def gpt2_config(**changes: Any) -> GPT2Config:
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
     return GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **changes)
 
-
-# A full and a windowed block, the window shorter than the tests' texts.
-WINDOWED: dict[str, Any] = {
-    "sliding_window": 8,
-    "layer_types": ["full_attention", "sliding_attention"],
-}
 
 # Family -> (config factory, stock class); the conformance tests run over every variant.
 TINY_MODELS: dict[str, Callable[[], Any]] = {
@@ -130,6 +124,16 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, sliding_window=8)),
     "opt": lambda: OPTForCausalLM(opt_config()),
     "opt-without-bias": lambda: OPTForCausalLM(opt_config(enable_bias=False)),
+    "gemma2": lambda: Gemma2ForCausalLM(gemma_config(Gemma2Config, final_logit_softcapping=2.0)),
+    "gemma3_text": lambda: Gemma3ForCausalLM(gemma_config(Gemma3TextConfig)),
+    "gemma3_text-biased": lambda: Gemma3ForCausalLM(
+        gemma_config(
+            Gemma3TextConfig,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=["sliding_attention", "sliding_attention"],
+        )
+    ),
     "gpt2": lambda: GPT2LMHeadModel(gpt2_config(n_inner=48)),
     "gpt2-default-width": lambda: GPT2LMHeadModel(gpt2_config(n_inner=None)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(gpt_neox_config()),

@@ -129,7 +129,7 @@ def test_nothing_removed_is_the_source(source: Path, text_file: Path, tmp_path: 
 
 def test_pruned_again(source: Path, text_file: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "once", text_file, method="structprune", scope=scope_of(source), multiple_of=1)
-    report = run(tmp_path / "once", tmp_path / "twice", text_file, method="structprune", multiple_of=1)
+    report = run(tmp_path / "once", tmp_path / "twice", text_file, method="fasp", multiple_of=1)
     first = StockModel(CheckpointReader(tmp_path / "once")).layout
     second = StockModel(CheckpointReader(tmp_path / "twice")).layout
     assert report.size.parameters_before == first.num_parameters
@@ -154,6 +154,32 @@ def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: P
     report = run(source, tmp_path / "out", text_file, **settings)
     check(report, source, tmp_path / "out", text_file)
     assert all(f"{solver}_accepted" in block.statistics for block in report.blocks)
+
+
+# What stock classes give biases to, or can be told to.
+BIASED = {"mlp": ("gpt2", "gpt_neox"), "attention": ("gemma2", "gemma3_text", "qwen3")}
+
+
+@pytest.mark.parametrize("scope", ["mlp", "attention"])
+def test_mean_of_what_is_removed_as_a_bias(scope: str, source: Path, text_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "flap", "scope": scope, "sparsity": 0.4, "multiple_of": 1}
+    if scope == "attention" and source.name in FIXED_HEADS:
+        with pytest.raises(UnsupportedError, match="cannot express fewer attention units"):
+            run(source, tmp_path / "out", text_file, **settings)
+    elif not source.name.startswith(BIASED[scope]):
+        with pytest.raises(UnsupportedError, match=f"the stock class has no bias in its {scope}"):
+            run(source, tmp_path / "out", text_file, **settings)
+    else:
+        report = run(source, tmp_path / "out", text_file, **settings)
+        check(report, source, tmp_path / "out", text_file, 0.4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_the_output_before_a_norm_is_read_once(kind: str, text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny(kind, tmp_path / kind)
+    with pytest.raises(UnsupportedError, match=f"several times, and {kind[:6]} norms what the MLP adds"):
+        run(source, tmp_path / "out", text_file, method="structprune", solver="admm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_saved_without_its_head(text_file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,19 @@ from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 
 NUM_BLOCKS = 3
-KINDS = ("llama", "llama-untied-biased", "mistral", "opt", "gpt2", "gpt_neox", "phi3", "qwen2", "qwen3")
+KINDS = (
+    "llama",
+    "llama-untied-biased",
+    "mistral",
+    "opt",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
 # Stock classes derive the size of a head from the hidden size.
@@ -63,10 +75,16 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_per_layer(source, root / f"pruned-{request.param}", kept)
 
 
-def load(directory: Path, attention: str = "sdpa", auto_class: Any = AutoModelForCausalLM) -> Any:
-    return auto_class.from_pretrained(
-        directory, trust_remote_code=True, attn_implementation=attention, dtype=torch.float32
-    ).eval()
+def load(directory: Path, attention: str | None = None, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """Without a name attention is computed as stock code chooses: by SDPA where that can."""
+    options = {} if attention is None else {"attn_implementation": attention}
+    return auto_class.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32, **options).eval()
+
+
+def attentions(directory: Path) -> list[str]:
+    """The implementations that the stock class has."""
+    family = StockModel(CheckpointReader(directory)).family
+    return ["eager"] if family.attention_implementation == "eager" else ["eager", "sdpa"]
 
 
 @torch.no_grad()
@@ -76,7 +94,7 @@ def logits(model: Any) -> Tensor:
 
 @torch.no_grad()
 def streamed_logits(directory: Path) -> Tensor:
-    """The blocks one by one through StockModel, with SDPA."""
+    """The blocks one by one through StockModel."""
     stock = StockModel(CheckpointReader(directory))
     reader = stock.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
@@ -109,15 +127,15 @@ def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
 
 def test_eager_and_sdpa_agree_and_reach_every_layer(pruned: Path) -> None:
     eager = load(pruned, "eager")
-    expected = logits(load(pruned, "sdpa"))
+    expected = logits(load(pruned, attentions(pruned)[-1]))
     torch.testing.assert_close(logits(eager), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         # Only eager attention returns weights, so this fails where one layer runs another implementation.
-        attentions = eager(input_ids=IDS_BS, output_attentions=True, output_hidden_states=True)
-    assert all(weights is not None for weights in attentions.attentions)
-    assert len(attentions.attentions) == NUM_BLOCKS
-    assert len(attentions.hidden_states) == NUM_BLOCKS + 1
-    eager.set_attn_implementation("sdpa")
+        found = eager(input_ids=IDS_BS, output_attentions=True, output_hidden_states=True)
+    assert all(weights is not None for weights in found.attentions)
+    assert len(found.attentions) == NUM_BLOCKS
+    assert len(found.hidden_states) == NUM_BLOCKS + 1
+    eager.set_attn_implementation(attentions(pruned)[-1])
     assert torch.equal(logits(eager), expected)
 
 

@@ -6,6 +6,8 @@ from structprune.registry import Registry
 FAMILIES: Registry[Family] = Registry(
     "model family (config.model_type)",
     {
+        "gemma2": "structprune.architectures.gemma:GEMMA2",
+        "gemma3_text": "structprune.architectures.gemma:GEMMA3",
         "gpt2": "structprune.architectures.gpt2:GPT2",
         "gpt_neox": "structprune.architectures.gpt_neox:GPT_NEOX",
         "llama": "structprune.architectures.llama:LLAMA",

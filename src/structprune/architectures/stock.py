@@ -72,6 +72,17 @@ class _NoMlp(nn.Module):
         return x.new_zeros(())
 
 
+class _SoftCap(nn.Module):
+    """x -> c tanh(x / c)."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.tanh(logits / self.cap) * self.cap
+
+
 _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
 
 
@@ -108,7 +119,9 @@ class StockModel:
         try:
             with without_global_width_warnings():
                 self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                    str(reader.directory), local_files_only=True, attn_implementation="sdpa"
+                    str(reader.directory),
+                    local_files_only=True,
+                    attn_implementation=self.family.attention_implementation,
                 )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
@@ -244,6 +257,8 @@ class StockModel:
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_position_embeddings,
+            attention_window=self._attention_window(),
+            num_score_heads=(self.config.num_attention_heads if self.family.attention_implementation == "eager" else 0),
             blocks=tuple(blocks),
             blocks_module=family.blocks_module,
             embedding_modules=family.embedding_modules,
@@ -253,6 +268,11 @@ class StockModel:
             tied_embeddings=tied,
             outer_tensors=outer,
         )
+
+    def _attention_window(self) -> int | None:
+        types = getattr(self.config, "layer_types", None)
+        windowed = types is None or "sliding_attention" in types
+        return getattr(self.config, "sliding_window", None) if windowed else None
 
     def resized_config(
         self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
@@ -345,6 +365,9 @@ class StockModel:
         for module in self.family.embedding_modules:
             local = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
             model.get_submodule(module).load_state_dict(local, strict=True, assign=True)
+        for name, value in self.family.embedding_buffers(self.config).items():
+            module, _, buffer = name.rpartition(".")
+            setattr(model.get_submodule(module), buffer, torch.tensor(value, device=ids_BS.device))
         try:
             with torch.no_grad():
                 model(input_ids=ids_BS, use_cache=False)
@@ -368,7 +391,7 @@ class StockModel:
         return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
 
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Final norm and output projection as one module: (N, D) -> (N, V)."""
+        """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
         parts: list[nn.Module] = []
         norm_name = self.family.final_norm_module
         if norm_name is not None:
@@ -378,7 +401,11 @@ class StockModel:
             parts.append(norm)
         projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
         projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
-        return nn.Sequential(*parts, projection).eval().requires_grad_(False)
+        parts.append(projection)
+        cap = getattr(self.config, self.family.logit_cap_field) if self.family.logit_cap_field else None
+        if cap is not None:
+            parts.append(_SoftCap(cap))
+        return nn.Sequential(*parts).eval().requires_grad_(False)
 
 
 def output_tensor(output: Any) -> Tensor:
