@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import structprune
 from conftest import TINY_MODELS, save_tiny
+from structprune.api import evaluate
 from structprune.architectures.loading import load_model
+from structprune.architectures.sampler import growing_cache
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import consecutive_windows
@@ -154,6 +156,26 @@ def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: P
     report = run(source, tmp_path / "out", text_file, **settings)
     check(report, source, tmp_path / "out", text_file)
     assert all(f"{solver}_accepted" in block.statistics for block in report.blocks)
+
+
+def test_evaluation_is_the_stock_models(source: Path, text_file: Path) -> None:
+    result = evaluate(source, text_file, seq_len=SEQ_LEN, max_windows=4, dtype="float32", device="cpu")
+    ids_NS = consecutive_windows(TextEncoder(source).encode(text_file.read_text()), SEQ_LEN, "text", "test")[:4]
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    with torch.no_grad():
+        loss = model(input_ids=ids_NS, labels=ids_NS).loss
+    assert result.mean_nll == pytest.approx(float(loss), rel=1e-5)
+
+
+@torch.no_grad()
+def test_sampling_decodes_what_a_forward_pass_computes(source: Path) -> None:
+    """Also with windows: the cache that the sampler grows keeps all tokens, and the mask leaves out the old ones."""
+    length = 14  # longer than the windows, and shorter than what turns on factors for long texts
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids_BS = torch.randint(0, 250, (2, length), generator=torch.Generator().manual_seed(4))
+    cache = growing_cache(model.config.num_hidden_layers, length)
+    steps = [model(input_ids=ids_BS[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(length)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(input_ids=ids_BS).logits, rtol=1e-4, atol=1e-4)
 
 
 # What stock classes give biases to, or can be told to.

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.head import capped
 from structprune.architectures.loading import without_global_width_warnings
 from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
@@ -70,17 +71,6 @@ class _NoMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())
-
-
-class _SoftCap(nn.Module):
-    """x -> c tanh(x / c)."""
-
-    def __init__(self, cap: float) -> None:
-        super().__init__()
-        self.cap = cap
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return torch.tanh(logits / self.cap) * self.cap
 
 
 _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
@@ -401,11 +391,8 @@ class StockModel:
             parts.append(norm)
         projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
         projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
-        parts.append(projection)
-        cap = getattr(self.config, self.family.logit_cap_field) if self.family.logit_cap_field else None
-        if cap is not None:
-            parts.append(_SoftCap(cap))
-        return nn.Sequential(*parts).eval().requires_grad_(False)
+        head = capped(projection, self.family, self.config)
+        return nn.Sequential(*parts, head).eval().requires_grad_(False)
 
 
 def output_tensor(output: Any) -> Tensor:
