@@ -44,7 +44,6 @@ class CheckedRun:
     """A model and a recipe that go together; no weight has been read."""
 
     directory: Path
-    reader: CheckpointReader
     stock: StockModel
     method: Method
     groups: tuple[UnitGroup, ...]
@@ -60,8 +59,7 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     directory = resolve_model(str(model))
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader, recipe.head_units if recipe.scope != "mlp" else "kv-group")
+    stock = StockModel(CheckpointReader(directory), recipe.head_units if recipe.scope != "mlp" else "kv-group")
     if stock.sliced:
         raise UnsupportedError(
             "the source is a sliced model with shortcut matrices, which no method can prune",
@@ -79,7 +77,6 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
     return CheckedRun(
         directory=directory,
-        reader=reader,
         stock=stock,
         method=method,
         groups=groups,
@@ -110,7 +107,7 @@ def prune(
     run = RunDirectory(Path(output))
     run.check()
     checked = check(model, recipe)
-    recipe, reader, stock, groups = checked.recipe, checked.reader, checked.stock, checked.groups
+    recipe, stock, groups = checked.recipe, checked.stock, checked.groups
     walk = WALKS[checked.method.walk]
     survey = checked.method.survey_for(recipe.allocator or "uniform")
     num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
@@ -119,7 +116,7 @@ def prune(
         request = PlanRequest(
             layout=stock.layout,
             groups=groups,
-            stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
+            stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
             compute_dtype=checked.dtype,
             num_windows=num_windows,
             seq_len=recipe.seq_len,
@@ -143,7 +140,6 @@ def prune(
             plan = plan_for(num_windows)
         job = Job(
             source=str(model),
-            reader=reader,
             stock=stock,
             recipe=recipe.model_copy(
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}

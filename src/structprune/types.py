@@ -135,6 +135,10 @@ class ModelLayout:
     hidden_size: int
     vocab_size: int
     max_positions: int
+    attention_window: int | None
+    """The shortest window of attention in any block; None: all blocks see all tokens."""
+    num_score_heads: int
+    """Query heads whose scores are held as matrices; 0 where attention is computed without them."""
     blocks: tuple[BlockLayout, ...]
     blocks_module: str
     embedding_modules: tuple[str, ...]

@@ -13,6 +13,7 @@ from structprune.architectures.stock import StockModel, output_tensor
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
+from structprune.errors import UnsupportedError
 from structprune.types import UNIT_KINDS, UnitKind
 
 # Norms of queries and keys over the dimensions of a head.
@@ -33,18 +34,18 @@ def streamed_logits(stock: StockModel, reader: CheckpointReader, ids_BS: torch.T
 
 
 def test_streamed_forward_equals_stock_forward(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
+    stock = StockModel(CheckpointReader(tiny))
     ids_BS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     with torch.no_grad():
         expected = model(input_ids=ids_BS).logits
-        actual = streamed_logits(StockModel(reader), reader, ids_BS)
+        actual = streamed_logits(stock, stock.reader, ids_BS)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_embedding_twice_gives_the_same(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     tensors = reader.read(stock.embedding_tensors())
     ids_BS = torch.arange(30).reshape(2, 15)
     first, _ = stock.embed(ids_BS, tensors)
@@ -69,8 +70,8 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[1]
     group = block.group(kind)
     if not group.config_fields:
@@ -93,9 +94,54 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
 
 
+def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
+    try:
+        stock = StockModel(CheckpointReader(tiny), "query-head")
+    except UnsupportedError as error:
+        pytest.skip(error.what)
+    block = stock.layout.blocks[1]
+    group = block.group("attention")
+    tensors = stock.reader.read(block.shapes, block.prefix)
+    keep_units = torch.tensor([1])
+    masked = dict(tensors)
+    masked[group.consumer.tensor] = torch.zeros_like(tensors[group.consumer.tensor])
+    kept_K = group.consumer.indices(keep_units)
+    masked[group.consumer.tensor][:, kept_K] = tensors[group.consumer.tensor][:, kept_K]
+    ids_BS = torch.arange(60).reshape(2, 30)
+    hidden_BSD, inputs = stock.embed(ids_BS, stock.reader.read(stock.embedding_tensors()))
+    smaller = stock.block(1, compact(tensors, group, keep_units), stock.resized_config({"attention": 1}))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", UNIT_KINDS)
+def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> None:
+    """Zeros in all that a unit owns of its producers are zeros in what the consumer reads of it, and nothing else."""
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
+    block = stock.layout.blocks[1]
+    group = block.group(kind)
+    tensors = reader.read(block.shapes, block.prefix)
+    units = torch.arange(group.num_units)[::2]
+    silent, masked = dict(tensors), dict(tensors)
+    for cut, parts in ((silent, group.producers), (masked, (group.consumer,))):
+        for part in parts:
+            cut[part.tensor] = cut[part.tensor].clone()
+            cut[part.tensor].movedim(part.axis, 0)[part.indices(units)] = 0
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(stock.block(1, silent)(hidden_BSD, **inputs.kwargs[1]))
+        dense = output_tensor(stock.block(1, tensors)(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(dense, expected, atol=1e-3)
+
+
 def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[0]
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
@@ -113,8 +159,8 @@ def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
-    reader = CheckpointReader(tiny)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny))
+    reader = stock.reader
     block = stock.layout.blocks[0]
     group = block.group(kind)
     module = stock.block(0, reader.read(block.shapes, block.prefix))

@@ -41,15 +41,13 @@ NUM_WINDOWS, SEQ_LEN = 3, 24
 
 
 def job_for(directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any) -> Job:
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader, head_units)
+    stock = StockModel(CheckpointReader(directory), head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
         budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     return Job(
         source="tiny",
-        reader=reader,
         stock=stock,
         recipe=Recipe.build(
             method=method,
@@ -81,7 +79,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Path) -> None:
     job = job_for(tiny)
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny, attn_implementation=job.stock.family.attention_implementation
+    ).eval()
     outputs: dict[tuple[int, str], torch.Tensor] = {}
 
     def keep(key: tuple[int, str]) -> Callable[[nn.Module, object, torch.Tensor], None]:
@@ -130,7 +130,9 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
     for block in reversed(job.stock.layout.blocks):
         backward(job, block, propagator, borders[block.index], gradient)
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny, attn_implementation=job.stock.family.attention_implementation
+    ).eval()
     embedded: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: object, output: torch.Tensor) -> None:
@@ -153,7 +155,13 @@ SUMS = [field.name for field in fields(TaylorSums)]
 
 def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     """(block, kind) -> the sums of every unit, weight by weight from whole-model gradients of the stock loss."""
-    model = AutoModelForCausalLM.from_pretrained(job.reader.directory, attn_implementation="sdpa").eval().double()
+    model = (
+        AutoModelForCausalLM.from_pretrained(
+            job.reader.directory, attn_implementation=job.stock.family.attention_implementation
+        )
+        .eval()
+        .double()
+    )
     mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for window in range(num_windows):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_per_layer import IDS_BS, load, logits, streamed_logits
+from test_per_layer import FIXED_HEADS, IDS_BS, load, logits, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -31,17 +31,29 @@ from structprune.recipe import Recipe
 from structprune.types import UNIT_KINDS
 
 NUM_BLOCKS = 4
+# Blocks with and without a window in one model cannot lose their attention.
+KINDS = (
+    "llama",
+    "llama-untied-biased",
+    "mistral",
+    "opt",
+    "gemma3_text-biased",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "qwen3",
+)
 REMOVED: dict[str, list[str]] = {"0": ["attention"], "1": ["mlp"], "2": ["attention", "mlp"]}
 KEPT = {"mlp": [16, 0, 0, 27], "attention": [0, 2, 0, 1]}
-# Stock OPT has heads or not; their number is the hidden size's.
-KEPT_OPT = {"mlp": [16, 0, 0, 27], "attention": [0, 4, 0, 4]}
+# Stock classes whose heads derive from the hidden size have all or none.
+KEPT_FIXED = {"mlp": [16, 0, 0, 27], "attention": [0, 4, 0, 4]}
 
 
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
     """Prune `source` without calibration: keep the last units of each block, or none."""
     target.mkdir()
-    reader = CheckpointReader(source)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(source))
+    reader = stock.reader
     writer = CheckpointWriter(target, NUM_BLOCKS + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
@@ -53,7 +65,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
                 tensors = compact(tensors, group, torch.arange(group.num_units - count, group.num_units))
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
+    config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
     write_modeling_file(target, stock.family)
     writer.finish()
@@ -65,26 +77,26 @@ def masked_dense_logits(source: Path, attention: str) -> Tensor:
     """The dense stock model with zeros where a consumer would read removed units; a whole half loses its bias too."""
     stock = StockModel(CheckpointReader(source))
     model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention).eval()
-    kept = KEPT_OPT if stock.family.name == "opt" else KEPT
+    kept = KEPT_FIXED if stock.family.name in FIXED_HEADS else KEPT
     for block in stock.layout.blocks:
         layer = model.get_submodule(f"{stock.family.blocks_module}.{block.index}")
         for group in block.groups:
             num_removed = group.num_units - kept[group.kind][block.index]
             consumer = layer.get_submodule(group.consumer_module)
-            consumer.weight[:, : num_removed * group.width] = 0
+            consumer.weight.movedim(group.consumer.axis, -1)[:, : num_removed * group.width] = 0
             if num_removed == group.num_units and consumer.bias is not None:
                 consumer.bias.zero_()
     return model(input_ids=IDS_BS).logits
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen3"])
+@pytest.fixture(scope="module", params=KINDS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp("dense") / request.param, num_blocks=NUM_BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def pruned(source: Path, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
-    kept = KEPT_OPT if source.name == "opt" else KEPT
+    kept = KEPT_FIXED if source.name in FIXED_HEADS else KEPT
     return write_per_layer(source, tmp_path_factory.mktemp("removed") / f"pruned-{source.name}", kept)
 
 
@@ -132,14 +144,14 @@ def test_layout_knows_what_is_gone(source: Path, pruned: Path) -> None:
     model = load(pruned)
     assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())
     layers = model.get_submodule(stock.family.blocks_module)
-    assert [layers[i].self_attn.layer_idx for i in (1, 3)] == [0, 1]
+    assert [layers[i].get_submodule(stock.family.attention_module).layer_idx for i in (1, 3)] == [0, 1]
 
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: Path) -> None:
     """Of the checkpoint's own removed halves and of one that `block` is told to leave out."""
-    reader, dense_reader = CheckpointReader(pruned), CheckpointReader(source)
-    stock, dense = StockModel(reader), StockModel(dense_reader)
+    stock, dense = StockModel(CheckpointReader(pruned)), StockModel(CheckpointReader(source))
+    reader, dense_reader = stock.reader, dense.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
     other = "mlp" if kind == "attention" else "attention"
     index = 0 if kind == "attention" else 1
@@ -280,7 +292,7 @@ def test_malformed_entries_are_refused(entry: Any, match: str, pruned: Path, tmp
 def test_some_attention_must_stay(source: Path, pruned: Path, tmp_path: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
-        per_layer_config(stock.layout.config, stock.groups, {"attention": [0] * NUM_BLOCKS}, stock.family)
+        per_layer_config(stock.layout.config, stock, {"attention": [0] * NUM_BLOCKS})
     every = {str(i): ["attention"] for i in range(NUM_BLOCKS)}
     with pytest.raises(UnsupportedError, match="attention of every block is removed"):
         StockModel(CheckpointReader(edited(pruned, tmp_path / "copy", **{REMOVED_ENTRY: every})))
@@ -301,7 +313,7 @@ def test_the_uniform_format_refuses_removed_halves(source: Path, pruned: Path) -
 def test_nothing_removed_leaves_no_entry(source: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     whole = {group.kind: [group.num_units] * NUM_BLOCKS for group in stock.groups}
-    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock.groups, whole, stock.family)
+    assert REMOVED_ENTRY not in per_layer_config(stock.layout.config, stock, whole)
 
 
 def test_blocks_with_and_without_a_window_keep_their_attention(tmp_path: Path, modules_cache: None) -> None:

@@ -26,16 +26,31 @@ from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 
 NUM_BLOCKS = 3
+KINDS = (
+    "llama",
+    "llama-untied-biased",
+    "mistral",
+    "opt",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)
 # Kind -> units of each block. Block 1 of `attention` keeps all of its KV groups.
 KEPT = {"mlp": [16, 40, 27], "attention": [1, 2, 1]}
+# Stock classes derive the size of a head from the hidden size.
+FIXED_HEADS = ("opt", "gpt2", "gpt_neox")
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
     """Prune `source` without calibration: keep the last units of each block."""
     target.mkdir()
-    reader = CheckpointReader(source)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(source))
+    reader = stock.reader
     writer = CheckpointWriter(target, len(stock.layout.blocks) + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
@@ -44,26 +59,32 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
             tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
-    config = per_layer_config(reader.config, stock.groups, kept, stock.family)
+    config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
     write_modeling_file(target, stock.family)
     writer.finish()
     return target
 
 
-@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral", "opt", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=KINDS)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
     """A per-layer checkpoint of each family, every block of another width."""
     root = tmp_path_factory.mktemp("per-layer")
     source = save_tiny(request.param, root / "dense", num_blocks=NUM_BLOCKS)
-    kept = {"mlp": KEPT["mlp"]} if request.param == "opt" else KEPT
+    kept = {"mlp": KEPT["mlp"]} if request.param in FIXED_HEADS else KEPT
     return write_per_layer(source, root / f"pruned-{request.param}", kept)
 
 
-def load(directory: Path, attention: str = "sdpa", auto_class: Any = AutoModelForCausalLM) -> Any:
-    return auto_class.from_pretrained(
-        directory, trust_remote_code=True, attn_implementation=attention, dtype=torch.float32
-    ).eval()
+def load(directory: Path, attention: str | None = None, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """Without a name attention is computed as stock code chooses: by SDPA where that can."""
+    options = {} if attention is None else {"attn_implementation": attention}
+    return auto_class.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32, **options).eval()
+
+
+def attentions(directory: Path) -> list[str]:
+    """The implementations that the stock class has."""
+    family = StockModel(CheckpointReader(directory)).family
+    return ["eager"] if family.attention_implementation == "eager" else ["eager", "sdpa"]
 
 
 @torch.no_grad()
@@ -73,9 +94,9 @@ def logits(model: Any) -> Tensor:
 
 @torch.no_grad()
 def streamed_logits(directory: Path) -> Tensor:
-    """The blocks one by one through StockModel, with SDPA."""
-    reader = CheckpointReader(directory)
-    stock = StockModel(reader)
+    """The blocks one by one through StockModel."""
+    stock = StockModel(CheckpointReader(directory))
+    reader = stock.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
     for block in stock.layout.blocks:
         module = stock.block(block.index, reader.read(block.shapes, block.prefix))
@@ -93,11 +114,12 @@ def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
     model = load(pruned)
     stock = StockModel(CheckpointReader(pruned))
     layers = model.get_submodule(stock.family.blocks_module)
-    assert [layer.self_attn.layer_idx for layer in layers] == list(range(NUM_BLOCKS))
+    attention = stock.family.attention_module
+    assert [layer.get_submodule(attention).layer_idx for layer in layers] == list(range(NUM_BLOCKS))
     for block, layer in zip(stock.layout.blocks, layers, strict=True):
         assert block.shapes == {name: tuple(p.shape) for name, p in layer.named_parameters()}
         assert block.group("mlp").num_units == KEPT["mlp"][block.index]
-        if stock.family.name == "llama":
+        if stock.family.name not in FIXED_HEADS:
             assert block.group("attention").num_units == KEPT["attention"][block.index]
     assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())
     assert stock.groups[0].num_units == 48, "the groups of the model are those of its dense config"
@@ -105,15 +127,15 @@ def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
 
 def test_eager_and_sdpa_agree_and_reach_every_layer(pruned: Path) -> None:
     eager = load(pruned, "eager")
-    expected = logits(load(pruned, "sdpa"))
+    expected = logits(load(pruned, attentions(pruned)[-1]))
     torch.testing.assert_close(logits(eager), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         # Only eager attention returns weights, so this fails where one layer runs another implementation.
-        attentions = eager(input_ids=IDS_BS, output_attentions=True, output_hidden_states=True)
-    assert all(weights is not None for weights in attentions.attentions)
-    assert len(attentions.attentions) == NUM_BLOCKS
-    assert len(attentions.hidden_states) == NUM_BLOCKS + 1
-    eager.set_attn_implementation("sdpa")
+        found = eager(input_ids=IDS_BS, output_attentions=True, output_hidden_states=True)
+    assert all(weights is not None for weights in found.attentions)
+    assert len(found.attentions) == NUM_BLOCKS
+    assert len(found.hidden_states) == NUM_BLOCKS + 1
+    eager.set_attn_implementation(attentions(pruned)[-1])
     assert torch.equal(logits(eager), expected)
 
 
@@ -197,7 +219,7 @@ def test_pruned_again_keeps_the_other_widths(pruned: Path, tmp_path: Path) -> No
     for block, before in zip(stock.layout.blocks, first.layout.blocks, strict=True):
         assert block.group("mlp").num_units == [8, 16, 27][block.index]
         assert block.group("attention") == before.group("attention")
-        assert first.resized_config({"mlp": 8}, block.index).to_dict()["hidden_size"] == 32
+        assert first.resized_config({"mlp": 8}, block.index).hidden_size == 32
     with pytest.raises(UnsupportedError, match="different widths"):
         first.resized_config({"mlp": 8})
     assert torch.equal(logits(load(twice)), streamed_logits(twice))
@@ -213,18 +235,18 @@ def test_stock_model_refuses_other_per_layer_entries(pruned: Path, tmp_path: Pat
 
 
 def test_opt_heads_have_no_per_layer_form(tiny_opt: Path) -> None:
-    reader = CheckpointReader(tiny_opt)
-    stock = StockModel(reader)
-    per_layer_config(reader.config, stock.groups, {"attention": [4, 4]}, stock.family)
+    stock = StockModel(CheckpointReader(tiny_opt))
+    reader = stock.reader
+    per_layer_config(reader.config, stock, {"attention": [4, 4]})
     with pytest.raises(UnsupportedError, match="fewer attention units"):
-        per_layer_config(reader.config, stock.groups, {"attention": [4, 2]}, stock.family)
+        per_layer_config(reader.config, stock, {"attention": [4, 2]})
 
 
 def test_head_dim_is_written_when_attention_shrinks(tiny_llama: Path) -> None:
-    reader = CheckpointReader(tiny_llama)
-    stock = StockModel(reader)
+    stock = StockModel(CheckpointReader(tiny_llama))
+    reader = stock.reader
     config = {name: value for name, value in reader.config.items() if name != "head_dim"}
-    assert per_layer_config(config, stock.groups, {"attention": [1, 2]}, stock.family)["head_dim"] == 8
+    assert per_layer_config(config, stock, {"attention": [1, 2]})["head_dim"] == 8
     assert stock.resized_config({"attention": 1}).to_dict()["head_dim"] == 8
 
 

@@ -36,6 +36,8 @@ def layout_of(hidden: int, channels: int, num_blocks: int = 2, vocab: int = 1000
         hidden_size=hidden,
         vocab_size=vocab,
         max_positions=4096,
+        attention_window=None,
+        num_score_heads=0,
         blocks=tuple(
             BlockLayout(index=i, prefix=f"model.layers.{i}.", shapes=shapes, groups=(group,)) for i in range(num_blocks)
         ),

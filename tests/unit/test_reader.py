@@ -284,3 +284,21 @@ def test_fingerprint(tmp_path: Path) -> None:
     ]
     (tmp_path / "config" / "config.json").write_text("{}", encoding="utf-8")
     assert one not in {CheckpointReader(directory).fingerprint() for directory in other}
+
+
+def test_other_names(tmp_path: Path) -> None:
+    tensors = {"h.0.weight": torch.ones(2), "head.weight": torch.zeros(3)}
+    reader = CheckpointReader(write_single(tmp_path / "model", **tensors))
+    view = reader.renamed({"head.": "lm_head.", "": "model."})
+    assert set(view.shapes) == {"model.h.0.weight", "lm_head.weight"}
+    assert view.read(["weight"], "model.h.0.")["weight"].tolist() == [1, 1]
+    assert next(view.read_rows("lm_head.weight", 3))[1].tolist() == [0, 0, 0]
+    assert (view.stored_name("model.h.7.bias"), view.stored_name("lm_head.weight")) == ("h.7.bias", "head.weight")
+    assert view.fingerprint() == reader.fingerprint()
+    assert set(reader.shapes) == set(tensors)
+
+
+def test_masks_of_bytes_are_left_out(tmp_path: Path) -> None:
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=torch.bool)}
+    reader = CheckpointReader(write_single(tmp_path / "model", weight=torch.ones(2), **masks))
+    assert set(reader.shapes) == {"weight"}

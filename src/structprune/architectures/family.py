@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -13,6 +13,10 @@ from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
 def _accept(_: Any) -> None:
     return None
+
+
+def _no_values(_: Any) -> Mapping[str, float]:
+    return {}
 
 
 def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +79,10 @@ class Family:
     """Module without weights that computes position embeddings; built anew from the config."""
     final_norm_module: str | None
     head_module: str
+    logit_cap_field: str | None = None
+    """Config entry c, where the logits x become c tanh(x / c)."""
+    embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
+    """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
     attention_module: str
     """Attention inside a block; with zeros in its place the MLP half is left."""
     mlp_modules: tuple[str, ...]
@@ -83,10 +91,16 @@ class Family:
     """The norms of each half, as in its unit group."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
+    attention_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """`eager` where SDPA cannot compute the attention; its scores are then held as matrices."""
+    attention_reads_widths: bool = False
+    """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
     """In which order the halves read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Start of a tensor's name in older checkpoints -> in the stock class."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
     stream: Stream | None = None

@@ -18,7 +18,7 @@ from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
 
 # Families whose stock conversion is one tensor to one tensor.
-_ARCHITECTURES = ("llama",)
+_ARCHITECTURES = ("llama", "gemma3")
 
 
 def convert_gguf(source: Path, directory: Path) -> None:

@@ -95,6 +95,20 @@ def _layers(layer_class, config):
 """
 
 
+_LAYER_CONFIG = '''
+
+class _LayerConfig:
+    """A layer's own numbers, and the attention implementation of the shared config, which may change."""
+
+    def __init__(self, own, shared):
+        self.own = own
+        self.shared = shared
+
+    def __getattr__(self, name):
+        return getattr(self.shared if name == "_attn_implementation" else self.own, name)
+'''
+
+
 def class_name(classes: StockClasses, suffix: str) -> str:
     """Our class for `suffix` Model or ForCausalLM."""
     return f"StructPrune{classes.stem}{suffix}"
@@ -148,6 +162,8 @@ def _text_v1(family: Family) -> str:
 def modeling_source(family: Family) -> str:
     """The text that is written for `family` now."""
     layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
+    if family.attention_reads_widths:
+        layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
     helpers = WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
     return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
 

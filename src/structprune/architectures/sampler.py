@@ -47,6 +47,11 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def growing_cache(num_blocks: int, length: int) -> Cache:
+    """A cache for `length` tokens."""
+    return Cache(layers=[_GrowingLayer(length) for _ in range(num_blocks)])
+
+
 @torch.no_grad()
 def sample_windows(
     directory: Path,
@@ -88,7 +93,7 @@ def sample_windows(
     texts: list[Tensor] = []
     for first in range(0, num_rows, rows_at_once):
         rows = min(rows_at_once, num_rows - first)
-        cache = Cache(layers=[_GrowingLayer(length) for _ in range(config.num_hidden_layers)])
+        cache = growing_cache(config.num_hidden_layers, length)
         ids_RL = torch.empty(rows, length, dtype=torch.int64, device=device)
         token_R1 = torch.full((rows, 1), start_id, dtype=torch.int64, device=device)
         for position in range(length):

@@ -6,7 +6,9 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Generator, Mapping
+import inspect
+import re
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.head import capped
 from structprune.architectures.loading import without_global_width_warnings
 from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
@@ -32,20 +35,25 @@ class BlockInputs:
     kwargs: tuple[dict[str, Any], ...]
 
 
+# Buffers that blocks once kept in the checkpoint, beside those that the stock class itself names.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.bias$", r"attn\.masked_bias$")
+
+
 class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Ends the stock model's forward once the last block has been reached."""
 
 
 class _Recorder(nn.Module):
-    """Stands where a block would: keeps the keyword arguments and passes the hidden states on."""
+    """Stands where a block would: keeps the arguments by name and passes the hidden states on."""
 
-    def __init__(self, is_last: bool) -> None:
+    def __init__(self, names: Sequence[str], is_last: bool) -> None:
         super().__init__()
+        self.names = names
         self.is_last = is_last
 
-    def forward(self, hidden_BSD: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden_BSD = hidden_BSD
-        self.kwargs = kwargs
+        self.kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         if self.is_last:
             raise _StopForward
         return hidden_BSD
@@ -71,11 +79,11 @@ _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "ml
 class StockModel:
     """The stock architecture of a checkpoint without its weights.
 
-    `config` and `groups` are those of the global config; in a per-layer checkpoint each block has its own
-    (`block_configs`, `layout.blocks[i].groups`), and a block may lack a half (`removed`). The halves of a block read
-    the stream in `stages`. A sliced checkpoint
-    (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
-    the checkpoint is never run here.
+    `reader` gives the checkpoint's tensors the names of the stock modules. `config` and `groups` are those of the
+    global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
+    block may lack a half (`removed`). The halves of a block read the stream in `stages`. A sliced checkpoint (`sliced`)
+    can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in the
+    checkpoint is never run here.
     Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
     another shape than the configuration says.
     """
@@ -101,7 +109,9 @@ class StockModel:
         try:
             with without_global_width_warnings():
                 self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                    str(reader.directory), local_files_only=True, attn_implementation="sdpa"
+                    str(reader.directory),
+                    local_files_only=True,
+                    attn_implementation=self.family.attention_implementation,
                 )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
@@ -114,6 +124,7 @@ class StockModel:
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()
+            self.reader = self._named_reader(reader)
         except StructPruneError:
             raise
         except Exception as error:
@@ -123,7 +134,7 @@ class StockModel:
                 where=str(reader.directory / "config.json"),
                 got=str(error),
             ) from error
-        self.layout = self._layout(reader)
+        self.layout = self._layout(self.reader)
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
         """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
@@ -174,6 +185,17 @@ class StockModel:
                 layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
         return layer.eval()
 
+    def _named_reader(self, reader: CheckpointReader) -> CheckpointReader:
+        """The checkpoint with today's names, and with the base model's in front where it was saved without a head."""
+        skeleton: Any = self.skeleton
+        base, head = f"{skeleton.base_model_prefix}.", f"{self.family.head_module}."
+        prefixes = {
+            old: new for old, new in self.family.renamed.items() if any(name.startswith(old) for name in reader.shapes)
+        }
+        if not any(name.startswith(base) for name in reader.shapes):
+            prefixes |= {head: head, "": base}
+        return reader.renamed(prefixes) if prefixes else reader
+
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
         family = self.family
         expected = {name: tuple(p.shape) for name, p in self.skeleton.named_parameters(remove_duplicate=False)}
@@ -189,7 +211,9 @@ class StockModel:
             )
         extra = sorted(n for n in reader.shapes if n.startswith(f"{family.blocks_module}.") and n not in expected)
         # Old checkpoints carry computed buffers; a weight that the stock model lacks would be lost without a word.
-        extra = [name for name in extra if not name.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))]
+        skeleton: Any = self.skeleton
+        computed = "|".join((*_COMPUTED, *(skeleton._keys_to_ignore_on_load_unexpected or ())))
+        extra = [name for name in extra if not re.search(computed, name)]
         if extra:
             raise CheckpointError(
                 f"the checkpoint has {len(extra)} block tensor(s) that the configuration does not, first {extra[0]!r}",
@@ -223,6 +247,8 @@ class StockModel:
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             max_positions=self.config.max_position_embeddings,
+            attention_window=self._attention_window(),
+            num_score_heads=(self.config.num_attention_heads if self.family.attention_implementation == "eager" else 0),
             blocks=tuple(blocks),
             blocks_module=family.blocks_module,
             embedding_modules=family.embedding_modules,
@@ -232,6 +258,11 @@ class StockModel:
             tied_embeddings=tied,
             outer_tensors=outer,
         )
+
+    def _attention_window(self) -> int | None:
+        types = getattr(self.config, "layer_types", None)
+        windowed = types is None or "sliding_attention" in types
+        return getattr(self.config, "sliding_window", None) if windowed else None
 
     def resized_config(
         self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
@@ -313,9 +344,10 @@ class StockModel:
 
     def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, BlockInputs]:
         """Token ids -> the first block's input (B, S, D) and the arguments that the stock model gives each block."""
-        recorders = [_Recorder(is_last=i + 1 == len(self.layout.blocks)) for i in range(len(self.layout.blocks))]
         model = self.skeleton
-        dense_blocks = model.get_submodule(self.family.blocks_module)
+        dense_blocks: Any = model.get_submodule(self.family.blocks_module)
+        names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
+        recorders = [_Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
         if self.family.rotary_module is not None:
             rotary: Any = type(model.get_submodule(self.family.rotary_module))
             model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))
@@ -323,6 +355,9 @@ class StockModel:
         for module in self.family.embedding_modules:
             local = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
             model.get_submodule(module).load_state_dict(local, strict=True, assign=True)
+        for name, value in self.family.embedding_buffers(self.config).items():
+            module, _, buffer = name.rpartition(".")
+            setattr(model.get_submodule(module), buffer, torch.tensor(value, device=ids_BS.device))
         try:
             with torch.no_grad():
                 model(input_ids=ids_BS, use_cache=False)
@@ -346,7 +381,7 @@ class StockModel:
         return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
 
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Final norm and output projection as one module: (N, D) -> (N, V)."""
+        """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
         parts: list[nn.Module] = []
         norm_name = self.family.final_norm_module
         if norm_name is not None:
@@ -356,7 +391,8 @@ class StockModel:
             parts.append(norm)
         projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
         projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
-        return nn.Sequential(*parts, projection).eval().requires_grad_(False)
+        head = capped(projection, self.family, self.config)
+        return nn.Sequential(*parts, head).eval().requires_grad_(False)
 
 
 def output_tensor(output: Any) -> Tensor:

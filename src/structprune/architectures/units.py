@@ -51,7 +51,7 @@ def check_bias(group: UnitGroup) -> None:
     if group.consumer_bias is None and group.bias_field is None:
         raise UnsupportedError(
             f"the stock class has no bias in its {group.kind}, which this method adds",
-            wanted="a llama or opt model",
+            wanted="a family with biases there, such as llama or gpt2",
             do="use another --solver",
         )
 

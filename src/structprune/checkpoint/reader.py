@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ SINGLE_NAME = "model.safetensors"
 
 _CHUNK_BYTES = 16 * 2**20
 
+# Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
+_MASK_DTYPES = ("BOOL", "U8")
+_MASK_NAMES = ("attn.bias", "attention.bias")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,9 +41,23 @@ class CheckpointReader:
         self.directory = directory
         self.config = self._read_json(directory / "config.json", "every Hugging Face checkpoint has a config.json")
         self._shard_of = self._locate()
+        self._prefixes: list[tuple[str, str]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._read_headers()
+
+    def renamed(self, prefixes: Mapping[str, str]) -> CheckpointReader:
+        """The same checkpoint under other names: of `prefixes`, stored -> wanted, the first that fits is exchanged."""
+        view = copy.copy(self)
+        view._prefixes = list(prefixes.items())
+        view._shard_of = {_exchanged(name, view._prefixes): path for name, path in self._shard_of.items()}
+        view.shapes = {_exchanged(name, view._prefixes): shape for name, shape in self.shapes.items()}
+        view.dtypes = {_exchanged(name, view._prefixes): dtype for name, dtype in self.dtypes.items()}
+        return view
+
+    def stored_name(self, name: str) -> str:
+        """What the tensor is called in the files, whether it is there or not."""
+        return _exchanged(name, [(wanted, stored) for stored, wanted in self._prefixes])
 
     def _read_json(self, path: Path, do: str) -> dict[str, Any]:
         try:
@@ -114,6 +132,9 @@ class CheckpointReader:
                         )
                     part = handle.get_slice(name)
                     dtype = part.get_dtype()
+                    if dtype in _MASK_DTYPES and name.endswith(_MASK_NAMES):
+                        del self._shard_of[name]
+                        continue
                     if dtype not in _DTYPES:
                         raise CheckpointError(
                             f"tensor {name!r} is stored quantised or as integers",
@@ -154,7 +175,7 @@ class CheckpointReader:
                 for start, stop in _row_chunks(tensor):
                     # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
                     handle = handle or self._open(path)
-                    part = handle.get_slice(prefix + name)
+                    part = handle.get_slice(self.stored_name(prefix + name))
                     if stop is None:
                         tensor.copy_(part[...])
                     else:
@@ -174,18 +195,25 @@ class CheckpointReader:
         path = self._shard_of[name]
         for start in range(0, self.shapes[name][0], num_rows):
             # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
-            rows = self._open(path).get_slice(name)[start : start + num_rows].clone()
+            rows = self._open(path).get_slice(self.stored_name(name))[start : start + num_rows].clone()
             _check_finite(rows, name, path)
             yield start, rows
 
     def fingerprint(self) -> str:
         """SHA-256 over the config, the tensor names and shapes, and each shard's size (not its content)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.shapes):
-            digest.update(f"{name}{self.shapes[name]}{self.dtypes[name]}".encode())
+        for name in sorted(self.shapes, key=self.stored_name):
+            digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self.dtypes[name]}".encode())
         for path in sorted(set(self._shard_of.values())):
             digest.update(f"{path.name}{path.stat().st_size}".encode())
         return digest.hexdigest()
+
+
+def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def _row_chunks(tensor: Tensor) -> list[tuple[int, int | None]]:

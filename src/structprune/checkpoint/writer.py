@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,11 +13,15 @@ from structprune.files import atomic_path, write_json
 
 
 class CheckpointWriter:
-    """Shards 1..num_shards of one checkpoint. Each shard appears whole and synced, or not at all."""
+    """Shards 1..num_shards of one checkpoint. Each shard appears whole and synced, or not at all.
 
-    def __init__(self, directory: Path, num_shards: int) -> None:
+    `stored_name` gives the names in the files.
+    """
+
+    def __init__(self, directory: Path, num_shards: int, stored_name: Callable[[str], str] = str) -> None:
         self.directory = directory
         self.num_shards = num_shards
+        self._stored_name = stored_name
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0
         self.num_parameters = 0
@@ -29,6 +33,7 @@ class CheckpointWriter:
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> str:
         """Write one shard and return its file name. Tensors are stored in the dtype they have."""
         name = self.shard_name(number)
+        tensors = {self._stored_name(key): value for key, value in tensors.items()}
         with atomic_path(self.directory / name) as temporary:
             save_file(
                 {key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"format": "pt"}

@@ -131,7 +131,7 @@ def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Obser
         assert len(choice.removed) == remove
         release_free_memory()
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = CheckpointWriter(checkpoint, len(kept) + 2)
+    writer = CheckpointWriter(checkpoint, len(kept) + 2, job.stored_name)
     outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
     config = shallower_config(job.reader.config, job.stock.config, kept)
     return finish(job, run, writer, meter, config, outcome, layout.block_parameters)

@@ -96,7 +96,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
         kept_units = allocate(job, costs)
         config = _output_config(job, kept_units)
 
-    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
+    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
     scope = sum(block.module_parameters(group) for block in layout.blocks for group in job.groups(block))
     return finish(job, run, writer, meter, config, result.outcome, scope)
@@ -175,7 +175,7 @@ def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
         if job.adds_bias and group.kind in job.kinds and group.consumer_bias is None and group.bias_field is not None:
             source[group.bias_field] = True
     if job.recipe.structure == "per-layer":
-        return per_layer_config(source, job.stock.groups, kept, job.stock.family)
+        return per_layer_config(source, job.stock, kept)
     widths = {kind: counts[0] for kind, counts in kept.items()}
     return uniform_config(source, job.stock.groups, widths, job.stock.family)
 

@@ -24,7 +24,6 @@ class Job:
     """Everything that a run needs. The recipe is resolved: no entry that has an effect is None."""
 
     source: str
-    reader: CheckpointReader
     stock: StockModel
     recipe: Recipe
     method: Method
@@ -45,6 +44,18 @@ class Job:
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack one."""
         return tuple(block.group(kind) for kind in self.kinds if block.has(kind))
+
+    @property
+    def reader(self) -> CheckpointReader:
+        """The source's tensors, under the names of the stock modules."""
+        return self.stock.reader
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the output's files: as in the source, or as our own modelling file needs it.
+
+        transformers translates old names for its own classes only.
+        """
+        return name if self.recipe.structure == "per-layer" else self.reader.stored_name(name)
 
     @property
     def damping(self) -> float:

@@ -28,6 +28,10 @@ _KERNEL_CACHE_BYTES = 32 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
+# Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and
+# one more inside a kernel; backward what each of these operations keeps, and their gradients.
+_SCORE_BYTES = 3 * 4
+_SCORE_BYTES_BACKWARD = 8 * 4
 # Tokens that an iterative solver holds at once with its split variables, and in one step of it.
 _SOLVER_TOKENS = 8192
 _SOLVER_CHUNK = 2048
@@ -126,6 +130,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     small = runtime + 2 * request.num_probe * request.seq_len * hidden * item
+    small += _mask_bytes(request, micro_batch)
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)
@@ -136,7 +141,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         if any(request.stored_bytes[n] != _numel(request.layout, block, n) * item for n in names)
         else 0
     )
-    activations = micro_batch * request.seq_len * _activation_width(block, hidden) * item
+    # Of one window.
+    num_scores = request.layout.num_score_heads * request.seq_len**2
+    activations = micro_batch * (request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES)
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
@@ -174,7 +181,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_survey or request.needs_weight_gradients:
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
-        kept = 3 * request.seq_len * _activation_width(block, hidden) * item
+        kept = 3 * request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES_BACKWARD
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + sums
         phases["survey: loss"] = (
@@ -308,6 +315,18 @@ def _weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int
     """Elements of each weight of the block that shrinks with one of the groups."""
     names = {part.tensor for group in groups for part in group.slices}
     return [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
+
+
+def _mask_bytes(request: PlanRequest, micro_batch: int) -> int:
+    """Attention masks, which stay as long as blocks run; each batch size has its own, and there are up to three."""
+    layout, item = request.layout, request.compute_dtype.itemsize
+    square = request.seq_len**2
+    windowed = layout.attention_window is not None and layout.attention_window < request.seq_len
+    if layout.num_score_heads:
+        # As numbers, for every window of the batch; with and without attention's own window.
+        return (2 if windowed else 1) * (2 * micro_batch + 1) * square * item
+    # As bytes, and as numbers while SDPA uses it.
+    return (3 + micro_batch * item) * square if windowed else 0
 
 
 def _activation_width(block: BlockLayout, hidden: int) -> int:

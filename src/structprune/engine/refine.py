@@ -63,7 +63,8 @@ def refine(
     for name, affine in ((group.up_module, proposal.weights.up), (group.gate_module, proposal.weights.gate)):
         if name is None or affine is None:
             continue
-        candidate[f"{name}.weight"] = affine.weight_OI.cpu().to(tensors[f"{name}.weight"].dtype)
+        weight_OI = affine.weight_OI.cpu().to(tensors[f"{name}.weight"].dtype)
+        candidate[f"{name}.weight"] = weight_OI.movedim(0, _output_axis(group, name)).contiguous()
         if affine.bias_O is not None:
             candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
     for name, tensor in candidate.items():
@@ -108,6 +109,11 @@ def _tokens(
     return MlpTokens(x_TD=torch.cat(inputs).float(), y_TD=torch.cat(targets))
 
 
+def _output_axis(group: UnitGroup, module: str) -> int:
+    """The axis of the map's outputs: 0, or 1 where the weight is transposed."""
+    return next(part.axis for part in group.producers if part.tensor == f"{module}.weight")
+
+
 def _weights(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
     """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
     assert group.up_module is not None
@@ -118,7 +124,8 @@ def _weights(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWe
 
     def affine(module: str) -> Affine:
         bias = f"{module}.bias"
-        return Affine(weight_OI=values(f"{module}.weight"), bias_O=values(bias) if bias in tensors else None)
+        weight_OI = values(f"{module}.weight").movedim(_output_axis(group, module), 0).contiguous()
+        return Affine(weight_OI=weight_OI, bias_O=values(bias) if bias in tensors else None)
 
     return MlpWeights(
         activation=ACTIVATIONS.get(group.activation),

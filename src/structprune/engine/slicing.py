@@ -66,7 +66,7 @@ def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, 
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(job.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(job, run, observer, width)
-    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
+    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
     release_free_memory()
     perplexities = calibration_perplexities(job, result.outcome)

@@ -11,6 +11,7 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.scores import SCORES, SELECTORS, TAYLOR
 from structprune.solvers import ITERATIVE
+from structprune.solvers.mlp_updates import ACTIVATIONS
 from structprune.types import UNIT_KINDS, UnitGroup
 
 _NARROW = 4096
@@ -28,7 +29,33 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
     if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
         check_attention_can_go(stock.config)
     recipe = recipe.model_copy(update={"multiple_of": recipe.multiple_of or _default_multiple(groups)})
-    return _resolved(recipe, method, stock), groups
+    recipe = _resolved(recipe, method, stock)
+    for group in groups:
+        if recipe.solver in ITERATIVE and group.kind == "mlp":
+            _check_iterative(recipe, group, stock.family.name)
+    return recipe, groups
+
+
+def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None:
+    """Raise UnsupportedError where a solver that moves the producers of an MLP cannot."""
+    if group.up_module is None or group.activation is None:
+        raise UnsupportedError(
+            f"solver {recipe.solver!r} moves up and gate as maps of their own, which {family_name} does not have",
+            wanted="--solver least-squares",
+        )
+    if group.activation not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"solver {recipe.solver!r} does not know this activation",
+            got=group.activation,
+            wanted=", ".join(ACTIVATIONS),
+            do="use --solver least-squares",
+        )
+    if group.output_normed and recipe.target == "dense-path":
+        # The dense model's output before the norm is seen once, while its stream moves on.
+        raise UnsupportedError(
+            f"solver {recipe.solver!r} reads its target several times, and {family_name} norms what the MLP adds",
+            wanted="--target local",
+        )
 
 
 def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.head import output_head
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import consecutive_windows
 from structprune.errors import InputError, NumericalError
@@ -64,7 +65,7 @@ def text_windows(model: Any, encoder: TextEncoder, text: str, name: str, seq_len
 def make_reference(model: Any, windows_NS: Tensor) -> Reference:
     """What `model` predicts on these windows."""
     hidden = [_hidden_SD(model, windows_NS[index : index + 1]).cpu() for index in range(len(windows_NS))]
-    return Reference(hidden_NSD=torch.stack(hidden), head=model.get_output_embeddings())
+    return Reference(hidden_NSD=torch.stack(hidden), head=output_head(model))
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def perplexity(
     Raises NumericalError if the logits are not finite.
     """
     num_windows, seq_len = windows_NS.shape
-    head = model.get_output_embeddings()
+    head = output_head(model)
     total, divergence, agreed = 0.0, 0.0, 0
     for index in range(num_windows):
         hidden_SD = _hidden_SD(model, windows_NS[index : index + 1])

@@ -13,27 +13,25 @@ from typing import Any
 from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, class_name, modeling_source
 from structprune.architectures.removed import REMOVED_ENTRY, check_attention_is_left, removed_entry, removed_halves
+from structprune.architectures.stock import StockModel
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
-from structprune.types import UnitGroup
 
 
-def per_layer_config(
-    config: Mapping[str, Any], groups: Sequence[UnitGroup], kept: Mapping[str, Sequence[int]], family: Family
-) -> dict[str, Any]:
-    """The source config with the widths of every block; `kept` is kind -> kept units of each block.
+def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """`config`, as JSON that of `stock`, with the widths of every block; `kept` is kind -> kept units of each block.
 
     The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
     kinds that are not in `kept` stay as they are, also where the source is per-layer itself. Where nothing of a kind is
     kept, that half of the block is named as removed and its widths stay too: LlamaConfig divides by them.
     Raises UnsupportedError for a kind without a per-layer form, or if no block would have attention.
     """
-    classes = family.classes[config["model_type"]]
+    classes = stock.family.classes[config["model_type"]]
     source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
-    layers = [dict(source_layers.get(index, {})) for index in range(config["num_hidden_layers"])]
+    layers = [dict(source_layers.get(index, {})) for index in range(len(stock.layout.blocks))]
     removed = list(removed_halves(config, len(layers), "config.json"))
     result = {name: value for name, value in config.items() if name != REMOVED_ENTRY}
-    for group in groups:
+    for group in stock.groups:
         if group.kind not in kept:
             continue
         for index, count in enumerate(kept[group.kind]):
@@ -42,7 +40,7 @@ def per_layer_config(
                 removed[index] = removed[index].union((group.kind,))
         if not group.config_fields:
             if any(count not in (0, group.num_units) for count in kept[group.kind]):
-                raise UnsupportedError(f"stock {family.name} cannot express fewer {group.kind} units")
+                raise UnsupportedError(f"stock {stock.family.name} cannot express fewer {group.kind} units")
             continue
         for fields, count in zip(layers, kept[group.kind], strict=True):
             if count:

@@ -207,8 +207,10 @@ ACTIVATIONS: Registry[Activation] = Registry(
     {
         "relu": "structprune.solvers.mlp_updates:RELU",
         "silu": "structprune.solvers.mlp_updates:SILU",
+        "swish": "structprune.solvers.mlp_updates:SILU",
         "gelu": "structprune.solvers.mlp_updates:GELU",
         "gelu_new": "structprune.solvers.mlp_updates:GELU_TANH",
+        "gelu_fast": "structprune.solvers.mlp_updates:GELU_TANH",
         "gelu_tanh": "structprune.solvers.mlp_updates:GELU_TANH",
         "gelu_pytorch_tanh": "structprune.solvers.mlp_updates:GELU_TANH",
     },
