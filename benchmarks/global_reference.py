@@ -36,12 +36,12 @@ from structprune.solvers.restoration import least_squares
 from structprune.types import LayerProblem, Moments
 
 DAMPING = 1e-2
-NUM_SENSITIVITY = 12
+NUM_SURVEYED = 24
 MIN_RETENTION = 0.1
 
 
 def statistics(model: Any, ids_NS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Gram of every down_proj's input over all windows, and E[g g^T] at its output over the first few."""
+    """Gram of every down_proj's input and E[g g^T] at its output, both over the first few windows."""
     layers = model.model.layers
     grams = [torch.zeros(layer.mlp.down_proj.in_features, layer.mlp.down_proj.in_features) for layer in layers]
     outputs: dict[int, Tensor] = {}
@@ -63,14 +63,10 @@ def statistics(model: Any, ids_NS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     sensitivities = [torch.zeros(hidden, hidden, dtype=torch.float64) for _ in layers]
     generator = torch.Generator().manual_seed(0)
     embedding = model.get_input_embeddings()
-    for window, ids_S in enumerate(ids_NS):
-        differentiated = window < NUM_SENSITIVITY
-        with torch.set_grad_enabled(differentiated):
-            # The weights need no gradient; the embedded tokens do, so that the graph reaches every block.
-            hidden_BSD = embedding(ids_S[None]).detach().requires_grad_(differentiated)
-            logits_TV = model(inputs_embeds=hidden_BSD).logits[0, :-1].float()
-        if not differentiated:
-            continue
+    for ids_S in ids_NS[:NUM_SURVEYED]:
+        # The weights need no gradient; the embedded tokens do, so that the graph reaches every block.
+        hidden_BSD = embedding(ids_S[None]).detach().requires_grad_(True)
+        logits_TV = model(inputs_embeds=hidden_BSD).logits[0, :-1].float()
         labels_T = torch.cat([draw_tokens(part.detach(), generator)[:, 0] for part in logits_TV.split(32)])
         loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
         gradients = torch.autograd.grad(loss, [outputs[i] for i in range(len(layers))])
@@ -79,8 +75,41 @@ def statistics(model: Any, ids_NS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             total += g_TD.T @ g_TD
     for handle in handles:
         handle.remove()
-    num_tokens = min(NUM_SENSITIVITY, len(ids_NS)) * ids_NS.shape[1]
+    num_tokens = ids_NS[:NUM_SURVEYED].numel()
     return grams, [(total / num_tokens).float() for total in sensitivities]
+
+
+@torch.no_grad()
+def grams_of(model: Any, ids_NS: Tensor) -> list[Tensor]:
+    """Sum of x x^T of every down_proj's input, float32."""
+    found: list[Tensor] = []
+
+    def keep(gram_II: Tensor) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x_TI = args[0].flatten(0, -2).float()
+            gram_II.addmm_(x_TI.T, x_TI)
+
+        return hook
+
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj
+        found.append(torch.zeros(down.in_features, down.in_features))
+        down.register_forward_pre_hook(keep(found[-1]))
+    for ids_S in ids_NS:
+        model.model(input_ids=ids_S[None])
+    return found
+
+
+def calibration_windows(directory: Path, data: Path, num_samples: int) -> Tensor:
+    """Protocol P1's windows of the training text, (N, S)."""
+
+    def no_sampling(*_: int) -> Tensor:
+        raise AssertionError("the text comes from a file")
+
+    encode = TextEncoder(directory).encode
+    context = SourceContext(encode=encode, sample=no_sampling, num_samples=num_samples, seq_len=1024, seed=0)
+    train = (data / "wikitext2" / "train-1mb.raw.txt").read_text(encoding="utf-8")
+    return draw_windows(train, "train-1mb", context).ids_NS
 
 
 def problem(weight_OI: Tensor, moments: Moments, sensitivity_OO: Tensor, held_out: Moments | None) -> LayerProblem:
@@ -172,15 +201,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     directory = resolve_model("smollm2")
     encoder = TextEncoder(directory)
-
-    def no_sampling(*_: int) -> Tensor:
-        raise AssertionError("the text comes from a file")
-
-    context = SourceContext(
-        encode=encoder.encode, sample=no_sampling, num_samples=arguments.num_samples, seq_len=1024, seed=0
-    )
-    train = (arguments.data / "wikitext2" / "train-1mb.raw.txt").read_text(encoding="utf-8")
-    ids_NS = draw_windows(train, "train-1mb", context).ids_NS
+    ids_NS = calibration_windows(directory, arguments.data, arguments.num_samples)
     valid = arguments.data / "wikitext2" / "valid.raw.txt"
     for sparsity in arguments.sparsities:
         started = time.perf_counter()
@@ -190,7 +211,7 @@ def main() -> None:
             grams, sensitivities = statistics(model, ids_NS)
             costs: list[Tensor] = []
             for layer, gram_II, sensitivity_OO in zip(model.model.layers, grams, sensitivities, strict=True):
-                moments = Moments(gram_II=gram_II, num_tokens=ids_NS.numel())
+                moments = Moments(gram_II=gram_II, num_tokens=ids_NS[:NUM_SURVEYED].numel())
                 single = problem(layer.mlp.down_proj.weight, moments, sensitivity_OO, None)
                 costs.append(removal_path(single, single.num_units).cost)
             kept = global_ranking(costs, sparsity)
