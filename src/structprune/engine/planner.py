@@ -16,6 +16,7 @@ import torch
 
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, format_budget, format_bytes
+from structprune.solvers.mlp_block import CHUNK_TOKENS
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
@@ -32,9 +33,8 @@ LOGIT_TOKENS = 32
 # one more inside a kernel; backward what each of these operations keeps, and their gradients.
 _SCORE_BYTES = 3 * 4
 _SCORE_BYTES_BACKWARD = 8 * 4
-# Tokens that an iterative solver holds at once with its split variables, and in one step of it.
+# Tokens that an iterative solver holds at once with its split variables.
 _SOLVER_TOKENS = 8192
-_SOLVER_CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,14 +229,14 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             phases[f"statistics ({group.kind})"] += kept_apart
             if request.num_latents and group.kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
-                chunk = min(tokens, _SOLVER_CHUNK)
+                chunk = min(tokens, CHUNK_TOKENS)
                 phases["iterate"] = (
                     resident
                     + 5 * weights
                     + 2 * cast
-                    # Inputs and targets with their pieces, and z, s and duals; a dozen temporaries of a chunk.
+                    # Inputs and targets with their pieces, and z, s and duals; the temporaries of a chunk.
                     + tokens * (4 * hidden + request.num_latents * inputs) * 4
-                    + chunk * 12 * inputs * 4
+                    + chunk * 24 * inputs * 4
                     # Float32 weights of three states, moments and a factorisation in float64.
                     + 9 * inputs * hidden * 4
                     + 6 * inputs * hidden * 8

@@ -35,5 +35,5 @@ ITERATIVE: Registry[IterativeUpdate] = Registry(
 )
 """Solvers that also propose new producers, from tokens instead of sums."""
 
-NUM_LATENTS = {"admm": 2, "admm-duals": 5, "alternating": 2}
+NUM_LATENTS = {"admm": 2, "admm-duals": 5, "alternating": 1}
 """Of an iterative solver, the tensors as wide as the MLP that it holds for all of its tokens, at most."""

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from structprune.linalg.damped import DampedCholesky, damped_cholesky
 from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
-from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights, block_error, energy, zero_sum
+from structprune.solvers.mlp_block import (
+    CHUNK_TOKENS,
+    MlpSolution,
+    MlpTokens,
+    MlpWeights,
+    block_error,
+    energy,
+    zero_sum,
+)
 from structprune.solvers.mlp_updates import (
     Activation,
     Affine,
@@ -47,7 +55,7 @@ class MlpOptions:
     """
     inner_steps: int = 2
     """Gauss-Newton steps per iteration where z or s has no closed form."""
-    chunk_tokens: int = 2048
+    chunk_tokens: int = CHUNK_TOKENS
     loop: IterateOptions = field(default_factory=lambda: IterateOptions(max_iterations=4))
 
 

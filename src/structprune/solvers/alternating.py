@@ -19,7 +19,7 @@ from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky
 from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
-from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights, block_error
+from structprune.solvers.mlp_block import CHUNK_TOKENS, MlpSolution, MlpTokens, MlpWeights, block_error
 from structprune.solvers.mlp_updates import Affine, update_affine
 
 _MAX_HALVINGS = 4
@@ -32,7 +32,7 @@ class AlternatingOptions:
     damping: float = 1e-2
     """Ridge of both weights toward the current ones, as a share of the mean diagonal of their normal equations."""
     cg_steps: int = 10
-    chunk_tokens: int = 2048
+    chunk_tokens: int = CHUNK_TOKENS
     loop: IterateOptions = field(default_factory=lambda: IterateOptions(max_iterations=1))
 
 

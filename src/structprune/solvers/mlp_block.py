@@ -14,6 +14,9 @@ from torch import Tensor
 from structprune.solvers.iterate import IterateStatus
 from structprune.solvers.mlp_updates import Activation, Affine
 
+CHUNK_TOKENS = 512
+"""Tokens in one step of an iterative solver: two dozen temporaries as wide as the MLP are alive at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpTokens:
@@ -71,7 +74,7 @@ class MlpSolution:
 
 
 @torch.no_grad()
-def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = 2048) -> float:
+def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = CHUNK_TOKENS) -> float:
     """sum_t |y - MLP(x)|^2 on the real activations."""
     total = zero_sum(tokens)
     for rows in tokens.chunks(chunk_tokens):
