@@ -60,7 +60,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         groups = [block.group(half) for half in stage]
         reference = follow_dense(job, block, stage, groups, module, streams)
         for group in groups:
-            found[group.kind] = measure(job, block, group, module, streams, (0, NUM_WINDOWS), reference)
+            found |= measure(job, block, [group], module, streams, (0, NUM_WINDOWS), reference)
         with job.stock.stage(module, stage):
             streams.propagator.run(module, 0, pruned, write=True)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)

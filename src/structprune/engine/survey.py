@@ -29,7 +29,7 @@ from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments, Surveyed
+from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
@@ -68,13 +68,18 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
             moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
-                problem = layer_problem(job, block, group, tensors, [moments.pop(group.kind)])
-                found[group.kind] = SCORES.get(job.score)(problem).sort().values
+                problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
+                add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
             for kind in job.kinds:
                 costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()
             observer.advance(f"block {block.index}")
     return costs
+
+
+def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
+    """Add what each removal costs to the sum over the half's parts, which lose as many units each."""
+    costs[group.kind] = costs[group.kind] + cost_U if group.kind in costs else cost_U
 
 
 def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
@@ -85,26 +90,29 @@ def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
 def _measure(
     job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore
 ) -> dict[str, Moments]:
-    """Dense forward of all windows: kind -> sums of each consumer's inputs. The store moves on to the next block."""
-    accumulators = {g.kind: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
+    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block."""
+    accumulators = {g.name: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
     with contextlib.ExitStack() as stack:
         for group in job.groups(block):
-            stack.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
+            stack.enter_context(observed(module, group.consumer_module, accumulators[group.name].update))
         propagator.run(module, block.index, store, write=True)
     return {
-        kind: Moments(
-            sum_I=a.sum_I.cpu(), num_tokens=a.num_tokens, gram_II=a.finalize(f"block {block.index} {kind}").cpu()
+        name: Moments(
+            sum_I=a.sum_I.cpu(), num_tokens=a.num_tokens, gram_II=a.finalize(f"block {block.index} {name}").cpu()
         )
-        for kind, a in accumulators.items()
+        for name, a in accumulators.items()
     }
 
 
 def backward(
     job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
 ) -> dict[str, Tensor]:
-    """Move `gradient` from the block's output to its input; return F of each group's consumer output, (O, O)."""
+    """Move `gradient` from the block's output to its input; return F of each kind's consumer output, (O, O).
+
+    The experts of a mixture have one F, that of their sum: each adds to it without a factor between.
+    """
     _, module = load_block(job, block)
-    groups = job.groups(block)
+    groups = [block.group(kind) for kind in job.kinds if block.has(kind)]
     hidden_size = job.stock.layout.hidden_size
     accumulators = {group.kind: GramAccumulator(hidden_size, job.device) for group in groups}
     outputs: dict[str, Tensor] = {}
@@ -116,7 +124,8 @@ def backward(
         return hook
 
     for group in groups:
-        module.get_submodule(group.consumer_module).register_forward_hook(keep(group.kind))
+        consumer = group.output_module or group.consumer_module
+        module.get_submodule(consumer).register_forward_hook(keep(group.kind))
 
     def update(found: Sequence[Tensor]) -> None:
         for group, grad_BSD in zip(groups, found, strict=True):
@@ -141,9 +150,9 @@ def _costs(job: Job, block: BlockLayout, folder: Path, sensitivities: dict[str, 
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
-        moments = Moments(gram_II=grams.pop(group.kind), num_tokens=job.windows.ids_NS.numel())
+        moments = Moments(gram_II=grams.pop(group.name), num_tokens=job.windows.ids_NS.numel())
         surveyed = Surveyed(sensitivity_OO=sensitivities[group.kind])
         problem = layer_problem(job, block, group, tensors, [moments], surveyed)
         # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
-        result[group.kind] = removal_path(replace(problem, shrinkage=0.0), group.num_units).cost
+        add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
     return result
