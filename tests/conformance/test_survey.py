@@ -108,6 +108,8 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
         for key, output in outputs.items():
             assert output.grad is not None
             grad_TO = output.grad.reshape(-1, 32)
+            if (eps := job.stock.layout.blocks[0].group(key[1]).output_norm_eps) is not None:
+                grad_TO = grad_TO * (output.detach().reshape(-1, 32).square().mean(dim=1, keepdim=True) + eps).sqrt()
             expected[key] += grad_TO.T @ grad_TO / (NUM_WINDOWS * SEQ_LEN)
     survey(job, tmp_path / "survey", SilentObserver())
     for block in job.stock.layout.blocks:

@@ -168,8 +168,8 @@ def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: P
         "target": "local",
         "multiple_of": multiple(source),
     }
-    if source.name in FUSED_MLP:
-        with pytest.raises(UnsupportedError, match="moves up and gate as maps of their own"):
+    if source.name in FUSED_MLP or source.name.startswith("gemma"):
+        with pytest.raises(UnsupportedError, match=r"moves up and gate as maps of their own|norms what the MLP adds"):
             run(source, tmp_path / "out", text_file, **settings)
         return
     report = run(source, tmp_path / "out", text_file, **settings)
@@ -198,7 +198,7 @@ def test_sampling_decodes_what_a_forward_pass_computes(source: Path) -> None:
 
 
 # What stock classes give biases to, or can be told to.
-BIASED = {"mlp": ("gpt2", "gpt_neox"), "attention": ("gemma2", "gemma3_text", "qwen3")}
+BIASED = {"mlp": ("gpt2", "gpt_neox"), "attention": ("qwen3",)}
 
 
 @pytest.mark.parametrize("scope", ["mlp", "attention"])
@@ -208,19 +208,11 @@ def test_mean_of_what_is_removed_as_a_bias(scope: str, source: Path, text_file: 
         with pytest.raises(UnsupportedError, match="cannot express fewer attention units"):
             run(source, tmp_path / "out", text_file, **settings)
     elif not source.name.startswith(BIASED[scope]):
-        with pytest.raises(UnsupportedError, match=f"the stock class has no bias in its {scope}"):
+        with pytest.raises(UnsupportedError, match=f"the stock class has no bias in its {scope}|adds one constant"):
             run(source, tmp_path / "out", text_file, **settings)
     else:
         report = run(source, tmp_path / "out", text_file, **settings)
         check(report, source, tmp_path / "out", text_file, 0.4)
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
-def test_the_output_before_a_norm_is_read_once(kind: str, text_file: Path, tmp_path: Path) -> None:
-    source = save_tiny(kind, tmp_path / kind)
-    with pytest.raises(UnsupportedError, match=f"several times, and {kind[:6]} norms what the MLP adds"):
-        run(source, tmp_path / "out", text_file, method="structprune", solver="admm")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changes", [{"multiple_of": 4}, {"multiple_of": 12}])

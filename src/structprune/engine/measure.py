@@ -49,7 +49,8 @@ def measure(
 
     Over some windows, for all parts of one half at once. The stage runs without the consumers, which leaves the
     residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved, unless the
-    reference does it. An expert gets the tokens that are sent to it, each times the router's weight.
+    reference does it. An expert gets the tokens that are sent to it, each times the router's weight. Before a norm each
+    token's x and y are divided by the root mean square of the wanted output: what is added is linear in them then.
     """
     inputs: dict[str, Tensor] = {}
     accumulators = {part.name: GramAccumulator(part.num_units * part.width, job.device) for part in parts}
@@ -69,10 +70,18 @@ def measure(
         residual_energy += float(residual_BSD.float().square().sum(dtype=torch.float64))
         while inputs:
             name, x_TI = inputs.popitem()
+            target_TD = None
+            if wanted_BSD is not None:
+                target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
+            if (eps := parts[0].output_norm_eps) is not None:
+                # A normed half has one part, so the tap is gone and the consumer in its place again.
+                output_BSD = module.get_submodule(parts[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
+                scale_T1 = token_scale(output_BSD, eps)
+                x_TI = x_TI / scale_T1
+                target_TD = None if target_TD is None else target_TD / scale_T1
             x_TI = x_TI.to(torch.float32)
             accumulators[name].update(x_TI)
-            if wanted_BSD is not None and target_OI is not None:
-                target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
+            if target_TD is not None and target_OI is not None:
                 target_OI.addmm_(target_TD.T, x_TI)
                 energy += float(target_TD.square().sum(dtype=torch.float64))
     return {
@@ -86,6 +95,12 @@ def measure(
         )
         for name, accumulator in accumulators.items()
     }
+
+
+def token_scale(output_BSD: Tensor, eps: float) -> Tensor:
+    """What an RMSNorm divides each token of `output_BSD` by, float32 (T, 1)."""
+    energy_BS1 = output_BSD.float().square().mean(dim=-1, keepdim=True)
+    return energy_BS1.add(eps).sqrt().reshape(-1, 1)
 
 
 def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, residual_BSD: Tensor) -> Tensor:

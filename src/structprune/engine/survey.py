@@ -10,7 +10,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
+from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
-from structprune.engine.propagate import Propagator, observed
+from structprune.engine.propagate import Propagator, captured, observed
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
@@ -94,7 +95,7 @@ def _measure(
     accumulators = {g.name: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
     with contextlib.ExitStack() as stack:
         for group in job.groups(block):
-            stack.enter_context(observed(module, group.consumer_module, accumulators[group.name].update))
+            stack.enter_context(_consumer_inputs(module, group, accumulators[group.name].update))
         propagator.run(module, block.index, store, write=True)
     return {
         name: Moments(
@@ -104,12 +105,30 @@ def _measure(
     }
 
 
+@contextlib.contextmanager
+def _consumer_inputs(module: nn.Module, group: UnitGroup, receive: Callable[[Tensor], None]) -> Generator[None]:
+    """Inside the context the consumer's inputs go to `receive`, before a norm scaled as the problem wants them."""
+    eps = group.output_norm_eps
+    if eps is None:
+        with observed(module, group.consumer_module, receive):
+            yield
+        return
+    inputs: list[Tensor] = []
+
+    def scaled(output_BSD: Tensor) -> None:
+        receive(inputs.pop().float() / token_scale(output_BSD, eps))
+
+    with observed(module, group.consumer_module, inputs.append), captured(module, group.consumer_module, scaled):
+        yield
+
+
 def backward(
     job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
 ) -> dict[str, Tensor]:
     """Move `gradient` from the block's output to its input; return F of each kind's consumer output, (O, O).
 
-    The experts of a mixture have one F, that of their sum: each adds to it without a factor between.
+    The experts of a mixture have one F, that of their sum: each adds to it without a factor between. Before a norm it
+    is that of the output over its root mean square.
     """
     _, module = load_block(job, block)
     groups = [block.group(kind) for kind in job.kinds if block.has(kind)]
@@ -129,7 +148,10 @@ def backward(
 
     def update(found: Sequence[Tensor]) -> None:
         for group, grad_BSD in zip(groups, found, strict=True):
-            accumulators[group.kind].update(grad_BSD.reshape(-1, hidden_size))
+            grad_TD = grad_BSD.reshape(-1, hidden_size)
+            if group.output_norm_eps is not None:
+                grad_TD = grad_TD.float() * token_scale(outputs[group.kind].detach(), group.output_norm_eps)
+            accumulators[group.kind].update(grad_TD)
         outputs.clear()
 
     def wanted() -> list[Tensor]:

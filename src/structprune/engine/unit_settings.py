@@ -26,6 +26,11 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
     if (recipe.solver or method.solver) == "bias":
         for group in groups:
             check_bias(group)
+            if group.output_normed:
+                raise UnsupportedError(
+                    f"solver 'bias' adds one constant, and {stock.family.name} norms what a half adds token by token",
+                    wanted="--solver least-squares or mask-only",
+                )
     if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
         check_attention_can_go(stock.config)
     recipe = recipe.model_copy(update={"multiple_of": recipe.multiple_of or _default_multiple(groups)})
@@ -58,11 +63,10 @@ def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None
             wanted=", ".join(ACTIVATIONS),
             do="use --solver least-squares",
         )
-    if group.output_normed and recipe.target == "dense-path":
-        # The dense model's output before the norm is seen once, while its stream moves on.
+    if group.output_normed:
         raise UnsupportedError(
-            f"solver {recipe.solver!r} reads its target several times, and {family_name} norms what the MLP adds",
-            wanted="--target local",
+            f"solver {recipe.solver!r} fits all tokens at one scale, and {family_name} norms what the MLP adds",
+            wanted="--solver least-squares",
         )
 
 
