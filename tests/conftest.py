@@ -39,6 +39,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB = 260
@@ -161,6 +163,11 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
     "qwen3-biased-windowed": lambda: Qwen3ForCausalLM(
         Qwen3Config(**COMMON, head_dim=8, attention_bias=True, use_sliding_window=True, **WINDOWED)
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+        )
     ),
 }
 

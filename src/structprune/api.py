@@ -145,7 +145,7 @@ def prune(
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
             ),
             method=checked.method,
-            kinds=tuple(group.kind for group in groups),
+            kinds=tuple(dict.fromkeys(group.kind for group in groups)),
             plan=plan,
             calibration_name=name,
             windows=windows,

@@ -51,6 +51,8 @@ class UnitGroup:
     """
 
     kind: UnitKind
+    part: int | None = None
+    """Which one, where the half has several groups of as many units each: the experts of a mixture."""
     num_units: int
     width: int
     """Consumer inputs per unit (1 for an MLP channel, query heads per unit times head_dim for attention)."""
@@ -63,9 +65,13 @@ class UnitGroup:
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
     norm_modules: tuple[str, ...] = ()
-    """Norms that only this half of the block has, before it and, if `output_normed`, behind it; they go with it."""
-    output_normed: bool = False
-    """Whether the consumer's output passes a norm before it is added to the stream."""
+    """Norms that only this half of the block has, before it, and behind it where it is normed; they go with it."""
+    multiple_of: int = 1
+    """What stock kernels want the number of kept units to be a multiple of."""
+    output_module: str | None = None
+    """Of several parts: the module whose output is the sum of what their consumers give."""
+    output_norm_eps: float | None = None
+    """Epsilon of the RMSNorm between the consumer's output and the stream's sum; None: there is no norm."""
     bias_field: str | None = None
     """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
     bias_modules: tuple[str, ...] = ()
@@ -74,6 +80,16 @@ class UnitGroup:
     gate_module: str | None = None
     activation: str | None = None
     """Its name in the config."""
+
+    @property
+    def name(self) -> str:
+        """The kind, and with several parts the part's number: `mlp.3`."""
+        return self.kind if self.part is None else f"{self.kind}.{self.part}"
+
+    @property
+    def output_normed(self) -> bool:
+        """Whether the consumer's output passes a norm before it is added to the stream."""
+        return self.output_norm_eps is not None
 
     @property
     def slices(self) -> tuple[AxisSlice, ...]:
@@ -97,7 +113,12 @@ class BlockLayout:
         return sum(_numel(shape) for shape in self.shapes.values())
 
     def group(self, kind: str) -> UnitGroup:
+        """The half's group, the first of several."""
         return next(group for group in self.groups if group.kind == kind)
+
+    def parts(self, kind: str) -> tuple[UnitGroup, ...]:
+        """All groups of the half: one, or as many as there are experts."""
+        return tuple(group for group in self.groups if group.kind == kind)
 
     def has(self, kind: str) -> bool:
         """Whether the block still has its half of this kind."""
@@ -229,7 +250,8 @@ class LayerProblem:
     """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
 
     The target y is W x (local), or on the dense path what the dense model has at this point of the residual stream
-    minus what the pruned one has before the consumer's sum; where that output is normed first, the dense model's W x.
+    minus what the pruned one has before the consumer's sum. Where the output is normed before the sum the target is the
+    dense model's W x, and x and y of each token are divided by the root mean square of the wanted output.
     """
 
     weight_OI: Tensor
@@ -250,7 +272,7 @@ class LayerProblem:
     target_energy: float | None = None
     """Sum over tokens of |y|^2; None for the local target."""
     seed: int = 0
-    """Differs between blocks and kinds; for what is drawn at random."""
+    """Differs between blocks, kinds and parts; for what is drawn at random."""
     held_out: Moments | None = None
     """The part of the sums above whose windows choose the ridge; None: `damping` is the ridge."""
     sensitivity_OO: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from structprune.engine.propagate import tapped
 from structprune.errors import UnsupportedError
 from structprune.types import UNIT_KINDS, UnitKind
 
-# Norms of queries and keys over the dimensions of a head.
-SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+# Norms of queries and keys over the dimensions of a head; the router of a mixture.
+SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.gate.weight")
 
 
 @pytest.fixture(scope="module", params=list(TINY_MODELS))
@@ -58,10 +59,11 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert layout.num_parameters == sum(p.numel() for p in model.parameters())
     for block in layout.blocks:
-        for group in block.groups:
-            removable = group.num_units * block.unit_parameters(group)
-            # A module is its units, and what belongs to none: the consumer's bias, norms that all heads share.
-            owned = {part.tensor for part in group.slices}
+        for kind in UNIT_KINDS:
+            group = block.group(kind)
+            removable = sum(part.num_units * block.unit_parameters(part) for part in block.parts(kind))
+            # A module is its units, and what belongs to none: the consumer's bias, norms that heads share, a router.
+            owned = {piece.tensor for part in block.parts(kind) for piece in part.slices}
             others = [n for n in block.shapes if n.startswith(group.module_prefix) and n not in owned]
             shared = sum(torch.Size(block.shapes[name]).numel() for name in others)
             assert removable + shared == block.module_parameters(group)
@@ -77,21 +79,26 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     if not group.config_fields:
         pytest.skip(f"stock {stock.family.name} has no config entry for fewer {kind} units")
     tensors = reader.read(block.shapes, block.prefix)
-    keep_units = torch.arange(group.num_units)[1::2]
-    masked = dict(tensors)
-    consumer = tensors[group.consumer.tensor].clone().movedim(group.consumer.axis, -1)
-    removed = torch.ones(group.num_units, dtype=torch.bool).index_fill(0, keep_units, False)
-    consumer[:, removed.repeat_interleave(group.width)] = 0
-    masked[group.consumer.tensor] = consumer.movedim(-1, group.consumer.axis)
+    masked, cut = dict(tensors), dict(tensors)
+    num_keep = group.num_units // 2
+    for part in block.parts(kind):
+        # Another choice in each.
+        keep_units = torch.randperm(part.num_units, generator=torch.Generator().manual_seed(part.part or 0))
+        keep_units = keep_units[:num_keep].sort().values
+        removed = torch.ones(part.num_units, dtype=torch.bool).index_fill(0, keep_units, False)
+        consumer = tensors[part.consumer.tensor].clone().movedim(part.consumer.axis, -1)
+        consumer[:, removed.repeat_interleave(part.width)] = 0
+        masked[part.consumer.tensor] = consumer.movedim(-1, part.consumer.axis)
+        cut = compact(cut, part, keep_units)
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
-    config = stock.resized_config({kind: len(keep_units)})
-    smaller = stock.block(1, compact(tensors, group, keep_units), config)
+    smaller = stock.block(1, cut, stock.resized_config({kind: num_keep}))
     with torch.no_grad():
         expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
         actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     after = sum(p.numel() for p in smaller.parameters())
-    assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
+    unit_parameters = sum(block.unit_parameters(part) for part in block.parts(kind))
+    assert after == block.num_parameters - (group.num_units - num_keep) * unit_parameters
 
 
 def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
@@ -122,14 +129,14 @@ def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> N
     stock = StockModel(CheckpointReader(tiny))
     reader = stock.reader
     block = stock.layout.blocks[1]
-    group = block.group(kind)
     tensors = reader.read(block.shapes, block.prefix)
-    units = torch.arange(group.num_units)[::2]
     silent, masked = dict(tensors), dict(tensors)
-    for cut, parts in ((silent, group.producers), (masked, (group.consumer,))):
-        for part in parts:
-            cut[part.tensor] = cut[part.tensor].clone()
-            cut[part.tensor].movedim(part.axis, 0)[part.indices(units)] = 0
+    for group in block.parts(kind):
+        units = torch.arange(group.num_units)[::2]
+        for cut, pieces in ((silent, group.producers), (masked, (group.consumer,))):
+            for piece in pieces:
+                cut[piece.tensor] = cut[piece.tensor].clone()
+                cut[piece.tensor].movedim(piece.axis, 0)[piece.indices(units)] = 0
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
     with torch.no_grad():
         expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
@@ -162,16 +169,21 @@ def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKi
     stock = StockModel(CheckpointReader(tiny))
     reader = stock.reader
     block = stock.layout.blocks[0]
-    group = block.group(kind)
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
     seen: list[torch.Tensor] = []
     stage = stock.stage_of(kind)
-    with torch.no_grad(), stock.stage(module, stage), tapped(module, group.consumer_module, seen.append):
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.enter_context(stock.stage(module, stage))
+        for group in block.parts(kind):
+            stack.enter_context(tapped(module, group.consumer_module, seen.append))
         residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
     others = tuple(other for other in stage if other != kind)
     with torch.no_grad(), stock.stage(module, others):
         expected = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
     torch.testing.assert_close(residual, expected, rtol=0, atol=0)
     assert torch.equal(expected, hidden_BSD) is (not others)
-    assert seen[0].shape == (60, group.num_units * group.width)
+    group = block.group(kind)
+    assert all(x_TI.shape[1] == group.num_units * group.width for x_TI in seen)
+    # Each token once, or of a mixture twice: it is sent to two experts.
+    assert sum(map(len, seen)) == 60 * (1 if group.part is None else 2)

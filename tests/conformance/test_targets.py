@@ -60,7 +60,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         groups = [block.group(half) for half in stage]
         reference = follow_dense(job, block, stage, groups, module, streams)
         for group in groups:
-            found[group.kind] = measure(job, block, group, module, streams, (0, NUM_WINDOWS), reference)
+            found |= measure(job, block, [group], module, streams, (0, NUM_WINDOWS), reference)
         with job.stock.stage(module, stage):
             streams.propagator.run(module, 0, pruned, write=True)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
@@ -80,7 +80,16 @@ def test_targets(kind: str, tmp_path: Path) -> None:
             target = target - module.get_parameter(group.consumer_bias)
         # OPT's MLP sees all tokens in one row each.
         x_TI, y_TD = own[f"{group.kind} in"].flatten(0, -2), target.flatten(0, -2)
+        if group.output_norm_eps is not None:
+            scale_T1 = (wanted[f"{group.kind} out"].flatten(0, -2).square().mean(1, keepdim=True) + 1e-6).sqrt()
+            x_TI, y_TD = x_TI / scale_T1, y_TD / scale_T1
         moments = found[group.kind]
+        if group.output_norm_eps is not None and group.kind == "attention":
+            pruned.write(0, start["pruned"])
+            local = measure(job, block, [group], module, streams, (0, NUM_WINDOWS), None)[group.kind]
+            z_TD = own["attention out"].flatten(0, -2)
+            local_TI = own["attention in"].flatten(0, -2) / (z_TD.square().mean(1, keepdim=True) + 1e-6).sqrt()
+            torch.testing.assert_close(local.gram_II, local_TI.T @ local_TI, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(moments.gram_II, x_TI.T @ x_TI, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(moments.target_OI, y_TD.T @ x_TI, rtol=1e-4, atol=1e-3)
         assert moments.target_energy == pytest.approx(float(y_TD.double().square().sum()), rel=1e-4)

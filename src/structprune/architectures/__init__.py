@@ -16,5 +16,6 @@ FAMILIES: Registry[Family] = Registry(
         "phi3": "structprune.architectures.phi3:PHI3",
         "qwen2": "structprune.architectures.qwen:QWEN2",
         "qwen3": "structprune.architectures.qwen:QWEN3",
+        "qwen3_moe": "structprune.architectures.qwen_moe:QWEN3_MOE",
     },
 )

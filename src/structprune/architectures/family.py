@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
@@ -17,6 +18,10 @@ def _accept(_: Any) -> None:
 
 def _no_values(_: Any) -> Mapping[str, float]:
     return {}
+
+
+def _as_it_is(_: nn.Module, __: PretrainedConfig) -> None:
+    return None
 
 
 def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +104,13 @@ class Family:
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
     """In which order the halves read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    unstack: Callable[[nn.Module, PretrainedConfig], None] = _as_it_is
+    """Exchanges modules of a stock layer that hold several of the checkpoint's tensors as one, in place.
+
+    For modules with the checkpoint's names that compute the same. Called under the device of the layer.
+    """
+    registers_names: bool = False
+    """Whether stock code loads the checkpoint's names by a translation, which our modelling file must ask for."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])
     """Start of a tensor's name in older checkpoints -> in the stock class."""
     check: Callable[[PretrainedConfig], None] = _accept

@@ -33,7 +33,9 @@ def _check(config: PretrainedConfig) -> None:
 
 def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
     return (
-        gated_mlp(config.intermediate_size, config.hidden_activation, norms=_NORMS["mlp"], output_normed=True),
+        gated_mlp(
+            config.intermediate_size, config.hidden_activation, norms=_NORMS["mlp"], output_norm_eps=config.rms_norm_eps
+        ),
         grouped_attention(
             config,
             head_units,
@@ -41,7 +43,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
             biased_inputs=config.attention_bias,
             biased_output=config.attention_bias,
             bias_field="attention_bias",
-            output_normed=True,
+            output_norm_eps=config.rms_norm_eps,
         ),
     )
 

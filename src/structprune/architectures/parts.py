@@ -49,7 +49,7 @@ def attention_units(
     biased_output: bool = False,
     bias_field: str | None = None,
     bias_modules: Sequence[str] = (),
-    output_normed: bool = False,
+    output_norm_eps: float | None = None,
 ) -> UnitGroup:
     """The group whose consumer is `self_attn.o_proj`, with the given producers."""
     queries = head_slices(config, head_units)[0]
@@ -70,7 +70,7 @@ def attention_units(
         bias_field=bias_field,
         bias_modules=tuple(bias_modules),
         norm_modules=norms,
-        output_normed=output_normed,
+        output_norm_eps=output_norm_eps,
     )
 
 
@@ -82,7 +82,7 @@ def grouped_attention(
     biased_inputs: bool = False,
     biased_output: bool = False,
     bias_field: str | None = None,
-    output_normed: bool = False,
+    output_norm_eps: float | None = None,
 ) -> UnitGroup:
     """Attention with q_proj, k_proj, v_proj and o_proj. `bias_field` is the config entry that gives all four a bias."""
     queries, shared = head_slices(config, head_units)
@@ -98,7 +98,7 @@ def grouped_attention(
         biased_output=biased_output,
         bias_field=bias_field,
         bias_modules=[f"self_attn.{module}" for module in ("q_proj", "k_proj", "v_proj", "o_proj")],
-        output_normed=output_normed,
+        output_norm_eps=output_norm_eps,
     )
 
 
@@ -109,7 +109,7 @@ def gated_mlp(
     norms: tuple[str, ...],
     biased: bool = False,
     bias_field: str | None = None,
-    output_normed: bool = False,
+    output_norm_eps: float | None = None,
 ) -> UnitGroup:
     """The MLP down_proj(activation(gate_proj x) * up_proj x)."""
     modules = ("mlp.gate_proj", "mlp.up_proj")
@@ -133,5 +133,5 @@ def gated_mlp(
         gate_module="mlp.gate_proj",
         activation=activation,
         norm_modules=norms,
-        output_normed=output_normed,
+        output_norm_eps=output_norm_eps,
     )

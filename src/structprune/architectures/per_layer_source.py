@@ -115,11 +115,27 @@ def class_name(classes: StockClasses, suffix: str) -> str:
 
 
 def imports(family: Family) -> str:
-    """The lines that import the stock classes."""
-    return "".join(
+    """The lines that import the stock classes, and how their checkpoints' names are translated."""
+    translation = "from transformers.conversion_mapping import (\n    get_checkpoint_conversion_mapping,\n"
+    translation += "    register_checkpoint_conversion_mapping,\n)\n"
+    return (translation if family.registers_names else "") + "".join(
         f"from transformers.models.{classes.module}.modeling_{classes.module} import "
         f"{', '.join(sorted((classes.layer, *classes.chain)))}\n"
         for classes in family.classes.values()
+    )
+
+
+def _registration(family: Family) -> str:
+    """Lines that turn on the translation of the checkpoint's names, which is off for classes of foreign files."""
+    if not family.registers_names:
+        return ""
+    return "".join(
+        f"""
+register_checkpoint_conversion_mapping(
+    "{model_type}", get_checkpoint_conversion_mapping("{model_type}"), overwrite=True
+)
+"""
+        for model_type in family.classes
     )
 
 
@@ -164,7 +180,7 @@ def modeling_source(family: Family) -> str:
     layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
     if family.attention_reads_widths:
         layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
-    helpers = WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
+    helpers = _registration(family) + WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
     return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
 
 

@@ -163,17 +163,17 @@ class StockModel:
         return removed
 
     def _fit_skeleton(self) -> None:
-        """Rebuild the skeleton's layers where a block's widths are its own or a half is gone."""
+        """Rebuild the skeleton's layers: with each block's own widths, halves and names."""
         layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
         for index, config in enumerate(self.block_configs):
-            if config is not self.config or self.removed[index] or self.sliced:
-                layers[index] = self._empty_layer(index, config, ())
+            layers[index] = self._empty_layer(index, config, ())
 
     def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
         """Layer `index` on `meta`, with modules that add nothing for the halves that are gone."""
         layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
+            self.family.unstack(layer, config)
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.half_modules(group.kind):

@@ -21,14 +21,14 @@ def inspect(
     uneven = any(b.groups != block.groups for b in layout.blocks)
     groups = [
         {
-            "kind": group.kind,
-            "units_per_block": group.num_units,
-            "parameters_per_unit": block.unit_parameters(group),
-            "share_of_block": block.module_parameters(group) / block.num_parameters,
-            "share_of_model": sum(b.module_parameters(b.group(group.kind)) for b in layout.blocks if b.has(group.kind))
+            "kind": kind,
+            "units_per_block": sum(part.num_units for part in block.parts(kind)),
+            "parameters_per_unit": block.unit_parameters(block.group(kind)),
+            "share_of_block": block.module_parameters(block.group(kind)) / block.num_parameters,
+            "share_of_model": sum(b.module_parameters(b.group(kind)) for b in layout.blocks if b.has(kind))
             / layout.num_parameters,
         }
-        for group in block.groups
+        for kind in dict.fromkeys(group.kind for group in block.groups)
     ]
     facts = {
         "model": model,

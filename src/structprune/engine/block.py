@@ -35,6 +35,7 @@ class BlockOutcome:
     """The pruned block, relative names, stored dtype."""
     reports: list[BlockReport]
     kept: dict[str, list[int]]
+    """Name of the group -> units; of a half that is gone, its kind -> none."""
     costs: dict[str, Tensor]
     """Kind -> loss that each removal adds, (units,), where it was asked for."""
 
@@ -55,7 +56,8 @@ def prune_block(
     pruned model's stream.
     """
     tensors = job.reader.read(block.shapes, block.prefix)
-    module = _module(job, block, tensors, {})
+    widths: dict[str, int] = {}
+    module = _module(job, block, tensors, widths)
     if not job.follows_dense:
         streams.propagator.run(module, block.index, streams.dense, write=True)
     reports: list[BlockReport] = []
@@ -75,27 +77,31 @@ def prune_block(
             if num_keep[kind] == 0:
                 half = _remove(block, kind, tensors)
             else:
-                half = _prune_half(
-                    job,
-                    block,
-                    block.group(kind),
-                    module,
-                    streams,
-                    reference,
-                    tensors,
-                    num_keep[kind],
-                    surveyed.get(kind),
-                    kept,
-                    reprice=reprice,
-                )
-            tensors, kept[kind] = half.tensors, half.keep_units
+                place = _Place(job=job, block=block, module=module, streams=streams, reference=reference, widths=widths)
+                half = _prune_half(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
+            tensors, widths[kind] = half.tensors, num_keep[kind]
+            kept |= half.kept
             reports.append(half.report)
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
-            module = _module(job, block, tensors, kept)
+            module = _module(job, block, tensors, widths)
         with job.stock.stage(module, stage):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a half is pruned. The pruned stream is at its input and stays there."""
+
+    job: Job
+    block: BlockLayout
+    module: nn.Module
+    """The block as it is before the half is cut."""
+    streams: Streams
+    reference: Reference | None
+    widths: Mapping[str, int]
+    """Kind -> units per group, of the halves that came first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +110,22 @@ class _Half:
 
     tensors: dict[str, Tensor]
     """All of the block's."""
-    keep_units: list[int]
+    kept: dict[str, list[int]]
     report: BlockReport
     cost_U: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One group of a half, decided and solved."""
+
+    tensors: dict[str, Tensor]
+    """All of the block's."""
+    keep_units: Tensor
+    result: SolveResult
+    errors: tuple[float, float, float] | None
+    statistics: dict[str, float]
+    cost_U: Tensor | None
 
 
 def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Half:
@@ -123,37 +142,90 @@ def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -
         objective=[],
         seconds=0.0,
     )
-    return _Half(tensors=remove_half(tensors, block, kind), keep_units=[], report=report)
+    return _Half(tensors=remove_half(tensors, block, kind), kept={kind: []}, report=report)
 
 
 def _prune_half(
-    job: Job,
-    block: BlockLayout,
-    group: UnitGroup,
-    module: nn.Module,
-    streams: Streams,
-    reference: Reference | None,
+    place: _Place,
+    kind: UnitKind,
     tensors: Mapping[str, Tensor],
     num_keep: int,
-    surveyed: Surveyed | None,
-    kept: Mapping[str, list[int]],
+    surveyed: Mapping[str, Surveyed],
     *,
     reprice: bool,
 ) -> _Half:
-    """Some units go. The pruned stream stays at the half's input; `kept` is what came first."""
+    """Some units of each group go: the half's only one, or every expert's own choice of as many."""
+    job, block, streams = place.job, place.block, place.streams
     started = time.perf_counter()
-    measured: list[Moments] = []
+    groups = block.parts(kind)
+    measured: list[dict[str, Moments]] = []
     if job.method.needs_statistics:
-        measured = [measure(job, block, group, module, streams, w, reference) for w in job.window_parts]
+        measured = [
+            measure(job, block, groups, place.module, streams, windows, place.reference) for windows in job.window_parts
+        ]
+    parts: dict[str, _Part] = {}
+    cut = dict(tensors)
+    for group in groups:
+        own = [moments.pop(group.name) for moments in measured]
+        found = surveyed.get(group.name, surveyed.get(kind))
+        part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
+        cut, parts[group.name] = part.tensors, part
+    statistics = _means([part.statistics for part in parts.values()])
+    objective: list[float] = []
+    group, first = groups[0], next(iter(parts.values()))
+    if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
+        pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
+        refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+        cut, objective = refined.tensors, refined.objective
+        statistics |= refined.statistics
+    before, after = _relative([part.errors for part in parts.values() if part.errors is not None])
+    costs = [part.cost_U for part in parts.values() if part.cost_U is not None]
+    report = BlockReport(
+        block=block.index,
+        kind=kind,
+        num_units=group.num_units,
+        kept_units=num_keep,
+        error_mask_only=before,
+        error=after,
+        status="ok" if all(part.result.status == "ok" for part in parts.values()) else "damping-raised",
+        statistics=statistics,
+        objective=objective,
+        seconds=time.perf_counter() - started,
+    )
+    return _Half(
+        tensors=cut,
+        kept={name: part.keep_units.tolist() for name, part in parts.items()},
+        report=report,
+        cost_U=torch.stack(costs).sum(dim=0) if costs else None,
+    )
+
+
+def _prune_part(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    num_keep: int,
+    measured: list[Moments],
+    surveyed: Surveyed | None,
+    *,
+    reprice: bool,
+) -> _Part:
+    """Decide and solve one group. Takes what was measured: the list is empty afterwards."""
+    where = f"block {block.index} {group.name}"
+    if any(moments.num_tokens == 0 for moments in measured[:1]):
+        raise NumericalError(
+            "no calibration token is sent to this expert", where=where, do="raise --num-samples or --seq-len"
+        )
     problem = layer_problem(job, block, group, tensors, measured, surveyed)
-    context = _context(problem, measured)
+    statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
     # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
     release_free_memory()
-    keep_U, result = _decide(job, problem, num_keep, f"block {block.index} {group.kind}")
-    decision = _decision_objectives(job, problem, keep_U)
-    errors = _relative_errors(problem, keep_U, result) if job.method.needs_statistics else (None, None)
+    keep_U, result = _decide(job, problem, num_keep, where)
+    statistics |= _decision_objectives(job, problem, keep_U)
+    errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
     del problem
     keep_units = torch.nonzero(keep_U).flatten()
@@ -163,26 +235,14 @@ def _prune_half(
     cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
     if result.bias_O is not None:
         cut = add_bias(cut, group, result.bias_O)
-    statistics: dict[str, float] = context | decision | dict(result.statistics)
-    objective: list[float] = []
-    if group.kind == "mlp" and job.solver in ITERATIVE and 0 < len(keep_units) < group.num_units:
-        pruned = _module(job, block, cut, {**kept, group.kind: keep_units.tolist()})
-        refined = refine(job, block, group, pruned, module, streams, reference, cut, result)
-        cut, objective = refined.tensors, refined.objective
-        statistics |= refined.statistics
-    report = BlockReport(
-        block=block.index,
-        kind=group.kind,
-        num_units=group.num_units,
-        kept_units=len(keep_units),
-        error_mask_only=errors[0],
-        error=errors[1],
-        status=result.status,
-        statistics=statistics,
-        objective=objective,
-        seconds=time.perf_counter() - started,
+    return _Part(
+        tensors=cut,
+        keep_units=keep_units,
+        result=result,
+        errors=errors,
+        statistics=statistics | dict(result.statistics),
+        cost_U=cost_U,
     )
-    return _Half(tensors=cut, keep_units=keep_units.tolist(), report=report, cost_U=cost_U)
 
 
 def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:
@@ -197,14 +257,21 @@ def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, fl
     return found
 
 
-def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], kept: Mapping[str, list[int]]) -> nn.Module:
+def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The statistics of one part, or their means over several, and how many there are."""
+    if len(statistics) == 1:
+        return dict(statistics[0])
+    means = {name: sum(each[name] for each in statistics) / len(statistics) for name in statistics[0]}
+    return means | {"parts": float(len(statistics))}
+
+
+def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> nn.Module:
     """The stock layer with the units that are left, in the dtype of the forward passes."""
     # Before a half is solved its tensors are the source's, and so is its bias or the lack of one.
-    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) and job.adds_bias]
-    widths = {kind: len(units) for kind, units in kept.items()}
+    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and job.adds_bias]
     config = job.stock.resized_config(widths, block.index, biased)
     cast = {name: tensor.to(job.device, job.dtype) for name, tensor in tensors.items()}
-    removed: list[UnitKind] = [kind for kind in UNIT_KINDS if kept.get(kind) == []]
+    removed: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) == 0]
     return job.stock.block(block.index, cast, config, removed)
 
 
@@ -235,19 +302,27 @@ def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dic
     }
 
 
-def _relative_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float]:
-    """Squared error over target energy, of the cut weight and of the solved one, on the calibration tokens."""
+def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
+    """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
     kept_K = problem.kept_inputs(keep_U)
     cross_OI = problem.cross_OI
     energy = problem.target_energy
     if energy is None:
         energy = float((cross_OI * problem.weight_OI).sum(dtype=torch.float64))
     if energy <= 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     gram_KK = problem.gram_II[kept_K][:, kept_K]
     before = target_error(problem.weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
     after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
         after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
-    return before / energy, after / energy
+    return before, after, energy
+
+
+def _relative(errors: Sequence[tuple[float, float, float]]) -> tuple[float | None, float | None]:
+    """Both errors of all parts over the energy of all; None where nothing was measured."""
+    if not errors:
+        return None, None
+    before, after, energy = (sum(values) for values in zip(*errors, strict=True))
+    return (before / energy, after / energy) if energy > 0 else (0.0, 0.0)

@@ -43,7 +43,7 @@ def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
             block=block.index,
             kind=group.kind,
             num_units=group.num_units,
-            unit_parameters=block.unit_parameters(group),
+            unit_parameters=sum(block.unit_parameters(part) for part in block.parts(kind)),
             module_parameters=block.module_parameters(group),
             # A unit of attention is a whole group of heads.
             multiple_of=job.recipe.multiple_of if kind == "mlp" else 1,
@@ -98,7 +98,8 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
-    scope = sum(block.module_parameters(group) for block in layout.blocks for group in job.groups(block))
+    halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
+    scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
     return finish(job, run, writer, meter, config, result.outcome, scope)
 
 

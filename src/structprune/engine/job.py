@@ -42,8 +42,8 @@ class Job:
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
-        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack one."""
-        return tuple(block.group(kind) for kind in self.kinds if block.has(kind))
+        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a half."""
+        return tuple(group for kind in self.kinds for group in block.parts(kind))
 
     @property
     def reader(self) -> CheckpointReader:

@@ -5,8 +5,10 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inpu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,44 +39,68 @@ class Streams:
 def measure(
     job: Job,
     block: BlockLayout,
-    group: UnitGroup,
+    parts: Sequence[UnitGroup],
     module: nn.Module,
     streams: Streams,
     windows: tuple[int, int],
     reference: Reference | None,
-) -> Moments:
-    """Sums of the consumer's inputs in the pruned stream, and with a reference of its targets, over some windows.
+) -> dict[str, Moments]:
+    """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
-    The stage runs without the consumer, which leaves the residual; the target is the reference minus that, minus the
-    consumer's bias. Neither stream is moved, unless the reference does it.
+    Over some windows, for all parts of one half at once. The stage runs without the consumers, which leaves the
+    residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved, unless the
+    reference does it. An expert gets the tokens that are sent to it, each times the router's weight. Before a norm each
+    token's x and y are divided by the root mean square of the wanted output: what is added is linear in them then.
     """
-    inputs: list[Tensor] = []
-    num_inputs = group.num_units * group.width
-    hidden_size = job.stock.layout.hidden_size
-    accumulator = GramAccumulator(num_inputs, job.device)
-    target_OI = torch.zeros(hidden_size, num_inputs, device=job.device) if reference is not None else None
+    inputs: dict[str, Tensor] = {}
+    accumulators = {part.name: GramAccumulator(part.num_units * part.width, job.device) for part in parts}
+    target_OI: Tensor | None = None
+    if reference is not None:
+        assert len(parts) == 1, "what one of several parts is to add is not known"
+        num_inputs = parts[0].num_units * parts[0].width
+        target_OI = torch.zeros(job.stock.layout.hidden_size, num_inputs, device=job.device)
     energy, residual_energy = 0.0, 0.0
     for start, stop in streams.propagator.batches(*windows):
         wanted_BSD = None if reference is None else reference(start, stop)
-        stage = job.stock.stage_of(group.kind)
-        with job.stock.stage(module, stage), tapped(module, group.consumer_module, inputs.append):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(job.stock.stage(module, job.stock.stage_of(parts[0].kind)))
+            for part in parts:
+                stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
             residual_BSD = streams.propagator.forward(module, block.index, streams.pruned, start, stop)
         residual_energy += float(residual_BSD.float().square().sum(dtype=torch.float64))
-        x_TI = inputs.pop().to(torch.float32)
-        accumulator.update(x_TI)
-        if wanted_BSD is not None and target_OI is not None:
-            target_TD = consumer_target(group, module, wanted_BSD, residual_BSD)
-            target_OI.addmm_(target_TD.T, x_TI)
-            energy += float(target_TD.square().sum(dtype=torch.float64))
-    num_tokens, sum_I = accumulator.num_tokens, accumulator.sum_I.cpu()
-    return Moments(
-        gram_II=accumulator.finalize(f"block {block.index} {group.kind}").cpu(),
-        num_tokens=num_tokens,
-        sum_I=sum_I,
-        target_OI=None if target_OI is None else target_OI.cpu(),
-        target_energy=None if target_OI is None else energy,
-        residual_energy=residual_energy,
-    )
+        while inputs:
+            name, x_TI = inputs.popitem()
+            target_TD = None
+            if wanted_BSD is not None:
+                target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
+            if (eps := parts[0].output_norm_eps) is not None:
+                # A normed half has one part, so the tap is gone and the consumer in its place again.
+                output_BSD = module.get_submodule(parts[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
+                scale_T1 = token_scale(output_BSD, eps)
+                x_TI = x_TI / scale_T1
+                target_TD = None if target_TD is None else target_TD / scale_T1
+            x_TI = x_TI.to(torch.float32)
+            accumulators[name].update(x_TI)
+            if target_TD is not None and target_OI is not None:
+                target_OI.addmm_(target_TD.T, x_TI)
+                energy += float(target_TD.square().sum(dtype=torch.float64))
+    return {
+        name: Moments(
+            sum_I=accumulator.sum_I.cpu(),
+            num_tokens=accumulator.num_tokens,
+            gram_II=accumulator.finalize(f"block {block.index} {name}").cpu(),
+            target_OI=None if target_OI is None else target_OI.cpu(),
+            target_energy=None if target_OI is None else energy,
+            residual_energy=residual_energy,
+        )
+        for name, accumulator in accumulators.items()
+    }
+
+
+def token_scale(output_BSD: Tensor, eps: float) -> Tensor:
+    """What an RMSNorm divides each token of `output_BSD` by, float32 (T, 1)."""
+    energy_BS1 = output_BSD.float().square().mean(dim=-1, keepdim=True)
+    return energy_BS1.add(eps).sqrt().reshape(-1, 1)
 
 
 def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, residual_BSD: Tensor) -> Tensor:

@@ -199,10 +199,11 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     if request.slices != "no":
         phases |= _slice_phases(request, resident, small, weights, cast, activations, micro_batch)
     elif request.needs_statistics:
-        for group in request.groups:
+        for kind, parts in _by_kind(request.groups).items():
+            group, others = parts[0], len(parts) - 1
             inputs = group.num_units * group.width
             gram = _gram_bytes(group)
-            phases[f"statistics ({group.kind})"] = (
+            phases[f"statistics ({kind})"] = (
                 resident
                 + weights
                 + cast
@@ -222,12 +223,13 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # weights, targets and updates.
                 greedy = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
                 solve = max(solve, greedy)
-                others = sum(_gram_bytes(other) for other in request.groups if other is not group)
-                phases[f"survey: costs ({group.kind})"] = small + gradient + weights + greedy + others
-            kept_apart = gram + cross if request.holds_out else 0
-            phases[f"solve ({group.kind})"] = resident + weights + cast + solve + cross + kept_apart
-            phases[f"statistics ({group.kind})"] += kept_apart
-            if request.num_latents and group.kind == "mlp":
+                rest = sum(_gram_bytes(other) for other in request.groups if other is not group)
+                phases[f"survey: costs ({kind})"] = small + gradient + weights + greedy + rest
+            # The sums of all parts are taken in one pass.
+            kept_apart = (gram + cross if request.holds_out else 0) * len(parts) + others * gram
+            phases[f"solve ({kind})"] = resident + weights + cast + solve + cross + kept_apart
+            phases[f"statistics ({kind})"] += kept_apart
+            if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
                 chunk = min(tokens, CHUNK_TOKENS)
                 phases["iterate"] = (
@@ -243,12 +245,12 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                     + 3 * 2 * gram
                 )
                 # Behind the proposal the consumer is measured and solved again, with the original block in memory.
-                phases[f"solve ({group.kind})"] += 3 * weights + cast
-                phases[f"statistics ({group.kind})"] += 3 * weights + cast
+                phases[f"solve ({kind})"] += 3 * weights + cast
+                phases[f"statistics ({kind})"] += 3 * weights + cast
             if request.follows_dense:
                 # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
                 both = 2 * inputs + 6 * hidden
-                phases[f"statistics ({group.kind})"] += cross + micro_batch * request.seq_len * both * 4
+                phases[f"statistics ({kind})"] += cross + micro_batch * request.seq_len * both * 4
     model_bytes = sum(request.stored_bytes.values())
     borders = (
         (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
@@ -309,6 +311,13 @@ def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:
 
 def _gram_bytes(group: UnitGroup) -> int:
     return (group.num_units * group.width) ** 2 * 4
+
+
+def _by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
+    parts: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        parts.setdefault(group.kind, []).append(group)
+    return parts
 
 
 def _weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int]:

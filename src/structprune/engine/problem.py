@@ -44,7 +44,10 @@ def layer_problem(
         producer_norm_U=producer_norms(tensors, group),
         target_OI=total.target_OI,
         target_energy=total.target_energy,
-        seed=job.recipe.seed * 1_000_003 + block.index * len(UNIT_KINDS) + UNIT_KINDS.index(group.kind),
+        seed=job.recipe.seed * 1_000_003
+        + (group.part or 0) * 10_007
+        + block.index * len(UNIT_KINDS)
+        + UNIT_KINDS.index(group.kind),
         held_out=measured[1] if len(measured) > 1 else None,
         sensitivity_OO=surveyed.sensitivity_OO,
         taylor=surveyed.taylor,

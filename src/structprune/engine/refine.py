@@ -69,7 +69,9 @@ def refine(
             candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
     for name, tensor in candidate.items():
         start.get_parameter(name).data = tensor.to(job.device, job.dtype)
-    measured = [measure(job, block, group, start, streams, windows, reference) for windows in job.window_parts]
+    measured = [
+        measure(job, block, [group], start, streams, windows, reference)[group.name] for windows in job.window_parts
+    ]
     problem = layer_problem(job, block, group, tensors, measured)
     result = SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]

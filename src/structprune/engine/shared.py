@@ -41,7 +41,7 @@ class Survey:
     """What it took the run that measured it; None if this one did."""
 
     def of_block(self, block: int) -> dict[str, Surveyed]:
-        """Kind of unit -> what the decision in one block reads."""
+        """Kind of unit, or name of the group where each has its own -> what the decision in one block reads."""
         if self.for_widths:
             return {}
         match self.kind:

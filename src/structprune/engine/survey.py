@@ -10,7 +10,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.job import Job
+from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
-from structprune.engine.propagate import Propagator, observed
+from structprune.engine.propagate import Propagator
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments, Surveyed
+from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
@@ -39,8 +40,7 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
 
     def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
         measured = backward(job, block, propagator, border, gradient)
-        sensitivities = {kind: part.sensitivity_OO for kind, part in measured.items()}
-        save_file(sensitivities, str(folder / f"sensitivity-{block.index}.safetensors"))
+        save_file(measured.sensitivity, str(folder / f"sensitivity-{block.index}.safetensors"))
         found = _costs(job, block, measured)
         for kind in job.kinds:
             costs[kind].insert(0, found.get(kind, torch.empty(0)))
@@ -64,13 +64,18 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
             moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
-                problem = layer_problem(job, block, group, tensors, [moments.pop(group.kind)])
-                found[group.kind] = SCORES.get(job.score)(problem).sort().values
+                problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
+                add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
             for kind in job.kinds:
                 costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()
             observer.advance(f"block {block.index}")
     return costs
+
+
+def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
+    """Add what each removal costs to the sum over the half's parts, which lose as many units each."""
+    costs[group.kind] = costs[group.kind] + cost_U if group.kind in costs else cost_U
 
 
 def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
@@ -81,78 +86,102 @@ def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
 def _measure(
     job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore
 ) -> dict[str, Moments]:
-    """Dense forward of all windows: kind -> sums of each consumer's inputs. The store moves on to the next block."""
-    accumulators = {g.kind: GramAccumulator(g.num_units * g.width, job.device) for g in job.groups(block)}
+    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block."""
+    with _summed_inputs(job, block, module) as sums:
+        propagator.run(module, block.index, store, write=True)
+    return {name: _moments(a, f"block {block.index} {name}", a.num_tokens) for name, a in sums.items()}
+
+
+@contextlib.contextmanager
+def _summed_inputs(job: Job, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
+    """Inside the context every consumer's inputs are added up, before a norm scaled as the problem wants them."""
+    sums = {group.name: GramAccumulator(group.num_units * group.width, job.device) for group in job.groups(block)}
+
+    def add(group: UnitGroup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            if group.output_norm_eps is not None:
+                x_TI = x_TI.float() / token_scale(output.detach(), group.output_norm_eps)
+            sums[group.name].update(x_TI)
+
+        return hook
+
     with contextlib.ExitStack() as stack:
         for group in job.groups(block):
-            stack.enter_context(observed(module, group.consumer_module, accumulators[group.kind].update))
-        propagator.run(module, block.index, store, write=True)
-    return {kind: _moments(a, f"block {block.index} {kind}") for kind, a in accumulators.items()}
+            handle = module.get_submodule(group.consumer_module).register_forward_hook(add(group))
+            stack.callback(handle.remove)
+        yield sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one block's recomputation and its gradient leave of one consumer."""
+    """What one block's recomputation and its gradient leave."""
 
-    moments: Moments
-    sensitivity_OO: Tensor
-    """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""
+    moments: dict[str, Moments]
+    """Name of the group -> sums of its consumer's inputs, over all tokens also where it is sent some of them."""
+    sensitivity: dict[str, Tensor]
+    """Kind -> F = E[g g^T], (O, O), g the gradient of the summed loss by the half's output at one token.
+
+    The experts of a mixture have one F, that of their sum: each adds to it without a factor between. Before a norm it
+    is that of the output over its root mean square.
+    """
 
 
 def backward(
     job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
-) -> dict[str, Measured]:
-    """Move `gradient` from the block's output to its input; kind -> sums of the consumer's inputs and gradients."""
+) -> Measured:
+    """Move `gradient` from the block's output to its input; the sums of inputs and gradients on the way."""
     _, module = load_block(job, block)
-    groups = job.groups(block)
+    halves = [block.group(kind) for kind in job.kinds if block.has(kind)]
     hidden_size = job.stock.layout.hidden_size
-    inputs = {group.kind: GramAccumulator(group.num_units * group.width, job.device) for group in groups}
-    gradients = {group.kind: GramAccumulator(hidden_size, job.device) for group in groups}
+    gradients = {half.kind: GramAccumulator(hidden_size, job.device) for half in halves}
     outputs: dict[str, Tensor] = {}
 
-    def keep(kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[kind].update(args[0].detach().reshape(-1, args[0].shape[-1]))
+    def keep(kind: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
             outputs[kind] = output
 
         return hook
 
-    for group in groups:
-        module.get_submodule(group.consumer_module).register_forward_hook(keep(group.kind))
+    for half in halves:
+        module.get_submodule(half.output_module or half.consumer_module).register_forward_hook(keep(half.kind))
 
     def update(found: Sequence[Tensor]) -> None:
-        for group, grad_BSD in zip(groups, found, strict=True):
-            gradients[group.kind].update(grad_BSD.reshape(-1, hidden_size))
+        for half, grad_BSD in zip(halves, found, strict=True):
+            grad_TD = grad_BSD.reshape(-1, hidden_size)
+            if half.output_norm_eps is not None:
+                grad_TD = grad_TD.float() * token_scale(outputs[half.kind].detach(), half.output_norm_eps)
+            gradients[half.kind].update(grad_TD)
         outputs.clear()
 
     def wanted() -> list[Tensor]:
-        return [outputs[group.kind] for group in groups]
+        return [outputs[half.kind] for half in halves]
 
-    differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
-    return {
-        kind: Measured(
-            moments=_moments(inputs[kind], f"block {block.index} {kind}"),
-            sensitivity_OO=(a.finalize(f"gradient of block {block.index} {kind}") / a.num_tokens).cpu(),
-        )
-        for kind, a in gradients.items()
-    }
-
-
-def _moments(accumulator: GramAccumulator, where: str) -> Moments:
-    return Moments(
-        sum_I=accumulator.sum_I.cpu(), num_tokens=accumulator.num_tokens, gram_II=accumulator.finalize(where).cpu()
+    with _summed_inputs(job, block, module) as sums:
+        differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
+    where = f"block {block.index}"
+    return Measured(
+        moments={
+            group.name: _moments(sums[group.name], f"{where} {group.name}", gradients[group.kind].num_tokens)
+            for group in job.groups(block)
+        },
+        sensitivity={
+            kind: (a.finalize(f"gradient of {where} {kind}") / a.num_tokens).cpu() for kind, a in gradients.items()
+        },
     )
 
 
-def _costs(job: Job, block: BlockLayout, measured: dict[str, Measured]) -> dict[str, Tensor]:
+def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Moments:
+    return Moments(sum_I=accumulator.sum_I.cpu(), num_tokens=num_tokens, gram_II=accumulator.finalize(where).cpu())
+
+
+def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
     """Kind -> loss added by each removal, by greedy removal on the dense statistics, which are used up."""
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
-        part = measured.pop(group.kind)
-        surveyed = Surveyed(sensitivity_OO=part.sensitivity_OO)
-        problem = layer_problem(job, block, group, tensors, [part.moments], surveyed)
-        del part
+        surveyed = Surveyed(sensitivity_OO=measured.sensitivity[group.kind])
+        problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
         # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
-        result[group.kind] = removal_path(replace(problem, shrinkage=0.0), group.num_units).cost
+        add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
     return result

@@ -21,6 +21,7 @@ from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator
+from structprune.engine.survey import add_cost
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.scores import SCORES
@@ -42,8 +43,8 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         sums = weight_sums(job, block, module, propagator, border, gradient)
         found: dict[str, Tensor] = {}
         for group in job.groups(block):
-            problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.kind]))
-            found[group.kind] = SCORES.get(job.score)(problem).sort().values
+            problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
+            add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
         _save(sums, folder, block.index)
         for kind in job.kinds:
             costs[kind].insert(0, found.get(kind, torch.empty(0)))
@@ -64,7 +65,8 @@ def weight_sums(
 
     Raises NumericalError where a gradient is not finite.
     """
-    weights = {name: module.get_parameter(name) for group in job.groups(block) for name in weight_names(block, group)}
+    names = {name: group for group in job.groups(block) for name in weight_names(block, group)}
+    weights = {name: module.get_parameter(name) for name in names}
     mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     for weight in weights.values():
@@ -81,14 +83,21 @@ def weight_sums(
     differentiate(job, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add)
     for name in weights:
         # The sum of squares is not finite where any gradient was not, or where its square overflows.
-        if not torch.isfinite(square[name].amax()):
+        largest = square[name].amax()
+        if largest == 0 and names[name].part is not None:
+            raise NumericalError(
+                f"no token of the backward pass came to {name!r}",
+                where=f"block {block.index}",
+                do="raise --sensitivity-samples or --seq-len",
+            )
+        if not torch.isfinite(largest):
             raise NumericalError(
                 f"a gradient by {name!r} is NaN or infinite (or overflows when squared)",
                 where=f"block {block.index}",
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
     with torch.no_grad():
-        return {group.kind: unit_sums(block, group, weights, mean, square) for group in job.groups(block)}
+        return {group.name: unit_sums(block, group, weights, mean, square) for group in job.groups(block)}
 
 
 def weight_names(block: BlockLayout, group: UnitGroup) -> list[str]:
@@ -124,10 +133,10 @@ def unit_sums(
 
 
 def load_taylor(folder: Path, block: int) -> dict[str, TaylorSums]:
-    """Kind -> sums of one block, as `survey_taylor` left them."""
+    """Group name -> sums of one block, as `survey_taylor` left them."""
     stored = load_file(str(_path(folder, block)))
-    kinds = dict.fromkeys(name.split(".")[0] for name in stored)
-    return {kind: TaylorSums(**{name: stored[f"{kind}.{name}"] for name in _SUMS}) for kind in kinds}
+    groups = dict.fromkeys(name.rpartition(".")[0] for name in stored)
+    return {group: TaylorSums(**{name: stored[f"{group}.{name}"] for name in _SUMS}) for group in groups}
 
 
 def _save(sums: Mapping[str, TaylorSums], folder: Path, block: int) -> None:

@@ -26,10 +26,23 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
     if (recipe.solver or method.solver) == "bias":
         for group in groups:
             check_bias(group)
+            if group.output_normed:
+                raise UnsupportedError(
+                    f"solver 'bias' adds one constant, and {stock.family.name} norms what a half adds token by token",
+                    wanted="--solver least-squares or mask-only",
+                )
     if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
         check_attention_can_go(stock.config)
     recipe = recipe.model_copy(update={"multiple_of": recipe.multiple_of or _default_multiple(groups)})
-    recipe = _resolved(recipe, method, stock)
+    for group in groups:
+        assert recipe.multiple_of is not None
+        if recipe.multiple_of % group.multiple_of:
+            raise UnsupportedError(
+                f"stock kernels for {stock.family.name} take other widths only",
+                got=f"--multiple-of {recipe.multiple_of}",
+                wanted=f"a multiple of {group.multiple_of}",
+            )
+    recipe = _resolved(recipe, method, stock, mixture=any(group.part is not None for group in groups))
     for group in groups:
         if recipe.solver in ITERATIVE and group.kind == "mlp":
             _check_iterative(recipe, group, stock.family.name)
@@ -50,23 +63,31 @@ def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None
             wanted=", ".join(ACTIVATIONS),
             do="use --solver least-squares",
         )
-    if group.output_normed and recipe.target == "dense-path":
-        # The dense model's output before the norm is seen once, while its stream moves on.
+    if group.output_normed:
         raise UnsupportedError(
-            f"solver {recipe.solver!r} reads its target several times, and {family_name} norms what the MLP adds",
-            wanted="--target local",
+            f"solver {recipe.solver!r} fits all tokens at one scale, and {family_name} norms what the MLP adds",
+            wanted="--solver least-squares",
         )
 
 
-def _resolved(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
-    """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning."""
+def _resolved(recipe: Recipe, method: Method, stock: StockModel, *, mixture: bool) -> Recipe:
+    """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning.
+
+    `mixture` says that units of several experts are in scope.
+    """
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
     survey = method.survey_for(allocator)
     temperature = recipe.temperature
     if temperature is None:
         temperature = method.temperature if allocator == method.allocator else 0.0
     # Nothing removed leaves nothing to correct: the dense path is the model's own.
-    target = (recipe.target or method.target) if recipe.sparsity > 0 else "local"
+    target = (recipe.target or ("local" if mixture else method.target)) if recipe.sparsity > 0 else "local"
+    if mixture and target == "dense-path":
+        raise UnsupportedError(
+            "experts share what they add to the stream, so none has a target of its own on the dense path",
+            got="--target dense-path",
+            wanted="--target local",
+        )
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
     num_protected = protect_first + protect_last
     if num_protected and num_protected >= len(stock.layout.blocks):
@@ -209,7 +230,7 @@ def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
 def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple[UnitGroup, ...]:
     """In the order of the forward pass."""
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
-    groups = {group.kind: group for group in stock.groups}
+    groups = {group.kind: group for group in reversed(stock.groups)}
     for kind in kinds:
         if kind not in method.kinds:
             raise UnsupportedError(
@@ -223,4 +244,4 @@ def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple
                 got=f"--scope {recipe.scope}",
                 wanted="--scope mlp",
             )
-    return tuple(groups[kind] for kind in kinds)
+    return tuple(group for kind in kinds for group in stock.groups if group.kind == kind)

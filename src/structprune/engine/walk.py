@@ -130,7 +130,8 @@ def differentiate(
         gradient_BSD = gradient.read(window, window + 1).to(job.device, job.dtype)
         with torch.enable_grad():
             output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
-            found = torch.autograd.grad(output_BSD, [hidden_BSD, *wanted()], gradient_BSD)
+            # Zeros for an expert that no token of the window is sent to.
+            found = torch.autograd.grad(output_BSD, [hidden_BSD, *wanted()], gradient_BSD, materialize_grads=True)
         receive(found[1:])
         gradient.write(window, found[0].float().cpu())
         # Derivatives by weights are as large as the block: those of two windows are not to be held at once.
