@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.sampler import sample_windows
-from structprune.architectures.source import resolve_model
+from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel, load_model
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
@@ -20,18 +20,22 @@ from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.finish import REPORT_NAME
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
-from structprune.memory import PeakMeter, bound_hidden_memory, format_budget, format_bytes
+from structprune.exporters import EXPORTERS
+from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
+from structprune.files import expand_user
+from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
-from structprune.runs.directory import RunDirectory
+from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup
 
@@ -135,7 +139,7 @@ def prune(
     with PeakMeter() as meter:
         plan = plan_for(recipe.num_samples)
         name, windows = _windows(checked, plan, observer)
-        _check_disk(run, plan)
+        check_free_disk(run.output, plan.disk_bytes)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
             plan = plan_for(num_windows)
@@ -159,19 +163,6 @@ def prune(
         )
         with run:
             return walk.execute(job, run, meter, observer)
-
-
-def _check_disk(run: RunDirectory, plan: PrunePlan) -> None:
-    parent = next(p for p in run.output.parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
-        raise InputError(
-            "not enough free disk for the output",
-            where=str(parent),
-            got=format_bytes(free),
-            wanted=f"at least {format_budget(plan.disk_bytes)}",
-            do="free some, or choose another -o",
-        )
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
@@ -246,3 +237,54 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
 def inspect(model: str | Path) -> ModelLayout:
     """The blocks of `model`, what can be removed from them, and their sizes; reads headers only."""
     return StockModel(CheckpointReader(resolve_model(str(model)))).layout
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "gguf",
+    dtype: str = "stored",
+    tokenizer_gguf: str | Path | None = None,
+    observer: Observer | None = None,
+) -> ExportResult:
+    """Write `model` (an output of `prune`, or any model that `prune` takes) as a file for another runtime.
+
+    The tokenizer of a model that came from a GGUF file is copied from there, as `tokenizer_gguf` would be.
+    Raises a subclass of StructPruneError; the file appears whole or not at all.
+    """
+    observer = observer or SilentObserver()
+    exporter = EXPORTERS.get(format)
+    if dtype not in ("stored", *EXPORT_DTYPES):
+        raise InputError("unknown --dtype", got=dtype, wanted=f"stored, {', '.join(EXPORT_DTYPES)}")
+    path = expand_user(str(output))
+    check_absent(path)
+    directory = resolve_model(str(model))
+    reader = CheckpointReader(directory)
+    tokenizer = expand_user(str(tokenizer_gguf)) if tokenizer_gguf else _source_gguf(str(model), directory)
+    if tokenizer is not None:
+        observer.note(f"tokenizer copied from {tokenizer}")
+
+    def start(total: int) -> None:
+        observer.start("write", total)
+
+    return exporter(
+        ExportRequest(
+            reader=reader,
+            output=path,
+            name=path.stem,
+            dtype=dtype,
+            tokenizer_gguf=tokenizer,
+            start=start,
+            advance=observer.advance,
+        )
+    )
+
+
+def _source_gguf(model: str, directory: Path) -> Path | None:
+    """The GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there."""
+    report = directory / REPORT_NAME
+    source = model
+    if report.is_file():
+        source = json.loads(report.read_text(encoding="utf-8")).get("source", model)
+    return gguf_file(source)

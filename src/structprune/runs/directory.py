@@ -13,6 +13,7 @@ from typing import Any
 
 from structprune.errors import InputError
 from structprune.files import sync_directory
+from structprune.memory import format_budget, format_bytes
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -31,11 +32,7 @@ class RunDirectory:
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
-        # lexists: a dangling link is in the way too.
-        if os.path.lexists(self.output):
-            raise InputError(
-                "the output directory exists", where=str(self.output), do="choose another -o, or remove it first"
-            )
+        check_absent(self.output, "output directory")
         if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
@@ -107,3 +104,24 @@ class RunDirectory:
                     parent.rmdir()
         # Last: closing the journal gives up the lock.
         self._journal.close()
+
+
+def check_absent(output: Path, what: str = "output file") -> None:
+    """Raise InputError if there is something at `output`."""
+    # lexists: a dangling link is in the way too.
+    if os.path.lexists(output):
+        raise InputError(f"the {what} exists", where=str(output), do="choose another -o, or remove it first")
+
+
+def check_free_disk(output: Path, num_bytes: int) -> None:
+    """Raise InputError unless `num_bytes` are free where `output` is to be, whose parents need not exist."""
+    parent = next(p for p in Path(os.path.abspath(output)).parents if p.exists())  # noqa: PTH100 - as in RunDirectory
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise InputError(
+            "not enough free disk for the output",
+            where=str(parent),
+            got=format_bytes(free),
+            wanted=f"at least {format_budget(num_bytes)}",
+            do="free some, or choose another -o",
+        )
