@@ -133,6 +133,7 @@ def prune(
             holds_out=recipe.damping == "auto",
             num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
             sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
+            reload_check=recipe.reload_check,
         )
         return make_plan(walk.request(request, recipe, stock), recipe.memory)
 

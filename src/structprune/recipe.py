@@ -70,6 +70,9 @@ class Recipe(BaseModel):
     sensitivity_samples: int = Field(
         default=12, ge=1, description="windows of the streamed backward pass, or of measured losses"
     )
+    reload_check: bool = Field(
+        default=True, description="whether stock code loads the result, in a process of its own, and is compared"
+    )
 
     @field_validator("memory", mode="before")
     @classmethod

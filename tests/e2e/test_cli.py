@@ -88,7 +88,8 @@ def test_prune_json_in_a_process(tiny_llama: Path, text_file: Path, tmp_path: Pa
     assert [(block["block"], block["kept_units"]) for block in report["blocks"]] == [(0, 33), (1, 33)]
     # Not a terminal: one plain line per block, no escape sequences, no carriage returns.
     lines = result.err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert re.fullmatch(r"reload check 1/1  whole, relative difference \d\.\de[-+]\d\d  0 s left", lines.pop())
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
             rf"prune {number}/2  block {number - 1} mlp 33/48  error 0\.\d{{4}}  memory \d+\.\d [KM]iB  \d+ s left",
@@ -153,6 +154,7 @@ def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_
     assert [line.split("  ")[:2] for line in lines] == [
         ["prune 1/2", "block 0 mlp 33/48"],
         ["prune 2/2", "block 1 mlp 33/48"],
+        ["reload check 1/1", lines[-1].split("  ")[1]],
     ]
     # No data, no error figure.
     assert "error" not in result.err
@@ -188,10 +190,13 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 3,
+        "reload_check": False,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     place = flags.index("--allow-block-removal")
     flags[place : place + 2] = ["--no-block-removal"]
+    place = flags.index("--reload-check")
+    flags[place : place + 2] = ["--no-reload-check"]
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     assert strict_json(result.out)["recipe"] == given

@@ -79,7 +79,7 @@ _STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "ml
 
 
 @contextmanager
-def _without_global_width_warnings() -> Generator[None]:
+def without_global_width_warnings() -> Generator[None]:
     """transformers warns of readers that take a per-layer config's global width for every layer's.
 
     Inside the context the reader is transformers itself, when it checks the config that it has just read.
@@ -123,7 +123,7 @@ class StockModel:
             )
         self.family: Family = FAMILIES.get(model_type)
         try:
-            with _without_global_width_warnings():
+            with without_global_width_warnings():
                 self.config: PretrainedConfig = AutoConfig.from_pretrained(
                     str(reader.directory), local_files_only=True, attn_implementation="sdpa"
                 )
@@ -385,7 +385,7 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
     transformers_logging.disable_progress_bar()
     try:
         loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
-        with _without_global_width_warnings():
+        with without_global_width_warnings():
             model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
         return model.to(device).eval()
     except StructPruneError:
@@ -395,6 +395,11 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
         raise CheckpointError(
             "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
         ) from error
+
+
+def has_own_modeling_file(directory: Path) -> bool:
+    """Whether the checkpoint loads through a modelling file of ours. Raises CheckpointError for any other file."""
+    return _per_layer_class(directory) is not None
 
 
 def _per_layer_class(directory: Path) -> Any:

@@ -89,6 +89,13 @@ def prune(
     sensitivity_samples: Annotated[
         int | None, typer.Option(help="Windows of the streamed backward pass, or of measured losses.  [default: 12]")
     ] = None,
+    reload_check: Annotated[
+        bool | None,
+        typer.Option(
+            "--reload-check/--no-reload-check",
+            help="Load the result with stock code, in a process of its own, and compare its logits.  [default: yes]",
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -124,6 +131,7 @@ def prune(
         "protect_first": protect_first,
         "protect_last": protect_last,
         "sensitivity_samples": sensitivity_samples,
+        "reload_check": reload_check,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)

@@ -134,7 +134,7 @@ def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Obser
     writer = CheckpointWriter(checkpoint, len(kept) + 2)
     outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
     config = shallower_config(job.reader.config, job.stock.config, kept)
-    return finish(job, run, writer, meter, config, outcome, layout.block_parameters)
+    return finish(job, run, writer, meter, observer, config, outcome, layout.block_parameters)
 
 
 def _write_blocks(

@@ -99,7 +99,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2)
     result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
     scope = sum(block.module_parameters(group) for block in layout.blocks for group in job.groups(block))
-    return finish(job, run, writer, meter, config, result.outcome, scope)
+    return finish(job, run, writer, meter, observer, config, result.outcome, scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

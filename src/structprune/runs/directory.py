@@ -7,15 +7,17 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from structprune.errors import InputError
-from structprune.files import sync_directory
+from structprune.files import sync_directory, write_json
 from structprune.memory import format_budget, format_bytes
 
 JOURNAL_NAME = "journal.jsonl"
+REJECTED_NAME = "REJECTED.json"
 
 
 class RunDirectory:
@@ -29,6 +31,7 @@ class RunDirectory:
     def __init__(self, output: Path) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
         self.staging = self.output.parent / f"{self.output.name}.partial"
+        self.rejected = self.output.parent / f"{self.output.name}.rejected"
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
@@ -36,6 +39,12 @@ class RunDirectory:
         if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
+            )
+        if os.path.lexists(self.rejected) and not (self.rejected / REJECTED_NAME).is_file():
+            raise InputError(
+                "the directory of rejected output exists and is not a run's",
+                where=str(self.rejected),
+                do="move it away",
             )
         parent = next(p for p in self.output.parents if os.path.lexists(p))
         if not parent.is_dir():
@@ -92,6 +101,15 @@ class RunDirectory:
         finished.rename(self.output)
         sync_directory(self.output.parent)
         shutil.rmtree(self.staging)
+
+    def reject(self, finished: Path, why: Mapping[str, str]) -> Path:
+        """Keep the directory, which turned out wrong, beside the output and marked; one rejected before makes room."""
+        write_json(finished / REJECTED_NAME, dict(why))
+        if self.rejected.exists():
+            shutil.rmtree(self.rejected)
+        finished.rename(self.rejected)
+        sync_directory(self.output.parent)
+        return self.rejected
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
