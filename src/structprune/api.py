@@ -21,6 +21,7 @@ from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.finish import REPORT_NAME
+from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
@@ -29,6 +30,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
+from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import expand_user
 from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
@@ -56,6 +58,21 @@ class CheckedRun:
     """Resolved but for what the calibration text and the memory decide."""
     device: torch.device
     dtype: torch.dtype
+    foresight: Foresight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run would do, from headers and settings alone."""
+
+    source: str
+    recipe: Recipe
+    """Resolved but for what the calibration text decides."""
+    layout: ModelLayout
+    plan: PrunePlan
+    foresight: Foresight
+    runtimes: list[RuntimeSupport]
+    """Who will load the result."""
 
 
 def check(model: str | Path, recipe: Recipe) -> CheckedRun:
@@ -89,7 +106,52 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
         recipe=recipe,
         device=device,
         dtype=dtype,
+        foresight=WALKS[method.walk].foresee(stock, recipe, [group.kind for group in groups]),
     )
+
+
+def plan(model: str | Path, recipe: Recipe) -> RunPlan:
+    """What `prune` would do: its memory and disk, the size of the result, and who will load it; reads headers only.
+
+    Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
+    """
+    bound_hidden_memory()
+    checked = check(model, recipe)
+    return RunPlan(
+        source=str(model),
+        recipe=checked.recipe,
+        layout=checked.stock.layout,
+        plan=_plan(checked, checked.recipe.num_samples),
+        foresight=checked.foresight,
+        runtimes=runtimes(checked.foresight.shape),
+    )
+
+
+def _num_probe(recipe: Recipe) -> int:
+    """Calibration windows whose perplexity is reported."""
+    return max(1, _PROBE_TOKENS // recipe.seq_len)
+
+
+def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
+    recipe, stock = checked.recipe, checked.stock
+    request = PlanRequest(
+        layout=stock.layout,
+        groups=checked.groups,
+        stored_bytes={name: checked.reader.num_bytes([name]) for name in checked.reader.shapes},
+        compute_dtype=checked.dtype,
+        num_windows=num_windows,
+        seq_len=recipe.seq_len,
+        num_probe=min(_num_probe(recipe), num_windows),
+        needs_statistics=checked.method.needs_statistics,
+        needs_survey=checked.method.survey == "loss",
+        needs_weight_gradients=checked.method.survey == "taylor",
+        follows_dense=recipe.target == "dense-path",
+        holds_out=recipe.damping == "auto",
+        num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
+        sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
+        reload_check=recipe.reload_check,
+    )
+    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), recipe.memory)
 
 
 def prune(
@@ -115,35 +177,14 @@ def prune(
     checked = check(model, recipe)
     recipe, reader, stock, groups = checked.recipe, checked.reader, checked.stock, checked.groups
     walk = WALKS[checked.method.walk]
-    num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
-
-    def plan_for(num_windows: int) -> PrunePlan:
-        request = PlanRequest(
-            layout=stock.layout,
-            groups=groups,
-            stored_bytes={name: reader.num_bytes([name]) for name in reader.shapes},
-            compute_dtype=checked.dtype,
-            num_windows=num_windows,
-            seq_len=recipe.seq_len,
-            num_probe=min(num_probe, num_windows),
-            needs_statistics=checked.method.needs_statistics,
-            needs_survey=checked.method.survey == "loss",
-            needs_weight_gradients=checked.method.survey == "taylor",
-            follows_dense=recipe.target == "dense-path",
-            holds_out=recipe.damping == "auto",
-            num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
-            sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
-            reload_check=recipe.reload_check,
-        )
-        return make_plan(walk.request(request, recipe, stock), recipe.memory)
 
     with PeakMeter() as meter:
-        plan = plan_for(recipe.num_samples)
+        plan = _plan(checked, recipe.num_samples)
         name, windows = _windows(checked, plan, observer)
         check_free_disk(run.output, plan.disk_bytes)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
-            plan = plan_for(num_windows)
+            plan = _plan(checked, num_windows)
         job = Job(
             source=str(model),
             reader=reader,
@@ -156,7 +197,7 @@ def prune(
             plan=plan,
             calibration_name=name,
             windows=windows,
-            num_probe=min(num_probe, num_windows),
+            num_probe=min(_num_probe(recipe), num_windows),
             device=checked.device,
             dtype=checked.dtype,
             started=started,
@@ -233,6 +274,12 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
     CheckpointReader(directory)
     return load_model(directory, device, dtype), TextEncoder(directory)
+
+
+def loads_in(model: str | Path) -> list[RuntimeSupport]:
+    """The runtimes that load `model` as it is, as far as known; reads headers only."""
+    stock = StockModel(CheckpointReader(resolve_model(str(model))))
+    return runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
 
 def inspect(model: str | Path) -> ModelLayout:

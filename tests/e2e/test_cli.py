@@ -190,6 +190,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 3,
+        "tensor_parallel": 1,
         "reload_check": False,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
@@ -246,6 +247,7 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
     assert (result.code, result.err) == (0, "")
     facts = strict_json(result.out)
     groups = {group.pop("kind"): group for group in facts.pop("groups")}
+    runtimes = facts.pop("runtimes")
     assert facts == {
         "model": str(directory),
         "family": family,
@@ -257,6 +259,13 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
         "tied_embeddings": True,
         "share_of_blocks": in_blocks / total,
     }
+    assert [(r["runtime"], r["loads"]) for r in runtimes] == [
+        ("transformers", "yes"),
+        ("vLLM, native", {"llama": "yes", "opt": "unverified"}[family]),
+        ("vLLM, Transformers backend", "unverified"),
+        ("SGLang", {"llama": "yes", "opt": "unverified"}[family]),
+        ("llama.cpp", {"llama": "yes", "opt": "no"}[family]),
+    ]
     assert groups["mlp"]["units_per_block"] == 48
     assert groups["mlp"]["parameters_per_unit"] == {"llama": 3 * 32, "opt": 2 * 32 + 1}[family]
     assert groups["attention"]["units_per_block"] == {"llama": 2, "opt": 4}[family]
@@ -372,8 +381,11 @@ def test_infinite_perplexity_is_still_json(cli: Run, tiny_llama: Path, text_file
         assert ("error" in document) == (result.code == 2)
 
 
+RECIPE_OPTIONS = [*("--" + name.replace("_", "-") for name in Recipe.model_fields), "--recipe", "--json"]
 OPTIONS = {
-    "prune": ["--output", *("--" + name.replace("_", "-") for name in Recipe.model_fields), "--recipe", "--json"],
+    "prune": ["--output", *RECIPE_OPTIONS],
+    "plan": RECIPE_OPTIONS,
+    "export": ["--output", "--format", "--dtype", "--tokenizer-gguf", "--json"],
     "inspect": ["--json"],
     "methods": ["--json"],
     "eval": ["--text", "--seq-len", "--max-windows", "--json"],

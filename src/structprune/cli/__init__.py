@@ -13,6 +13,7 @@ from structprune.cli import eval as eval_verb
 from structprune.cli import export as export_verb
 from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
+from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.errors import StructPruneError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune_verb.prune)
+app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval")(eval_verb.evaluate)

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
 from structprune.report.comparison import Comparison
-from structprune.report.schema import PruneReport, ReloadReport
+from structprune.report.schema import PruneReport, ReloadReport, RuntimeReport
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -59,8 +60,14 @@ def report_table(report: PruneReport) -> None:
             ("reload check", _reload_line(report.reload)),
             ("forward passes", f"{report.compute_dtype} on {report.device}"),
             ("wall time", f"{report.wall_seconds:.1f} s"),
+            *runtime_rows(report.runtimes),
         ],
     )
+
+
+def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tuple[str, str]]:
+    """Who loads a checkpoint, how that is known, and how or why not."""
+    return [(s.runtime, f"{s.loads}{f' ({s.basis})' if s.basis else ''}: {s.reason}") for s in supports]
 
 
 def _reload_line(reload: ReloadReport) -> str:

@@ -9,8 +9,8 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.foresight import shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.reload_check import Probe, check_reload, take_probe
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
+from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.exporters.uniform import write_companions
 from structprune.files import write_json
 from structprune.memory import PeakMeter, release_free_memory
@@ -36,6 +38,7 @@ from structprune.report.schema import (
     PruneReport,
     ReloadReport,
     ReusedStatistics,
+    RuntimeReport,
     SizeReport,
 )
 from structprune.runs.directory import RunDirectory
@@ -176,12 +179,14 @@ def commit(
     write_json(checkpoint / MANIFEST_NAME, manifest)
     writer.finish()
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
-    StockModel(CheckpointReader(checkpoint))
+    written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
     measured_peak = meter.peak_so_far()
 
     reload = check_reload(job, run, writer, judged.probe, observer)
-    report = _report(job, run, measured_peak, outcome, size, calibration, reload)
+    # The shape of what lies there, not of what was planned.
+    shape = shape_of(written, job.recipe, config)
+    report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     run.commit(checkpoint)
     return report
@@ -218,6 +223,7 @@ def _report(
     size: SizeReport,
     calibration: CalibrationReport,
     reload: ReloadReport,
+    supports: Sequence[RuntimeSupport],
 ) -> PruneReport:
     layout = job.stock.layout
     return PruneReport(
@@ -242,6 +248,7 @@ def _report(
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,
+        runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
         versions=_versions(),
     )

@@ -102,6 +102,15 @@ class ReloadReport(_Frozen):
     seconds: float = 0.0
 
 
+class RuntimeReport(_Frozen):
+    """Whether one runtime loads the output, as far as known."""
+
+    runtime: str
+    loads: Literal["yes", "no", "unverified"]
+    basis: Literal["checked", "by its source"] | None
+    reason: str
+
+
 class PruneReport(_Frozen):
     """Everything that a run states about itself."""
 
@@ -121,6 +130,7 @@ class PruneReport(_Frozen):
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
     reload: ReloadReport
+    runtimes: list[RuntimeReport]
     wall_seconds: float
     versions: dict[str, str]
 
