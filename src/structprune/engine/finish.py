@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.source import hub_id
 from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.foresight import shape_of
 from structprune.engine.job import Job
@@ -29,8 +31,9 @@ from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.exporters.uniform import write_companions
-from structprune.files import write_json
+from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
+from structprune.report.card import model_card
 from structprune.report.schema import (
     BlockReport,
     CalibrationReport,
@@ -164,7 +167,7 @@ def commit(
     size: SizeReport,
     judged: Judged,
 ) -> PruneReport:
-    """Write config, companions, manifest and index, have that loaded, write the report, and make it the output."""
+    """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
     checkpoint = writer.directory
     write_companions(job.reader.directory, checkpoint, config)
     calibration = _calibration_report(job, judged)
@@ -188,6 +191,8 @@ def commit(
     shape = shape_of(written, job.recipe, config)
     report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
+    source = source_metadata(job.reader.directory, job.reader.config)
+    write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
     run.commit(checkpoint)
     return report
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import source_metadata
 from structprune.errors import InputError, NumericalError
 from structprune.exporters.export import ExportRequest, ExportResult
 from structprune.exporters.gguf_families import Transform
@@ -52,6 +53,9 @@ def _write(plan: GgufPlan, request: ExportRequest) -> None:
     writer: Any = gguf.GGUFWriter(None, plan.architecture)
     writer.add_type("model")
     writer.add_name(request.name)
+    origin = source_metadata(request.reader.directory, request.reader.config)
+    if isinstance(origin.get("license"), str):
+        writer.add_license(origin["license"])
     writer.add_file_type(int(kinds[plan.dtype][1]))
     types = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
     types |= {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}
