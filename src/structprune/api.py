@@ -30,6 +30,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
+from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import expand_user
 from structprune.memory import PeakMeter, bound_hidden_memory
@@ -336,3 +337,20 @@ def _source_gguf(model: str, directory: Path) -> Path | None:
     if report.is_file():
         source = json.loads(report.read_text(encoding="utf-8")).get("source", model)
     return gguf_file(source)
+
+
+def push(
+    output: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    observer: Observer | None = None,
+) -> str:
+    """Upload the finished output of a run to the model repository `repo_id` of the hub, as one commit.
+
+    The token is where huggingface_hub looks for it. Returns the commit's address. Raises StructPruneError.
+    """
+    note = (observer or SilentObserver()).note
+    directory = expand_user(str(output))
+    return push_directory(directory, REPORT_NAME, repo_id, private=private, revision=revision, note=note)

@@ -385,6 +385,7 @@ RECIPE_OPTIONS = [*("--" + name.replace("_", "-") for name in Recipe.model_field
 OPTIONS = {
     "prune": ["--output", *RECIPE_OPTIONS],
     "plan": RECIPE_OPTIONS,
+    "push": ["--private", "--revision", "--json"],
     "export": ["--output", "--format", "--dtype", "--tokenizer-gguf", "--json"],
     "inspect": ["--json"],
     "methods": ["--json"],

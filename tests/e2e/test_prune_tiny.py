@@ -267,6 +267,7 @@ def test_companions_that_the_source_lacks_are_not_invented(tiny_llama: Path, tex
         "config.json",
         *(f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)),
         "model.safetensors.index.json",
+        "README.md",
         "pruning_manifest.json",
         "pruning_report.json",
         "tokenizer.json",

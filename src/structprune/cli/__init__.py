@@ -15,6 +15,7 @@ from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
+from structprune.cli import push as push_verb
 from structprune.errors import StructPruneError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval")(eval_verb.evaluate)
 app.command("export")(export_verb.export)
+app.command("push")(push_verb.push)
 app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
 
 
