@@ -21,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 300
 # llama.cpp's table of GELU has half precision; SiLU is computed.
-GELU = ("gemma", "gemma2", "gemma3", "gpt2")
+GELU = ("gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_neox-sequential")
 PROMPTS = [
     torch.randint(1, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (5, 70)
 ]
@@ -98,6 +99,9 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
+NEOX = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"} | rope(
+    "default", partial_rotary_factor=0.5
+)
 # Name -> (config, architecture of the file).
 UNIFORM: dict[str, tuple[Callable[[], Any], str]] = {
     "llama": (lambda: LlamaConfig(**SIZES), "llama"),
@@ -140,6 +144,8 @@ UNIFORM: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "gpt2",
     ),
+    "gpt_neox": (lambda: GPTNeoXConfig(**NEOX), "gptneox"),
+    "gpt_neox-sequential": (lambda: GPTNeoXConfig(**NEOX, use_parallel_residual=False), "gptneox"),
 }
 
 
@@ -189,6 +195,20 @@ def test_uniform_widths_load_as_the_native_architecture(name: str, tmp_path: Pat
     result = export(source, tmp_path / "tiny.gguf", dtype="float32")
     assert (result.architecture, result.dtype) == (architecture, "float32")
     assert_same(tmp_path / "tiny.gguf", model, atol=5e-3 if name in GELU else 1e-4)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("gpt2", "", "transformer."), ("gpt_neox", "lm_head.", "embed_out.")])
+def test_other_names_of_tensors(name: str, old: str, new: str, tmp_path: Path) -> None:
+    source, model = stock_checkpoint(UNIFORM[name][0](), tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    renamed = {old + n.removeprefix(new) if n.startswith(new) else n: tensor for n, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    # What old ones hold beside their weights.
+    if name == "gpt2":
+        renamed["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    export(source, tmp_path / "tiny.gguf")
+    assert_same(tmp_path / "tiny.gguf", model, atol=5e-3)
 
 
 def test_every_family_is_loaded_by_a_test() -> None:
@@ -427,7 +447,12 @@ def tokenized(**options: Any) -> Callable[[Path], None]:
 UP = "model.layers.1.mlp.up_proj.weight"
 BAD: dict[str, tuple[Callable[[Path], None], type[StructPruneError], str, dict[str, Any]]] = {
     "family": (configured(model_type="opt"), UnsupportedError, "no GGUF form is known for this model family", {}),
-    "activation": (configured(hidden_act="relu"), UnsupportedError, "another activation", {}),
+    "activation": (
+        configured(hidden_act="relu"),
+        UnsupportedError,
+        "computes this family otherwise; got activation relu, wanted silu",
+        {},
+    ),
     "sliced": (configured(structprune_sliced={"hidden_size": 96}), UnsupportedError, "matrices", {}),
     "quantised": (configured(quantization_config={}), UnsupportedError, "quantised", {}),
     "rope": (configured(**rope("dynamic", factor=2.0)), UnsupportedError, "scaling of the rotary positions", {}),

@@ -105,6 +105,8 @@ def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
         return value.float() + 1.0
     if transform == "transpose":
         return value.T
+    if transform == "ungroup":
+        return value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
     if transform == "interleave":
         # Row i of a head's first half and row i of its second half become neighbours.
         halves = value.reshape(heads, 2, -1, *value.shape[1:])

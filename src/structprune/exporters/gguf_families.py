@@ -11,14 +11,15 @@ v vocabulary, p positions, 2f and q+2k fused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from structprune.types import UnitKind
 
-Transform = Literal["copy", "interleave", "plus-one", "transpose"]
+Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup"]
 """interleave: rows of a head from (first halves, second halves) to pairs, as llama.cpp's NORM rotary positions want
-them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D."""
+them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from query, key and value of
+one head after the other to those of all heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +65,18 @@ class GgufFamily:
 
     blocks: str
     """Checkpoint prefix of the blocks, with the final dot."""
-    activation: str
-    """The only value of `hidden_act` that the architectures compute."""
+    activations: tuple[str, ...]
+    """The values of `hidden_act` that the architectures compute; all GELUs are one to llama.cpp, by tanh."""
     widths: Mapping[str, tuple[str, int]]
     """Dimension -> (tensor of a block, axis) that it is read from; the others follow from the config."""
     uniform: Target
     uneven: Target | None = None
     window: Literal["none", "caps-context", "alternating", "five-of-six"] = "none"
     """How a sliding window is treated: the target has none and is right within one window, or has this pattern."""
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Start of a tensor's name in older checkpoints -> in the rules."""
+    requires: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Config entries that the architectures take for granted -> value."""
 
 
 def _linear(
@@ -155,7 +160,7 @@ _OPENELM = replace(
 )
 
 _LLAMA_FAMILY = GgufFamily(
-    blocks="model.layers.", activation="silu", widths=_WIDTHS, uniform=_LLAMA, uneven=_DECI, window="caps-context"
+    blocks="model.layers.", activations=("silu",), widths=_WIDTHS, uniform=_LLAMA, uneven=_DECI, window="caps-context"
 )
 
 
@@ -226,6 +231,28 @@ _GPT2 = Target(
     metadata=("layer_norm_epsilon",),
 )
 
+_GPT_NEOX = Target(
+    architecture="gptneox",
+    outer=(
+        Rule(source="gpt_neox.embed_in.weight", target="token_embd.weight", dims=("v", "d")),
+        *_layer_norm(None, "gpt_neox.final_layer_norm", "output_norm"),
+        Rule(source="lm_head.weight", target="output.weight", dims=("v", "d")),
+    ),
+    block=tuple(
+        # llama.cpp wants the biases that a config may leave out.
+        replace(rule, optional=False)
+        for rule in (
+            *_layer_norm("attention", "input_layernorm", "attn_norm"),
+            *_linear("attention", "attention.query_key_value", "attn_qkv", "q+2k", "d", "ungroup"),
+            *_linear("attention", "attention.dense", "attn_output", "d", "q"),
+            *_layer_norm("mlp", "post_attention_layernorm", "ffn_norm"),
+            *_linear("mlp", "mlp.dense_h_to_4h", "ffn_up", "f", "d"),
+            *_linear("mlp", "mlp.dense_4h_to_h", "ffn_down", "d", "f"),
+        )
+    ),
+    metadata=("layer_norm_epsilon", "rotary", "parallel_residual"),
+)
+
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "llama": _LLAMA_FAMILY,
     "mistral": _LLAMA_FAMILY,
@@ -233,36 +260,46 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "qwen3": replace(_LLAMA_FAMILY, uniform=_QWEN3, uneven=_OPENELM),
     "gemma": GgufFamily(
         blocks="model.layers.",
-        activation=_GELU_TANH,
+        activations=(_GELU_TANH,),
         widths=_WIDTHS,
         uniform=_gemma("gemma", _ROTARY, sandwich=False, head_norms=False),
     ),
     "gemma2": GgufFamily(
         blocks="model.layers.",
-        activation=_GELU_TANH,
+        activations=(_GELU_TANH,),
         widths=_WIDTHS,
         uniform=_gemma("gemma2", (*_ROTARY, "sliding_window", "soft_caps"), sandwich=True, head_norms=False),
         window="alternating",
     ),
     "gemma3_text": GgufFamily(
         blocks="model.layers.",
-        activation=_GELU_TANH,
+        activations=(_GELU_TANH,),
         widths=_WIDTHS,
         uniform=_gemma("gemma3", (*_ROTARY, "sliding_window", "local_rotary"), sandwich=True, head_norms=True),
         window="five-of-six",
     ),
     "phi3": GgufFamily(
         blocks="model.layers.",
-        activation="silu",
+        activations=("silu",),
         widths={"q": ("self_attn.o_proj.weight", 1), "f": ("mlp.down_proj.weight", 1)},
         uniform=_PHI3,
         window="caps-context",
     ),
     "gpt2": GgufFamily(
         blocks="transformer.h.",
-        activation="gelu_new",
+        activations=("gelu_new", _GELU_TANH, "gelu_fast"),
         widths={"q": ("attn.c_proj.weight", 0), "f": ("mlp.c_fc.weight", 1)},
         uniform=_GPT2,
+        # Saved without the head, as the ones on the hub are.
+        renamed={"": "transformer."},
+        requires={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+    ),
+    "gpt_neox": GgufFamily(
+        blocks="gpt_neox.layers.",
+        activations=("gelu", "gelu_new", _GELU_TANH, "gelu_fast"),
+        widths={"q": ("attention.dense.weight", 1), "f": ("mlp.dense_h_to_4h.weight", 0)},
+        uniform=_GPT_NEOX,
+        renamed={"embed_out.": "lm_head."},
     ),
 }
 """`config.model_type` -> where its tensors go."""

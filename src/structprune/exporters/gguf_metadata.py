@@ -110,7 +110,9 @@ def _rms_epsilon(model: GgufModel) -> dict[str, Value]:
 
 
 def _layer_norm_epsilon(model: GgufModel) -> dict[str, Value]:
-    return {"attention.layer_norm_epsilon": float(model.config.layer_norm_epsilon)}
+    config = model.config
+    epsilon = config.layer_norm_epsilon if hasattr(config, "layer_norm_epsilon") else config.layer_norm_eps
+    return {"attention.layer_norm_epsilon": float(epsilon)}
 
 
 def _head_size(model: GgufModel) -> dict[str, Value]:
@@ -184,6 +186,10 @@ def _original_context(model: GgufModel) -> dict[str, Value]:
     return {"rope.scaling.original_context_length": int(original)}
 
 
+def _parallel_residual(model: GgufModel) -> dict[str, Value]:
+    return {"use_parallel_residual": bool(model.config.use_parallel_residual)}
+
+
 def _sliding_window(model: GgufModel) -> dict[str, Value]:
     return {"attention.sliding_window": int(model.config.sliding_window or 0)}
 
@@ -205,6 +211,7 @@ _ENTRIES: Mapping[str, Callable[[GgufModel], dict[str, Value]]] = {
     "rotary": _rotary,
     "local_rotary": _local_rotary,
     "original_context": _original_context,
+    "parallel_residual": _parallel_residual,
     "sliding_window": _sliding_window,
     "soft_caps": _soft_caps,
 }

@@ -142,14 +142,18 @@ def _parsed_config(reader: CheckpointReader) -> Any:
             where=str(reader.directory / "config.json"),
             got=str(error),
         ) from error
+    family = GGUF_FAMILIES[stock["model_type"]]
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next(getattr(config, name) for name in names if getattr(config, name, None))
-    wanted = GGUF_FAMILIES[stock["model_type"]].activation
-    if activation != wanted:
+    wrong = {name: (getattr(config, name), value) for name, value in family.requires.items()}
+    wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
+    if activation not in family.activations:
+        wrong["activation"] = (activation, " or ".join(family.activations))
+    for name, (got, wanted) in wrong.items():
         raise UnsupportedError(
-            "llama.cpp computes another activation for this family",
+            "llama.cpp computes this family otherwise",
             where=str(reader.directory / "config.json"),
-            got=activation,
+            got=f"{name} {got}",
             wanted=wanted,
         )
     return config
@@ -172,8 +176,8 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
         }
         for dim, (name, axis) in family.widths.items():
             kind = "mlp" if dim == "f" else "attention"
-            full = f"{family.blocks}{index}.{name}"
             if kind not in kinds:
+                full = _stored(reader, family, f"{family.blocks}{index}.{name}")
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
                 size[dim] = reader.shapes[full][axis]
@@ -213,6 +217,15 @@ def _target(
     return family.uneven
 
 
+def _stored(reader: CheckpointReader, family: GgufFamily, name: str) -> str:
+    """What the tensor is called in the files."""
+    for old, new in family.renamed.items():
+        older = old + name.removeprefix(new)
+        if name not in reader.shapes and name.startswith(new) and older in reader.shapes:
+            return older
+    return name
+
+
 def _untied(reader: CheckpointReader) -> bool:
     return "lm_head.weight" in reader.shapes
 
@@ -243,7 +256,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves)
         "h": model.head_size,
     }
     used: set[str] = set()
-    result = _joined(reader, "", "", target.outer, common, (1, 1), frozenset(), used)
+    result = _joined(reader, model.family, "", "", target.outer, common, (1, 1), frozenset(), used)
     factors = rope_factors(model)
     if factors is not None:
         result.append(GgufTensor(name="rope_freqs.weight", shape=tuple(factors.shape), values=factors))
@@ -254,7 +267,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves)
         gone = removed[block.index]
         prefix = f"{model.family.blocks}{block.index}."
         heads = (block.heads, block.kv_heads)
-        result += _joined(reader, prefix, f"blk.{number}.", rules, dims, heads, gone, used)
+        result += _joined(reader, model.family, prefix, f"blk.{number}.", rules, dims, heads, gone, used)
     left = [name for name in reader.shapes if name not in used and not name.endswith(_COMPUTED)]
     if left:
         raise UnsupportedError(
@@ -266,6 +279,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves)
 
 def _joined(
     reader: CheckpointReader,
+    family: GgufFamily,
     prefix: str,
     target_prefix: str,
     rules: Sequence[Rule],
@@ -277,7 +291,7 @@ def _joined(
     """The tensors that `rules` make; those of halves in `gone` are zeros."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
-        name = prefix + rule.source
+        name = _stored(reader, family, prefix + rule.source)
         zeros = rule.half in gone
         if rule.optional and (zeros or name not in reader.shapes):
             continue
@@ -300,7 +314,7 @@ def _joined(
             shape=shape if before is None else (before.shape[0] + shape[0], *shape[1:]),
             sources=(
                 *(() if before is None else before.sources),
-                *(() if zeros else ((name, rule.transform, heads[0 if rule.dims[0] == "q" else 1]),)),
+                *(() if zeros else ((name, rule.transform, heads[1 if rule.dims[0] == "k" else 0]),)),
             ),
             float32=rule.float32,
         )
