@@ -43,6 +43,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from structprune.evaluation import reload
+
 VOCAB = 260
 
 
@@ -245,6 +247,18 @@ def smollm2() -> Path:
     from structprune.architectures.source import resolve_model
 
     return resolve_model("smollm2")
+
+
+@pytest.fixture(autouse=True)
+def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reload check of every run without its fresh process, which takes seconds; test_reload.py has the real one."""
+    if "fresh_process" not in request.fixturenames:
+        monkeypatch.setattr(reload, "reload_in_a_process", lambda spec, work: reload.reload_here(spec))
+
+
+@pytest.fixture
+def fresh_process() -> None:
+    """The reload check of this test starts its process."""
 
 
 @pytest.fixture(scope="module")

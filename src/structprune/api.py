@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
-from structprune.architectures.source import resolve_model
+from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
@@ -21,18 +21,25 @@ from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.finish import REPORT_NAME
+from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
-from structprune.memory import PeakMeter, bound_hidden_memory, format_budget, format_bytes
+from structprune.exporters import EXPORTERS
+from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
+from structprune.exporters.push import push as push_directory
+from structprune.exporters.runtimes import RuntimeSupport, runtimes
+from structprune.files import expand_user
+from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
-from structprune.runs.directory import RunDirectory
+from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup
 
@@ -52,6 +59,21 @@ class CheckedRun:
     """Resolved but for what the calibration text and the memory decide."""
     device: torch.device
     dtype: torch.dtype
+    foresight: Foresight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run would do, from headers and settings alone."""
+
+    source: str
+    recipe: Recipe
+    """Resolved but for what the calibration text decides."""
+    layout: ModelLayout
+    plan: PrunePlan
+    foresight: Foresight
+    runtimes: list[RuntimeSupport]
+    """Who will load the result."""
 
 
 def check(model: str | Path, recipe: Recipe) -> CheckedRun:
@@ -83,7 +105,53 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
         recipe=recipe,
         device=device,
         dtype=dtype,
+        foresight=WALKS[method.walk].foresee(stock, recipe, list(dict.fromkeys(group.kind for group in groups))),
     )
+
+
+def plan(model: str | Path, recipe: Recipe) -> RunPlan:
+    """What `prune` would do: its memory and disk, the size of the result, and who will load it; reads headers only.
+
+    Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
+    """
+    bound_hidden_memory()
+    checked = check(model, recipe)
+    return RunPlan(
+        source=str(model),
+        recipe=checked.recipe,
+        layout=checked.stock.layout,
+        plan=_plan(checked, checked.recipe.num_samples),
+        foresight=checked.foresight,
+        runtimes=runtimes(checked.foresight.shape),
+    )
+
+
+def _num_probe(recipe: Recipe) -> int:
+    """Calibration windows whose perplexity is reported."""
+    return max(1, _PROBE_TOKENS // recipe.seq_len)
+
+
+def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
+    recipe, stock = checked.recipe, checked.stock
+    survey = checked.method.survey_for(recipe.allocator or "uniform")
+    request = PlanRequest(
+        layout=stock.layout,
+        groups=checked.groups,
+        stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
+        compute_dtype=checked.dtype,
+        num_windows=num_windows,
+        seq_len=recipe.seq_len,
+        num_probe=min(_num_probe(recipe), num_windows),
+        needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
+        needs_survey=survey == "loss",
+        needs_weight_gradients=survey == "taylor",
+        follows_dense=recipe.target == "dense-path",
+        holds_out=recipe.damping == "auto",
+        num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
+        sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
+        reload_check=recipe.reload_check,
+    )
+    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), recipe.memory)
 
 
 def prune(
@@ -109,35 +177,14 @@ def prune(
     checked = check(model, recipe)
     recipe, stock, groups = checked.recipe, checked.stock, checked.groups
     walk = WALKS[checked.method.walk]
-    survey = checked.method.survey_for(recipe.allocator or "uniform")
-    num_probe = max(1, _PROBE_TOKENS // recipe.seq_len)
-
-    def plan_for(num_windows: int) -> PrunePlan:
-        request = PlanRequest(
-            layout=stock.layout,
-            groups=groups,
-            stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
-            compute_dtype=checked.dtype,
-            num_windows=num_windows,
-            seq_len=recipe.seq_len,
-            num_probe=min(num_probe, num_windows),
-            needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
-            needs_survey=survey == "loss",
-            needs_weight_gradients=survey == "taylor",
-            follows_dense=recipe.target == "dense-path",
-            holds_out=recipe.damping == "auto",
-            num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
-            sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
-        )
-        return make_plan(walk.request(request, recipe, stock), recipe.memory)
 
     with PeakMeter() as meter:
-        plan = plan_for(recipe.num_samples)
+        plan = _plan(checked, recipe.num_samples)
         name, windows = _windows(checked, plan, observer)
-        _check_disk(run, plan)
+        check_free_disk(run.output, plan.disk_bytes)
         num_windows = len(windows.ids_NS)
         if num_windows < recipe.num_samples:
-            plan = plan_for(num_windows)
+            plan = _plan(checked, num_windows)
         job = Job(
             source=str(model),
             stock=stock,
@@ -149,7 +196,7 @@ def prune(
             plan=plan,
             calibration_name=name,
             windows=windows,
-            num_probe=min(num_probe, num_windows),
+            num_probe=min(_num_probe(recipe), num_windows),
             device=checked.device,
             dtype=checked.dtype,
             started=started,
@@ -157,19 +204,6 @@ def prune(
         )
         with run:
             return walk.execute(job, run, meter, observer)
-
-
-def _check_disk(run: RunDirectory, plan: PrunePlan) -> None:
-    parent = next(p for p in run.output.parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
-        raise InputError(
-            "not enough free disk for the output",
-            where=str(parent),
-            got=format_bytes(free),
-            wanted=f"at least {format_budget(plan.disk_bytes)}",
-            do="free some, or choose another -o",
-        )
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
@@ -241,6 +275,80 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
     return load_model(directory, device, dtype), TextEncoder(directory)
 
 
+def loads_in(model: str | Path) -> list[RuntimeSupport]:
+    """The runtimes that load `model` as it is, as far as known; reads headers only."""
+    stock = StockModel(CheckpointReader(resolve_model(str(model))))
+    return runtimes(shape_of(stock, Recipe(), stock.layout.config))
+
+
 def inspect(model: str | Path) -> ModelLayout:
     """The blocks of `model`, what can be removed from them, and their sizes; reads headers only."""
     return StockModel(CheckpointReader(resolve_model(str(model)))).layout
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "gguf",
+    dtype: str = "stored",
+    tokenizer_gguf: str | Path | None = None,
+    observer: Observer | None = None,
+) -> ExportResult:
+    """Write `model` (an output of `prune`, or any model that `prune` takes) as a file for another runtime.
+
+    The tokenizer of a model that came from a GGUF file is copied from there, as `tokenizer_gguf` would be.
+    Raises a subclass of StructPruneError; the file appears whole or not at all.
+    """
+    observer = observer or SilentObserver()
+    exporter = EXPORTERS.get(format)
+    if dtype not in ("stored", *EXPORT_DTYPES):
+        raise InputError("unknown --dtype", got=dtype, wanted=f"stored, {', '.join(EXPORT_DTYPES)}")
+    path = expand_user(str(output))
+    check_absent(path)
+    directory = resolve_model(str(model))
+    reader = CheckpointReader(directory)
+    tokenizer = expand_user(str(tokenizer_gguf)) if tokenizer_gguf else _source_gguf(str(model), directory)
+    if tokenizer is not None:
+        observer.note(f"tokenizer copied from {tokenizer}")
+
+    def start(total: int) -> None:
+        observer.start("write", total)
+
+    return exporter(
+        ExportRequest(
+            reader=reader,
+            output=path,
+            name=path.stem,
+            dtype=dtype,
+            tokenizer_gguf=tokenizer,
+            start=start,
+            advance=observer.advance,
+        )
+    )
+
+
+def _source_gguf(model: str, directory: Path) -> Path | None:
+    """The GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there."""
+    report = directory / REPORT_NAME
+    source = model
+    if report.is_file():
+        source = json.loads(report.read_text(encoding="utf-8")).get("source", model)
+    return gguf_file(source)
+
+
+def push(
+    output: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    observer: Observer | None = None,
+) -> str:
+    """Upload the finished output of a run to the model repository `repo_id` of the hub, as one commit.
+
+    The token is where huggingface_hub looks for it. Returns the commit's address. Raises StructPruneError.
+    """
+    note = (observer or SilentObserver()).note
+    directory = expand_user(str(output))
+    return push_directory(directory, REPORT_NAME, repo_id, private=private, revision=revision, note=note)

@@ -70,6 +70,12 @@ class Recipe(BaseModel):
     sensitivity_samples: int = Field(
         default=24, ge=1, description="windows of the streamed backward pass, or of measured losses"
     )
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="processes that will share each block: its heads and widths divide by this"
+    )
+    reload_check: bool = Field(
+        default=True, description="whether stock code loads the result, in a process of its own, and is compared"
+    )
 
     @field_validator("memory", mode="before")
     @classmethod

@@ -744,19 +744,46 @@ def test_memory_that_is_no_size(value: str, refused: Refused, tiny_llama: Path) 
     assert f"a size in bytes cannot be read; got {value!r}" in refused(tiny_llama, "--memory", value)
 
 
+@pytest.mark.parametrize(
+    ("check", "where", "advice"),
+    [
+        (["--no-reload-check"], r"phase '[a-z ()]+'", "Raise --memory or lower --seq-len"),
+        # Beside a model of this size, what loads the result needs most.
+        (
+            [],
+            "the process that loads the result to check it",
+            "Raise --memory, or leave the check out with --no-reload-check",
+        ),
+    ],
+)
 def test_budget_that_cannot_hold_one_block(
-    refused: Refused, capsys: pytest.CaptureFixture[str], tiny_llama: Path, text_file: Path, tmp_path: Path
+    check: list[str],
+    where: str,
+    advice: str,
+    refused: Refused,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     # The plan depends on the dtype, and `auto` on what else the machine is doing.
-    message = refused(tiny_llama, "--memory", "10MiB", "--dtype", "float32")
+    message = refused(tiny_llama, "--memory", "10MiB", "--dtype", "float32", *check)
     match = re.fullmatch(
-        r"phase '[a-z ()]+': does not fit in the memory budget; got 10\.0 MiB, "
-        r"wanted at least (\d+ MiB)\. Raise --memory or lower --seq-len\.",
+        rf"{where}: does not fit in the memory budget; got 10\.0 MiB, wanted at least (\d+ MiB)\. {advice}\.",
         message,
     )
     assert match is not None
     # The budget that the message names would do.
-    command = ["prune", str(tiny_llama), "-o", str(tmp_path / "out"), "--calibration", str(text_file), "--quiet"]
+    command = [
+        "prune",
+        str(tiny_llama),
+        "-o",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(text_file),
+        "--quiet",
+        *check,
+    ]
     with pytest.raises(SystemExit) as caught:
         main([*command, "--num-samples", "4", "--seq-len", "32", "--dtype", "float32", "--memory", match[1], "--json"])
     assert caught.value.code == 0

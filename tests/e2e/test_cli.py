@@ -88,7 +88,8 @@ def test_prune_json_in_a_process(tiny_llama: Path, text_file: Path, tmp_path: Pa
     assert [(block["block"], block["kept_units"]) for block in report["blocks"]] == [(0, 33), (1, 33)]
     # Not a terminal: one plain line per block, no escape sequences, no carriage returns.
     lines = result.err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert re.fullmatch(r"reload check 1/1  whole, relative difference \d\.\de[-+]\d\d  0 s left", lines.pop())
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
             rf"prune {number}/2  block {number - 1} mlp 33/48  error 0\.\d{{4}}  memory \d+\.\d [KM]iB  \d+ s left",
@@ -153,6 +154,7 @@ def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_
     assert [line.split("  ")[:2] for line in lines] == [
         ["prune 1/2", "block 0 mlp 33/48"],
         ["prune 2/2", "block 1 mlp 33/48"],
+        ["reload check 1/1", lines[-1].split("  ")[1]],
     ]
     # No data, no error figure.
     assert "error" not in result.err
@@ -188,10 +190,14 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 3,
+        "tensor_parallel": 1,
+        "reload_check": False,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     place = flags.index("--allow-block-removal")
     flags[place : place + 2] = ["--no-block-removal"]
+    place = flags.index("--reload-check")
+    flags[place : place + 2] = ["--no-reload-check"]
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     assert strict_json(result.out)["recipe"] == given
@@ -241,6 +247,7 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
     assert (result.code, result.err) == (0, "")
     facts = strict_json(result.out)
     groups = {group.pop("kind"): group for group in facts.pop("groups")}
+    runtimes = facts.pop("runtimes")
     assert facts == {
         "model": str(directory),
         "family": family,
@@ -252,6 +259,13 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
         "tied_embeddings": True,
         "share_of_blocks": in_blocks / total,
     }
+    assert [(r["runtime"], r["loads"]) for r in runtimes] == [
+        ("transformers", "yes"),
+        ("vLLM, native", {"llama": "yes", "opt": "unverified"}[family]),
+        ("vLLM, Transformers backend", "unverified"),
+        ("SGLang", {"llama": "yes", "opt": "unverified"}[family]),
+        ("llama.cpp", {"llama": "yes", "opt": "no"}[family]),
+    ]
     assert groups["mlp"]["units_per_block"] == 48
     assert groups["mlp"]["parameters_per_unit"] == {"llama": 3 * 32, "opt": 2 * 32 + 1}[family]
     assert groups["attention"]["units_per_block"] == {"llama": 2, "opt": 4}[family]
@@ -367,8 +381,12 @@ def test_infinite_perplexity_is_still_json(cli: Run, tiny_llama: Path, text_file
         assert ("error" in document) == (result.code == 2)
 
 
+RECIPE_OPTIONS = [*("--" + name.replace("_", "-") for name in Recipe.model_fields), "--recipe", "--json"]
 OPTIONS = {
-    "prune": ["--output", *("--" + name.replace("_", "-") for name in Recipe.model_fields), "--recipe", "--json"],
+    "prune": ["--output", *RECIPE_OPTIONS],
+    "plan": RECIPE_OPTIONS,
+    "push": ["--private", "--revision", "--json"],
+    "export": ["--output", "--format", "--dtype", "--tokenizer-gguf", "--json"],
     "inspect": ["--json"],
     "methods": ["--json"],
     "eval": ["--text", "--seq-len", "--max-windows", "--json"],

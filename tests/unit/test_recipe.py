@@ -40,6 +40,8 @@ CHANGES: dict[str, Any] = {
     "protect_first": 1,
     "protect_last": 1,
     "sensitivity_samples": 3,
+    "tensor_parallel": 2,
+    "reload_check": False,
 }
 
 

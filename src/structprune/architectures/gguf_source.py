@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import modeling_gguf_pytorch_utils as stock_gguf
 
+from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
+from structprune.files import write_text
 
 # Families whose stock conversion is one tensor to one tensor.
 _ARCHITECTURES = ("llama", "gemma3")
@@ -83,4 +86,22 @@ def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequ
         writer.write(number, shard)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))
     config.save_pretrained(str(directory))
+    _write_origin(reader, directory / README_NAME, source.name)
     writer.finish()
+
+
+def _write_origin(reader: Any, path: Path, name: str) -> None:
+    """What the file says of its licence and origin, as the front matter of a README; nothing if it says nothing."""
+    entries = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+        "language": "general.languages",
+        "base_model": "general.base_model.0.repo_url",
+    }
+    found = {entry: reader.fields[key].contents() for entry, key in entries.items() if key in reader.fields}
+    if "base_model" in found:
+        # The model's name on the hub is the end of its address.
+        found["base_model"] = "/".join(found["base_model"].rstrip("/").split("/")[-2:])
+    if found:
+        write_text(path, f"---\n{yaml.safe_dump(found, sort_keys=False)}---\n\nRead from `{name}`.\n")

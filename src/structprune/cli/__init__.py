@@ -10,9 +10,12 @@ import typer
 
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
+from structprune.cli import export as export_verb
 from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
+from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
+from structprune.cli import push as push_verb
 from structprune.errors import StructPruneError
 
 app = typer.Typer(
@@ -24,9 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune_verb.prune)
+app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval")(eval_verb.evaluate)
+app.command("export")(export_verb.export)
+app.command("push")(push_verb.push)
 app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
 
 

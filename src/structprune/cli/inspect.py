@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -14,7 +15,8 @@ def inspect(
 ) -> None:
     """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
     from structprune.api import inspect as run_inspect
-    from structprune.cli.render import key_value_table
+    from structprune.api import loads_in
+    from structprune.cli.render import key_value_table, runtime_rows
 
     layout = run_inspect(model)
     block = max(layout.blocks, key=lambda b: b.num_parameters)
@@ -42,7 +44,7 @@ def inspect(
         "share_of_blocks": layout.block_parameters / layout.num_parameters,
     }
     if as_json:
-        print(json.dumps({**facts, "groups": groups}, indent=2))
+        print(json.dumps({**facts, "groups": groups, "runtimes": [asdict(s) for s in loads_in(model)]}, indent=2))
         return
     rows = [(name.replace("_", " "), _show(value)) for name, value in facts.items()]
     for group in groups:
@@ -54,7 +56,7 @@ def inspect(
                 f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
             )
         )
-    key_value_table(f"structprune inspect {model}", rows)
+    key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(loads_in(model))])
 
 
 def _show(value: object) -> str:

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
 from structprune.report.comparison import Comparison
-from structprune.report.schema import PruneReport
+from structprune.report.schema import PruneReport, ReloadReport, RuntimeReport
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -56,9 +57,26 @@ def report_table(report: PruneReport) -> None:
                 f"planned {format_bytes(memory.planned_peak_bytes)}, "
                 f"measured {format_bytes(memory.measured_peak_bytes)}",
             ),
+            ("reload check", _reload_line(report.reload)),
             ("forward passes", f"{report.compute_dtype} on {report.device}"),
             ("wall time", f"{report.wall_seconds:.1f} s"),
+            *runtime_rows(report.runtimes),
         ],
+    )
+
+
+def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tuple[str, str]]:
+    """Who loads a checkpoint, how that is known, and how or why not."""
+    return [(s.runtime, f"{s.loads}{f' ({s.basis})' if s.basis else ''}: {s.reason}") for s in supports]
+
+
+def _reload_line(reload: ReloadReport) -> str:
+    if reload.relative_difference is None:
+        return f"{'left out' if reload.mode == 'off' else 'not possible'} ({reload.reason})"
+    how = "whole model" if reload.mode == "whole" else f"module by module, because {reload.reason}"
+    return (
+        f"stock transformers, {how}: relative difference {reload.relative_difference:.1e} of the logits at "
+        f"{reload.num_positions} positions ({reload.seconds:.1f} s)"
     )
 
 

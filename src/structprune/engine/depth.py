@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.architectures.stock import StockModel
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.allotment import check_shared_out
 from structprune.engine.block_choice import BLOCK_SCORES, Choice
 from structprune.engine.embed import embed, open_store
 from structprune.engine.finish import Outcome, finish
+from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import PlanRequest
@@ -115,6 +118,19 @@ def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
     return replace(request, num_stores=remove + 1, compares="borders")
 
 
+def foresee_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """All of it: blocks are alike. Raises UnsupportedError where `tensor_parallel` processes could not share them."""
+    check_shared_out(stock, recipe, {})
+    layout = stock.layout
+    remove = num_removed(recipe.sparsity, layout)
+    config = shallower_config(layout.config, stock.config, range(len(layout.blocks) - remove))
+    return Foresight(
+        shape=shape_of(stock, recipe, config),
+        kept=None,
+        num_parameters=layout.num_parameters - remove * layout.blocks[0].num_parameters,
+    )
+
+
 def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Choose the blocks that go and write the others into `run`'s staging directory.
 
@@ -134,7 +150,7 @@ def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Obser
     writer = CheckpointWriter(checkpoint, len(kept) + 2, job.stored_name)
     outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
     config = shallower_config(job.reader.config, job.stock.config, kept)
-    return finish(job, run, writer, meter, config, outcome, layout.block_parameters)
+    return finish(job, run, writer, meter, observer, config, outcome, layout.block_parameters)
 
 
 def _write_blocks(

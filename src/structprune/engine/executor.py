@@ -8,22 +8,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.allotment import Kept, allot
 from structprune.engine.block import prune_block
 from structprune.engine.embed import embed, open_store
 from structprune.engine.finish import Outcome, finish
+from structprune.engine.foresight import output_config
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.shared import Survey, survey_dense
 from structprune.engine.walk import Costs
-from structprune.exporters.per_layer import per_layer_config
-from structprune.exporters.uniform import uniform_config
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.report.schema import BlockReport, PruneReport
 from structprune.runs.directory import RunDirectory
@@ -31,44 +29,9 @@ from structprune.runs.directory import RunDirectory
 SURVEY = "survey"
 
 
-def allocate(job: Job, costs: Costs | None) -> dict[str, list[int]]:
-    """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
-
-    Zero where the block has no such half, or is to lose it.
-    """
-    assert job.recipe.allocator is not None
-    assert job.recipe.multiple_of is not None
-    budgets = [
-        BlockBudget(
-            block=block.index,
-            kind=group.kind,
-            num_units=group.num_units,
-            unit_parameters=sum(block.unit_parameters(part) for part in block.parts(kind)),
-            module_parameters=block.module_parameters(group),
-            # A unit of attention is a whole group of heads.
-            multiple_of=job.recipe.multiple_of if kind == "mlp" else 1,
-            cost_U=None if costs is None else costs[group.kind][block.index],
-        )
-        for kind in job.kinds
-        for block in job.stock.layout.blocks
-        if block.has(kind)
-        for group in (block.group(kind),)
-    ]
-    assert job.recipe.temperature is not None
-    protect_first, protect_last = job.protected
-    num_blocks = len(job.stock.layout.blocks)
-    options = AllocationOptions(
-        sparsity=job.recipe.sparsity,
-        min_retention=job.recipe.min_retention,
-        max_retention=job.recipe.max_retention,
-        temperature=job.recipe.temperature,
-        allow_removal=job.recipe.allow_block_removal,
-        protected=frozenset(range(protect_first)) | frozenset(range(num_blocks - protect_last, num_blocks)),
-    )
-    kept: dict[str, list[int]] = {kind: [0] * num_blocks for kind in job.kinds}
-    for budget, num_keep in zip(budgets, ALLOCATORS.get(job.recipe.allocator)(budgets, options), strict=True):
-        kept[budget.kind][budget.block] = num_keep
-    return kept
+def allocate(job: Job, costs: Costs | None) -> Kept:
+    """Units to keep per block, for each kind in scope."""
+    return allot(job.stock, job.recipe, job.kinds, costs)
 
 
 def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
@@ -85,7 +48,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     costs = None if found is None else found.costs
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
-    config = _output_config(job, kept_units)
+    config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
     for iteration in range(job.recipe.outer_iterations):
         assert costs is not None
@@ -94,13 +57,13 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
         )
         costs = _repriced(costs, rehearsal.costs)
         kept_units = allocate(job, costs)
-        config = _output_config(job, kept_units)
+        config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
     halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
-    return finish(job, run, writer, meter, config, result.outcome, scope)
+    return finish(job, run, writer, meter, observer, config, result.outcome, scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +80,7 @@ def _prune_blocks(
     run: RunDirectory,
     found: Survey | None,
     writer: CheckpointWriter | None,
-    kept_units: dict[str, list[int]],
+    kept_units: Kept,
     meter: PeakMeter,
     observer: Observer,
     phase: str,
@@ -168,17 +131,6 @@ def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
     return {
         kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
     }
-
-
-def _output_config(job: Job, kept: dict[str, list[int]]) -> dict[str, Any]:
-    source = dict(job.reader.config)
-    for group in job.stock.groups:
-        if job.adds_bias and group.kind in job.kinds and group.consumer_bias is None and group.bias_field is not None:
-            source[group.bias_field] = True
-    if job.recipe.structure == "per-layer":
-        return per_layer_config(source, job.stock, kept)
-    widths = {kind: counts[0] for kind, counts in kept.items()}
-    return uniform_config(source, job.stock.groups, widths, job.stock.family)
 
 
 def _block_line(report: BlockReport) -> str:

@@ -9,30 +9,39 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.source import hub_id
 from structprune.architectures.stock import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.foresight import shape_of
 from structprune.engine.job import Job
+from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
+from structprune.engine.reload_check import Probe, check_reload, take_probe
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
+from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.exporters.uniform import write_companions
-from structprune.files import write_json
+from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
+from structprune.report.card import model_card
 from structprune.report.schema import (
     BlockReport,
     CalibrationReport,
     MemoryReport,
     PruneReport,
+    ReloadReport,
     ReusedStatistics,
+    RuntimeReport,
     SizeReport,
 )
 from structprune.runs.directory import RunDirectory
@@ -60,6 +69,7 @@ def finish(
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
+    observer: Observer,
     config: Mapping[str, Any],
     outcome: Outcome,
     scope_parameters: int,
@@ -69,13 +79,13 @@ def finish(
     `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
     """
     release_free_memory()
-    perplexities = calibration_perplexities(job, outcome)
+    judged = judge(job, outcome)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(writer.directory, job.stock.family)
     removed = job.stock.layout.num_parameters - writer.num_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(job, run, writer, meter, config, outcome, size, perplexities)
+    return commit(job, run, writer, meter, observer, config, outcome, size, judged)
 
 
 def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
@@ -97,9 +107,19 @@ def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    probe: Probe | None
+    """None if the recipe wants no reload check."""
+
+
 @torch.no_grad()
-def calibration_perplexities(job: Job, outcome: Outcome) -> tuple[float, float]:
-    """Perplexity of the first `num_probe` calibration windows, dense and pruned, from final hidden states."""
+def judge(job: Job, outcome: Outcome) -> Judged:
+    """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
     tensors = job.reader.read(job.stock.head_tensors())
     head = job.stock.head({n: t.to(job.device, job.dtype) for n, t in tensors.items()})
     labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
@@ -114,7 +134,12 @@ def calibration_perplexities(job: Job, outcome: Outcome) -> tuple[float, float]:
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
         result.append(math.exp(mean))
-    return result[0], result[1]
+    first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(job.device)
+    return Judged(
+        dense_perplexity=result[0],
+        pruned_perplexity=result[1],
+        probe=take_probe(job, job.windows.ids_NS[0], head(first_SD)),
+    )
 
 
 def size_report(job: Job, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int) -> SizeReport:
@@ -136,39 +161,74 @@ def commit(
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
+    observer: Observer,
     config: Mapping[str, Any],
     outcome: Outcome,
     size: SizeReport,
-    perplexities: tuple[float, float],
+    judged: Judged,
 ) -> PruneReport:
-    """Write config, companions, report, manifest and last the index, read all headers back, and make it the output."""
+    """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
     checkpoint = writer.directory
     write_companions(job.reader.directory, checkpoint, config)
-    report = _report(job, run, meter, outcome, size, perplexities)
+    calibration = _calibration_report(job, judged)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": job.recipe.model_dump(mode="json"),
-        "source_fingerprint": report.source_fingerprint,
-        "calibration": report.calibration.model_dump(mode="json"),
+        "source_fingerprint": job.reader.fingerprint(),
+        "calibration": calibration.model_dump(mode="json"),
         "kept_indices": outcome.kept_indices,
-        "versions": report.versions,
+        "versions": _versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
-    write_json(checkpoint / REPORT_NAME, report.to_dict())
     writer.finish()
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
-    StockModel(CheckpointReader(checkpoint))
+    written = StockModel(CheckpointReader(checkpoint))
+    # Taken before: the other process's memory is in its own entry.
+    measured_peak = meter.peak_so_far()
+
+    reload = check_reload(job, run, writer, judged.probe, observer)
+    # The shape of what lies there, not of what was planned.
+    shape = shape_of(written, job.recipe, config)
+    report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
+    write_json(checkpoint / REPORT_NAME, report.to_dict())
+    source = source_metadata(job.reader.directory, job.reader.config)
+    write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
     run.commit(checkpoint)
     return report
+
+
+def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
+    return CalibrationReport(
+        name=job.calibration_name,
+        description=job.windows.description,
+        fingerprint=fingerprint(job.windows),
+        num_windows=job.windows.ids_NS.shape[0],
+        seq_len=job.windows.ids_NS.shape[1],
+        perplexity_windows=job.num_probe,
+        dense_perplexity=judged.dense_perplexity,
+        pruned_perplexity=judged.pruned_perplexity,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "structprune": importlib.metadata.version("structprune"),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "safetensors": importlib.metadata.version("safetensors"),
+        "python": platform.python_version(),
+    }
 
 
 def _report(
     job: Job,
     run: RunDirectory,
-    meter: PeakMeter,
+    measured_peak: int,
     outcome: Outcome,
     size: SizeReport,
-    perplexities: tuple[float, float],
+    calibration: CalibrationReport,
+    reload: ReloadReport,
+    supports: Sequence[RuntimeSupport],
 ) -> PruneReport:
     layout = job.stock.layout
     return PruneReport(
@@ -180,33 +240,20 @@ def _report(
         recipe=job.recipe,
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),
-        calibration=CalibrationReport(
-            name=job.calibration_name,
-            description=job.windows.description,
-            fingerprint=fingerprint(job.windows),
-            num_windows=job.windows.ids_NS.shape[0],
-            seq_len=job.windows.ids_NS.shape[1],
-            perplexity_windows=job.num_probe,
-            dense_perplexity=perplexities[0],
-            pruned_perplexity=perplexities[1],
-        ),
+        calibration=calibration,
         size=size,
         memory=MemoryReport(
             budget_bytes=job.plan.budget_bytes,
             planned_peak_bytes=job.plan.peak_bytes,
-            measured_peak_bytes=meter.peak_so_far(),
+            measured_peak_bytes=measured_peak,
             phases=job.plan.phases,
             store=job.plan.store,
             micro_batch_windows=job.plan.micro_batch_windows,
         ),
         blocks=outcome.reports,
         reused=outcome.reused,
+        reload=reload,
+        runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
-        versions={
-            "structprune": importlib.metadata.version("structprune"),
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-            "safetensors": importlib.metadata.version("safetensors"),
-            "python": platform.python_version(),
-        },
+        versions=_versions(),
     )

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound, ReloadMode
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.solvers.mlp_block import CHUNK_TOKENS
@@ -50,10 +51,26 @@ class PrunePlan:
     micro_batch_windows: int
     disk_bytes: int
     """Free disk that the run needs at its peak."""
+    reload: ReloadBound | None = None
+    """Of the process that loads the result; None: there is none."""
+    result_size: tuple[int, int] = (0, 0)
+    """Upper bounds of the result's parameters and of the bytes of its files."""
 
     @property
     def peak_bytes(self) -> int:
+        """Of the run's own process."""
         return max(self.phases.values())
+
+    @property
+    def reload_mode(self) -> ReloadMode | None:
+        """How the result will be loaded, as far as its size is known beforehand."""
+        return None if self.reload is None else self.reload.mode(*self.result_size, self.budget_bytes)
+
+    @property
+    def reload_bytes(self) -> int:
+        """Of both processes while the result is loaded that way."""
+        mode = self.reload_mode
+        return 0 if self.reload is None or mode is None else self.reload.bytes(mode, *self.result_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +106,8 @@ class PlanRequest:
     """Whether the residual stream is cut, with a basis for every position or with one for all."""
     sliced_hidden: int = 0
     """Dimensions of the stream that stay."""
+    reload_check: bool = False
+    """Whether another process loads the result at the end."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -103,11 +122,19 @@ def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
     for store in ("memory", "file"):
         for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
             plan = _plan_with(request, budget, store, micro_batch)
-            if plan.peak_bytes <= budget:
+            if max(plan.peak_bytes, plan.reload_bytes) <= budget:
                 return plan
             if smallest is None or plan.peak_bytes < smallest.peak_bytes:
                 smallest = plan
     assert smallest is not None
+    if smallest.reload_bytes > max(budget, smallest.peak_bytes):
+        raise MemoryBudgetError(
+            "does not fit in the memory budget",
+            where="the process that loads the result to check it",
+            got=format_bytes(budget),
+            wanted=f"at least {format_budget(smallest.reload_bytes)}",
+            do="raise --memory, or leave the check out with --no-reload-check",
+        )
     phase = max(smallest.phases, key=lambda name: smallest.phases[name])
     raise MemoryBudgetError(
         "does not fit in the memory budget",
@@ -129,7 +156,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     store_bytes = request.num_windows * request.seq_len * hidden * item
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
-    small = runtime + 2 * request.num_probe * request.seq_len * hidden * item
+    # The logits that the reload check compares with stay to the end.
+    probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
+    small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
     small += _mask_bytes(request, micro_batch)
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
@@ -270,6 +299,21 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
         disk_bytes=model_bytes + added + borders + (num_stores * store_bytes if store == "file" else 0),
+        reload=_reload_bound(request, small, item) if request.reload_check else None,
+        result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
+    )
+
+
+def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBound:
+    layout = request.layout
+    shapes = {block.prefix + name: shape for block in layout.blocks for name, shape in block.shapes.items()}
+    shapes.update(layout.outer_tensors)
+    sizes = [(request.stored_bytes[name], torch.Size(shape).numel() * item) for name, shape in shapes.items()]
+    # There twice where the checkpoint's dtype is another one.
+    largest = max(stored + (cast if cast != stored else 0) for stored, cast in sizes)
+    casts = any(stored != cast for stored, cast in sizes)
+    return ReloadBound(
+        run_bytes=run_bytes, casts=casts, largest_bytes=largest, item_bytes=item, vocab_size=layout.vocab_size
     )
 
 

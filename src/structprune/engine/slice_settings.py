@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from structprune.architectures.family import Stream
 from structprune.architectures.stock import StockModel
+from structprune.engine.allotment import check_shared_out
+from structprune.engine.foresight import Foresight, shape_of
 from structprune.errors import InputError, UnsupportedError
+from structprune.exporters.sliced import sliced_config
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, ModelLayout
@@ -74,6 +78,23 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
             "multiple_of": recipe.multiple_of or _DEFAULT_MULTIPLE,
             "damping": recipe.damping or method.damping,
         }
+    )
+
+
+def foresee_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """All of it. Raises InputError if no width removes as much, UnsupportedError if it cannot be written or shared."""
+    check_shared_out(stock, recipe, {})
+    stream, layout = stock.family.stream, stock.layout
+    assert stream is not None
+    width = kept_width(layout, stream, recipe)
+    shortcuts = recipe.structure == "per-layer"
+    outer = {name: math.prod(shape) // layout.hidden_size * width for name, shape in layout.outer_tensors.items()}
+    blocks = sum(sliced_parameters(b, stream, layout.hidden_size, width, shortcuts=shortcuts) for b in layout.blocks)
+    # The head has a basis of its own.
+    head = layout.vocab_size * width if layout.tied_embeddings else 0
+    config = sliced_config(layout.config, stock.config, stock.family, width, shortcuts=shortcuts)
+    return Foresight(
+        shape=shape_of(stock, recipe, config), kept=None, num_parameters=blocks + sum(outer.values()) + head
     )
 
 

@@ -22,7 +22,7 @@ from structprune.architectures.family import Stream
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.embed import embed, open_store
-from structprune.engine.finish import Outcome, calibration_perplexities, commit, size_report
+from structprune.engine.finish import Outcome, commit, judge, size_report
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.propagate import Propagator
@@ -69,14 +69,14 @@ def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, 
     writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
     release_free_memory()
-    perplexities = calibration_perplexities(job, result.outcome)
+    judged = judge(job, result.outcome)
     release_free_memory()
     writer.write(writer.num_shards, rotated_head(job, result.last.basis_DK))
     if shortcuts:
         write_sliced_modeling_file(checkpoint, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(job, run, writer, meter, config, result.outcome, size, perplexities)
+    return commit(job, run, writer, meter, observer, config, result.outcome, size, judged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from structprune.architectures.stock import StockModel
-from structprune.engine.depth import depth_request, depth_settings, execute_depth
+from structprune.engine.depth import depth_request, depth_settings, execute_depth, foresee_depth
 from structprune.engine.executor import execute
+from structprune.engine.foresight import Foresight, foresee_units
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.planner import PlanRequest
-from structprune.engine.slice_settings import kept_width, resolve_slice_settings
+from structprune.engine.slice_settings import foresee_slice, kept_width, resolve_slice_settings
 from structprune.engine.slicing import execute_slice
 from structprune.engine.unit_settings import unit_settings
 from structprune.memory import PeakMeter
@@ -28,6 +29,8 @@ class Walk:
 
     resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
     """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
+    foresee: Callable[[StockModel, Recipe, Sequence[str]], Foresight]
+    """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all walks have in common."""
     execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
@@ -38,11 +41,7 @@ def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[R
 
 
 def _resolve_slice(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
-    recipe = resolve_slice_settings(recipe, method, stock)
-    assert stock.family.stream is not None
-    # Raises where no width loses as much as is asked.
-    kept_width(stock.layout, stock.family.stream, recipe)
-    return recipe, stock.groups
+    return resolve_slice_settings(recipe, method, stock), stock.groups
 
 
 def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> PlanRequest:
@@ -52,11 +51,14 @@ def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> P
 
 
 WALKS: Mapping[str, Walk] = {
-    "units": Walk(resolve=unit_settings, request=lambda request, recipe, stock: request, execute=execute),
+    "units": Walk(
+        resolve=unit_settings, foresee=foresee_units, request=lambda request, recipe, stock: request, execute=execute
+    ),
     "depth": Walk(
         resolve=_resolve_depth,
+        foresee=foresee_depth,
         request=lambda request, recipe, stock: depth_request(request, recipe),
         execute=execute_depth,
     ),
-    "slice": Walk(resolve=_resolve_slice, request=_request_slice, execute=execute_slice),
+    "slice": Walk(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
 }

@@ -1,1 +1,11 @@
-"""Output formats. This version writes one: `uniform`, the stock architecture with smaller numbers in its config."""
+"""Output formats of a run (uniform, per-layer, sliced, depth), and files for other runtimes made of a checkpoint."""
+
+from structprune.exporters.export import Exporter
+from structprune.registry import Registry
+
+EXPORTERS: Registry[Exporter] = Registry(
+    "export format",
+    {
+        "gguf": "structprune.exporters.gguf_export:export_gguf",
+    },
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -81,6 +81,36 @@ class ReusedStatistics(_Frozen):
     peak_bytes: int
 
 
+class ReloadReport(_Frozen):
+    """How the finished checkpoint fared in a fresh process with stock code; a mismatch ends the run instead."""
+
+    mode: Literal["whole", "streamed", "impossible", "off"]
+    """whole: `from_pretrained`; streamed: the same classes, each module's weights read when it runs."""
+    reason: str = ""
+    """Why not whole."""
+    num_positions: int = 0
+    relative_difference: float | None = None
+    """|a - b| / |b| over the logits of that process and of the run, each position's mean taken off."""
+    tolerance: float | None = None
+    max_abs_difference: float | None = None
+    same_top1: float | None = None
+    """Share of the positions with the same likeliest token."""
+    planned_bytes: int | None = None
+    """Of both processes, libraries not counted."""
+    peak_bytes: int | None = None
+    """Of that process alone."""
+    seconds: float = 0.0
+
+
+class RuntimeReport(_Frozen):
+    """Whether one runtime loads the output, as far as known."""
+
+    runtime: str
+    loads: Literal["yes", "no", "unverified"]
+    basis: Literal["checked", "by its source"] | None
+    reason: str
+
+
 class PruneReport(_Frozen):
     """Everything that a run states about itself."""
 
@@ -99,6 +129,8 @@ class PruneReport(_Frozen):
     memory: MemoryReport
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
+    reload: ReloadReport
+    runtimes: list[RuntimeReport]
     wall_seconds: float
     versions: dict[str, str]
 

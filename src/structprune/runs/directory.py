@@ -7,14 +7,17 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from structprune.errors import InputError
-from structprune.files import sync_directory
+from structprune.files import sync_directory, write_json
+from structprune.memory import format_budget, format_bytes
 
 JOURNAL_NAME = "journal.jsonl"
+REJECTED_NAME = "REJECTED.json"
 
 
 class RunDirectory:
@@ -28,17 +31,20 @@ class RunDirectory:
     def __init__(self, output: Path) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
         self.staging = self.output.parent / f"{self.output.name}.partial"
+        self.rejected = self.output.parent / f"{self.output.name}.rejected"
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
-        # lexists: a dangling link is in the way too.
-        if os.path.lexists(self.output):
-            raise InputError(
-                "the output directory exists", where=str(self.output), do="choose another -o, or remove it first"
-            )
+        check_absent(self.output, "output directory")
         if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
+            )
+        if os.path.lexists(self.rejected) and not (self.rejected / REJECTED_NAME).is_file():
+            raise InputError(
+                "the directory of rejected output exists and is not a run's",
+                where=str(self.rejected),
+                do="move it away",
             )
         parent = next(p for p in self.output.parents if os.path.lexists(p))
         if not parent.is_dir():
@@ -96,6 +102,15 @@ class RunDirectory:
         sync_directory(self.output.parent)
         shutil.rmtree(self.staging)
 
+    def reject(self, finished: Path, why: Mapping[str, str]) -> Path:
+        """Keep the directory, which turned out wrong, beside the output and marked; one rejected before makes room."""
+        write_json(finished / REJECTED_NAME, dict(why))
+        if self.rejected.exists():
+            shutil.rmtree(self.rejected)
+        finished.rename(self.rejected)
+        sync_directory(self.output.parent)
+        return self.rejected
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -107,3 +122,24 @@ class RunDirectory:
                     parent.rmdir()
         # Last: closing the journal gives up the lock.
         self._journal.close()
+
+
+def check_absent(output: Path, what: str = "output file") -> None:
+    """Raise InputError if there is something at `output`."""
+    # lexists: a dangling link is in the way too.
+    if os.path.lexists(output):
+        raise InputError(f"the {what} exists", where=str(output), do="choose another -o, or remove it first")
+
+
+def check_free_disk(output: Path, num_bytes: int) -> None:
+    """Raise InputError unless `num_bytes` are free where `output` is to be, whose parents need not exist."""
+    parent = next(p for p in Path(os.path.abspath(output)).parents if p.exists())  # noqa: PTH100 - as in RunDirectory
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise InputError(
+            "not enough free disk for the output",
+            where=str(parent),
+            got=format_bytes(free),
+            wanted=f"at least {format_budget(num_bytes)}",
+            do="free some, or choose another -o",
+        )

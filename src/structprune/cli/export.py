@@ -1,0 +1,49 @@
+"""`structprune export`: a checkpoint as a file for another runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Output of `prune`, or any model that it takes.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to create, e.g. small.gguf.")],
+    format: Annotated[str, typer.Option(help="gguf (llama.cpp).")] = "gguf",
+    dtype: Annotated[str, typer.Option(help="stored, float32, float16 or bfloat16.")] = "stored",
+    tokenizer_gguf: Annotated[
+        Path | None, typer.Option(help="GGUF file of the dense model, whose tokenizer is copied.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Write MODEL as one file for llama.cpp. Uneven widths go to an architecture of llama.cpp that has them."""
+    from structprune.api import export as run_export
+    from structprune.cli.interrupt import interruptible
+    from structprune.cli.progress import progress_observer
+    from structprune.cli.render import key_value_table
+    from structprune.memory import format_bytes
+
+    try:
+        with interruptible(), progress_observer(quiet=quiet) as observer:
+            result = run_export(
+                model, output, format=format, dtype=dtype, tokenizer_gguf=tokenizer_gguf, observer=observer
+            )
+    except KeyboardInterrupt:
+        typer.echo("structprune: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    key_value_table(
+        f"structprune export {model}",
+        [
+            ("file", f"{result.path} ({format_bytes(result.bytes)})"),
+            ("architecture", result.architecture),
+            ("weights", f"{result.num_tensors} tensors, {result.dtype}"),
+            ("tokenizer", result.tokenizer),
+        ],
+    )

@@ -1,0 +1,87 @@
+"""`structprune plan`: what a run would take and give, before any work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from structprune.cli.settings import takes_recipe
+
+if TYPE_CHECKING:
+    from structprune.api import RunPlan
+
+
+@takes_recipe
+def plan(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    # A Recipe, of the flags that stand here on the command line.
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what `prune` with the same options would do, and which runtimes will load the result. Reads headers only."""
+    from structprune.api import plan as run_plan
+    from structprune.cli.render import key_value_table, runtime_rows
+
+    found = run_plan(model, settings)
+    if as_json:
+        print(json.dumps(_as_dict(found), indent=2))
+        return
+    key_value_table(f"structprune plan {model}", [*_rows(found), *runtime_rows(found.runtimes)])
+
+
+def _rows(found: RunPlan) -> list[tuple[str, str]]:
+    from structprune.memory import format_bytes
+
+    memory = found.plan
+    before, after = found.layout.num_parameters, found.foresight.num_parameters
+    size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
+    rows = [
+        ("method", f"{found.recipe.method}, {found.recipe.structure} widths"),
+        ("parameters", f"{before:,} -> {size}"),
+    ]
+    for kind, counts in (found.foresight.kept or {}).items():
+        low, high = min(counts), max(counts)
+        rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
+    rows += [
+        (
+            "peak memory",
+            f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)} that the run may add",
+        ),
+        *((f"  {name}", format_bytes(size)) for name, size in memory.phases.items()),
+        (
+            "hidden states",
+            f"{format_bytes(memory.store_bytes)} in {'memory' if memory.store == 'memory' else 'a file'}, "
+            f"{memory.micro_batch_windows} windows at a time",
+        ),
+        ("disk", f"{format_bytes(memory.disk_bytes)} at its peak"),
+    ]
+    check = "left out"
+    if memory.reload_mode is not None:
+        how = "the whole model" if memory.reload_mode == "whole" else "module by module"
+        check = f"{how}, {format_bytes(memory.reload_bytes)} in both processes"
+    return [*rows, ("reload check", check)]
+
+
+def _as_dict(found: RunPlan) -> dict[str, Any]:
+    memory = found.plan
+    return {
+        "model": found.source,
+        "recipe": found.recipe.model_dump(mode="json"),
+        "parameters_before": found.layout.num_parameters,
+        "parameters_after": found.foresight.num_parameters,
+        "kept_units": found.foresight.kept,
+        "memory": {
+            "budget_bytes": memory.budget_bytes,
+            "planned_peak_bytes": memory.peak_bytes,
+            "phases": memory.phases,
+            "store": memory.store,
+            "store_bytes": memory.store_bytes,
+            "micro_batch_windows": memory.micro_batch_windows,
+            "disk_bytes": memory.disk_bytes,
+        },
+        "reload_check": {"mode": memory.reload_mode or "off", "planned_bytes": memory.reload_bytes},
+        "runtimes": [asdict(runtime) for runtime in found.runtimes],
+    }

@@ -1,0 +1,94 @@
+"""A finished output to the hub. The upload itself is huggingface_hub's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import CheckpointError, InputError, first_line
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+def push(
+    directory: Path, report_name: str, repo_id: str, *, private: bool, revision: str | None, note: Callable[[str], None]
+) -> str:
+    """Upload `directory` as one commit to the model repository `repo_id`, made if it is not there; returns the address.
+
+    `report_name` is the file that a finished run leaves. Raises CheckpointError for a directory that is not such a
+    run's, InputError for a repository that cannot be written.
+    """
+    report = _checked(directory, report_name)
+    api = HfApi()
+    try:
+        # `private=False` would override what an organisation has set.
+        repository = api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise InputError(
+                "the repository exists and is public", where=repo_id, wanted="--private", do="choose another name"
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        note(f"uploading {directory} to {repository}")
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            revision=revision,
+            commit_message=f"{report['method']}: {report['size']['removed_share_of_model']:.1%} of the model removed",
+            # Leftovers of programs that write beside their target.
+            ignore_patterns=[".*"],
+        )
+    except InputError:
+        raise
+    except HFValidationError as error:
+        raise InputError("this is no name of a repository", got=repo_id, wanted=first_line(error)) from None
+    except Exception as error:
+        # The HTTP library's own types come through; which library that is changes with huggingface_hub's version.
+        raise _refusal(error, repo_id) from error
+    return str(done.commit_url)
+
+
+def _checked(directory: Path, report_name: str) -> dict[str, Any]:
+    """The report of a finished run whose files are all there."""
+    path = directory / report_name
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the directory is not a finished output of structprune",
+            where=str(directory),
+            got=f"no {report_name}",
+            do="push what `structprune prune` wrote; other directories upload with `hf upload`",
+        ) from None
+    except ValueError as error:
+        raise CheckpointError("the report cannot be read", where=str(path), got=str(error)) from None
+    # Headers of every shard that the index names.
+    CheckpointReader(directory)
+    return report
+
+
+def _refusal(error: Exception, repo_id: str) -> InputError:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return InputError("the hub does not know who is asking", where=repo_id, do=_LOG_IN)
+    if status == 403:
+        return InputError("the hub refuses the upload", where=repo_id, got=first_line(error), do=_LOG_IN)
+    if isinstance(error, OfflineModeIsEnabled):
+        return InputError("the hub client is set to work offline", where=repo_id, do="unset HF_HUB_OFFLINE")
+    if status is None:
+        # An upload of several files at once hides what went wrong behind which file it was.
+        cause = error.__cause__ or error
+        got = f"{type(cause).__name__}: {first_line(cause).rstrip('.')}"
+        return InputError("the hub cannot be reached", where=repo_id, got=got, do="check the network, and try again")
+    return InputError("the hub refuses the upload", where=repo_id, got=first_line(error))

@@ -1,0 +1,177 @@
+"""Which runtimes load a checkpoint, as far as that is known: what was run here, and what was read in their source.
+
+Read: vLLM 0.33, SGLang. Run: transformers 5.23 (every output, by the reload check), llama.cpp in the wheel of
+xllamacpp 2026.10 (every row of gguf_families.py, by tests/e2e/test_gguf.py). Nothing else is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from structprune.architectures.removed import REMOVED_ENTRY
+from structprune.architectures.sliced_source import SLICED_ENTRY
+from structprune.exporters.gguf_families import GGUF_FAMILIES
+
+Structure = Literal["uniform", "per-layer", "sliced"]
+Loads = Literal["yes", "no", "unverified"]
+Basis = Literal["checked", "by its source"]
+
+# The model files of vLLM and SGLang that were read.
+_READ = ("llama", "qwen2", "qwen3")
+# Whose config class wants the heads to share out the hidden size among them, so that a wider or narrower sum is new.
+_EVEN_HEADS = ("llama", "mistral")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultShape:
+    """A checkpoint, as far as it decides who loads it."""
+
+    model_type: str
+    structure: Structure
+    """per-layer: blocks have configs of their own; sliced: matrices in the residual sums."""
+    tied: bool
+    """Whether the head is the embedding."""
+    other_heads: bool = False
+    """Heads times head size is not the hidden size, in a family where it always is."""
+    removed_halves: bool = False
+    """Some block lacks its attention or its MLP, but not both."""
+    tensor_parallel: int = 1
+    indivisible: str | None = None
+    """The first width that `tensor_parallel` does not divide, with its block; None: it divides all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSupport:
+    """One runtime's answer."""
+
+    runtime: str
+    loads: Loads
+    basis: Basis | None
+    """None where it is unverified, or follows from the format alone."""
+    reason: str
+    """How, or why not."""
+
+
+def result_shape(
+    config: Mapping[str, Any], *, tied: bool, tensor_parallel: int = 1, indivisible: str | None = None
+) -> ResultShape:
+    """The shape of the checkpoint with this config.json."""
+    structure: Structure = "uniform"
+    if SLICED_ENTRY in config:
+        structure = "sliced"
+    elif config.get("per_layer_config") or config.get(REMOVED_ENTRY):
+        structure = "per-layer"
+    heads, hidden, head_dim = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    model_type = str(config.get("model_type"))
+    return ResultShape(
+        model_type=model_type,
+        structure=structure,
+        tied=tied,
+        other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
+        removed_halves=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
+        tensor_parallel=tensor_parallel,
+        indivisible=indivisible,
+    )
+
+
+def runtimes(shape: ResultShape) -> list[RuntimeSupport]:
+    """Who loads a checkpoint of this shape, and why not."""
+    return [
+        _transformers(shape),
+        _shared_out(_vllm_native(shape), shape),
+        _shared_out(_vllm_transformers(shape), shape),
+        _shared_out(_sglang(shape), shape),
+        _llama_cpp(shape),
+    ]
+
+
+def _transformers(shape: ResultShape) -> RuntimeSupport:
+    own = shape.structure != "uniform"
+    return RuntimeSupport(
+        runtime="transformers",
+        loads="yes",
+        basis="checked",
+        reason="with trust_remote_code=True, for the modelling file beside the weights" if own else "the stock class",
+    )
+
+
+def _vllm_native(shape: ResultShape) -> RuntimeSupport:
+    name = "vLLM, native"
+    if shape.structure == "sliced":
+        return _no(name, "the class is none of its own: matrices in the residual sums", None)
+    if shape.structure == "per-layer":
+        return _no(name, "its model files have no widths per layer", "by its source")
+    return _uniform(name, shape)
+
+
+def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
+    name = "vLLM, Transformers backend"
+    if shape.structure == "per-layer" and not shape.removed_halves:
+        return RuntimeSupport(
+            runtime=name,
+            loads="yes",
+            basis="by its source",
+            reason="it reads per_layer_config and asks for auto_map.AutoModel, and groups uneven KV heads; "
+            "--trust-remote-code",
+        )
+    if shape.structure == "per-layer":
+        return _unverified(name, "whether it takes blocks without attention or MLP was not read")
+    return _unverified(name, "it was read for widths per layer only")
+
+
+def _sglang(shape: ResultShape) -> RuntimeSupport:
+    if shape.structure != "uniform":
+        return _no("SGLang", "it takes equal widths only", "by its source")
+    return _uniform("SGLang", shape)
+
+
+def _uniform(name: str, shape: ResultShape) -> RuntimeSupport:
+    if shape.model_type not in _READ:
+        return _unverified(name, f"its file for {shape.model_type} was not read")
+    if shape.other_heads:
+        return _unverified(name, "whether it takes heads that do not share out the hidden size was not read")
+    return RuntimeSupport(runtime=name, loads="yes", basis="by its source", reason="equal widths, the stock class")
+
+
+def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
+    name = "llama.cpp"
+    family = GGUF_FAMILIES.get(shape.model_type)
+    if shape.structure == "sliced":
+        return _no(name, "no architecture has matrices in the residual sums", "by its source")
+    if family is None:
+        return _no(name, f"structprune export has no GGUF form for {shape.model_type}", None)
+    target = family.uniform if shape.structure == "uniform" else family.uneven
+    if target is None:
+        return _no(name, f"structprune export knows no architecture for uneven {shape.model_type}", None)
+    if target.needs_tied and not shape.tied:
+        return _no(name, f"{target.architecture} has no head beside the embedding", "by its source")
+    return RuntimeSupport(
+        runtime=name,
+        loads="yes",
+        basis="checked",
+        reason=f"as architecture {target.architecture}, by structprune export --format gguf",
+    )
+
+
+def _shared_out(support: RuntimeSupport, shape: ResultShape) -> RuntimeSupport:
+    """The same with `tensor_parallel` processes."""
+    if support.loads == "no" or shape.tensor_parallel == 1:
+        return support
+    if shape.indivisible is not None:
+        return _no(support.runtime, f"{shape.tensor_parallel} processes cannot share {shape.indivisible}", None)
+    return RuntimeSupport(
+        runtime=support.runtime,
+        loads=support.loads,
+        basis=support.basis,
+        reason=f"{support.reason}; {shape.tensor_parallel} divides every block's heads and widths",
+    )
+
+
+def _no(name: str, reason: str, basis: Basis | None) -> RuntimeSupport:
+    return RuntimeSupport(runtime=name, loads="no", basis=basis, reason=reason)
+
+
+def _unverified(name: str, reason: str) -> RuntimeSupport:
+    return RuntimeSupport(runtime=name, loads="unverified", basis=None, reason=reason)

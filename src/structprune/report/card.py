@@ -1,0 +1,155 @@
+"""The model card of an output: README.md with the front matter that the hub reads. Plain text from the report.
+
+Names of files stay names: the card is made to be published, and the paths of the machine are nobody's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from structprune.memory import format_bytes
+from structprune.report.schema import BlockReport, PruneReport
+
+# Entries of the source's front matter that hold for what is made of it.
+_CARRIED = ("license", "license_name", "license_link", "language", "datasets")
+
+
+def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | None) -> str:
+    """The text of README.md.
+
+    `source` is what `source_metadata` found, `hub_id` the source's name on the hub or None.
+    """
+    front = {name: source[name] for name in _CARRIED if source.get(name)}
+    base = hub_id or source.get("base_model")
+    if base:
+        front["base_model"] = base
+    front |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(["pruned", "structured-pruning", "structprune", report.method])),
+    }
+    name, origin = Path(report.output).name, hub_id or Path(report.source).name
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {name}",
+        f"`{origin}`, made smaller by structured pruning with structprune {report.versions['structprune']}: method "
+        f"`{report.method}`, {report.size.removed_share_of_model:.1%} of the parameters removed.",
+        *_licence(front, source),
+        "## Before and after",
+        _figures(report),
+        "## What was removed",
+        _removed(report.blocks),
+        "## How to load it",
+        *_loading(report, name),
+        "## How it was made",
+        _making(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+    if source.get("unreadable"):
+        return ["The front matter of the source's README could not be read: look there for its licence."]
+    if "license" not in front:
+        return ["The source states no licence in its README's front matter: look there before you share this model."]
+    return []
+
+
+def _figures(report: PruneReport) -> str:
+    size, text = report.size, report.calibration
+    windows = f"{text.perplexity_windows} windows of {text.seq_len} tokens"
+    return _table(
+        ("", "before", "after"),
+        [
+            ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
+            ("weight files", format_bytes(size.bytes_before), format_bytes(size.bytes_after)),
+            (
+                f"perplexity of the calibration text (in-sample, {windows})",
+                f"{text.dense_perplexity:.2f}",
+                f"{text.pruned_perplexity:.2f}",
+            ),
+        ],
+    )
+
+
+def _removed(blocks: Sequence[BlockReport]) -> str:
+    """One line per kind where all blocks are alike, else a table of the blocks."""
+    kinds = list(dict.fromkeys(block.kind for block in blocks))
+    if kinds == ["block"]:
+        gone = [str(block.block) for block in blocks if block.kept_units == 0]
+        return f"Blocks {', '.join(gone) or 'none'} of {len(blocks)}, counted from 0."
+    if any(block.status == "sliced" for block in blocks):
+        left = f"{blocks[0].kept_units} of {blocks[0].num_units}"
+        return f"Dimensions of the residual stream: {left} are left in every block."
+    units = {"mlp": "MLP channels", "attention": "attention units (KV groups, or query heads of every KV head)"}
+    by_kind = {kind: [block for block in blocks if block.kind == kind] for kind in kinds}
+    if all(len({(b.kept_units, b.num_units) for b in part}) == 1 for part in by_kind.values()):
+        lines = [
+            f"- {units[kind]}: {part[0].kept_units} of {part[0].num_units} are left in every block"
+            for kind, part in by_kind.items()
+        ]
+        return "\n".join(lines)
+    kept = {(block.kind, block.block): f"{block.kept_units} of {block.num_units}" for block in blocks}
+    rows = [
+        (str(index), *(kept.get((kind, index), "") for kind in kinds))
+        for index in sorted({block.block for block in blocks})
+    ]
+    return "What is left:\n\n" + _table(("block", *(units[kind] for kind in kinds)), rows)
+
+
+# Runtime -> the command that loads the directory; the flag is added where a modelling file has to run.
+_COMMANDS = {
+    "vLLM, native": ("vLLM", "vllm serve {name}"),
+    "vLLM, Transformers backend": ("vLLM", "vllm serve {name}"),
+    "SGLang": ("SGLang", "python -m sglang.launch_server --model-path {name}"),
+    "llama.cpp": ("llama.cpp", "structprune export {name} --format gguf -o {name}.gguf"),
+}
+
+
+def _loading(report: PruneReport, name: str) -> list[str]:
+    own = any(s.runtime == "transformers" and "trust_remote_code" in s.reason for s in report.runtimes)
+    code = [
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+    ]
+    if own:
+        code.append("The code that this allows, `modeling_structprune.py`, consists of stock classes and little more.")
+    for support in report.runtimes:
+        if support.loads != "yes" or support.runtime not in _COMMANDS:
+            continue
+        title, command = _COMMANDS[support.runtime]
+        flag = " --trust-remote-code" if own and title == "vLLM" else ""
+        read = "" if support.basis == "checked" else " (by its source, not run)"
+        code.append(f"{title}{read}:\n\n```sh\n{command.format(name=name)}{flag}\n```")
+    rows = [(s.runtime, s.loads + (f", {s.basis}" if s.basis else ""), s.reason) for s in report.runtimes]
+    return [*code, _table(("runtime", "loads it", "how, or why not"), rows)]
+
+
+def _making(report: PruneReport) -> str:
+    recipe = report.recipe.model_dump(mode="json", exclude={"memory", "device", "reload_check"})
+    if recipe["calibration"]:
+        recipe["calibration"] = Path(recipe["calibration"]).name
+    text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)
+    calibration, check = report.calibration, report.reload
+    checked = "It was not loaded for a check."
+    if check.relative_difference is not None:
+        checked = (
+            "A fresh process loaded it with stock code"
+            f"{'' if check.mode == 'whole' else ', module by module'}: the logits at {check.num_positions} positions "
+            f"differ by {check.relative_difference:.1e} (relative) from those of the pruning run."
+        )
+    return (
+        f"Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens ({calibration.description}). "
+        f"{checked} Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
+        f"The recipe, resolved:\n\n```yaml\n{text}```"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
