@@ -2,7 +2,7 @@
 
 A family has a native target for blocks of one width, and where llama.cpp has an architecture with per-block widths that
 computes the same, a second one: `deci` (LLaMA with a list per width) and `openelm` (Qwen3's block, tied embeddings).
-Which of these were run is in docs/exports.md; tests/e2e/test_gguf.py runs every row of this file.
+What each was checked against: tests/e2e/test_gguf.py runs every row of this file.
 
 Dimensions: d hidden size, q query heads times head size, k KV heads times head size, f MLP channels, h head size,
 v vocabulary, p positions, 2f and q+2k fused.
