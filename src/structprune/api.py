@@ -41,7 +41,7 @@ from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
 from structprune.solvers import NUM_LATENTS
-from structprune.types import ModelLayout, UnitGroup
+from structprune.types import ModelLayout, UnitGroup, UnitKind
 
 _PROBE_TOKENS = 2048
 
@@ -59,6 +59,8 @@ class CheckedRun:
     """Resolved but for what the calibration text and the memory decide."""
     device: torch.device
     dtype: torch.dtype
+    kinds: tuple[UnitKind, ...]
+    """Of the units in scope, in the order of the forward pass."""
     foresight: Foresight
 
 
@@ -97,6 +99,7 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
         }
     )
     recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
+    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return CheckedRun(
         directory=directory,
         stock=stock,
@@ -105,7 +108,8 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
         recipe=recipe,
         device=device,
         dtype=dtype,
-        foresight=WALKS[method.walk].foresee(stock, recipe, list(dict.fromkeys(group.kind for group in groups))),
+        kinds=kinds,
+        foresight=WALKS[method.walk].foresee(stock, recipe, kinds),
     )
 
 
@@ -175,7 +179,7 @@ def prune(
     run = RunDirectory(Path(output))
     run.check()
     checked = check(model, recipe)
-    recipe, stock, groups = checked.recipe, checked.stock, checked.groups
+    recipe, stock = checked.recipe, checked.stock
     walk = WALKS[checked.method.walk]
 
     with PeakMeter() as meter:
@@ -192,7 +196,7 @@ def prune(
                 update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
             ),
             method=checked.method,
-            kinds=tuple(dict.fromkeys(group.kind for group in groups)),
+            kinds=checked.kinds,
             plan=plan,
             calibration_name=name,
             windows=windows,
@@ -275,15 +279,15 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
     return load_model(directory, device, dtype), TextEncoder(directory)
 
 
-def loads_in(model: str | Path) -> list[RuntimeSupport]:
-    """The runtimes that load `model` as it is, as far as known; reads headers only."""
-    stock = StockModel(CheckpointReader(resolve_model(str(model))))
-    return runtimes(shape_of(stock, Recipe(), stock.layout.config))
-
-
 def inspect(model: str | Path) -> ModelLayout:
     """The blocks of `model`, what can be removed from them, and their sizes; reads headers only."""
-    return StockModel(CheckpointReader(resolve_model(str(model)))).layout
+    return inspect_with_runtimes(model)[0]
+
+
+def inspect_with_runtimes(model: str | Path) -> tuple[ModelLayout, list[RuntimeSupport]]:
+    """What `inspect` says, and the runtimes that load `model` as it is, as far as known."""
+    stock = StockModel(CheckpointReader(resolve_model(str(model))))
+    return stock.layout, runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
 
 def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -72,8 +73,8 @@ def _resized(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
-LLAMA = Family(
-    name="llama",
+LlamaLike = partial(
+    Family,
     blocks_module="model.layers",
     embedding_modules=("model.embed_tokens",),
     rotary_module="model.rotary_emb",
@@ -82,6 +83,11 @@ LLAMA = Family(
     attention_module="self_attn",
     mlp_modules=("mlp",),
     norms=NORMS,
+)
+"""A Family whose modules have the names and places of LLaMA's; what else there is to say is given."""
+
+LLAMA = LlamaLike(
+    name="llama",
     classes={
         "llama": StockClasses(
             module="llama", stem="Llama", layer="LlamaDecoderLayer", chain=("LlamaModel", "LlamaForCausalLM")

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from structprune.architectures.family import Family, StockClasses
-from structprune.architectures.llama import NORMS
+from structprune.architectures.family import StockClasses
+from structprune.architectures.llama import NORMS, LlamaLike
 from structprune.architectures.parts import attention_units, head_size, head_slices
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
@@ -59,16 +59,8 @@ def _resized(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-PHI3 = Family(
+PHI3 = LlamaLike(
     name="phi3",
-    blocks_module="model.layers",
-    embedding_modules=("model.embed_tokens",),
-    rotary_module="model.rotary_emb",
-    final_norm_module="model.norm",
-    head_module="lm_head",
-    attention_module="self_attn",
-    mlp_modules=("mlp",),
-    norms=NORMS,
     attention_reads_widths=True,
     classes={
         "phi3": StockClasses(

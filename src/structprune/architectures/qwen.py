@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from structprune.architectures.family import Family, StockClasses
-from structprune.architectures.llama import NORMS, STREAM
+from structprune.architectures.family import StockClasses
+from structprune.architectures.llama import NORMS, STREAM, LlamaLike
 from structprune.architectures.parts import gated_mlp, grouped_attention
 from structprune.types import HeadUnits, UnitGroup
 
@@ -22,30 +22,27 @@ def _qwen2_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[Unit
     )
 
 
-def _qwen3_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-    return (
-        gated_mlp(config.intermediate_size, config.hidden_act, norms=NORMS["mlp"]),
-        grouped_attention(
-            config,
-            head_units,
-            norms=NORMS["attention"],
-            biased_inputs=config.attention_bias,
-            biased_output=config.attention_bias,
-            bias_field="attention_bias",
-        ),
+def qwen3_attention(config: PretrainedConfig, head_units: HeadUnits) -> UnitGroup:
+    """Its norms of queries and keys stay whole, so that no unit owns any of them."""
+    return grouped_attention(
+        config,
+        head_units,
+        norms=NORMS["attention"],
+        biased_inputs=config.attention_bias,
+        biased_output=config.attention_bias,
+        bias_field="attention_bias",
     )
 
 
-QWEN2 = Family(
+def _qwen3_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    return (
+        gated_mlp(config.intermediate_size, config.hidden_act, norms=NORMS["mlp"]),
+        qwen3_attention(config, head_units),
+    )
+
+
+QWEN2 = LlamaLike(
     name="qwen2",
-    blocks_module="model.layers",
-    embedding_modules=("model.embed_tokens",),
-    rotary_module="model.rotary_emb",
-    final_norm_module="model.norm",
-    head_module="lm_head",
-    attention_module="self_attn",
-    mlp_modules=("mlp",),
-    norms=NORMS,
     classes={
         "qwen2": StockClasses(
             module="qwen2", stem="Qwen2", layer="Qwen2DecoderLayer", chain=("Qwen2Model", "Qwen2ForCausalLM")
@@ -55,16 +52,8 @@ QWEN2 = Family(
     stream=STREAM,
 )
 
-QWEN3 = Family(
+QWEN3 = LlamaLike(
     name="qwen3",
-    blocks_module="model.layers",
-    embedding_modules=("model.embed_tokens",),
-    rotary_module="model.rotary_emb",
-    final_norm_module="model.norm",
-    head_module="lm_head",
-    attention_module="self_attn",
-    mlp_modules=("mlp",),
-    norms=NORMS,
     classes={
         "qwen3": StockClasses(
             module="qwen3", stem="Qwen3", layer="Qwen3DecoderLayer", chain=("Qwen3Model", "Qwen3ForCausalLM")

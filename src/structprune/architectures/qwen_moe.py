@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
-from structprune.architectures.family import Family, StockClasses
-from structprune.architectures.llama import NORMS
-from structprune.architectures.parts import grouped_attention
+from structprune.architectures.family import StockClasses
+from structprune.architectures.llama import NORMS, LlamaLike
+from structprune.architectures.qwen import qwen3_attention
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
@@ -74,27 +74,11 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         )
         for number in range(config.num_experts)
     )
-    attention = grouped_attention(
-        config,
-        head_units,
-        norms=NORMS["attention"],
-        biased_inputs=config.attention_bias,
-        biased_output=config.attention_bias,
-        bias_field="attention_bias",
-    )
-    return (*experts, attention)
+    return (*experts, qwen3_attention(config, head_units))
 
 
-QWEN3_MOE = Family(
+QWEN3_MOE = LlamaLike(
     name="qwen3_moe",
-    blocks_module="model.layers",
-    embedding_modules=("model.embed_tokens",),
-    rotary_module="model.rotary_emb",
-    final_norm_module="model.norm",
-    head_module="lm_head",
-    attention_module="self_attn",
-    mlp_modules=("mlp",),
-    norms=NORMS,
     classes={
         "qwen3_moe": StockClasses(
             module="qwen3_moe",

@@ -14,11 +14,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
-    from structprune.api import inspect as run_inspect
-    from structprune.api import loads_in
+    from structprune.api import inspect_with_runtimes
     from structprune.cli.render import key_value_table, runtime_rows
 
-    layout = run_inspect(model)
+    layout, supports = inspect_with_runtimes(model)
     block = max(layout.blocks, key=lambda b: b.num_parameters)
     uneven = any(b.groups != block.groups for b in layout.blocks)
     groups = [
@@ -44,7 +43,7 @@ def inspect(
         "share_of_blocks": layout.block_parameters / layout.num_parameters,
     }
     if as_json:
-        print(json.dumps({**facts, "groups": groups, "runtimes": [asdict(s) for s in loads_in(model)]}, indent=2))
+        print(json.dumps({**facts, "groups": groups, "runtimes": [asdict(s) for s in supports]}, indent=2))
         return
     rows = [(name.replace("_", " "), _show(value)) for name, value in facts.items()]
     for group in groups:
@@ -56,7 +55,7 @@ def inspect(
                 f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
             )
         )
-    key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(loads_in(model))])
+    key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(supports)])
 
 
 def _show(value: object) -> str:

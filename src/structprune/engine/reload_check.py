@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import NoReturn
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -57,9 +56,9 @@ def check_reload(
         return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
     tolerance = _tolerance(job)
     if result.error is not None:
-        _reject(run, writer, result.error, "a checkpoint that loads")
+        raise _rejected(run, writer, result.error, "a checkpoint that loads")
     if not result.relative_difference <= tolerance:
-        _reject(
+        raise _rejected(
             run,
             writer,
             f"a relative difference of {result.relative_difference:.2g}, the largest of one logit "
@@ -84,7 +83,11 @@ def check_reload(
 def _ask(
     job: Job, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
-    """The result, how it was got, and by what the first try was ended if there were two."""
+    """The result, how it was got, and by what the first try was ended if there were two.
+
+    A process with the whole model may have needed more memory than there was, which is not the checkpoint's fault: it
+    is tried module by module then.
+    """
     work = run.staging / "reload"
     work.mkdir()
     save_file({"ids_S": probe.ids_S, "logits_SV": probe.logits_SV}, work / "probe.safetensors")
@@ -94,18 +97,15 @@ def _ask(
         mode=mode,
         dtype=str(job.dtype).removeprefix("torch."),
     )
-    try:
-        return stock_reload.reload_in_a_process(spec, work), mode, ""
-    except stock_reload.ProcessEndedError as error:
-        if mode == "streamed":
-            _reject(run, writer, f"a process that ended with {error}", "its logits")
-        ended = str(error)
-    # The whole model took more memory than there was; that is not the checkpoint's fault.
-    spec = spec.model_copy(update={"mode": "streamed"})
-    try:
-        return stock_reload.reload_in_a_process(spec, work), "streamed", ended
-    except stock_reload.ProcessEndedError as error:
-        _reject(run, writer, f"a process that ended with {error}", "its logits")
+    tries: list[ReloadMode] = ["whole", "streamed"] if mode == "whole" else ["streamed"]
+    ended = ""
+    for attempt in tries:
+        try:
+            result = stock_reload.reload_in_a_process(spec.model_copy(update={"mode": attempt}), work)
+            return result, attempt, ended
+        except stock_reload.ProcessEndedError as error:
+            ended = str(error)
+    raise _rejected(run, writer, f"a process that ended with {ended}", "its logits")
 
 
 def take_probe(job: Job, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
@@ -120,10 +120,11 @@ def _tolerance(job: Job) -> float:
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
 
-def _reject(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> NoReturn:
+def _rejected(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> CheckpointError:
+    """Take the output back and mark it; the error to raise."""
     writer.withdraw()
     rejected = run.reject(writer.directory, {"got": got, "wanted": wanted})
-    raise CheckpointError(
+    return CheckpointError(
         "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
         where=str(rejected),
         got=got,

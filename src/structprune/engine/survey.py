@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from structprune.engine.job import Job
 from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
-from structprune.engine.propagate import Propagator
+from structprune.engine.propagate import Propagator, captured
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
@@ -137,15 +138,6 @@ def backward(
     gradients = {half.kind: GramAccumulator(hidden_size, job.device) for half in halves}
     outputs: dict[str, Tensor] = {}
 
-    def keep(kind: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            outputs[kind] = output
-
-        return hook
-
-    for half in halves:
-        module.get_submodule(half.output_module or half.consumer_module).register_forward_hook(keep(half.kind))
-
     def update(found: Sequence[Tensor]) -> None:
         for half, grad_BSD in zip(halves, found, strict=True):
             grad_TD = grad_BSD.reshape(-1, hidden_size)
@@ -157,7 +149,11 @@ def backward(
     def wanted() -> list[Tensor]:
         return [outputs[half.kind] for half in halves]
 
-    with _summed_inputs(job, block, module) as sums:
+    with contextlib.ExitStack() as stack:
+        sums = stack.enter_context(_summed_inputs(job, block, module))
+        for half in halves:
+            summed = half.output_module or half.consumer_module
+            stack.enter_context(captured(module, summed, partial(outputs.__setitem__, half.kind)))
         differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
     where = f"block {block.index}"
     return Measured(

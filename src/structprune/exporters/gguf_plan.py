@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from structprune.architectures.parts import head_size
 from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
 from structprune.architectures.sliced_source import SLICED_ENTRY
 from structprune.checkpoint.reader import CheckpointReader
@@ -84,7 +85,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
         config=config,
         family=family,
         target=target,
-        head_size=_head_size(config),
+        head_size=head_size(config),
         blocks=tuple(_with_stand_ins(widths, removed, target)),
     )
     tensors = _tensors(reader, model, removed)
@@ -159,15 +160,11 @@ def _parsed_config(reader: CheckpointReader) -> Any:
     return config
 
 
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedHalves) -> list[BlockWidths]:
     """What each block of the checkpoint has, by its tensors; zeros for a half that is gone."""
-    head_size = _head_size(config)
+    size_of_head = head_size(config)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    of_config = {"q": config.num_attention_heads * head_size, "k": kv_heads * head_size}
+    of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
     result: list[BlockWidths] = []
     for index, kinds in enumerate(removed):
         size = {
@@ -181,14 +178,16 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
                 size[dim] = reader.shapes[full][axis]
-        if size["q"] % head_size or size["k"] % head_size or (size["k"] and size["q"] % size["k"]):
+        if size["q"] % size_of_head or size["k"] % size_of_head or (size["k"] and size["q"] % size["k"]):
             raise CheckpointError(
                 "the heads of a block do not divide evenly",
                 where=f"{reader.directory}, block {index}",
-                got=f"{size['q']} query and {size['k']} KV rows, head size {head_size}",
+                got=f"{size['q']} query and {size['k']} KV rows, head size {size_of_head}",
             )
         result.append(
-            BlockWidths(index=index, heads=size["q"] // head_size, kv_heads=size["k"] // head_size, channels=size["f"])
+            BlockWidths(
+                index=index, heads=size["q"] // size_of_head, kv_heads=size["k"] // size_of_head, channels=size["f"]
+            )
         )
     return result
 
