@@ -83,7 +83,8 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     directory = resolve_model(str(model))
-    stock = StockModel(CheckpointReader(directory), recipe.head_units if recipe.scope != "mlp" else "kv-group")
+    head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
+    stock = StockModel(CheckpointReader(directory), head_units)
     if stock.sliced:
         raise UnsupportedError(
             "the source is a sliced model with shortcut matrices, which no method can prune",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from structprune.errors import InputError
 from structprune.memory import parse_bytes
+from structprune.types import HeadUnits
 
 Scope = Literal["mlp", "attention", "all"]
 
@@ -25,8 +26,10 @@ class Recipe(BaseModel):
     method: str = "fasp"
     sparsity: float = Field(default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove")
     scope: Scope = "mlp"
-    head_units: Literal["kv-group", "query-head"] = Field(
-        default="kv-group", description="what attention loses: KV heads with their query heads, or query heads alone"
+    head_units: HeadUnits | None = Field(
+        default=None,
+        description="what attention loses: KV heads with their query heads, query heads alone, or channels of the "
+        "values; None: the method's",
     )
     calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
     num_samples: int = Field(default=128, ge=1)

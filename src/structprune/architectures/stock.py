@@ -23,6 +23,7 @@ from structprune.architectures.head import capped
 from structprune.architectures.loading import without_global_width_warnings
 from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
+from structprune.architectures.values import check_values, narrow_values
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -138,21 +139,21 @@ class StockModel:
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
         """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
-        config: Any = self.config
-        if not config.is_heterogeneous:
-            return (config,) * config.num_hidden_layers
+        config, where = self.config, str(reader.directory / "config.json")
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
-        self.config = copy.deepcopy(config)
-        self.config.per_layer_config = None
-        known = {name for group in self.family.groups(self.config, self._head_units) for name in group.config_fields}
-        found = {name for fields in reader.config["per_layer_config"].values() for name in fields}
+        if config.is_heterogeneous:
+            self.config = copy.deepcopy(config)
+            self.config.per_layer_config = None
+        known = self.family.per_layer_entries(self.config)
+        found = {name for fields in (reader.config.get("per_layer_config") or {}).values() for name in fields}
         if found - known:
             raise UnsupportedError(
                 "per_layer_config changes more than the widths",
-                where=str(reader.directory / "config.json"),
+                where=where,
                 got=", ".join(sorted(found - known)),
                 wanted=", ".join(sorted(known)),
             )
+        check_values(self.config, per_block, where)
         return per_block
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
@@ -174,6 +175,7 @@ class StockModel:
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
             self.family.unstack(layer, config)
+        narrow_values(layer, config, self.family)
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.half_modules(group.kind):
@@ -292,10 +294,8 @@ class StockModel:
                 )
             if not group.config_fields:
                 raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
-            for name, factor in group.config_fields.items():
-                setattr(config, name, kept[group.kind] * factor)
-            if heads_per_unit := group.config_fields.get("num_attention_heads"):
-                config.head_dim = group.width // heads_per_unit
+            for name, value in (group.config_values(kept[group.kind]) | dict(group.fixed_fields)).items():
+                setattr(config, name, value)
         return config
 
     def block(

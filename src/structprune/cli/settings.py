@@ -20,7 +20,10 @@ def recipe_from_flags(
     scope: Annotated[str | None, typer.Option(help="mlp, attention or all.  [default: mlp]")] = None,
     head_units: Annotated[
         str | None,
-        typer.Option(help="kv-group: KV heads with their query heads; query-head: one of each.  [default: kv-group]"),
+        typer.Option(
+            help="kv-group: KV heads with their query heads; query-head: one of each; value-channel: V/O pairs.  "
+            "[default: the method's]"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `structprune methods`.  [default: fasp]")] = None,
     calibration: Annotated[

@@ -283,7 +283,7 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple
         score_U = SCORES.get(job.score)(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
-        keep_U = keep_best(score_U, num_keep)
+        keep_U = keep_best(score_U, num_keep, problem.partitions)
     release_free_memory()
     result = SOLVERS.get(job.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
@@ -295,7 +295,7 @@ def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dic
     """What a search for the units was worth: its objective, and that of as many units by their own output energy."""
     if job.score not in SELECTORS or bool(keep_U.all()):
         return {}
-    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()))
+    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
     return {
         "decision_objective_l2": decision_objective(problem, ranked_U),
         "decision_objective": decision_objective(problem, keep_U),

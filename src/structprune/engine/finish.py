@@ -82,7 +82,7 @@ def finish(
     judged = judge(job, outcome)
     _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
-        write_modeling_file(writer.directory, job.stock.family)
+        write_modeling_file(writer.directory, job.stock.family, config)
     removed = job.stock.layout.num_parameters - writer.num_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
     return commit(job, run, writer, meter, observer, config, outcome, size, judged)

@@ -29,7 +29,7 @@ from structprune.engine.propagate import Propagator, captured
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
-from structprune.scores.selection import removal_path
+from structprune.scores.selection import ascending, removal_path
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
 
@@ -66,7 +66,7 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
                 problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
-                add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
+                add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
             for kind in job.kinds:
                 costs[kind].append(found.get(kind, torch.empty(0)))
             release_free_memory()

@@ -25,6 +25,7 @@ from structprune.engine.survey import add_cost
 from structprune.engine.walk import Costs, differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.scores import SCORES
+from structprune.scores.selection import ascending
 from structprune.types import BlockLayout, Surveyed, TaylorSums, UnitGroup
 
 _SUMS = tuple(field.name for field in fields(TaylorSums))
@@ -44,7 +45,7 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         found: dict[str, Tensor] = {}
         for group in job.groups(block):
             problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
-            add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
+            add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
         _save(sums, folder, block.index)
         for kind in job.kinds:
             costs[kind].insert(0, found.get(kind, torch.empty(0)))

@@ -46,10 +46,9 @@ def uniform_config(
     for group in groups:
         if group.kind not in kept:
             continue
-        result |= {name: kept[group.kind] * factor for name, factor in group.config_fields.items()}
-        if (heads_per_unit := group.config_fields.get("num_attention_heads")) and kept[group.kind] != group.num_units:
-            # Left out, it would be derived from the number of heads.
-            result["head_dim"] = group.width // heads_per_unit
+        result |= group.config_values(kept[group.kind])
+        if kept[group.kind] != group.num_units:
+            result |= group.fixed_fields
     return family.resized(result)
 
 
