@@ -71,8 +71,8 @@ class UnitGroup:
     config_fields: Mapping[str, int] = field(default_factory=dict[str, int])
     """Config entry -> value per unit that a partition keeps: `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
     fixed_fields: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Config entries that stay, and have to be written once those of `config_fields` change: left out, stock code would
-    derive them from these."""
+    """Global config entries that have to be there once those of `config_fields` change in some block: left out, stock
+    code would derive them from others, or lack them where a block keeps its own."""
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
     norm_modules: tuple[str, ...] = ()
