@@ -40,7 +40,11 @@ RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "heads": (
         {"method": "wanda-sp", "scope": "all", "sparsity": 0.4},
-        ["- attention units (KV groups, or query heads of every KV head): 1 of 2 are left in every block"],
+        ["- KV groups of heads: 1 of 2 are left in every block"],
+    ),
+    "value channels": (
+        {"scope": "all", "sparsity": 0.3},
+        ["- value channels of all KV heads together: 10 of 16 are left in every block", "trust_remote_code=True"],
     ),
 }
 

@@ -24,6 +24,7 @@ from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
+from structprune.types import HeadUnits
 
 NUM_BLOCKS = 3
 KINDS = (
@@ -46,22 +47,23 @@ FIXED_HEADS = ("opt", "gpt2", "gpt_neox")
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> Path:
-    """Prune `source` without calibration: keep the last units of each block."""
+def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]], head_units: HeadUnits = "kv-group") -> Path:
+    """Prune `source` without calibration: keep the last units of each block, or of each partition of its units."""
     target.mkdir()
-    stock = StockModel(CheckpointReader(source))
+    stock = StockModel(CheckpointReader(source), head_units)
     reader = stock.reader
     writer = CheckpointWriter(target, len(stock.layout.blocks) + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
         for kind, counts in kept.items():
             group = block.group(kind)
-            tensors = compact(tensors, group, torch.arange(group.num_units)[-counts[block.index] :])
+            units = torch.arange(group.num_units).reshape(group.partitions, -1)
+            tensors = compact(tensors, group, units[:, -(counts[block.index] // group.partitions) :].flatten())
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
     config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family)
+    write_modeling_file(target, stock.family, config)
     writer.finish()
     return target
 

@@ -37,6 +37,7 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"structure": "per-layer", "model_type": "qwen3", "tied": True}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "qwen3"}, (YES, NO_READ, READ, NO_READ, NO_READ)),
     ({"structure": "per-layer", "model_type": "gemma2", "tied": True}, (YES, NO_READ, READ, NO_READ, NO)),
+    ({"structure": "per-layer", "narrow_values": True}, (YES, NO_READ, NO_READ, NO_READ, NO)),
     ({"structure": "sliced"}, (YES, NO, UNKNOWN, NO_READ, NO_READ)),
     ({"tensor_parallel": 2}, (YES, READ, UNKNOWN, READ, YES)),
     ({"tensor_parallel": 2, "indivisible": "block 3: intermediate_size 33"}, (YES, NO, NO, NO, YES)),
@@ -81,6 +82,10 @@ def test_sharing_is_named_in_the_reason() -> None:
         (
             {"model_type": "llama", "structprune_removed": {"1": ["mlp"]}},
             {"structure": "per-layer", "removed_halves": True},
+        ),
+        (
+            {"model_type": "llama", "v_head_dim": 16, "per_layer_config": {"0": {"v_head_dim": 8}}},
+            {"structure": "per-layer", "narrow_values": True},
         ),
         ({"model_type": "llama", "structprune_sliced": {"hidden_size": 64}}, {"structure": "sliced"}),
     ],

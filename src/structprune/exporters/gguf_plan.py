@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING
 from structprune.architectures.parts import head_size
 from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
 from structprune.architectures.sliced_source import SLICED_ENTRY
+from structprune.architectures.values import has_narrow_values
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
@@ -126,6 +127,13 @@ def _family(reader: CheckpointReader) -> GgufFamily:
             "the residual sums pass through matrices, which no architecture of llama.cpp has",
             where=where,
             do="slice with --structure uniform, which needs none",
+        )
+    if has_narrow_values(reader.config):
+        raise UnsupportedError(
+            "heads have fewer value channels than key channels, for which no GGUF form is known",
+            where=where,
+            got="v_head_dim in per_layer_config",
+            do="prune attention with --head-units kv-group, or the MLP only",
         )
     if "quantization_config" in reader.config:
         raise UnsupportedError("the checkpoint is quantised", where=where, do="export the unquantised one")
