@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_per_layer import (
     IDS_BS,
     load,
@@ -38,6 +38,7 @@ from structprune.architectures.per_layer_source import MODELING_NAME, modeling_s
 from structprune.architectures.stock import StockModel, output_tensor
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError, UnsupportedError
+from structprune.evaluation.reload import ReloadSpec, reload_here
 from structprune.report.schema import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -315,6 +316,16 @@ def test_processes_share_whole_heads(processes: int, kept: int, tiny_llama: Path
     assert found.kept is not None
     assert found.kept["attention"] == [kept, kept]
     assert found.shape.indivisible is None
+
+
+@pytest.mark.parametrize("mode", ["whole", "streamed"])
+def test_both_ways_of_the_reload_check(mode: Literal["whole", "streamed"], narrow: Path, tmp_path: Path) -> None:
+    found = logits(load(narrow))[0]
+    save_file({"ids_S": IDS_BS[0], "logits_SV": found}, tmp_path / "probe.safetensors")
+    spec = ReloadSpec(directory=narrow, probe=tmp_path / "probe.safetensors", mode=mode, dtype="float32")
+    result = reload_here(spec)
+    assert (result.error, result.impossible) == (None, None)
+    assert result.relative_difference < 1e-6
 
 
 def test_gguf_is_refused(narrow: Path, tmp_path: Path) -> None:
