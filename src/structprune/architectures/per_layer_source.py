@@ -107,8 +107,7 @@ class _Values(nn.Linear):
         self.size = size
 
     def forward(self, hidden_states):
-        values = super().forward(hidden_states)
-        values = values.view(*values.shape[:-1], -1, self.kept)
+        values = super().forward(hidden_states).unflatten(-1, (-1, self.kept))
         return nn.functional.pad(values, (0, self.size - self.kept)).flatten(-2)
 
 
@@ -121,7 +120,7 @@ class _Outputs(nn.Linear):
         self.size = size
 
     def forward(self, hidden_states):
-        heads = hidden_states.view(*hidden_states.shape[:-1], -1, self.size)
+        heads = hidden_states.unflatten(-1, (-1, self.size))
         return super().forward(heads[..., : self.kept].flatten(-2))
 
 

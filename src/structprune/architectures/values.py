@@ -28,8 +28,7 @@ class _Values(nn.Linear):
         self.kept, self.size = kept, size
 
     def forward(self, input: Tensor) -> Tensor:
-        values = super().forward(input)
-        values = values.view(*values.shape[:-1], -1, self.kept)
+        values = super().forward(input).unflatten(-1, (-1, self.kept))
         return nn.functional.pad(values, (0, self.size - self.kept)).flatten(-2)
 
 
@@ -41,7 +40,7 @@ class _Outputs(nn.Linear):
         self.kept, self.size = kept, size
 
     def forward(self, input: Tensor) -> Tensor:
-        heads = input.view(*input.shape[:-1], -1, self.size)
+        heads = input.unflatten(-1, (-1, self.size))
         return super().forward(heads[..., : self.kept].flatten(-2))
 
 

@@ -142,7 +142,6 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
-    own = uneven or narrows
     if survey == "scores" and score in SELECTORS:
         raise UnsupportedError(
             f"{score!r} gives no number per unit that blocks could be compared by",
@@ -183,7 +182,8 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             "allocator": allocator,
             "temperature": temperature,
             "target": target,
-            "structure": recipe.structure or ("uniform" if allocator == "uniform" and not own else "per-layer"),
+            "structure": recipe.structure
+            or ("uniform" if allocator == "uniform" and not (uneven or narrows) else "per-layer"),
             "damping": damping,
             "shrinkage": recipe.shrinkage if recipe.shrinkage is not None else method.shrinkage,
             "score": score,
