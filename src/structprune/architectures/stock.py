@@ -90,7 +90,7 @@ class StockModel:
     """
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
-        self._head_units: HeadUnits = head_units
+        self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
         if "quantization_config" in reader.config:
             raise UnsupportedError(
@@ -116,7 +116,7 @@ class StockModel:
                 )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
-            self.groups = self.family.groups(self.config, self._head_units)
+            self.groups = self.family.groups(self.config, self.head_units)
             self.stages: tuple[Stage, ...] = self.family.stages(self.config)
             self.removed: RemovedHalves = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
@@ -236,7 +236,7 @@ class StockModel:
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
             groups = tuple(
                 group
-                for group in self.family.groups(self.block_configs[index], self._head_units)
+                for group in self.family.groups(self.block_configs[index], self.head_units)
                 if group.kind not in self.removed[index]
             )
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))

@@ -58,9 +58,10 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         "shrinkage": method.shrinkage,
         "temperature": method.temperature,
         "multiple_of": 1,
+        "head_units": method.head_units,
         **{
             name: Recipe.model_fields[name].default
-            for name in ("head_units", "min_retention", "max_retention", "outer_iterations", "allow_block_removal")
+            for name in ("min_retention", "max_retention", "outer_iterations", "allow_block_removal")
         },
         **(
             {}

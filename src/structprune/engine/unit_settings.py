@@ -44,8 +44,6 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
                 got=f"--multiple-of {recipe.multiple_of}",
                 wanted=f"a multiple of {group.multiple_of}",
             )
-    if any(group.kind == "attention" for group in groups):
-        recipe = recipe.model_copy(update={"head_units": recipe.head_units or method.head_units})
     recipe = _resolved(recipe, method, stock, groups)
     for group in groups:
         if recipe.solver in ITERATIVE and group.kind == "mlp":
@@ -77,11 +75,11 @@ def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None
 def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[UnitGroup, ...]) -> Recipe:
     """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning.
 
-    `groups` are those in scope, and `head_units` is filled already.
+    `groups` are those in scope.
     """
     mixture = any(group.part is not None for group in groups)
     attention = any(group.kind == "attention" for group in groups)
-    narrows = attention and recipe.head_units == "value-channel"
+    narrows = attention and stock.head_units == "value-channel"
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
     survey = method.survey_for(allocator)
     temperature = recipe.temperature
@@ -179,6 +177,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
         )
     return recipe.model_copy(
         update={
+            "head_units": stock.head_units,
             "allocator": allocator,
             "temperature": temperature,
             "target": target,
