@@ -74,7 +74,6 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
     return recipe.model_copy(
         update={
             "scope": "all",
-            "head_units": method.head_units,
             "structure": recipe.structure or "per-layer",
             "multiple_of": recipe.multiple_of or _DEFAULT_MULTIPLE,
             "damping": recipe.damping or method.damping,
