@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
-from structprune.calibration.select import load_windows
+from structprune.calibration.select import fingerprint, load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
@@ -26,6 +27,7 @@ from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.start import check_same, find_windows, identity, keep_windows
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -167,47 +169,106 @@ def prune(
 ) -> PruneReport:
     """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
 
-    In the directory `shared` the dense model's measurements are left for runs that ask for the same ones.
+    A run of the same recipe that was cut goes on where it was. In the directory `shared` the dense model's measurements
+    are left for runs that ask for the same ones.
 
     Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
-    do; nothing half-written stays behind.
+    do; nothing half-written looks like a result.
     """
     started = time.perf_counter()
     bound_hidden_memory()
     observer = observer or SilentObserver()
     METHODS.get(recipe.method)
-    run = RunDirectory(Path(output))
+    run = RunDirectory(Path(output), observer.note)
     run.check()
     checked = check(model, recipe)
-    recipe, stock = checked.recipe, checked.stock
-    walk = WALKS[checked.method.walk]
+    with PeakMeter() as meter, run:
+        job = _job(checked, run, observer, str(model), recipe, started, shared)
+        if run.is_committed():
+            run.discard()
+            return _finished_report(run.output)
+        return WALKS[checked.method.walk].execute(job, run, meter, observer)
 
-    with PeakMeter() as meter:
-        plan = _plan(checked, recipe.num_samples)
-        name, windows = _windows(checked, plan, observer)
-        check_free_disk(run.output, plan.disk_bytes)
-        num_windows = len(windows.ids_NS)
-        if num_windows < recipe.num_samples:
-            plan = _plan(checked, num_windows)
-        job = Job(
-            source=str(model),
-            stock=stock,
-            recipe=recipe.model_copy(
-                update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
-            ),
-            method=checked.method,
-            kinds=checked.kinds,
-            plan=plan,
-            calibration_name=name,
-            windows=windows,
-            num_probe=min(_num_probe(recipe), num_windows),
-            device=checked.device,
-            dtype=checked.dtype,
-            started=started,
-            shared=shared,
+
+def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
+    """Go on with the run whose output or working directory is `run`, or return the report if it is finished.
+
+    Raises InputError if nothing is left of such a run, and what `prune` raises.
+    """
+    directory = RunDirectory.named(expand_user(str(run)))
+    start = directory.peek()
+    if start is None:
+        if (directory.output / REPORT_NAME).is_file():
+            return _finished_report(directory.output)
+        raise InputError(
+            "there is no run to go on with",
+            where=str(directory.staging),
+            wanted="the -o of a run that was cut after it had begun",
+            do="run the command again",
         )
-        with run:
-            return walk.execute(job, run, meter, observer)
+    # Paths in the settings count from where the run was started.
+    with contextlib.chdir(start["directory"]):
+        return prune(start["model"], Recipe.build(**start["asked"]), directory.output, observer)
+
+
+def _finished_report(output: Path) -> PruneReport:
+    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
+
+
+def _job(
+    checked: CheckedRun,
+    run: RunDirectory,
+    observer: Observer,
+    model: str,
+    asked: Recipe,
+    started: float,
+    shared: Path | None,
+) -> Job:
+    """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
+    same, before = identity(checked.stock.reader, checked.recipe), run.start
+    if before is not None:
+        check_same(before, {**same, "windows": before["windows"]}, run.staging)
+        # The plan is one of the memory that was free then: another one adds up in another order.
+        checked = replace(checked, recipe=checked.recipe.model_copy(update={"memory": before["budget_bytes"]}))
+    recipe = checked.recipe
+    plan = _plan(checked, recipe.num_samples)
+    found = find_windows(run)
+    if found is None:
+        found = _windows(checked, plan, observer)
+        keep_windows(run, *found)
+    name, windows = found
+    if before is not None:
+        check_same(before, {**same, "windows": fingerprint(windows)}, run.staging)
+    check_free_disk(run.output, plan.disk_bytes - run.used_bytes())
+    num_windows = len(windows.ids_NS)
+    if num_windows < recipe.num_samples:
+        plan = _plan(checked, num_windows)
+    if before is not None:
+        run.go_on()
+    else:
+        run.begin(
+            **same,
+            windows=fingerprint(windows),
+            budget_bytes=plan.budget_bytes,
+            model=model,
+            asked=asked.model_dump(mode="json", exclude_unset=True),
+            directory=str(Path.cwd()),
+        )
+    return Job(
+        source=model,
+        stock=checked.stock,
+        recipe=recipe.model_copy(update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}),
+        method=checked.method,
+        kinds=checked.kinds,
+        plan=plan,
+        calibration_name=name,
+        windows=windows,
+        num_probe=min(_num_probe(recipe), num_windows),
+        device=checked.device,
+        dtype=checked.dtype,
+        started=started - run.journal.earlier_s,
+        shared=shared,
+    )
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
