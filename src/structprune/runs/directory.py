@@ -36,6 +36,8 @@ class RunDirectory:
         self.rejected = self.output.parent / f"{self.output.name}.rejected"
         self._notify = notify
         self._accepted = False
+        self._keep = False
+        self._how_to_go_on = f"`structprune resume {self.output}` goes on where it was"
 
     @classmethod
     def named(cls, path: Path, notify: Callable[[str], None] = silent) -> RunDirectory:
@@ -106,12 +108,12 @@ class RunDirectory:
             ) from None
 
     def _clear(self) -> None:
-        if (self.staging / JOURNAL_NAME).stat().st_size:
+        left = [path for path in self.staging.iterdir() if path.name != JOURNAL_NAME]
+        if left:
             self._notify(f"{self.staging}: the start of the run is not in the journal; all of it is done again")
         self.journal.clear()
-        for path in self.staging.iterdir():
-            if path.name != JOURNAL_NAME:
-                _remove(path)
+        for path in left:
+            _remove(path)
 
     @property
     def start(self) -> Mapping[str, Any] | None:
@@ -142,8 +144,11 @@ class RunDirectory:
     def commit(self) -> None:
         """Make the checkpoint inside staging the output, and drop the rest. Raises InputError if the output exists."""
         if os.path.lexists(self.output):
+            self._keep = True
             raise InputError(
-                "the output appeared while the run was working", where=str(self.output), do="choose another -o"
+                "the output appeared while the run was working",
+                where=str(self.output),
+                do=f"move it away; {self._how_to_go_on} then",
             )
         self.journal.record(_COMMIT)
         self.checkpoint.rename(self.output)
@@ -186,22 +191,21 @@ class RunDirectory:
         if self.start is not None and not self._accepted:
             # Another run's state, which this one was refused.
             return
-        kept = self.start is not None and not _comes_again(error)
+        kept = self.start is not None and (self._keep or not _comes_again(error))
         if not kept:
             shutil.rmtree(self.staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for parent in self._new_parents:
                     parent.rmdir()
-        how = f"`structprune resume {self.output}` goes on where it was"
         if full:
             raise DiskFullError(
                 "the disk is full",
                 where=str(self.staging.parent),
                 got=str(error),
-                do=f"free some; {how}" if kept else "free some",
+                do=f"free some; {self._how_to_go_on} then" if kept else "free some",
             ) from error
         if kept and isinstance(error, Exception):
-            error.add_note(f"What is done is kept: {how}.")
+            error.add_note(f"What is done is kept: {self._how_to_go_on}.")
 
 
 def _comes_again(error: BaseException) -> bool:
