@@ -18,7 +18,7 @@ from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
 from structprune.calibration.context import CalibrationWindows, SourceContext
-from structprune.calibration.select import fingerprint, load_windows
+from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
@@ -27,7 +27,7 @@ from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
-from structprune.engine.start import check_same, find_windows, identity, keep_windows
+from structprune.engine.start import Start, begin_or_go_on, find_start, identity
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -41,7 +41,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
-from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
+from structprune.runs.directory import RunDirectory, check_absent
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup, UnitKind
 
@@ -152,6 +152,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         needs_survey=survey == "loss",
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
+        rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
@@ -196,7 +197,7 @@ def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
     Raises InputError if nothing is left of such a run, and what `prune` raises.
     """
     directory = RunDirectory.named(expand_user(str(run)))
-    start = directory.peek()
+    start = find_start(directory)
     if start is None:
         if (directory.output / REPORT_NAME).is_file():
             return _finished_report(directory.output)
@@ -207,8 +208,8 @@ def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
             do="run the command again",
         )
     # Paths in the settings count from where the run was started.
-    with contextlib.chdir(start["directory"]):
-        return prune(start["model"], Recipe.build(**start["asked"]), directory.output, observer)
+    with contextlib.chdir(start.directory):
+        return prune(start.model, start.asked, directory.output, observer)
 
 
 def _finished_report(output: Path) -> PruneReport:
@@ -225,45 +226,32 @@ def _job(
     shared: Path | None,
 ) -> Job:
     """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
-    same, before = identity(checked.stock.reader, checked.recipe), run.start
-    if before is not None:
-        check_same(before, {**same, "windows": before["windows"]}, run.staging)
-        # The plan is one of the memory that was free then: another one adds up in another order.
-        checked = replace(checked, recipe=checked.recipe.model_copy(update={"memory": before["budget_bytes"]}))
-    recipe = checked.recipe
-    plan = _plan(checked, recipe.num_samples)
-    found = find_windows(run)
-    if found is None:
-        found = _windows(checked, plan, observer)
-        keep_windows(run, *found)
-    name, windows = found
-    if before is not None:
-        check_same(before, {**same, "windows": fingerprint(windows)}, run.staging)
-    check_free_disk(run.output, plan.disk_bytes - run.used_bytes())
-    num_windows = len(windows.ids_NS)
-    if num_windows < recipe.num_samples:
-        plan = _plan(checked, num_windows)
-    if before is not None:
-        run.go_on()
-    else:
-        run.begin(
-            **same,
-            windows=fingerprint(windows),
-            budget_bytes=plan.budget_bytes,
-            model=model,
-            asked=asked.model_dump(mode="json", exclude_unset=True),
-            directory=str(Path.cwd()),
-        )
+
+    def plan(memory: int | None, num_windows: int) -> PrunePlan:
+        return _plan(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
+
+    begun = begin_or_go_on(
+        run,
+        identity(checked.stock.reader, checked.recipe),
+        Start(model=model, asked=asked),
+        checked.recipe.memory,
+        checked.recipe.num_samples,
+        plan,
+        lambda plan: _windows(checked, plan, observer),
+    )
+    num_windows = len(begun.windows.ids_NS)
     return Job(
         source=model,
         stock=checked.stock,
-        recipe=recipe.model_copy(update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}),
+        recipe=checked.recipe.model_copy(
+            update={"calibration": begun.name, "num_samples": num_windows, "memory": begun.plan.budget_bytes}
+        ),
         method=checked.method,
         kinds=checked.kinds,
-        plan=plan,
-        calibration_name=name,
-        windows=windows,
-        num_probe=min(_num_probe(recipe), num_windows),
+        plan=begun.plan,
+        calibration_name=begun.name,
+        windows=begun.windows,
+        num_probe=min(_num_probe(checked.recipe), num_windows),
         device=checked.device,
         dtype=checked.dtype,
         started=started - run.journal.earlier_s,

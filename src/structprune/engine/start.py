@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from structprune.calibration.context import CalibrationWindows
+from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.finish import versions
+from structprune.engine.planner import PrunePlan
 from structprune.errors import InputError
 from structprune.recipe import Recipe
-from structprune.runs.directory import RunDirectory
+from structprune.runs.directory import RunDirectory, check_free_disk
 
 _WINDOWS = "windows"
 
@@ -58,14 +62,85 @@ def _difference(shown: Any, other: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if other.get(name) != value) or "none"
 
 
-def keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
-    """Keep the windows for a process that goes on: they may have been sampled, or their text may be gone by then."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What the user asked for."""
+
+    model: str
+    asked: Recipe
+    directory: str = field(default_factory=os.getcwd)
+    """Where relative paths in the settings count from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What a run works by from its first step on."""
+
+    plan: PrunePlan
+    name: str
+    """Of the source of the windows."""
+    windows: CalibrationWindows
+
+
+def find_start(run: RunDirectory) -> Start | None:
+    """What was asked of the run that was cut in this directory."""
+    line = run.peek()
+    if line is None:
+        return None
+    return Start(model=line["model"], asked=Recipe.build(**line["asked"]), directory=line["directory"])
+
+
+def begin_or_go_on(
+    run: RunDirectory,
+    same: Mapping[str, Any],
+    start: Start,
+    memory: int | None,
+    num_samples: int,
+    plan: Callable[[int | None, int], PrunePlan],
+    read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
+) -> Begun:
+    """Take the first step of a run, or that of the run which was cut here; `same` is the `identity` of this one.
+
+    `plan` is called with (memory budget, windows). Raises InputError if another run was cut here.
+    """
+    before = run.start
+    if before is not None:
+        check_same(before, {**same, "windows": before["windows"]}, run.staging)
+        # The plan is one for the memory that was free then: another one adds up in another order.
+        memory = before["budget_bytes"]
+    chosen = plan(memory, num_samples)
+    found = _find_windows(run)
+    if found is None:
+        found = read_windows(chosen)
+        _keep_windows(run, *found)
+    name, windows = found
+    digest = fingerprint(windows)
+    check_free_disk(run.output, chosen.disk_bytes - run.used_bytes())
+    if len(windows.ids_NS) < num_samples:
+        chosen = plan(memory, len(windows.ids_NS))
+    if before is not None:
+        check_same(before, {**same, "windows": digest}, run.staging)
+        run.go_on()
+    else:
+        run.begin(
+            **same,
+            windows=digest,
+            budget_bytes=chosen.budget_bytes,
+            model=start.model,
+            asked=start.asked.model_dump(mode="json", exclude_unset=True),
+            directory=start.directory,
+        )
+    return Begun(plan=chosen, name=name, windows=windows)
+
+
+def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
+    """For a process that goes on: they may have been sampled, or their text may be gone by then."""
     path = run.staging / "windows.safetensors"
     save_file({"ids": windows.ids_NS.contiguous()}, path)
     run.journal.record(_WINDOWS, [path], name=name, description=windows.description)
 
 
-def find_windows(run: RunDirectory) -> tuple[str, CalibrationWindows] | None:
+def _find_windows(run: RunDirectory) -> tuple[str, CalibrationWindows] | None:
     """The name of their source, and the windows that were kept; None if there are none."""
     line = run.journal.find(_WINDOWS)
     if line is None:
