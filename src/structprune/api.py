@@ -22,12 +22,12 @@ from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import REPORT_NAME
+from structprune.engine.finish import REPORT_NAME, load_report
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
-from structprune.engine.start import Start, begin_or_go_on, find_start, identity
+from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -187,7 +187,7 @@ def prune(
         job = _job(checked, run, observer, str(model), recipe, started, shared)
         if run.is_committed():
             run.discard()
-            return _finished_report(run.output)
+            return load_report(run.output)
         return WALKS[checked.method.walk].execute(job, run, meter, observer)
 
 
@@ -200,20 +200,12 @@ def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
     start = find_start(directory)
     if start is None:
         if (directory.output / REPORT_NAME).is_file():
-            return _finished_report(directory.output)
-        raise InputError(
-            "there is no run to go on with",
-            where=str(directory.staging),
-            wanted="the -o of a run that was cut after it had begun",
-            do="run the command again",
-        )
+            return load_report(directory.output)
+        wanted = "the -o of a run that was cut after it had begun"
+        raise InputError("there is no run to go on with", where=str(directory.staging), wanted=wanted)
     # Paths in the settings count from where the run was started.
     with contextlib.chdir(start.directory):
         return prune(start.model, start.asked, directory.output, observer)
-
-
-def _finished_report(output: Path) -> PruneReport:
-    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
 
 
 def _job(
@@ -232,10 +224,9 @@ def _job(
 
     begun = begin_or_go_on(
         run,
-        identity(checked.stock.reader, checked.recipe),
+        checked.stock.reader,
+        checked.recipe,
         Start(model=model, asked=asked),
-        checked.recipe.memory,
-        checked.recipe.num_samples,
         plan,
         lambda plan: _windows(checked, plan, observer),
     )

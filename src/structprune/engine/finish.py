@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
 REPORT_NAME = "pruning_report.json"
+
+
+def load_report(output: Path) -> PruneReport:
+    """That of a finished run."""
+    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -303,16 +303,13 @@ def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int)
     """Disk of what a run that is cut goes on from. A snapshot is there twice while its successor is written."""
     hidden, num_blocks = request.layout.hidden_size, len(request.layout.blocks)
     window = request.seq_len * hidden * request.compute_dtype.itemsize
-    # The reported windows of the dense model beside the stores, and both ends of theirs.
     total = 2 * stores_bytes + 4 * request.num_probe * window
     if request.needs_survey or request.needs_weight_gradients:
         total += (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
     if request.needs_survey:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":
-        # The basis with the stream, or the sum that becomes it.
         total += 2 * hidden * hidden * 8
-    # Every pass writes its blocks.
     return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 
 

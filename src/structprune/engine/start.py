@@ -92,18 +92,19 @@ def find_start(run: RunDirectory) -> Start | None:
 
 def begin_or_go_on(
     run: RunDirectory,
-    same: Mapping[str, Any],
+    reader: CheckpointReader,
+    recipe: Recipe,
     start: Start,
-    memory: int | None,
-    num_samples: int,
     plan: Callable[[int | None, int], PrunePlan],
     read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
 ) -> Begun:
-    """Take the first step of a run, or that of the run which was cut here; `same` is the `identity` of this one.
+    """Take the first step of a run, or that of the run which was cut here.
 
-    `plan` is called with (memory budget, windows). Raises InputError if another run was cut here.
+    `recipe` is resolved but for what text and memory decide; `plan` is called with (memory budget, windows). Raises
+    InputError if another run was cut here.
     """
-    before = run.start
+    same, before = identity(reader, recipe), run.start
+    memory, num_samples = recipe.memory, recipe.num_samples
     if before is not None:
         check_same(before, {**same, "windows": before["windows"]}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.
