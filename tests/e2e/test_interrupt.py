@@ -151,6 +151,26 @@ def test_interrupted_run_goes_on(
     assert files(output) == uninterrupted(command, tmp_path / "whole")
 
 
+def test_full_disk_is_said_and_the_run_goes_on(command: list[str], tmp_path: Path) -> None:
+    """No file may grow to the size of a block's shard."""
+    output = tmp_path / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    command += ["--num-samples", "4"]
+    process = start([limit + word if word == PROGRAM else word for word in command])
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith(f"structprune: {tmp_path}: the disk is full; got ")
+    assert last.endswith(f"(os error 27). Free some; `structprune resume {output}` goes on where it was then.")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list((tmp_path / "out.partial" / "checkpoint").iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main(["resume", str(output), "--quiet"])
+    assert caught.value.code == 0
+    assert files(output) == uninterrupted(command, tmp_path / "whole")
+
+
 def test_interrupted_run_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

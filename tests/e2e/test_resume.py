@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,11 +167,13 @@ class Halted:
         return self.output.with_name("out.partial")
 
 
-@pytest.fixture
-def halted(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Halted:
-    source, asked = model("normed", tmp_path), recipe("normed", text_file)
-    prune(source, asked, tmp_path / "whole" / "out")
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def base(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a run of it that was cut, and one that was not. Do not modify: copy it."""
+    base = tmp_path_factory.mktemp("halted")
+    source, asked = model("normed", base), recipe("normed", text_file)
+    prune(source, asked, base / "whole" / "out")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshots, "SHARE", float("inf"))
         keep = snapshots.write_json
 
@@ -181,9 +184,18 @@ def halted(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         patch.setattr(snapshots, "write_json", last)
         with pytest.raises(Cut):
-            prune(source, asked, tmp_path / "cut" / "out")
+            prune(source, asked, base / "cut" / "out")
+    return base
+
+
+@pytest.fixture
+def halted(base: Path, text_file: Path, tmp_path: Path) -> Halted:
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     return Halted(
-        source=source, asked=asked, output=tmp_path / "cut" / "out", whole=content(tmp_path / "whole" / "out")
+        source=tmp_path / "model",
+        asked=recipe("normed", text_file),
+        output=tmp_path / "cut" / "out",
+        whole=content(tmp_path / "whole" / "out"),
     )
 
 
@@ -197,17 +209,23 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+SHARD = "checkpoint/model-00003-of-00005.safetensors"
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "damage"),
     [
-        "state/2.pruned",
-        "state/2.dense",
-        "state/state.json",
-        "checkpoint/model-00003-of-00005.safetensors",
-        "survey/found-1.safetensors",
-        "survey/costs-2.safetensors",
-        "windows.safetensors",
+        ("state/2.pruned", flip_a_bit),
+        ("state/2.dense", truncate),
+        ("state/2.dense", Path.unlink),
+        ("state/state.json", flip_a_bit),
+        ("state/state.json", Path.unlink),
+        (SHARD, flip_a_bit),
+        (SHARD, truncate),
+        (SHARD, Path.unlink),
+        ("survey/found-1.safetensors", flip_a_bit),
+        ("survey/costs-2.safetensors", truncate),
+        ("windows.safetensors", flip_a_bit),
     ],
 )
 def test_damage_is_named_and_computed_again(name: str, damage: Callable[[Path], None], halted: Halted) -> None:
