@@ -176,35 +176,18 @@ def _write_blocks(
     meter: PeakMeter,
     observer: Observer,
 ) -> Outcome:
-    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept."""
+    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept.
+
+    What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
+    """
     blocks = job.stock.layout.blocks
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None and block.index in kept:
             writer.adopt(kept.index(block.index) + 2)
     ends = find_ends(run.journal, run.staging)
-    if ends is None or None in lines:
-        ends = _write_on(job, run, writer, kept, choice, meter, observer, lines)
-    return Outcome(
-        reports=[BlockReport(**line["report"]) for line in lines if line is not None],
-        kept_indices={"blocks": kept},
-        dense_NSD=ends["dense"],
-        pruned_NSD=ends["pruned"],
-    )
-
-
-def _write_on(
-    job: Job,
-    run: RunDirectory,
-    writer: CheckpointWriter,
-    kept: list[int],
-    choice: Choice,
-    meter: PeakMeter,
-    observer: Observer,
-    lines: list[Mapping[str, Any] | None],
-) -> dict[str, Tensor]:
-    """From the newest snapshot to the end, which it returns. `lines` are the journal's, and all there afterwards."""
-    blocks = job.stock.layout.blocks
+    if ends is not None and None not in lines:
+        return _outcome(lines, kept, ends)
     snapshots = Snapshots(run.staging / "state", observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
@@ -258,4 +241,14 @@ def _write_on(
         ends = {"dense": dense.read(0, job.num_probe).clone(), "pruned": pruned.read(0, job.num_probe).clone()}
         keep_ends(run.journal, run.staging, ends)
     snapshots.discard()
-    return ends
+    return _outcome(lines, kept, ends)
+
+
+def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], ends: Mapping[str, Tensor]) -> Outcome:
+    """From the journal's line of every block."""
+    return Outcome(
+        reports=[BlockReport(**line["report"]) for line in lines if line is not None],
+        kept_indices={"blocks": kept},
+        dense_NSD=ends["dense"],
+        pruned_NSD=ends["pruned"],
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,41 +105,13 @@ def _slice_blocks(
     again: rotated weights do not show where the stream was cut.
     """
     blocks = job.stock.layout.blocks
-    journal = run.journal
-    lines = [journal.find(f"block {block.index}") for block in blocks]
-    embedded = journal.find("embedding") is not None
-    ends = find_ends(journal, run.staging)
-    if ends is None or None in lines or not embedded:
-        ends = _slice_on(job, run, writer, width, common_DK, meter, observer, lines, embedded=embedded)
-    else:
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    embedded = run.journal.find("embedding") is not None
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and embedded and None not in lines:
         for number in range(1, len(blocks) + 2):
             writer.adopt(number)
-    return _Pass(
-        outcome=Outcome(
-            reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
-            kept_indices={},
-            dense_NSD=ends["dense"],
-            pruned_NSD=ends["pruned"],
-        ),
-        num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
-        last_DK=ends["basis"],
-    )
-
-
-def _slice_on(
-    job: Job,
-    run: RunDirectory,
-    writer: CheckpointWriter,
-    width: int,
-    common_DK: Tensor | None,
-    meter: PeakMeter,
-    observer: Observer,
-    lines: list[Mapping[str, Any] | None],
-    *,
-    embedded: bool,
-) -> dict[str, Tensor]:
-    """From the newest snapshot to the end, which it returns. `lines` are the journal's, and all there afterwards."""
-    blocks = job.stock.layout.blocks
+        return _passed(writer, lines, ends)
     num_windows = len(job.windows.ids_NS) if common_DK is None else job.num_probe
     snapshots = Snapshots(run.staging / "state", observer.note)
     kept = snapshots.behind([embedded and line is not None for line in lines])
@@ -200,7 +172,21 @@ def _slice_on(
         }
         keep_ends(run.journal, run.staging, ends)
     snapshots.discard()
-    return ends
+    return _passed(writer, lines, ends)
+
+
+def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> _Pass:
+    """From the journal's line of every block."""
+    return _Pass(
+        outcome=Outcome(
+            reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
+            kept_indices={},
+            dense_NSD=ends["dense"],
+            pruned_NSD=ends["pruned"],
+        ),
+        num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
+        last_DK=ends["basis"],
+    )
 
 
 def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
