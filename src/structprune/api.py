@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import REPORT_NAME
+from structprune.engine.finish import REPORT_NAME, load_report
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -39,7 +41,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 from structprune.report.schema import PruneReport
-from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
+from structprune.runs.directory import RunDirectory, check_absent
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup, UnitKind
 
@@ -151,6 +153,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         needs_survey=survey == "loss",
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
+        rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
@@ -168,47 +171,84 @@ def prune(
 ) -> PruneReport:
     """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
 
-    In the directory `shared` the dense model's measurements are left for runs that ask for the same ones.
+    A run of the same recipe that was cut goes on where it was. In the directory `shared` the dense model's measurements
+    are left for runs that ask for the same ones.
 
     Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
-    do; nothing half-written stays behind.
+    do; nothing half-written looks like a result.
     """
     started = time.perf_counter()
     bound_hidden_memory()
     observer = observer or SilentObserver()
     METHODS.get(recipe.method)
-    run = RunDirectory(Path(output))
+    run = RunDirectory(Path(output), observer.note)
     run.check()
     checked = check(model, recipe)
-    recipe, stock = checked.recipe, checked.stock
-    walk = WALKS[checked.method.walk]
+    with PeakMeter() as meter, run:
+        job = _job(checked, run, observer, str(model), recipe, started, shared)
+        if run.is_committed():
+            run.discard()
+            return load_report(run.output)
+        return WALKS[checked.method.walk].execute(job, run, meter, observer)
 
-    with PeakMeter() as meter:
-        plan = _plan(checked, recipe.num_samples)
-        name, windows = _windows(checked, plan, observer)
-        check_free_disk(run.output, plan.disk_bytes)
-        num_windows = len(windows.ids_NS)
-        if num_windows < recipe.num_samples:
-            plan = _plan(checked, num_windows)
-        job = Job(
-            source=str(model),
-            stock=stock,
-            recipe=recipe.model_copy(
-                update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
-            ),
-            method=checked.method,
-            kinds=checked.kinds,
-            plan=plan,
-            calibration_name=name,
-            windows=windows,
-            num_probe=min(_num_probe(recipe), num_windows),
-            device=checked.device,
-            dtype=checked.dtype,
-            started=started,
-            shared=shared,
-        )
-        with run:
-            return walk.execute(job, run, meter, observer)
+
+def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
+    """Go on with the run whose output or working directory is `run`, or return the report if it is finished.
+
+    Raises InputError if nothing is left of such a run, and what `prune` raises.
+    """
+    directory = RunDirectory.named(expand_user(str(run)))
+    start = find_start(directory)
+    if start is None:
+        if (directory.output / REPORT_NAME).is_file():
+            return load_report(directory.output)
+        wanted = "the -o of a run that was cut after it had begun"
+        raise InputError("there is no run to go on with", where=str(directory.staging), wanted=wanted)
+    # Paths in the settings count from where the run was started.
+    with contextlib.chdir(start.directory):
+        return prune(start.model, start.asked, directory.output, observer)
+
+
+def _job(
+    checked: CheckedRun,
+    run: RunDirectory,
+    observer: Observer,
+    model: str,
+    asked: Recipe,
+    started: float,
+    shared: Path | None,
+) -> Job:
+    """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
+
+    def plan(memory: int | None, num_windows: int) -> PrunePlan:
+        return _plan(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
+
+    begun = begin_or_go_on(
+        run,
+        checked.stock.reader,
+        checked.recipe,
+        Start(model=model, asked=asked),
+        plan,
+        lambda plan: _windows(checked, plan, observer),
+    )
+    num_windows = len(begun.windows.ids_NS)
+    return Job(
+        source=model,
+        stock=checked.stock,
+        recipe=checked.recipe.model_copy(
+            update={"calibration": begun.name, "num_samples": num_windows, "memory": begun.plan.budget_bytes}
+        ),
+        method=checked.method,
+        kinds=checked.kinds,
+        plan=begun.plan,
+        calibration_name=begun.name,
+        windows=begun.windows,
+        num_probe=min(_num_probe(checked.recipe), num_windows),
+        device=checked.device,
+        dtype=checked.dtype,
+        started=started - run.journal.earlier_s,
+        shared=shared,
+    )
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:

@@ -72,7 +72,7 @@ def compare(
     base = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
     variants = [parse_variant(name) for name in methods]
 
-    from structprune.cli.interrupt import interruptible
+    from structprune.cli.interrupt import exit_code, interruptible
     from structprune.cli.progress import plain_observer
     from structprune.cli.render import comparison_table
     from structprune.comparison.run import ComparisonRequest
@@ -94,9 +94,9 @@ def compare(
     try:
         with interruptible():
             result = run_compare(request, output, plain_observer(quiet=quiet))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(error)) from None
     if as_json:
         print(json.dumps(result.model_dump(mode="json"), indent=2))
     else:

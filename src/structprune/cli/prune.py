@@ -23,16 +23,12 @@ def prune(
     """Prune MODEL into a new, physically smaller checkpoint."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
     from structprune.api import prune as run_prune
-    from structprune.cli.interrupt import interruptible
-    from structprune.cli.progress import progress_observer
+    from structprune.cli.interrupt import run_or_say_how_to_resume
     from structprune.cli.render import report_table
 
-    try:
-        with interruptible(), progress_observer(quiet=quiet) as observer:
-            report = run_prune(model, settings, output, observer)
-    except KeyboardInterrupt:
-        typer.echo("structprune: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
+    report = run_or_say_how_to_resume(
+        lambda observer: run_prune(model, settings, output, observer), output, quiet=quiet
+    )
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

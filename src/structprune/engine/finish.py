@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
 REPORT_NAME = "pruning_report.json"
+
+
+def load_report(output: Path) -> PruneReport:
+    """That of a finished run."""
+    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,14 +183,14 @@ def commit(
         "source_fingerprint": job.reader.fingerprint(),
         "calibration": calibration.model_dump(mode="json"),
         "kept_indices": outcome.kept_indices,
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     writer.finish()
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
-    measured_peak = meter.peak_so_far()
+    measured_peak = max(meter.peak_so_far(), run.journal.largest("peak_bytes"))
 
     reload = check_reload(job, run, writer, judged.probe, observer)
     # The shape of what lies there, not of what was planned.
@@ -193,7 +199,7 @@ def commit(
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     source = source_metadata(job.reader.directory, job.reader.config)
     write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
-    run.commit(checkpoint)
+    run.commit()
     return report
 
 
@@ -210,7 +216,8 @@ def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything that decides the bytes of a result."""
     return {
         "structprune": importlib.metadata.version("structprune"),
         "torch": torch.__version__,
@@ -255,5 +262,5 @@ def _report(
         reload=reload,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
-        versions=_versions(),
+        versions=versions(),
     )

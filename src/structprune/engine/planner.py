@@ -94,6 +94,8 @@ class PlanRequest:
     """Whether the survey sums the gradients by a block's weights."""
     follows_dense: bool = False
     sensitivity_windows: int = 0
+    rehearses: bool = False
+    """Whether passes come before the one that is written."""
     holds_out: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
     num_latents: int = 0
@@ -214,12 +216,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + sums
         phases["survey: loss"] = (
-            small
-            + (store_bytes if store == "memory" else 0)
-            + gradient
-            + head
-            + _CHUNK_BYTES
-            + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
+            small + gradient + head + _CHUNK_BYTES + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
         )
     if request.needs_weight_gradients:
         sizes = _weight_sizes(block, request.groups)
@@ -281,11 +278,6 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 both = 2 * inputs + 6 * hidden
                 phases[f"statistics ({kind})"] += cross + micro_batch * request.seq_len * both * 4
     model_bytes = sum(request.stored_bytes.values())
-    borders = (
-        (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
-        if request.needs_survey or request.needs_weight_gradients
-        else 0
-    )
     added = 0
     if request.slices != "no":
         # An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number.
@@ -298,10 +290,27 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
-        disk_bytes=model_bytes + added + borders + (num_stores * store_bytes if store == "file" else 0),
+        disk_bytes=model_bytes
+        + added
+        + _disk_to_go_on(request, num_stores * store_bytes, gradient)
+        + (num_stores * store_bytes if store == "file" else 0),
         reload=_reload_bound(request, small, item) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
     )
+
+
+def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int) -> int:
+    """Disk of what a run that is cut goes on from. A snapshot is there twice while its successor is written."""
+    hidden, num_blocks = request.layout.hidden_size, len(request.layout.blocks)
+    window = request.seq_len * hidden * request.compute_dtype.itemsize
+    total = 2 * stores_bytes + 4 * request.num_probe * window
+    if request.needs_survey or request.needs_weight_gradients:
+        total += (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
+    if request.needs_survey:
+        total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
+    if request.slices != "no":
+        total += 2 * hidden * hidden * 8
+    return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 
 
 def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBound:

@@ -89,7 +89,7 @@ def _ask(
     is tried module by module then.
     """
     work = run.staging / "reload"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     save_file({"ids_S": probe.ids_S, "logits_SV": probe.logits_SV}, work / "probe.safetensors")
     spec = stock_reload.ReloadSpec(
         directory=writer.directory,
@@ -123,7 +123,7 @@ def _tolerance(job: Job) -> float:
 def _rejected(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> CheckpointError:
     """Take the output back and mark it; the error to raise."""
     writer.withdraw()
-    rejected = run.reject(writer.directory, {"got": got, "wanted": wanted})
+    rejected = run.reject({"got": got, "wanted": wanted})
     return CheckpointError(
         "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
         where=str(rejected),

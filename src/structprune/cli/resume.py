@@ -1,0 +1,27 @@
+"""`structprune resume`: goes on with a run that was cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The -o of the run that was cut.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Go on with a run of `prune` that was interrupted, killed or out of disk; the result is the same."""
+    # Only now: these load torch and transformers, and a wrong flag should not wait for that.
+    from structprune.api import resume as resume_run
+    from structprune.cli.interrupt import run_or_say_how_to_resume
+    from structprune.cli.render import report_table
+
+    report = run_or_say_how_to_resume(lambda observer: resume_run(run, observer), run, quiet=quiet)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        report_table(report)
