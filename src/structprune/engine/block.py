@@ -19,6 +19,7 @@ from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
+from structprune.linalg.squares import output_energy
 from structprune.memory import release_free_memory
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
@@ -305,15 +306,14 @@ def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dic
 def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
     """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
     kept_K = problem.kept_inputs(keep_U)
-    cross_OI = problem.cross_OI
     energy = problem.target_energy
     if energy is None:
-        energy = float((cross_OI * problem.weight_OI).sum(dtype=torch.float64))
+        energy = output_energy(problem.weight_OI, problem.gram_II)
     if energy <= 0:
         return 0.0, 0.0, 0.0
-    gram_KK = problem.gram_II[kept_K][:, kept_K]
-    before = target_error(problem.weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
-    after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+    cross = problem.cross()
+    before = target_error(problem.weight_OI[:, kept_K], problem.gram_II, kept_K, cross, energy)
+    after = target_error(result.weight_OK, problem.gram_II, kept_K, cross, energy)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
         after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
