@@ -205,6 +205,7 @@ def prune(
             dtype=checked.dtype,
             started=started,
             shared=shared,
+            meter=meter,
         )
         with run:
             return walk.execute(job, run, meter, observer)

@@ -56,11 +56,13 @@ def prune_block(
     by then; the streams move once for all of them. With `reprice` the removals of each half are priced again, on the
     pruned model's stream.
     """
-    tensors = job.reader.read(block.shapes, block.prefix)
+    with job.meter.phase("read block"):
+        tensors = job.reader.read(block.shapes, block.prefix)
     widths: dict[str, int] = {}
     module = _module(job, block, tensors, widths)
     if not job.follows_dense:
-        streams.propagator.run(module, block.index, streams.dense, write=True)
+        with job.meter.phase("propagate"):
+            streams.propagator.run(module, block.index, streams.dense, write=True)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
@@ -71,7 +73,8 @@ def prune_block(
         reference = None
         if job.follows_dense:
             measured = [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
-            reference = follow_dense(job, block, stage, measured, module, streams)
+            with job.meter.phase("propagate"):
+                reference = follow_dense(job, block, stage, measured, module, streams)
         for kind in halves:
             if kind not in num_keep:
                 continue
@@ -86,7 +89,7 @@ def prune_block(
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
             module = _module(job, block, tensors, widths)
-        with job.stock.stage(module, stage):
+        with job.stock.stage(module, stage), job.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
@@ -161,22 +164,26 @@ def _prune_half(
     groups = block.parts(kind)
     measured: list[dict[str, Moments]] = []
     if job.method.needs_statistics:
-        measured = [
-            measure(job, block, groups, place.module, streams, windows, place.reference) for windows in job.window_parts
-        ]
+        with job.meter.phase(f"statistics ({kind})"):
+            measured = [
+                measure(job, block, groups, place.module, streams, windows, place.reference)
+                for windows in job.window_parts
+            ]
     parts: dict[str, _Part] = {}
     cut = dict(tensors)
     for group in groups:
         own = [moments.pop(group.name) for moments in measured]
         found = surveyed.get(group.name, surveyed.get(kind))
-        part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
+        with job.meter.phase(f"solve ({kind})"):
+            part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
         cut, parts[group.name] = part.tensors, part
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []
     group, first = groups[0], next(iter(parts.values()))
     if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
         pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
-        refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+        with job.meter.phase("iterate"):
+            refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics
     before, after = _relative([part.errors for part in parts.values() if part.errors is not None])

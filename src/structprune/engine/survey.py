@@ -40,7 +40,8 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     costs: Costs = {kind: [] for kind in job.kinds}
 
     def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
-        measured = backward(job, block, propagator, border, gradient)
+        with job.meter.phase("survey: backward"):
+            measured = backward(job, block, propagator, border, gradient)
         save_file(measured.sensitivity, str(folder / f"sensitivity-{block.index}.safetensors"))
         found = _costs(job, block, measured)
         for kind in job.kinds:
@@ -177,7 +178,9 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
         surveyed = Surveyed(sensitivity_OO=measured.sensitivity[group.kind])
-        problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
-        # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
-        add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
+        with job.meter.phase(f"survey: costs ({group.kind})"):
+            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
+            # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
+            add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
+            del problem
     return result

@@ -40,7 +40,8 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
 
     def score(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
         tensors, module = load_block(job, block)
-        sums = weight_sums(job, block, module, propagator, border, gradient)
+        with job.meter.phase("survey: backward"):
+            sums = weight_sums(job, block, module, propagator, border, gradient)
         found: dict[str, Tensor] = {}
         for group in job.groups(block):
             problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))

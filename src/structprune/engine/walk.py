@@ -68,7 +68,8 @@ def walk(
             release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        loss_gradient(job, store, gradient, labels)
+        with job.meter.phase("survey: loss"):
+            loss_gradient(job, store, gradient, labels)
         store.close()
         release_free_memory()
         observer.start("survey: backward", len(blocks))

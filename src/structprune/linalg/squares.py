@@ -10,12 +10,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# A sixteenth of the rows, but no more bytes and no fewer rows than this.
 _STRIP_BYTES = 64 * 2**20
+_STRIP_ROWS = 64
+
+
+def strip_rows(count: int, row_numbers: int) -> int:
+    """How many of `count` rows of `row_numbers` float64 numbers make a strip."""
+    return min(max(_STRIP_ROWS, count // 16), max(1, _STRIP_BYTES // (8 * max(1, row_numbers))))
 
 
 def strips(count: int, row_numbers: int) -> Iterator[slice]:
-    """Slices of 0..count, each of as many rows of `row_numbers` float64 numbers as make 64 MiB, one at least."""
-    step = max(1, _STRIP_BYTES // (8 * max(1, row_numbers)))
+    """Slices of 0..count, each a strip of rows of `row_numbers` float64 numbers, the last perhaps a smaller one."""
+    step = strip_rows(count, row_numbers)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
