@@ -1,6 +1,6 @@
 """One model in a process of its own: prune it, and print what was planned and what each phase took.
 
-    python benchmarks/memory/one.py llama-2-7b --method fasp --blocks 1 --windows 4 --seq-len 128
+python benchmarks/memory/one.py llama-2-7b --method fasp --blocks 1 --windows 4 --seq-len 128
 """
 
 from __future__ import annotations

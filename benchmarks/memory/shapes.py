@@ -20,7 +20,7 @@ class Shape:
     vocab: int
 
     def config(self, num_blocks: int | None = None) -> dict[str, Any]:
-        """config.json, with fewer blocks where asked; float16 for OPT and bfloat16 for LLaMA, as they were published."""
+        """config.json, with fewer blocks where asked; float16 for OPT and bfloat16 for LLaMA, as published."""
         common = {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,

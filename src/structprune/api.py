@@ -15,7 +15,7 @@ from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.tokenizer import TextEncoder, tokenizer_bytes
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
@@ -151,6 +151,11 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
         holds_out=recipe.damping == "auto",
+        score=recipe.score or "",
+        solves=recipe.solver not in ("mask-only", "bias"),
+        kept={kind: max(counts) for kind, counts in (checked.foresight.kept or {}).items()},
+        tokenizer_bytes=tokenizer_bytes(checked.directory),
+        text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         reload_check=recipe.reload_check,

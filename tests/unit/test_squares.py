@@ -19,6 +19,7 @@ _MIB = 2**20
 def narrow_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of a few rows, so that the tests' small matrices have several."""
     monkeypatch.setattr(squares, "_STRIP_BYTES", 8 * 30 * 4)
+    assert squares.strip_rows(30, 30) == 4
 
 
 def problem(order: int = 30, outputs: int = 5) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ ROWS, COLUMNS = torch.tensor([0, 3, 4, 9, 28]), torch.tensor([1, 2, 5, 7, 8, 11,
 def test_parts_and_products() -> None:
     weight_OI, gram_II = problem()
     wide_II = gram_II.double()
-    assert torch.equal(squares.square_of(gram_II, COLUMNS), wide_II[COLUMNS][:, COLUMNS])
+    assert torch.equal(squares.block_of(gram_II, ROWS, COLUMNS), wide_II[ROWS][:, COLUMNS])
     product = weight_OI[:, ROWS].double() @ wide_II[ROWS][:, COLUMNS]
     torch.testing.assert_close(squares.times_gram(weight_OI[:, ROWS], gram_II, ROWS, COLUMNS), product)
     torch.testing.assert_close(squares.times_gram(weight_OI, gram_II, None, None), weight_OI.double() @ wide_II)

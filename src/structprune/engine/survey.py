@@ -42,6 +42,8 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
         with job.meter.phase("survey: backward"):
             measured = backward(job, block, propagator, border, gradient)
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
         save_file(measured.sensitivity, str(folder / f"sensitivity-{block.index}.safetensors"))
         found = _costs(job, block, measured)
         for kind in job.kinds:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.linalg.damped import damped_cholesky, factored, inverted
-from structprune.linalg.squares import column_energies, output_energy, square_of, strips, times_gram
+from structprune.linalg.damped import damped_cholesky, factored, inverted, solved
+from structprune.linalg.squares import block_of, column_energies, output_energy, strips, times_gram
 
 # A set of units changes places only if the objective falls by more than this share of it: above rounding, below use.
 _MIN_GAIN = 1e-9
@@ -105,8 +105,8 @@ def set_objective(weight_MI: Tensor, gram_II: Tensor, delta: float, keep_U: Tens
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
     weight_MR = weight_MI[:, removed].to(torch.float64)
-    own = output_energy(weight_MR, square_of(gram_II, removed)) + delta * float(weight_MR.square().sum())
-    gram_KK = square_of(gram_II, kept)
+    own = output_energy(weight_MR, block_of(gram_II, removed, removed)) + delta * float(weight_MR.square().sum())
+    gram_KK = block_of(gram_II, kept, kept)
     gram_KK.diagonal().add_(delta)
     factor = _factor(gram_KK)
     explained_KM = times_gram(weight_MR, gram_II, removed, kept).T
@@ -212,9 +212,10 @@ def _swept(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> tu
     residual correlation c = (W - V) H in the columns R. The objective is 1/2 tr(W_R S W_R^T).
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
-    factor = _factor(gram_II[kept][:, kept])
-    cross_KR = torch.cholesky_solve(gram_II[kept][:, removed], factor)
-    schur_RR = gram_II[removed][:, removed] - gram_II[removed][:, kept] @ cross_KR
+    factor = _factor(block_of(gram_II, kept, kept))
+    cross_KR = solved(factor, block_of(gram_II, removed, kept)).T
+    schur_RR = block_of(gram_II, removed, removed)
+    schur_RR.addmm_(block_of(gram_II, removed, kept), cross_KR, alpha=-1)
     table_II = torch.empty_like(gram_II)
     table_II[kept[:, None], kept] = inverted(factor).neg_()
     table_II[kept[:, None], removed] = cross_KR
@@ -292,9 +293,10 @@ def _pair_prices(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int
         schur_R, inverse_K = table_II.diagonal()[removed, None], -table_II.diagonal()[kept]
         square_R = values_MR.square().sum(dim=0)[:, None]
         ratio_RK = cross_RK / schur_R
-        energy_RK = values_MK.square().sum(dim=0) - 2.0 * ratio_RK * (values_MR.T @ values_MK)
-        energy_RK += square_R * ratio_RK.square()
-        return 0.5 * (energy_RK.clamp_min_(0) / (inverse_K + ratio_RK * cross_RK) - square_R / schur_R)
+        energy_RK = (values_MR.T @ values_MK).mul_(ratio_RK).mul_(-2.0).add_(column_energies(values_MK))
+        energy_RK.addcmul_(ratio_RK.square(), square_R)
+        grown_RK = cross_RK.mul_(ratio_RK).add_(inverse_K)
+        return energy_RK.clamp_min_(0).div_(grown_RK).sub_(square_R / schur_R).mul_(0.5)
     rows: list[Tensor] = []
     blocks_Uww = _diagonal_blocks(table_II, width)
     num_kept = len(kept) // width

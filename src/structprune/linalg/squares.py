@@ -1,6 +1,6 @@
 """Parts and products of a Gram matrix in float64, a strip of rows at a time: no copy of the whole is made.
 
-Shape suffixes: I inputs, A and B some of them, K kept inputs, O outputs, S rows of one strip.
+Shape suffixes: I inputs, A and B some of them, O outputs, S rows of one strip.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def strips(count: int, row_numbers: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def square_of(gram_II: Tensor, kept_K: Tensor) -> Tensor:
-    """G[K, K], a new float64 matrix."""
-    square_KK = torch.empty(len(kept_K), len(kept_K), dtype=torch.float64, device=gram_II.device)
-    for part in strips(len(kept_K), gram_II.shape[1]):
-        square_KK[part] = gram_II[kept_K[part]][:, kept_K].to(torch.float64)
-    return square_KK
+def block_of(gram_II: Tensor, rows_A: Tensor, columns_B: Tensor) -> Tensor:
+    """G[A, B], a new float64 matrix."""
+    block_AB = torch.empty(len(rows_A), len(columns_B), dtype=torch.float64, device=gram_II.device)
+    for part in strips(len(rows_A), gram_II.shape[1]):
+        block_AB[part] = gram_II[rows_A[part]][:, columns_B].to(torch.float64)
+    return block_AB
 
 
 def times_gram(left_OA: Tensor, gram_II: Tensor, rows_A: Tensor | None, columns_B: Tensor | None) -> Tensor:

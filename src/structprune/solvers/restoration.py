@@ -6,12 +6,13 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky, solved, target_error
-from structprune.linalg.squares import output_energy, square_of, times_gram
+from structprune.linalg.squares import block_of, output_energy, times_gram
 from structprune.types import LayerProblem, SolveResult, cross_columns
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
@@ -101,7 +102,8 @@ class _Corrections:
 
     def _solve(self, right_OK: Tensor, damping: float) -> _Correction:
         """R (G_KK + delta I)^-1; the right side R becomes the answer."""
-        factor = damped_cholesky(lambda: square_of(self.problem.gram_II, self.kept_K), damping, "least squares")
+        gram_KK = partial(block_of, self.problem.gram_II, self.kept_K, self.kept_K)
+        factor = damped_cholesky(gram_KK, damping, "least squares")
         weight_OK = solved(factor.factor_NN, right_OK)
         return _Correction(weight_OK=weight_OK, damping=factor.damping, num_raises=factor.num_raises)
 
@@ -118,25 +120,24 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
     cross = cross_columns(problem.weight_OI, held_out.gram_II, held_out.target_OI)
     if held_out.target_energy is None:
         energy = output_energy(problem.weight_OI, held_out.gram_II)
-        path_OK = torch.zeros(())
+        base_OK = problem.weight_OI[:, kept_K]
     else:
         energy = held_out.target_energy
-        path_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK
+        base_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK.add_(problem.weight_OI[:, kept_K])
 
     def error(weight_OK: Tensor) -> float:
         return target_error(weight_OK, held_out.gram_II, kept_K, cross, energy)
 
     best, local, local_OK = torch.inf, _LOCAL_GRID[0], torch.zeros(())
-    start_OK = problem.weight_OI[:, kept_K]
     for damping in _LOCAL_GRID:
         trial_OK = corrections.local(damping).weight_OK
-        if (found := error(start_OK + trial_OK + path_OK)) < best:
+        if (found := error(base_OK + trial_OK)) < best:
             best, local, local_OK = found, damping, trial_OK
     path = local
     if held_out.target_OI is not None:
         best = torch.inf
+        base_OK = local_OK.add_(problem.weight_OI[:, kept_K])
         for damping in _PATH_GRID:
-            path_OK = corrections.path(damping).weight_OK
-            if (found := error(start_OK + local_OK + path_OK)) < best:
+            if (found := error(corrections.path(damping).weight_OK.add_(base_OK))) < best:
                 best, path = found, damping
     return local, path, best / energy if energy > 0 else 0.0
