@@ -76,4 +76,5 @@ def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: tor
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.contiguous().view(torch.uint8).numpy().reshape(-1))
+    array: Any = values.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return memoryview(array)

@@ -169,6 +169,8 @@ def _prune_half(
                 measure(job, block, groups, place.module, streams, windows, place.reference)
                 for windows in job.window_parts
             ]
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
     parts: dict[str, _Part] = {}
     cut = dict(tensors)
     for group in groups:
@@ -229,8 +231,6 @@ def _prune_part(
     statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
-    # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
-    release_free_memory()
     keep_U, result = _decide(job, problem, num_keep, where)
     statistics |= _decision_objectives(job, problem, keep_U)
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
