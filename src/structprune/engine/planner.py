@@ -25,7 +25,7 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
 # Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
-_RUNTIME_BYTES = 32 * 2**20
+_RUNTIME_BYTES = 40 * 2**20
 _TEXT_READER_BYTES = 48 * 2**20
 # Reading the text: what is loaded for it, and a tokenizer, 14 times as large as its file.
 _TEXT_BYTES = 64 * 2**20
