@@ -148,6 +148,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         num_probe=min(_num_probe(recipe), num_windows),
         needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
         needs_survey=survey == "loss",
+        needs_scores=survey == "scores",
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
         holds_out=recipe.damping == "auto",

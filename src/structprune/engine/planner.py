@@ -98,6 +98,8 @@ class PlanRequest:
     needs_statistics: bool
     needs_survey: bool = False
     """Whether the survey brings the gradient of the loss to the consumers' outputs."""
+    needs_scores: bool = False
+    """Whether the survey scores every unit of the dense model, in one forward pass."""
     needs_weight_gradients: bool = False
     """Whether the survey sums the gradients by a block's weights."""
     follows_dense: bool = False
@@ -244,6 +246,10 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             + _CHUNK_BYTES
             + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
         )
+    if request.needs_scores:
+        # All consumers' sums are taken while the whole block runs.
+        sums = sum(_gram_bytes(group) for group in request.groups)
+        phases["survey: scores"] = phases["propagate"] + sums
     if request.needs_weight_gradients:
         sizes = _weight_sizes(block, request.groups)
         # One window's gradients, two sums in float32, and a weight with its products when they are added up.

@@ -65,7 +65,8 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
         observer.start("survey: scores", len(job.stock.layout.blocks))
         for block in job.stock.layout.blocks:
             tensors, module = load_block(job, block)
-            moments = _measure(job, block, module, propagator, store)
+            with job.meter.phase("survey: scores"):
+                moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
                 problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
