@@ -16,7 +16,7 @@ from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.tokenizer import TextEncoder, tokenizer_bytes
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
@@ -151,10 +151,16 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         num_probe=min(_num_probe(recipe), num_windows),
         needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
         needs_survey=survey == "loss",
+        needs_scores=survey == "scores",
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
         rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",
+        score=recipe.score or "",
+        solves=recipe.solver not in ("mask-only", "bias"),
+        kept={kind: max(counts) for kind, counts in (checked.foresight.kept or {}).items()},
+        tokenizer_bytes=tokenizer_bytes(checked.directory),
+        text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
         reload_check=recipe.reload_check,
@@ -185,7 +191,7 @@ def prune(
     run.check()
     checked = check(model, recipe)
     with PeakMeter() as meter, run:
-        job = _job(checked, run, observer, str(model), recipe, started, shared)
+        job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
         if run.is_committed():
             run.discard()
             return load_report(run.output)
@@ -212,6 +218,7 @@ def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
 def _job(
     checked: CheckedRun,
     run: RunDirectory,
+    meter: PeakMeter,
     observer: Observer,
     model: str,
     asked: Recipe,
@@ -248,6 +255,7 @@ def _job(
         dtype=checked.dtype,
         started=started - run.journal.earlier_s,
         shared=shared,
+        meter=meter,
     )
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
@@ -83,6 +84,11 @@ def bound_hidden_memory() -> None:
         os.environ.setdefault(name, "48")
 
 
+def _clear_mark() -> None:
+    """Linux: let the process's high-water mark start at what it holds now. Raises OSError elsewhere."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 class PeakMeter:
     """Peak resident memory of this process above the moment the meter was entered.
 
@@ -94,13 +100,16 @@ class PeakMeter:
         self._kernel_mark = False
         self._stop = threading.Event()
         self._sampled_peak = 0
+        self._earlier_peak = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
+        self.phases: dict[str, int] = {}
+        """Phase -> its peak above the baseline, the highest where it came several times."""
 
     def __enter__(self) -> PeakMeter:
         release_free_memory()
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            _clear_mark()
             self._kernel_mark = True
         except OSError:
             self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -112,8 +121,29 @@ class PeakMeter:
         self.peak_bytes = self.peak_so_far()
         self._stop.set()
 
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Inside the context the peak is also counted for the phase `name`. Phases may not be nested."""
+        self._take_mark()
+        try:
+            yield
+        finally:
+            self.phases[name] = max(self.phases.get(name, 0), self._take_mark())
+
     def peak_so_far(self) -> int:
         """Bytes above the baseline at the highest point since entry."""
+        return max(self._earlier_peak, self._mark())
+
+    def _take_mark(self) -> int:
+        """The mark, which starts anew."""
+        mark = self._mark()
+        self._earlier_peak = max(self._earlier_peak, mark)
+        if self._kernel_mark:
+            _clear_mark()
+        self._sampled_peak = 0
+        return mark
+
+    def _mark(self) -> int:
         if self._kernel_mark:
             status = Path("/proc/self/status").read_text()
             match = re.search(r"VmHWM:\s+(\d+) kB", status)

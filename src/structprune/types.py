@@ -5,7 +5,7 @@ Shape suffixes: U units, I inputs of the consumer (U * width), O outputs of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -302,22 +302,22 @@ class LayerProblem:
     def num_units(self) -> int:
         return self.weight_OI.shape[1] // self.width
 
-    @property
-    def cross_OI(self) -> Tensor:
-        """Sum over tokens of y x^T in float64, for either target."""
-        if self.target_OI is not None:
-            return self.target_OI.to(torch.float64)
-        return self.weight_OI.to(torch.float64) @ self.gram_II.to(torch.float64)
+    def cross(self) -> Callable[[Tensor], Tensor]:
+        """Inputs (S,) -> their columns of the sum over tokens of y x^T in float64, (O, S), for either target."""
+        return cross_columns(self.weight_OI, self.gram_II, self.target_OI)
 
     def without_held_out(self) -> LayerProblem:
         """The same problem on the other windows only."""
         held_out = self.held_out
         assert held_out is not None
+        target_OI = self.target_OI
+        if target_OI is not None and held_out.target_OI is not None:
+            target_OI = target_OI - held_out.target_OI
         return replace(
             self,
             gram_II=self.gram_II - held_out.gram_II,
             num_tokens=self.num_tokens - held_out.num_tokens,
-            target_OI=None if held_out.target_OI is None else self.cross_OI - held_out.target_OI,
+            target_OI=target_OI,
             target_energy=None,
             held_out=None,
         )
@@ -336,6 +336,15 @@ class SolveResult:
     statistics: Mapping[str, float]
     bias_O: Tensor | None = None
     """What is to be added to the consumer's output; None: nothing."""
+
+
+def cross_columns(weight_OI: Tensor, gram_II: Tensor, target_OI: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Inputs (S,) -> their columns of C = sum y x^T in float64, (O, S): the target's, or those of W G without one."""
+    if target_OI is not None:
+        return lambda inputs_S: target_OI[:, inputs_S].to(torch.float64)
+    # Once: the columns are asked for strip by strip.
+    weight_OI = weight_OI.to(torch.float64)
+    return lambda inputs_S: weight_OI @ gram_II[inputs_S].to(torch.float64).T
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -294,7 +294,8 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
         target_energy=problem.held_out.target_energy,
         held_out=None,
     )
-    energy = problem.held_out.target_energy or float((held_out.cross_OI * problem.weight_OI).sum())
+    every_I = torch.arange(problem.weight_OI.shape[1])
+    energy = problem.held_out.target_energy or float((held_out.cross()(every_I) * problem.weight_OI).sum())
 
     def held_out_error(local: float, residual: float) -> float:
         def solve(right_OK: Tensor, damping: float) -> Tensor:
@@ -303,10 +304,10 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
             return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
 
         missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
-        residual_OK = (fit.cross_OI - problem.weight_OI @ fit.gram_II)[:, kept_K]
+        residual_OK = (fit.cross()(every_I) - problem.weight_OI @ fit.gram_II)[:, kept_K]
         weight_OK = problem.weight_OI[:, kept_K] + solve(missing_OK, local) + solve(residual_OK, residual)
         gram_KK = held_out.gram_II[kept_K][:, kept_K]
-        square = ((weight_OK @ gram_KK - 2 * held_out.cross_OI[:, kept_K]) * weight_OK).sum()
+        square = ((weight_OK @ gram_KK - 2 * held_out.cross()(kept_K)) * weight_OK).sum()
         return (energy + float(square)) / energy
 
     local, residual = result.statistics["damping"], result.statistics.get("path_damping", 1.0)

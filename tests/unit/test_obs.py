@@ -43,7 +43,7 @@ def test_scores_equal_brute_force(width: int) -> None:
 @pytest.mark.parametrize("step", [1, 3])
 def test_costs_add_up_to_the_joint_optimum(width: int, step: int) -> None:
     weight_OI, hessian_II = random_problem(12, seed=1)
-    path = greedy_removal(weight_OI, torch.linalg.inv(hessian_II), 9 // width, width=width, units_per_step=step)
+    path = greedy_removal(weight_OI.clone(), torch.linalg.inv(hessian_II), 9 // width, width=width, units_per_step=step)
     removed = [int(u) * width + i for u in path.order for i in range(width)]
     assert len(set(removed)) == len(removed)
     assert float(path.cost.sum()) == pytest.approx(best_without(weight_OI, hessian_II, removed), rel=1e-7)
@@ -51,7 +51,7 @@ def test_costs_add_up_to_the_joint_optimum(width: int, step: int) -> None:
 
 def test_each_step_takes_the_cheapest() -> None:
     weight_OI, hessian_II = random_problem(10, seed=2)
-    path = greedy_removal(weight_OI, torch.linalg.inv(hessian_II), 6)
+    path = greedy_removal(weight_OI.clone(), torch.linalg.inv(hessian_II), 6)
     removed: list[int] = []
     for unit in path.order.tolist():
         prices = {i: best_without(weight_OI, hessian_II, [*removed, i]) for i in range(10) if i not in removed}
@@ -111,7 +111,7 @@ def test_everything_can_be_removed(width: int) -> None:
     """Up to the last unit, where rounding must not make a removed group of columns look alive."""
     for seed in range(10):
         weight_OI, hessian_II = random_problem(12 * width, seed)
-        path = greedy_removal(weight_OI, torch.linalg.inv(hessian_II), 12, width=width)
+        path = greedy_removal(weight_OI.clone(), torch.linalg.inv(hessian_II), 12, width=width)
         assert path.order.sort().values.tolist() == list(range(12))
         expected = best_without(weight_OI, hessian_II, list(range(12 * width)))
         assert float(path.cost.sum()) == pytest.approx(expected, rel=1e-6)

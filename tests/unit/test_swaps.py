@@ -43,7 +43,7 @@ def brute_force(weight_OI: Tensor, x_TI: Tensor, keep_U: Tensor, width: int) -> 
 
 def greedy_mask(weight_OI: Tensor, gram_II: Tensor, num_keep: int, width: int = 1) -> Tensor:
     keep_U = torch.ones(weight_OI.shape[1] // width, dtype=torch.bool)
-    path = greedy_removal(weight_OI, torch.linalg.inv(gram_II), len(keep_U) - num_keep, width=width)
+    path = greedy_removal(weight_OI.clone(), torch.linalg.inv(gram_II), len(keep_U) - num_keep, width=width)
     keep_U[path.order] = False
     return keep_U
 
@@ -276,7 +276,7 @@ def test_selector_is_never_worse_than_greedy(width: int, sensitivity: bool, targ
         problem = make_problem(12, width, sensitivity=sensitivity, target=target, seed=seed)
         damped_II = problem.gram_II.clone()
         damped_II.diagonal().add_(problem.damping * float(problem.gram_II.diagonal().mean()))
-        cross_OI = problem.cross_OI + problem.weight_OI @ (damped_II - problem.gram_II)
+        cross_OI = problem.cross()(torch.arange(12 * width)) + problem.weight_OI @ (damped_II - problem.gram_II)
         full_OI = torch.linalg.solve(damped_II, cross_OI.T).T
         root_OO = torch.eye(5, dtype=torch.float64)
         if problem.sensitivity_OO is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
+from structprune.architectures.counts import check_counts
 from structprune.architectures.family import Family
 from structprune.architectures.head import capped
 from structprune.architectures.loading import without_global_width_warnings
@@ -107,6 +108,7 @@ class StockModel:
                 do="see docs/add-an-architecture.md: a family is one file of data",
             )
         self.family: Family = FAMILIES.get(model_type)
+        check_counts(reader)
         try:
             with without_global_width_warnings():
                 self.config: PretrainedConfig = AutoConfig.from_pretrained(

@@ -11,6 +11,13 @@ from transformers import AutoTokenizer
 
 from structprune.errors import CheckpointError, first_line
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+def tokenizer_bytes(directory: Path) -> int:
+    """Bytes of the files that a tokenizer in `directory` is read from."""
+    return sum(path.stat().st_size for name in _FILES if (path := directory / name).is_file())
+
 
 class TextEncoder:
     """Text -> token ids, without special tokens. Raises CheckpointError if the directory holds no tokenizer."""
@@ -29,11 +36,13 @@ class TextEncoder:
 
     def encode(self, text: str) -> Tensor:
         """Token ids of `text`, int64, shape (tokens,)."""
-        # Long text is split at line ends: tokenizers take superlinear time on one huge string.
-        ids: list[int] = []
+        # Long text is split at line ends: tokenizers take superlinear time on one huge string. As tensors, because a
+        # list takes five times the memory.
+        ids = [torch.empty(0, dtype=torch.int64)]
         for chunk in _chunks(text, 200_000):
-            ids.extend(self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"])
-        return torch.tensor(ids, dtype=torch.int64)
+            found = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            ids.append(torch.tensor(found, dtype=torch.int64))
+        return torch.cat(ids)
 
     def decode(self, ids: Tensor) -> str:
         """Token ids -> text."""

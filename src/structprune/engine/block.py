@@ -19,6 +19,7 @@ from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.damped import target_error
+from structprune.linalg.squares import output_energy
 from structprune.memory import release_free_memory
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
@@ -65,18 +66,22 @@ def prune_block(
     by then; the streams move once for all of them. With `reprice` the removals of each half are priced again, on the
     pruned model's stream.
     """
-    tensors = job.reader.read(block.shapes, block.prefix)
+    with job.meter.phase("read block"):
+        tensors = job.reader.read(block.shapes, block.prefix)
     widths: dict[str, int] = {}
     module = _module(job, block, tensors, widths)
     if not job.follows_dense:
-        streams.propagator.run(module, block.index, streams.dense, write=True)
+        with job.meter.phase("propagate"):
+            streams.propagator.run(module, block.index, streams.dense, write=True)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
     for stage, halves in _stages(job, block):
         reference = None
         if job.follows_dense:
-            reference = follow_dense(job, block, stage, _measured(block, halves, num_keep), module, streams)
+            with job.meter.phase("propagate"):
+                measured = _measured(block, halves, num_keep)
+                reference = follow_dense(job, block, stage, measured, module, streams)
         for kind in halves:
             if kind not in num_keep:
                 continue
@@ -91,7 +96,7 @@ def prune_block(
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
             module = _module(job, block, tensors, widths)
-        with job.stock.stage(module, stage):
+        with job.stock.stage(module, stage), job.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
@@ -203,22 +208,28 @@ def _prune_half(
     groups = block.parts(kind)
     measured: list[dict[str, Moments]] = []
     if job.method.needs_statistics:
-        measured = [
-            measure(job, block, groups, place.module, streams, windows, place.reference) for windows in job.window_parts
-        ]
+        with job.meter.phase(f"statistics ({kind})"):
+            measured = [
+                measure(job, block, groups, place.module, streams, windows, place.reference)
+                for windows in job.window_parts
+            ]
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
     parts: dict[str, _Part] = {}
     cut = dict(tensors)
     for group in groups:
         own = [moments.pop(group.name) for moments in measured]
         found = surveyed.get(group.name, surveyed.get(kind))
-        part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
+        with job.meter.phase(f"solve ({kind})"):
+            part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
         cut, parts[group.name] = part.tensors, part
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []
     group, first = groups[0], next(iter(parts.values()))
     if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
         pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
-        refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+        with job.meter.phase("iterate"):
+            refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics
     before, after = _relative([part.errors for part in parts.values() if part.errors is not None])
@@ -264,8 +275,6 @@ def _prune_part(
     statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
-    # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
-    release_free_memory()
     keep_U, result = _decide(job, problem, num_keep, where)
     statistics |= _decision_objectives(job, problem, keep_U)
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
@@ -349,15 +358,14 @@ def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dic
 def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
     """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
     kept_K = problem.kept_inputs(keep_U)
-    cross_OI = problem.cross_OI
     energy = problem.target_energy
     if energy is None:
-        energy = float((cross_OI * problem.weight_OI).sum(dtype=torch.float64))
+        energy = output_energy(problem.weight_OI, problem.gram_II)
     if energy <= 0:
         return 0.0, 0.0, 0.0
-    gram_KK = problem.gram_II[kept_K][:, kept_K]
-    before = target_error(problem.weight_OI[:, kept_K], gram_KK, cross_OI[:, kept_K], energy)
-    after = target_error(result.weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+    cross = problem.cross()
+    before = target_error(problem.weight_OI[:, kept_K], problem.gram_II, kept_K, cross, energy)
+    after = target_error(result.weight_OK, problem.gram_II, kept_K, cross, energy)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
         after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))

@@ -22,6 +22,13 @@ def embed(job: Job, targets: dict[HiddenStore, int]) -> Propagator:
 
     Returns the micro-batch loop with the arguments that the stock model passes to its blocks.
     """
+    with job.meter.phase("embed"):
+        inputs = _embed(job, targets)
+    release_free_memory()
+    return Propagator(inputs, job.plan.micro_batch_windows, job.device)
+
+
+def _embed(job: Job, targets: dict[HiddenStore, int]) -> dict[int, BlockInputs]:
     tensors = {n: t.to(job.device, job.dtype) for n, t in job.reader.read(job.stock.embedding_tensors()).items()}
     ids_NS = job.windows.ids_NS.to(job.device)
     inputs: dict[int, BlockInputs] = {}
@@ -33,6 +40,4 @@ def embed(job: Job, targets: dict[HiddenStore, int]) -> Propagator:
             inputs.setdefault(stop - start, given)
     if 1 not in inputs:
         inputs[1] = job.stock.embed(ids_NS[:1], tensors)[1]
-    del tensors
-    release_free_memory()
-    return Propagator(inputs, job.plan.micro_batch_windows, job.device)
+    return inputs

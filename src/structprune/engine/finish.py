@@ -85,8 +85,10 @@ def finish(
     `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
     """
     release_free_memory()
-    judged = judge(job, outcome)
-    _copy_outer(job, writer)
+    with job.meter.phase("perplexity of the calibration text"):
+        judged = judge(job, outcome)
+    with job.meter.phase("copy embeddings and head"):
+        _copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(writer.directory, job.stock.family, config)
     removed = job.stock.layout.num_parameters - writer.num_parameters
@@ -254,6 +256,7 @@ def _report(
             planned_peak_bytes=job.plan.peak_bytes,
             measured_peak_bytes=measured_peak,
             phases=job.plan.phases,
+            measured_phases=job.meter.phases,
             store=job.plan.store,
             micro_batch_windows=job.plan.micro_batch_windows,
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planner import PrunePlan
+from structprune.memory import PeakMeter
 from structprune.methods.method import Method, Survey
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
@@ -40,6 +41,8 @@ class Job:
     """`time.perf_counter()` at the start of the run."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
+    meter: PeakMeter = field(default_factory=PeakMeter)
+    """Where the peaks of the phases are put down."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a half."""

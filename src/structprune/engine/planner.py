@@ -9,12 +9,14 @@ compute two perplexities.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound, ReloadMode
+from structprune.engine.slice_bytes import slice_phases
+from structprune.engine.workspace import GroupProblem
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.solvers.mlp_block import CHUNK_TOKENS
@@ -22,8 +24,14 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
-# Tokenizer and text readers (about 75 MiB, of which 50 stay), thread stacks, allocator slack, Python objects.
-_RUNTIME_BYTES = 96 * 2**20
+# Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
+_RUNTIME_BYTES = 40 * 2**20
+_TEXT_READER_BYTES = 48 * 2**20
+# Reading the text: what is loaded for it, and a tokenizer, 14 times as large as its file.
+_TEXT_BYTES = 64 * 2**20
+_TOKENIZER_SHARE = 15
+# The text as bytes, as text, in pieces, and joined; its tokens of four characters in pieces and joined.
+_CHARACTER_BYTES = 8
 # What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number), and its
 # code for them.
 _KERNEL_CACHE_BYTES = 32 * 2**20
@@ -90,6 +98,8 @@ class PlanRequest:
     needs_statistics: bool
     needs_survey: bool = False
     """Whether the survey brings the gradient of the loss to the consumers' outputs."""
+    needs_scores: bool = False
+    """Whether the survey scores every unit of the dense model, in one forward pass."""
     needs_weight_gradients: bool = False
     """Whether the survey sums the gradients by a block's weights."""
     follows_dense: bool = False
@@ -98,6 +108,16 @@ class PlanRequest:
     """Whether passes come before the one that is written."""
     holds_out: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
+    score: str = "wanda"
+    """What decides which units stay."""
+    solves: bool = True
+    """Whether consumers are solved again, and not only cut."""
+    kept: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Kind -> most units that any block keeps, where that is known beforehand."""
+    tokenizer_bytes: int = 0
+    """Of its files."""
+    text_bytes: int | None = None
+    """Of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
     num_latents: int = 0
     """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None
@@ -158,6 +178,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     store_bytes = request.num_windows * request.seq_len * hidden * item
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
+    runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     # The logits that the reload check compares with stay to the end.
     probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
     small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
@@ -190,6 +211,10 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     )
     head = max(in_use.values())
     phases = {
+        "calibration text": runtime
+        + _TEXT_BYTES
+        + _TOKENIZER_SHARE * request.tokenizer_bytes
+        + _CHARACTER_BYTES * (request.text_bytes or 0),
         "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
         "propagate": resident + 2 * weights + cast + activations,
@@ -218,43 +243,56 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         phases["survey: loss"] = (
             small + gradient + head + _CHUNK_BYTES + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
         )
+    if request.needs_scores:
+        # All consumers' sums are taken while the whole block runs.
+        sums = sum(_gram_bytes(group) for group in request.groups)
+        phases["survey: scores"] = phases["propagate"] + sums
     if request.needs_weight_gradients:
         sizes = _weight_sizes(block, request.groups)
         # One window's gradients, two sums in float32, and a weight with its products when they are added up.
         phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
     if request.slices != "no":
-        phases |= _slice_phases(request, resident, small, weights, cast, activations, micro_batch)
+        phases |= slice_phases(
+            hidden=hidden,
+            width=request.sliced_hidden,
+            item=item,
+            several=request.slices == "bases",
+            stream=resident,
+            outside=small,
+            weights=weights,
+            cast=cast,
+            activations=activations,
+            batch_tokens=micro_batch * request.seq_len,
+            largest_outer=max(outer.values()),
+        )
     elif request.needs_statistics:
         for kind, parts in _by_kind(request.groups).items():
             group, others = parts[0], len(parts) - 1
             inputs = group.num_units * group.width
-            gram = _gram_bytes(group)
+            problem = _problem(request, block, group)
+            gram = problem.gram
+            # Of other parts, whose sums are taken in the same pass.
+            kept_apart = others * problem.sums
+            # What the gradient left of each half in scope.
+            sensitivities = len(_by_kind(request.groups)) * hidden * hidden * 4 if request.needs_survey else 0
+            # Of one token: the consumer's input, in float32 too; where a target is taken residual, output, target and
+            # their pieces; before a norm both streams' inputs and scaled ones.
+            token = inputs * (item + (0 if item == 4 else 4)) + (6 * hidden * 4 if request.follows_dense else 0)
+            token += 3 * inputs * 4 if group.output_normed else 0
+            batch = max(activations, micro_batch * request.seq_len * token)
+            # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
             phases[f"statistics ({kind})"] = (
-                resident
-                + weights
-                + cast
-                + gram
-                + activations
-                + (0 if item == 4 else micro_batch * request.seq_len * inputs * 4)
+                resident + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
             )
-            # Gram, its kept rows and kept square in float32; three float64 squares; float64 weight, target, update.
-            solve = 3 * gram + 3 * 2 * gram + 5 * inputs * hidden * 8
-            cross = inputs * hidden * 4 if request.follows_dense else 0
-            if request.holds_out:
-                # Both sums, one without the other, kept squares of each in float64, one of them shifted and factored,
-                # the factor's copy that its solution takes; weights, targets, both corrections, trials, their sums.
-                solve = max(solve, 3 * gram + 5 * 2 * gram + 12 * inputs * hidden * 8)
+            phases[f"solve ({kind})"] = resident + weights + cast + problem.solve + kept_apart + sensitivities
             if request.needs_survey:
-                # Greedy removal in float64: Gram, shifted, factor, inverse, its working copy and that one's successor;
-                # weights, targets and updates.
-                greedy = gram + 7 * 2 * gram + 6 * inputs * hidden * 8 + 3 * hidden * hidden * 8
-                solve = max(solve, greedy)
+                # Removals are priced one after the other whatever decides later.
+                priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
                 rest = sum(_gram_bytes(other) for other in request.groups if other is not group)
-                phases[f"survey: costs ({kind})"] = small + gradient + weights + greedy + rest
-            # The sums of all parts are taken in one pass.
-            kept_apart = (gram + cross if request.holds_out else 0) * len(parts) + others * gram
-            phases[f"solve ({kind})"] = resident + weights + cast + solve + cross + kept_apart
-            phases[f"statistics ({kind})"] += kept_apart
+                ordered = inputs * hidden * problem.stored_item
+                phases[f"survey: costs ({kind})"] = (
+                    small + gradient + weights + gram + ordered + priced.decide + rest + sensitivities
+                )
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
                 chunk = min(tokens, CHUNK_TOKENS)
@@ -273,10 +311,6 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # Behind the proposal the consumer is measured and solved again, with the original block in memory.
                 phases[f"solve ({kind})"] += 3 * weights + cast
                 phases[f"statistics ({kind})"] += 3 * weights + cast
-            if request.follows_dense:
-                # Two streams' inputs of the consumer, and residual, output and target of one micro-batch in float32.
-                both = 2 * inputs + 6 * hidden
-                phases[f"statistics ({kind})"] += cross + micro_batch * request.seq_len * both * 4
     model_bytes = sum(request.stored_bytes.values())
     added = 0
     if request.slices != "no":
@@ -326,36 +360,20 @@ def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBoun
     )
 
 
-def _slice_phases(
-    request: PlanRequest, resident: int, small: int, weights: int, cast: int, activations: int, micro_batch: int
-) -> dict[str, int]:
-    """The phases of the slicing walk that the common ones do not bound."""
-    hidden, width = request.layout.hidden_size, request.sliced_hidden
-    item = request.compute_dtype.itemsize
-    square = hidden * hidden
-    basis = hidden * width * 8
-    # Those before and after the block and between its halves, and the one at work in the forward passes' dtype.
-    bases = (3 if request.slices == "bases" else 1) * basis + hidden * width * item
-    states = micro_batch * request.seq_len * hidden
-    # Shifted Gram and eigenvectors, the library's copy of either, its workspace of two squares; sorted, signed, chosen.
-    eigen = 6 * square * 8 + 3 * basis
-    # A row chunk in float64, scaled basis, product; what is written beside what was read.
-    chunk = 3 * _CHUNK_BYTES + basis
-    growth = 2 * width * width * (8 + 4) if request.slices == "bases" else 0
-    outer = [request.stored_bytes[name] for name in request.layout.outer_tensors]
-    phases = {
-        # Gram; float32 copy of a micro-batch, the cut one and its coordinates.
-        "statistics": resident + 2 * weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
-        "eigenvectors": resident + weights + cast + square * 4 + bases + eigen,
-        "rotate block": resident + 2 * weights + cast + bases + chunk + growth,
-        "rotate embeddings": resident + max(outer) + 2 * _CHUNK_BYTES + bases + chunk,
-        "rotate head": small + max(outer) + 2 * _CHUNK_BYTES + bases + chunk,
-    }
-    if request.slices == "one basis":
-        # The sum over the positions.
-        phases["statistics"] += square * 8
-        phases["eigenvectors"] += square * 8
-    return phases
+def _problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> GroupProblem:
+    name = group.consumer.tensor
+    return GroupProblem(
+        inputs=group.num_units * group.width,
+        outputs=request.layout.hidden_size,
+        kept=request.kept[group.kind] * group.width if group.kind in request.kept else None,
+        stored_item=request.stored_bytes[block.prefix + name] // torch.Size(block.shapes[name]).numel(),
+        score=request.score,
+        solves=request.solves,
+        holds_out=request.holds_out,
+        follows_dense=request.follows_dense,
+        priced=request.needs_survey,
+        reordered=group.consumer.repeat > 1,
+    )
 
 
 def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:

@@ -40,7 +40,10 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     def price(
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        measured = backward(job, block, propagator, border, gradient)
+        with job.meter.phase("survey: backward"):
+            measured = backward(job, block, propagator, border, gradient)
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
         return measured.sensitivity, _costs(job, block, measured)
 
     return walk(job, folder, observer, labels="sampled", backward=price)
@@ -65,7 +68,8 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
         observer.start("survey: scores", len(blocks) - first)
         for block in blocks[first:]:
             tensors, module = load_block(job, block)
-            moments = _measure(job, block, module, propagator, store)
+            with job.meter.phase("survey: scores"):
+                moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
                 problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
@@ -176,7 +180,9 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
         surveyed = Surveyed(sensitivity_OO=measured.sensitivity[group.kind])
-        problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
-        # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
-        add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
+        with job.meter.phase(f"survey: costs ({group.kind})"):
+            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
+            # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
+            add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
+            del problem
     return result

@@ -41,7 +41,8 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tensors, module = load_block(job, block)
-        sums = weight_sums(job, block, module, propagator, border, gradient)
+        with job.meter.phase("survey: backward"):
+            sums = weight_sums(job, block, module, propagator, border, gradient)
         costs: dict[str, Tensor] = {}
         for group in job.groups(block):
             problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))

@@ -83,7 +83,8 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             left = blocks[: kept.position]
         else:
             snapshots.discard()
-            loss_gradient(job, borders[-1], gradient, labels)
+            with job.meter.phase("survey: loss"):
+                loss_gradient(job, borders[-1], gradient, labels)
             left = blocks
         release_free_memory()
         observer.start("survey: backward", len(left))

@@ -1,16 +1,19 @@
 """Damped Cholesky: the one place where a Gram matrix is made definite.
 
-Shape suffixes: N order of the matrix.
+Factors, solutions and inverses lie where the matrix lay: a Gram of order 28,672 takes 6.1 GiB in float64, once.
+Shape suffixes: N order of the matrix, M right sides, O outputs, K kept inputs, I inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
+from structprune.linalg.squares import strips
 
 _MAX_RAISES = 6
 
@@ -27,20 +30,22 @@ class DampedCholesky:
     num_raises: int
 
 
-def damped_cholesky(gram_NN: Tensor, damping: float, where: str) -> DampedCholesky:
+def damped_cholesky(gram_NN: Tensor | Callable[[], Tensor], damping: float, where: str) -> DampedCholesky:
     """Factor G + delta I in float64, delta = damping * mean(diag G), ten times more at each failed attempt.
 
+    G is a matrix, which is copied, or what makes a new one in float64, which is overwritten: asked once per attempt.
     At most six raises, each counted; a Gram of zeros gets delta = damping. Raises NumericalError after the last.
     """
-    gram_NN = gram_NN.to(torch.float64)
-    mean = float(gram_NN.diagonal().mean()) or 1.0
     for num_raises in range(_MAX_RAISES + 1):
+        shifted_NN = gram_NN.to(torch.float64, copy=True) if isinstance(gram_NN, Tensor) else gram_NN()
         share = damping * 10.0**num_raises
-        shifted = gram_NN.clone()
-        shifted.diagonal().add_(share * mean)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
-            return DampedCholesky(factor_NN=factor, delta=share * mean, damping=share, num_raises=num_raises)
+        delta = share * (float(shifted_NN.diagonal().mean()) or 1.0)
+        shifted_NN.diagonal().add_(delta)
+        factor_NN, definite = factored(shifted_NN)
+        if definite:
+            return DampedCholesky(factor_NN=factor_NN, delta=delta, damping=share, num_raises=num_raises)
+        # The next attempt makes its own.
+        del shifted_NN, factor_NN
     raise NumericalError(
         "the Gram matrix stays indefinite",
         where=where,
@@ -49,8 +54,40 @@ def damped_cholesky(gram_NN: Tensor, damping: float, where: str) -> DampedCholes
     )
 
 
-def target_error(weight_OI: Tensor, gram_II: Tensor, cross_OI: Tensor, energy: float) -> float:
-    """sum_t |V x - y|^2 from G, C = sum y x^T and sum |y|^2, in float64; never below zero."""
-    weight_OI = weight_OI.to(torch.float64)
-    product_OI = weight_OI @ gram_II.to(torch.float64) - 2.0 * cross_OI.to(torch.float64)
-    return max(0.0, energy + float((product_OI * weight_OI).sum()))
+def factored(matrix_NN: Tensor) -> tuple[Tensor, bool]:
+    """(lower Cholesky factor, whether there is one) of a symmetric float64 matrix, which is overwritten."""
+    # Symmetric, so its transpose is itself, in the layout that LAPACK factors in place.
+    factor_NN = matrix_NN.T
+    info = torch.empty((), dtype=torch.int32, device=matrix_NN.device)
+    torch.linalg.cholesky_ex(factor_NN, out=(factor_NN, info))
+    return factor_NN, int(info) == 0 and bool(torch.isfinite(factor_NN.diagonal()).all())
+
+
+def solved(factor_NN: Tensor, right_MN: Tensor) -> Tensor:
+    """X with X L L^T = B, (M, N); the rows of the float64 right side B are overwritten."""
+    right_NM = right_MN.T
+    torch.linalg.solve_triangular(factor_NN, right_NM, upper=False, out=right_NM)
+    torch.linalg.solve_triangular(factor_NN.T, right_NM, upper=True, out=right_NM)
+    return right_MN
+
+
+def inverted(factor_NN: Tensor) -> Tensor:
+    """(L L^T)^-1, symmetric; the factor is overwritten."""
+    torch.cholesky_inverse(factor_NN, out=factor_NN)
+    return factor_NN.T
+
+
+def target_error(
+    weight_OK: Tensor, gram_II: Tensor, kept_K: Tensor, cross: Callable[[Tensor], Tensor], energy: float
+) -> float:
+    """sum_t |V x_K - y|^2 from G, the columns of C = sum y x^T and sum |y|^2, in float64; never below zero.
+
+    `cross` gives (O, S) columns of C for inputs S.
+    """
+    weight_OK = weight_OK.to(torch.float64)
+    total = energy
+    for part in strips(len(kept_K), gram_II.shape[1]):
+        rows_SK = gram_II[kept_K[part]][:, kept_K].to(torch.float64)
+        product_OS = weight_OK @ rows_SK.T - 2.0 * cross(kept_K[part])
+        total += float((product_OS * weight_OK[:, part]).sum())
+    return max(0.0, total)

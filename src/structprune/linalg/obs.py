@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.damped import damped_cholesky, factored, inverted, solved
+from structprune.linalg.squares import block_of, column_energies, output_energy, strips, times_gram
 
 # A set of units changes places only if the objective falls by more than this share of it: above rounding, below use.
 _MIN_GAIN = 1e-9
@@ -42,15 +43,16 @@ def greedy_removal(
     Objective: 1/2 tr((V - W) H (V - W)^T) over V with removed columns zero; `inverse_II` is H^-1 in float64. Removing
     group S now costs 1/2 tr(V_S ([H^-1]_SS)^-1 V_S^T), after which V <- V - V_S ([H^-1]_SS)^-1 [H^-1]_S: and
     H^-1 <- H^-1 - [H^-1]_:S ([H^-1]_SS)^-1 [H^-1]_S: (Hassibi & Stork 1993; group form as in OSSCAR, arXiv 2403.12983).
-    For a loss metric pass L^T W with F = L L^T as the weight.
+    For a loss metric pass L^T W with F = L L^T as the weight. Both matrices are float64 and used up: at order 28,672
+    one more inverse would be 6 GiB.
 
     With `units_per_step` > 1 the cheapest few leave together; the update is exact for the set, only their choice
     ignores how they interact. Units come in `partitions` runs of equal length that lose as many each, in every step;
     `num_remove` is a multiple of it. Raises NumericalError if a pivot block is not positive definite.
     """
     assert num_remove % partitions == 0
-    weight_MA = weight_MI.to(torch.float64).clone()
-    inverse_AA = inverse_II.to(torch.float64).clone()
+    weight_MA, inverse_AA = weight_MI, inverse_II
+    assert weight_MA.dtype == inverse_AA.dtype == torch.float64
     units_left = torch.arange(weight_MI.shape[1] // width)
     alive = torch.ones(len(units_left), dtype=torch.bool)
     order: list[Tensor] = []
@@ -85,8 +87,8 @@ def greedy_removal(
         # Dead rows and columns are zero but still cost time: drop them once they are a fifth.
         if int((~alive).sum()) * 5 >= len(alive) and removed < num_remove:
             columns_A = torch.nonzero(alive.repeat_interleave(width)).flatten()
-            weight_MA = weight_MA[:, columns_A]
-            inverse_AA = inverse_AA[columns_A][:, columns_A]
+            weight_MA = compacted(weight_MA, None, columns_A)
+            inverse_AA = compacted(inverse_AA, columns_A, columns_A)
             units_left = units_left[alive]
             alive = torch.ones(len(units_left), dtype=torch.bool)
     empty = torch.empty(0)
@@ -99,31 +101,47 @@ def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
     """1/2 tr(V_g ([H^-1]_gg)^-1 V_g^T) for every group, shape (units,)."""
     if width == 1:
         # A dead column has a zero diagonal; its infinite or undefined cost is masked by the caller.
-        return 0.5 * weight_MA.square().sum(dim=0) / inverse_AA.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        return 0.5 * column_energies(weight_MA) / inverse_AA.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     blocks_Uww = _diagonal_blocks(inverse_AA, width)
     dead = blocks_Uww.diagonal(dim1=1, dim2=2).sum(dim=1) <= 0
     blocks_Uww[dead] = torch.eye(width, dtype=torch.float64)
     return _block_costs(weight_MA, blocks_Uww)
 
 
-def set_objective(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> float:
+def set_objective(weight_MI: Tensor, gram_II: Tensor, delta: float, keep_U: Tensor, width: int) -> float:
     """min over V, columns of removed units zero, of 1/2 tr((V - W) H (V - W)^T): what a decision costs, solved anew.
 
-    `gram_II` H is the damped Gram in float64. Raises NumericalError if it is not positive definite on the kept units.
+    H = G + delta I, `gram_II` G. Raises NumericalError if it is not positive definite on the kept units.
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
     weight_MR = weight_MI[:, removed].to(torch.float64)
-    factor = _factor(gram_II[kept][:, kept])
-    own_MR = weight_MR @ gram_II[removed][:, removed]
-    explained_KM = torch.linalg.solve_triangular(factor, (weight_MR @ gram_II[removed][:, kept]).T, upper=False)
-    return max(0.0, 0.5 * float((own_MR * weight_MR).sum() - explained_KM.square().sum()))
+    own = output_energy(weight_MR, block_of(gram_II, removed, removed)) + delta * float(weight_MR.square().sum())
+    gram_KK = block_of(gram_II, kept, kept)
+    gram_KK.diagonal().add_(delta)
+    factor = _factor(gram_KK)
+    explained_KM = times_gram(weight_MR, gram_II, removed, kept).T
+    torch.linalg.solve_triangular(factor, explained_KM, upper=False, out=explained_KM)
+    return max(0.0, 0.5 * (own - float(column_energies(explained_KM.T).sum())))
 
 
 def _factor(gram_KK: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(gram_KK)
-    if int(info) != 0:
+    """The lower factor, in the matrix's place."""
+    factor, definite = factored(gram_KK)
+    if not definite:
         raise NumericalError("the Gram matrix of the kept units is not positive definite", do="raise damping")
     return factor
+
+
+def compacted(matrix_BA: Tensor, rows_C: Tensor | None, columns_C: Tensor) -> Tensor:
+    """M[rows, columns] of ascending sets, all rows without one, in the front of M's own memory, which is used up."""
+    num_rows, num_columns = len(matrix_BA) if rows_C is None else len(rows_C), len(columns_C)
+    if not matrix_BA.is_contiguous():
+        return matrix_BA[:, columns_C] if rows_C is None else matrix_BA[rows_C][:, columns_C]
+    front_BC = matrix_BA.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
+    # Row i is written where no row after it lies, for it is at least as far behind in M, and rows there are longer.
+    for part in strips(num_rows, matrix_BA.shape[1]):
+        front_BC[part] = (matrix_BA[part] if rows_C is None else matrix_BA[rows_C[part]])[:, columns_C]
+    return front_BC
 
 
 def metric_root(sensitivity_OO: Tensor, damping: float = 1e-3) -> Tensor:
@@ -204,11 +222,12 @@ def _swept(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> tu
     residual correlation c = (W - V) H in the columns R. The objective is 1/2 tr(W_R S W_R^T).
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
-    factor = _factor(gram_II[kept][:, kept])
-    cross_KR = torch.cholesky_solve(gram_II[kept][:, removed], factor)
-    schur_RR = gram_II[removed][:, removed] - gram_II[removed][:, kept] @ cross_KR
+    factor = _factor(block_of(gram_II, kept, kept))
+    cross_KR = solved(factor, block_of(gram_II, removed, kept)).T
+    schur_RR = block_of(gram_II, removed, removed)
+    schur_RR.addmm_(block_of(gram_II, removed, kept), cross_KR, alpha=-1)
     table_II = torch.empty_like(gram_II)
-    table_II[kept[:, None], kept] = -torch.cholesky_inverse(factor)
+    table_II[kept[:, None], kept] = inverted(factor).neg_()
     table_II[kept[:, None], removed] = cross_KR
     table_II[removed[:, None], kept] = cross_KR.T
     table_II[removed[:, None], removed] = schur_RR
@@ -284,9 +303,10 @@ def _pair_prices(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int
         schur_R, inverse_K = table_II.diagonal()[removed, None], -table_II.diagonal()[kept]
         square_R = values_MR.square().sum(dim=0)[:, None]
         ratio_RK = cross_RK / schur_R
-        energy_RK = values_MK.square().sum(dim=0) - 2.0 * ratio_RK * (values_MR.T @ values_MK)
-        energy_RK += square_R * ratio_RK.square()
-        return 0.5 * (energy_RK.clamp_min_(0) / (inverse_K + ratio_RK * cross_RK) - square_R / schur_R)
+        energy_RK = (values_MR.T @ values_MK).mul_(ratio_RK).mul_(-2.0).add_(column_energies(values_MK))
+        energy_RK.addcmul_(ratio_RK.square(), square_R)
+        grown_RK = cross_RK.mul_(ratio_RK).add_(inverse_K)
+        return energy_RK.clamp_min_(0).div_(grown_RK).sub_(square_R / schur_R).mul_(0.5)
     rows: list[Tensor] = []
     blocks_Uww = _diagonal_blocks(table_II, width)
     num_kept = len(kept) // width

@@ -70,6 +70,9 @@ class MemoryReport(_Frozen):
     planned_peak_bytes: int
     measured_peak_bytes: int
     phases: dict[str, int]
+    """Planned."""
+    measured_phases: dict[str, int] = {}
+    """Those of `phases` that were measured apart."""
     store: str
     micro_batch_windows: int
 

@@ -38,3 +38,15 @@ SELECTORS: Registry[Selector] = Registry(
         "greedy-swap": "structprune.scores.selection:keep_swapped",
     },
 )
+WORKSPACE = {
+    "fluctuation": (0, 2),
+    "obs": (1, 2),
+    "loss": (1, 3),
+    "greedy": (1, 2),
+    "greedy-swap": (4, 4),
+    "penalty": (2, 4),
+}
+"""Of a score or selector, what it holds at most in float64: matrices of the Gram's size, and of the consumer's.
+
+Those that are not here hold two copies of the consumer in float32.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.damped import damped_cholesky, inverted
 from structprune.linalg.obs import group_costs, metric_root
 from structprune.types import LayerProblem
 
@@ -60,6 +60,5 @@ def loss(problem: LayerProblem) -> Tensor:
 
 
 def _exact_cost(problem: LayerProblem, weight_MI: Tensor) -> Tensor:
-    factor = damped_cholesky(problem.gram_II, problem.damping, "OBS score")
-    inverse_II = torch.cholesky_inverse(factor.factor_NN)
+    inverse_II = inverted(damped_cholesky(problem.gram_II, problem.damping, "OBS score").factor_NN)
     return group_costs(weight_MI, inverse_II, problem.width) / problem.num_tokens

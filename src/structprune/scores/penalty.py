@@ -5,10 +5,13 @@ Shape suffixes: U units, O outputs, I inputs, P partitions.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.damped import damped_cholesky, solved
+from structprune.linalg.squares import column_energies
 from structprune.scores.selection import keep_best
 from structprune.types import LayerProblem
 
@@ -39,7 +42,7 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     right_OI = value_OI @ damped_II
 
     def energy(value_OI: Tensor) -> Tensor:
-        energy_I = scale_I * value_OI.square().sum(dim=0)
+        energy_I = scale_I * column_energies(value_OI)
         return energy_I.reshape(problem.num_units, problem.width).sum(dim=1)
 
     energy_U = energy(value_OI)
@@ -52,10 +55,15 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
             break
         share_U = (leaving_PU[:, -1:] / energy_PU).flatten()
         share_U = share_U.clamp(max=_LARGEST_WEIGHT).nan_to_num(posinf=_LARGEST_WEIGHT)
-        penalised_II = damped_II.clone()
-        penalised_II.diagonal().add_(penalty * scale_I * share_U.repeat_interleave(problem.width))
+        shift_I = penalty * scale_I * share_U.repeat_interleave(problem.width)
         # Damped already: positive definite, so the factorisation takes no further ridge.
-        factor = damped_cholesky(penalised_II, 0.0, "penalty method")
-        energy_U = energy(torch.cholesky_solve(right_OI.T, factor.factor_NN).T)
+        factor = damped_cholesky(partial(_shifted, damped_II, shift_I), 0.0, "penalty method")
+        energy_U = energy(solved(factor.factor_NN, right_OI.clone()))
         penalty *= _GROWTH
     return keep_best(energy_U, num_keep, problem.partitions)
+
+
+def _shifted(matrix_II: Tensor, shift_I: Tensor) -> Tensor:
+    shifted_II = matrix_II.clone()
+    shifted_II.diagonal().add_(shift_I)
+    return shifted_II

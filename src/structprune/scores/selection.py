@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky
+from structprune.linalg.damped import damped_cholesky, inverted, solved
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
+from structprune.linalg.squares import output_energy, times_gram
 from structprune.types import LayerProblem
 
 # Units that leave together in greedy removal, as a share of all: 128 steps for the whole width.
@@ -37,7 +38,8 @@ def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
     target is followed from the first removal on. The metric changes which units leave; it does not change the
     least-squares weight of those that stay, because every output row is free.
     """
-    path = _greedy_path(problem, num_remove, *_objective(problem)[:2])
+    weight_MI, inverse_II, _ = _objective(problem)
+    path = _greedy_path(problem, num_remove, weight_MI, inverse_II)
     return RemovalPath(order=path.order, cost=path.cost / problem.num_tokens)
 
 
@@ -56,7 +58,7 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
     assert problem.partitions == 1
     weight_MI, inverse_II, delta = _objective(problem)
     keep_U = torch.ones(problem.num_units, dtype=torch.bool)
-    keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI, inverse_II).order] = False
+    keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI.clone(), inverse_II).order] = False
     # The exchanges hold two matrices of this size; the inverse would be a third.
     del inverse_II
     gram_II = shrunk_gram(problem)
@@ -69,11 +71,12 @@ def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
 
     min over V, removed columns zero, of sum |V x - W x|^2, up to the ridge of the decision.
     """
-    gram_II = problem.gram_II.to(torch.float64, copy=True)
-    gram_II.diagonal().add_(problem.damping * (float(gram_II.diagonal().mean()) or 1.0))
-    weight_OI = problem.weight_OI.to(torch.float64)
-    energy = 0.5 * float(((weight_OI @ gram_II) * weight_OI).sum())
-    return set_objective(weight_OI, gram_II, keep_U, problem.width) / energy if energy > 0 else 0.0
+    delta = problem.damping * (float(problem.gram_II.diagonal().mean(dtype=torch.float64)) or 1.0)
+    ridge = delta * float(problem.weight_OI.square().sum(dtype=torch.float64))
+    energy = 0.5 * (output_energy(problem.weight_OI, problem.gram_II) + ridge)
+    if energy <= 0:
+        return 0.0
+    return set_objective(problem.weight_OI, problem.gram_II, delta, keep_U, problem.width) / energy
 
 
 def shrunk_gram(problem: LayerProblem) -> Tensor:
@@ -97,21 +100,21 @@ def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
 
     W is the ridge solution on all inputs, times the root of the damped sensitivity where there is one.
     """
-    weight_OI = problem.weight_OI.to(torch.float64)
+    weight_OI = problem.weight_OI.to(torch.float64, copy=True)
     if problem.target_OI is not None:
         # What the weights should be without a removal is a matter of fitting: there the correlations count in full.
-        factor_II = damped_cholesky(problem.gram_II, problem.damping, "greedy removal").factor_NN
-        residual_OI = problem.target_OI.to(torch.float64) - weight_OI @ problem.gram_II.to(torch.float64)
-        weight_OI = weight_OI + torch.cholesky_solve(residual_OI.T, factor_II).T
-        del factor_II
-    factor = damped_cholesky(shrunk_gram(problem), problem.damping, "greedy removal")
-    inverse_II = torch.cholesky_inverse(factor.factor_NN)
+        residual_OI = times_gram(weight_OI, problem.gram_II, None, None).neg_().add_(problem.target_OI)
+        factor = damped_cholesky(problem.gram_II, problem.damping, "greedy removal")
+        weight_OI = solved(factor.factor_NN, residual_OI).add_(problem.weight_OI)
+        del factor
     if problem.sensitivity_OO is not None:
         weight_OI = metric_root(problem.sensitivity_OO).T @ weight_OI
-    return weight_OI, inverse_II, factor.delta
+    factor = damped_cholesky(lambda: shrunk_gram(problem), problem.damping, "greedy removal")
+    return weight_OI, inverted(factor.factor_NN), factor.delta
 
 
 def _greedy_path(problem: LayerProblem, num_remove: int, weight_MI: Tensor, inverse_II: Tensor) -> RemovalPath:
+    """Uses up weight and inverse."""
     step = max(1, problem.num_units // _STEP_SHARE)
     return greedy_removal(
         weight_MI,

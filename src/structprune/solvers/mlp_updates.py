@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structprune.errors import InputError
-from structprune.linalg.damped import DampedCholesky, damped_cholesky
+from structprune.linalg.damped import DampedCholesky, damped_cholesky, solved
 from structprune.registry import Registry
 
 _TANH_SCALE = math.sqrt(2.0 / math.pi)
@@ -68,7 +68,7 @@ def update_affine(affine: Affine, residual_OA: Tensor, factor: DampedCholesky) -
     the Gram of [x 1], factored with delta. Published as W = t x^+ by pseudo-inverse; the Cholesky and the ridge toward
     the current weight (J cannot rise, no residual means no change) are derived.
     """
-    change_OA = torch.cholesky_solve(residual_OA.to(torch.float64).T, factor.factor_NN).T
+    change_OA = solved(factor.factor_NN, residual_OA.to(torch.float64, copy=True))
     num_inputs = affine.weight_OI.shape[1]
     weight_OI = affine.weight_OI + change_OA[:, :num_inputs]
     bias_O = None if affine.bias_O is None else (affine.bias_O + change_OA[:, num_inputs]).to(affine.bias_O.dtype)

@@ -6,12 +6,14 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky, target_error
-from structprune.types import LayerProblem, SolveResult
+from structprune.linalg.damped import damped_cholesky, solved, target_error
+from structprune.linalg.squares import block_of, output_energy, times_gram
+from structprune.types import LayerProblem, SolveResult, cross_columns
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
 _LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0)
@@ -55,7 +57,7 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
         local, path, statistics["held_out_error"] = _choose_ridges(problem, keep_U)
     corrections = _Corrections(problem, keep_U)
     found = corrections.local(local)
-    weight_OK = problem.weight_OI[:, kept_K].to(torch.float64) + found.weight_OK
+    weight_OK = found.weight_OK.add_(problem.weight_OI[:, kept_K])
     raises, statistics["damping"] = found.num_raises, found.damping
     if problem.target_OI is not None:
         found = corrections.path(path)
@@ -79,30 +81,30 @@ class _Correction:
 
 
 class _Corrections:
-    """The two terms that `least_squares` adds to W_K, each for any ridge."""
+    """The two terms that `least_squares` adds to W_K, each for any ridge.
+
+    Right sides and the kept square are made anew each time: they take a moment, the factorisation takes the time.
+    """
 
     def __init__(self, problem: LayerProblem, keep_U: Tensor) -> None:
-        kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
-        self.gram_KK = problem.gram_II[kept_K][:, kept_K].to(torch.float64)
-        gram_PK = problem.gram_II[removed_P][:, kept_K].to(torch.float64)
-        removed_OP = problem.weight_OI[:, removed_P].to(torch.float64)
-        self.missing_OK = removed_OP @ gram_PK
-        self.residual_OK: Tensor | None = None
-        if problem.target_OI is not None:
-            kept_OK = problem.weight_OI[:, kept_K].to(torch.float64)
-            own_OK = kept_OK @ self.gram_KK + self.missing_OK
-            self.residual_OK = problem.target_OI[:, kept_K].to(torch.float64) - own_OK
+        self.problem = problem
+        self.kept_K, self.removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
 
     def local(self, damping: float) -> _Correction:
-        return self._solve(self.missing_OK, damping)
+        removed_OP = self.problem.weight_OI[:, self.removed_P]
+        return self._solve(times_gram(removed_OP, self.problem.gram_II, self.removed_P, self.kept_K), damping)
 
     def path(self, damping: float) -> _Correction:
-        assert self.residual_OK is not None
-        return self._solve(self.residual_OK, damping)
+        assert self.problem.target_OI is not None
+        residual_OK = times_gram(self.problem.weight_OI, self.problem.gram_II, None, self.kept_K).neg_()
+        residual_OK += self.problem.target_OI[:, self.kept_K]
+        return self._solve(residual_OK, damping)
 
     def _solve(self, right_OK: Tensor, damping: float) -> _Correction:
-        factor = damped_cholesky(self.gram_KK, damping, "least squares")
-        weight_OK = torch.cholesky_solve(right_OK.T, factor.factor_NN).T
+        """R (G_KK + delta I)^-1; the right side R becomes the answer."""
+        gram_KK = partial(block_of, self.problem.gram_II, self.kept_K, self.kept_K)
+        factor = damped_cholesky(gram_KK, damping, "least squares")
+        weight_OK = solved(factor.factor_NN, right_OK)
         return _Correction(weight_OK=weight_OK, damping=factor.damping, num_raises=factor.num_raises)
 
 
@@ -115,30 +117,27 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
     assert held_out is not None
     kept_K = problem.kept_inputs(keep_U)
     corrections = _Corrections(problem.without_held_out(), keep_U)
-    weight_OI = problem.weight_OI.to(torch.float64)
-    gram_KK = held_out.gram_II[kept_K][:, kept_K].to(torch.float64)
-    if held_out.target_OI is None or held_out.target_energy is None:
-        cross_OI = weight_OI @ held_out.gram_II.to(torch.float64)
-        energy = float((cross_OI * weight_OI).sum())
-        path_OK = torch.zeros(())
+    cross = cross_columns(problem.weight_OI, held_out.gram_II, held_out.target_OI)
+    if held_out.target_energy is None:
+        energy = output_energy(problem.weight_OI, held_out.gram_II)
+        base_OK = problem.weight_OI[:, kept_K]
     else:
-        cross_OI, energy = held_out.target_OI, held_out.target_energy
-        path_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK
+        energy = held_out.target_energy
+        base_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK.add_(problem.weight_OI[:, kept_K])
 
     def error(weight_OK: Tensor) -> float:
-        return target_error(weight_OK, gram_KK, cross_OI[:, kept_K], energy)
+        return target_error(weight_OK, held_out.gram_II, kept_K, cross, energy)
 
     best, local, local_OK = torch.inf, _LOCAL_GRID[0], torch.zeros(())
-    start_OK = weight_OI[:, kept_K]
     for damping in _LOCAL_GRID:
         trial_OK = corrections.local(damping).weight_OK
-        if (found := error(start_OK + trial_OK + path_OK)) < best:
+        if (found := error(base_OK + trial_OK)) < best:
             best, local, local_OK = found, damping, trial_OK
     path = local
     if held_out.target_OI is not None:
         best = torch.inf
+        base_OK = local_OK.add_(problem.weight_OI[:, kept_K])
         for damping in _PATH_GRID:
-            path_OK = corrections.path(damping).weight_OK
-            if (found := error(start_OK + local_OK + path_OK)) < best:
+            if (found := error(corrections.path(damping).weight_OK.add_(base_OK))) < best:
                 best, path = found, damping
     return local, path, best / energy if energy > 0 else 0.0

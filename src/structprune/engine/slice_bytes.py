@@ -1,0 +1,51 @@
+"""Bytes of the phases of the slicing walk that the common ones do not bound, from shapes."""
+
+from __future__ import annotations
+
+# What the reader copies at once, and the walk rotates at once.
+_CHUNK_BYTES = 16 * 2**20
+
+
+def slice_phases(
+    *,
+    hidden: int,
+    width: int,
+    item: int,
+    several: bool,
+    stream: int,
+    outside: int,
+    weights: int,
+    cast: int,
+    activations: int,
+    batch_tokens: int,
+    largest_outer: int,
+) -> dict[str, int]:
+    """Phase -> peak bytes.
+
+    `hidden` dimensions become `width`, with `several` bases or one; `item` bytes per number of the forward passes.
+    `stream` is what is held beside a block while the stores are open and `outside` what is held when they are closed,
+    `weights` and `cast` the block, `largest_outer` the largest tensor outside the blocks, all in bytes.
+    """
+    square = hidden * hidden
+    basis = hidden * width * 8
+    # Those before and after the block and between its halves, and the one at work in the forward passes' dtype.
+    bases = (3 if several else 1) * basis + hidden * width * item
+    states = batch_tokens * hidden
+    # Shifted Gram and eigenvectors, the library's copy of either, its workspace of two squares; sorted, signed, chosen.
+    eigen = 6 * square * 8 + 3 * basis
+    # A row chunk in float64, scaled basis, product; what is written beside what was read.
+    chunk = 3 * _CHUNK_BYTES + basis
+    growth = 2 * width * width * (8 + 4) if several else 0
+    phases = {
+        # Gram; float32 copy of a micro-batch, the cut one and its coordinates.
+        "statistics": stream + 2 * weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
+        "eigenvectors": stream + weights + cast + square * 4 + bases + eigen,
+        "rotate block": stream + 2 * weights + cast + bases + chunk + growth,
+        "rotate embeddings": stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
+        "rotate head": outside + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
+    }
+    if not several:
+        # The sum over the positions.
+        phases["statistics"] += square * 8
+        phases["eigenvectors"] += square * 8
+    return phases

@@ -1,0 +1,120 @@
+"""Bytes that deciding and solving one group takes beside the block, from shapes: what `engine/block.py` holds at once.
+
+The bound follows the code of scores and solvers line by line; the memory tests compare it with what is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from structprune.linalg.squares import strip_rows
+from structprune.scores import SELECTORS, WORKSPACE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProblem:
+    """One group's problem by its sizes."""
+
+    inputs: int
+    outputs: int
+    kept: int | None
+    """Inputs that stay, where that is known before the run."""
+    stored_item: int
+    """Bytes of a number in the checkpoint."""
+    score: str
+    solves: bool
+    """Whether the consumer is solved again, and not only cut."""
+    holds_out: bool
+    follows_dense: bool
+    priced: bool
+    """Whether the sensitivity of the consumer's output is part of the problem."""
+    reordered: bool
+    """Whether the inputs of a unit lie apart, so that the sums are brought into another order."""
+
+    @property
+    def gram(self) -> int:
+        """In float32."""
+        return self.inputs**2 * 4
+
+    @property
+    def _weight(self) -> int:
+        """In float64."""
+        return self.inputs * self.outputs * 8
+
+    @property
+    def cross(self) -> int:
+        """Sum of targets times inputs in float32; nothing for the local target."""
+        return self._weight // 2 if self.follows_dense else 0
+
+    @property
+    def _strip(self) -> int:
+        """Rows of a Gram, those of them that are wanted, the same in float64, and a product as wide as the outputs."""
+        rows = strip_rows(self.inputs, self.inputs)
+        return rows * (self.inputs * (4 + 4 + 8) + self.outputs * 8 * 2)
+
+    @property
+    def _metric(self) -> int:
+        """Sensitivity in float64 and its factor."""
+        return 2 * self.outputs**2 * 8 if self.priced else 0
+
+    @property
+    def sums(self) -> int:
+        """The measured sums, and the held-out part of them."""
+        return (self.gram + self.cross) * (2 if self.holds_out else 1)
+
+    @property
+    def decide(self) -> int:
+        """Score or search beside the sums."""
+        grams, weights = WORKSPACE.get(self.score, (0, 1))
+        return grams * 2 * self.gram + weights * self._weight + self._metric + self._strip
+
+    @property
+    def solve(self) -> int:
+        """Everything between the last forward pass and the new weight."""
+        ordered = self.inputs * self.outputs * self.stored_item
+        # Two parts and their sum; each in another order.
+        adding = (self.gram + self.cross if self.holds_out else 0) + (2 * self.gram + self.cross) * self.reordered
+        phases = [adding, self.decide, self._errors]
+        if self.solves:
+            phases.append(self._least_squares)
+        if self.score in SELECTORS:
+            phases.append(2 * self._square(self._kept_bound, self._removed_bound) + 2 * self._weight + self._strip)
+        return self.sums + ordered + max(phases)
+
+    @property
+    def _kept_bound(self) -> int:
+        return self.inputs if self.kept is None else self.kept
+
+    @property
+    def _removed_bound(self) -> int:
+        return self.inputs if self.kept is None else self.inputs - self.kept
+
+    @property
+    def _kept_weight(self) -> int:
+        """The consumer on its kept inputs, in float64."""
+        return self._kept_bound * self.outputs * 8
+
+    def _square(self, *orders: int) -> int:
+        """The larger of the squares of these orders, in float32."""
+        return max(orders) ** 2 * 4
+
+    @property
+    def _least_squares(self) -> int:
+        # The right side is a product of the whole weight where the target is the dense path's, else of what is removed
+        # of it; that is gone when the kept square is made.
+        whole = self._weight if self.follows_dense else self._removed_bound * self.outputs * 8
+        square = max(2 * self._square(self._kept_bound), whole + self._strip)
+        # With the second correction the first one's answer is there.
+        last = square + self._kept_weight * (2 if self.follows_dense else 1)
+        if not self.holds_out:
+            return last
+        # Sums of the other windows. A trial: its right side, the best so far, and what they are added to; then the sum.
+        fit = self.gram + self.cross
+        judged = 4 * self._kept_weight + self._strip
+        compared = 0 if self.follows_dense else self._weight
+        return max(last, fit + compared + max(square + 3 * self._kept_weight, judged))
+
+    @property
+    def _errors(self) -> int:
+        """Of the cut and the solved weight."""
+        return (0 if self.follows_dense else self._weight) + 2 * self._kept_weight + self._strip

@@ -1,0 +1,111 @@
+"""Memory as a promise: what a run adds stays under its plan, and the plan is not much more than what it adds.
+
+Each run is a process of its own and is measured by the kernel's high-water mark of resident memory, from the moment
+when libraries are imported. A limit on the address space would not do: torch reserves far more of it than it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from conftest import byte_tokenizer, llama_config
+from structprune import Recipe
+from structprune.api import plan
+from structprune.errors import MemoryBudgetError
+from structprune.memory import parse_bytes
+
+_CHILD = """
+import json, sys
+import torch
+from structprune import Recipe, prune
+from structprune.memory import parse_bytes
+
+torch.set_num_threads(1)
+report = prune(sys.argv[1], Recipe.build(**json.loads(sys.argv[3])), sys.argv[2])
+print(report.memory.model_dump_json())
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block with a Gram of 16 MiB, weights of 28 MiB: far more than a Python process's noise."""
+    directory = tmp_path_factory.mktemp("wide") / "llama"
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    LlamaForCausalLM(llama_config(**sizes, num_attention_heads=12, num_key_value_heads=12)).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def settings(text_file: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "calibration": str(text_file),
+        "num_samples": 24,
+        "seq_len": 256,
+        "dtype": "float32",
+        "reload_check": False,
+        **changes,
+    }
+
+
+def pruned_in_a_process(model: Path, output: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Its memory report."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(model), str(output), json.dumps(values)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def smallest_budget(model: Path, values: dict[str, Any]) -> int:
+    """What the refusal of one MiB names."""
+    with pytest.raises(MemoryBudgetError) as caught:
+        plan(model, Recipe.build(**values | {"memory": "1MiB"}))
+    return parse_bytes(str(caught.value.wanted).removeprefix("at least "))
+
+
+SLOW = pytest.mark.slow
+RUNS = [
+    pytest.param({}, "memory", id="fasp"),
+    pytest.param({}, "file", id="fasp-smallest-budget"),
+    pytest.param({"method": "wanda-sp", "scope": "all"}, "memory", id="wanda-sp-all", marks=SLOW),
+    pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform", marks=SLOW),
+    pytest.param({"method": "osscar"}, "memory", id="osscar", marks=SLOW),
+    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune", marks=SLOW),
+    pytest.param(
+        {"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget", marks=SLOW
+    ),
+    pytest.param(
+        {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
+    ),
+    pytest.param({"method": "slicegpt", "sparsity": 0.1}, "memory", id="slicegpt", marks=SLOW),
+    pytest.param({"method": "spap"}, "memory", id="spap", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("changes", "store"), RUNS)
+def test_a_run_keeps_to_its_plan(
+    changes: dict[str, Any], store: str, wide_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    values = settings(text_file, **changes)
+    if store == "file":
+        values["memory"] = smallest_budget(wide_llama, values)
+    memory = pruned_in_a_process(wide_llama, tmp_path / "out", values)
+    assert memory["store"] == store
+    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= memory["budget_bytes"]
+    assert memory["planned_peak_bytes"] <= 1.25 * memory["measured_peak_bytes"]
+    for phase, measured in memory["measured_phases"].items():
+        # A method that measures nothing has no bound of its own for cutting.
+        assert measured <= memory["phases"].get(phase, memory["planned_peak_bytes"]), phase
+    if store == "file":
+        assert memory["micro_batch_windows"] == 1
+        assert memory["budget_bytes"] - memory["planned_peak_bytes"] < 2**20
