@@ -15,6 +15,7 @@ import psutil
 from structprune.errors import InputError
 
 # From malloc.h.
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _UNITS = {
     "": 1,
@@ -71,6 +72,9 @@ def release_free_memory() -> None:
 def bound_hidden_memory() -> None:
     """Keep two things from growing that no plan sees. Call before the first matrix product.
 
+    (1) The heap: to set one of glibc's thresholds fixes the other at 128 KiB, and every temporary of a forward pass would
+    be given back to the system and taken again, page by page, which made an RMSNorm six times as dear; so both are set.
+
     Freed blocks of 16 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
     successors of another size do not fit into their holes; the solver peaked 45 MiB higher for matrices of order
     1536. And oneDNN keeps what it prepared for each shape of a bfloat16 product, 0.6 MiB each and up to 1024 of them,
@@ -78,7 +82,9 @@ def bound_hidden_memory() -> None:
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+            libc.mallopt(_M_TRIM_THRESHOLD, 16 * 2**20)
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "48")
 
