@@ -72,13 +72,13 @@ def release_free_memory() -> None:
 def bound_hidden_memory() -> None:
     """Keep two things from growing that no plan sees. Call before the first matrix product.
 
-    (1) The heap: to set one of glibc's thresholds fixes the other at 128 KiB, and every temporary of a forward pass would
-    be given back to the system and taken again, page by page, which made an RMSNorm six times as dear; so both are set.
-
     Freed blocks of 16 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
     successors of another size do not fit into their holes; the solver peaked 45 MiB higher for matrices of order
-    1536. And oneDNN keeps what it prepared for each shape of a bfloat16 product, 0.6 MiB each and up to 1024 of them,
-    while every pruned block has its own width; a user's setting of these caches is left alone.
+    1536. Smaller ones stay in the heap, up to as much at its end: the default there is 128 KiB once the other threshold
+    is set, with which every temporary of a forward pass was taken anew from the system, page by page, and an RMSNorm
+    of 2048 tokens cost four to eight times as much. And oneDNN keeps what it prepared for each shape of a bfloat16
+    product, 0.6 MiB each and up to 1024 of them, while every pruned block has its own width; a user's setting of these
+    caches is left alone.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
