@@ -330,9 +330,12 @@ class StockModel:
         outside: dict[str, nn.Module] = {}
         for kind in UNIT_KINDS:
             if kind not in stage:
-                for name in self.family.half_modules(kind):
+                # The half's norms would be computed for nothing: they are half as dear as its products.
+                stand_ins = dict.fromkeys(self.family.half_modules(kind), _STAND_INS[kind])
+                stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
+                for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)
-                    block.set_submodule(name, _STAND_INS[kind]())
+                    block.set_submodule(name, stand_in())
         try:
             yield
         finally:
