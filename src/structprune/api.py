@@ -6,19 +6,17 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
+from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
-from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.finish import REPORT_NAME
@@ -28,7 +26,6 @@ from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
-from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
@@ -235,48 +232,6 @@ def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[
         seed=recipe.seed,
     )
     return load_windows(recipe.calibration, context, observer.note)
-
-
-def evaluate(
-    model: str | Path,
-    text: str | Path,
-    *,
-    against: str | Path | None = None,
-    seq_len: int = 2048,
-    max_windows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> PerplexityResult:
-    """Perplexity of `model`, loaded by stock transformers, on the text file `text`.
-
-    With `against` also how far its predictions are from that model's, which must have the same vocabulary.
-    Raises StructPruneError.
-    """
-    recipe = Recipe.build(device=device, dtype=dtype, seq_len=seq_len)
-    content = read_text(Path(text))
-    target = resolve_device(recipe.device)
-    compute_dtype = resolve_dtype(recipe, target)
-    loaded, encoder = load_with_tokenizer(model, target, compute_dtype)
-    windows_NS = text_windows(loaded, encoder, content, str(text), seq_len, max_windows)
-    reference = None
-    if against is not None:
-        other, _ = load_with_tokenizer(against, target, compute_dtype)
-        if other.config.vocab_size != loaded.config.vocab_size:
-            raise InputError(
-                "the two models have different vocabularies",
-                got=f"{loaded.config.vocab_size} and {other.config.vocab_size} tokens",
-                wanted="a pruned model and the one it came from",
-            )
-        reference = make_reference(other, windows_NS)
-    return perplexity(loaded, windows_NS, str(text), reference=reference)
-
-
-def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
-    directory = resolve_model(str(model))
-    # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    CheckpointReader(directory)
-    return load_model(directory, device, dtype), TextEncoder(directory)
 
 
 def inspect(model: str | Path) -> ModelLayout:

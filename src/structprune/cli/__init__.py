@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from structprune.cli import bench as bench_verb
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
 from structprune.cli import export as export_verb
@@ -30,10 +31,11 @@ app.command("prune")(prune_verb.prune)
 app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
-app.command("eval")(eval_verb.evaluate)
+app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
+app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)
 app.command("export")(export_verb.export)
 app.command("push")(push_verb.push)
-app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
+app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 
 @app.callback()

@@ -11,6 +11,7 @@ from rich.text import Text
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
 from structprune.report.comparison import Comparison
+from structprune.report.measured import Bench, Rate
 from structprune.report.schema import PruneReport, ReloadReport, RuntimeReport
 
 
@@ -131,6 +132,51 @@ def comparison_table(result: Comparison) -> None:
     console = Console()
     console.print(quality)
     console.print(cost)
+
+
+def bench_tables(result: Bench) -> None:
+    """Print sizes of the models, then every point of the grid."""
+    sizes = Table(title=Text(f"structprune bench, {result.dtype} on {result.device}"), title_justify="left")
+    sizes.add_column("model", overflow="fold")
+    for name in ("params", "disk", "weights in memory"):
+        sizes.add_column(name, justify="right", no_wrap=True)
+    points = Table(
+        title=Text(f"Tokens per second: median of {result.repeats} runs after a warm-up (lower to upper quartile)"),
+        title_justify="left",
+    )
+    compared = len(result.models) > 1
+    points.add_column("batch", justify="right", no_wrap=True)
+    points.add_column("prompt", justify="right", no_wrap=True)
+    points.add_column("model", overflow="fold")
+    for name in ("prefill", "decode", "peak memory", *(("prefill ratio", "decode ratio") if compared else ())):
+        points.add_column(name, justify="right")
+    for model in result.models:
+        sizes.add_row(
+            Text(model.model),
+            _millions(model.parameters),
+            format_bytes(model.file_bytes),
+            format_bytes(model.weight_bytes),
+        )
+    for row in zip(*(model.points for model in result.models), strict=True):
+        points.add_section()
+        for model, point in zip(result.models, row, strict=True):
+            ratios = (point.prefill_ratio, point.decode_ratio) if compared else ()
+            points.add_row(
+                f"{point.batch}",
+                f"{point.prompt_tokens}",
+                Text(model.model),
+                _rate(point.prefill),
+                _rate(point.decode),
+                format_bytes(point.peak_bytes),
+                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            )
+    console = Console()
+    console.print(sizes)
+    console.print(points)
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.median:,.1f} ({rate.low:,.1f} to {rate.high:,.1f})"
 
 
 def _millions(number: int) -> str:
