@@ -19,10 +19,9 @@ from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import REPORT_NAME
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
-from structprune.engine.observer import Observer, SilentObserver
+from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
@@ -35,7 +34,7 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.report.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup, UnitKind
@@ -204,7 +203,7 @@ def prune(
             shared=shared,
         )
         with run:
-            return walk.execute(job, run, meter, observer)
+            return walk.execute(job, run, meter, MarkingObserver(observer, meter))
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:

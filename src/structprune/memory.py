@@ -8,6 +8,8 @@ import os
 import re
 import sys
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -83,6 +85,17 @@ def bound_hidden_memory() -> None:
         os.environ.setdefault(name, "48")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySample:
+    """The highest point of one stretch of a run."""
+
+    phase: str
+    seconds: float
+    """Of the stretch's end, from the moment the meter was entered."""
+    peak_bytes: int
+    """Above the process's size at that moment."""
+
+
 class PeakMeter:
     """Peak resident memory of this process above the moment the meter was entered.
 
@@ -94,13 +107,16 @@ class PeakMeter:
         self._kernel_mark = False
         self._stop = threading.Event()
         self._sampled_peak = 0
+        self._highest = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
+        self.samples: list[MemorySample] = []
 
     def __enter__(self) -> PeakMeter:
         release_free_memory()
+        self._entered = time.perf_counter()
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            self._reset()
             self._kernel_mark = True
         except OSError:
             self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -114,6 +130,19 @@ class PeakMeter:
 
     def peak_so_far(self) -> int:
         """Bytes above the baseline at the highest point since entry."""
+        return max(self._highest, self._peak_since_mark())
+
+    def mark(self, phase: str) -> None:
+        """End a stretch of the run: its peak goes into `samples`, and the next stretch begins."""
+        peak = self._peak_since_mark()
+        self._highest = max(self._highest, peak)
+        seconds = time.perf_counter() - self._entered
+        self.samples.append(MemorySample(phase=phase, seconds=seconds, peak_bytes=peak))
+        if self._kernel_mark:
+            self._reset()
+        self._sampled_peak = 0
+
+    def _peak_since_mark(self) -> int:
         if self._kernel_mark:
             status = Path("/proc/self/status").read_text()
             match = re.search(r"VmHWM:\s+(\d+) kB", status)
@@ -122,6 +151,11 @@ class PeakMeter:
         else:
             peak = max(self._sampled_peak, self._process.memory_info().rss)
         return max(0, peak - self.baseline_bytes)
+
+    @staticmethod
+    def _reset() -> None:
+        """Let the kernel's mark start again from the present size."""
+        Path("/proc/self/clear_refs").write_text("5")
 
     def _sample(self) -> None:
         while not self._stop.wait(0.02):

@@ -17,6 +17,7 @@ from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.cli import push as push_verb
+from structprune.cli import report as report_verb
 from structprune.errors import StructPruneError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
 app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
 app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)
+app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
 app.command("export")(export_verb.export)
 app.command("push")(push_verb.push)
 app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)

@@ -34,10 +34,13 @@ from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
 from structprune.report.card import model_card
+from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.schema import (
+    REPORT_NAME,
     BlockReport,
     CalibrationReport,
     MemoryReport,
+    MemoryStretch,
     PruneReport,
     ReloadReport,
     ReusedStatistics,
@@ -47,7 +50,6 @@ from structprune.report.schema import (
 from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
-REPORT_NAME = "pruning_report.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,13 +186,15 @@ def commit(
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
-    measured_peak = meter.peak_so_far()
+    meter.mark("finish")
+    memory = _memory_report(job, meter)
 
     reload = check_reload(job, run, writer, judged.probe, observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, job.recipe, config)
-    report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
+    report = _report(job, run, memory, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
+    write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(job.reader.directory, job.reader.config)
     write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
     run.commit(checkpoint)
@@ -210,6 +214,18 @@ def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
     )
 
 
+def _memory_report(job: Job, meter: PeakMeter) -> MemoryReport:
+    return MemoryReport(
+        budget_bytes=job.plan.budget_bytes,
+        planned_peak_bytes=job.plan.peak_bytes,
+        measured_peak_bytes=meter.peak_so_far(),
+        phases=job.plan.phases,
+        store=job.plan.store,
+        micro_batch_windows=job.plan.micro_batch_windows,
+        timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+    )
+
+
 def _versions() -> dict[str, str]:
     return {
         "structprune": importlib.metadata.version("structprune"),
@@ -223,7 +239,7 @@ def _versions() -> dict[str, str]:
 def _report(
     job: Job,
     run: RunDirectory,
-    measured_peak: int,
+    memory: MemoryReport,
     outcome: Outcome,
     size: SizeReport,
     calibration: CalibrationReport,
@@ -242,14 +258,7 @@ def _report(
         compute_dtype=str(job.dtype).removeprefix("torch."),
         calibration=calibration,
         size=size,
-        memory=MemoryReport(
-            budget_bytes=job.plan.budget_bytes,
-            planned_peak_bytes=job.plan.peak_bytes,
-            measured_peak_bytes=measured_peak,
-            phases=job.plan.phases,
-            store=job.plan.store,
-            micro_batch_windows=job.plan.micro_batch_windows,
-        ),
+        memory=memory,
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,
