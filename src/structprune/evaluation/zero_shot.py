@@ -34,7 +34,9 @@ class TaskRunner:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise InputError("zero-shot tasks need lm-eval", do="pip install 'structprune[eval]'") from None
+            raise InputError(
+                "zero-shot tasks need lm-eval", do="install it with `pip install 'structprune[eval]'`"
+            ) from None
         if tasks_dir is not None and not list(tasks_dir.glob("*.yaml")):
             raise InputError(
                 "the directory holds no task files",

@@ -162,7 +162,7 @@ class PruneReport(_Frozen):
         try:
             import pandas
         except ImportError:
-            raise InputError("to_frame needs pandas", do="pip install pandas") from None
+            raise InputError("to_frame needs pandas", do="install it with `pip install pandas`") from None
         rows = [
             block.model_dump(exclude={"statistics", "objective"})
             | {"kept_share": block.kept_units / block.num_units}

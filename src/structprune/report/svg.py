@@ -15,6 +15,9 @@ from typing import Literal
 WIDTH, HEIGHT = 360.0, 200.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 10.0, 10.0, 34.0
 
+# The least value of a log axis and span of another; far above the numbers whose reciprocals overflow.
+_SMALLEST = 1e-200
+
 Format = Callable[[float], str]
 
 
@@ -70,7 +73,7 @@ class _Scale:
 
 
 def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> str:
-    """Lines with markers; the legend is the page's business. Points that a log axis cannot show are left out."""
+    """Lines with markers; the legend is the page's business. Points that cannot be shown are left out."""
     drawn = [
         replace(one, points=[p for p in one.points if _can_show(x, p[0]) and _can_show(y, p[1])]) for one in series
     ]
@@ -176,7 +179,7 @@ def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> st
 
 
 def _can_show(axis: Axis, value: float | None) -> bool:
-    return value is None or not axis.log or value > 0
+    return value is None or (math.isfinite(value) and (not axis.log or value > _SMALLEST))
 
 
 def _runs(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
@@ -195,8 +198,8 @@ def _scale(values: Sequence[float], axis: Axis, start: float, stop: float, *, nu
     high = max(values) if axis.high is None else axis.high
     if axis.log:
         return _log_scale(low, high, start, stop)
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    if high - low <= _SMALLEST:
+        high = low + max(abs(low), 1.0)
     step = _nice((high - low) / num_ticks)
     low = low if axis.low is not None else math.floor(low / step) * step
     high = high if axis.high is not None else math.ceil(high / step - 1e-9) * step
@@ -209,15 +212,16 @@ def _log_scale(low: float, high: float, start: float, stop: float) -> _Scale:
     """With a margin, and ticks at 1, 2, 5 of each decade, or at decades where there are many."""
     if high <= low:
         low, high = low / 1.5, low * 1.5
-    margin = (high / low) ** 0.04
-    low, high = low / margin, high * margin
+    first, last = math.log10(low), math.log10(high)
+    margin = 0.04 * (last - first)
+    low, high = 10 ** (first - margin), 10 ** (last + margin)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fractions = (1,) if len(decades) > 4 else (1, 2, 5)
     every = max(1, math.ceil(len(decades) / 6))
     ticks = [factor * 10.0**power for power in decades[::every] for factor in fractions]
     shown = tuple(tick for tick in ticks if low <= tick <= high)
     if len(shown) < 2:
-        shown = (low * margin, high / margin)
+        shown = (10**first, 10**last)
     return _Scale(low=low, high=high, start=start, stop=stop, log=True, ticks=shown)
 
 
