@@ -126,7 +126,9 @@ def main() -> None:
             def sample(dtype: torch.dtype, where: Path = directory, found: list[Floor] = floors) -> None:
                 model = load_model(where, torch.device("cpu"), dtype).requires_grad_(False)
                 found.append(
-                    floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, CLOCKS[arguments.clock])
+                    floor_of(
+                        model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, CLOCKS[arguments.clock]
+                    )
                 )
 
             # The dtype is the run's own choice, known when it is over; `auto` is the same on one machine.

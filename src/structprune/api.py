@@ -7,30 +7,27 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from structprune.architectures.loading import load_model
 from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder, tokenizer_bytes
+from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
-from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import REPORT_NAME, load_report
+from structprune.engine.finish import load_report
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
-from structprune.engine.observer import Observer, SilentObserver
+from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
-from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
@@ -40,7 +37,7 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.report.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup, UnitKind
@@ -195,7 +192,7 @@ def prune(
         if run.is_committed():
             run.discard()
             return load_report(run.output)
-        return WALKS[checked.method.walk].execute(job, run, meter, observer)
+        return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
 
 
 def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
@@ -284,48 +281,6 @@ def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[
         seed=recipe.seed,
     )
     return load_windows(recipe.calibration, context, observer.note)
-
-
-def evaluate(
-    model: str | Path,
-    text: str | Path,
-    *,
-    against: str | Path | None = None,
-    seq_len: int = 2048,
-    max_windows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> PerplexityResult:
-    """Perplexity of `model`, loaded by stock transformers, on the text file `text`.
-
-    With `against` also how far its predictions are from that model's, which must have the same vocabulary.
-    Raises StructPruneError.
-    """
-    recipe = Recipe.build(device=device, dtype=dtype, seq_len=seq_len)
-    content = read_text(Path(text))
-    target = resolve_device(recipe.device)
-    compute_dtype = resolve_dtype(recipe, target)
-    loaded, encoder = load_with_tokenizer(model, target, compute_dtype)
-    windows_NS = text_windows(loaded, encoder, content, str(text), seq_len, max_windows)
-    reference = None
-    if against is not None:
-        other, _ = load_with_tokenizer(against, target, compute_dtype)
-        if other.config.vocab_size != loaded.config.vocab_size:
-            raise InputError(
-                "the two models have different vocabularies",
-                got=f"{loaded.config.vocab_size} and {other.config.vocab_size} tokens",
-                wanted="a pruned model and the one it came from",
-            )
-        reference = make_reference(other, windows_NS)
-    return perplexity(loaded, windows_NS, str(text), reference=reference)
-
-
-def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
-    directory = resolve_model(str(model))
-    # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    CheckpointReader(directory)
-    return load_model(directory, device, dtype), TextEncoder(directory)
 
 
 def inspect(model: str | Path) -> ModelLayout:

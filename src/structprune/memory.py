@@ -8,7 +8,9 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -95,6 +97,17 @@ def _clear_mark() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySample:
+    """The highest point of one stretch of a run."""
+
+    phase: str
+    seconds: float
+    """Of the stretch's end, from the moment the meter was entered."""
+    peak_bytes: int
+    """Above the process's size at that moment."""
+
+
 class PeakMeter:
     """Peak resident memory of this process above the moment the meter was entered.
 
@@ -107,13 +120,16 @@ class PeakMeter:
         self._stop = threading.Event()
         self._sampled_peak = 0
         self._earlier_peak = 0
+        self._stretch_peak = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
         self.phases: dict[str, int] = {}
         """Phase -> its peak above the baseline, the highest where it came several times."""
+        self.samples: list[MemorySample] = []
 
     def __enter__(self) -> PeakMeter:
         release_free_memory()
+        self._entered = time.perf_counter()
         try:
             _clear_mark()
             self._kernel_mark = True
@@ -140,10 +156,18 @@ class PeakMeter:
         """Bytes above the baseline at the highest point since entry."""
         return max(self._earlier_peak, self._mark())
 
+    def mark(self, name: str) -> None:
+        """End a stretch of the run: its peak goes into `samples`, and the next stretch begins."""
+        self._take_mark()
+        seconds = time.perf_counter() - self._entered
+        self.samples.append(MemorySample(phase=name, seconds=seconds, peak_bytes=self._stretch_peak))
+        self._stretch_peak = 0
+
     def _take_mark(self) -> int:
         """The mark, which starts anew."""
         mark = self._mark()
         self._earlier_peak = max(self._earlier_peak, mark)
+        self._stretch_peak = max(self._stretch_peak, mark)
         if self._kernel_mark:
             _clear_mark()
         self._sampled_peak = 0

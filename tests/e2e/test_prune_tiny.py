@@ -269,6 +269,7 @@ def test_companions_that_the_source_lacks_are_not_invented(tiny_llama: Path, tex
         "model.safetensors.index.json",
         "README.md",
         "pruning_manifest.json",
+        "pruning_report.html",
         "pruning_report.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from structprune.cli import bench as bench_verb
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
 from structprune.cli import export as export_verb
@@ -16,6 +17,7 @@ from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.cli import push as push_verb
+from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
 
@@ -32,10 +34,12 @@ app.command("resume")(resume_verb.resume)
 app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
-app.command("eval")(eval_verb.evaluate)
+app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
+app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)
+app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
 app.command("export")(export_verb.export)
 app.command("push")(push_verb.push)
-app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
+app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 
 @app.callback()

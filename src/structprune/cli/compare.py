@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-# Options that take every value up to the next option.
-_MANY = ("--methods", "--sparsities", "--text", "--set")
+from structprune.cli.many import many_values
 
-
-class ManyValuesCommand(TyperCommand):
-    """Reads `--methods a b c` as `--methods a --methods b --methods c`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its values."""
-        spelled: list[str] = []
-        current: str | None = None
-        first = False
-        for argument in args:
-            if argument.startswith("-"):
-                name = argument.partition("=")[0]
-                current, first = (argument, True) if argument in _MANY else (None, False)
-                spelled.append(argument)
-                if name in _MANY and "=" in argument:
-                    current, first = name, False
-                continue
-            if current is not None and not first:
-                spelled.append(current)
-            first = False
-            spelled.append(argument)
-        return super().parse_args(ctx, spelled)
+CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
 def compare(

@@ -35,10 +35,13 @@ from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
 from structprune.report.card import model_card
+from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.schema import (
+    REPORT_NAME,
     BlockReport,
     CalibrationReport,
     MemoryReport,
+    MemoryStretch,
     PruneReport,
     ReloadReport,
     ReusedStatistics,
@@ -48,7 +51,6 @@ from structprune.report.schema import (
 from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
-REPORT_NAME = "pruning_report.json"
 
 
 def load_report(output: Path) -> PruneReport:
@@ -192,13 +194,15 @@ def commit(
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
-    measured_peak = max(meter.peak_so_far(), run.journal.largest("peak_bytes"))
+    meter.mark("finish")
+    memory = _memory_report(job, run, meter)
 
     reload = check_reload(job, run, writer, judged.probe, observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, job.recipe, config)
-    report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
+    report = _report(job, run, memory, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
+    write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(job.reader.directory, job.reader.config)
     write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
     run.commit()
@@ -218,6 +222,19 @@ def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
     )
 
 
+def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
+    return MemoryReport(
+        budget_bytes=job.plan.budget_bytes,
+        planned_peak_bytes=job.plan.peak_bytes,
+        measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
+        phases=job.plan.phases,
+        measured_phases=meter.phases,
+        store=job.plan.store,
+        micro_batch_windows=job.plan.micro_batch_windows,
+        timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+    )
+
+
 def versions() -> dict[str, str]:
     """Of everything that decides the bytes of a result."""
     return {
@@ -232,7 +249,7 @@ def versions() -> dict[str, str]:
 def _report(
     job: Job,
     run: RunDirectory,
-    measured_peak: int,
+    memory: MemoryReport,
     outcome: Outcome,
     size: SizeReport,
     calibration: CalibrationReport,
@@ -251,15 +268,7 @@ def _report(
         compute_dtype=str(job.dtype).removeprefix("torch."),
         calibration=calibration,
         size=size,
-        memory=MemoryReport(
-            budget_bytes=job.plan.budget_bytes,
-            planned_peak_bytes=job.plan.peak_bytes,
-            measured_peak_bytes=measured_peak,
-            phases=job.plan.phases,
-            measured_phases=job.meter.phases,
-            store=job.plan.store,
-            micro_batch_windows=job.plan.micro_batch_windows,
-        ),
+        memory=memory,
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,

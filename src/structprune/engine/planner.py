@@ -130,6 +130,8 @@ class PlanRequest:
     """Dimensions of the stream that stay."""
     reload_check: bool = False
     """Whether another process loads the result at the end."""
+    other_head_bytes: int = 0
+    """Of another model's head and its logits, where the losses of both are measured side by side."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -232,7 +234,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
         logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
-        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
+        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_survey or request.needs_weight_gradients:

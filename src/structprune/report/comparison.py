@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 COMPARISON_VERSION = 1
+RESULT_NAME = "comparison.json"
 
 
 class _Frozen(BaseModel):

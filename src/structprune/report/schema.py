@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from structprune.errors import InputError
 from structprune.recipe import Recipe
+from structprune.report.summary import html_table, rich_table, summary_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.table import Table
 
 SCHEMA_VERSION = 1
+REPORT_NAME = "pruning_report.json"
 
 
 class _Frozen(BaseModel):
@@ -63,6 +70,16 @@ class SizeReport(_Frozen):
     """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
 
 
+class MemoryStretch(_Frozen):
+    """The highest point of one stretch of the run, from the end of the stretch before it."""
+
+    phase: str
+    """What was going on, as the progress said it."""
+    seconds: float
+    """Of its end, from the start of the run."""
+    peak_bytes: int
+
+
 class MemoryReport(_Frozen):
     """Bytes above the process's size before the run (libraries imported)."""
 
@@ -75,6 +92,8 @@ class MemoryReport(_Frozen):
     """Those of `phases` that were measured apart."""
     store: str
     micro_batch_windows: int
+    timeline: list[MemoryStretch] = []
+    """Empty in reports of the first version that had none."""
 
 
 class ReusedStatistics(_Frozen):
@@ -140,3 +159,36 @@ class PruneReport(_Frozen):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return self.model_dump(mode="json")
+
+    def to_frame(self) -> DataFrame:
+        """One row per unit group of a block, the statistics as columns. Needs pandas; raises InputError without it."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_frame needs pandas", do="install it with `pip install pandas`") from None
+        rows = [
+            block.model_dump(exclude={"statistics", "objective"})
+            | {"kept_share": block.kept_units / block.num_units}
+            | block.statistics
+            for block in self.blocks
+        ]
+        return pandas.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        size = self.size
+        return (
+            f"PruneReport({self.method!r}, {self.source!r} -> {self.output!r}, {size.parameters_before:,} -> "
+            f"{size.parameters_after:,} parameters, {len(self.blocks)} block entries)"
+        )
+
+    __str__ = __repr__
+
+    def __rich__(self) -> Table:
+        return rich_table(self._title(), summary_rows(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self._title(), summary_rows(self))
+
+    def _title(self) -> str:
+        return f"{self.method}: {self.source} -> {self.output}"
