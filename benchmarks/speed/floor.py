@@ -3,8 +3,8 @@
 Floor = the products of one forward pass of the calibration tokens through the blocks, and of the Gram matrices of the
 consumers in scope, at the rates that this machine reaches in the same run for these very shapes: once as floating-point
 operations over the measured matrix rate (`matmul`), once as the stock blocks take, norms and activations too (`stock`).
-The rates are taken before and after each pruning and averaged. With `--clock cpu` seconds are those of the process, which
-other work on the machine changes less than those of the wall; take one thread with it.
+The rates are taken before and after each pruning and averaged. With `--clock cpu` seconds are those of the process,
+which other work on the machine changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--num-samples 48] [--clock wall] [--output FILE]
 

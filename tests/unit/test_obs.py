@@ -64,7 +64,7 @@ def test_partitions_lose_as_many_in_every_step(width: int, step: int) -> None:
     """The cheapest of each run of four units, at the prices before the step; costs are exact for what is gone."""
     weight_OI, hessian_II = random_problem(12 * width, seed=5)
     inverse_II = torch.linalg.inv(hessian_II)
-    path = greedy_removal(weight_OI, inverse_II, 9, width=width, units_per_step=step, partitions=3)
+    path = greedy_removal(weight_OI.clone(), inverse_II, 9, width=width, units_per_step=step, partitions=3)
     removed: list[int] = []
     for chosen in path.order.reshape(3, 3).tolist():
         assert [unit // 4 for unit in chosen] == [0, 1, 2]
