@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def exact_bfloat16_products() -> Generator[None]:
     For matrices whose values are bfloat16 numbers, where this is exact but for the order of the sums. Twice as fast on
     CPUs with matrix units, and no change on others.
     """
-    products = torch.backends.mkldnn.matmul
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
     # Older versions of torch have one setting for the whole process instead, which is not ours to change.
     before = getattr(products, "fp32_precision", None)
     if before is None:
