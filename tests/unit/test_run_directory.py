@@ -237,6 +237,16 @@ def test_full_disk_is_one_clear_error(output: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.partial"]
 
 
+def test_a_run_by_either_of_its_names(output: Path) -> None:
+    assert python(_KILLED, output).returncode == -9
+    partial = output.with_name("out.partial")
+    assert RunDirectory.named(output).output == RunDirectory.named(partial).output == output
+    # An output may be called so itself.
+    other = output.with_name("other.partial")
+    assert python(_KILLED, other).returncode == -9
+    assert RunDirectory.named(other).output == other
+
+
 def test_another_run_s_state_is_left_alone(output: Path, tmp_path: Path) -> None:
     assert python(_KILLED, output).returncode == -9
 

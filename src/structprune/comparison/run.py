@@ -240,6 +240,8 @@ def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
         process.wait()
         _discard(checkpoint)
         raise
+    # The next run of a cell begins anew.
+    shutil.rmtree(_partial(checkpoint), ignore_errors=True)
     if code == 0:
         return CellResult.model_validate_json(result_path.read_text(encoding="utf-8"))
     reason = f"signal {-code} (out of memory?)" if code < 0 else f"exit code {code}"
@@ -250,8 +252,12 @@ def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
 
 def _discard(checkpoint: Path) -> None:
     """Remove what an unfinished cell left."""
-    for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
+    for path in (checkpoint, _partial(checkpoint)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _partial(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
 
 
 def _added(comparison: Comparison, result: CellResult) -> Comparison:

@@ -42,7 +42,11 @@ class RunDirectory:
     @classmethod
     def named(cls, path: Path, notify: Callable[[str], None] = silent) -> RunDirectory:
         """By its output or by its staging directory."""
-        return cls(path.with_name(path.name.removesuffix(_PARTIAL)) if path.name != _PARTIAL else path, notify)
+        direct = cls(path, notify)
+        name = direct.output.name.removesuffix(_PARTIAL)
+        if direct.staging.exists() or name in ("", direct.output.name):
+            return direct
+        return cls(direct.output.with_name(name), notify)
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
