@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 import torch
 import yaml
 
-from conftest import TINY_MODELS, save_tiny
+from conftest import TINY_MODELS, CommandLine, save_tiny
 from structprune.api import prune
 from structprune.assess import EvaluationRequest, bench, evaluate, evaluate_all
-from structprune.cli import main
 from structprune.errors import InputError, MemoryBudgetError, NumericalError, UnsupportedError
 from structprune.evaluation.local_tasks import LOCAL_TASKS, write_local_tasks
 from structprune.evaluation.perplexity import PredictionSums, score_predictions
@@ -30,20 +28,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Micro-batches of another size and another order of sums; the same float32 operations otherwise.
 TOLERANCE = 1e-5
 
-Cli = Callable[..., tuple[object, str, str]]
-
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*given: object) -> tuple[object, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in given])
-        return caught.value.code, *capfd.readouterr()
-
-    return run
+def cli(command_line: CommandLine) -> CommandLine:
+    return command_line
 
 
 @pytest.fixture
@@ -102,7 +90,7 @@ def test_streamed_equals_whole_on_outputs(
     both_ways(pruned(tiny_llama, two_texts[0], tmp_path / "out", **settings), tiny_llama, two_texts)
 
 
-def test_several_texts_are_what_each_is_alone(tiny_llama: Path, two_texts: list[Path], cli: Cli) -> None:
+def test_several_texts_are_what_each_is_alone(tiny_llama: Path, two_texts: list[Path], cli: CommandLine) -> None:
     flags = ["--seq-len", 40, "--dtype", "float32", "--max-windows", 4]
     code, out, _ = cli("eval", tiny_llama, "--text", *two_texts, *flags, "--json")
     assert code == 0
@@ -114,7 +102,7 @@ def test_several_texts_are_what_each_is_alone(tiny_llama: Path, two_texts: list[
         assert text["num_windows"] == 4
 
 
-def test_the_table_says_what_was_measured(tiny_llama: Path, tiny_opt: Path, text_file: Path, cli: Cli) -> None:
+def test_the_table_says_what_was_measured(tiny_llama: Path, tiny_opt: Path, text_file: Path, cli: CommandLine) -> None:
     flags = ["--text", text_file, "--seq-len", 40, "--max-windows", 3, "--dtype", "float32"]
     code, out, err = cli("eval", tiny_llama, *flags, "--stream", "--against", tiny_opt, "--memory", "1GiB")
     assert code == 0
@@ -210,7 +198,7 @@ def test_streaming_stays_within_its_plan(smollm2: Path, tmp_path: Path, text_fil
 # Speed
 
 
-def test_bench_of_a_pair(tiny_llama: Path, tiny_opt: Path, cli: Cli) -> None:
+def test_bench_of_a_pair(tiny_llama: Path, tiny_opt: Path, cli: CommandLine) -> None:
     grid = ["--batch", 1, 2, "--prompt", 8, 16, "--decode", 3, "--repeats", 2, "--dtype", "float32"]
     code, out, err = cli("bench", tiny_llama, "--against", tiny_opt, *grid, "--json")
     assert code == 0
@@ -262,7 +250,9 @@ def test_bench_refuses(tiny_llama: Path, tmp_path: Path) -> None:
 # Tasks
 
 
-def test_without_lm_eval_it_says_what_to_install(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+def test_without_lm_eval_it_says_what_to_install(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, cli: CommandLine
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, _, err = cli("eval", tiny_llama, "--tasks", "boolq,piqa")

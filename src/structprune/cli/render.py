@@ -10,7 +10,7 @@ from rich.text import Text
 
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
-from structprune.report.comparison import Comparison
+from structprune.report.comparison import COST_COLUMNS, Comparison, cost_values
 from structprune.report.measured import Bench, Rate
 from structprune.report.schema import PruneReport, RuntimeReport
 from structprune.report.summary import rich_table, summary_rows, warnings
@@ -53,7 +53,7 @@ def comparison_table(result: Comparison) -> None:
     for text in result.texts:
         quality.add_column(Text(text.label), justify="right", overflow="fold")
         quality.add_column("KL", justify="right", no_wrap=True)
-    for name in ("wall", "shared", "peak", "planned", "prefill", "decode"):
+    for name in COST_COLUMNS:
         cost.add_column(name, justify="right", no_wrap=True)
     if result.dense is not None:
         scores = [value for score in result.dense.texts for value in (f"{score.perplexity:.2f}", "")]
@@ -71,17 +71,7 @@ def comparison_table(result: Comparison) -> None:
             for value in (f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}")
         ]
         quality.add_row(asked, Text(cell.label), _millions(cell.parameters), format_bytes(cell.bytes), *scores)
-        speed = cell.speed
-        cost.add_row(
-            asked,
-            Text(cell.label),
-            f"{cell.wall_seconds:.0f} s",
-            f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
-            format_bytes(cell.measured_peak_bytes),
-            format_bytes(cell.planned_peak_bytes),
-            "" if speed is None else f"{speed.prefill_speedup:.2f}x",
-            "" if speed is None else f"{speed.decode_speedup:.2f}x",
-        )
+        cost.add_row(asked, Text(cell.label), *cost_values(cell))
     console = Console()
     console.print(quality)
     console.print(cost)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from structprune.architectures.loading import only_errors
 from structprune.errors import InputError, first_line
+
+# Its log lines are left out; its progress bars stay, on standard error.
+_LOGGER = "lm_eval"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class TaskRunner:
                 wanted="lm-eval's yaml files",
                 do="write those of the seven usual tasks with `python -m structprune.evaluation.local_tasks DIR`",
             )
-        with _quiet():
+        with only_errors(_LOGGER):
             # Of a directory only its own tasks are known: a name that is missing there would go to the hub.
             manager: Any = TaskManager(
                 include_path=None if tasks_dir is None else str(tasks_dir), include_defaults=tasks_dir is None
@@ -76,7 +78,7 @@ class TaskRunner:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _quiet():
+        with only_errors(_LOGGER):
             wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
             found: Any = simple_evaluate(wrapped, tasks=self._tasks, limit=limit, log_samples=False)
         return [_score(found, task) for task in found["results"]]
@@ -98,15 +100,3 @@ def _score(found: Any, task: str) -> TaskScore:
         num_fewshot=int(found["n-shot"].get(task) or 0),
         version=str(found["versions"].get(task, "")),
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """Without lm-eval's log lines; its progress bars stay, on standard error."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from structprune.memory import format_bytes
+
 COMPARISON_VERSION = 1
 RESULT_NAME = "comparison.json"
 
@@ -84,6 +86,22 @@ class Cell(_Frozen):
     """Kind of unit -> units kept in each block."""
     machine: str
     versions: dict[str, str]
+
+
+COST_COLUMNS = ("wall", "shared", "peak", "planned", "prefill", "decode")
+
+
+def cost_values(cell: Cell) -> tuple[str, ...]:
+    """What a cell took, as text, in the order of COST_COLUMNS; empty where there is nothing to say."""
+    speed = cell.speed
+    return (
+        f"{cell.wall_seconds:.0f} s",
+        f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
+        format_bytes(cell.measured_peak_bytes),
+        format_bytes(cell.planned_peak_bytes),
+        "" if speed is None else f"{speed.prefill_speedup:.2f}x",
+        "" if speed is None else f"{speed.decode_speedup:.2f}x",
+    )
 
 
 class Failure(_Frozen):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from structprune.memory import format_bytes
-from structprune.report.comparison import Cell, Comparison
+from structprune.report.comparison import COST_COLUMNS, Cell, Comparison, cost_values
 from structprune.report.figures import Chart, short
 from structprune.report.page import drawable, render
 from structprune.report.svg import Axis, Level, Series, line_chart
@@ -30,8 +30,8 @@ def comparison_page(comparison: Comparison) -> str:
         curves=drawable(_curves(comparison)),
         quality_head=_quality_head(comparison),
         quality=_quality(comparison),
-        cost_head=("asked", "method", "wall", "shared", "peak", "planned", "prefill", "decode"),
-        cost=[_cost_row(comparison, cell) for cell in comparison.ordered()],
+        cost_head=("asked", "method", *COST_COLUMNS),
+        cost=[(_asked(comparison, cell), cell.label, *cost_values(cell)) for cell in comparison.ordered()],
         footer=_footer(comparison),
     )
 
@@ -132,20 +132,6 @@ def _quality(comparison: Comparison) -> list[Sequence[str]]:
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
-
-
-def _cost_row(comparison: Comparison, cell: Cell) -> Sequence[str]:
-    speed = cell.speed
-    return (
-        _asked(comparison, cell),
-        cell.label,
-        f"{cell.wall_seconds:.0f} s",
-        f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
-        format_bytes(cell.measured_peak_bytes),
-        format_bytes(cell.planned_peak_bytes),
-        "" if speed is None else f"{speed.prefill_speedup:.2f}x",
-        "" if speed is None else f"{speed.decode_speedup:.2f}x",
-    )
 
 
 def _footer(comparison: Comparison) -> str:
