@@ -474,11 +474,8 @@ def test_tensor_in_the_wrong_shard(refused: Refused, many_shards: Path) -> None:
 def test_missing_tensor(refused: Refused, tiny_llama: Path, tmp_path: Path) -> None:
     source = with_config(tiny_llama, tmp_path / "source", num_hidden_layers=3)
     message = refused(source)
-    names = [
-        "input_layernorm",
-        *("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"),
-        *(f"self_attn.{name}_proj" for name in "koqv"),
-    ]
+    names = ["input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"]
+    names += [f"self_attn.{name}_proj" for name in "koqv"]
     listed = ", ".join(f"'model.layers.2.{name}.weight'" for name in names)
     assert f"the checkpoint lacks 9 tensor(s): {listed}. Download it again" in message
 
@@ -494,7 +491,8 @@ def with_extra(tiny: Path, target: Path, *names: str) -> Path:
     """A copy of the checkpoint with further tensors."""
     source = with_config(tiny, target)
     tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {name: torch.ones(2) for name in names}, source / "model.safetensors", metadata={"format": "pt"})
+    tensors |= {name: torch.ones(2) for name in names}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     return source
 
 
@@ -508,9 +506,9 @@ def test_extra_tensors(names: tuple[str, ...], refused: Refused, tiny_llama: Pat
     listed = ", ".join(map(repr, names))
     for verb in ("prune", "inspect"):
         assert refused(source, verb=verb) == (
-            f"{source}: the checkpoint has {len(names)} tensor(s) that the configuration does not have: {listed}. Check "
-            "that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save it with "
-            "save_pretrained."
+            f"{source}: the checkpoint has {len(names)} tensor(s) that the configuration does not have: {listed}. "
+            "Check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save it "
+            "with save_pretrained."
         )
     # What the message advises.
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
