@@ -303,10 +303,10 @@ def export(
     tokenizer_gguf: str | Path | None = None,
     observer: Observer | None = None,
 ) -> ExportResult:
-    """Write `model` (an output of `prune`, or any model that `prune` takes) as a file for another runtime.
+    """Write `model` (an output of `prune`, or any model that `prune` takes) for another runtime: `gguf`, `onnx`.
 
-    The tokenizer of a model that came from a GGUF file is copied from there, as `tokenizer_gguf` would be.
-    Raises a subclass of StructPruneError; the file appears whole or not at all.
+    In a GGUF file the tokenizer of a model that came from another one is copied from there, as `tokenizer_gguf` would
+    be. Raises a subclass of StructPruneError; the output appears whole or not at all.
     """
     observer = observer or SilentObserver()
     exporter = EXPORTERS.get(format)
@@ -316,9 +316,6 @@ def export(
     check_absent(path)
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
-    tokenizer = expand_user(str(tokenizer_gguf)) if tokenizer_gguf else _source_gguf(str(model), directory)
-    if tokenizer is not None:
-        observer.note(f"tokenizer copied from {tokenizer}")
 
     def start(total: int) -> None:
         observer.start("write", total)
@@ -329,7 +326,9 @@ def export(
             output=path,
             name=path.stem,
             dtype=dtype,
-            tokenizer_gguf=tokenizer,
+            tokenizer_gguf=expand_user(str(tokenizer_gguf)) if tokenizer_gguf else None,
+            source_gguf=_source_gguf(str(model), directory),
+            note=observer.note,
             start=start,
             advance=observer.advance,
         )

@@ -121,16 +121,23 @@ def test_licence_and_origin_are_carried_over(tiny_llama: Path, text_file: Path, 
 
 
 def test_a_model_of_the_hub_is_the_base_model(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    report = run(tiny_llama, text_file, tmp_path / "out").model_copy(update={"source": "org/model"})
-    text = model_card(report, {"license": "mit", "base_model": "someone/dense"}, hub_id("org/model"))
+    report = run(tiny_llama, text_file, tmp_path / "out").model_copy(update={"source": "org/model@v1"})
+    text = model_card(report, {"license": "mit", "base_model": "someone/dense"}, hub_id("org/model@v1"))
     data = ModelCard(text).data.to_dict()
     assert (data["license"], data["base_model"]) == ("mit", "org/model")
-    assert "`org/model`, made smaller" in text
+    assert "`org/model@v1`, made smaller" in text
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("org/model", "org/model"), ("smollm2", None), ("org/model.gguf", None), ("a/b/c", None), ("{here}", None)],
+    [
+        ("org/model", "org/model"),
+        ("org/model@refs/pr/1", "org/model"),
+        ("smollm2", None),
+        ("org/model.gguf", None),
+        ("a/b/c", None),
+        ("{here}", None),
+    ],
 )
 def test_names_of_the_hub(name: str, expected: str | None, tmp_path: Path) -> None:
     assert hub_id(name.replace("{here}", str(tmp_path))) == expected

@@ -31,6 +31,8 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"model_type": "mistral"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
     ({"model_type": "opt"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO)),
     ({"other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
+    ({"model_type": "qwen2", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
+    ({"model_type": "phi3", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO_READ)),
     ({"structure": "per-layer"}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "opt"}, (YES, NO_READ, READ, NO_READ, NO)),
     ({"structure": "per-layer", "removed_halves": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
@@ -71,6 +73,10 @@ def test_sharing_is_named_in_the_reason() -> None:
         (
             {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 3, "head_dim": 16},
             {"model_type": "mistral", "other_heads": True},
+        ),
+        (
+            {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 2, "head_dim": 16},
+            {"model_type": "phi3", "other_heads": True},
         ),
         # Usual there.
         ({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 3, "head_dim": 32}, {"model_type": "qwen3"}),

@@ -14,7 +14,7 @@ CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],
     methods: Annotated[
         list[str],

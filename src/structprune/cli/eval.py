@@ -17,7 +17,7 @@ EvalCommand = many_values("--text", "--tasks")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
     text: Annotated[list[Path] | None, typer.Option("--text", help="One or more text or jsonl files.")] = None,
     against: Annotated[
         str | None,

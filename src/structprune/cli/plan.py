@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @takes_recipe
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
     # A Recipe, of the flags that stand here on the command line.
     settings: Any,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -13,7 +13,7 @@ from structprune.cli.settings import takes_recipe
 
 @takes_recipe
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     # A Recipe, of the flags that stand here on the command line.
     settings: Any,

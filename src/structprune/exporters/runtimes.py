@@ -21,8 +21,8 @@ Basis = Literal["checked", "by its source"]
 
 # The model files of vLLM and SGLang that were read.
 _READ = ("llama", "qwen2", "qwen3")
-# Whose config class wants the heads to share out the hidden size among them, so that a wider or narrower sum is new.
-_EVEN_HEADS = ("llama", "mistral")
+# Whose heads share out the hidden size among them in every dense model, so that a wider or narrower sum is new.
+_EVEN_HEADS = ("llama", "mistral", "phi3", "qwen2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +151,12 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
     if family is None:
         return _no(name, f"structprune export has no GGUF form for {shape.model_type}", None)
     target = family.uniform if shape.structure == "uniform" else family.uneven
+    if shape.other_heads and family.uniform.even_heads:
+        target = family.uneven
+    if target is None and shape.structure == "uniform":
+        return _no(
+            name, f"its {family.uniform.architecture} wants heads that share out the hidden size", "by its source"
+        )
     if target is None:
         return _no(name, f"structprune export knows no architecture for uneven {shape.model_type}", None)
     if target.needs_tied and not shape.tied:

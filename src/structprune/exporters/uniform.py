@@ -55,6 +55,11 @@ def uniform_config(
 def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Write config.json and copy the tokenizer, generation config, chat template and licence."""
     write_json(target / "config.json", config)
+    copy_companions(source, target)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer, generation config, chat template and licence."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():

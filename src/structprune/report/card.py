@@ -33,7 +33,7 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["pruned", "structured-pruning", "structprune", report.method])),
     }
-    name, origin = Path(report.output).name, hub_id or Path(report.source).name
+    name, origin = Path(report.output).name, report.source if hub_id else Path(report.source).name
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
