@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from structprune.architectures.loading import load_model
-from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import TextEncoder
-from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
@@ -26,6 +24,7 @@ from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -38,6 +37,9 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
+from structprune.recovery.run import recover_model
+from structprune.recovery.settings import RecoverySettings
+from structprune.report.recovery import RecoveryReport
 from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
 from structprune.solvers import NUM_LATENTS
@@ -213,28 +215,32 @@ def prune(
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = checked.recipe
-    encoder = TextEncoder(checked.directory)
-
-    def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
-        return sample_windows(
-            checked.directory,
-            num_windows,
-            seq_len,
-            seed,
-            start_id=encoder.bos_id,
-            dtype=checked.dtype,
-            device=checked.device,
-            budget_bytes=plan.budget_bytes,
-        )
-
-    context = SourceContext(
-        encode=encoder.encode,
-        sample=sample,
+    context = source_context(
+        checked.directory,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        dtype=checked.dtype,
+        device=checked.device,
+        budget_bytes=plan.budget_bytes,
     )
     return load_windows(recipe.calibration, context, observer.note)
+
+
+def recover(
+    student: str | Path,
+    teacher: str | Path,
+    settings: RecoverySettings,
+    output: str | Path,
+    observer: Observer | None = None,
+) -> RecoveryReport:
+    """Let `student`, a pruned model, learn again from the dense `teacher`; the result goes to the directory `output`.
+
+    The format stays the student's. A run that was killed or interrupted goes on when it is called again. Raises a
+    subclass of StructPruneError that says what to do.
+    """
+    bound_hidden_memory()
+    return recover_model(student, teacher, settings, output, observer or SilentObserver())
 
 
 def evaluate(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +16,27 @@ from structprune.errors import InputError
 from structprune.memory import parse_bytes
 
 Scope = Literal["mlp", "attention", "all"]
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings `kind` of these values. Raises InputError that names the flag, what it got and what it takes."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Only the field: a union's errors go on with the name of the alternative.
+        name = str(first["loc"][0]) if first["loc"] else "recipe"
+        flag = "--" + name.replace("_", "-")
+        raise InputError(
+            f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
+        ) from None
+
+
+def settings_fingerprint(settings: BaseModel) -> str:
+    """SHA-256 over the canonical JSON of every field."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Recipe(BaseModel):
@@ -85,16 +107,7 @@ class Recipe(BaseModel):
     @classmethod
     def build(cls, **values: Any) -> Recipe:
         """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            # Only the field: a union's errors go on with the name of the alternative.
-            name = str(first["loc"][0]) if first["loc"] else "recipe"
-            flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
-            ) from None
+        return validated(cls, values)
 
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
@@ -126,5 +139,4 @@ class Recipe(BaseModel):
 
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of every field."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return settings_fingerprint(self)

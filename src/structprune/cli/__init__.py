@@ -16,6 +16,7 @@ from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.cli import push as push_verb
+from structprune.cli import recover as recover_verb
 from structprune.errors import StructPruneError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune_verb.prune)
+app.command("recover")(recover_verb.recover)
 app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)

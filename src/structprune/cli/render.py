@@ -57,7 +57,7 @@ def report_table(report: PruneReport) -> None:
                 f"planned {format_bytes(memory.planned_peak_bytes)}, "
                 f"measured {format_bytes(memory.measured_peak_bytes)}",
             ),
-            ("reload check", _reload_line(report.reload)),
+            ("reload check", reload_line(report.reload)),
             ("forward passes", f"{report.compute_dtype} on {report.device}"),
             ("wall time", f"{report.wall_seconds:.1f} s"),
             *runtime_rows(report.runtimes),
@@ -70,7 +70,8 @@ def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tup
     return [(s.runtime, f"{s.loads}{f' ({s.basis})' if s.basis else ''}: {s.reason}") for s in supports]
 
 
-def _reload_line(reload: ReloadReport) -> str:
+def reload_line(reload: ReloadReport) -> str:
+    """How the reload check went, on one line."""
     if reload.relative_difference is None:
         return f"{'left out' if reload.mode == 'off' else 'not possible'} ({reload.reason})"
     how = "whole model" if reload.mode == "whole" else f"module by module, because {reload.reason}"

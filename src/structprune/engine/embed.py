@@ -6,18 +6,18 @@ from pathlib import Path
 
 from structprune.architectures.stock import BlockInputs
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.job import Job
+from structprune.engine.job import Streamed
 from structprune.engine.propagate import Propagator
 from structprune.memory import release_free_memory
 
 
-def open_store(job: Job, path: Path, num_windows: int) -> HiddenStore:
+def open_store(job: Streamed, path: Path, num_windows: int) -> HiddenStore:
     """Room for the hidden states of `num_windows` windows, in memory or in the file `path`, as the plan says."""
     shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     return MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(path, shape, job.dtype)
 
 
-def embed(job: Job, targets: dict[HiddenStore, int]) -> Propagator:
+def embed(job: Streamed, targets: dict[HiddenStore, int]) -> Propagator:
     """Embed the first so many windows into each store; the embedding is in memory only meanwhile.
 
     Returns the micro-batch loop with the arguments that the stock model passes to its blocks.

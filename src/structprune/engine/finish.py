@@ -23,7 +23,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.foresight import shape_of
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.reload_check import Probe, check_reload, take_probe
@@ -80,7 +80,7 @@ def finish(
     """
     release_free_memory()
     judged = judge(job, outcome)
-    _copy_outer(job, writer)
+    copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(writer.directory, job.stock.family)
     removed = job.stock.layout.num_parameters - writer.num_parameters
@@ -88,7 +88,7 @@ def finish(
     return commit(job, run, writer, meter, observer, config, outcome, size, judged)
 
 
-def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
+def copy_outer(job: Streamed, writer: CheckpointWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
     outer = job.stock.layout.outer_tensors
     embeddings = job.stock.embedding_tensors()
@@ -177,7 +177,7 @@ def commit(
         "source_fingerprint": job.reader.fingerprint(),
         "calibration": calibration.model_dump(mode="json"),
         "kept_indices": outcome.kept_indices,
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     writer.finish()
@@ -210,7 +210,8 @@ def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that a result depends on."""
     return {
         "structprune": importlib.metadata.version("structprune"),
         "torch": torch.__version__,
@@ -255,5 +256,5 @@ def _report(
         reload=reload,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
-        versions=_versions(),
+        versions=versions(),
     )

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,10 +25,11 @@ class RunDirectory:
 
     Raises InputError if `output` exists, or if another live process works on the same output. A partial directory
     that a killed run left behind is recognised by its journal and replaced; any other directory of that name is
-    refused.
+    refused. What is called as in `resumed` inside it survives kill and Ctrl-C, and is there for the next run.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, resumed: Collection[str] = ()) -> None:
+        self._resumed = frozenset(resumed)
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
         self.staging = self.output.parent / f"{self.output.name}.partial"
         self.rejected = self.output.parent / f"{self.output.name}.rejected"
@@ -78,7 +79,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         for path in self.staging.iterdir():
-            if path.name == JOURNAL_NAME:
+            if path.name == JOURNAL_NAME or path.name in self._resumed:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -114,8 +115,10 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory.
-        if kind is not None and self.staging.exists():
+        # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory, and
+        # Ctrl-C where a next run could go on from it.
+        goes_on = kind is KeyboardInterrupt and any((self.staging / name).exists() for name in self._resumed)
+        if kind is not None and self.staging.exists() and not goes_on:
             shutil.rmtree(self.staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for parent in self._new_parents:

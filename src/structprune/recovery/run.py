@@ -1,0 +1,114 @@
+"""One recovery, from two checkpoints and a text to a finished directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import StockModel
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.observer import Observer
+from structprune.engine.text import source_context
+from structprune.errors import InputError
+from structprune.memory import PeakMeter, format_bytes
+from structprune.recipe import Recipe
+from structprune.recovery import MODES
+from structprune.recovery.finish import finish_recovery, write_report
+from structprune.recovery.job import RecoveryJob, Side, Workplace, check_borders, check_pair, target_borders
+from structprune.recovery.plan import RecoveryPlan, plan_recovery
+from structprune.recovery.settings import RecoverySettings
+from structprune.recovery.snapshots import claim
+from structprune.recovery.texts import read_texts
+from structprune.report.recovery import RecoveryReport
+from structprune.runs.directory import RunDirectory, check_free_disk
+
+_STATE_NAME = "recovery"
+
+
+def recover_model(
+    student: str | Path, teacher: str | Path, settings: RecoverySettings, output: str | Path, observer: Observer
+) -> RecoveryReport:
+    """Recover `student` from `teacher` into the new directory `output`; a run that was cut goes on.
+
+    Raises a subclass of StructPruneError that says what to do; nothing half-written stays behind.
+    """
+    started = time.perf_counter()
+    run = RunDirectory(Path(output), resumed=(_STATE_NAME,))
+    run.check()
+    mode = MODES.get(settings.mode)
+    settings = settings.resolved()
+    device = resolve_device(settings.device)
+    pair = [StockModel(CheckpointReader(resolve_model(str(model)))) for model in (teacher, student)]
+    dense, pruned = pair
+    check_pair(dense, pruned)
+    targets = target_borders(dense, pruned)
+    if settings.mode == "blocks":
+        check_borders(targets, pruned)
+    dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
+    most = min(model.layout.max_positions for model in pair)
+    if settings.seq_len > most:
+        raise InputError(
+            "--seq-len is longer than the models' positions", got=settings.seq_len, wanted=f"at most {most}"
+        )
+    settings = settings.model_copy(update={"device": str(device), "dtype": str(dtype).removeprefix("torch.")})
+
+    with PeakMeter() as meter:
+        planned = plan_recovery(dense, pruned, settings, dtype, _most_windows(settings.calibration, settings))
+        context = source_context(
+            dense.reader.directory,
+            num_samples=settings.num_samples,
+            seq_len=settings.seq_len,
+            seed=settings.seed,
+            dtype=dtype,
+            device=device,
+            budget_bytes=planned.plan.budget_bytes,
+        )
+        texts = read_texts(settings, context, observer.note)
+        planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))
+        check_free_disk(run.output, planned.plan.disk_bytes)
+        observer.note(_plan_line(planned))
+        sides = [
+            Side(stock=model, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype) for model in pair
+        ]
+        job = RecoveryJob(
+            teacher=sides[0],
+            student=sides[1],
+            settings=settings.model_copy(update={"calibration": texts.names}),
+            texts=texts,
+            targets=targets,
+            resident=planned.resident,
+        )
+        with run:
+            folder = run.staging / _STATE_NAME
+            if (differing := claim(folder, job.identity())) is not None:
+                observer.note(f"the state of an earlier run is dropped: it had another {differing}")
+            run.record("start", **job.identity())
+            scratch = run.staging / "scratch"
+            scratch.mkdir()
+            place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
+            recovered = mode(job, place)
+            report, checkpoint = finish_recovery(
+                job, recovered, run, place, student=str(student), teacher=str(teacher), started=started
+            )
+            write_report(report, pruned.reader.directory, checkpoint)
+            run.commit(checkpoint)
+            return report
+
+
+def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:
+    """Windows before the texts are read, which may have fewer."""
+    return settings.num_samples * max(1, len(texts))
+
+
+def _plan_line(planned: RecoveryPlan) -> str:
+    plan = planned.plan
+    phase = max(plan.phases, key=lambda name: plan.phases[name])
+    states = "in memory" if plan.store == "memory" else "in a file"
+    optimiser = "in memory" if planned.resident else "in files"
+    return (
+        f"memory: {format_bytes(plan.peak_bytes)} planned ({phase}) of {format_bytes(plan.budget_bytes)}; "
+        f"hidden states {states}, optimiser {optimiser}; disk {format_bytes(plan.disk_bytes)}"
+    )
