@@ -58,15 +58,11 @@ def recover(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Let the pruned model STUDENT learn again from the dense one; a run that was cut goes on when it is repeated."""
-    # Only now: these load torch and transformers.
+    values = dict(locals())
+    # Only now: these load torch and transformers, and a wrong flag should not wait for that.
     from structprune.recovery.settings import RecoverySettings
 
-    given = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("student", "output", "teacher", "calibration", "texts", "as_json", "quiet")
-        and value is not None
-    }
+    given = {n: values[n] for n in RecoverySettings.model_fields if n != "calibration" and values[n] is not None}
     from structprune.api import recover as run_recover
     from structprune.cli.interrupt import interruptible
     from structprune.cli.progress import progress_observer

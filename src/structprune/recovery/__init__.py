@@ -6,8 +6,8 @@ from structprune.registry import Registry
 MODES: Registry[Mode] = Registry(
     "recovery mode",
     {
-        "stream": "structprune.recovery.stream:recover_stream",
-        "blocks": "structprune.recovery.blocks:recover_blocks",
-        "lora": "structprune.recovery.lora:recover_lora",
+        "stream": "structprune.recovery.stream:STREAM",
+        "blocks": "structprune.recovery.blocks:BLOCKS",
+        "lora": "structprune.recovery.lora:LORA",
     },
 )

@@ -39,12 +39,12 @@ def course(step: int, warmup: int, progress: float) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def check_gradient(gradient_P: Tensor, index: int) -> None:
-    """Raise NumericalError if the gradient by block `index` is not finite."""
+def check_gradient(gradient_P: Tensor, where: str) -> None:
+    """Raise NumericalError if the gradient is not finite."""
     # Extremes carry NaN and infinity along, without a temporary of the vector's size.
     if len(gradient_P) and not all(torch.isfinite(extreme) for extreme in gradient_P.aminmax()):
         raise NumericalError(
             "a gradient is NaN or infinite",
-            where=f"block {index}",
+            where=where,
             do="use --dtype float32, or lower --learning-rate",
         )

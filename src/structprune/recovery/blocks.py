@@ -18,16 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from structprune.architectures.stock import output_tensor
+from structprune.architectures.stock import StockModel, output_tensor
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
+from structprune.engine.finish import MANIFEST_NAME
 from structprune.engine.propagate import Propagator
 from structprune.engine.walk import load_block
+from structprune.errors import InputError
 from structprune.files import write_text
 from structprune.memory import format_bytes, release_free_memory
 from structprune.recovery.adam import adam_step, check_gradient, course
-from structprune.recovery.job import Recovered, RecoveryJob, Workplace, check_borders
+from structprune.recovery.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
 from structprune.recovery.parameters import BlockParameters, parameters_of
+from structprune.recovery.settings import RecoverySettings
 from structprune.recovery.snapshots import save_tensors
 from structprune.report.recovery import RecoveredBlock
 from structprune.types import BlockLayout
@@ -36,12 +39,27 @@ from structprune.types import BlockLayout
 _LEAST_GAIN = 0.002
 
 
-def recover_blocks(job: RecoveryJob, place: Workplace) -> Recovered:
-    """Walk over the student's blocks in order. Raises InputError where no teacher's block belongs to them.
+def _check(targets: tuple[int, ...], student: StockModel) -> None:
+    """Raise InputError if it is not known which of the teacher's blocks are left."""
+    if not targets:
+        raise InputError(
+            "which of the teacher's blocks the student still has is not known",
+            where=str(student.reader.directory / MANIFEST_NAME),
+            wanted="the manifest of a run that removed blocks from this very teacher",
+            do="use --mode stream, or give that teacher",
+        )
+
+
+def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
+    stored = sum(student.reader.num_bytes(block.prefix + n for n in block.shapes) for block in student.layout.blocks)
+    return ModeBytes(held=0, resident=0, disk=stored)
+
+
+def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+    """Walk over the student's blocks in order.
 
     A block whose file and report are there already, from a run that was cut, is only run again.
     """
-    check_borders(job.targets, job.student.stock)
     blocks = job.student.stock.layout.blocks
     num_windows = len(job.texts.windows.ids_NS)
     reports: list[RecoveredBlock] = []
@@ -201,7 +219,7 @@ class BlockTrainer:
             for into, grad in zip(sums.values(), found, strict=True):
                 into.add_(grad)
             del found, loss
-        check_gradient(gradient_P, self.block.index)
+        check_gradient(gradient_P, f"block {self.block.index}")
         return gradient_P.div_(len(windows) * self.student.shape[1])
 
 
@@ -213,3 +231,6 @@ def _saved_report(folder: Path, index: int) -> RecoveredBlock | None:
     """Of a block that an earlier run had finished; its tensors were written before."""
     path = _path(folder, index, ".json")
     return RecoveredBlock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+BLOCKS = Mode(check=_check, bytes=_bytes, run=_recover)

@@ -101,7 +101,28 @@ class Recovered:
     train_seconds: float
 
 
-Mode = Callable[[RecoveryJob, Workplace], Recovered]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeBytes:
+    """What a mode needs beside streaming both models."""
+
+    held: int
+    """In memory, whatever happens."""
+    resident: int
+    """Of what may lie in memory or in files between steps."""
+    disk: int
+    """For what a killed run goes on from, and for the result before it is written as a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One way to recover."""
+
+    check: Callable[[tuple[int, ...], StockModel], None]
+    """(target borders, student): raises a StructPruneError for what this mode cannot do."""
+    bytes: Callable[[StockModel, RecoverySettings, int], ModeBytes]
+    """(student, resolved settings, bytes per number of the forward passes)."""
+    run: Callable[[RecoveryJob, Workplace], Recovered]
+    """Raises NumericalError, CheckpointError."""
 
 
 def check_pair(teacher: StockModel, student: StockModel) -> None:
@@ -148,14 +169,3 @@ def target_borders(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
     if kept is None or len(kept) != num_student:
         return ()
     return (*(index + 1 for index in kept[:-1]), num_teacher)
-
-
-def check_borders(targets: tuple[int, ...], student: StockModel) -> None:
-    """Raise InputError if it is not known which of the teacher's blocks are left."""
-    if not targets:
-        raise InputError(
-            "which of the teacher's blocks the student still has is not known",
-            where=str(student.reader.directory / MANIFEST_NAME),
-            wanted="the manifest of a run that removed blocks from this very teacher",
-            do="use --mode stream, or give that teacher",
-        )

@@ -7,18 +7,20 @@ that was cut ends where an uninterrupted one does, unless the clock decides.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel
+from torch import Tensor
 
 from structprune.memory import format_bytes
 from structprune.recovery.adam import course
-from structprune.recovery.job import RecoveryJob, Workplace
+from structprune.recovery.job import Recovered, RecoveryJob, Workplace
 from structprune.recovery.mix import Mix, MixState
 from structprune.recovery.snapshots import Snapshots
 from structprune.report.recovery import Evaluation, TraceStep
+from structprune.types import BlockLayout
 
 # Snapshots may take this share of the time, and come no sooner than this after one another.
 _SNAPSHOT_SHARE = 0.04
@@ -143,6 +145,19 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
         if history.best.step and found is not None:
             student.load(found[0], moments=False)
     return history
+
+
+def recovered_by(history: History, tensors: Callable[[BlockLayout], Mapping[str, Tensor]]) -> Recovered:
+    """What `distil` leaves, and the new tensors of each block."""
+    return Recovered(
+        tensors=tensors,
+        blocks=[],
+        trace=history.trace,
+        evaluations=history.evaluations,
+        tokens=history.tokens,
+        drawn=history.mix.drawn,
+        train_seconds=history.seconds,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,9 +8,9 @@ import torch
 
 from structprune.architectures.stock import StockModel
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.recovery import MODES
 from structprune.recovery.divergence import LOGIT_TOKENS
 from structprune.recovery.settings import RecoverySettings
-from structprune.types import ModelLayout
 
 # Weights, two moments, gradient; the best weights so far and a copy for the update.
 _FLAT_VECTORS = 6
@@ -35,21 +35,10 @@ def plan_recovery(
     batch_bytes = settings.batch * settings.seq_len * layout.hidden_size * item
     block = max(block.num_parameters for block in layout.blocks)
     held = _FLAT_VECTORS * 4 * block + 2 * item * block + 2 * batch_bytes
-    disk = resident = 0
-    if settings.mode != "blocks":
-        # Both heads, and the logits of a part: two in the dtype of the forward passes, four in float32.
-        held += 2 * _head_numbers(layout) * item + LOGIT_TOKENS * layout.vocab_size * (2 * item + 4 * 4)
-    if settings.mode == "stream":
-        resident = 3 * 4 * layout.block_parameters + len(layout.blocks) * batch_bytes
-        # Two snapshots for a moment, the best weights twice, the result.
-        disk = (2 * 3 + 2 + 1) * 4 * layout.block_parameters
-    if settings.mode == "lora":
-        # The whole student, what a backward pass through it keeps of one window, and the loader's mapping of the files.
-        kept = len(layout.blocks) * settings.seq_len * _saved_width(student) * item
-        held += layout.num_parameters * item + student.reader.file_bytes + kept
-        updates = settings.rank * sum(_lora_inputs(student))
-        held += 4 * 4 * updates
-        disk = 4 * 4 * updates
+    # Both heads, and the logits of a part: two in the dtype of the forward passes, four in float32.
+    held += 2 * layout.vocab_size * layout.hidden_size * item + LOGIT_TOKENS * layout.vocab_size * (2 * item + 4 * 4)
+    mode = MODES.get(settings.mode).bytes(student, settings, item)
+    held += mode.held
     request = PlanRequest(
         layout=widest.layout,
         groups=widest.groups,
@@ -66,24 +55,8 @@ def plan_recovery(
         held_bytes=held,
     )
     plan = make_plan(request, settings.memory)
-    stays = plan.peak_bytes + resident <= plan.budget_bytes
+    stays = plan.peak_bytes + mode.resident <= plan.budget_bytes
     if stays:
-        plan = replace(plan, phases={name: size + resident for name, size in plan.phases.items()})
-    else:
-        disk += resident
-    return RecoveryPlan(plan=replace(plan, disk_bytes=plan.disk_bytes + disk), resident=stays)
-
-
-def _head_numbers(layout: ModelLayout) -> int:
-    return layout.vocab_size * layout.hidden_size
-
-
-def _saved_width(student: StockModel) -> int:
-    """Numbers per token that autograd keeps of one block: inputs and outputs of its maps, and of its norms."""
-    block = max(student.layout.blocks, key=lambda b: b.num_parameters)
-    return 2 * sum(sum(shape) for shape in block.shapes.values())
-
-
-def _lora_inputs(student: StockModel) -> list[int]:
-    """Rows plus columns of every matrix in the blocks."""
-    return [sum(shape) for block in student.layout.blocks for shape in block.shapes.values() if len(shape) == 2]
+        plan = replace(plan, phases={name: size + mode.resident for name, size in plan.phases.items()})
+    disk = plan.disk_bytes + mode.disk + (0 if stays else mode.resident)
+    return RecoveryPlan(plan=replace(plan, disk_bytes=disk), resident=stays)

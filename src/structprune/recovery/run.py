@@ -17,7 +17,7 @@ from structprune.memory import PeakMeter, format_bytes
 from structprune.recipe import Recipe
 from structprune.recovery import MODES
 from structprune.recovery.finish import finish_recovery, write_report
-from structprune.recovery.job import RecoveryJob, Side, Workplace, check_borders, check_pair, target_borders
+from structprune.recovery.job import RecoveryJob, Side, Workplace, check_pair, target_borders
 from structprune.recovery.plan import RecoveryPlan, plan_recovery
 from structprune.recovery.settings import RecoverySettings
 from structprune.recovery.snapshots import claim
@@ -45,8 +45,7 @@ def recover_model(
     dense, pruned = pair
     check_pair(dense, pruned)
     targets = target_borders(dense, pruned)
-    if settings.mode == "blocks":
-        check_borders(targets, pruned)
+    mode.check(targets, pruned)
     dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
     most = min(model.layout.max_positions for model in pair)
     if settings.seq_len > most:
@@ -89,7 +88,7 @@ def recover_model(
             scratch = run.staging / "scratch"
             scratch.mkdir()
             place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
-            recovered = mode(job, place)
+            recovered = mode.run(job, place)
             report, checkpoint = finish_recovery(
                 job, recovered, run, place, student=str(student), teacher=str(teacher), started=started
             )

@@ -17,22 +17,36 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from structprune.architectures.stock import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.walk import differentiate
 from structprune.memory import release_free_memory
 from structprune.recovery.adam import adam_step, check_gradient
 from structprune.recovery.divergence import divergence, load_heads
-from structprune.recovery.job import Recovered, RecoveryJob, Workplace
-from structprune.recovery.loop import distil
+from structprune.recovery.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
+from structprune.recovery.loop import distil, recovered_by
 from structprune.recovery.parameters import States, parameters_of
+from structprune.recovery.settings import RecoverySettings
 from structprune.recovery.snapshots import save_tensors
 from structprune.recovery.teacher import Teacher
 from structprune.types import BlockLayout
 
 
-def recover_stream(job: RecoveryJob, place: Workplace) -> Recovered:
-    """Distil until windows or time are used up. Raises NumericalError, CheckpointError."""
+def _check(_: tuple[int, ...], __: StockModel) -> None:
+    """Any pair of models can."""
+
+
+def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
+    layout = student.layout
+    borders = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
+    vectors = 4 * layout.block_parameters
+    # Two snapshots for a moment, the best weights twice, and the result.
+    return ModeBytes(held=0, resident=3 * vectors + borders, disk=(2 * 3 + 2 + 1) * vectors)
+
+
+def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+    """Distil until windows or time are used up."""
     with contextlib.ExitStack() as stack:
         student = StreamedStudent(job, place.scratch)
         stack.callback(student.close)
@@ -50,15 +64,7 @@ def recover_stream(job: RecoveryJob, place: Workplace) -> Recovered:
         new = load_file(_path(result, block.index))
         return parameters_of(job.student, block).stored(original, new["weights"])
 
-    return Recovered(
-        tensors=tensors,
-        blocks=[],
-        trace=history.trace,
-        evaluations=history.evaluations,
-        tokens=history.tokens,
-        drawn=history.mix.drawn,
-        train_seconds=history.seconds,
-    )
+    return recovered_by(history, tensors)
 
 
 class StreamedStudent:
@@ -201,7 +207,7 @@ class StreamedStudent:
         return sum_P
 
     def _update(self, index: int, gradient_P: Tensor, rate: float, number: int) -> None:
-        check_gradient(gradient_P, index)
+        check_gradient(gradient_P, f"block {index}")
         state_3P = self._states.read_3P(index)
         adam_step(state_3P, gradient_P, rate=rate, number=number)
         self._states.write(index, state_3P)
@@ -209,3 +215,6 @@ class StreamedStudent:
 
 def _path(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
+
+
+STREAM = Mode(check=_check, bytes=_bytes, run=_recover)
