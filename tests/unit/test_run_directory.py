@@ -227,3 +227,17 @@ def test_link_in_a_stale_partial_is_removed_and_not_followed(output: Path, tmp_p
     assert python(_SECOND, output).stdout == "entered\n"
     assert names(stale) == [JOURNAL_NAME]
     assert names(tmp_path / "real") == ["data"]
+
+
+def test_what_is_resumed_survives_a_kill_and_ctrl_c(output: Path) -> None:
+    run = RunDirectory(output, resumed=("state",))
+    with pytest.raises(KeyboardInterrupt), run:
+        (run.staging / "state").mkdir()
+        (run.staging / "scratch").mkdir()
+        raise KeyboardInterrupt
+    with RunDirectory(output, resumed=("state",)) as again:
+        assert names(again.staging) == [JOURNAL_NAME, "state"]
+    # Any other run of that name clears all of it, and an error leaves nothing behind.
+    with pytest.raises(InputError), RunDirectory(output, resumed=("state",)) as third:
+        raise InputError("wrong")
+    assert not third.staging.exists()

@@ -175,11 +175,6 @@ class LoraStudent:
                     )
             save_tensors(folder / f"block-{block.index:05d}.safetensors", deltas)
 
-    def logits_SV(self, ids_S: Tensor) -> Tensor:
-        """What the model with its updates beside the weights predicts for one window."""
-        with torch.no_grad():
-            return self._model(input_ids=ids_S[None].to(self._side.device), use_cache=False).logits[0]
-
     def _hidden_SD(self, window: int) -> Tensor:
         """Behind the final norm."""
         ids_1S = self._side.windows.ids_NS[window : window + 1].to(self._side.device)
