@@ -6,6 +6,8 @@ that was cut ends where an uninterrupted one does, unless the clock decides.
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from structprune.types import BlockLayout
 _SNAPSHOT_SHARE = 0.04
 _LEAST_PAUSE_S = 20.0
 _STEPS_AHEAD = 8
+_BEST_NAME = "best"
 
 
 class Student(Protocol):
@@ -74,12 +77,13 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
     Those are at the start, whenever the windows have been passed once, and at the end. Raises NumericalError.
     """
     settings = job.settings
-    snapshots, best = Snapshots(place.folder, "snapshot"), Snapshots(place.folder, "best")
+    snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
     history = History()
     mix = Mix(job.texts, robust=settings.mix == "robust", radius=settings.mix_radius, seed=settings.seed)
     if (newest := snapshots.newest()) is not None:
         student.load(newest[0], moments=True)
         history = History.model_validate(newest[1])
+        _link(newest[0] / _BEST_NAME, best)
         place.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(job.texts.all_train) // settings.batch)
     total = settings.passes * per_pass
@@ -105,21 +109,25 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
         place.observer.note(f"step {found.step}: KL {found.divergence:.4f} on the held-out windows")
         # The state at the start is on disk already: it is the student itself.
         if history.best is found and found.step:
-            best.write(found.step, {}, lambda folder: student.save(folder, moments=False))
+            shutil.rmtree(best, ignore_errors=True)
+            best.mkdir()
+            student.save(best, moments=False)
+
+    def save(folder: Path) -> None:
+        student.save(folder, moments=True)
+        _link(best, folder / _BEST_NAME)
 
     def keep() -> float:
         """Write a snapshot; the time of the next one."""
         started = time.perf_counter()
         clock()
-        snapshots.write(history.step, history.model_dump(), lambda folder: student.save(folder, moments=True))
+        snapshots.write(history.step, history.model_dump(), save)
         now = time.perf_counter()
         return now + max(_LEAST_PAUSE_S, (now - started) / _SNAPSHOT_SHARE)
 
     evaluate()
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
-    place.observer.start("recover", total)
-    for _ in range(history.step):
-        place.observer.advance("done before")
+    place.observer.start("recover", total - history.step)
     limit = settings.limit_s
     while history.step < total and (limit is None or clock() < limit):
         windows = mix.windows(history.mix, history.step, settings.batch)
@@ -135,15 +143,13 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
         history.trace.append(TraceStep(step=history.step, seconds=clock(), loss=loss))
         if history.step % interval == 0:
             evaluate()
-        place.observer.advance(f"KL {loss:.4f}  memory {format_bytes(place.meter.peak_so_far())}")
+        spent = f"{history.seconds:.0f} s" if limit is None else f"{history.seconds:.0f} of {limit:.0f} s"
+        place.observer.advance(f"KL {loss:.4f}  {spent}  memory {format_bytes(place.meter.peak_so_far())}")
         if time.perf_counter() >= next_snapshot:
             next_snapshot = keep()
     evaluate()
-    keep()
-    if history.best.step != history.step:
-        found = best.newest()
-        if history.best.step and found is not None:
-            student.load(found[0], moments=False)
+    if history.best.step not in (0, history.step):
+        student.load(best, moments=False)
     return history
 
 
@@ -158,6 +164,14 @@ def recovered_by(history: History, tensors: Callable[[BlockLayout], Mapping[str,
         drawn=history.mix.drawn,
         train_seconds=history.seconds,
     )
+
+
+def _link(source: Path, target: Path) -> None:
+    """The files of one folder in another one too, if there are any; they are never changed in place."""
+    if source.is_dir():
+        target.mkdir()
+        for path in source.iterdir():
+            os.link(path, target / path.name)
 
 
 def _mean(values: Sequence[float]) -> float:

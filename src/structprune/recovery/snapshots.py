@@ -47,31 +47,30 @@ def claim(folder: Path, identity: Mapping[str, str]) -> str | None:
 
 
 class Snapshots:
-    """Snapshots `NAME-<step>` in one folder; there is at most one whole one once `write` has returned."""
+    """Snapshots `snapshot-<step>` in one folder; there is only the newest one once `write` has returned."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._name = name
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole snapshot and what was said with it."""
-        found = sorted(self._folder.glob(f"{self._name}-*/{_META_NAME}"))
+        found = sorted(self._folder.glob(f"snapshot-*/{_META_NAME}"))
         if not found:
             return None
         return found[-1].parent, json.loads(found[-1].read_text(encoding="utf-8"))
 
     def write(self, step: int, meta: Mapping[str, Any], save: Callable[[Path], None]) -> None:
         """`save` fills the folder that it is given; older snapshots go when that is done."""
-        staging = self._folder / f".{self._name}.tmp-{os.getpid()}"
+        staging = self._folder / f".snapshot.tmp-{os.getpid()}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         save(staging)
         write_json(staging / _META_NAME, dict(meta))
-        target = self._folder / f"{self._name}-{step:09d}"
+        target = self._folder / f"snapshot-{step:09d}"
         if target.exists():
             shutil.rmtree(target)
         staging.rename(target)
         sync_directory(self._folder)
-        for path in self._folder.glob(f"{self._name}-*"):
+        for path in self._folder.glob("snapshot-*"):
             if path != target:
                 shutil.rmtree(path)

@@ -41,7 +41,7 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
     layout = student.layout
     borders = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
     vectors = 4 * layout.block_parameters
-    # Two snapshots for a moment, the best weights twice, and the result.
+    # Two snapshots for a moment, the best weights of either, and the result.
     return ModeBytes(held=0, resident=3 * vectors + borders, disk=(2 * 3 + 2 + 1) * vectors)
 
 

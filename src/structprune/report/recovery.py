@@ -52,6 +52,7 @@ class Evaluation(_Frozen):
     step: int
     seconds: float
     divergence: float
+    """Mean KL divergence from the teacher per token: of all texts, which count alike here, and of each."""
     by_text: list[float]
 
 
