@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from structprune.errors import InputError
 from structprune.memory import parse_bytes
 
 Scope = Literal["mlp", "attention", "all"]
+HostBytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+"""A number, or a text such as `4GiB`."""
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -53,7 +55,7 @@ class Recipe(BaseModel):
     calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
     num_samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
-    memory: int | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    memory: HostBytes | None = Field(default=None, ge=1, description="host bytes that the run may add")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
@@ -98,11 +100,6 @@ class Recipe(BaseModel):
     reload_check: bool = Field(
         default=True, description="whether stock code loads the result, in a process of its own, and is compared"
     )
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _parse_memory(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
 
     @classmethod
     def build(cls, **values: Any) -> Recipe:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from structprune.cli.settings import DeviceFlag, DtypeFlag, MemoryFlag, SeedFlag
+
 if TYPE_CHECKING:
     from structprune.report.recovery import RecoveryReport
 
@@ -42,14 +44,10 @@ def recover(
         typer.Option(help="given, or robust: texts that are further from the teacher count more.  [default: given]"),
     ] = None,
     mix_radius: Annotated[float | None, typer.Option(help="How far robust may go.  [default: 0.5]")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.  [default: 0]")] = None,
+    memory: MemoryFlag = None,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+    seed: SeedFlag = None,
     reload_check: Annotated[
         bool | None,
         typer.Option("--reload-check/--no-reload-check", help="As in `prune`.  [default: yes]"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from structprune.memory import parse_bytes
-from structprune.recipe import settings_fingerprint, validated
+from structprune.recipe import HostBytes, settings_fingerprint, validated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +45,11 @@ class RecoverySettings(BaseModel):
         description="given: all windows alike; robust: texts that are furthest from the teacher count more",
     )
     mix_radius: float = Field(default=0.5, gt=0, description="chi-square distance that mix robust may move")
-    memory: int | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    memory: HostBytes | None = Field(default=None, ge=1, description="host bytes that the run may add")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
     reload_check: bool = True
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _parse_memory(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
 
     @classmethod
     def build(cls, **values: Any) -> RecoverySettings:
