@@ -3,9 +3,10 @@
     python benchmarks/recover/run.py -o out/recover [--sparsities 0.3 0.5] [--modes stream blocks lora] [--minutes 5]
                                      [options of structprune recover]
 
-Students: `structprune` with the settings of protocol P1 (benchmarks/p1.py), made once. Text to learn from: all windows of
-the training text, in a seeded order. Tests: those of P1, the first 16 windows of 1024 tokens of WikiText-2 validation
-and of the interpreter's reference manual. Share of the loss: (log before - log after) / (log before - log dense).
+Students: `structprune` with the settings of protocol P1 (benchmarks/p1.py), made once. Text to learn from: all windows
+of the training text, in a seeded order. Tests: those of P1, the first 16 windows of 1024 tokens of WikiText-2
+validation and of the interpreter's reference manual. Share of the loss given back:
+(log before - log after) / (log before - log dense).
 Mode lora needs `peft`. Run again, it goes on; the result is OUT/recover.json.
 """
 
