@@ -202,6 +202,26 @@ def test_another_run_s_state_is_dropped(
 
 
 @pytest.mark.parametrize("mode", ["stream", "blocks"])
+def test_a_damaged_state_is_named(
+    mode: str,
+    students: dict[str, Path],
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
+    args = (students["uniform"], tiny_llama, settings(text_file, mode), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        recover(*args, _Stop(3 if mode == "stream" else 1))
+    (damaged, *_) = sorted((tmp_path / "out.partial" / "recovery").rglob("block-00000.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    refused(CheckpointError, "block-00000.safetensors: the state of an earlier run is damaged", *args)
+    assert recover(*args).after.divergence > 0
+
+
+@pytest.mark.parametrize("mode", ["stream", "blocks"])
 def test_the_clock_ends_it(
     mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -325,6 +345,9 @@ def test_texts_and_settings_that_do_not_do(
     broken = shutil.copytree(student, tmp_path / "bad" / "student")
     (broken / "pruning_manifest.json").write_text("{")
     refused(CheckpointError, "manifest", broken, tiny_llama, settings(text_file, "stream"), output)
+    foreign = shutil.copytree(students["uneven"], tmp_path / "bad" / "foreign")
+    (foreign / "modeling_structprune.py").write_text("")
+    refused(CheckpointError, "modelling file", foreign, tiny_llama, settings(text_file, "stream"), output)
     for values, flag in (
         ({"mode": "all"}, "--mode"),
         ({"learning_rate": 0.0}, "--learning-rate"),

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structprune.architectures.stock import StockModel, output_tensor
@@ -31,7 +30,7 @@ from structprune.recovery.adam import adam_step, check_gradient, course
 from structprune.recovery.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
 from structprune.recovery.parameters import BlockParameters, parameters_of
 from structprune.recovery.settings import RecoverySettings
-from structprune.recovery.snapshots import save_tensors
+from structprune.recovery.snapshots import load_tensors, load_text, save_tensors
 from structprune.report.recovery import RecoveredBlock
 from structprune.types import BlockLayout
 
@@ -90,7 +89,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
                 write_text(_path(place.folder, block.index, ".json"), report.model_dump_json())
                 del trainer
             else:
-                tensors = load_file(_path(place.folder, block.index))
+                tensors = load_tensors(_path(place.folder, block.index))
             reports.append(report)
             cast = {n: t.to(job.student.device, job.student.dtype) for n, t in tensors.items()}
             del tensors
@@ -103,7 +102,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
             )
 
     def read(block: BlockLayout) -> Mapping[str, Tensor]:
-        return load_file(_path(place.folder, block.index))
+        return load_tensors(_path(place.folder, block.index))
 
     return Recovered(
         tensors=read,
@@ -230,7 +229,7 @@ def _path(folder: Path, index: int, suffix: str = ".safetensors") -> Path:
 def _saved_report(folder: Path, index: int) -> RecoveredBlock | None:
     """Of a block that an earlier run had finished; its tensors were written before."""
     path = _path(folder, index, ".json")
-    return RecoveredBlock.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return load_text(path, RecoveredBlock) if path.is_file() else None
 
 
 BLOCKS = Mode(check=_check, bytes=_bytes, run=_recover)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structprune.architectures.loading import has_own_modeling_file
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import fingerprint
@@ -126,7 +127,11 @@ class Mode:
 
 
 def check_pair(teacher: StockModel, student: StockModel) -> None:
-    """Raise InputError or UnsupportedError unless the student can learn from this teacher."""
+    """Raise an error unless the student can learn from this teacher and be written: InputError or UnsupportedError.
+
+    Or CheckpointError, where the student has a modelling file that is not ours.
+    """
+    has_own_modeling_file(student.reader.directory)
     for which, model in (("teacher", teacher), ("student", student)):
         if model.sliced:
             raise UnsupportedError(

@@ -80,9 +80,9 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
     history = History()
     mix = Mix(job.texts, robust=settings.mix == "robust", radius=settings.mix_radius, seed=settings.seed)
-    if (newest := snapshots.newest()) is not None:
+    if (newest := snapshots.newest(History)) is not None:
         student.load(newest[0], moments=True)
-        history = History.model_validate(newest[1])
+        history = newest[1]
         _link(newest[0] / _BEST_NAME, best)
         place.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(job.texts.all_train) // settings.batch)
@@ -121,7 +121,7 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
         """Write a snapshot; the time of the next one."""
         started = time.perf_counter()
         clock()
-        snapshots.write(history.step, history.model_dump(), save)
+        snapshots.write(history.step, history, save)
         now = time.perf_counter()
         return now + max(_LEAST_PAUSE_S, (now - started) / _SNAPSHOT_SHARE)
 

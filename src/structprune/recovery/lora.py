@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from structprune.architectures.head import output_head
@@ -30,7 +29,7 @@ from structprune.recovery.job import Mode, ModeBytes, Recovered, RecoveryJob, Wo
 from structprune.recovery.loop import distil, recovered_by
 from structprune.recovery.parameters import BlockParameters
 from structprune.recovery.settings import RecoverySettings
-from structprune.recovery.snapshots import save_tensors
+from structprune.recovery.snapshots import load_tensors, save_tensors
 from structprune.recovery.teacher import Teacher
 from structprune.types import BlockLayout
 
@@ -75,7 +74,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
         original = job.student.reader.read(block.shapes, block.prefix)
         if history.best.step == 0:
             return original
-        return merged(original, load_file(deltas / f"block-{block.index:05d}.safetensors"))
+        return merged(original, load_tensors(deltas / f"block-{block.index:05d}.safetensors"))
 
     return recovered_by(history, tensors)
 
@@ -158,7 +157,7 @@ class LoraStudent:
         save_tensors(folder / "updates.safetensors", {"state": self._state_3P[: 3 if moments else 1].cpu()})
 
     def load(self, folder: Path, *, moments: bool) -> None:
-        found = load_file(folder / "updates.safetensors")["state"]
+        found = load_tensors(folder / "updates.safetensors")["state"]
         self._state_3P.zero_()
         self._state_3P[: 3 if moments else 1] = found.to(self._side.device)
         self._install()

@@ -59,4 +59,5 @@ def plan_recovery(
     if stays:
         plan = replace(plan, phases={name: size + mode.resident for name, size in plan.phases.items()})
     disk = plan.disk_bytes + mode.disk + (0 if stays else mode.resident)
-    return RecoveryPlan(plan=replace(plan, disk_bytes=disk), resident=stays)
+    # Window by window: a run that goes on must not depend on how much memory was free at its start.
+    return RecoveryPlan(plan=replace(plan, disk_bytes=disk, micro_batch_windows=1), resident=stays)

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import save_file
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from structprune.files import atomic_path, sync_directory, write_json
+from structprune.errors import CheckpointError, first_line
+from structprune.files import atomic_path, sync_directory, write_json, write_text
 
 _META_NAME = "snapshot.json"
 _IDENTITY_NAME = "identity.json"
+Saved = TypeVar("Saved", bound=BaseModel)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, whole and synced."""
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` wrote. Raises CheckpointError for a file that is damaged or gone."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def load_text(path: Path, kind: type[Saved]) -> Saved:
+    """A value that was written as JSON. Raises CheckpointError for a file that is damaged."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the state of an earlier run is damaged",
+        where=str(path),
+        got=first_line(error),
+        do="give the same command again: the state is removed, and the run starts anew",
+    )
 
 
 def claim(folder: Path, identity: Mapping[str, str]) -> str | None:
@@ -32,7 +62,8 @@ def claim(folder: Path, identity: Mapping[str, str]) -> str | None:
     path = folder / _IDENTITY_NAME
     found: Any = None
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
         if found == dict(identity):
             return None
     had_state = folder.exists()
@@ -52,20 +83,18 @@ class Snapshots:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole snapshot and what was said with it."""
+    def newest(self, kind: type[Saved]) -> tuple[Path, Saved] | None:
+        """The newest whole snapshot and what was said with it. Raises CheckpointError if that is damaged."""
         found = sorted(self._folder.glob(f"snapshot-*/{_META_NAME}"))
-        if not found:
-            return None
-        return found[-1].parent, json.loads(found[-1].read_text(encoding="utf-8"))
+        return (found[-1].parent, load_text(found[-1], kind)) if found else None
 
-    def write(self, step: int, meta: Mapping[str, Any], save: Callable[[Path], None]) -> None:
+    def write(self, step: int, meta: BaseModel, save: Callable[[Path], None]) -> None:
         """`save` fills the folder that it is given; older snapshots go when that is done."""
         staging = self._folder / f".snapshot.tmp-{os.getpid()}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         save(staging)
-        write_json(staging / _META_NAME, dict(meta))
+        write_text(staging / _META_NAME, meta.model_dump_json())
         target = self._folder / f"snapshot-{step:09d}"
         if target.exists():
             shutil.rmtree(target)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from structprune.architectures.stock import StockModel
@@ -28,7 +27,7 @@ from structprune.recovery.job import Mode, ModeBytes, Recovered, RecoveryJob, Wo
 from structprune.recovery.loop import distil, recovered_by
 from structprune.recovery.parameters import States, parameters_of
 from structprune.recovery.settings import RecoverySettings
-from structprune.recovery.snapshots import save_tensors
+from structprune.recovery.snapshots import load_tensors, save_tensors
 from structprune.recovery.teacher import Teacher
 from structprune.types import BlockLayout
 
@@ -61,7 +60,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
         original = job.student.reader.read(block.shapes, block.prefix)
         if unchanged:
             return original
-        new = load_file(_path(result, block.index))
+        new = load_tensors(_path(result, block.index))
         return parameters_of(job.student, block).stored(original, new["weights"])
 
     return recovered_by(history, tensors)
@@ -135,7 +134,7 @@ class StreamedStudent:
 
     def load(self, folder: Path, *, moments: bool) -> None:
         for block in self._blocks:
-            found = load_file(_path(folder, block.index))
+            found = load_tensors(_path(folder, block.index))
             if moments:
                 rows = [found[name].to(self._side.device) for name in ("weights", "first", "second")]
                 self._states.write(block.index, torch.stack(rows))
