@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder, tokenizer_bytes
+from structprune.architectures.tokenizer import tokenizer_bytes
 from structprune.assess import evaluate as evaluate
-from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
@@ -26,6 +24,7 @@ from structprune.engine.job import Job
 from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
 from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
 from structprune.engine.start import Start, begin_or_go_on, find_start
+from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
@@ -37,6 +36,10 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
+from structprune.recovery.finish import RECOVERY_REPORT_NAME
+from structprune.recovery.run import find_recovery, load_recovery_report, recover_model
+from structprune.recovery.settings import RecoverySettings
+from structprune.report.recovery import RecoveryReport
 from structprune.report.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent
 from structprune.solvers import NUM_LATENTS
@@ -195,14 +198,19 @@ def prune(
         return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
 
 
-def resume(run: str | Path, observer: Observer | None = None) -> PruneReport:
+def resume(run: str | Path, observer: Observer | None = None) -> PruneReport | RecoveryReport:
     """Go on with the run whose output or working directory is `run`, or return the report if it is finished.
 
-    Raises InputError if nothing is left of such a run, and what `prune` raises.
+    A run of `prune` or of `recover`. Raises InputError if nothing is left of such a run, and what these raise.
     """
     directory = RunDirectory.named(expand_user(str(run)))
+    if (begun := find_recovery(directory)) is not None:
+        with contextlib.chdir(begun.directory):
+            return recover(begun.student, begun.teacher, begun.asked, directory.output, observer)
     start = find_start(directory)
     if start is None:
+        if (directory.output / RECOVERY_REPORT_NAME).is_file():
+            return load_recovery_report(directory.output)
         if (directory.output / REPORT_NAME).is_file():
             return load_report(directory.output)
         wanted = "the -o of a run that was cut after it had begun"
@@ -259,28 +267,32 @@ def _job(
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = checked.recipe
-    encoder = TextEncoder(checked.directory)
-
-    def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
-        return sample_windows(
-            checked.directory,
-            num_windows,
-            seq_len,
-            seed,
-            start_id=encoder.bos_id,
-            dtype=checked.dtype,
-            device=checked.device,
-            budget_bytes=plan.budget_bytes,
-        )
-
-    context = SourceContext(
-        encode=encoder.encode,
-        sample=sample,
+    context = source_context(
+        checked.directory,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        dtype=checked.dtype,
+        device=checked.device,
+        budget_bytes=plan.budget_bytes,
     )
     return load_windows(recipe.calibration, context, observer.note)
+
+
+def recover(
+    student: str | Path,
+    teacher: str | Path,
+    settings: RecoverySettings,
+    output: str | Path,
+    observer: Observer | None = None,
+) -> RecoveryReport:
+    """Let `student`, a pruned model, learn again from the dense `teacher`; the result goes to the directory `output`.
+
+    The format stays the student's. A run that was killed or interrupted goes on when it is called again. Raises a
+    subclass of StructPruneError that says what to do.
+    """
+    bound_hidden_memory()
+    return recover_model(student, teacher, settings, output, observer or SilentObserver())
 
 
 def inspect(model: str | Path) -> ModelLayout:

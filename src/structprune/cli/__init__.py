@@ -17,6 +17,7 @@ from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.cli import push as push_verb
+from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("prune")(prune_verb.prune)
 app.command("resume")(resume_verb.resume)
+app.command("recover")(recover_verb.recover)
 app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from structprune.cli.progress import progress_observer
 from structprune.engine.observer import Observer
-from structprune.report.schema import PruneReport
 from structprune.runs.directory import RunDirectory
+
+Report = TypeVar("Report")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,7 +59,7 @@ def interruptible() -> Generator[None]:
             signal.signal(number, handler)
 
 
-def run_or_say_how_to_resume(work: Callable[[Observer], PruneReport], run: Path, *, quiet: bool) -> PruneReport:
+def run_or_say_how_to_resume(work: Callable[[Observer], Report], run: Path, *, quiet: bool) -> Report:
     """The report of `work`, with progress. An interrupt ends the program, and says how the run can go on."""
     try:
         with interruptible(), progress_observer(quiet=quiet) as observer:

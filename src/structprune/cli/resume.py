@@ -14,14 +14,18 @@ def resume(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Go on with a run of `prune` that was interrupted, killed or out of disk; the result is the same."""
+    """Go on with a run of `prune` or `recover` that was interrupted, killed or out of disk; the result is the same."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
     from structprune.api import resume as resume_run
     from structprune.cli.interrupt import run_or_say_how_to_resume
+    from structprune.cli.recover import recovery_table
     from structprune.cli.render import report_table
+    from structprune.report.schema import PruneReport
 
     report = run_or_say_how_to_resume(lambda observer: resume_run(run, observer), run, quiet=quiet)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
-    else:
+    elif isinstance(report, PruneReport):
         report_table(report)
+    else:
+        recovery_table(report)

@@ -12,6 +12,13 @@ import typer
 if TYPE_CHECKING:
     from structprune.recipe import Recipe
 
+MemoryFlag = Annotated[str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")]
+DeviceFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
+DtypeFlag = Annotated[
+    str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
+]
+SeedFlag = Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")]
+
 
 def recipe_from_flags(
     sparsity: Annotated[
@@ -32,14 +39,10 @@ def recipe_from_flags(
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.  [default: 2048]")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")] = None,
+    memory: MemoryFlag = None,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+    seed: SeedFlag = None,
     multiple_of: Annotated[
         int | None, typer.Option(help="Kept widths are a multiple of this.  [default: 32, wide models 128]")
     ] = None,

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from structprune.architectures.stock import BlockInputs, StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.job import Job
+from structprune.engine.job import Streamed
 from structprune.engine.propagate import Propagator
 from structprune.memory import release_free_memory
 
 
-def open_store(job: Job, path: Path, num_windows: int) -> HiddenStore:
+def open_store(job: Streamed, path: Path, num_windows: int) -> HiddenStore:
     """Room for the hidden states of `num_windows` windows, in memory or in the file `path`, as the plan says."""
     shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     return MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(path, shape, job.dtype)
 
 
-def embed(job: Job, targets: Mapping[HiddenStore, int]) -> Propagator:
+def embed(job: Streamed, targets: Mapping[HiddenStore, int]) -> Propagator:
     """Embed the first so many of the job's windows into each store; see `embed_windows`."""
     with job.meter.phase("embed"):
         return embed_windows(

@@ -24,7 +24,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.foresight import shape_of
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.reload_check import Probe, check_reload, take_probe
@@ -90,7 +90,7 @@ def finish(
     with job.meter.phase("perplexity of the calibration text"):
         judged = judge(job, outcome)
     with job.meter.phase("copy embeddings and head"):
-        _copy_outer(job, writer)
+        copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
         write_modeling_file(writer.directory, job.stock.family, config)
     removed = job.stock.layout.num_parameters - writer.num_parameters
@@ -98,7 +98,7 @@ def finish(
     return commit(job, run, writer, meter, observer, config, outcome, size, judged)
 
 
-def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
+def copy_outer(job: Streamed, writer: CheckpointWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
     outer = job.stock.layout.outer_tensors
     embeddings = job.stock.embedding_tensors()

@@ -132,6 +132,8 @@ class PlanRequest:
     """Whether another process loads the result at the end."""
     other_head_bytes: int = 0
     """Of another model's head and its logits, where the losses of both are measured side by side."""
+    held_bytes: int = 0
+    """What the caller itself holds, whatever the phase."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -184,7 +186,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     # The logits that the reload check compares with stay to the end.
     probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
     small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
-    small += _mask_bytes(request, micro_batch)
+    small += _mask_bytes(request, micro_batch) + request.held_bytes
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)

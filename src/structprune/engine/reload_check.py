@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadMode
 from structprune.errors import CheckpointError
@@ -34,7 +34,7 @@ class Probe:
 
 
 def check_reload(
-    job: Job, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
 ) -> ReloadReport:
     """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
 
@@ -81,7 +81,7 @@ def check_reload(
 
 
 def _ask(
-    job: Job, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
     """The result, how it was got, and by what the first try was ended if there were two.
 
@@ -115,7 +115,7 @@ def take_probe(job: Job, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())
 
 
-def _tolerance(job: Job) -> float:
+def _tolerance(job: Streamed) -> float:
     dtypes = {job.dtype, *job.reader.dtypes.values()}
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 

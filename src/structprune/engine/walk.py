@@ -23,7 +23,7 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed
 from structprune.engine.findings import Costs, Findings
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.propagate import Propagator
@@ -101,7 +101,7 @@ def _border_path(folder: Path, index: int) -> Path:
     return folder / f"border-{index}.bin"
 
 
-def load_block(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
+def load_block(job: Streamed, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
     """The block's tensors as stored, and the stock layer with them in the dtype of the forward passes."""
     tensors = job.reader.read(block.shapes, block.prefix)
     return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
@@ -133,7 +133,7 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
 
 
 def differentiate(
-    job: Job,
+    job: Streamed,
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,
