@@ -89,6 +89,8 @@ def prune_block(
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
             module = _module(job, block, tensors, widths)
+            # What a half leaves in the heap would otherwise add to the next one's peak.
+            release_free_memory()
         with job.stock.stage(module, stage), job.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
