@@ -11,7 +11,6 @@ from structprune.linalg.squares import strip_rows
 from structprune.scores import SELECTORS, WORKSPACE
 from structprune.solvers.mlp_block import CHUNK_TOKENS
 
-
 # What the linear algebra library keeps for its factorisations.
 _LIBRARY_BYTES = 8 * 2**20
 
@@ -115,9 +114,8 @@ class GroupProblem:
             return last
         # Sums of the other windows. A trial: its right side, the best so far, and what they are added to; then the sum.
         fit = self.gram + self.cross
-        judged = 4 * self._kept_weight + self._strip
-        compared = 0 if self.follows_dense else self._weight
-        return max(last, fit + compared + max(square + 3 * self._kept_weight, judged))
+        judged = 4 * self._kept_weight + self._strip + (0 if self.follows_dense else self._weight)
+        return max(last, fit + max(square + 3 * self._kept_weight, judged))
 
     @property
     def _errors(self) -> int:
