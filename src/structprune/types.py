@@ -5,7 +5,7 @@ Shape suffixes: U units, I inputs of the consumer (U * width), O outputs of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -302,10 +302,6 @@ class LayerProblem:
     def num_units(self) -> int:
         return self.weight_OI.shape[1] // self.width
 
-    def cross(self) -> Callable[[Tensor], Tensor]:
-        """Inputs (S,) -> their columns of the sum over tokens of y x^T in float64, (O, S), for either target."""
-        return cross_columns(self.weight_OI, self.gram_II, self.target_OI)
-
     def without_held_out(self) -> LayerProblem:
         """The same problem on the other windows only."""
         held_out = self.held_out
@@ -336,15 +332,6 @@ class SolveResult:
     statistics: Mapping[str, float]
     bias_O: Tensor | None = None
     """What is to be added to the consumer's output; None: nothing."""
-
-
-def cross_columns(weight_OI: Tensor, gram_II: Tensor, target_OI: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Inputs (S,) -> their columns of C = sum y x^T in float64, (O, S): the target's, or those of W G without one."""
-    if target_OI is not None:
-        return lambda inputs_S: target_OI[:, inputs_S].to(torch.float64)
-    # Once: the columns are asked for strip by strip.
-    weight_OI = weight_OI.to(torch.float64)
-    return lambda inputs_S: weight_OI @ gram_II[inputs_S].to(torch.float64).T
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -47,6 +47,11 @@ def make_problem(
     )
 
 
+def cross(problem: LayerProblem) -> Tensor:
+    """Sum of y x^T."""
+    return problem.weight_OI @ problem.gram_II if problem.target_OI is None else problem.target_OI
+
+
 def keep_mask(num_units: int, kept: list[int]) -> Tensor:
     return torch.zeros(num_units, dtype=torch.bool).index_fill(0, torch.tensor(kept, dtype=torch.int64), True)
 
@@ -294,8 +299,7 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
         target_energy=problem.held_out.target_energy,
         held_out=None,
     )
-    every_I = torch.arange(problem.weight_OI.shape[1])
-    energy = problem.held_out.target_energy or float((held_out.cross()(every_I) * problem.weight_OI).sum())
+    energy = problem.held_out.target_energy or float((cross(held_out) * problem.weight_OI).sum())
 
     def held_out_error(local: float, residual: float) -> float:
         def solve(right_OK: Tensor, damping: float) -> Tensor:
@@ -304,10 +308,10 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
             return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
 
         missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
-        residual_OK = (fit.cross()(every_I) - problem.weight_OI @ fit.gram_II)[:, kept_K]
+        residual_OK = (cross(fit) - problem.weight_OI @ fit.gram_II)[:, kept_K]
         weight_OK = problem.weight_OI[:, kept_K] + solve(missing_OK, local) + solve(residual_OK, residual)
         gram_KK = held_out.gram_II[kept_K][:, kept_K]
-        square = ((weight_OK @ gram_KK - 2 * held_out.cross()(kept_K)) * weight_OK).sum()
+        square = ((weight_OK @ gram_KK - 2 * cross(held_out)[:, kept_K]) * weight_OK).sum()
         return (energy + float(square)) / energy
 
     local, residual = result.statistics["damping"], result.statistics.get("path_damping", 1.0)

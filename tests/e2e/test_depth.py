@@ -332,4 +332,4 @@ def test_command_line(capsys: pytest.CaptureFixture[str], deep_llama: Path, text
     ids = AutoTokenizer.from_pretrained(deep_llama)(text_file.read_text())["input_ids"][: 4 * SEQ_LEN]
     gone = [block["block"] for block in report["blocks"] if block["status"] == "removed"]
     expected = stock_loss(stock_without(deep_llama, gone), torch.tensor(ids).reshape(4, SEQ_LEN))
-    assert evaluated["mean_nll"] == pytest.approx(expected, rel=1e-5)
+    assert evaluated["texts"][0]["mean_nll"] == pytest.approx(expected, rel=1e-5)

@@ -94,7 +94,7 @@ def uninterrupted(command: list[str], output: Path) -> dict[str, bytes]:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    timed = ("pruning_report.json", "README.md")
+    timed = ("pruning_report.json", "pruning_report.html", "README.md")
     return {path.name: path.read_bytes() for path in output.iterdir() if path.name not in timed}
 
 

@@ -68,7 +68,7 @@ def content(output: Path) -> dict[str, Any]:
         del block["seconds"]
     for name in ("output", "wall_seconds", "memory", "reload"):
         del report[name]
-    del files["README.md"]
+    del files["README.md"], files["pruning_report.html"]
     return files | {"report": report}
 
 

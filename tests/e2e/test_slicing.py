@@ -528,7 +528,7 @@ def test_command_line(
     )
     assert code == 0
     direct = evaluate(tmp_path / "out", text_file, seq_len=32, max_windows=4, dtype="float32")
-    assert json.loads(out)["perplexity"] == direct.perplexity
+    assert json.loads(out)["texts"][0]["perplexity"] == direct.perplexity
     code, out, _ = cli("inspect", tmp_path / "out", "--json")
     facts = json.loads(out)
     assert code == 0

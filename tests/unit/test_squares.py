@@ -8,7 +8,7 @@ from torch import Tensor
 
 from structprune.errors import NumericalError
 from structprune.linalg import squares
-from structprune.linalg.damped import damped_cholesky, factored, inverted, solved, target_error
+from structprune.linalg.damped import damped_cholesky, factored, inverted, solved
 from structprune.linalg.obs import compacted
 from structprune.memory import PeakMeter
 
@@ -40,17 +40,22 @@ def test_parts_and_products() -> None:
     torch.testing.assert_close(squares.times_gram(weight_OI, gram_II, None, None), weight_OI.double() @ wide_II)
     energy = float((weight_OI.double() @ wide_II * weight_OI).sum())
     assert squares.output_energy(weight_OI, gram_II) == pytest.approx(energy, rel=1e-12)
+    energy = float((weight_OI[:, COLUMNS].double() @ wide_II[COLUMNS][:, COLUMNS] * weight_OI[:, COLUMNS]).sum())
+    assert squares.output_energy(weight_OI[:, COLUMNS], gram_II, COLUMNS) == pytest.approx(energy, rel=1e-12)
     torch.testing.assert_close(squares.column_energies(weight_OI), weight_OI.double().square().sum(dim=0))
 
 
-def test_target_error_is_the_sum_over_tokens() -> None:
+@pytest.mark.parametrize("local", [True, False])
+def test_fitting_error_is_the_sum_over_tokens(local: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     x_TI, y_TO = (torch.randn(100, n, generator=generator, dtype=torch.float64) for n in (30, 5))
+    original_OI = torch.randn(5, 30, generator=generator, dtype=torch.float64)
     weight_OK = torch.randn(5, len(COLUMNS), generator=generator, dtype=torch.float64)
-    cross_OI = y_TO.T @ x_TI
-    found = target_error(
-        weight_OK, x_TI.T @ x_TI, COLUMNS, lambda inputs_S: cross_OI[:, inputs_S], float(y_TO.square().sum())
-    )
+    if local:
+        y_TO = x_TI @ original_OI.T
+    target_OI = None if local else y_TO.T @ x_TI
+    energy = float(y_TO.square().sum())
+    found = squares.fitting_error(weight_OK, COLUMNS, original_OI, x_TI.T @ x_TI, target_OI, energy)
     assert found == pytest.approx(float((x_TI[:, COLUMNS] @ weight_OK.T - y_TO).square().sum()), rel=1e-9)
 
 

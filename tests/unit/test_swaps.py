@@ -276,7 +276,9 @@ def test_selector_is_never_worse_than_greedy(width: int, sensitivity: bool, targ
         problem = make_problem(12, width, sensitivity=sensitivity, target=target, seed=seed)
         damped_II = problem.gram_II.clone()
         damped_II.diagonal().add_(problem.damping * float(problem.gram_II.diagonal().mean()))
-        cross_OI = problem.cross()(torch.arange(12 * width)) + problem.weight_OI @ (damped_II - problem.gram_II)
+        cross_OI = (
+            problem.weight_OI @ problem.gram_II if problem.target_OI is None else problem.target_OI
+        ) + problem.weight_OI @ (damped_II - problem.gram_II)
         full_OI = torch.linalg.solve(damped_II, cross_OI.T).T
         root_OO = torch.eye(5, dtype=torch.float64)
         if problem.sensitivity_OO is not None:

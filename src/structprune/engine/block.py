@@ -18,8 +18,7 @@ from structprune.engine.measure import Reference, Streams, follow_dense, measure
 from structprune.engine.problem import layer_problem
 from structprune.engine.refine import refine
 from structprune.errors import NumericalError
-from structprune.linalg.damped import target_error
-from structprune.linalg.squares import output_energy
+from structprune.linalg.squares import fitting_error, output_energy
 from structprune.memory import release_free_memory
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
@@ -96,6 +95,8 @@ def prune_block(
             if half.cost_U is not None:
                 costs[kind] = half.cost_U
             module = _module(job, block, tensors, widths)
+            # What a half leaves in the heap would otherwise add to the next one's peak.
+            release_free_memory()
         with job.stock.stage(module, stage), job.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
@@ -363,9 +364,9 @@ def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) 
         energy = output_energy(problem.weight_OI, problem.gram_II)
     if energy <= 0:
         return 0.0, 0.0, 0.0
-    cross = problem.cross()
-    before = target_error(problem.weight_OI[:, kept_K], problem.gram_II, kept_K, cross, energy)
-    after = target_error(result.weight_OK, problem.gram_II, kept_K, cross, energy)
+    given = (kept_K, problem.weight_OI, problem.gram_II, problem.target_OI, energy)
+    before = fitting_error(problem.weight_OI[:, kept_K], *given)
+    after = fitting_error(result.weight_OK, *given)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
         after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))

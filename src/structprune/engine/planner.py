@@ -16,14 +16,14 @@ import torch
 
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound, ReloadMode
 from structprune.engine.slice_bytes import slice_phases
-from structprune.engine.workspace import GroupProblem
+from structprune.engine.workspace import GroupProblem, iteration_bytes
 from structprune.errors import MemoryBudgetError
-from structprune.memory import available_bytes, format_budget, format_bytes
-from structprune.solvers.mlp_block import CHUNK_TOKENS
+from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
+_HEAP_STATES = 8
 # Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
 _RUNTIME_BYTES = 40 * 2**20
 _TEXT_READER_BYTES = 48 * 2**20
@@ -181,7 +181,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
-    runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
+    runtime = _RUNTIME_BYTES + HEAP_END_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     # The logits that the reload check compares with stay to the end.
     probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
@@ -200,6 +200,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     # Of one window.
     num_scores = request.layout.num_score_heads * request.seq_len**2
     activations = micro_batch * (request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES)
+    # As wide as the stream: small ones leave holes in the heap.
+    states = micro_batch * request.seq_len * hidden * item
+    activations += _HEAP_STATES * states if states < HEAP_BLOCK_BYTES else 0
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
@@ -221,7 +224,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         + _CHARACTER_BYTES * (request.text_bytes or 0),
         "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
         "read block": resident + 2 * weights + cast,
-        "propagate": resident + 2 * weights + cast + activations,
+        "propagate": resident + weights + cast + activations,
         "write block": resident + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
         "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
@@ -299,22 +302,10 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 )
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
-                chunk = min(tokens, CHUNK_TOKENS)
-                phases["iterate"] = (
-                    resident
-                    + 5 * weights
-                    + 2 * cast
-                    # Inputs and targets with their pieces, and z, s and duals; the temporaries of a chunk.
-                    + tokens * (4 * hidden + request.num_latents * inputs) * 4
-                    + chunk * 24 * inputs * 4
-                    # Float32 weights of three states, moments and a factorisation in float64.
-                    + 9 * inputs * hidden * 4
-                    + 6 * inputs * hidden * 8
-                    + 3 * 2 * gram
-                )
-                # Behind the proposal the consumer is measured and solved again, with the original block in memory.
-                phases[f"solve ({kind})"] += 3 * weights + cast
-                phases[f"statistics ({kind})"] += 3 * weights + cast
+                # Behind the proposal the consumer is measured and solved again; meanwhile there is the original block.
+                again = max(phases[f"statistics ({kind})"], phases[f"solve ({kind})"]) + weights + cast
+                proposal = iteration_bytes(tokens, hidden, problem.kept or inputs, request.num_latents)
+                phases["iterate"] = max(again, resident + 2 * weights + 2 * cast + proposal)
     model_bytes = sum(request.stored_bytes.values())
     added = 0
     if request.slices != "no":
@@ -416,7 +407,7 @@ def _mask_bytes(request: PlanRequest, micro_batch: int) -> int:
 def _activation_width(block: BlockLayout, hidden: int) -> int:
     """Floats per token that a block's forward holds at its peak: the MLP's or the attention's, whichever is wider.
 
-    MLP: gate, activated gate, up and product; attention: q, k, v with repeated heads and the output.
+    MLP: gate, activated gate, up and product; attention: q, k, v, turned and with repeated heads, and the output.
     """
     widest = max(g.num_units * g.width for g in block.groups)
-    return 4 * widest + 6 * hidden
+    return max(4 * widest + 4 * hidden, 10 * hidden)

@@ -38,7 +38,7 @@ def slice_phases(
     growth = 2 * width * width * (8 + 4) if several else 0
     phases = {
         # Gram; float32 copy of a micro-batch, the cut one and its coordinates.
-        "statistics": stream + 2 * weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
+        "statistics": stream + weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
         "eigenvectors": stream + weights + cast + square * 4 + bases + eigen,
         "rotate block": stream + 2 * weights + cast + bases + chunk + growth,
         "rotate embeddings": stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,

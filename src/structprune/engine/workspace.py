@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from structprune.linalg.squares import strip_rows
 from structprune.scores import SELECTORS, WORKSPACE
+from structprune.solvers.mlp_block import CHUNK_TOKENS
+
+# What the linear algebra library keeps for its factorisations.
+_LIBRARY_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ class GroupProblem:
             phases.append(self._least_squares)
         if self.score in SELECTORS:
             phases.append(2 * self._square(self._kept_bound, self._removed_bound) + 2 * self._weight + self._strip)
-        return self.sums + ordered + max(phases)
+        return self.sums + ordered + max(phases) + _LIBRARY_BYTES
 
     @property
     def _kept_bound(self) -> int:
@@ -110,11 +114,23 @@ class GroupProblem:
             return last
         # Sums of the other windows. A trial: its right side, the best so far, and what they are added to; then the sum.
         fit = self.gram + self.cross
-        judged = 4 * self._kept_weight + self._strip
-        compared = 0 if self.follows_dense else self._weight
-        return max(last, fit + compared + max(square + 3 * self._kept_weight, judged))
+        judged = 4 * self._kept_weight + self._strip + (0 if self.follows_dense else self._weight)
+        return max(last, fit + max(square + 3 * self._kept_weight, judged))
 
     @property
     def _errors(self) -> int:
         """Of the cut and the solved weight."""
         return (0 if self.follows_dense else self._weight) + 2 * self._kept_weight + self._strip
+
+
+def iteration_bytes(tokens: int, hidden: int, inputs: int, num_latents: int) -> int:
+    """What an iterative solver holds beside the blocks, for an MLP with `inputs` channels left."""
+    return (
+        # Inputs and targets, one of them in pieces too; z, s and duals; the temporaries of a chunk.
+        tokens * (3 * hidden + num_latents * inputs) * 4
+        + min(tokens, CHUNK_TOKENS) * 24 * inputs * 4
+        # Float32 weights of three states, moments and a factorisation in float64.
+        + 9 * inputs * hidden * 4
+        + 6 * inputs * hidden * 8
+        + 3 * 2 * inputs**2 * 4
+    )

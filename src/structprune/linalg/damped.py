@@ -1,7 +1,7 @@
 """Damped Cholesky: the one place where a Gram matrix is made definite.
 
 Factors, solutions and inverses lie where the matrix lay: a Gram of order 28,672 takes 6.1 GiB in float64, once.
-Shape suffixes: N order of the matrix, M right sides, O outputs, K kept inputs, I inputs.
+Shape suffixes: N order of the matrix, M right sides.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.linalg.squares import strips
 
 _MAX_RAISES = 6
 
@@ -75,19 +74,3 @@ def inverted(factor_NN: Tensor) -> Tensor:
     """(L L^T)^-1, symmetric; the factor is overwritten."""
     torch.cholesky_inverse(factor_NN, out=factor_NN)
     return factor_NN.T
-
-
-def target_error(
-    weight_OK: Tensor, gram_II: Tensor, kept_K: Tensor, cross: Callable[[Tensor], Tensor], energy: float
-) -> float:
-    """sum_t |V x_K - y|^2 from G, the columns of C = sum y x^T and sum |y|^2, in float64; never below zero.
-
-    `cross` gives (O, S) columns of C for inputs S.
-    """
-    weight_OK = weight_OK.to(torch.float64)
-    total = energy
-    for part in strips(len(kept_K), gram_II.shape[1]):
-        rows_SK = gram_II[kept_K[part]][:, kept_K].to(torch.float64)
-        product_OS = weight_OK @ rows_SK.T - 2.0 * cross(kept_K[part])
-        total += float((product_OS * weight_OK[:, part]).sum())
-    return max(0.0, total)

@@ -1,6 +1,6 @@
 """Parts and products of a Gram matrix in float64, a strip of rows at a time: no copy of the whole is made.
 
-Shape suffixes: I inputs, A and B some of them, O outputs, S rows of one strip.
+Shape suffixes: I inputs, A and B some of them, K kept ones, O outputs, S rows of one strip.
 """
 
 from __future__ import annotations
@@ -48,12 +48,22 @@ def times_gram(left_OA: Tensor, gram_II: Tensor, rows_A: Tensor | None, columns_
     return product_OB
 
 
-def output_energy(weight_OI: Tensor, gram_II: Tensor) -> float:
-    """tr(W G W^T) in float64: sum over the tokens of |W x|^2."""
-    weight_OI = weight_OI.to(torch.float64)
+def output_energy(weight_OA: Tensor, gram_II: Tensor, inputs_A: Tensor | None = None) -> float:
+    """tr(W G[A, A] W^T) in float64, without a set of all inputs: sum over the tokens of |W x_A|^2.
+
+    Each pair of inputs is read once: half the product.
+    """
+    weight_OA = weight_OA.to(torch.float64)
     total = 0.0
-    for part in strips(gram_II.shape[0], gram_II.shape[0]):
-        total += float(((weight_OI @ gram_II[part].to(torch.float64).T) * weight_OI[:, part]).sum())
+    for part in strips(weight_OA.shape[1], gram_II.shape[0]):
+        rows_SA = gram_II[part] if inputs_A is None else gram_II[inputs_A[part]]
+        rest = slice(part.start, None) if inputs_A is None else inputs_A[part.start :]
+        rows_SA = rows_SA[:, rest].to(torch.float64)
+        count = len(rows_SA)
+        own_OS = weight_OA[:, part]
+        product_OS = weight_OA[:, part.stop :] @ rows_SA[:, count:].T
+        product_OS = (own_OS @ rows_SA[:, :count].T).add_(product_OS, alpha=2)
+        total += float((product_OS * own_OS).sum())
     return total
 
 
@@ -63,3 +73,22 @@ def column_energies(values_OI: Tensor) -> Tensor:
     for part in strips(values_OI.shape[1], values_OI.shape[0]):
         energy_I[part] = values_OI[:, part].to(torch.float64).square().sum(dim=0)
     return energy_I
+
+
+def fitting_error(
+    weight_OK: Tensor, kept_K: Tensor, original_OI: Tensor, gram_II: Tensor, target_OI: Tensor | None, energy: float
+) -> float:
+    """sum over tokens of |V x_K - y|^2 in float64, never below zero.
+
+    With a target C = sum y x^T and `energy` sum |y|^2; without one y is W x, W the original weight on all inputs.
+    """
+    if target_OI is None:
+        # From the difference of the weights: nothing cancels.
+        difference_OI = original_OI.to(torch.float64, copy=True).neg_()
+        difference_OI[:, kept_K] += weight_OK
+        return max(0.0, output_energy(difference_OI, gram_II))
+    weight_OK = weight_OK.to(torch.float64)
+    return max(
+        0.0,
+        energy + output_energy(weight_OK, gram_II, kept_K) - 2.0 * float((weight_OK * target_OI[:, kept_K]).sum()),
+    )

@@ -90,7 +90,8 @@ def warnings(report: PruneReport) -> list[str]:
         )
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
-    if calibration.num_windows * calibration.seq_len < 32_768:
+    re_solves = report.recipe.solver not in (None, "mask-only", "bias")
+    if re_solves and calibration.num_windows * calibration.seq_len < 32_768:
         found.append(
             f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
             "fit so few too closely (docs/footguns.md)."

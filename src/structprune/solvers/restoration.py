@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky, solved, target_error
-from structprune.linalg.squares import block_of, output_energy, times_gram
-from structprune.types import LayerProblem, SolveResult, cross_columns
+from structprune.linalg.damped import damped_cholesky, solved
+from structprune.linalg.squares import block_of, fitting_error, output_energy, times_gram
+from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
 _LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0)
@@ -117,7 +117,6 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
     assert held_out is not None
     kept_K = problem.kept_inputs(keep_U)
     corrections = _Corrections(problem.without_held_out(), keep_U)
-    cross = cross_columns(problem.weight_OI, held_out.gram_II, held_out.target_OI)
     if held_out.target_energy is None:
         energy = output_energy(problem.weight_OI, held_out.gram_II)
         base_OK = problem.weight_OI[:, kept_K]
@@ -126,7 +125,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
         base_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK.add_(problem.weight_OI[:, kept_K])
 
     def error(weight_OK: Tensor) -> float:
-        return target_error(weight_OK, held_out.gram_II, kept_K, cross, energy)
+        return fitting_error(weight_OK, kept_K, problem.weight_OI, held_out.gram_II, held_out.target_OI, energy)
 
     best, local, local_OK = torch.inf, _LOCAL_GRID[0], torch.zeros(())
     for damping in _LOCAL_GRID:
