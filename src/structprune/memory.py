@@ -82,9 +82,9 @@ def bound_hidden_memory() -> None:
     Freed blocks of 8 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
     successors of another size do not fit into their holes. The solver peaked 45 MiB higher for matrices of order 1536,
     and activations of 6 MiB, which do stay there, added 54 MiB to a run of 167. From 4 MiB on, the forward passes of a
-    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. Smaller ones stay in the heap, up to 16 MiB at its
-    end: once the other threshold is set the default there is 128 KiB, with which every temporary of a forward pass was
-    taken anew from the system, page by page, and an RMSNorm of 2048 tokens cost four to eight times as much.
+    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. Smaller ones stay in the heap, up to 16 MiB at
+    its end: once the other threshold is set the default there is 128 KiB, with which every temporary of a forward pass
+    was taken anew from the system, page by page, and an RMSNorm of 2048 tokens cost four to eight times as much.
 
     oneDNN keeps what it prepared for each shape of a bfloat16 product, 0.6 MiB each and up to 1024 of them, while every
     pruned block has its own width; a user's setting of these caches is left alone.
