@@ -105,17 +105,16 @@ def _check(request: ExportRequest) -> None:
 def _trace(model: Any, directory: Path) -> None:
     """Write the graph of `model`. Raises UnsupportedError with the exporter's reason."""
     from torch.export import Dim
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     axes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = _inputs(model, _TRACED)
+    traced: dict[str, Any] = {**inputs, "use_cache": False}
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, axes))
     with _quiet():
         try:
-            exported = OnnxExporter().export(
-                model,
-                {**inputs, "use_cache": False},
-                config=OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, axes)),
-            )
+            exported = OnnxExporter().export(model, traced, config=config)
             exported.save_pretrained(directory)
         except Exception as error:
             # The exporter raises many types; all of them say that this model has no such graph.
