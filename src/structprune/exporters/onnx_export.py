@@ -36,6 +36,8 @@ GRAPH_NAME = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # |a - b| / |b| over all logits: that of the reload check in float32.
 _TOLERANCE = 1e-3
+# Rotary positions that change with the length of the text; a trace would keep those of the length that it saw.
+_BY_LENGTH = ("dynamic", "longrope")
 # Neither is the shape that is traced, so both of its axes are seen to be free.
 _TRACED, _CHECKED = (2, 8), ((3, 19), (1, 1))
 
@@ -92,7 +94,14 @@ def _check(request: ExportRequest) -> None:
         raise InputError("--tokenizer-gguf is for --format gguf", do="leave it out")
     reader = request.reader
     # Families, quantised sources and damaged ones, by headers.
-    StockModel(reader)
+    stock = StockModel(reader)
+    by_length = sorted(_rope_types(stock.config).intersection(_BY_LENGTH))
+    if by_length:
+        raise UnsupportedError(
+            "one graph cannot hold rotary positions that change with the length of the text",
+            where=str(reader.directory / "config.json"),
+            got=f"rope_type {', '.join(by_length)}",
+        )
     stored = {str(dtype).removeprefix("torch.") for dtype in reader.dtypes.values()}
     if request.dtype not in ("stored", "float32") or (request.dtype == "stored" and stored != {"float32"}):
         raise UnsupportedError(
@@ -102,20 +111,26 @@ def _check(request: ExportRequest) -> None:
         )
 
 
+def _rope_types(config: Any) -> set[str]:
+    """Of all layers; families with several kinds of attention have parameters for each."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [part for part in parameters.values() if part]
+    return {kind["rope_type"] for kind in kinds}
+
+
 def _trace(model: Any, directory: Path) -> None:
     """Write the graph of `model`. Raises UnsupportedError with the exporter's reason."""
     from torch.export import Dim
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     axes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = _inputs(model, _TRACED)
+    traced: dict[str, Any] = {**inputs, "use_cache": False}
+    config = OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, axes))
     with _quiet():
         try:
-            exported = OnnxExporter().export(
-                model,
-                {**inputs, "use_cache": False},
-                config=OnnxConfig(dynamic_shapes=dict.fromkeys(inputs, axes)),
-            )
+            exported = OnnxExporter().export(model, traced, config=config)
             exported.save_pretrained(directory)
         except Exception as error:
             # The exporter raises many types; all of them say that this model has no such graph.
