@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class StructPruneError(Exception):
     """Base of every error that is the input's fault, not ours.
@@ -35,6 +37,11 @@ class StructPruneError(Exception):
         if self.do:
             text += f". {self.do[0].upper()}{self.do[1:]}"
         return text + ("" if text.endswith((".", "?", "!")) else ".")
+
+    def inside(self, where: str) -> Self:
+        """The same error, with the larger place in which it happened named first."""
+        place = where if self.where is None else f"{where}, {self.where}"
+        return type(self)(self.what, where=place, got=self.got, wanted=self.wanted, do=self.do)
 
     def to_dict(self) -> dict[str, object]:
         """The parts as JSON-ready values."""

@@ -276,8 +276,12 @@ def _prune_part(
     statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
-    keep_U, result = _decide(job, problem, num_keep, where)
-    statistics |= _decision_objectives(job, problem, keep_U)
+    try:
+        keep_U, result = _decide(job, problem, num_keep)
+        statistics |= _decision_objectives(job, problem, keep_U)
+    except NumericalError as error:
+        # Scores and solvers see a matrix, not where it is from.
+        raise error.inside(where) from error
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
     del problem
@@ -329,19 +333,19 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths:
     return job.stock.block(block.index, cast, config, removed)
 
 
-def _decide(job: Job, problem: LayerProblem, num_keep: int, where: str) -> tuple[Tensor, SolveResult]:
+def _decide(job: Job, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
     """Choose the units, solve the consumer."""
     if job.score in SELECTORS:
         keep_U = SELECTORS.get(job.score)(problem, num_keep)
     else:
         score_U = SCORES.get(job.score)(problem)
         if not torch.isfinite(score_U).all():
-            raise NumericalError("a score is not finite", where=where, do="the source checkpoint may be damaged")
+            raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep, problem.partitions)
     release_free_memory()
     result = SOLVERS.get(job.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
-        raise NumericalError("the solver's weight is not finite", where=where, do="raise --damping")
+        raise NumericalError("the solver's weight is not finite", do="raise --damping")
     return keep_U, result
 
 

@@ -27,6 +27,7 @@ from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, captured
 from structprune.engine.walk import differentiate, load_block, walk
+from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending, removal_path
@@ -183,6 +184,10 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
         with job.meter.phase(f"survey: costs ({group.kind})"):
             problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
             # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
-            add_cost(result, group, removal_path(replace(problem, shrinkage=0.0), group.num_units).cost)
+            try:
+                path = removal_path(replace(problem, shrinkage=0.0), group.num_units)
+            except NumericalError as error:
+                raise error.inside(f"block {block.index} {group.name}") from error
+            add_cost(result, group, path.cost)
             del problem
     return result
