@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,18 +184,29 @@ def test_a_cut_run_ends_as_an_uncut_one(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("what", ["settings", "student"])
 def test_another_run_s_state_is_dropped(
-    students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    students: dict[str, Path],
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    student = shutil.copytree(students["uniform"], tmp_path / "student")
     with pytest.raises(KeyboardInterrupt):
-        recover(students["uniform"], tiny_llama, settings(text_file, "stream"), tmp_path / "out", _Stop(3))
+        recover(student, tiny_llama, settings(text_file, "stream"), tmp_path / "out", _Stop(3))
     assert (tmp_path / "out.partial" / "recovery").is_dir()
+    changed = settings(text_file, "stream", learning_rate=1e-3 if what == "settings" else 5e-4)
+    if what == "student":
+        # Other weights of the same shapes.
+        path = student / "model-00002-of-00004.safetensors"
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     observer = _Stop(-1)
-    changed = settings(text_file, "stream", learning_rate=1e-3)
-    report = recover(students["uniform"], tiny_llama, changed, tmp_path / "out", observer)
-    assert any("another settings" in note for note in observer.notes)
-    recover(students["uniform"], tiny_llama, changed, tmp_path / "fresh")
+    report = recover(student, tiny_llama, changed, tmp_path / "out", observer)
+    assert any(f"another {what}" in note for note in observer.notes)
+    recover(student, tiny_llama, changed, tmp_path / "fresh")
     assert len(report.trace) == 8
     old, new = weights(tmp_path / "fresh"), weights(tmp_path / "out")
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
