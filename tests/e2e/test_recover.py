@@ -142,6 +142,7 @@ class _Stop(SilentObserver):
             raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize(("mode", "mix"), [("stream", "given"), ("stream", "robust"), ("blocks", "given")])
 def test_a_cut_run_ends_as_an_uncut_one(
     mode: str,
@@ -157,9 +158,6 @@ def test_a_cut_run_ends_as_an_uncut_one(
     texts = (str(text_file), str(other))
     wanted = settings(text_file, mode, mix=mix, calibration=texts, num_samples=10, held_out=2, epochs=2)
     recover(students["uneven"], tiny_llama, wanted, tmp_path / "uncut")
-    # A snapshot after every step.
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
     trained: list[int] = []
     train = blocks_mode.BlockTrainer.train
     monkeypatch.setattr(
@@ -184,16 +182,11 @@ def test_a_cut_run_ends_as_an_uncut_one(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("what", ["settings", "student"])
 def test_another_run_s_state_is_dropped(
-    what: str,
-    students: dict[str, Path],
-    tiny_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    what: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
     student = shutil.copytree(students["uniform"], tmp_path / "student")
     with pytest.raises(KeyboardInterrupt):
         recover(student, tiny_llama, settings(text_file, "stream"), tmp_path / "out", _Stop(3))
@@ -212,17 +205,11 @@ def test_another_run_s_state_is_dropped(
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("mode", ["stream", "blocks"])
 def test_a_damaged_state_is_named(
-    mode: str,
-    students: dict[str, Path],
-    tiny_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
     args = (students["uniform"], tiny_llama, settings(text_file, mode), tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         recover(*args, _Stop(3 if mode == "stream" else 1))
@@ -306,6 +293,13 @@ def test_lora(kind: str, students: dict[str, Path], tiny_llama: Path, text_file:
     assert changed == {name for name in new if name.startswith("model.layers.") and name.endswith("proj.weight")}
     for name in changed:
         assert torch.linalg.matrix_rank((new[name] - old[name]).double(), atol=1e-6) <= 4
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot after every step."""
+    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
 
 
 def refused(cause: type[StructPruneError], match: str, *args: Any) -> None:
