@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -142,6 +143,7 @@ class _Stop(SilentObserver):
             raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize(("mode", "mix"), [("stream", "given"), ("stream", "robust"), ("blocks", "given")])
 def test_a_cut_run_ends_as_an_uncut_one(
     mode: str,
@@ -157,9 +159,6 @@ def test_a_cut_run_ends_as_an_uncut_one(
     texts = (str(text_file), str(other))
     wanted = settings(text_file, mode, mix=mix, calibration=texts, num_samples=10, held_out=2, epochs=2)
     recover(students["uneven"], tiny_llama, wanted, tmp_path / "uncut")
-    # A snapshot after every step.
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
     trained: list[int] = []
     train = blocks_mode.BlockTrainer.train
     monkeypatch.setattr(
@@ -184,16 +183,25 @@ def test_a_cut_run_ends_as_an_uncut_one(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("what", ["settings", "student"])
 def test_another_run_is_refused_and_resume_goes_on(
-    students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    student = shutil.copytree(students["uniform"], tmp_path / "student")
     with pytest.raises(KeyboardInterrupt):
-        recover(students["uniform"], tiny_llama, settings(text_file, "stream"), tmp_path / "out", _Stop(3))
+        recover(student, tiny_llama, settings(text_file, "stream"), tmp_path / "out", _Stop(3))
     assert (tmp_path / "out.partial" / "recovery").is_dir()
-    changed = settings(text_file, "stream", learning_rate=1e-3)
-    with pytest.raises(InputError, match=r"the unfinished run here is another one.*other settings"):
-        recover(students["uniform"], tiny_llama, changed, tmp_path / "out")
+    path = student / "model-00002-of-00004.safetensors"
+    content, times = path.read_bytes(), path.stat()
+    changed = settings(text_file, "stream", learning_rate=1e-3 if what == "settings" else 5e-4)
+    if what == "student":
+        # Other weights of the same shapes.
+        save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"the unfinished run here is another one.*other {what}"):
+        recover(student, tiny_llama, changed, tmp_path / "out")
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     report = resume(tmp_path / "out")
     assert isinstance(report, RecoveryReport)
     assert len(report.trace) == 8
@@ -204,19 +212,12 @@ def test_another_run_is_refused_and_resume_goes_on(
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
+@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("mode", ["stream", "blocks"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_state_is_named_and_made_again(
-    damage: str,
-    mode: str,
-    students: dict[str, Path],
-    tiny_llama: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    damage: str, mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
-    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
     args = (students["uniform"], tiny_llama, settings(text_file, mode), tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         recover(*args, _Stop(3 if mode == "stream" else 1))
@@ -306,6 +307,13 @@ def test_lora(kind: str, students: dict[str, Path], tiny_llama: Path, text_file:
     assert changed == {name for name in new if name.startswith("model.layers.") and name.endswith("proj.weight")}
     for name in changed:
         assert torch.linalg.matrix_rank((new[name] - old[name]).double(), atol=1e-6) <= 4
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot after every step."""
+    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", 1e9)
 
 
 def refused(cause: type[StructPruneError], match: str, *args: Any) -> None:

@@ -34,8 +34,9 @@ from structprune.recovery.snapshots import load_tensors, load_text, save_tensors
 from structprune.report.recovery import RecoveredBlock
 from structprune.types import BlockLayout
 
-# A pass that lowers the held-out error by less than this share is the block's last.
-_LEAST_GAIN = 0.002
+# Passes in a row without a new least error after which a block's training ends; one alone may be the learning rate's
+# fault, which falls to the last.
+_PATIENCE = 2
 
 
 def _check(targets: tuple[int, ...], student: StockModel) -> None:
@@ -151,7 +152,7 @@ class BlockTrainer:
         best_P: Tensor | None = None
         windows = self.job.texts.all_train
         per_pass = -(-len(windows) // settings.batch)
-        step = epochs = seen = 0
+        step = epochs = seen = in_vain = 0
         while epochs < settings.passes and parameters.size and (share_s is None or share_s > 0):
             order = torch.randperm(
                 len(windows),
@@ -176,10 +177,10 @@ class BlockTrainer:
                         module.get_parameter(name).copy_(view)
             epochs += 1
             error = self.error(module)
-            gained = best - error
-            if gained > 0:
+            in_vain = 0 if error < best else in_vain + 1
+            if error < best:
                 best, best_P = error, state_3P[0].clone()
-            if late or gained < _LEAST_GAIN * before:
+            if late or in_vain == _PATIENCE:
                 break
         tensors = original if best_P is None else parameters.stored(original, best_P)
         return tensors, RecoveredBlock(

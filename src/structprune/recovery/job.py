@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -67,11 +68,18 @@ class RecoveryJob:
         """What must be the same for a run to go on where another was cut."""
         return {
             "settings": self.settings.fingerprint(),
-            "teacher": self.teacher.reader.fingerprint(),
-            "student": self.student.reader.fingerprint(),
+            "teacher": _files(self.teacher.reader),
+            "student": _files(self.student.reader),
             "windows": fingerprint(self.student.windows),
             "dtype": str(self.student.dtype),
         }
+
+
+def _files(reader: CheckpointReader) -> str:
+    """Which files these are: of one shape there may be many students, so their times count beside the fingerprint."""
+    stats = {path.name: path.stat() for path in sorted(reader.directory.glob("*.safetensors"))}
+    text = json.dumps([reader.fingerprint(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
