@@ -22,7 +22,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 HEAP_BLOCK_BYTES = 8 * 2**20
 """Freed blocks that are smaller stay in the heap."""
-HEAP_END_BYTES = 16 * 2**20
+HEAP_END_BYTES = 12 * 2**20
 """Free memory at the end of the heap that is not given back before the next `release_free_memory`."""
 _UNITS = {
     "": 1,
@@ -82,7 +82,7 @@ def bound_hidden_memory() -> None:
     Freed blocks of 8 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
     successors of another size do not fit into their holes. The solver peaked 45 MiB higher for matrices of order 1536,
     and activations of 6 MiB, which do stay there, added 54 MiB to a run of 167. From 4 MiB on, the forward passes of a
-    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. Smaller ones stay in the heap, up to 16 MiB at
+    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. Smaller ones stay in the heap, up to 12 MiB at
     its end: once the other threshold is set the default there is 128 KiB, with which every temporary of a forward pass
     was taken anew from the system, page by page, and an RMSNorm of 2048 tokens cost four to eight times as much.
 
