@@ -16,7 +16,7 @@ class _Defaults:
     epochs: int
 
 
-# Tried on SmolLM2-135M at 30% (docs/recover.md), but for LoRA's: ten times the others', as updates start at zero.
+# Tried on SmolLM2-135M at 30% (docs/recover.md).
 _DEFAULTS = {
     "stream": _Defaults(learning_rate=1e-4, epochs=1),
     "blocks": _Defaults(learning_rate=3e-4, epochs=4),
