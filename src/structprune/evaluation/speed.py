@@ -29,7 +29,7 @@ class SpeedResult:
     """Of each repeat; models that were timed together took theirs in turn."""
     decode_rates: tuple[float, ...]
     peak_bytes: int
-    """What the warm-up added to this process, or on CUDA to the device: activations, logits and cache."""
+    """What a run added to this process, or on CUDA to the device: activations, logits and cache."""
 
     def ratios(self, other: SpeedResult) -> tuple[float, float]:
         """Prefill and decode: the median of this model's speed over the other's in the same repeat."""
@@ -59,6 +59,8 @@ def speed_pair(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     peaks: dict[str, int] = {}
     for name, model in models.items():
+        # Weights are pages of a mapped file: the first run makes them resident, and its peak would count them twice.
+        _once(model, batch, 1, 1)
         peaks[name] = _peak_of_one_run(model, batch, prompt_tokens, decode_tokens)
     for _ in range(repeats):
         for name, model in models.items():

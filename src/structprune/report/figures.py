@@ -51,11 +51,11 @@ def retention_charts(report: PruneReport) -> list[Chart]:
             shares,
             "block",
             Axis(label="kept", format=percent, low=0.0, high=1.0),
-            [Level(value=kept / units, label=f"mean {kept / units:.1%}")] if 0 < kept < units else [],
+            [Level(value=kept / units)] if 0 < kept < units else [],
             marked,
         )
         caption = f"{min(b.kept_units for b in blocks)} to {max(b.kept_units for b in blocks)} of "
-        caption += f"{max(b.num_units for b in blocks)} in a block; {kept:,} of {units:,} in all."
+        caption += f"{max(b.num_units for b in blocks)} in a block; {kept:,} of {units:,} in all (the line)."
         if marked:
             caption += " Orange: at a bound."
         charts.append(Chart(title=f"{name[0].upper()}{name[1:]} kept", svg=svg, caption=caption))

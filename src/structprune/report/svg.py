@@ -35,10 +35,10 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """A horizontal line with its name."""
+    """A horizontal line, with its name if the caption does not say it."""
 
     value: float
-    label: str
+    label: str = ""
     side: Literal["left", "right"] = "right"
     """Where the name stands: where the data is not."""
     below: bool = False
