@@ -165,6 +165,8 @@ def _levels(levels: Sequence[Level], y_scale: _Scale) -> list[str]:
         height = y_scale(level.value)
         line = f'x1="{_LEFT:.0f}" x2="{WIDTH - _RIGHT:.0f}" y1="{height:.1f}" y2="{height:.1f}"'
         parts.append(f'<line class="level" {line}/>')
+        if not level.label:
+            continue
         # Where the chart ends there is no room above.
         place = height + 12 if level.below or height < _TOP + 12 else height - 4
         if level.side == "left":
