@@ -6,26 +6,23 @@ import csv
 import io
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from structprune.memory import format_bytes
+from structprune.report.frozen import Frozen
 
 COMPARISON_VERSION = 1
 RESULT_NAME = "comparison.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TextInfo(_Frozen):
+class TextInfo(Frozen):
     """A text that every model is tested on."""
 
     label: str
     sha256: str
 
 
-class TextScore(_Frozen):
+class TextScore(Frozen):
     """One model on one text."""
 
     text: str
@@ -36,7 +33,7 @@ class TextScore(_Frozen):
     num_windows: int
 
 
-class Speed(_Frozen):
+class Speed(Frozen):
     """Tokens per second at batch 1, and the same over the dense model's in the same minute."""
 
     prefill_tokens_per_s: float
@@ -47,7 +44,7 @@ class Speed(_Frozen):
     decoded_tokens: int
 
 
-class DenseRow(_Frozen):
+class DenseRow(Frozen):
     """The model that everything is compared with."""
 
     parameters: int
@@ -55,7 +52,7 @@ class DenseRow(_Frozen):
     texts: list[TextScore]
 
 
-class Cell(_Frozen):
+class Cell(Frozen):
     """One method at one sparsity."""
 
     key: str
@@ -104,7 +101,7 @@ def cost_values(cell: Cell) -> tuple[str, ...]:
     )
 
 
-class Failure(_Frozen):
+class Failure(Frozen):
     """A cell that did not come to an end; it is tried again when the comparison goes on."""
 
     label: str
@@ -112,7 +109,7 @@ class Failure(_Frozen):
     error: str
 
 
-class Comparison(_Frozen):
+class Comparison(Frozen):
     """All of it, as written to `comparison.json`. `schema_version` rises when a field changes its meaning."""
 
     schema_version: int = COMPARISON_VERSION
@@ -127,8 +124,8 @@ class Comparison(_Frozen):
     dtype: str
     device: str
     dense: DenseRow | None = None
-    cells: list[Cell] = []
-    failures: list[Failure] = []
+    cells: list[Cell] = Field(default_factory=list[Cell])
+    failures: list[Failure] = Field(default_factory=list[Failure])
 
     def ordered(self) -> list[Cell]:
         """By sparsity, then by perplexity on the first text."""

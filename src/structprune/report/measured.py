@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from structprune.report.frozen import Frozen
 
 MEASURED_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TextResult(_Frozen):
+class TextResult(Frozen):
     """One text."""
 
     text: str
@@ -30,7 +26,7 @@ class TextResult(_Frozen):
     reference_perplexity: float | None
 
 
-class TaskResult(_Frozen):
+class TaskResult(Frozen):
     """One zero-shot task, as lm-eval scores it."""
 
     task: str
@@ -42,7 +38,7 @@ class TaskResult(_Frozen):
     version: str
 
 
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """The result of `structprune eval`. `schema_version` rises when a field changes its meaning or goes away."""
 
     kind: Literal["evaluation"] = "evaluation"
@@ -67,7 +63,7 @@ class Evaluation(_Frozen):
         return self.model_dump(mode="json")
 
 
-class Rate(_Frozen):
+class Rate(Frozen):
     """Tokens per second over several repeats."""
 
     median: float
@@ -77,7 +73,7 @@ class Rate(_Frozen):
     """Upper quartile."""
 
 
-class SpeedPoint(_Frozen):
+class SpeedPoint(Frozen):
     """One model at one batch size and prompt length."""
 
     batch: int
@@ -92,7 +88,7 @@ class SpeedPoint(_Frozen):
     decode_ratio: float | None
 
 
-class BenchedModel(_Frozen):
+class BenchedModel(Frozen):
     """One model's size and speeds."""
 
     model: str
@@ -103,7 +99,7 @@ class BenchedModel(_Frozen):
     points: list[SpeedPoint]
 
 
-class Bench(_Frozen):
+class Bench(Frozen):
     """The result of `structprune bench`; the model first, then the one it is compared with."""
 
     kind: Literal["bench"] = "bench"

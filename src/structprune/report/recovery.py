@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from structprune.report.frozen import Frozen
 from structprune.report.schema import MemoryReport, ReloadReport
 
 RECOVERY_SCHEMA_VERSION = 1
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RecoveredBlock(_Frozen):
+class RecoveredBlock(Frozen):
     """One block of the student, trained alone."""
 
     block: int
@@ -36,7 +31,7 @@ class RecoveredBlock(_Frozen):
     seconds: float
 
 
-class TraceStep(_Frozen):
+class TraceStep(Frozen):
     """One step of the optimiser."""
 
     step: int
@@ -46,7 +41,7 @@ class TraceStep(_Frozen):
     """Mean KL divergence from the teacher over the step's tokens, in nats, before the step."""
 
 
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """The held-out windows after so many steps."""
 
     step: int
@@ -56,7 +51,7 @@ class Evaluation(_Frozen):
     by_text: list[float]
 
 
-class TextReport(_Frozen):
+class TextReport(Frozen):
     """One text's windows and what became of them."""
 
     name: str
@@ -66,7 +61,7 @@ class TextReport(_Frozen):
     """Of the windows that were drawn for training; 0 where none was."""
 
 
-class Quality(_Frozen):
+class Quality(Frozen):
     """Of one model on all held-out windows."""
 
     perplexity: float
@@ -74,7 +69,7 @@ class Quality(_Frozen):
     """Mean KL divergence from the teacher, in nats per token."""
 
 
-class RecoveryReport(_Frozen):
+class RecoveryReport(Frozen):
     """Everything that a recovery states about itself."""
 
     schema_version: int = RECOVERY_SCHEMA_VERSION
