@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
 from structprune.cli.many import many_values
 
 BenchCommand = many_values("--batch", "--prompt")
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: ModelArgument,
     against: Annotated[
         str | None, typer.Option("--against", help="Another model, the dense one: timed in turn, ratios are given.")
     ] = None,
@@ -25,8 +26,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each point, after a warm-up.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Prefill and decode tokens per second (median, quartiles), peak memory and size of MODEL."""
     from structprune.assess import bench as run_bench

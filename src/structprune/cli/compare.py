@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import ModelArgument, QuietFlag
 from structprune.cli.many import many_values
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],
     methods: Annotated[
         list[str],
@@ -36,7 +37,7 @@ def compare(
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the curves (needs matplotlib).")] = True,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
     from structprune.comparison.cells import parse_settings, parse_variant

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
 from structprune.cli.many import many_values
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ EvalCommand = many_values("--text", "--tasks")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
+    model: ModelArgument,
     text: Annotated[list[Path] | None, typer.Option("--text", help="One or more text or jsonl files.")] = None,
     against: Annotated[
         str | None,
@@ -39,8 +40,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Of the tasks' requests.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Perplexity of MODEL on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
     from structprune.assess import EvaluationRequest, evaluate_all

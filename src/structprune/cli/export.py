@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, QuietFlag
+
 
 def export(
     model: Annotated[str, typer.Argument(help="Output of `prune`, or any model that it takes.")],
@@ -19,8 +21,8 @@ def export(
     tokenizer_gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the dense model, whose tokenizer is copied.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Write MODEL for llama.cpp, uneven widths too, or as an ONNX graph."""
     from structprune.api import export as run_export

@@ -8,17 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
+from structprune.cli.flags import ModelArgument, QuietFlag, ReportJsonFlag
 from structprune.cli.settings import takes_recipe
 
 
 @takes_recipe
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id[@revision], .gguf file, or smollm2.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     # A Recipe, of the flags that stand here on the command line.
     settings: Any,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: ReportJsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL into a new, physically smaller checkpoint."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.

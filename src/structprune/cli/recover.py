@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structprune.cli.settings import DeviceFlag, DtypeFlag, MemoryFlag, SeedFlag
+from structprune.cli.flags import DeviceFlag, DtypeFlag, MemoryFlag, QuietFlag, ReportJsonFlag, SeedFlag
 
 if TYPE_CHECKING:
     from structprune.report.recovery import RecoveryReport
@@ -52,8 +52,8 @@ def recover(
         bool | None,
         typer.Option("--reload-check/--no-reload-check", help="As in `prune`.  [default: yes]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: ReportJsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Let the pruned model STUDENT learn again from the dense one; `structprune resume` goes on if it was cut."""
     values = dict(locals())

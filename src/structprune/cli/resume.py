@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import QuietFlag, ReportJsonFlag
+
 
 def resume(
     run: Annotated[Path, typer.Argument(help="The -o of the run that was cut.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: ReportJsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Go on with a run of `prune` or `recover` that was interrupted, killed or out of disk; the result is the same."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from structprune.cli.flags import DeviceFlag, DtypeFlag, MemoryFlag, SeedFlag
+
 if TYPE_CHECKING:
     from structprune.recipe import Recipe
-
-MemoryFlag = Annotated[str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")]
-DeviceFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
-DtypeFlag = Annotated[
-    str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
-]
-SeedFlag = Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")]
 
 
 def recipe_from_flags(
