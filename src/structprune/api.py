@@ -22,7 +22,8 @@ from structprune.engine.finish import load_report
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
-from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.planner import make_plan
 from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS

@@ -20,7 +20,7 @@ from conftest import TINY_MODELS, save_tiny
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.recovery.adam import BETAS, EPSILON, adam_step, course
 from structprune.recovery.blocks import token_error
 from structprune.recovery.divergence import LOGIT_TOKENS, divergence

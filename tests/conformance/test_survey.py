@@ -27,7 +27,7 @@ from structprune.engine.executor import allocate
 from structprune.engine.findings import load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.engine.problem import layer_problem
 from structprune.engine.survey import backward, survey
 from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums

@@ -26,7 +26,7 @@ from structprune.engine.finish import Outcome, finish
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.planner import PlanRequest
+from structprune.engine.plan import PlanRequest
 from structprune.engine.walk import load_block
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config

@@ -11,7 +11,7 @@ import torch
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.memory import PeakMeter
 from structprune.methods.method import Method, Survey
 from structprune.recipe import Recipe

@@ -14,7 +14,7 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.finish import versions
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.errors import InputError
 from structprune.recipe import Recipe
 from structprune.runs.directory import RunDirectory, check_free_disk

@@ -20,7 +20,8 @@ from structprune.architectures.stock import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed_windows
 from structprune.engine.observer import Observer
-from structprune.engine.planner import LOGIT_TOKENS, PlanRequest, PrunePlan, make_plan
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.planner import LOGIT_TOKENS, make_plan
 from structprune.errors import UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, PredictionSums, score_predictions
 from structprune.memory import release_free_memory

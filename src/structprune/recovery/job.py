@@ -19,7 +19,7 @@ from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.finish import MANIFEST_NAME
 from structprune.engine.observer import Observer
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.memory import PeakMeter
 from structprune.recovery.settings import RecoverySettings

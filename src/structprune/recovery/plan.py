@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from structprune.architectures.stock import StockModel
-from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.planner import make_plan
 from structprune.recovery import MODES
 from structprune.recovery.divergence import LOGIT_TOKENS
 from structprune.recovery.settings import RecoverySettings
