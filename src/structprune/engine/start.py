@@ -20,6 +20,13 @@ from structprune.recipe import Recipe
 from structprune.runs.directory import RunDirectory, check_free_disk
 
 _WINDOWS = "windows"
+_PARTS = {
+    "recipe": "with other settings",
+    "source": "from another source checkpoint",
+    "source_files": "from another source checkpoint (a file was written since)",
+    "versions": "by other versions",
+    "windows": "on another calibration text",
+}
 
 
 def identity(reader: CheckpointReader, recipe: Recipe) -> dict[str, Any]:
@@ -36,22 +43,24 @@ def identity(reader: CheckpointReader, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], staging: Path) -> None:
-    """Raise InputError that shows the difference, if the run that was cut is another one than the one that is asked."""
-    for part, what in (
-        ("recipe", "with other settings"),
-        ("source", "from another source checkpoint"),
-        ("source_files", "from another source checkpoint (a file was written since)"),
-        ("versions", "by other versions"),
-        ("windows", "on another calibration text"),
-    ):
+def check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], staging: Path, parts: Mapping[str, str] = _PARTS
+) -> None:
+    """Raise InputError that shows the difference, if the run that was cut is another one than the one that is asked.
+
+    `parts`: what both runs say of themselves -> how one that says something else was started.
+    """
+    do = f"ask for the same, remove {staging} to start again, or choose another -o"
+    if not parts.keys() <= before.keys():
+        raise InputError("the unfinished run here was started by another command", where=str(staging), do=do)
+    for part, what in parts.items():
         if before[part] != now[part]:
             raise InputError(
                 f"the unfinished run here was started {what}",
                 where=str(staging),
                 got=_difference(now[part], before[part]),
                 wanted=_difference(before[part], now[part]),
-                do=f"ask for the same, remove {staging} to start again, or choose another -o",
+                do=do,
             )
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.observer import Observer
+from structprune.engine.start import check_same
 from structprune.engine.text import source_context
 from structprune.errors import InputError
 from structprune.memory import PeakMeter, format_bytes
@@ -29,6 +29,13 @@ from structprune.report.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 
 _STATE_NAME = "recovery"
+_PARTS = {
+    "settings": "with other settings",
+    "teacher": "with another teacher",
+    "student": "from another student",
+    "windows": "on another calibration text",
+    "dtype": "in another dtype",
+}
 
 
 def recover_model(
@@ -94,22 +101,21 @@ def recover_model(
                     directory=str(Path.cwd()),
                 )
             else:
-                _check_same(run.start, job.identity(), run.staging)
+                check_same(run.start, job.identity(), run.staging, _PARTS)
                 run.go_on()
             if run.is_committed():
                 run.discard()
                 return load_recovery_report(run.output)
             folder, scratch = run.staging / _STATE_NAME, run.staging / "scratch"
             folder.mkdir(exist_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
             place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
+            _empty(scratch)
             try:
                 recovered = mode.run(job, place)
             except DamagedStateError as error:
                 observer.note(f"{error}; the training begins anew")
-                shutil.rmtree(folder)
-                folder.mkdir()
+                _empty(folder)
+                _empty(scratch)
                 recovered = mode.run(job, place)
             report = finish_recovery(
                 job, recovered, run, place, student=str(student), teacher=str(teacher), started=started
@@ -148,17 +154,10 @@ def load_recovery_report(output: Path) -> RecoveryReport:
     return RecoveryReport.model_validate_json((output / RECOVERY_REPORT_NAME).read_text(encoding="utf-8"))
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, str], staging: Path) -> None:
-    """Raise InputError that names what differs, if another run was cut here."""
-    differing = [name for name, value in now.items() if before.get(name) != value]
-    if differing:
-        raise InputError(
-            "the unfinished run here is another one",
-            where=str(staging),
-            got=f"other {', '.join(differing)}",
-            wanted="the command that it was started with",
-            do=f"ask for the same, remove {staging} to start again, or choose another -o",
-        )
+def _empty(folder: Path) -> None:
+    """Make it a folder with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
 
 def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:
