@@ -108,6 +108,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     clock = CLOCKS[arguments.clock]
+    directory = resolve_model(arguments.model)
+
+    def sample() -> Floor:
+        model = load_model(directory, torch.device("cpu"), torch.bfloat16).requires_grad_(False)
+        return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, clock)
+
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for method in arguments.methods:
@@ -120,24 +126,12 @@ def main() -> None:
                 multiple_of=1,
                 reload_check=False,
             )
-            directory = resolve_model(arguments.model)
-            floors: list[Floor] = []
-
-            def sample(dtype: torch.dtype, where: Path = directory, found: list[Floor] = floors) -> None:
-                model = load_model(where, torch.device("cpu"), dtype).requires_grad_(False)
-                found.append(
-                    floor_of(
-                        model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, CLOCKS[arguments.clock]
-                    )
-                )
-
-            # The dtype is the run's own choice, known when it is over; `auto` is the same on one machine.
-            sample(torch.bfloat16)
+            floors = [sample()]
             start = clock()
             report = prune(arguments.model, recipe, Path(folder) / method)
             spent = clock() - start
             assert report.compute_dtype == "bfloat16", f"the floor is of bfloat16, the run of {report.compute_dtype}"
-            sample(torch.bfloat16)
+            floors.append(sample())
             matmul, stock, gram = (
                 sum(getattr(each, name) for each in floors) / len(floors) for name in ("matmul_s", "stock_s", "gram_s")
             )
