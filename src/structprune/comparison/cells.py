@@ -67,7 +67,8 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     )
     fields = recipe.model_dump(exclude_unset=True)
     fields["sparsity"] = recipe.sparsity * in_scope / layout.block_parameters
-    fields.pop("scope", None)
+    # Said, not left out: a cell's process reads its recipe from a file, where every field is there.
+    fields["scope"] = "all"
     return Recipe.build(**fields)
 
 
