@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -302,3 +303,20 @@ def test_masks_of_bytes_are_left_out(tmp_path: Path) -> None:
     masks = {"h.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=torch.bool)}
     reader = CheckpointReader(write_single(tmp_path / "model", weight=torch.ones(2), **masks))
     assert set(reader.shapes) == {"weight"}
+
+
+def test_shard_larger_than_memory_has_its_headers_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch maps files as private memory, which systems refuse beyond their own; numpy's mapping they do not count."""
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(path: str, framework: str) -> Any:
+        if framework == "pt":
+            raise RuntimeError(f"unable to mmap 25707028920 bytes from file <{path}>: Cannot allocate memory (12)")
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(reader_module, "safe_open", refuse)
+    reader = CheckpointReader(tmp_path)
+    assert reader.shapes == {"a": (3,)}
+    with pytest.raises(CheckpointError, match="cannot be mapped into memory; got unable to mmap 25707028920 bytes"):
+        reader.read(["a"])

@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from structprune.errors import CheckpointError, NumericalError
+from structprune.errors import CheckpointError, NumericalError, first_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -75,7 +75,7 @@ class CheckpointReader:
         single_path = self.directory / SINGLE_NAME
         # Stock transformers prefers the single file where both are there.
         if single_path.exists():
-            with self._open(single_path) as handle:
+            with self._open(single_path, "np") as handle:
                 return dict.fromkeys(handle.keys(), single_path)
         if index_path.exists():
             weight_map = self._read_json(index_path, "").get("weight_map")
@@ -103,9 +103,10 @@ class CheckpointReader:
             else "check the path",
         )
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
+        """For headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
         try:
-            return safe_open(str(path), framework="pt")
+            return safe_open(str(path), framework=framework)
         except FileNotFoundError:
             raise CheckpointError(
                 "a shard that the index names is missing", where=str(path), do="download the checkpoint again"
@@ -117,13 +118,20 @@ class CheckpointReader:
                 got=str(error),
                 do="download this file again",
             ) from None
+        except RuntimeError as error:
+            raise CheckpointError(
+                "the shard cannot be mapped into memory",
+                where=str(path),
+                got=first_line(error),
+                do="save the checkpoint in smaller shards, or allow the system to map more than its memory",
+            ) from None
 
     def _read_headers(self) -> None:
         by_shard: dict[Path, list[str]] = {}
         for name, path in self._shard_of.items():
             by_shard.setdefault(path, []).append(name)
         for path, names in by_shard.items():
-            with self._open(path) as handle:
+            with self._open(path, "np") as handle:
                 present = set(handle.keys())
                 for name in names:
                     if name not in present:

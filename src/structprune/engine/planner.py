@@ -240,7 +240,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
         kept = 3 * request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES_BACKWARD
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
-        phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + sums
+        phases["survey: backward"] = small + gradient + weights + cast + kept + sums
         phases["survey: loss"] = (
             small
             + (store_bytes if store == "memory" else 0)

@@ -128,7 +128,7 @@ def iteration_bytes(tokens: int, hidden: int, inputs: int, num_latents: int) -> 
     return (
         # Inputs and targets, one of them in pieces too; z, s and duals; the temporaries of a chunk.
         tokens * (3 * hidden + num_latents * inputs) * 4
-        + min(tokens, CHUNK_TOKENS) * 24 * inputs * 4
+        + min(tokens, CHUNK_TOKENS) * 20 * inputs * 4
         # Float32 weights of three states, moments and a factorisation in float64.
         + 9 * inputs * hidden * 4
         + 6 * inputs * hidden * 8
