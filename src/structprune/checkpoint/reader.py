@@ -104,7 +104,7 @@ class CheckpointReader:
         )
 
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
-        """For headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
+        """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
         try:
             return safe_open(str(path), framework=framework)
         except FileNotFoundError:
