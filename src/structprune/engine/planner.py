@@ -195,8 +195,11 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     num_scores = request.layout.num_score_heads * request.seq_len**2
     activations = micro_batch * (request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES)
     # As wide as the stream: small ones leave holes in the heap.
-    states = micro_batch * request.seq_len * hidden * item
-    activations += _HEAP_STATES * states if states < HEAP_BLOCK_BYTES else 0
+    if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
+        activations += _HEAP_STATES * states
+    if item != 4:
+        # A CPU without units for a narrow dtype multiplies by a float32 copy of the weight.
+        activations += 4 * max(torch.Size(shape).numel() for shape in block.shapes.values())
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.

@@ -85,7 +85,8 @@ def fitting_error(
     if target_OI is None:
         # From the difference of the weights: nothing cancels.
         difference_OI = original_OI.to(torch.float64, copy=True).neg_()
-        difference_OI[:, kept_K] += weight_OK
+        for part in strips(len(difference_OI), difference_OI.shape[1]):
+            difference_OI[part].index_add_(1, kept_K, weight_OK[part].to(torch.float64))
         return max(0.0, output_energy(difference_OI, gram_II))
     weight_OK = weight_OK.to(torch.float64)
     return max(

@@ -91,8 +91,11 @@ class _Corrections:
         self.kept_K, self.removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
 
     def local(self, damping: float) -> _Correction:
-        removed_OP = self.problem.weight_OI[:, self.removed_P]
-        return self._solve(times_gram(removed_OP, self.problem.gram_II, self.removed_P, self.kept_K), damping)
+        # Nothing but the product stays while the square is factored.
+        missing_OK = times_gram(
+            self.problem.weight_OI[:, self.removed_P], self.problem.gram_II, self.removed_P, self.kept_K
+        )
+        return self._solve(missing_OK, damping)
 
     def path(self, damping: float) -> _Correction:
         assert self.problem.target_OI is not None
