@@ -197,9 +197,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     # As wide as the stream: small ones leave holes in the heap.
     if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
         activations += _HEAP_STATES * states
-    if item != 4:
-        # A CPU without units for a narrow dtype multiplies by a float32 copy of the weight.
-        activations += 4 * max(torch.Size(shape).numel() for shape in block.shapes.values())
+    # A CPU without units for a narrow dtype multiplies by a float32 copy of the weight.
+    widened = 0 if item == 4 else 4 * max(torch.Size(shape).numel() for shape in block.shapes.values())
+    activations += widened
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
@@ -214,6 +214,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
     )
     head = max(in_use.values())
+    logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
     phases = {
         "calibration text": runtime
         + _TEXT_BYTES
@@ -225,17 +226,13 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         "write block": resident + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
         "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
-        "perplexity of the calibration text": small
-        + head
-        + _CHUNK_BYTES
-        + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
+        "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
     }
     if request.compares == "borders":
         # Both states, their unit vectors and one difference in float32.
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
-        logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
         phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
@@ -243,7 +240,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
         kept = 3 * request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES_BACKWARD
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
-        phases["survey: backward"] = small + gradient + weights + cast + kept + sums
+        phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums
         phases["survey: loss"] = (
             small
             + (store_bytes if store == "memory" else 0)
