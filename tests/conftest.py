@@ -43,6 +43,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from structprune.cli import main
 from structprune.evaluation import reload
 
 VOCAB = 260
@@ -247,6 +248,24 @@ def smollm2() -> Path:
     from structprune.architectures.source import resolve_model
 
     return resolve_model("smollm2")
+
+
+CommandLine = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def command_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Runs `structprune` with these arguments in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(*given: object) -> tuple[object, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in given])
+        return caught.value.code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

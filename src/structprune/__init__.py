@@ -9,14 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from structprune.api import prune
+    from structprune.api import prune, recover
     from structprune.recipe import Recipe
+    from structprune.recovery.settings import RecoverySettings
+    from structprune.report.recovery import RecoveryReport
     from structprune.report.schema import PruneReport
 
 __version__ = "0.1.0"
-__all__ = ["PruneReport", "Recipe", "__version__", "prune"]
+__all__ = ["PruneReport", "Recipe", "RecoveryReport", "RecoverySettings", "__version__", "prune", "recover"]
 
-_LAZY = {"prune": "structprune.api", "Recipe": "structprune.recipe", "PruneReport": "structprune.report.schema"}
+_LAZY = {
+    "prune": "structprune.api",
+    "recover": "structprune.api",
+    "Recipe": "structprune.recipe",
+    "RecoverySettings": "structprune.recovery.settings",
+    "PruneReport": "structprune.report.schema",
+    "RecoveryReport": "structprune.report.recovery",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.sampler import sample_windows
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder, tokenizer_bytes
-from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.architectures.tokenizer import tokenizer_bytes
+from structprune.assess import evaluate as evaluate
+from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
-from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import REPORT_NAME
+from structprune.engine.finish import load_report
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
-from structprune.engine.observer import Observer, SilentObserver
-from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.planner import make_plan
+from structprune.engine.start import Start, begin_or_go_on, find_start
+from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS
 from structprune.errors import InputError, UnsupportedError
-from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
@@ -38,8 +37,12 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
-from structprune.runs.directory import RunDirectory, check_absent, check_free_disk
+from structprune.recovery.finish import RECOVERY_REPORT_NAME
+from structprune.recovery.run import find_recovery, load_recovery_report, recover_model
+from structprune.recovery.settings import RecoverySettings
+from structprune.report.recovery import RecoveryReport
+from structprune.report.schema import REPORT_NAME, PruneReport
+from structprune.runs.directory import RunDirectory, check_absent
 from structprune.solvers import NUM_LATENTS
 from structprune.types import ModelLayout, UnitGroup, UnitKind
 
@@ -83,7 +86,8 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     directory = resolve_model(str(model))
-    stock = StockModel(CheckpointReader(directory), recipe.head_units if recipe.scope != "mlp" else "kv-group")
+    head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
+    stock = StockModel(CheckpointReader(directory), head_units)
     if stock.sliced:
         raise UnsupportedError(
             "the source is a sliced model with shortcut matrices, which no method can prune",
@@ -151,6 +155,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         needs_scores=survey == "scores",
         needs_weight_gradients=survey == "taylor",
         follows_dense=recipe.target == "dense-path",
+        rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",
         score=recipe.score or "",
         solves=recipe.solver not in ("mask-only", "bias"),
@@ -173,117 +178,122 @@ def prune(
 ) -> PruneReport:
     """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
 
-    In the directory `shared` the dense model's measurements are left for runs that ask for the same ones.
+    A run of the same recipe that was cut goes on where it was. In the directory `shared` the dense model's measurements
+    are left for runs that ask for the same ones.
 
     Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
-    do; nothing half-written stays behind.
+    do; nothing half-written looks like a result.
     """
     started = time.perf_counter()
     bound_hidden_memory()
     observer = observer or SilentObserver()
     METHODS.get(recipe.method)
-    run = RunDirectory(Path(output))
+    run = RunDirectory(Path(output), observer.note)
     run.check()
     checked = check(model, recipe)
-    recipe, stock = checked.recipe, checked.stock
-    walk = WALKS[checked.method.walk]
+    with PeakMeter() as meter, run:
+        job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
+        if run.is_committed():
+            run.discard()
+            return load_report(run.output)
+        return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
 
-    with PeakMeter() as meter:
-        plan = _plan(checked, recipe.num_samples)
-        name, windows = _windows(checked, plan, observer)
-        check_free_disk(run.output, plan.disk_bytes)
-        num_windows = len(windows.ids_NS)
-        if num_windows < recipe.num_samples:
-            plan = _plan(checked, num_windows)
-        job = Job(
-            source=str(model),
-            stock=stock,
-            recipe=recipe.model_copy(
-                update={"calibration": name, "num_samples": num_windows, "memory": plan.budget_bytes}
-            ),
-            method=checked.method,
-            kinds=checked.kinds,
-            plan=plan,
-            calibration_name=name,
-            windows=windows,
-            num_probe=min(_num_probe(recipe), num_windows),
-            device=checked.device,
-            dtype=checked.dtype,
-            started=started,
-            shared=shared,
-            meter=meter,
-        )
-        with run:
-            return walk.execute(job, run, meter, observer)
+
+def resume(run: str | Path, observer: Observer | None = None) -> PruneReport | RecoveryReport:
+    """Go on with the run whose output or working directory is `run`, or return the report if it is finished.
+
+    A run of `prune` or of `recover`. Raises InputError if nothing is left of such a run, and what these raise.
+    """
+    directory = RunDirectory.named(expand_user(str(run)))
+    if (begun := find_recovery(directory)) is not None:
+        with contextlib.chdir(begun.directory):
+            return recover(begun.student, begun.teacher, begun.asked, directory.output, observer)
+    start = find_start(directory)
+    if start is None:
+        if (directory.output / RECOVERY_REPORT_NAME).is_file():
+            return load_recovery_report(directory.output)
+        if (directory.output / REPORT_NAME).is_file():
+            return load_report(directory.output)
+        wanted = "the -o of a run that was cut after it had begun"
+        raise InputError("there is no run to go on with", where=str(directory.staging), wanted=wanted)
+    # Paths in the settings count from where the run was started.
+    with contextlib.chdir(start.directory):
+        return prune(start.model, start.asked, directory.output, observer)
+
+
+def _job(
+    checked: CheckedRun,
+    run: RunDirectory,
+    meter: PeakMeter,
+    observer: Observer,
+    model: str,
+    asked: Recipe,
+    started: float,
+    shared: Path | None,
+) -> Job:
+    """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
+
+    def plan(memory: int | None, num_windows: int) -> PrunePlan:
+        return _plan(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
+
+    begun = begin_or_go_on(
+        run,
+        checked.stock.reader,
+        checked.recipe,
+        Start(model=model, asked=asked),
+        plan,
+        lambda plan: _windows(checked, plan, observer),
+    )
+    num_windows = len(begun.windows.ids_NS)
+    return Job(
+        source=model,
+        stock=checked.stock,
+        recipe=checked.recipe.model_copy(
+            update={"calibration": begun.name, "num_samples": num_windows, "memory": begun.plan.budget_bytes}
+        ),
+        method=checked.method,
+        kinds=checked.kinds,
+        plan=begun.plan,
+        calibration_name=begun.name,
+        windows=begun.windows,
+        num_probe=min(_num_probe(checked.recipe), num_windows),
+        device=checked.device,
+        dtype=checked.dtype,
+        started=started - run.journal.earlier_s,
+        shared=shared,
+        meter=meter,
+    )
 
 
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = checked.recipe
-    encoder = TextEncoder(checked.directory)
-
-    def sample(num_windows: int, seq_len: int, seed: int) -> Tensor:
-        return sample_windows(
-            checked.directory,
-            num_windows,
-            seq_len,
-            seed,
-            start_id=encoder.bos_id,
-            dtype=checked.dtype,
-            device=checked.device,
-            budget_bytes=plan.budget_bytes,
-        )
-
-    context = SourceContext(
-        encode=encoder.encode,
-        sample=sample,
+    context = source_context(
+        checked.directory,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        dtype=checked.dtype,
+        device=checked.device,
+        budget_bytes=plan.budget_bytes,
     )
     return load_windows(recipe.calibration, context, observer.note)
 
 
-def evaluate(
-    model: str | Path,
-    text: str | Path,
-    *,
-    against: str | Path | None = None,
-    seq_len: int = 2048,
-    max_windows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> PerplexityResult:
-    """Perplexity of `model`, loaded by stock transformers, on the text file `text`.
+def recover(
+    student: str | Path,
+    teacher: str | Path,
+    settings: RecoverySettings,
+    output: str | Path,
+    observer: Observer | None = None,
+) -> RecoveryReport:
+    """Let `student`, a pruned model, learn again from the dense `teacher`; the result goes to the directory `output`.
 
-    With `against` also how far its predictions are from that model's, which must have the same vocabulary.
-    Raises StructPruneError.
+    The format stays the student's. A run that was killed or interrupted goes on when it is called again. Raises a
+    subclass of StructPruneError that says what to do.
     """
-    recipe = Recipe.build(device=device, dtype=dtype, seq_len=seq_len)
-    content = read_text(Path(text))
-    target = resolve_device(recipe.device)
-    compute_dtype = resolve_dtype(recipe, target)
-    loaded, encoder = load_with_tokenizer(model, target, compute_dtype)
-    windows_NS = text_windows(loaded, encoder, content, str(text), seq_len, max_windows)
-    reference = None
-    if against is not None:
-        other, _ = load_with_tokenizer(against, target, compute_dtype)
-        if other.config.vocab_size != loaded.config.vocab_size:
-            raise InputError(
-                "the two models have different vocabularies",
-                got=f"{loaded.config.vocab_size} and {other.config.vocab_size} tokens",
-                wanted="a pruned model and the one it came from",
-            )
-        reference = make_reference(other, windows_NS)
-    return perplexity(loaded, windows_NS, str(text), reference=reference)
-
-
-def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
-    directory = resolve_model(str(model))
-    # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    CheckpointReader(directory)
-    return load_model(directory, device, dtype), TextEncoder(directory)
+    bound_hidden_memory()
+    return recover_model(student, teacher, settings, output, observer or SilentObserver())
 
 
 def inspect(model: str | Path) -> ModelLayout:
@@ -306,10 +316,10 @@ def export(
     tokenizer_gguf: str | Path | None = None,
     observer: Observer | None = None,
 ) -> ExportResult:
-    """Write `model` (an output of `prune`, or any model that `prune` takes) as a file for another runtime.
+    """Write `model` (an output of `prune`, or any model that `prune` takes) for another runtime: `gguf`, `onnx`.
 
-    The tokenizer of a model that came from a GGUF file is copied from there, as `tokenizer_gguf` would be.
-    Raises a subclass of StructPruneError; the file appears whole or not at all.
+    In a GGUF file the tokenizer of a model that came from another one is copied from there, as `tokenizer_gguf` would
+    be. Raises a subclass of StructPruneError; the output appears whole or not at all.
     """
     observer = observer or SilentObserver()
     exporter = EXPORTERS.get(format)
@@ -319,9 +329,6 @@ def export(
     check_absent(path)
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
-    tokenizer = expand_user(str(tokenizer_gguf)) if tokenizer_gguf else _source_gguf(str(model), directory)
-    if tokenizer is not None:
-        observer.note(f"tokenizer copied from {tokenizer}")
 
     def start(total: int) -> None:
         observer.start("write", total)
@@ -332,7 +339,9 @@ def export(
             output=path,
             name=path.stem,
             dtype=dtype,
-            tokenizer_gguf=tokenizer,
+            tokenizer_gguf=expand_user(str(tokenizer_gguf)) if tokenizer_gguf else None,
+            source_gguf=_source_gguf(str(model), directory),
+            note=observer.note,
             start=start,
             advance=observer.advance,
         )

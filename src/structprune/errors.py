@@ -78,3 +78,7 @@ class MemoryBudgetError(StructPruneError):
 
 class NumericalError(StructPruneError):
     """A value that is not finite, or a factorisation that failed after its bounded retries."""
+
+
+class DiskFullError(StructPruneError):
+    """A write failed for want of space. What the run had done is kept."""

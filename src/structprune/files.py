@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
+import zlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+
+_CHUNK_BYTES = 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -54,3 +60,29 @@ def sync_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `atomic_path` was writing below `folder` when its process was killed."""
+    for path in folder.rglob(".*.tmp-*"):
+        if path.is_file():
+            path.unlink()
+
+
+def file_sum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file: enough to notice a flipped bit or a missing end, at the speed of the disk."""
+    crc, size = 0, 0
+    with path.open("rb", buffering=0) as handle:
+        while chunk := handle.read(_CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
+    return [size, crc]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk, the quota or the largest file is used up."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    # safetensors has an error of its own, with the number in its text.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return found is not None and int(found[1]) in _FULL

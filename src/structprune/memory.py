@@ -8,7 +8,9 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,9 +18,12 @@ import psutil
 from structprune.errors import InputError
 
 # From malloc.h.
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 HEAP_BLOCK_BYTES = 8 * 2**20
 """Freed blocks that are smaller stay in the heap."""
+HEAP_END_BYTES = 12 * 2**20
+"""Free memory at the end of the heap that is not given back before the next `release_free_memory`."""
 _UNITS = {
     "": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate(("", "k", "m", "g", "t"))},
@@ -77,13 +82,18 @@ def bound_hidden_memory() -> None:
     Freed blocks of 8 MiB or more go back to the system at once (glibc): by default they become part of the heap, where
     successors of another size do not fit into their holes. The solver peaked 45 MiB higher for matrices of order 1536,
     and activations of 6 MiB, which do stay there, added 54 MiB to a run of 167. From 4 MiB on, the forward passes of a
-    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. And oneDNN keeps what it prepared for each shape
-    of a bfloat16 product, 0.6 MiB each and up to 1024 of them, while every pruned block has its own width; a user's
-    setting of these caches is left alone.
+    135M model took 17% more CPU time for the pages, from 8 MiB on 4%. Smaller ones stay in the heap, up to 12 MiB at
+    its end: once the other threshold is set the default there is 128 KiB, with which every temporary of a forward pass
+    was taken anew from the system, page by page, and an RMSNorm of 2048 tokens cost four to eight times as much.
+
+    oneDNN keeps what it prepared for each shape of a bfloat16 product, 0.6 MiB each and up to 1024 of them, while every
+    pruned block has its own width; a user's setting of these caches is left alone.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
+            libc.mallopt(_M_TRIM_THRESHOLD, HEAP_END_BYTES)
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "48")
 
@@ -91,6 +101,17 @@ def bound_hidden_memory() -> None:
 def _clear_mark() -> None:
     """Linux: let the process's high-water mark start at what it holds now. Raises OSError elsewhere."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySample:
+    """The highest point of one stretch of a run."""
+
+    phase: str
+    seconds: float
+    """Of the stretch's end, from the moment the meter was entered."""
+    peak_bytes: int
+    """Above the process's size at that moment."""
 
 
 class PeakMeter:
@@ -105,13 +126,16 @@ class PeakMeter:
         self._stop = threading.Event()
         self._sampled_peak = 0
         self._earlier_peak = 0
+        self._stretch_peak = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
         self.phases: dict[str, int] = {}
         """Phase -> its peak above the baseline, the highest where it came several times."""
+        self.samples: list[MemorySample] = []
 
     def __enter__(self) -> PeakMeter:
         release_free_memory()
+        self._entered = time.perf_counter()
         try:
             _clear_mark()
             self._kernel_mark = True
@@ -138,10 +162,18 @@ class PeakMeter:
         """Bytes above the baseline at the highest point since entry."""
         return max(self._earlier_peak, self._mark())
 
+    def mark(self, name: str) -> None:
+        """End a stretch of the run: its peak goes into `samples`, and the next stretch begins."""
+        self._take_mark()
+        seconds = time.perf_counter() - self._entered
+        self.samples.append(MemorySample(phase=name, seconds=seconds, peak_bytes=self._stretch_peak))
+        self._stretch_peak = 0
+
     def _take_mark(self) -> int:
         """The mark, which starts anew."""
         mark = self._mark()
         self._earlier_peak = max(self._earlier_peak, mark)
+        self._stretch_peak = max(self._stretch_peak, mark)
         if self._kernel_mark:
             _clear_mark()
         self._sampled_peak = 0

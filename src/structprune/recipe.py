@@ -5,16 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from structprune.errors import InputError
 from structprune.memory import parse_bytes
+from structprune.types import HeadUnits
 
 Scope = Literal["mlp", "attention", "all"]
+HostBytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+"""A number, or a text such as `4GiB`."""
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings `kind` of these values. Raises InputError that names the flag, what it got and what it takes."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Only the field: a union's errors go on with the name of the alternative.
+        name = str(first["loc"][0]) if first["loc"] else "recipe"
+        flag = "--" + name.replace("_", "-")
+        raise InputError(
+            f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
+        ) from None
+
+
+def settings_fingerprint(settings: BaseModel) -> str:
+    """SHA-256 over the canonical JSON of every field."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Recipe(BaseModel):
@@ -25,13 +50,15 @@ class Recipe(BaseModel):
     method: str = "fasp"
     sparsity: float = Field(default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove")
     scope: Scope = "mlp"
-    head_units: Literal["kv-group", "query-head"] = Field(
-        default="kv-group", description="what attention loses: KV heads with their query heads, or query heads alone"
+    head_units: HeadUnits | None = Field(
+        default=None,
+        description="what attention loses: KV heads with their query heads, query heads alone, or channels of the "
+        "values; None: the method's",
     )
     calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
     num_samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
-    memory: int | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    memory: HostBytes | None = Field(default=None, ge=1, description="host bytes that the run may add")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
@@ -77,24 +104,10 @@ class Recipe(BaseModel):
         default=True, description="whether stock code loads the result, in a process of its own, and is compared"
     )
 
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _parse_memory(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
-
     @classmethod
     def build(cls, **values: Any) -> Recipe:
         """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            # Only the field: a union's errors go on with the name of the alternative.
-            name = str(first["loc"][0]) if first["loc"] else "recipe"
-            flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
-            ) from None
+        return validated(cls, values)
 
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
@@ -126,5 +139,4 @@ class Recipe(BaseModel):
 
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of every field."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return settings_fingerprint(self)

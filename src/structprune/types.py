@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 UnitKind = Literal["attention", "mlp"]
-HeadUnits = Literal["kv-group", "query-head"]
-"""What a unit of attention is: a KV head with all its query heads, or one query head of every KV head."""
+HeadUnits = Literal["kv-group", "query-head", "value-channel"]
+"""What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a
+KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """In the order of a block's forward pass."""
 Stage = tuple[UnitKind, ...]
@@ -25,7 +26,8 @@ Stage = tuple[UnitKind, ...]
 class AxisSlice:
     """Unit u of a group owns `width` indices of `tensor` along `axis`, from `offset + u * width`.
 
-    With `repeat` > 1 it owns as many again `stride` further on, and so forth.
+    With `repeat` > 1 it owns as many again `stride` further on, and so forth. With `run` > 0 the units come in runs of
+    so many, and `gap` indices more lie between the starts of two runs.
     """
 
     tensor: str
@@ -35,10 +37,13 @@ class AxisSlice:
     offset: int = 0
     repeat: int = 1
     stride: int = 0
+    run: int = 0
+    gap: int = 0
 
     def indices(self, units: Tensor) -> Tensor:
         """Indices along the axis that belong to `units`, one unit after the other."""
-        starts = self.offset + units[:, None, None] * self.width + torch.arange(self.repeat)[:, None] * self.stride
+        firsts = self.offset + units * self.width + (units // self.run * self.gap if self.run else 0)
+        starts = firsts[:, None, None] + torch.arange(self.repeat)[:, None] * self.stride
         return (starts + torch.arange(self.width)).flatten()
 
 
@@ -55,13 +60,19 @@ class UnitGroup:
     """Which one, where the half has several groups of as many units each: the experts of a mixture."""
     num_units: int
     width: int
-    """Consumer inputs per unit (1 for an MLP channel, query heads per unit times head_dim for attention)."""
+    """Consumer inputs per unit (1 for an MLP channel, query heads per unit times head_dim for heads, query heads of the
+    group for a value channel)."""
+    partitions: int = 1
+    """Runs of equal length that the units come in, of which each keeps as many: one per KV head for value channels."""
     producers: tuple[AxisSlice, ...]
     consumer: AxisSlice
     consumer_module: str
     consumer_bias: str | None = None
     config_fields: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Config entry -> value per kept unit, e.g. `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
+    """Config entry -> value per unit that a partition keeps: `{"num_key_value_heads": 1, "num_attention_heads": 3}`."""
+    fixed_fields: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Global config entries that have to be there once those of `config_fields` change in some block: left out, stock
+    code would derive them from others, or lack them where a block keeps its own."""
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
     norm_modules: tuple[str, ...] = ()
@@ -94,6 +105,11 @@ class UnitGroup:
     @property
     def slices(self) -> tuple[AxisSlice, ...]:
         return (*self.producers, self.consumer)
+
+    def config_values(self, num_keep: int) -> dict[str, int]:
+        """The entries of `config_fields` with `num_keep` units, a multiple of `partitions`."""
+        assert num_keep % self.partitions == 0
+        return {name: num_keep // self.partitions * factor for name, factor in self.config_fields.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +275,8 @@ class LayerProblem:
     """Sum over calibration tokens of x x^T, float32 or wider."""
     num_tokens: int
     width: int
+    partitions: int = 1
+    """Runs of equal length that the units come in, of which each keeps as many."""
     damping: float
     """Ridge, as a share of the mean diagonal of the Gram."""
     shrinkage: float = 0.0

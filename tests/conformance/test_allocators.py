@@ -154,6 +154,21 @@ def test_uniform_treats_blocks_alike_and_each_meets_the_share() -> None:
     assert allocate("uniform", budgets[1:], 0.25) == [149]
 
 
+def test_uniform_takes_the_same_share_of_what_units_own() -> None:
+    """Half of the attention belongs to no unit: 0.2 of all 3,000 parameters are 0.24 of the 2,500 that units own."""
+    budgets = [
+        budget(50, 10, kind="attention", module_parameters=1000),
+        budget(200, 10),
+        budget(50, 10, block=1, kind="attention", module_parameters=1000),
+        budget(200, 10, block=1),
+    ]
+    kept = allocate("uniform", budgets, 0.2)
+    assert kept == [38, 152, 38, 152]
+    assert total_removed(budgets, kept) == 0.2 * 6000
+    # Block 0 keeps all, so block 1 loses twice the share.
+    assert allocate("uniform", budgets, 0.2, protected=frozenset({0})) == [50, 200, 26, 104]
+
+
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_block_that_costs_more_keeps_more(name: str, temperature: float) -> None:

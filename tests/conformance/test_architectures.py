@@ -15,7 +15,7 @@ from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.propagate import tapped
 from structprune.errors import UnsupportedError
-from structprune.types import UNIT_KINDS, UnitKind
+from structprune.types import UNIT_KINDS, HeadUnits, UnitKind
 
 # Norms of queries and keys over the dimensions of a head; the router of a mixture.
 SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.gate.weight")
@@ -123,10 +123,69 @@ def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", UNIT_KINDS)
-def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind) -> None:
+def with_value_channels(tiny: Path) -> StockModel:
+    try:
+        return StockModel(CheckpointReader(tiny), "value-channel")
+    except UnsupportedError as error:
+        pytest.skip(error.what)
+
+
+def test_value_channels_compacted_equal_masked_dense(tiny: Path) -> None:
+    """Other channels of each KV head stay, as many in all."""
+    stock = with_value_channels(tiny)
+    block = stock.layout.blocks[1]
+    group = block.group("attention")
+    tensors = stock.reader.read(block.shapes, block.prefix)
+    heads, size = group.partitions, group.num_units // group.partitions
+    assert (heads, group.width) == (2, 2)
+    order = torch.rand(heads, size, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    keep_units = (torch.arange(heads)[:, None] * size + order[:, :3].sort(dim=1).values).flatten()
+    assert not torch.equal(keep_units[:3], keep_units[3:] - size)
+    masked = dict(tensors)
+    masked[group.consumer.tensor] = torch.zeros_like(tensors[group.consumer.tensor])
+    kept_K = group.consumer.indices(keep_units)
+    masked[group.consumer.tensor][:, kept_K] = tensors[group.consumer.tensor][:, kept_K]
+    cut = compact(tensors, group, keep_units)
+    assert cut["self_attn.v_proj.weight"].shape == (2 * 3, 32)
+    assert cut["self_attn.o_proj.weight"].shape == (32, 4 * 3)
+    config = stock.resized_config({"attention": len(keep_units)}, index=1)
+    ids_BS = torch.arange(60).reshape(2, 30)
+    hidden_BSD, inputs = stock.embed(ids_BS, stock.reader.read(stock.embedding_tensors()))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(stock.block(1, cut, config)(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    after = sum(tensor.numel() for tensor in cut.values())
+    assert after == block.num_parameters - (group.num_units - len(keep_units)) * block.unit_parameters(group)
+
+
+def test_value_channels_of_a_head_may_change_places(tiny: Path) -> None:
+    """Their order within a KV head means nothing: rows of v_proj and columns of o_proj move together."""
+    stock = with_value_channels(tiny)
+    block = stock.layout.blocks[1]
+    group = block.group("attention")
+    tensors = stock.reader.read(block.shapes, block.prefix)
+    size = group.num_units // group.partitions
+    order = torch.cat([torch.randperm(size) + first for first in range(0, group.num_units, size)])
+    moved = dict(tensors)
+    for piece in group.slices:
+        moved[piece.tensor] = moved[piece.tensor].clone()
+        source = tensors[piece.tensor].movedim(piece.axis, 0)[piece.indices(order)]
+        moved[piece.tensor].movedim(piece.axis, 0)[piece.indices(torch.arange(group.num_units))] = source
+    assert not torch.equal(moved[group.consumer.tensor], tensors[group.consumer.tensor])
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), stock.reader.read(stock.embedding_tensors()))
+    with torch.no_grad():
+        expected = output_tensor(stock.block(1, tensors)(hidden_BSD, **inputs.kwargs[1]))
+        actual = output_tensor(stock.block(1, moved)(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_units"), [("mlp", "kv-group"), ("attention", "kv-group"), ("attention", "value-channel")]
+)
+def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind, head_units: HeadUnits) -> None:
     """Zeros in all that a unit owns of its producers are zeros in what the consumer reads of it, and nothing else."""
-    stock = StockModel(CheckpointReader(tiny))
+    stock = with_value_channels(tiny) if head_units == "value-channel" else StockModel(CheckpointReader(tiny))
     reader = stock.reader
     block = stock.layout.blocks[1]
     tensors = reader.read(block.shapes, block.prefix)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structprune.scores import SCORES, SELECTORS, TAYLOR
-from structprune.scores.selection import keep_best, removal_path, shrunk_gram
+from structprune.scores.selection import ascending, keep_best, removal_path, shrunk_gram
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem, TaylorSums
 
@@ -225,6 +225,32 @@ def test_selector_keeps_as_many_as_asked(name: str, width: int, num_keep: int, w
     order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
     permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
     assert torch.equal(selector(permuted, num_keep), keep_U[order_U])
+
+
+def test_keep_best_of_each_partition() -> None:
+    score_U = torch.tensor([0.5, 2.0, 1.0, 30.0, 10.0, 20.0])
+    assert keep_best(score_U, 2, partitions=2).nonzero().flatten().tolist() == [1, 3]
+    assert keep_best(score_U, 4, partitions=2).nonzero().flatten().tolist() == [1, 2, 3, 5]
+    assert ascending(score_U, partitions=2).tolist() == [0.5, 10.0, 1.0, 20.0, 2.0, 30.0]
+    assert ascending(score_U).tolist() == [0.5, 1.0, 2.0, 10.0, 20.0, 30.0]
+
+
+# Exchanges know no partitions.
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "greedy-swap"])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("num_keep", [2, 4, 8])
+def test_selector_keeps_as_many_in_each_partition(name: str, width: int, num_keep: int) -> None:
+    """Also where one of them is far above the other; the order of the partitions means nothing."""
+    problem = replace(make_problem(8, width), partitions=2)
+    problem.weight_OI[:, : 4 * width] *= 100
+    selector = SELECTORS.get(name)
+    keep_U = selector(problem, num_keep)
+    assert keep_U.reshape(2, 4).sum(dim=1).tolist() == [num_keep // 2] * 2
+    if num_keep < 8:
+        assert not torch.equal(keep_U, selector(replace(problem, partitions=1), num_keep))
+    order_I = torch.arange(8 * width).roll(4 * width)
+    swapped = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
+    assert torch.equal(selector(swapped, num_keep), keep_U.roll(4))
 
 
 @pytest.mark.parametrize("name", list(SELECTORS))

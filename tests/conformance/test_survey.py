@@ -24,11 +24,12 @@ from structprune.calibration.store import MemoryStore
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.embed import embed
 from structprune.engine.executor import allocate
+from structprune.engine.findings import load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.engine.problem import layer_problem
-from structprune.engine.survey import backward, load_sensitivity, survey
+from structprune.engine.survey import backward, survey
 from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
 from structprune.engine.walk import load_block, loss_gradient
 from structprune.errors import NumericalError
@@ -113,7 +114,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
             expected[key] += grad_TO.T @ grad_TO / (NUM_WINDOWS * SEQ_LEN)
     survey(job, tmp_path / "survey", SilentObserver())
     for block in job.stock.layout.blocks:
-        found = load_sensitivity(tmp_path / "survey", block.index)
+        found = load_found(tmp_path / "survey", block.index)
         for group in job.stock.groups:
             difference = (found[group.kind] - expected[block.index, group.kind]).norm()
             assert float(difference / expected[block.index, group.kind].norm()) < 1e-5

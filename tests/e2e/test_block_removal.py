@@ -67,7 +67,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
     config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
-    write_modeling_file(target, stock.family)
+    write_modeling_file(target, stock.family, config)
     writer.finish()
     return target
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 import torch
 
 from structprune.api import evaluate, prune
-from structprune.cli import main
 from structprune.recipe import Recipe
 from structprune.report.comparison import Comparison
 
@@ -41,29 +39,15 @@ def arguments(tiny_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
     return ["compare", str(tiny_llama), *output, *shared, *settings, "--no-speed"]
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[object, str, str]]:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def run(*given: object) -> tuple[object, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in given])
-        return caught.value.code, *capfd.readouterr()
-
-    return run
-
-
 def result_of(tmp_path: Path) -> Comparison:
     return Comparison.model_validate_json((tmp_path / "table" / "comparison.json").read_text(encoding="utf-8"))
 
 
 def test_the_table_says_what_separate_runs_say(
-    cli: Any, arguments: list[str], tiny_llama: Path, text_file: Path, tmp_path: Path
+    command_line: Any, arguments: list[str], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     methods = ["fasp", "structprune", "structprune:target=local"]
-    code, out, _ = cli(*arguments, "--methods", *methods, "--sparsities", 0.25)
+    code, out, _ = command_line(*arguments, "--methods", *methods, "--sparsities", 0.25)
     assert code == 0
     found = result_of(tmp_path)
     assert not found.failures
@@ -94,23 +78,23 @@ def test_the_table_says_what_separate_runs_say(
     assert str(tmp_path) not in (tmp_path / "table" / "comparison.json").read_text(encoding="utf-8")
 
 
-def test_what_is_done_is_not_done_again(cli: Any, arguments: list[str], tmp_path: Path) -> None:
-    assert cli(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
+def test_what_is_done_is_not_done_again(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
+    assert command_line(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
     first = result_of(tmp_path).cells[0]
-    code, _, err = cli(*arguments, "--methods", "magnitude", "wanda-sp", "--sparsities", 0.25)
+    code, _, err = command_line(*arguments, "--methods", "magnitude", "wanda-sp", "--sparsities", 0.25)
     assert code == 0
     assert "1 of 2 cells" in err
     assert "dense" not in err
     assert result_of(tmp_path).cells[0] == first
     assert [cell.label for cell in result_of(tmp_path).cells] == ["magnitude", "wanda-sp"]
     # Another question in the same directory is refused, and nothing is lost.
-    code, _, err = cli(*arguments, "--methods", "magnitude", "--seq-len", 16)
+    code, _, err = command_line(*arguments, "--methods", "magnitude", "--seq-len", 16)
     assert code == 2
     assert "another seq len" in err
     assert len(result_of(tmp_path).cells) == 2
 
 
-def test_everything_is_checked_before_the_first_cell(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+def test_everything_is_checked_before_the_first_cell(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     for method, word in (
         ("no-such-method", "no-such-method"),
         ("fasp:nonsense=1", "nonsense"),
@@ -118,17 +102,17 @@ def test_everything_is_checked_before_the_first_cell(cli: Any, arguments: list[s
         ("fasp:sparsity=0.9", "sparsity"),
         ("magnitude:target=dense-path", "dense-path"),
     ):
-        code, _, err = cli(*arguments, "--methods", "fasp", method)
+        code, _, err = command_line(*arguments, "--methods", "fasp", method)
         assert code == 2, method
         assert word in err, err
         assert len(err.strip().splitlines()) == 1
         assert not (tmp_path / "table").exists()
 
 
-def test_a_failing_cell_does_not_stop_the_others(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+def test_a_failing_cell_does_not_stop_the_others(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     # Refused only when the widths are shared out: headers alone do not tell.
     methods = ["structprune:min_retention=0.9", "magnitude"]
-    code, _, err = cli(*arguments, "--methods", *methods, "--sparsities", 0.5)
+    code, _, err = command_line(*arguments, "--methods", *methods, "--sparsities", 0.5)
     assert code == 1
     assert "structprune:min_retention=0.9 at 0.5 failed" in err
     found = result_of(tmp_path)
@@ -136,17 +120,17 @@ def test_a_failing_cell_does_not_stop_the_others(cli: Any, arguments: list[str],
     assert [failure.label for failure in found.failures] == ["structprune:min_retention=0.9"]
 
 
-def test_one_process_fills_a_directory(cli: Any, arguments: list[str], tmp_path: Path) -> None:
+def test_one_process_fills_a_directory(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "table").mkdir()
     with (tmp_path / "table" / ".lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        code, _, err = cli(*arguments, "--methods", "fasp")
+        code, _, err = command_line(*arguments, "--methods", "fasp")
     assert code == 2
     assert "another process" in err
 
 
-def test_kept_checkpoints_load(cli: Any, arguments: list[str], tmp_path: Path, text_file: Path) -> None:
-    assert cli(*arguments, "--methods", "fasp", "--sparsities", 0.25, "--keep")[0] == 0
+def test_kept_checkpoints_load(command_line: Any, arguments: list[str], tmp_path: Path, text_file: Path) -> None:
+    assert command_line(*arguments, "--methods", "fasp", "--sparsities", 0.25, "--keep")[0] == 0
     kept = tmp_path / "table" / "checkpoints" / "fasp-0.25"
     again = evaluate(kept, text_file, seq_len=32, max_windows=3, dtype="float32")
     assert again.perplexity == pytest.approx(result_of(tmp_path).cells[0].texts[0].perplexity, rel=1e-6)

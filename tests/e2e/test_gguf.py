@@ -118,6 +118,8 @@ UNIFORM: dict[str, tuple[Callable[[], Any], str]] = {
     # What a LLaMA with pruned heads becomes: heads times head size is not the hidden size.
     "mistral": (lambda: MistralConfig(**SIZES | {"num_attention_heads": 6}, head_dim=16, sliding_window=None), "llama"),
     "qwen2": (lambda: Qwen2Config(**SIZES), "qwen2"),
+    # llama.cpp's qwen2 takes queries as wide as the hidden size only.
+    "qwen2-fewer-heads": (lambda: Qwen2Config(**SIZES | {"num_attention_heads": 2}, head_dim=16), "deci"),
     "qwen3": (lambda: Qwen3Config(**SIZES, head_dim=32), "qwen3"),
     "gemma": (lambda: GemmaConfig(**SIZES, head_dim=16), "gemma"),
     "gemma2": (
@@ -524,6 +526,13 @@ def test_uneven_blocks_without_an_architecture_are_refused(tmp_path: Path) -> No
     config = GemmaConfig(**BROAD)
     source, _ = uneven_checkpoint(config, tmp_path / "gemma", {})
     with pytest.raises(UnsupportedError, match=r"no architecture of llama.cpp computes gemma with blocks of different"):
+        export(source, tmp_path / "tiny.gguf")
+
+
+def test_heads_without_an_architecture_are_refused(tmp_path: Path) -> None:
+    config = Phi3Config(**SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=16)
+    source, _ = stock_checkpoint(config, tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=r"phi3 with heads that do not share out the hidden.*--scope mlp"):
         export(source, tmp_path / "tiny.gguf")
 
 

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llama_runtime import run_llama
 from structprune import Recipe, prune
@@ -19,7 +21,14 @@ from structprune.architectures.tokenizer import TextEncoder
 
 pytestmark = pytest.mark.realmodel
 
-_TEXT = "The capital of France is Paris. In 1923 the population of the city"
+# Without digits, which the tokenizer that transformers made of the GGUF cuts otherwise than llama.cpp does.
+_PROMPTS = (
+    "The capital of France is",
+    "Water boils when it is heated, and ice",
+    "She opened the door and saw that the room was",
+    "In computer science, a list is",
+    "The most important thing about a good night of sleep is that",
+)
 _VOCAB = 49152
 _MEASURED = """
 import json, sys
@@ -32,44 +41,53 @@ with PeakMeter() as meter:
 """
 
 
-@pytest.fixture(scope="module")
-def uneven(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, modules_cache: None) -> Path:
-    """Attention and MLP pruned in all blocks but the first three and the last."""
+# Of wanda-sp all blocks lose as much, so that the protected ones make the widths uneven.
+_RUNS: dict[str, dict[str, Any]] = {
+    "wanda-sp": {"scope": "all", "num_samples": 2, "seq_len": 64, "protect_first": 3, "protect_last": 1},
+    "structprune": {"scope": "mlp", "num_samples": 4, "seq_len": 128},
+}
+
+
+@pytest.fixture(scope="module", params=["wanda-sp", pytest.param("structprune", marks=pytest.mark.slow)])
+def uneven(
+    request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory, modules_cache: None
+) -> Path:
+    """Channels pruned, of wanda-sp heads too, of other numbers in other blocks."""
     output = tmp_path_factory.mktemp("uneven") / "out"
     text = output.parent / "text.txt"
-    text.write_text(f"{_TEXT}\n" * 100, encoding="utf-8")
-    recipe = Recipe(
-        method="wanda-sp",
-        scope="all",
-        sparsity=0.2,
-        protect_first=3,
-        protect_last=1,
-        calibration=str(text),
-        num_samples=2,
-        seq_len=64,
-        dtype="float32",
-    )
-    prune("smollm2", recipe, output)
+    text.write_text("\n".join(_PROMPTS) * 40, encoding="utf-8")
+    settings = {"sparsity": 0.2, "calibration": str(text), "dtype": "float32"} | _RUNS[request.param]
+    prune("smollm2", Recipe.build(method=request.param, **settings), output)
+    widths = json.loads((output / "config.json").read_text(encoding="utf-8"))["per_layer_config"].values()
+    assert len({tuple(block.items()) for block in widths}) > 1
     return output
 
 
 def test_uneven_smollm2_predicts_the_same_tokens(uneven: Path, tmp_path: Path) -> None:
+    """Shown with `-rP`: the five likeliest next tokens in transformers and in llama.cpp."""
     result = export(uneven, tmp_path / "small.gguf")
     assert (result.architecture, result.dtype) == ("deci", "float32")
     assert result.tokenizer == str(bundled_gguf())
-    ids = TextEncoder(uneven).encode(_TEXT)
-    # Prompts without digits, which the tokenizer that transformers made of the GGUF cuts otherwise than llama.cpp does.
-    prompts = [ids[:length].tolist() for length in (3, 6, 8, len(ids))]
-    answers = run_llama(tmp_path / "small.gguf", prompts, _VOCAB, likeliest=5, texts=[_TEXT[:31]])
+    encoder = TextEncoder(uneven)
+    prompts = [encoder.encode(text).tolist() for text in _PROMPTS]
+    answers = run_llama(tmp_path / "small.gguf", prompts, _VOCAB, likeliest=5, texts=_PROMPTS)
     model = load_model(uneven, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         expected_NV = torch.stack(
             [model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts]
         )
+    tokenizer = AutoTokenizer.from_pretrained(uneven)
+    for text, ours_V, theirs_V in zip(_PROMPTS, expected_NV, answers.logprobs_NV, strict=True):
+        print(text)
+        for name, logprobs_V in (("transformers", ours_V), ("llama.cpp", theirs_V)):
+            top = logprobs_V.topk(5)
+            tokens = [repr(tokenizer.decode(token)) for token in top.indices]
+            pairs = zip(tokens, top.values.tolist(), strict=True)
+            print(f"  {name:12}", "  ".join(f"{token} {value:.4f}" for token, value in pairs))
     top_N5 = expected_NV.topk(5)
     assert torch.equal(answers.logprobs_NV.topk(5).indices, top_N5.indices)
     torch.testing.assert_close(answers.logprobs_NV.topk(5).values, top_N5.values, rtol=0, atol=1e-3)
-    assert answers.tokens == [TextEncoder(uneven).encode(_TEXT[:31]).tolist()]
+    assert answers.tokens == prompts
 
 
 def test_one_tensor_is_in_memory_at_a_time(uneven: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that is killed leaves nothing that looks finished and can be repeated; Ctrl-C leaves nothing at all."""
+"""A run that is killed or interrupted leaves nothing that looks finished, says how it goes on, and does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(slow_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
     flags = ["--calibration", str(text_file), "--num-samples", "24", "--seq-len", "256", "--dtype", "float32"]
+    flags += ["--memory", "1GiB"]
     output = str(tmp_path / "out")
     return [sys.executable, "-c", PROGRAM, "prune", str(slow_model), "-o", output, *flags, "--multiple-of", "1"]
 
@@ -50,7 +52,7 @@ def run_until_first_block(command: list[str], tmp_path: Path) -> Generator[subpr
     process = start(command)
     try:
         deadline = time.monotonic() + 240
-        while not any(event["event"] == "block" for event in journal(tmp_path / "out.partial")):
+        while not any(is_block(line) for line in journal(tmp_path / "out.partial")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -68,7 +70,11 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def journal(directory: Path) -> list[dict[str, object]]:
+def is_block(line: dict[str, Any]) -> bool:
+    return line["step"].startswith("block ")
+
+
+def journal(directory: Path) -> list[dict[str, Any]]:
     """The whole lines of the journal so far."""
     try:
         content = (directory / "journal.jsonl").read_text(encoding="utf-8")
@@ -77,48 +83,92 @@ def journal(directory: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_killed_run_can_be_repeated(
-    run_until_first_block: subprocess.Popen[str], command: list[str], tmp_path: Path
-) -> None:
+def uninterrupted(command: list[str], output: Path) -> dict[str, bytes]:
+    """The files of a run with the same settings that nothing cuts, but for those with times."""
+    arguments = command[command.index("prune") :]
+    arguments[arguments.index("-o") + 1] = str(output)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    return files(output)
+
+
+def files(output: Path) -> dict[str, bytes]:
+    timed = ("pruning_report.json", "pruning_report.html", "README.md")
+    return {path.name: path.read_bytes() for path in output.iterdir() if path.name not in timed}
+
+
+def test_killed_run_goes_on(run_until_first_block: subprocess.Popen[str], command: list[str], tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     run_until_first_block.kill()
     assert run_until_first_block.wait() == -signal.SIGKILL
     assert not output.exists()
-    events = journal(partial)
-    assert [event["event"] for event in events[:2]] == ["start", "block"]
-    num_done = len(events) - 1
-    assert num_done < NUM_BLOCKS
+    lines = [line for line in journal(partial) if is_block(line)]
+    assert 0 < len(lines) < NUM_BLOCKS
     left = [path for path in partial.rglob("*") if path.is_file()]
     assert not [path for path in left if path.name.startswith("model.safetensors")]
     assert not [path for path in left if path.name == "config.json"]
     # What the journal calls written is there, whole.
-    for event in events[1:]:
-        assert (partial / "checkpoint" / str(event["shard"])).stat().st_size > 0
+    for line in lines:
+        ((name, (size, _)),) = line["files"].items()
+        assert (partial / name).stat().st_size == size > 0
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(partial / "checkpoint")
 
-    # Proof that the second run clears what the first one left.
-    (partial / "checkpoint" / "stale.safetensors").write_bytes(b"stale")
+    # A kill in the middle of a write leaves a file under a name of its own.
+    (partial / "checkpoint" / ".model-00009.tmp-1").write_bytes(b"half")
+    written = {name: (partial / name).stat().st_mtime_ns for line in lines for name in line["files"]}
     with pytest.raises(SystemExit) as caught:
         main(command[command.index("prune") :])
     assert caught.value.code == 0
     assert not partial.exists()
-    assert not (output / "stale.safetensors").exists()
-    assert not (output / "journal.jsonl").exists()
+    assert {
+        f"checkpoint/{name}": (output / name).stat().st_mtime_ns for name in files(output)
+    }.items() >= written.items()
+    assert files(output) == uninterrupted(command, tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.intermediate_size == 33
     assert model.config.num_hidden_layers == NUM_BLOCKS
     assert len(list(output.glob("*.safetensors"))) == NUM_BLOCKS + 2
 
 
-def test_interrupted_run_leaves_nothing(run_until_first_block: subprocess.Popen[str], tmp_path: Path) -> None:
-    run_until_first_block.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_goes_on(
+    run_until_first_block: subprocess.Popen[str], command: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    run_until_first_block.send_signal(number)
     out, err = run_until_first_block.communicate(timeout=120)
-    assert run_until_first_block.returncode == 130, err
-    assert list(tmp_path.iterdir()) == []
+    assert run_until_first_block.returncode == 128 + number, err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert out == ""
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "structprune: interrupted; nothing was written"
+    how = f"`structprune resume {output}` goes on where it was"
+    assert err.splitlines()[-1] == f"structprune: interrupted; {how}"
+    with pytest.raises(SystemExit) as caught:
+        main(["resume", str(output), "--quiet"])
+    assert caught.value.code == 0
+    assert files(output) == uninterrupted(command, tmp_path / "whole")
+
+
+def test_full_disk_is_said_and_the_run_goes_on(command: list[str], tmp_path: Path) -> None:
+    """No file may grow to the size of a block's shard."""
+    output = tmp_path / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+    command += ["--num-samples", "4"]
+    process = start([limit + word if word == PROGRAM else word for word in command])
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 2, err
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith(f"structprune: {tmp_path}: the disk is full; got ")
+    assert last.endswith(f"(os error 27). Free some; `structprune resume {output}` goes on where it was then.")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list((tmp_path / "out.partial" / "checkpoint").iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main(["resume", str(output), "--quiet"])
+    assert caught.value.code == 0
+    assert files(output) == uninterrupted(command, tmp_path / "whole")
 
 
 def test_interrupted_run_says_so(

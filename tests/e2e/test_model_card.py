@@ -40,7 +40,11 @@ RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "heads": (
         {"method": "wanda-sp", "scope": "all", "sparsity": 0.4},
-        ["- attention units (KV groups, or query heads of every KV head): 1 of 2 are left in every block"],
+        ["- KV groups of heads: 1 of 2 are left in every block"],
+    ),
+    "value channels": (
+        {"scope": "all", "sparsity": 0.3},
+        ["- value channels of all KV heads together: 10 of 16 are left in every block", "trust_remote_code=True"],
     ),
 }
 
@@ -117,16 +121,23 @@ def test_licence_and_origin_are_carried_over(tiny_llama: Path, text_file: Path, 
 
 
 def test_a_model_of_the_hub_is_the_base_model(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    report = run(tiny_llama, text_file, tmp_path / "out").model_copy(update={"source": "org/model"})
-    text = model_card(report, {"license": "mit", "base_model": "someone/dense"}, hub_id("org/model"))
+    report = run(tiny_llama, text_file, tmp_path / "out").model_copy(update={"source": "org/model@v1"})
+    text = model_card(report, {"license": "mit", "base_model": "someone/dense"}, hub_id("org/model@v1"))
     data = ModelCard(text).data.to_dict()
     assert (data["license"], data["base_model"]) == ("mit", "org/model")
-    assert "`org/model`, made smaller" in text
+    assert "`org/model@v1`, made smaller" in text
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("org/model", "org/model"), ("smollm2", None), ("org/model.gguf", None), ("a/b/c", None), ("{here}", None)],
+    [
+        ("org/model", "org/model"),
+        ("org/model@refs/pr/1", "org/model"),
+        ("smollm2", None),
+        ("org/model.gguf", None),
+        ("a/b/c", None),
+        ("{here}", None),
+    ],
 )
 def test_names_of_the_hub(name: str, expected: str | None, tmp_path: Path) -> None:
     assert hub_id(name.replace("{here}", str(tmp_path))) == expected

@@ -9,16 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
+from local_hub import local_hub
 from structprune import Recipe, prune
 from structprune.api import push
 from structprune.cli import main
@@ -127,19 +127,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
     """The endpoint, and the hub's client told to use it."""
     found = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(found))
-    found.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", found.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # Another protocol, of which the endpoint knows nothing.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    yield found
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with local_hub(handler(found), monkeypatch) as found.address:
+        yield found
 
 
 @pytest.fixture(scope="module")

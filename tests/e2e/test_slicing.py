@@ -154,7 +154,7 @@ def test_the_walk_measures_what_the_output_computes(
     model.model.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     with torch.no_grad():
         loss = model(input_ids=seen["ids"], labels=seen["ids"]).loss
-    expected = seen["result"].outcome.pruned_NSD.double() @ seen["result"].last.basis_DK
+    expected = seen["result"].outcome.pruned_NSD.double() @ seen["result"].last_DK
     assert caught[0].shape[-1] == width == model.config.hidden_size
     torch.testing.assert_close(caught[0], expected.float(), rtol=1e-3, atol=1e-3)
     assert report.calibration.pruned_perplexity == pytest.approx(loss.exp().item(), rel=1e-3)
@@ -528,7 +528,7 @@ def test_command_line(
     )
     assert code == 0
     direct = evaluate(tmp_path / "out", text_file, seq_len=32, max_windows=4, dtype="float32")
-    assert json.loads(out)["perplexity"] == direct.perplexity
+    assert json.loads(out)["texts"][0]["perplexity"] == direct.perplexity
     code, out, _ = cli("inspect", tmp_path / "out", "--json")
     facts = json.loads(out)
     assert code == 0

@@ -59,6 +59,27 @@ def test_each_step_takes_the_cheapest() -> None:
         removed.append(unit)
 
 
+@pytest.mark.parametrize(("width", "step"), [(1, 1), (2, 1), (1, 4)])
+def test_partitions_lose_as_many_in_every_step(width: int, step: int) -> None:
+    """The cheapest of each run of four units, at the prices before the step; costs are exact for what is gone."""
+    weight_OI, hessian_II = random_problem(12 * width, seed=5)
+    inverse_II = torch.linalg.inv(hessian_II)
+    path = greedy_removal(weight_OI.clone(), inverse_II, 9, width=width, units_per_step=step, partitions=3)
+    removed: list[int] = []
+    for chosen in path.order.reshape(3, 3).tolist():
+        assert [unit // 4 for unit in chosen] == [0, 1, 2]
+        for unit in chosen:
+            prices: dict[int, float] = {}
+            for other in range(unit // 4 * 4, unit // 4 * 4 + 4):
+                if other not in removed:
+                    columns = [u * width + i for u in (*removed, other) for i in range(width)]
+                    prices[other] = best_without(weight_OI, hessian_II, columns)
+            assert prices[unit] == pytest.approx(min(prices.values()), rel=1e-7)
+        removed += chosen
+    columns = [unit * width + i for unit in removed for i in range(width)]
+    assert float(path.cost.sum()) == pytest.approx(best_without(weight_OI, hessian_II, columns), rel=1e-7)
+
+
 def test_metric_prices_the_loss() -> None:
     weight_OI, hessian_II = random_problem(8, seed=3)
     root = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

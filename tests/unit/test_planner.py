@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from structprune.engine.planner import PlanRequest, PrunePlan, make_plan
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.planner import make_plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, parse_bytes
 from structprune.types import AxisSlice, BlockLayout, ModelLayout, UnitGroup
@@ -204,8 +205,16 @@ def test_gradients_by_the_weights_are_counted() -> None:
     # Attention is not in scope, and no Gram is.
     assert plan.phases["survey: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
     assert all(plan.phases[name] == without.phases[name] for name in without.phases)
-    # The windows at every border.
-    assert plan.disk_bytes - without.disk_bytes == 32 * 12 * 256 * 4096 * 4
+    # The windows at every border, and two generations of the gradient at one.
+    assert plan.disk_bytes - without.disk_bytes == (33 + 2) * 12 * 256 * 4096 * 4
+
+
+def test_what_a_cut_run_goes_on_from_is_counted() -> None:
+    plain, both = plan_for(LLAMA_7B), plan_for(LLAMA_7B, follows_dense=True)
+    assert plain.disk_bytes > 2 * plain.store_bytes + 32 * LLAMA_7B.blocks[0].num_parameters * 4
+    assert both.disk_bytes - plain.disk_bytes == 2 * plain.store_bytes
+    model_bytes = LLAMA_7B.num_parameters * 4
+    assert plan_for(LLAMA_7B, rehearses=True).disk_bytes - plain.disk_bytes == model_bytes
 
 
 def test_duals_are_counted() -> None:
@@ -284,7 +293,7 @@ def test_slicing_has_its_phases_and_no_units() -> None:
     assert one.phases["rotate block"] < plan.phases["rotate block"]
     # The model, a head of its own, and where there are several bases, two shortcuts per block.
     dense = plan_for(LLAMA_7B, needs_statistics=False).disk_bytes
-    assert one.disk_bytes == dense + 32000 * 4096 * 4
+    assert one.disk_bytes == dense + 32000 * 4096 * 4 + 2 * 8 * square
     assert plan.disk_bytes == one.disk_bytes + 32 * 2 * 3072**2 * 8
 
 

@@ -1,7 +1,8 @@
-"""The run's directory: nothing is overwritten, nothing half-written stays, one process at a time."""
+"""The run's directory: nothing is overwritten, nothing that is done is lost, one process at a time."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from structprune.errors import InputError
-from structprune.runs.directory import JOURNAL_NAME, RunDirectory
+from structprune.errors import CheckpointError, DiskFullError, InputError, NumericalError, StructPruneError
+from structprune.runs.directory import RunDirectory
+from structprune.runs.journal import JOURNAL_NAME
 
 # Works on the output named by its argument and is killed before it ends.
 _KILLED = """
@@ -19,9 +21,9 @@ import os, signal, sys
 from pathlib import Path
 from structprune.runs.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])) as run:
-    run.record("start", recipe="old")
-    (run.staging / "checkpoint").mkdir()
-    (run.staging / "checkpoint" / "shard").write_text("half")
+    run.begin(recipe="old")
+    (run.checkpoint / "shard").write_text("half")
+    (run.checkpoint / ".next.tmp-1").write_text("torn")
     (run.staging / "hidden.bin").write_text("states")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -50,8 +52,8 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def events(run: RunDirectory) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run.staging / JOURNAL_NAME).read_text(encoding="utf-8").splitlines()]
+def steps(run: RunDirectory) -> list[str]:
+    return [json.loads(line)["step"] for line in (run.staging / JOURNAL_NAME).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -62,14 +64,14 @@ def output(tmp_path: Path) -> Path:
 def test_commit(output: Path, tmp_path: Path) -> None:
     with RunDirectory(output) as run:
         assert run.staging == tmp_path / "out.partial"
-        run.record("start", recipe="abc")
-        run.record("block", index=0)
-        assert events(run) == [{"event": "start", "recipe": "abc"}, {"event": "block", "index": 0}]
-        (run.staging / "checkpoint").mkdir()
-        (run.staging / "checkpoint" / "config.json").write_text("{}", encoding="utf-8")
+        assert run.start is None
+        run.begin(recipe="abc")
+        run.journal.record("block 0")
+        assert steps(run) == ["start", "block 0"]
+        (run.checkpoint / "config.json").write_text("{}", encoding="utf-8")
         (run.staging / "hidden.bin").write_bytes(b"states")
         assert not output.exists()
-        run.commit(run.staging / "checkpoint")
+        run.commit()
     assert names(tmp_path) == ["out"]
     assert names(output) == ["config.json"]
 
@@ -77,16 +79,16 @@ def test_commit(output: Path, tmp_path: Path) -> None:
 def test_missing_parents_are_made(tmp_path: Path) -> None:
     output = tmp_path / "a" / "b" / "out"
     with RunDirectory(output) as run:
-        (run.staging / "checkpoint").mkdir()
-        run.commit(run.staging / "checkpoint")
+        run.begin()
+        run.commit()
     assert output.is_dir()
 
 
 def test_relative_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with RunDirectory(Path("out")) as run:
-        (run.staging / "checkpoint").mkdir()
-        run.commit(run.staging / "checkpoint")
+        run.begin()
+        run.commit()
     assert names(tmp_path) == ["out"]
 
 
@@ -121,38 +123,78 @@ def test_empty_partial_is_used(output: Path, tmp_path: Path) -> None:
         assert names(run.staging) == [JOURNAL_NAME]
 
 
-def test_partial_of_a_killed_run_is_replaced(output: Path, tmp_path: Path) -> None:
+def test_partial_of_a_killed_run_is_found(output: Path, tmp_path: Path) -> None:
     killed = python(_KILLED, output)
     assert killed.returncode == -9, killed.stderr
     assert names(tmp_path) == ["out.partial"]
-    assert names(tmp_path / "out.partial") == ["checkpoint", "hidden.bin", JOURNAL_NAME]
-    run = RunDirectory(output)
-    run.check()
-    with run:
+    start = RunDirectory(output).peek()
+    assert start is not None
+    assert start["recipe"] == "old"
+    with RunDirectory(output) as run:
+        assert run.start == start
+        # What was being written is gone.
+        assert names(run.checkpoint) == ["shard"]
+        run.go_on()
+        run.commit()
+    assert names(tmp_path) == ["out"]
+
+
+def test_killed_before_the_first_step_is_no_run(output: Path, tmp_path: Path) -> None:
+    killed = python(_KILLED.replace('run.begin(recipe="old")', "run.checkpoint.mkdir()"), output)
+    assert killed.returncode == -9, killed.stderr
+    assert RunDirectory(output).peek() is None
+    with RunDirectory(output) as run:
+        assert run.start is None
         assert names(run.staging) == [JOURNAL_NAME]
-        assert events(run) == []
-        run.record("start", recipe="new")
-        assert events(run) == [{"event": "start", "recipe": "new"}]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "torn"])
+def test_damaged_start_is_said_and_cleared(output: Path, damage: str) -> None:
+    assert python(_KILLED, output).returncode == -9
+    journal = output.with_name("out.partial") / JOURNAL_NAME
+    content = journal.read_bytes()
+    journal.write_bytes(content.replace(b"old", b"odd") if damage == "flipped" else content[:-5])
+    notes: list[str] = []
+    with RunDirectory(output, notes.append) as run:
+        assert run.start is None
+        assert names(run.staging) == [JOURNAL_NAME]
+    assert notes[-1].endswith("the start of the run is not in the journal; all of it is done again")
+    assert (f"{journal}: line 1 is damaged; its step is done again" in notes) == (damage == "flipped")
+
+
+def test_killed_between_the_rename_and_the_removal(output: Path, tmp_path: Path) -> None:
+    """The result is there; the next process only tidies up."""
+    assert python(_KILLED, output).returncode == -9
+    with RunDirectory(output) as run:
+        run.journal.record("commit")
+        run.checkpoint.rename(output)
+    assert names(tmp_path) == ["out", "out.partial"]
+    with RunDirectory(output) as run:
+        assert run.is_committed()
+        run.discard()
+    assert names(tmp_path) == ["out"]
+    assert names(output) == ["shard"]
 
 
 def test_second_process_is_refused(output: Path) -> None:
     with RunDirectory(output) as run:
-        run.record("start", recipe="first")
+        run.begin(recipe="first")
         (run.staging / "hidden.bin").write_bytes(b"states")
         second = python(_SECOND, output)
         assert second.stdout.startswith(f"{output}: another process is writing this output"), second.stderr
-        assert names(run.staging) == ["hidden.bin", JOURNAL_NAME]
-        assert events(run) == [{"event": "start", "recipe": "first"}]
+        assert names(run.staging) == ["checkpoint", "hidden.bin", JOURNAL_NAME]
+        assert steps(run) == ["start"]
     # The lock ends with the run.
     assert python(_SECOND, output).stdout == "entered\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_exception_removes_staging(output: Path, tmp_path: Path, error: type[BaseException]) -> None:
+def test_exception_before_the_first_step_removes_staging(
+    output: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
     def fail() -> None:
         with RunDirectory(output) as run:
-            (run.staging / "checkpoint").mkdir()
-            (run.staging / "checkpoint" / "shard").write_text("half", encoding="utf-8")
+            (run.staging / "windows").write_text("half", encoding="utf-8")
             raise error("stop")
 
     with pytest.raises(error, match="stop"):
@@ -160,11 +202,68 @@ def test_exception_removes_staging(output: Path, tmp_path: Path, error: type[Bas
     assert names(tmp_path) == []
 
 
+def stop(output: Path, error: BaseException) -> None:
+    with RunDirectory(output) as run:
+        run.begin(recipe="mine")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("stop"), KeyboardInterrupt("stop"), SystemExit("stop"), CheckpointError("stop")]
+)
+def test_exception_keeps_what_is_done(output: Path, tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error), match="stop") as caught:
+        stop(output, error)
+    assert names(tmp_path) == ["out.partial"]
+    if isinstance(error, Exception):
+        notes = [f"What is done is kept: `structprune resume {output}` goes on where it was."]
+        assert caught.value.__notes__ == notes
+
+
+@pytest.mark.parametrize("error", [InputError("stop"), NumericalError("stop")])
+def test_error_that_comes_again_removes_staging(output: Path, tmp_path: Path, error: StructPruneError) -> None:
+    with pytest.raises(type(error), match="stop"):
+        stop(output, error)
+    assert names(tmp_path) == []
+
+
+def test_full_disk_is_one_clear_error(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError) as caught:
+        stop(output, OSError(errno.ENOSPC, "No space left on device"))
+    assert str(caught.value) == (
+        f"{tmp_path}: the disk is full; got [Errno 28] No space left on device. "
+        f"Free some; `structprune resume {output}` goes on where it was then."
+    )
+    assert names(tmp_path) == ["out.partial"]
+
+
+def test_a_run_by_either_of_its_names(output: Path) -> None:
+    assert python(_KILLED, output).returncode == -9
+    partial = output.with_name("out.partial")
+    assert RunDirectory.named(output).output == RunDirectory.named(partial).output == output
+    # An output may be called so itself.
+    other = output.with_name("other.partial")
+    assert python(_KILLED, other).returncode == -9
+    assert RunDirectory.named(other).output == other
+
+
+def test_another_run_s_state_is_left_alone(output: Path, tmp_path: Path) -> None:
+    assert python(_KILLED, output).returncode == -9
+
+    def refused() -> None:
+        with RunDirectory(output):
+            raise InputError("other settings")
+
+    with pytest.raises(InputError, match="other settings"):
+        refused()
+    assert RunDirectory(output).peek() is not None
+
+
 def test_exception_after_commit_keeps_the_output(output: Path, tmp_path: Path) -> None:
     def fail() -> None:
         with RunDirectory(output) as run:
-            (run.staging / "checkpoint").mkdir()
-            run.commit(run.staging / "checkpoint")
+            run.begin()
+            run.commit()
             raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
@@ -207,14 +306,21 @@ def test_output_without_a_name_is_refused(text: str) -> None:
 def test_output_that_appeared_during_the_run_is_kept(output: Path) -> None:
     def race() -> None:
         with RunDirectory(output) as run:
-            (run.staging / "checkpoint").mkdir()
+            run.begin()
+            (run.checkpoint / "mine").write_text("result", encoding="utf-8")
             output.mkdir()
             (output / "theirs").write_text("mine", encoding="utf-8")
-            run.commit(run.staging / "checkpoint")
+            run.commit()
 
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"Move it away; `structprune resume .*out` goes on"):
         race()
     assert names(output) == ["theirs"]
+    (output / "theirs").unlink()
+    output.rmdir()
+    with RunDirectory(output) as run:
+        run.go_on()
+        run.commit()
+    assert names(output) == ["mine"]
 
 
 def test_link_in_a_stale_partial_is_removed_and_not_followed(output: Path, tmp_path: Path) -> None:

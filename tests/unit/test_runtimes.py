@@ -31,12 +31,15 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"model_type": "mistral"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
     ({"model_type": "opt"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO)),
     ({"other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
+    ({"model_type": "qwen2", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
+    ({"model_type": "phi3", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO_READ)),
     ({"structure": "per-layer"}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "opt"}, (YES, NO_READ, READ, NO_READ, NO)),
     ({"structure": "per-layer", "removed_halves": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "qwen3", "tied": True}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "qwen3"}, (YES, NO_READ, READ, NO_READ, NO_READ)),
     ({"structure": "per-layer", "model_type": "gemma2", "tied": True}, (YES, NO_READ, READ, NO_READ, NO)),
+    ({"structure": "per-layer", "narrow_values": True}, (YES, NO_READ, NO_READ, NO_READ, NO)),
     ({"structure": "sliced"}, (YES, NO, UNKNOWN, NO_READ, NO_READ)),
     ({"tensor_parallel": 2}, (YES, READ, UNKNOWN, READ, YES)),
     ({"tensor_parallel": 2, "indivisible": "block 3: intermediate_size 33"}, (YES, NO, NO, NO, YES)),
@@ -71,6 +74,10 @@ def test_sharing_is_named_in_the_reason() -> None:
             {"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 3, "head_dim": 16},
             {"model_type": "mistral", "other_heads": True},
         ),
+        (
+            {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 2, "head_dim": 16},
+            {"model_type": "phi3", "other_heads": True},
+        ),
         # Usual there.
         ({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 3, "head_dim": 32}, {"model_type": "qwen3"}),
         ({"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 8}}}, {"structure": "per-layer"}),
@@ -81,6 +88,10 @@ def test_sharing_is_named_in_the_reason() -> None:
         (
             {"model_type": "llama", "structprune_removed": {"1": ["mlp"]}},
             {"structure": "per-layer", "removed_halves": True},
+        ),
+        (
+            {"model_type": "llama", "v_head_dim": 16, "per_layer_config": {"0": {"v_head_dim": 8}}},
+            {"structure": "per-layer", "narrow_values": True},
         ),
         ({"model_type": "llama", "structprune_sliced": {"hidden_size": 64}}, {"structure": "sliced"}),
     ],

@@ -1,4 +1,4 @@
-"""The same share of every block."""
+"""The same share of the units of every block."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from structprune.errors import InputError
 
 
 def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """Units to keep per group: at least `sparsity` of each module's parameters goes.
+    """Units to keep per group: at least `sparsity` of the modules' parameters goes, the same share of every group.
 
+    The share is that of the parameters that belong to units: where a module has others too, such as query and key maps
+    beside value channels, all groups lose so much more (FASP, arXiv 2501.09412: s over one less the share of the rest).
     The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected
-    blocks lose nothing, the others of their kind so much more; `min_retention` and `allow_removal` have no part: the
+    blocks lose nothing, the others so much more; `min_retention` and `allow_removal` have no part: the
     share is the same by intent. Raises InputError if a group would be left empty.
     """
+    total = sum(b.module_parameters for b in budgets)
+    free = sum(b.num_units * b.unit_parameters for b in budgets if b.block not in options.protected)
+    share = options.sparsity * total / free if free else 0.0
     kept: list[int] = []
     for budget in budgets:
-        peers = [b for b in budgets if b.kind == budget.kind]
-        total = sum(b.module_parameters for b in peers)
-        free = sum(b.module_parameters for b in peers if b.block not in options.protected)
-        share = options.sparsity * total / free if free else 0.0
         # The epsilon keeps 0.3 * 1000 / 1 from becoming 301 units through binary rounding.
-        remove = math.ceil(share * budget.module_parameters / budget.unit_parameters - 1e-9)
+        remove = math.ceil(share * budget.num_units - 1e-9)
         keep = budget.num_units - remove
         if remove > 0:
             keep -= keep % budget.multiple_of
@@ -33,7 +34,7 @@ def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
             raise InputError(
                 f"no {budget.kind} units would be left",
                 where=f"block {budget.block}",
-                got=f"sparsity {options.sparsity:g} with multiples of {budget.multiple_of}",
+                got=f"sparsity {options.sparsity:g}: {share:.4g} of the units, in multiples of {budget.multiple_of}",
                 wanted=f"at least one of {budget.num_units} units",
                 do="lower --sparsity or --multiple-of",
             )

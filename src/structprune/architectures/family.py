@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PretrainedConfig
 
+from structprune.architectures.parts import VALUES_ENTRY
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
 
@@ -98,6 +99,8 @@ class Family:
     """`model_type` -> stock classes."""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
     """`eager` where SDPA cannot compute the attention; its scores are then held as matrices."""
+    value_maps: tuple[str, str] | None = None
+    """v_proj and o_proj inside a block, where value channels can go; None: they cannot."""
     attention_reads_widths: bool = False
     """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
@@ -119,6 +122,12 @@ class Family:
     """None where the residual stream cannot be rotated, as with LayerNorm, or is not described."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
+
+    def per_layer_entries(self, config: PretrainedConfig) -> set[str]:
+        """Config entries that the config of a single block may change."""
+        # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
+        entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
+        return entries | ({VALUES_ENTRY} if self.value_maps else set())
 
     def half_modules(self, kind: UnitKind) -> tuple[str, ...]:
         """Modules of one half of a block, without its norms."""

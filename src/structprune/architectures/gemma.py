@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.llama import VALUE_MAPS
 from structprune.architectures.parts import gated_mlp, grouped_attention
 from structprune.errors import UnsupportedError
 from structprune.types import HeadUnits, UnitGroup, UnitKind
@@ -82,6 +83,7 @@ GEMMA2 = Family(
         )
     },
     groups=_groups,
+    value_maps=VALUE_MAPS,
     check=_check,
     resized=_resized,
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.parts import only_kv_groups
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup, UnitKind
 
@@ -23,8 +24,7 @@ def _check(config: PretrainedConfig) -> None:
 
 
 def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-    if head_units != "kv-group":
-        raise UnsupportedError("GPT-2 has one query head per KV head", wanted="--head-units kv-group")
+    only_kv_groups(head_units, "GPT-2")
     hidden = config.hidden_size
     head_dim = hidden // config.num_attention_heads
     mlp = UnitGroup(

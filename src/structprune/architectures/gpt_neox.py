@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family, StockClasses, one_after_the_other
-from structprune.errors import UnsupportedError
+from structprune.architectures.parts import only_kv_groups
 from structprune.types import AxisSlice, HeadUnits, Stage, UnitGroup, UnitKind
 
 _NORMS: Mapping[UnitKind, tuple[str, ...]] = {
@@ -25,8 +25,7 @@ def _stages(config: PretrainedConfig) -> tuple[Stage, ...]:
 
 
 def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-    if head_units != "kv-group":
-        raise UnsupportedError("GPT-NeoX has one query head per KV head", wanted="--head-units kv-group")
+    only_kv_groups(head_units, "GPT-NeoX")
     head_dim = config.hidden_size // config.num_attention_heads
     mlp = UnitGroup(
         kind="mlp",

@@ -13,6 +13,7 @@ from structprune.architectures.parts import gated_mlp, grouped_attention
 from structprune.errors import UnsupportedError
 from structprune.types import HeadUnits, UnitGroup, UnitKind
 
+VALUE_MAPS = ("self_attn.v_proj", "self_attn.o_proj")
 NORMS: Mapping[UnitKind, tuple[str, ...]] = {
     "attention": ("input_layernorm",),
     "mlp": ("post_attention_layernorm",),
@@ -97,6 +98,7 @@ LLAMA = LlamaLike(
         ),
     },
     groups=_groups,
+    value_maps=VALUE_MAPS,
     stream=STREAM,
     resized=_resized,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,23 @@ from structprune.errors import CheckpointError, StructPruneError
 
 
 @contextmanager
-def without_global_width_warnings() -> Generator[None]:
-    """transformers warns of readers that take a per-layer config's global width for every layer's.
-
-    Inside the context the reader is transformers itself, when it checks the config that it has just read.
-    """
-    logger = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+def only_errors(logger_name: str) -> Generator[None]:
+    """Inside the context this logger of another library says nothing below an error."""
+    logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
+
+
+def without_global_width_warnings() -> AbstractContextManager[None]:
+    """transformers warns of readers that take a per-layer config's global width for every layer's.
+
+    Inside the context the reader is transformers itself, when it checks the config that it has just read.
+    """
+    return only_errors("transformers.integrations.heterogeneity.configuration_utils")
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:

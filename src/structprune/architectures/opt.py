@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.parts import only_kv_groups
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup, UnitKind
 
@@ -34,8 +35,7 @@ def _check(config: PretrainedConfig) -> None:
 
 
 def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-    if head_units != "kv-group":
-        raise UnsupportedError("OPT has one query head per KV head", wanted="--head-units kv-group")
+    only_kv_groups(head_units, "OPT")
     bias = bool(config.enable_bias)
     head_dim = config.hidden_size // config.num_attention_heads
     mlp = UnitGroup(

@@ -2,6 +2,7 @@
 
 Channel j of the MLP is gate row j, up row j and down column j. KV group k is k/v rows [k hd, (k+1) hd) with the q rows
 and o columns of its g query heads, [k g hd, (k+1) g hd). Query-head unit u is the u-th query head of every KV group.
+Value channel j of KV head k is v row k hd + j and o columns (k g + i) hd + j for the group's query heads i.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from transformers import PretrainedConfig
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
+VALUES_ENTRY = "v_head_dim"
+"""Config entry of a block whose KV heads have lost value channels: as many are left in each."""
+
 
 def head_size(config: PretrainedConfig) -> int:
     """Dimensions of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def value_size(config: PretrainedConfig) -> int:
+    """Channels of one KV head's values."""
+    return getattr(config, VALUES_ENTRY, None) or head_size(config)
 
 
 def queries_per_group(config: PretrainedConfig) -> int:
@@ -25,19 +34,40 @@ def queries_per_group(config: PretrainedConfig) -> int:
     return config.num_attention_heads // config.num_key_value_heads
 
 
-def head_slices(config: PretrainedConfig, head_units: HeadUnits) -> tuple[AxisSlice, AxisSlice]:
+def head_slices(config: PretrainedConfig, head_units: HeadUnits, size: int) -> tuple[AxisSlice, AxisSlice]:
     """What a unit owns of the query heads, and of the KV heads: slices without a tensor, along axis 0.
 
-    Raises UnsupportedError where a query head cannot leave without its KV head.
+    `size` is that of a head along this axis. Raises UnsupportedError where a query head cannot leave without its KV
+    head.
     """
-    head_dim, queries = head_size(config), queries_per_group(config)
-    shared = AxisSlice(tensor="", axis=0, width=head_dim)
+    queries = queries_per_group(config)
+    shared = AxisSlice(tensor="", axis=0, width=size)
     if head_units == "kv-group":
-        return replace(shared, width=queries * head_dim), shared
+        return replace(shared, width=queries * size), shared
+    if head_units == "value-channel":
+        channel = replace(shared, width=1)
+        return replace(channel, repeat=queries, stride=size, run=size, gap=(queries - 1) * size), channel
     if queries == 1:
         raise UnsupportedError("every KV head has one query head", wanted="--head-units kv-group")
     # One query head of every group: stock attention wants as many in each.
-    return replace(shared, repeat=config.num_key_value_heads, stride=queries * head_dim), shared
+    return replace(shared, repeat=config.num_key_value_heads, stride=queries * size), shared
+
+
+def no_value_channels(head_units: HeadUnits, family: str, do: str) -> None:
+    """Raise UnsupportedError if the units are value channels, for a family without a layer that has fewer of them."""
+    if head_units == "value-channel":
+        raise UnsupportedError(
+            f"no layer of {family} with fewer value channels is described",
+            got="--head-units value-channel",
+            wanted=do,
+        )
+
+
+def only_kv_groups(head_units: HeadUnits, family: str) -> None:
+    """Raise UnsupportedError for units of attention that families with as many KV heads as query heads do not have."""
+    no_value_channels(head_units, family, "--scope mlp")
+    if head_units == "query-head":
+        raise UnsupportedError(f"{family} has one query head per KV head", wanted="--head-units kv-group")
 
 
 def attention_units(
@@ -52,20 +82,25 @@ def attention_units(
     output_norm_eps: float | None = None,
 ) -> UnitGroup:
     """The group whose consumer is `self_attn.o_proj`, with the given producers."""
-    queries = head_slices(config, head_units)[0]
+    heads, queries, values = config.num_key_value_heads, queries_per_group(config), value_size(config)
+    read = head_slices(config, head_units, values)[0]
+    num_units = {"kv-group": heads, "query-head": queries, "value-channel": heads * values}
+    fields = {
+        "kv-group": {"num_key_value_heads": 1, "num_attention_heads": queries},
+        "query-head": {"num_attention_heads": heads},
+        "value-channel": {VALUES_ENTRY: 1},
+    }
     return UnitGroup(
         kind="attention",
-        num_units=config.num_key_value_heads if head_units == "kv-group" else queries_per_group(config),
-        width=queries.width * queries.repeat,
+        num_units=num_units[head_units],
+        width=read.width * read.repeat,
+        partitions=heads if head_units == "value-channel" else 1,
         producers=tuple(producers),
-        consumer=replace(queries, tensor="self_attn.o_proj.weight", axis=1),
+        consumer=replace(read, tensor="self_attn.o_proj.weight", axis=1),
         consumer_module="self_attn.o_proj",
         consumer_bias="self_attn.o_proj.bias" if biased_output else None,
-        config_fields=(
-            {"num_key_value_heads": 1, "num_attention_heads": queries_per_group(config)}
-            if head_units == "kv-group"
-            else {"num_attention_heads": config.num_key_value_heads}
-        ),
+        config_fields=fields[head_units],
+        fixed_fields={VALUES_ENTRY if head_units == "value-channel" else "head_dim": head_size(config)},
         module_prefix="self_attn.",
         bias_field=bias_field,
         bias_modules=tuple(bias_modules),
@@ -85,14 +120,21 @@ def grouped_attention(
     output_norm_eps: float | None = None,
 ) -> UnitGroup:
     """Attention with q_proj, k_proj, v_proj and o_proj. `bias_field` is the config entry that gives all four a bias."""
-    queries, shared = head_slices(config, head_units)
+    queries, shared = head_slices(config, head_units, head_size(config))
+    values = head_slices(config, head_units, value_size(config))[1]
     parts = ("weight", "bias") if biased_inputs else ("weight",)
-    owned = {"q_proj": queries} | ({"k_proj": shared, "v_proj": shared} if head_units == "kv-group" else {})
+    modules = {
+        "kv-group": {"q_proj": queries, "k_proj": shared, "v_proj": values},
+        "query-head": {"q_proj": queries},
+        "value-channel": {"v_proj": values},
+    }
     return attention_units(
         config,
         head_units,
         producers=[
-            replace(heads, tensor=f"self_attn.{module}.{part}") for module, heads in owned.items() for part in parts
+            replace(heads, tensor=f"self_attn.{module}.{part}")
+            for module, heads in modules[head_units].items()
+            for part in parts
         ],
         norms=norms,
         biased_output=biased_output,

@@ -2,13 +2,15 @@
 
 Stock configs carry `per_layer_config`, but stock models build every layer from the global numbers. These files
 subclass the stock classes and hand each layer its own copy of the config; since the second version they also put
-modules that add nothing where half of a block is gone. A text that has been released must stay loadable: `load_model`
-runs a file only if it equals one of `accepted_sources`, so keep the old text there when one changes.
+modules that add nothing where half of a block is gone. Checkpoints with fewer value channels get a longer text. A text
+that has been released must stay loadable: `load_model` runs a file only if it equals one of `accepted_sources`, so keep
+the old text there when one changes.
 """
 
 from __future__ import annotations
 
 from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.parts import VALUES_ENTRY
 from structprune.types import UNIT_KINDS
 
 MODELING_MODULE = "modeling_structprune"
@@ -94,6 +96,39 @@ def _layers(layer_class, config):
     return layers
 """
 
+_NARROW_VALUES = '''
+
+class _Values(nn.Linear):
+    """v_proj with fewer channels per KV head, and zeros behind them up to the size of a head."""
+
+    def __init__(self, dense, kept, size):
+        super().__init__(dense.in_features, dense.out_features // size * kept, bias=dense.bias is not None)
+        self.kept = kept
+        self.size = size
+
+    def forward(self, hidden_states):
+        values = super().forward(hidden_states).unflatten(-1, (-1, self.kept))
+        return nn.functional.pad(values, (0, self.size - self.kept)).flatten(-2)
+
+
+class _Outputs(nn.Linear):
+    """o_proj of heads of which the first channels are read."""
+
+    def __init__(self, dense, kept, size):
+        super().__init__(dense.in_features // size * kept, dense.out_features, bias=dense.bias is not None)
+        self.kept = kept
+        self.size = size
+
+    def forward(self, hidden_states):
+        heads = hidden_states.unflatten(-1, (-1, self.size))
+        return super().forward(heads[..., : self.kept].flatten(-2))
+
+
+def _narrow_values(layer, kept, size):
+    if kept < size:
+        for name, narrow in _VALUE_MAPS.items():
+            layer.set_submodule(name, narrow(layer.get_submodule(name), kept, size))
+'''
 
 _LAYER_CONFIG = '''
 
@@ -175,16 +210,29 @@ def _text_v1(family: Family) -> str:
     return _HEADER + imports(family) + WITHOUT_LAYERS + _LAYERS_V1 + _models(family, "")
 
 
-def modeling_source(family: Family) -> str:
-    """The text that is written for `family` now."""
+def modeling_source(family: Family, *, narrow: bool = False) -> str:
+    """The text that is written for `family` now; with `narrow` that of checkpoints with fewer value channels."""
     layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
     if family.attention_reads_widths:
         layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
+    if narrow:
+        layers = _with_narrow_values(family, layers)
     helpers = _registration(family) + WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
     return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
+
+
+def _with_narrow_values(family: Family, layers: str) -> str:
+    assert family.value_maps is not None
+    values, outputs = family.value_maps
+    maps = f'\n\n_VALUE_MAPS = {{"{values}": _Values, "{outputs}": _Outputs}}\n'
+    built = "        kinds = removed.get(str(i), ())\n"
+    assert built in layers
+    call = f"        _narrow_values(layer, configs[i].{VALUES_ENTRY}, layer.{family.attention_module}.head_dim)\n"
+    return _NARROW_VALUES + maps + layers.replace(built, call + built)
 
 
 def accepted_sources(family: Family) -> tuple[str, ...]:
     """Every text that was ever written for `family`."""
     released = (_text_v1(family),) if family.name in _FIRST_VERSION else ()
-    return (modeling_source(family), *released)
+    narrow = () if family.value_maps is None else (modeling_source(family, narrow=True),)
+    return (modeling_source(family), *narrow, *released)

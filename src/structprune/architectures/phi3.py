@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from structprune.architectures.family import StockClasses
 from structprune.architectures.llama import NORMS, LlamaLike
-from structprune.architectures.parts import attention_units, head_size, head_slices
+from structprune.architectures.parts import attention_units, head_size, head_slices, no_value_channels
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
@@ -32,7 +32,8 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
         activation=config.hidden_act,
         norm_modules=NORMS["mlp"],
     )
-    queries, shared = head_slices(config, head_units)
+    no_value_channels(head_units, "Phi-3", "--head-units kv-group or query-head")
+    queries, shared = head_slices(config, head_units, head_size(config))
     fused = "self_attn.qkv_proj.weight"
     producers = [replace(queries, tensor=fused)]
     if head_units == "kv-group":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import StockClasses
-from structprune.architectures.llama import NORMS, STREAM, LlamaLike
+from structprune.architectures.llama import NORMS, STREAM, VALUE_MAPS, LlamaLike
 from structprune.architectures.parts import gated_mlp, grouped_attention
 from structprune.types import HeadUnits, UnitGroup
 
@@ -49,6 +49,7 @@ QWEN2 = LlamaLike(
         )
     },
     groups=_qwen2_groups,
+    value_maps=VALUE_MAPS,
     stream=STREAM,
 )
 
@@ -60,4 +61,5 @@ QWEN3 = LlamaLike(
         )
     },
     groups=_qwen3_groups,
+    value_maps=VALUE_MAPS,
 )

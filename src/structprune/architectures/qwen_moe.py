@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from structprune.architectures.family import StockClasses
-from structprune.architectures.llama import NORMS, LlamaLike
+from structprune.architectures.llama import NORMS, VALUE_MAPS, LlamaLike
 from structprune.architectures.qwen import qwen3_attention
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
@@ -88,6 +88,7 @@ QWEN3_MOE = LlamaLike(
         )
     },
     groups=_groups,
+    value_maps=VALUE_MAPS,
     unstack=_unstack,
     registers_names=True,
     check=_check,

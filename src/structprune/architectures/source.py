@@ -10,7 +10,13 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from structprune.checkpoint.reader import INDEX_NAME
 from structprune.errors import CheckpointError, UnsupportedError
@@ -29,6 +35,7 @@ def cache_directory() -> Path:
 def resolve_model(model: str) -> Path:
     """The local Hugging Face directory of `model`, downloaded or converted once.
 
+    A hub id may name a branch, tag or commit: `organisation/name@revision`.
     Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.
     """
     if model == BUNDLED:
@@ -44,15 +51,22 @@ def resolve_model(model: str) -> Path:
         raise CheckpointError(
             "the model is a file, but not a .gguf", where=str(path), wanted="a directory, hub id or .gguf"
         )
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+    name, revision = _split_revision(model)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("the model directory does not exist", where=str(path), do="check the path")
+    if revision == "":
+        raise CheckpointError("the revision after @ is empty", got=repr(model), wanted="a branch, tag or commit")
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a directory nor a hub id", do="check the path") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"the hub has no model {model!r}", do="check the name, or log in for a gated model"
+            f"the hub has no model {name!r}", do="check the name, or log in for a gated model"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(
+            f"the hub's model {name!r} has no revision {revision!r}", wanted="a branch, tag or commit"
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
@@ -60,6 +74,12 @@ def resolve_model(model: str) -> Path:
             got=type(error).__name__,
             do="check the path or the network",
         ) from None
+
+
+def _split_revision(model: str) -> tuple[str, str | None]:
+    """A hub id and the revision after its @, if there is one; a revision may hold slashes, as refs/pr/1."""
+    name, mark, revision = model.partition("@")
+    return name, revision if mark else None
 
 
 def bundled_gguf() -> Path:
@@ -87,9 +107,10 @@ def gguf_file(model: str) -> Path | None:
 
 
 def hub_id(model: str) -> str | None:
-    """`model` if it is the name of a model on the hub, and not of anything here."""
+    """The name, without a revision, if `model` is one of the hub and not of anything here."""
     local = model == BUNDLED or model.endswith(".gguf") or expand_user(model).exists()
-    return None if local or model.count("/") != 1 else model
+    name, _ = _split_revision(model)
+    return None if local or name.count("/") != 1 else name
 
 
 def _converted(source: Path) -> Path:

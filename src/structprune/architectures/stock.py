@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,9 @@ from structprune.architectures.head import capped
 from structprune.architectures.loading import without_global_width_warnings
 from structprune.architectures.removed import RemovedHalves, check_attention_can_go, removed_halves
 from structprune.architectures.sliced_source import SHORTCUTS, SLICED_ENTRY
+from structprune.architectures.stand_ins import STAND_INS, Recorder, StopForward
+from structprune.architectures.tensor_check import check_tensors
+from structprune.architectures.values import check_values, narrow_values
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -34,47 +36,6 @@ class BlockInputs:
     """What the stock model passes to each block beside the hidden states, for one batch shape."""
 
     kwargs: tuple[dict[str, Any], ...]
-
-
-# Buffers that blocks once kept in the checkpoint, beside those that the stock class itself names.
-_COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.bias$", r"attn\.masked_bias$")
-
-
-class _StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Ends the stock model's forward once the last block has been reached."""
-
-
-class _Recorder(nn.Module):
-    """Stands where a block would: keeps the arguments by name and passes the hidden states on."""
-
-    def __init__(self, names: Sequence[str], is_last: bool) -> None:
-        super().__init__()
-        self.names = names
-        self.is_last = is_last
-
-    def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden_BSD = hidden_BSD
-        self.kwargs = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.is_last:
-            raise _StopForward
-        return hidden_BSD
-
-
-class _NoAttention(nn.Module):
-    """In the place of the attention, for a while or where it is removed: adds nothing."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return hidden_states.new_zeros(()), None
-
-
-class _NoMlp(nn.Module):
-    """In the place of each module of the MLP: the last one adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(())
-
-
-_STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
 
 
 class StockModel:
@@ -90,7 +51,7 @@ class StockModel:
     """
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
-        self._head_units: HeadUnits = head_units
+        self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
         if "quantization_config" in reader.config:
             raise UnsupportedError(
@@ -117,7 +78,7 @@ class StockModel:
                 )
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
-            self.groups = self.family.groups(self.config, self._head_units)
+            self.groups = self.family.groups(self.config, self.head_units)
             self.stages: tuple[Stage, ...] = self.family.stages(self.config)
             self.removed: RemovedHalves = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
@@ -140,21 +101,21 @@ class StockModel:
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
         """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
-        config: Any = self.config
-        if not config.is_heterogeneous:
-            return (config,) * config.num_hidden_layers
+        config, where = self.config, str(reader.directory / "config.json")
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
-        self.config = copy.deepcopy(config)
-        self.config.per_layer_config = None
-        known = {name for group in self.family.groups(self.config, self._head_units) for name in group.config_fields}
-        found = {name for fields in reader.config["per_layer_config"].values() for name in fields}
+        if config.is_heterogeneous:
+            self.config = copy.deepcopy(config)
+            self.config.per_layer_config = None
+        known = self.family.per_layer_entries(self.config)
+        found = {name for fields in (reader.config.get("per_layer_config") or {}).values() for name in fields}
         if found - known:
             raise UnsupportedError(
                 "per_layer_config changes more than the widths",
-                where=str(reader.directory / "config.json"),
+                where=where,
                 got=", ".join(sorted(found - known)),
                 wanted=", ".join(sorted(known)),
             )
+        check_values(self.config, per_block, where)
         return per_block
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
@@ -176,10 +137,11 @@ class StockModel:
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
             self.family.unstack(layer, config)
+        narrow_values(layer, config, self.family)
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.half_modules(group.kind):
-                    layer.set_submodule(name, _STAND_INS[group.kind]())
+                    layer.set_submodule(name, STAND_INS[group.kind]())
                 for name in group.norm_modules:
                     layer.set_submodule(name, nn.Identity())
         if self.sliced:
@@ -200,43 +162,21 @@ class StockModel:
 
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
         family = self.family
-        expected = {name: tuple(p.shape) for name, p in self.skeleton.named_parameters(remove_duplicate=False)}
-        expected |= {name: tuple(b.shape) for name, b in self.skeleton.state_dict().items()}
+        skeleton: Any = self.skeleton
+        expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+        expected |= {name: tuple(b.shape) for name, b in skeleton.state_dict().items()}
         head_weight = f"{family.head_module}.weight"
         tied = bool(getattr(self.config, "tie_word_embeddings", False)) and head_weight not in reader.shapes
-        missing = sorted(n for n in expected if n not in reader.shapes and not (tied and n == head_weight))
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensor(s), first {missing[0]!r}",
-                where=str(reader.directory),
-                do="download it again, or check that config.json belongs to it",
-            )
-        extra = sorted(n for n in reader.shapes if n.startswith(f"{family.blocks_module}.") and n not in expected)
-        # Old checkpoints carry computed buffers; a weight that the stock model lacks would be lost without a word.
-        skeleton: Any = self.skeleton
-        computed = "|".join((*_COMPUTED, *(skeleton._keys_to_ignore_on_load_unexpected or ())))
-        extra = [name for name in extra if not re.search(computed, name)]
-        if extra:
-            raise CheckpointError(
-                f"the checkpoint has {len(extra)} block tensor(s) that the configuration does not, first {extra[0]!r}",
-                where=str(reader.directory),
-                do="check that config.json belongs to it",
-            )
-        for name, shape in expected.items():
-            if name in reader.shapes and reader.shapes[name] != shape:
-                raise CheckpointError(
-                    f"tensor {name!r} has another shape than the configuration says",
-                    where=str(reader.directory),
-                    got=reader.shapes[name],
-                    wanted=shape,
-                )
+        if tied:
+            del expected[head_weight]
+        check_tensors(reader, expected, skeleton._keys_to_ignore_on_load_unexpected or ())
         blocks: list[BlockLayout] = []
         for index in range(self.config.num_hidden_layers):
             prefix = f"{family.blocks_module}.{index}."
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
             groups = tuple(
                 group
-                for group in self.family.groups(self.block_configs[index], self._head_units)
+                for group in self.family.groups(self.block_configs[index], self.head_units)
                 if group.kind not in self.removed[index]
             )
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
@@ -294,10 +234,8 @@ class StockModel:
                 )
             if not group.config_fields:
                 raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
-            for name, factor in group.config_fields.items():
-                setattr(config, name, kept[group.kind] * factor)
-            if heads_per_unit := group.config_fields.get("num_attention_heads"):
-                config.head_dim = group.width // heads_per_unit
+            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
+                setattr(config, name, value)
         return config
 
     def block(
@@ -330,9 +268,12 @@ class StockModel:
         outside: dict[str, nn.Module] = {}
         for kind in UNIT_KINDS:
             if kind not in stage:
-                for name in self.family.half_modules(kind):
+                # The half's norms would be computed for nothing: they are half as dear as its products.
+                stand_ins = dict.fromkeys(self.family.half_modules(kind), STAND_INS[kind])
+                stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
+                for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)
-                    block.set_submodule(name, _STAND_INS[kind]())
+                    block.set_submodule(name, stand_in())
         try:
             yield
         finally:
@@ -349,7 +290,7 @@ class StockModel:
         model = self.skeleton
         dense_blocks: Any = model.get_submodule(self.family.blocks_module)
         names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
-        recorders = [_Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
+        recorders = [Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
         if self.family.rotary_module is not None:
             rotary: Any = type(model.get_submodule(self.family.rotary_module))
             model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))
@@ -363,7 +304,7 @@ class StockModel:
         try:
             with torch.no_grad():
                 model(input_ids=ids_BS, use_cache=False)
-        except _StopForward:
+        except StopForward:
             pass
         finally:
             model.set_submodule(self.family.blocks_module, dense_blocks)

@@ -8,6 +8,8 @@ resident memory, which is the very thing that the budget limits.
 
 from __future__ import annotations
 
+import zlib
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,38 +49,73 @@ class MemoryStore:
 
 
 class FileStore:
-    """Hidden states in one file that is removed on close."""
+    """Hidden states in one file that is removed on close; with `lasting` it stays, and is taken up again."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, lasting: bool = False) -> None:
         self.shape = shape
         self.dtype = dtype
         self.path = path
+        self._lasting = lasting
         self._window_bytes = shape[1] * shape[2] * dtype.itemsize
-        self._file = path.open("w+b", buffering=0)
+        self._file = path.open("r+b" if lasting and path.exists() else "w+b", buffering=0)
         self._file.truncate(self._window_bytes * shape[0])
 
     def read(self, start: int, stop: int) -> Tensor:
         buffer = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         view = _bytes_of(buffer)
         self._file.seek(start * self._window_bytes)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise EOFError(f"{self.path}: the hidden-state file is shorter than it was written")
-            done += count
+        _read_into(self._file, view)
         return buffer
 
     def write(self, start: int, hidden_BSD: Tensor) -> None:
-        view = _bytes_of(hidden_BSD.to(self.dtype).contiguous())
         self._file.seek(start * self._window_bytes)
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:]) or 0
+        _write_all(self._file, _bytes_of(hidden_BSD.to(self.dtype).contiguous()))
 
     def close(self) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        if not self._lasting:
+            self.path.unlink(missing_ok=True)
+
+
+def dump(store: HiddenStore, path: Path) -> list[int]:
+    """Copy the store's windows to a file, one at a time. Returns its [bytes, CRC-32]."""
+    size, crc = 0, 0
+    with path.open("wb", buffering=0) as file:
+        for window in range(store.shape[0]):
+            view = _bytes_of(store.read(window, window + 1).contiguous())
+            _write_all(file, view)
+            crc = zlib.crc32(view, crc)
+            size += len(view)
+    return [size, crc]
+
+
+def fill(store: HiddenStore, path: Path) -> None:
+    """Read the store's windows from a file that `dump` wrote."""
+    with path.open("rb", buffering=0) as file:
+        for window in range(store.shape[0]):
+            buffer = torch.empty((1, *store.shape[1:]), dtype=store.dtype)
+            _read_into(file, _bytes_of(buffer))
+            store.write(window, buffer)
+
+
+def num_bytes(store: HiddenStore) -> int:
+    """Of all its windows."""
+    return torch.Size(store.shape).numel() * store.dtype.itemsize
+
+
+def _read_into(file: FileIO, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise EOFError(f"{file.name}: the hidden-state file is shorter than it was written")
+        done += count
+
+
+def _write_all(file: FileIO, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:]) or 0
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -216,6 +216,11 @@ class CheckpointReader:
             digest.update(f"{path.name}{path.stat().st_size}".encode())
         return digest.hexdigest()
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of the last change, in nanoseconds, of each weight file."""
+        files = {path.name: path.stat() for path in sorted(set(self._shard_of.values()))}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+
 
 def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     for old, new in prefixes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.checkpoint.reader import INDEX_NAME
@@ -24,7 +26,7 @@ class CheckpointWriter:
         self._stored_name = stored_name
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0
-        self.num_parameters = 0
+        self._num_parameters: dict[str, int] = {}
 
     def shard_name(self, number: int) -> str:
         """File name of shard `number` (from 1), by the convention of the hub."""
@@ -39,10 +41,38 @@ class CheckpointWriter:
                 {key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"format": "pt"}
             )
         for key, value in tensors.items():
-            self._weight_map[key] = name
-            self._total_bytes += value.numel() * value.element_size()
-            self.num_parameters += value.numel()
+            self._count(name, key, value.numel(), value.numel() * value.element_size())
         return name
+
+    def adopt(self, number: int) -> None:
+        """Count a shard that an earlier process wrote whole."""
+        name = self.shard_name(number)
+        with (self.directory / name).open("rb") as handle:
+            # The format: eight bytes of length, then the names, shapes and places as JSON.
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                first, last = entry["data_offsets"]
+                self._count(name, key, math.prod(entry["shape"]), last - first)
+
+    def read(self, number: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors `names` of a shard that was written."""
+        stored = load_file(self.directory / self.shard_name(number))
+        return {name: stored[self._stored_name(name)] for name in names}
+
+    def _count(self, shard: str, key: str, num_parameters: int, num_bytes: int) -> None:
+        self._weight_map[key] = shard
+        self._total_bytes += num_bytes
+        self._num_parameters[shard] = self._num_parameters.get(shard, 0) + num_parameters
+
+    def shard_parameters(self, number: int) -> int:
+        """Parameters in one shard."""
+        return self._num_parameters[self.shard_name(number)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all shards so far."""
+        return sum(self._num_parameters.values())
 
     @property
     def file_bytes(self) -> int:

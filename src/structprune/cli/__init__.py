@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from structprune.cli import bench as bench_verb
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
 from structprune.cli import export as export_verb
@@ -16,6 +17,9 @@ from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
 from structprune.cli import push as push_verb
+from structprune.cli import recover as recover_verb
+from structprune.cli import report as report_verb
+from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
 
 app = typer.Typer(
@@ -27,13 +31,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prune")(prune_verb.prune)
+app.command("resume")(resume_verb.resume)
+app.command("recover")(recover_verb.recover)
 app.command("plan")(plan_verb.plan)
 app.command("inspect")(inspect_verb.inspect)
 app.command("methods")(methods_verb.methods)
-app.command("eval")(eval_verb.evaluate)
+app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
+app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)
+app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
 app.command("export")(export_verb.export)
 app.command("push")(push_verb.push)
-app.command("compare", cls=compare_verb.ManyValuesCommand)(compare_verb.compare)
+app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 
 @app.callback()

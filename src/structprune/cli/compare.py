@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-# Options that take every value up to the next option.
-_MANY = ("--methods", "--sparsities", "--text", "--set")
+from structprune.cli.flags import ModelArgument, QuietFlag
+from structprune.cli.many import many_values
 
-
-class ManyValuesCommand(TyperCommand):
-    """Reads `--methods a b c` as `--methods a --methods b --methods c`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option's name before each of its values."""
-        spelled: list[str] = []
-        current: str | None = None
-        first = False
-        for argument in args:
-            if argument.startswith("-"):
-                name = argument.partition("=")[0]
-                current, first = (argument, True) if argument in _MANY else (None, False)
-                spelled.append(argument)
-                if name in _MANY and "=" in argument:
-                    current, first = name, False
-                continue
-            if current is not None and not first:
-                spelled.append(current)
-            first = False
-            spelled.append(argument)
-        return super().parse_args(ctx, spelled)
+CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],
     methods: Annotated[
         list[str],
@@ -59,7 +37,7 @@ def compare(
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the curves (needs matplotlib).")] = True,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the pruned checkpoints.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
     from structprune.comparison.cells import parse_settings, parse_variant
@@ -72,7 +50,7 @@ def compare(
     base = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
     variants = [parse_variant(name) for name in methods]
 
-    from structprune.cli.interrupt import interruptible
+    from structprune.cli.interrupt import exit_code, interruptible
     from structprune.cli.progress import plain_observer
     from structprune.cli.render import comparison_table
     from structprune.comparison.run import ComparisonRequest
@@ -94,9 +72,9 @@ def compare(
     try:
         with interruptible():
             result = run_compare(request, output, plain_observer(quiet=quiet))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_code(error)) from None
     if as_json:
         print(json.dumps(result.model_dump(mode="json"), indent=2))
     else:

@@ -1,45 +1,100 @@
-"""`structprune eval`: perplexity with its window length."""
+"""`structprune eval`: perplexity with its window length, distance from another model, zero-shot tasks."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
+from structprune.cli.many import many_values
+
+if TYPE_CHECKING:
+    from structprune.report.measured import Evaluation, TextResult
+
+EvalCommand = many_values("--text", "--tasks")
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
-    text: Annotated[Path, typer.Option("--text", help="Text or jsonl file.")],
+    model: ModelArgument,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="One or more text or jsonl files.")] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", help="Another model, the dense one: how far are the predictions from its?"),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows of each text.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="One block in memory at a time.")] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="Budget of --stream, e.g. 4GiB.  [default: 80% of what is free]")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Zero-shot tasks of lm-eval, e.g. boolq,piqa (needs the extra eval).")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Directory of local task files, for machines without the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the tasks' requests.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
-    """Perplexity of MODEL on a text: consecutive windows, no special tokens, tail dropped."""
-    from structprune.api import evaluate as run_evaluate
+    """Perplexity of MODEL on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
+    from structprune.assess import EvaluationRequest, evaluate_all
+    from structprune.cli.progress import progress_observer
     from structprune.cli.render import key_value_table
 
-    result = run_evaluate(
-        model, text, against=against, seq_len=seq_len, max_windows=max_windows, device=device, dtype=dtype
+    request = EvaluationRequest(
+        texts=text or [],
+        against=against,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        tasks=[name for part in tasks or [] for name in part.split(",") if name],
+        tasks_dir=tasks_dir,
+        task_limit=limit,
+        batch_size=batch_size,
+        stream=stream,
+        memory=memory,
+        device=device,
+        dtype=dtype,
     )
+    with progress_observer(quiet=quiet) as observer:
+        result = evaluate_all(model, request, observer)
     if as_json:
-        print(json.dumps({"model": model, **result.to_dict()}, indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
         return
-    rows = [("perplexity", f"{result.perplexity:.4f}")]
-    if result.kl_to_reference is not None and result.top1_agreement is not None:
-        rows += [
-            (f"KL from {against}", f"{result.kl_to_reference:.4f} nats per token"),
-            ("same likeliest token", f"{result.top1_agreement:.2%}"),
+    key_value_table(f"structprune eval {model}", _rows(result))
+
+
+def _rows(result: Evaluation) -> list[tuple[str, str]]:
+    from structprune.memory import format_bytes
+
+    rows = [row for text in result.texts for row in _text_rows(text, result.against)]
+    for task in result.tasks:
+        values = [
+            f"{name} {value:.4f}" + (f" +- {error:.4f}" if (error := task.standard_errors.get(name)) else "")
+            for name, value in task.metrics.items()
         ]
-    rows += [
-        ("window", f"{result.seq_len} tokens, stride {result.stride}, {result.num_windows} windows"),
-        ("text", result.text),
-    ]
-    key_value_table(f"structprune eval {model}", rows)
+        shots = f"{task.num_samples} samples, {task.num_fewshot} examples in the prompt"
+        rows.append((task.task, f"{', '.join(values)} ({shots})"))
+    memory = f"measured {format_bytes(result.measured_peak_bytes)}"
+    if result.planned_peak_bytes is not None:
+        memory = f"planned {format_bytes(result.planned_peak_bytes)}, {memory}"
+    how = "one block at a time" if result.streamed else "whole model"
+    return [*rows, ("forward passes", f"{result.dtype} on {result.device}, {how}"), ("peak memory", memory)]
+
+
+def _text_rows(text: TextResult, against: str | None) -> list[tuple[str, str]]:
+    rows = [("text", text.text), ("perplexity", f"{text.perplexity:.4f}")]
+    if text.kl_to_reference is not None and text.top1_agreement is not None:
+        rows += [
+            (f"perplexity of {against}", f"{text.reference_perplexity:.4f}"),
+            (f"KL from {against}", f"{text.kl_to_reference:.4f} nats per token"),
+            ("same likeliest token", f"{text.top1_agreement:.2%}"),
+        ]
+    windows = f"{text.seq_len} tokens, stride {text.stride}, {text.num_windows} windows"
+    return [*rows, ("window", windows)]

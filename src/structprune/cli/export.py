@@ -8,19 +8,23 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, QuietFlag
+
 
 def export(
     model: Annotated[str, typer.Argument(help="Output of `prune`, or any model that it takes.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to create, e.g. small.gguf.")],
-    format: Annotated[str, typer.Option(help="gguf (llama.cpp).")] = "gguf",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to create, e.g. small.gguf; for onnx a directory.")
+    ],
+    format: Annotated[str, typer.Option(help="gguf (llama.cpp) or onnx (ONNX Runtime, OpenVINO).")] = "gguf",
     dtype: Annotated[str, typer.Option(help="stored, float32, float16 or bfloat16.")] = "stored",
     tokenizer_gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the dense model, whose tokenizer is copied.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
-    """Write MODEL as one file for llama.cpp. Uneven widths go to an architecture of llama.cpp that has them."""
+    """Write MODEL for llama.cpp, uneven widths too, or as an ONNX graph."""
     from structprune.api import export as run_export
     from structprune.cli.interrupt import interruptible
     from structprune.cli.progress import progress_observer
@@ -41,7 +45,7 @@ def export(
     key_value_table(
         f"structprune export {model}",
         [
-            ("file", f"{result.path} ({format_bytes(result.bytes)})"),
+            ("output", f"{result.path} ({format_bytes(result.bytes)})"),
             ("architecture", result.architecture),
             ("weights", f"{result.num_tensors} tensors, {result.dtype}"),
             ("tokenizer", result.tokenizer),

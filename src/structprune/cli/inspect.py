@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
+from structprune.cli.flags import JsonFlag, ModelArgument
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: ModelArgument,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
     from structprune.api import inspect_with_runtimes

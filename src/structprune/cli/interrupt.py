@@ -1,36 +1,72 @@
-"""Ctrl-C stays Ctrl-C, whatever a library makes of the exception."""
+"""Ctrl-C stays Ctrl-C, whatever a library makes of the exception, and SIGTERM is another Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
+
+import typer
+
+from structprune.cli.progress import progress_observer
+from structprune.engine.observer import Observer
+from structprune.runs.directory import RunDirectory
+
+Report = TypeVar("Report")
+
+
+class Interrupted(KeyboardInterrupt):
+    """By a signal, whose number is kept."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """As a shell reports the death by that signal."""
+    return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """Raise KeyboardInterrupt for any error that comes after SIGINT.
+    """Raise Interrupted for SIGINT and SIGTERM, also instead of any error that comes after one.
 
     The exception is raised wherever the interpreter is. Inside a native library it may come out as another one: slicing
-    a safetensors file turns it into a ValueError. Where SIGINT is ignored or handled otherwise, nothing is changed.
+    a safetensors file turns it into a ValueError. Where a signal is ignored or handled otherwise, nothing is changed.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    interrupted = False
+    seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+        seen.append(number)
+        raise Interrupted(number)
 
-    previous = signal.signal(signal.SIGINT, note)
+    usual: tuple[tuple[int, Any], ...] = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    ours = [(number, handler) for number, handler in usual if signal.getsignal(number) is handler]
+    for number, _ in ours:
+        signal.signal(number, note)
     try:
         yield
     except Exception:
-        if interrupted:
-            raise KeyboardInterrupt from None
+        if seen:
+            raise Interrupted(seen[0]) from None
         raise
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in ours:
+            signal.signal(number, handler)
+
+
+def run_or_say_how_to_resume(work: Callable[[Observer], Report], run: Path, *, quiet: bool) -> Report:
+    """The report of `work`, with progress. An interrupt ends the program, and says how the run can go on."""
+    try:
+        with interruptible(), progress_observer(quiet=quiet) as observer:
+            return work(observer)
+    except KeyboardInterrupt as error:
+        directory = RunDirectory.named(run)
+        kept = directory.peek() is not None
+        how = f"`structprune resume {directory.output}` goes on where it was" if kept else "nothing was written"
+        typer.echo(f"structprune: interrupted; {how}", err=True)
+        raise typer.Exit(exit_code(error)) from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
+from structprune.cli.flags import JsonFlag
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def methods(as_json: JsonFlag = False) -> None:
     """List the methods, their papers, and whether each is the published formula."""
     from rich.console import Console
     from rich.table import Table

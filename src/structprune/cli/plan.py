@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from structprune.cli.flags import JsonFlag, ModelArgument
 from structprune.cli.settings import takes_recipe
 
 if TYPE_CHECKING:
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
 
 @takes_recipe
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: ModelArgument,
     # A Recipe, of the flags that stand here on the command line.
     settings: Any,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show what `prune` with the same options would do, and which runtimes will load the result. Reads headers only."""
     from structprune.api import plan as run_plan

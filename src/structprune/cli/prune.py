@@ -8,31 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
+from structprune.cli.flags import ModelArgument, QuietFlag, ReportJsonFlag
 from structprune.cli.settings import takes_recipe
 
 
 @takes_recipe
 def prune(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, hub id, .gguf file, or smollm2 (bundled).")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     # A Recipe, of the flags that stand here on the command line.
     settings: Any,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: ReportJsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL into a new, physically smaller checkpoint."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
     from structprune.api import prune as run_prune
-    from structprune.cli.interrupt import interruptible
-    from structprune.cli.progress import progress_observer
+    from structprune.cli.interrupt import run_or_say_how_to_resume
     from structprune.cli.render import report_table
 
-    try:
-        with interruptible(), progress_observer(quiet=quiet) as observer:
-            report = run_prune(model, settings, output, observer)
-    except KeyboardInterrupt:
-        typer.echo("structprune: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
+    report = run_or_say_how_to_resume(
+        lambda observer: run_prune(model, settings, output, observer), output, quiet=quiet
+    )
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.flags import JsonFlag, QuietFlag
+
 
 def push(
     output: Annotated[Path, typer.Argument(help="Output of `prune`.")],
     repo_id: Annotated[str, typer.Argument(help="Model repository, e.g. you/smaller-model; made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Only you see it.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there.  [default: main]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Upload OUTPUT, with its model card, to the hub."""
     from huggingface_hub.utils import disable_progress_bars

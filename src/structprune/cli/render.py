@@ -10,74 +10,28 @@ from rich.text import Text
 
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
-from structprune.report.comparison import Comparison
-from structprune.report.schema import PruneReport, ReloadReport, RuntimeReport
+from structprune.report.comparison import COST_COLUMNS, Comparison, cost_values
+from structprune.report.measured import Bench, Rate
+from structprune.report.schema import PruneReport, RuntimeReport
+from structprune.report.summary import rich_table, summary_rows, warnings
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print two columns without a header."""
-    # Text, not str: names and paths may hold brackets, which rich would read as markup.
-    table = Table(title=Text(title), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    Console().print(table)
+    Console().print(rich_table(title, rows))
 
 
 def report_table(report: PruneReport) -> None:
     """Print what a run did and cost."""
-    size, memory, calibration = report.size, report.memory, report.calibration
-    saved = 1 - size.bytes_after / size.bytes_before
-    key_value_table(
-        f"{report.method}: {report.source} -> {report.output}",
-        [
-            (
-                f"removed of {report.recipe.scope}",
-                f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
-            ),
-            ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
-            ("removed of the model", f"{size.removed_share_of_model:.2%}"),
-            ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
-            (
-                "bytes on disk",
-                f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} ({saved:.1%} less)",
-            ),
-            (
-                "calibration",
-                f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
-            ),
-            (
-                "perplexity of that text",
-                f"{calibration.dense_perplexity:.2f} -> {calibration.pruned_perplexity:.2f} "
-                f"(first {calibration.perplexity_windows} windows, in-sample; use `structprune eval` for unseen text)",
-            ),
-            (
-                "peak memory",
-                f"planned {format_bytes(memory.planned_peak_bytes)}, "
-                f"measured {format_bytes(memory.measured_peak_bytes)}",
-            ),
-            ("reload check", _reload_line(report.reload)),
-            ("forward passes", f"{report.compute_dtype} on {report.device}"),
-            ("wall time", f"{report.wall_seconds:.1f} s"),
-            *runtime_rows(report.runtimes),
-        ],
-    )
+    rows = [*summary_rows(report), *runtime_rows(report.runtimes)]
+    key_value_table(f"{report.method}: {report.source} -> {report.output}", rows)
+    for warning in warnings(report):
+        Console(stderr=True).print(Text(warning))
 
 
 def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tuple[str, str]]:
     """Who loads a checkpoint, how that is known, and how or why not."""
     return [(s.runtime, f"{s.loads}{f' ({s.basis})' if s.basis else ''}: {s.reason}") for s in supports]
-
-
-def _reload_line(reload: ReloadReport) -> str:
-    if reload.relative_difference is None:
-        return f"{'left out' if reload.mode == 'off' else 'not possible'} ({reload.reason})"
-    how = "whole model" if reload.mode == "whole" else f"module by module, because {reload.reason}"
-    return (
-        f"stock transformers, {how}: relative difference {reload.relative_difference:.1e} of the logits at "
-        f"{reload.num_positions} positions ({reload.seconds:.1f} s)"
-    )
 
 
 def comparison_table(result: Comparison) -> None:
@@ -99,7 +53,7 @@ def comparison_table(result: Comparison) -> None:
     for text in result.texts:
         quality.add_column(Text(text.label), justify="right", overflow="fold")
         quality.add_column("KL", justify="right", no_wrap=True)
-    for name in ("wall", "shared", "peak", "planned", "prefill", "decode"):
+    for name in COST_COLUMNS:
         cost.add_column(name, justify="right", no_wrap=True)
     if result.dense is not None:
         scores = [value for score in result.dense.texts for value in (f"{score.perplexity:.2f}", "")]
@@ -117,20 +71,55 @@ def comparison_table(result: Comparison) -> None:
             for value in (f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}")
         ]
         quality.add_row(asked, Text(cell.label), _millions(cell.parameters), format_bytes(cell.bytes), *scores)
-        speed = cell.speed
-        cost.add_row(
-            asked,
-            Text(cell.label),
-            f"{cell.wall_seconds:.0f} s",
-            f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
-            format_bytes(cell.measured_peak_bytes),
-            format_bytes(cell.planned_peak_bytes),
-            "" if speed is None else f"{speed.prefill_speedup:.2f}x",
-            "" if speed is None else f"{speed.decode_speedup:.2f}x",
-        )
+        cost.add_row(asked, Text(cell.label), *cost_values(cell))
     console = Console()
     console.print(quality)
     console.print(cost)
+
+
+def bench_tables(result: Bench) -> None:
+    """Print sizes of the models, then every point of the grid."""
+    sizes = Table(title=Text(f"structprune bench, {result.dtype} on {result.device}"), title_justify="left")
+    sizes.add_column("model", overflow="fold")
+    for name in ("params", "disk", "weights in memory"):
+        sizes.add_column(name, justify="right", no_wrap=True)
+    points = Table(
+        title=Text(f"Tokens per second: median of {result.repeats} runs after a warm-up (lower to upper quartile)"),
+        title_justify="left",
+    )
+    compared = len(result.models) > 1
+    points.add_column("batch", justify="right", no_wrap=True)
+    points.add_column("prompt", justify="right", no_wrap=True)
+    points.add_column("model", overflow="fold")
+    for name in ("prefill", "decode", "peak memory", *(("prefill ratio", "decode ratio") if compared else ())):
+        points.add_column(name, justify="right")
+    for model in result.models:
+        sizes.add_row(
+            Text(model.model),
+            _millions(model.parameters),
+            format_bytes(model.file_bytes),
+            format_bytes(model.weight_bytes),
+        )
+    for row in zip(*(model.points for model in result.models), strict=True):
+        points.add_section()
+        for model, point in zip(result.models, row, strict=True):
+            ratios = (point.prefill_ratio, point.decode_ratio) if compared else ()
+            points.add_row(
+                f"{point.batch}",
+                f"{point.prompt_tokens}",
+                Text(model.model),
+                _rate(point.prefill),
+                _rate(point.decode),
+                format_bytes(point.peak_bytes),
+                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            )
+    console = Console()
+    console.print(sizes)
+    console.print(points)
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.median:,.1f} ({rate.low:,.1f} to {rate.high:,.1f})"
 
 
 def _millions(number: int) -> str:

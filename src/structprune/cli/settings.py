@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from structprune.cli.flags import DeviceFlag, DtypeFlag, MemoryFlag, SeedFlag
+
 if TYPE_CHECKING:
     from structprune.recipe import Recipe
 
@@ -20,7 +22,10 @@ def recipe_from_flags(
     scope: Annotated[str | None, typer.Option(help="mlp, attention or all.  [default: mlp]")] = None,
     head_units: Annotated[
         str | None,
-        typer.Option(help="kv-group: KV heads with their query heads; query-head: one of each.  [default: kv-group]"),
+        typer.Option(
+            help="kv-group: KV heads with their query heads; query-head: one of each; value-channel: V/O pairs.  "
+            "[default: the method's]"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `structprune methods`.  [default: fasp]")] = None,
     calibration: Annotated[
@@ -29,14 +34,10 @@ def recipe_from_flags(
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.  [default: 2048]")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Host memory budget, e.g. 4GiB.  [default: 80% of what is free]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Forward passes: auto, float32, bfloat16, float16.  [default: auto]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")] = None,
+    memory: MemoryFlag = None,
+    device: DeviceFlag = None,
+    dtype: DtypeFlag = None,
+    seed: SeedFlag = None,
     multiple_of: Annotated[
         int | None, typer.Option(help="Kept widths are a multiple of this.  [default: 32, wide models 128]")
     ] = None,

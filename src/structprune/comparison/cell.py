@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from structprune.api import load_with_tokenizer, prune
+from structprune.api import prune
 from structprune.architectures.source import resolve_model
+from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cells import settings_of
-from structprune.engine.device import DTYPES
+from structprune.engine.device import DTYPES, machine
 from structprune.engine.observer import Observer
 from structprune.errors import StructPruneError
 from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
@@ -83,9 +82,10 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
 def _dense_row(spec: CellSpec) -> DenseRow:
     reader = CheckpointReader(resolve_model(spec.model))
     model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype])
+    limit = model.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
-        windows_NS = text_windows(model, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        windows_NS = text_windows(limit, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
         texts.append(_text_score(label, perplexity(model, windows_NS, label)))
     return DenseRow(
         parameters=sum(parameter.numel() for parameter in model.parameters()), bytes=reader.file_bytes, texts=texts
@@ -96,9 +96,10 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
     dense, encoder = load_with_tokenizer(spec.model, device, dtype)
     pruned, _ = load_with_tokenizer(spec.output, device, dtype)
+    limit = dense.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
-        windows_NS = text_windows(dense, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        windows_NS = text_windows(limit, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
         reference = make_reference(dense, windows_NS)
         texts.append(_text_score(label, perplexity(pruned, windows_NS, label, reference=reference)))
     reused_seconds = report.reused.seconds if report.reused else 0.0
@@ -144,22 +145,12 @@ def _text_score(label: str, result: Any) -> TextScore:
 
 def _speed(results: dict[str, SpeedResult]) -> Speed:
     dense, pruned = results["dense"], results["pruned"]
+    prefill, decode = pruned.ratios(dense)
     return Speed(
         prefill_tokens_per_s=pruned.prefill_tokens_per_s,
         decode_tokens_per_s=pruned.decode_tokens_per_s,
-        prefill_speedup=pruned.prefill_tokens_per_s / dense.prefill_tokens_per_s,
-        decode_speedup=pruned.decode_tokens_per_s / dense.decode_tokens_per_s,
+        prefill_speedup=prefill,
+        decode_speedup=decode,
         prompt_tokens=pruned.prompt_tokens,
         decoded_tokens=pruned.decoded_tokens,
     )
-
-
-def machine() -> str:
-    """The processor and how much of it, as far as figures depend on it."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    return f"{name}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"

@@ -27,10 +27,10 @@ from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
-from structprune.report.comparison import Comparison, Failure, TextInfo
+from structprune.report.comparison import RESULT_NAME, Comparison, Failure, TextInfo
+from structprune.report.comparison_page import COMPARISON_PAGE_NAME, comparison_page
 from structprune.report.plots import check_matplotlib, plot_comparison
 
-RESULT_NAME = "comparison.json"
 CSV_NAME = "comparison.csv"
 _WORK_NAME = "work"
 _SHARED_NAME = "shared"
@@ -57,7 +57,7 @@ class ComparisonRequest:
 
 
 def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Comparison:
-    """Fill `output` with the table of `request`: `comparison.json`, `.csv` and the curves.
+    """Fill `output` with the table of `request`: `comparison.json`, `.csv`, `.html` and the curves.
 
     Every cell is checked before the first one runs. Cells that `comparison.json` already holds are not run again; it
     is rewritten after each, so an interrupted comparison goes on where it was. A cell that fails is named in the
@@ -240,6 +240,8 @@ def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
         process.wait()
         _discard(checkpoint)
         raise
+    # The next run of a cell begins anew.
+    shutil.rmtree(_partial(checkpoint), ignore_errors=True)
     if code == 0:
         return CellResult.model_validate_json(result_path.read_text(encoding="utf-8"))
     reason = f"signal {-code} (out of memory?)" if code < 0 else f"exit code {code}"
@@ -250,8 +252,12 @@ def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
 
 def _discard(checkpoint: Path) -> None:
     """Remove what an unfinished cell left."""
-    for path in (checkpoint, checkpoint.with_name(f"{checkpoint.name}.partial")):
+    for path in (checkpoint, _partial(checkpoint)):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _partial(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
 
 
 def _added(comparison: Comparison, result: CellResult) -> Comparison:
@@ -266,3 +272,4 @@ def _added(comparison: Comparison, result: CellResult) -> Comparison:
 def _write(comparison: Comparison, output: Path) -> None:
     write_json(output / RESULT_NAME, comparison.model_dump(mode="json"))
     write_text(output / CSV_NAME, comparison.to_csv())
+    write_text(output / COMPARISON_PAGE_NAME, comparison_page(comparison))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
+from structprune.architectures.parts import VALUES_ENTRY
 from structprune.architectures.stock import StockModel
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
-from structprune.types import BlockLayout
+from structprune.types import BlockLayout, UnitGroup
 
 Kept = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such half, or is to lose it."""
@@ -37,7 +39,7 @@ def allot(
             num_units=group.num_units,
             unit_parameters=sum(block.unit_parameters(part) for part in block.parts(kind)),
             module_parameters=block.module_parameters(group),
-            multiple_of=_multiple(recipe, kind),
+            multiple_of=_multiple(recipe, group),
             cost_U=None if costs is None else costs[group.kind][block.index],
         )
         for kind in kinds
@@ -93,20 +95,22 @@ def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[in
     # Units of query heads leave the KV heads as they are, and say nothing of them.
     for group in stock.family.groups(stock.block_configs[block.index], "kv-group"):
         if block.has(group.kind):
-            fields = group.config_fields or {f"{group.kind} units": 1}
-            sizes |= {name: group.num_units * factor for name, factor in fields.items()}
+            sizes |= group.config_values(group.num_units) or {f"{group.kind} units": group.num_units}
     for group in block.groups:
         count = kept[group.kind][block.index] if group.kind in kept else group.num_units
-        for name, factor in group.config_fields.items():
-            sizes[name] = count * factor
-    return {name: size for name, size in sizes.items() if size}
+        sizes |= group.config_values(count)
+    # Processes share whole heads, whatever the width of their values.
+    return {name: size for name, size in sizes.items() if size and name != VALUES_ENTRY}
 
 
-def _multiple(recipe: Recipe, kind: str) -> int:
+def _multiple(recipe: Recipe, group: UnitGroup) -> int:
     """What the kept units are a multiple of; channels in every process's share alike."""
     assert recipe.multiple_of is not None
-    if kind == "mlp":
+    if group.kind == "mlp":
         return recipe.multiple_of * recipe.tensor_parallel
+    if recipe.head_units == "value-channel":
+        # Rows of v_proj; every KV head keeps as many.
+        return math.lcm(recipe.multiple_of * recipe.tensor_parallel, group.partitions)
     if recipe.head_units == "kv-group":
         return recipe.tensor_parallel
     # A query head of every KV head: there are as many as KV heads, which the processes share already.

@@ -24,7 +24,17 @@ from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, SolveResult, Surveyed, UnitGroup, UnitKind
+from structprune.types import (
+    UNIT_KINDS,
+    BlockLayout,
+    LayerProblem,
+    Moments,
+    SolveResult,
+    Stage,
+    Surveyed,
+    UnitGroup,
+    UnitKind,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +75,11 @@ def prune_block(
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
-    for stage in job.stock.stages:
-        halves: list[UnitKind] = [kind for kind in stage if block.has(kind)]
-        if not halves:
-            continue
+    for stage, halves in _stages(job, block):
         reference = None
         if job.follows_dense:
-            measured = [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
             with job.meter.phase("propagate"):
+                measured = _measured(block, halves, num_keep)
                 reference = follow_dense(job, block, stage, measured, module, streams)
         for kind in halves:
             if kind not in num_keep:
@@ -93,6 +100,43 @@ def prune_block(
         with job.stock.stage(module, stage), job.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.pruned, write=True)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
+
+
+def pass_block(
+    job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], num_keep: Mapping[str, int], streams: Streams
+) -> None:
+    """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
+    module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
+    if not job.follows_dense:
+        streams.propagator.run(module, block.index, streams.dense, write=True)
+    else:
+        for stage, halves in _stages(job, block):
+            groups = _measured(block, halves, num_keep)
+            reference = follow_dense(job, block, stage, groups, module, streams)
+            if any(group.output_normed for group in groups):
+                # There the stream moves as it is asked.
+                for windows in job.window_parts:
+                    for start, stop in streams.propagator.batches(*windows):
+                        reference(start, stop)
+    module = _module(job, block, tensors, {kind: num for kind, num in num_keep.items() if block.has(kind)})
+    for stage, _ in _stages(job, block):
+        with job.stock.stage(module, stage):
+            streams.propagator.run(module, block.index, streams.pruned, write=True)
+
+
+def _stages(job: Job, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
+    """The stages that the block has something of, and the halves that it has."""
+    stages: list[tuple[Stage, list[UnitKind]]] = []
+    for stage in job.stock.stages:
+        halves: list[UnitKind] = [kind for kind in stage if block.has(kind)]
+        if halves:
+            stages.append((stage, halves))
+    return stages
+
+
+def _measured(block: BlockLayout, halves: Sequence[UnitKind], num_keep: Mapping[str, int]) -> list[UnitGroup]:
+    """One group of each half that is to keep some of its units."""
+    return [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +327,8 @@ def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths:
     # Before a half is solved its tensors are the source's, and so is its bias or the lack of one.
     biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and job.adds_bias]
     config = job.stock.resized_config(widths, block.index, biased)
-    cast = {name: tensor.to(job.device, job.dtype) for name, tensor in tensors.items()}
+    # In rows, as one that was read from a file: products with another layout differ in their last bits.
+    cast = {name: tensor.to(job.device, job.dtype).contiguous() for name, tensor in tensors.items()}
     removed: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) == 0]
     return job.stock.block(block.index, cast, config, removed)
 
@@ -296,7 +341,7 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int) -> tuple[Tensor, Sol
         score_U = SCORES.get(job.score)(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
-        keep_U = keep_best(score_U, num_keep)
+        keep_U = keep_best(score_U, num_keep, problem.partitions)
     release_free_memory()
     result = SOLVERS.get(job.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
@@ -308,7 +353,7 @@ def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dic
     """What a search for the units was worth: its objective, and that of as many units by their own output energy."""
     if job.score not in SELECTORS or bool(keep_U.all()):
         return {}
-    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()))
+    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
     return {
         "decision_objective_l2": decision_objective(problem, ranked_U),
         "decision_objective": decision_objective(problem, keep_U),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
 from structprune.engine.finish import summed_loss
@@ -65,8 +66,15 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
             ring.append(open_store(job, folder / f"border-{slot}.bin", num_windows))
             stack.callback(ring[-1].close)
         propagator = embed(job, {ring[0]: num_windows})
-        observer.start("angular distances", last)
-        for block in blocks[:last]:
+        streams = {f"border-{slot}": store for slot, store in enumerate(ring)}
+        snapshots = Snapshots(folder / "choice", observer.note)
+        reached = 0
+        if (kept := snapshots.load()) is not None:
+            kept.restore(streams)
+            reached = kept.position
+            distances = {int(start): distance for start, distance in kept.values["distances"].items()}
+        observer.start("angular distances", last - reached)
+        for block in blocks[reached:last]:
             before, after = ring[block.index % len(ring)], ring[(block.index + 1) % len(ring)]
             first = block.index + 1 - num_remove
             module = load_block(job, block)[1]
@@ -82,8 +90,10 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
                 distances[first] = total / job.windows.ids_NS.numel()
                 detail = f"blocks {first} to {block.index}  distance {distances[first]:.4f}"
             del module
+            snapshots.keep(block.index + 1, streams, values={"distances": distances})
             release_free_memory()
             observer.advance(detail)
+    snapshots.discard()
     start = min(distances, key=lambda first: distances[first])
     return Choice(
         removed=frozenset(range(start, start + num_remove)),
@@ -111,10 +121,21 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
             streams.append(open_store(job, folder / f"candidate-{slot}.bin", num_windows))
             stack.callback(streams[-1].close)
         current, spare = streams[0], streams[1:]
-        for number in range(1, num_remove + 1):
+        snapshots = Snapshots(folder / "choice", observer.note)
+        kept = snapshots.load()
+        if kept is not None:
+            removed = kept.values["removed"]
+            statistics = {int(index): found for index, found in kept.values["statistics"].items()}
+        for number in range(len(removed) + 1, num_remove + 1):
             left = [block for block in blocks if block.index not in removed]
             without: dict[int, HiddenStore] = {}
             propagator = embed(job, {current: num_windows})
+            if kept is not None:
+                # Of this round, since all blocks that go before it are removed.
+                without = dict(zip(kept.values["without"], spare, strict=False))
+                kept.restore({"current": current} | {str(index): store for index, store in without.items()})
+                left = [block for block in left if block.index > kept.values["block"]]
+                kept = None
             observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
             for block in left:
                 module = load_block(job, block)[1]
@@ -126,12 +147,23 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
                         without[block.index].write(start, current.read(start, stop))
                 propagator.run(module, block.index, current, write=True)
                 del module
+                snapshots.keep(
+                    (number - 1) * len(blocks) + block.index,
+                    {"current": current} | {str(index): store for index, store in without.items()},
+                    values={
+                        "removed": removed,
+                        "statistics": statistics,
+                        "without": list(without),
+                        "block": block.index,
+                    },
+                )
                 release_free_memory()
                 observer.advance(f"block {block.index}")
             losses = _losses(job, without, num_windows)
             removed.append(min(losses, key=lambda index: losses[index]))
             for index, loss in losses.items():
                 statistics[index] = {"loss_without": loss, "removal": float(number)}
+    snapshots.discard()
     return Choice(removed=frozenset(removed), statistics=statistics)
 
 

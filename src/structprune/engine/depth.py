@@ -8,19 +8,25 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from structprune.architectures.stock import StockModel
+from structprune.calibration.snapshots import Snapshots
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.allotment import check_shared_out
 from structprune.engine.block_choice import BLOCK_SCORES, Choice
 from structprune.engine.embed import embed, open_store
+from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.finish import Outcome, finish
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.planner import PlanRequest
+from structprune.engine.plan import PlanRequest
 from structprune.engine.walk import load_block
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
@@ -58,9 +64,10 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         "shrinkage": method.shrinkage,
         "temperature": method.temperature,
         "multiple_of": 1,
+        "head_units": method.head_units,
         **{
             name: Recipe.model_fields[name].default
-            for name in ("head_units", "min_retention", "max_retention", "outer_iterations", "allow_block_removal")
+            for name in ("min_retention", "max_retention", "outer_iterations", "allow_block_removal")
         },
         **(
             {}
@@ -136,21 +143,29 @@ def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Obser
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
-    run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
-    checkpoint = run.staging / "checkpoint"
-    checkpoint.mkdir()
     layout = job.stock.layout
-    remove = num_removed(job.recipe.sparsity, layout)
-    choice = Choice(removed=frozenset(), statistics={})
-    if remove:
-        choice = BLOCK_SCORES.get(job.score)(job, remove, run.staging, observer)
-        assert len(choice.removed) == remove
-        release_free_memory()
+    choice = _choose(job, run, num_removed(job.recipe.sparsity, layout), observer)
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = CheckpointWriter(checkpoint, len(kept) + 2, job.stored_name)
+    writer = CheckpointWriter(run.checkpoint, len(kept) + 2, job.stored_name)
     outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
     config = shallower_config(job.reader.config, job.stock.config, kept)
     return finish(job, run, writer, meter, observer, config, outcome, layout.block_parameters)
+
+
+def _choose(job: Job, run: RunDirectory, remove: int, observer: Observer) -> Choice:
+    """The blocks that go, from the journal where a process before this one had chosen them."""
+    line = run.journal.find("choice")
+    if line is None:
+        choice = Choice(removed=frozenset(), statistics={})
+        if remove:
+            choice = BLOCK_SCORES.get(job.score)(job, remove, run.staging, observer)
+            assert len(choice.removed) == remove
+            release_free_memory()
+        line = run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))
+    return Choice(
+        removed=frozenset(line["removed"]),
+        statistics={int(block): found for block, found in line["statistics"].items()},
+    )
 
 
 def _write_blocks(
@@ -162,29 +177,46 @@ def _write_blocks(
     meter: PeakMeter,
     observer: Observer,
 ) -> Outcome:
-    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept."""
+    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept.
+
+    What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
+    """
     blocks = job.stock.layout.blocks
-    reports: list[BlockReport] = []
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    for block, line in zip(blocks, lines, strict=True):
+        if line is not None and block.index in kept:
+            writer.adopt(kept.index(block.index) + 2)
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and None not in lines:
+        return _outcome(lines, kept, ends)
+    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshot = snapshots.behind([line is not None for line in lines])
+    first = 0 if snapshot is None else snapshot.position
     with contextlib.ExitStack() as stack:
         dense = open_store(job, run.staging / "dense.bin", job.num_probe)
         stack.callback(dense.close)
         pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
         stack.callback(pruned.close)
         propagator = embed(job, {dense: job.num_probe, pruned: job.num_probe})
-        observer.start("write", len(blocks))
-        for block in blocks:
+        streams = {"dense": dense, "pruned": pruned}
+        if snapshot is not None:
+            snapshot.restore(streams)
+        observer.start("write", len(blocks) - first)
+        for block in blocks[first:]:
             started = time.perf_counter()
             tensors, module = load_block(job, block)
             propagator.run(module, block.index, dense, write=True)
             stays = block.index in kept
             if stays:
                 propagator.run(module, block.index, pruned, write=True)
-                number = kept.index(block.index)
-                prefix = f"{job.stock.layout.blocks_module}.{number}."
-                shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
-                run.record("block", index=block.index, shard=shard)
-            reports.append(
-                BlockReport(
+            if lines[block.index] is None:
+                files: list[Path] = []
+                if stays:
+                    number = kept.index(block.index)
+                    prefix = f"{job.stock.layout.blocks_module}.{number}."
+                    shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
+                    files.append(writer.directory / shard)
+                report = BlockReport(
                     block=block.index,
                     kind="block",
                     num_units=1,
@@ -196,14 +228,28 @@ def _write_blocks(
                     objective=[],
                     seconds=time.perf_counter() - started,
                 )
-            )
+                lines[block.index] = run.journal.record(
+                    f"block {block.index}",
+                    files,
+                    report=report.model_dump(mode="json"),
+                    peak_bytes=meter.peak_so_far(),
+                )
             del tensors, module
+            snapshots.keep(block.index + 1, streams)
             release_free_memory()
             state = "kept" if stays else "removed"
             observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
-        return Outcome(
-            reports=reports,
-            kept_indices={"blocks": kept},
-            dense_NSD=dense.read(0, job.num_probe),
-            pruned_NSD=pruned.read(0, job.num_probe),
-        )
+        ends = {"dense": dense.read(0, job.num_probe).clone(), "pruned": pruned.read(0, job.num_probe).clone()}
+        keep_ends(run.journal, run.staging, ends)
+    snapshots.discard()
+    return _outcome(lines, kept, ends)
+
+
+def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], ends: Mapping[str, Tensor]) -> Outcome:
+    """From the journal's line of every block."""
+    return Outcome(
+        reports=[BlockReport(**line["report"]) for line in lines if line is not None],
+        kept_indices={"blocks": kept},
+        dense_NSD=ends["dense"],
+        pruned_NSD=ends["pruned"],
+    )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
+import psutil
 import torch
 
 from structprune.errors import InputError, first_line
@@ -51,3 +54,14 @@ def _product_seconds(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
             if attempt > 0:
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best
+
+
+def machine() -> str:
+    """The processor and how much of it, as far as figures depend on it."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    return f"{name}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from structprune.architectures.stock import BlockInputs
+import torch
+from torch import Tensor
+
+from structprune.architectures.stock import BlockInputs, StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.job import Job
+from structprune.engine.job import Streamed
 from structprune.engine.propagate import Propagator
 from structprune.memory import release_free_memory
 
 
-def open_store(job: Job, path: Path, num_windows: int) -> HiddenStore:
+def open_store(job: Streamed, path: Path, num_windows: int) -> HiddenStore:
     """Room for the hidden states of `num_windows` windows, in memory or in the file `path`, as the plan says."""
     shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     return MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(path, shape, job.dtype)
 
 
-def embed(job: Job, targets: dict[HiddenStore, int]) -> Propagator:
+def embed(job: Streamed, targets: Mapping[HiddenStore, int]) -> Propagator:
+    """Embed the first so many of the job's windows into each store; see `embed_windows`."""
+    with job.meter.phase("embed"):
+        return embed_windows(
+            job.stock, job.windows.ids_NS, targets, job.plan.micro_batch_windows, device=job.device, dtype=job.dtype
+        )
+
+
+def embed_windows(
+    stock: StockModel,
+    ids_NS: Tensor,
+    targets: Mapping[HiddenStore, int],
+    micro_batch: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Propagator:
     """Embed the first so many windows into each store; the embedding is in memory only meanwhile.
 
     Returns the micro-batch loop with the arguments that the stock model passes to its blocks.
     """
-    with job.meter.phase("embed"):
-        inputs = _embed(job, targets)
-    release_free_memory()
-    return Propagator(inputs, job.plan.micro_batch_windows, job.device)
-
-
-def _embed(job: Job, targets: dict[HiddenStore, int]) -> dict[int, BlockInputs]:
-    tensors = {n: t.to(job.device, job.dtype) for n, t in job.reader.read(job.stock.embedding_tensors()).items()}
-    ids_NS = job.windows.ids_NS.to(job.device)
+    tensors = {n: t.to(device, dtype) for n, t in stock.reader.read(stock.embedding_tensors()).items()}
+    ids_NS = ids_NS.to(device)
     inputs: dict[int, BlockInputs] = {}
     for target, num_windows in targets.items():
-        for start in range(0, num_windows, job.plan.micro_batch_windows):
-            stop = min(start + job.plan.micro_batch_windows, num_windows)
-            hidden_BSD, given = job.stock.embed(ids_NS[start:stop], tensors)
+        for start in range(0, num_windows, micro_batch):
+            stop = min(start + micro_batch, num_windows)
+            hidden_BSD, given = stock.embed(ids_NS[start:stop], tensors)
             target.write(start, hidden_BSD.cpu())
             inputs.setdefault(stop - start, given)
     if 1 not in inputs:
-        inputs[1] = job.stock.embed(ids_NS[:1], tensors)[1]
-    return inputs
+        inputs[1] = stock.embed(ids_NS[:1], tensors)[1]
+    del tensors
+    release_free_memory()
+    return Propagator(inputs, micro_batch, device)

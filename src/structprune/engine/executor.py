@@ -8,25 +8,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from structprune.calibration.snapshots import Snapshots
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.allotment import Kept, allot
-from structprune.engine.block import prune_block
+from structprune.engine.block import BlockOutcome, pass_block, prune_block
 from structprune.engine.embed import embed, open_store
+from structprune.engine.ends import find_ends, keep_ends
+from structprune.engine.findings import Costs, costs_path
 from structprune.engine.finish import Outcome, finish
 from structprune.engine.foresight import output_config
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
 from structprune.engine.shared import Survey, survey_dense
-from structprune.engine.walk import Costs
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.report.schema import BlockReport, PruneReport
 from structprune.runs.directory import RunDirectory
+from structprune.runs.journal import Journal
+from structprune.types import BlockLayout
 
 SURVEY = "survey"
+_PRICES = "prices"
 
 
 def allocate(job: Job, costs: Costs | None) -> Kept:
@@ -40,11 +48,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout = job.stock.layout
-    staging = run.staging
-    run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
-    checkpoint = staging / "checkpoint"
-    checkpoint.mkdir()
-    found = survey_dense(job, staging / SURVEY, meter, observer)
+    found = survey_dense(job, run.staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
     kept_units = allocate(job, costs)
     # Before the long pass: what cannot be written is refused here.
@@ -52,78 +56,142 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
 
     for iteration in range(job.recipe.outer_iterations):
         assert costs is not None
-        rehearsal = _prune_blocks(
-            job, run, found, None, kept_units, meter, observer, f"outer iteration {iteration + 1}"
-        )
-        costs = _repriced(costs, rehearsal.costs)
+        folder = run.staging / f"outer-{iteration + 1}"
+        costs = _repriced(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
         kept_units = allocate(job, costs)
         config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
-    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
-    result = _prune_blocks(job, run, found, writer, kept_units, meter, observer, "prune")
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
+    trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, reprices=False)
+    result = _prune_blocks(job, trail, found, kept_units, meter, observer, "prune")
+    outcome = Outcome(
+        reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
+        kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
+        dense_NSD=result.ends["dense"],
+        pruned_NSD=result.ends["pruned"],
+        reused=None if found is None else found.reused,
+    )
     halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
-    return finish(job, run, writer, meter, observer, config, result.outcome, scope)
+    return finish(job, run, writer, meter, observer, config, outcome, scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trail:
+    """Where a pass over the blocks leaves what it has done, and finds what a process before it had."""
+
+    folder: Path
+    journal: Journal
+    writer: CheckpointWriter
+    reprices: bool
+    """Whether removals are priced again, on the pruned model's stream."""
+
+    def leave(
+        self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], meter: PeakMeter
+    ) -> Mapping[str, Any]:
+        """Write the pruned block and record it. Returns the journal's line."""
+        number = _shard_number(block)
+        name = self.writer.write(number, {block.prefix + n: t for n, t in outcome.tensors.items()})
+        files = [self.writer.directory / name]
+        if self.reprices:
+            files.append(costs_path(self.folder, block.index))
+            save_file({kind: cost_U.contiguous() for kind, cost_U in outcome.costs.items()}, files[-1])
+        return self.journal.record(
+            _step(block),
+            files,
+            dict(num_keep),
+            tensors=list(outcome.tensors),
+            reports=[report.model_dump(mode="json") for report in outcome.reports],
+            kept=outcome.kept,
+            peak_bytes=meter.peak_so_far(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
     """One pass over the blocks."""
 
-    outcome: Outcome
-    costs: list[dict[str, Tensor]]
-    """Per block, kind -> cost of each removal on the pruned stream; of a rehearsal only."""
+    lines: list[Mapping[str, Any]]
+    """The journal's, of every block."""
+    ends: Mapping[str, Tensor]
+
+
+def _rehearse(
+    job: Job, folder: Path, found: Survey | None, kept_units: Kept, meter: PeakMeter, observer: Observer, number: int
+) -> list[dict[str, Tensor]]:
+    """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
+    blocks = job.stock.layout.blocks
+    with contextlib.closing(Journal(folder, observer.note)) as journal:
+        if journal.find(_PRICES) is None:
+            writer = CheckpointWriter(folder, len(blocks) + 2)
+            trail = _Trail(folder=folder, journal=journal, writer=writer, reprices=True)
+            _prune_blocks(job, trail, found, kept_units, meter, observer, f"outer iteration {number}")
+            journal.record(_PRICES, [costs_path(folder, block.index) for block in blocks])
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+        return [load_file(costs_path(folder, block.index)) for block in blocks]
 
 
 def _prune_blocks(
     job: Job,
-    run: RunDirectory,
+    trail: _Trail,
     found: Survey | None,
-    writer: CheckpointWriter | None,
     kept_units: Kept,
     meter: PeakMeter,
     observer: Observer,
     phase: str,
 ) -> _Pass:
-    """The loop itself. Without a writer it is a rehearsal: nothing is written, and removals are priced again."""
-    reports: list[BlockReport] = []
-    kept_indices: dict[str, dict[str, list[int]]] = {}
-    costs: list[dict[str, Tensor]] = []
+    """The loop itself.
+
+    What a process before this one did is taken over: up to the newest snapshot as it is; from there the streams pass
+    the blocks that are written, and the first that is not is pruned.
+    """
     blocks = job.stock.layout.blocks
+    num_keep = [{kind: counts[block.index] for kind, counts in kept_units.items()} for block in blocks]
+    lines = [trail.journal.find(_step(block), num_keep[block.index]) for block in blocks]
+    for block, line in zip(blocks, lines, strict=True):
+        if line is not None:
+            trail.writer.adopt(_shard_number(block))
+    ends = find_ends(trail.journal, trail.folder)
+    if ends is not None and None not in lines:
+        return _Pass(lines=[line for line in lines if line is not None], ends=ends)
     num_windows = len(job.windows.ids_NS)
     num_dense = num_windows if job.follows_dense else job.num_probe
+    snapshots = Snapshots(trail.folder / "state", observer.note)
+    kept = snapshots.behind([line is not None for line in lines])
+    first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(job, run.staging / "hidden.bin", num_windows)
+        store = open_store(job, trail.folder / "hidden.bin", num_windows)
         stack.callback(store.close)
-        dense = open_store(job, run.staging / "dense.bin", num_dense)
+        dense = open_store(job, trail.folder / "dense.bin", num_dense)
         stack.callback(dense.close)
         propagator = embed(job, {store: num_windows, dense: num_dense})
+        if kept is not None:
+            kept.restore({"pruned": store, "dense": dense})
         streams = Streams(propagator=propagator, pruned=store, dense=dense)
-        observer.start(phase, len(blocks))
-        for block in blocks:
-            num_keep = {kind: counts[block.index] for kind, counts in kept_units.items()}
-            surveyed = {} if found is None else found.of_block(block.index)
-            outcome = prune_block(job, block, num_keep, streams, surveyed, reprice=writer is None)
-            if writer is not None:
-                shard = writer.write(block.index + 2, {block.prefix + n: t for n, t in outcome.tensors.items()})
-                run.record("block", index=block.index, shard=shard)
-            reports.extend(outcome.reports)
-            costs.append(outcome.costs)
-            kept_indices[str(block.index)] = outcome.kept
-            del outcome
+        observer.start(phase, len(blocks) - first)
+        for block in blocks[first:]:
+            line = lines[block.index]
+            if line is not None:
+                tensors = trail.writer.read(_shard_number(block), [block.prefix + name for name in line["tensors"]])
+                relative = {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()}
+                pass_block(job, block, relative, num_keep[block.index], streams)
+                del tensors, relative
+            else:
+                surveyed = {} if found is None else found.of_block(block.index)
+                outcome = prune_block(job, block, num_keep[block.index], streams, surveyed, reprice=trail.reprices)
+                line = lines[block.index] = trail.leave(block, outcome, num_keep[block.index], meter)
+                del outcome
+            snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
             release_free_memory()
-            line = _block_line(reports[-1]) if reports else f"block {block.index}"
-            observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
-        return _Pass(
-            outcome=Outcome(
-                reports=reports,
-                kept_indices=kept_indices,
-                dense_NSD=dense.read(0, job.num_probe).clone(),
-                pruned_NSD=store.read(0, job.num_probe).clone(),
-                reused=None if found is None else found.reused,
-            ),
-            costs=costs,
-        )
+            observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
+        ends = {
+            "dense": dense.read(0, job.num_probe).clone(),
+            "pruned": store.read(0, job.num_probe).clone(),
+        }
+        keep_ends(trail.journal, trail.folder, ends)
+    snapshots.discard()
+    return _Pass(lines=[line for line in lines if line is not None], ends=ends)
 
 
 def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
@@ -133,6 +201,17 @@ def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
     }
 
 
-def _block_line(report: BlockReport) -> str:
+def _step(block: BlockLayout) -> str:
+    return f"block {block.index}"
+
+
+def _shard_number(block: BlockLayout) -> int:
+    return block.index + 2
+
+
+def _block_line(block: BlockLayout, line: Mapping[str, Any]) -> str:
+    if not line["reports"]:
+        return _step(block)
+    report = BlockReport(**line["reports"][-1])
     error = "" if report.error is None else f"  error {report.error:.4f}"
     return f"block {report.block} {report.kind} {report.kept_units}/{report.num_units}{error}"

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.foresight import shape_of
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.reload_check import Probe, check_reload, take_probe
@@ -34,10 +35,13 @@ from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
 from structprune.report.card import model_card
+from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.schema import (
+    REPORT_NAME,
     BlockReport,
     CalibrationReport,
     MemoryReport,
+    MemoryStretch,
     PruneReport,
     ReloadReport,
     ReusedStatistics,
@@ -47,7 +51,11 @@ from structprune.report.schema import (
 from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
-REPORT_NAME = "pruning_report.json"
+
+
+def load_report(output: Path) -> PruneReport:
+    """That of a finished run."""
+    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +90,15 @@ def finish(
     with job.meter.phase("perplexity of the calibration text"):
         judged = judge(job, outcome)
     with job.meter.phase("copy embeddings and head"):
-        _copy_outer(job, writer)
+        copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
-        write_modeling_file(writer.directory, job.stock.family)
+        write_modeling_file(writer.directory, job.stock.family, config)
     removed = job.stock.layout.num_parameters - writer.num_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
     return commit(job, run, writer, meter, observer, config, outcome, size, judged)
 
 
-def _copy_outer(job: Job, writer: CheckpointWriter) -> None:
+def copy_outer(job: Streamed, writer: CheckpointWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
     outer = job.stock.layout.outer_tensors
     embeddings = job.stock.embedding_tensors()
@@ -179,23 +187,25 @@ def commit(
         "source_fingerprint": job.reader.fingerprint(),
         "calibration": calibration.model_dump(mode="json"),
         "kept_indices": outcome.kept_indices,
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     writer.finish()
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
-    measured_peak = meter.peak_so_far()
+    meter.mark("finish")
+    memory = _memory_report(job, run, meter)
 
     reload = check_reload(job, run, writer, judged.probe, observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, job.recipe, config)
-    report = _report(job, run, measured_peak, outcome, size, calibration, reload, runtimes(shape))
+    report = _report(job, run, memory, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
+    write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(job.reader.directory, job.reader.config)
     write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
-    run.commit(checkpoint)
+    run.commit()
     return report
 
 
@@ -212,7 +222,21 @@ def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
     )
 
 
-def _versions() -> dict[str, str]:
+def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
+    return MemoryReport(
+        budget_bytes=job.plan.budget_bytes,
+        planned_peak_bytes=job.plan.peak_bytes,
+        measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
+        phases=job.plan.phases,
+        measured_phases=meter.phases,
+        store=job.plan.store,
+        micro_batch_windows=job.plan.micro_batch_windows,
+        timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the bytes of a result."""
     return {
         "structprune": importlib.metadata.version("structprune"),
         "torch": torch.__version__,
@@ -225,7 +249,7 @@ def _versions() -> dict[str, str]:
 def _report(
     job: Job,
     run: RunDirectory,
-    measured_peak: int,
+    memory: MemoryReport,
     outcome: Outcome,
     size: SizeReport,
     calibration: CalibrationReport,
@@ -244,19 +268,11 @@ def _report(
         compute_dtype=str(job.dtype).removeprefix("torch."),
         calibration=calibration,
         size=size,
-        memory=MemoryReport(
-            budget_bytes=job.plan.budget_bytes,
-            planned_peak_bytes=job.plan.peak_bytes,
-            measured_peak_bytes=measured_peak,
-            phases=job.plan.phases,
-            measured_phases=job.meter.phases,
-            store=job.plan.store,
-            micro_batch_windows=job.plan.micro_batch_windows,
-        ),
+        memory=memory,
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
-        versions=_versions(),
+        versions=versions(),
     )

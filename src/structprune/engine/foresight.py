@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from structprune.architectures.stock import StockModel
+from structprune.architectures.values import has_narrow_values
 from structprune.engine.allotment import Kept, allot, check_shared_out, indivisible
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
@@ -34,6 +35,8 @@ def foresee_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Fo
             model_type=stock.config.model_type,
             structure="per-layer",
             tied=stock.layout.tied_embeddings,
+            narrow_values=("attention" in kinds and recipe.head_units == "value-channel")
+            or has_narrow_values(stock.layout.config),
             removed_halves=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
             tensor_parallel=recipe.tensor_parallel,
         )

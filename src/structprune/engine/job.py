@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.planner import PrunePlan
+from structprune.engine.plan import PrunePlan
 from structprune.memory import PeakMeter
 from structprune.methods.method import Method, Survey
 from structprune.recipe import Recipe
@@ -18,6 +19,31 @@ from structprune.types import BlockLayout, UnitGroup
 
 # Costs and selection come before the ridge is chosen; the prototype's value.
 _DECISION_DAMPING = 1e-2
+
+
+class Streamed(Protocol):
+    """A model whose blocks are streamed over token windows: what embedding, propagation and writing need of a run."""
+
+    @property
+    def stock(self) -> StockModel: ...
+
+    @property
+    def reader(self) -> CheckpointReader: ...
+
+    @property
+    def windows(self) -> CalibrationWindows: ...
+
+    @property
+    def plan(self) -> PrunePlan: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def meter(self) -> PeakMeter: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,10 +79,9 @@ def measure(
                 scale_T1 = token_scale(output_BSD, eps)
                 x_TI = x_TI / scale_T1
                 target_TD = None if target_TD is None else target_TD / scale_T1
-            x_TI = x_TI.to(torch.float32)
             accumulators[name].update(x_TI)
             if target_TD is not None and target_OI is not None:
-                target_OI.addmm_(target_TD.T, x_TI)
+                target_OI.addmm_(target_TD.T, x_TI.to(torch.float32))
                 energy += float(target_TD.square().sum(dtype=torch.float64))
     return {
         name: Moments(

@@ -8,17 +8,16 @@ compute two perplexities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
-from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound, ReloadMode
+from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound
 from structprune.engine.slice_bytes import slice_phases
 from structprune.engine.workspace import GroupProblem, iteration_bytes
 from structprune.errors import MemoryBudgetError
-from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
+from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
 from structprune.types import BlockLayout, ModelLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
@@ -44,90 +43,6 @@ _SCORE_BYTES = 3 * 4
 _SCORE_BYTES_BACKWARD = 8 * 4
 # Tokens that an iterative solver holds at once with its split variables.
 _SOLVER_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrunePlan:
-    """What a run will hold and how it will go about it."""
-
-    budget_bytes: int
-    phases: dict[str, int]
-    """Phase -> peak host bytes, the hidden-state store included where it is in memory."""
-    store: str
-    """`memory` or `file`."""
-    store_bytes: int
-    micro_batch_windows: int
-    disk_bytes: int
-    """Free disk that the run needs at its peak."""
-    reload: ReloadBound | None = None
-    """Of the process that loads the result; None: there is none."""
-    result_size: tuple[int, int] = (0, 0)
-    """Upper bounds of the result's parameters and of the bytes of its files."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of the run's own process."""
-        return max(self.phases.values())
-
-    @property
-    def reload_mode(self) -> ReloadMode | None:
-        """How the result will be loaded, as far as its size is known beforehand."""
-        return None if self.reload is None else self.reload.mode(*self.result_size, self.budget_bytes)
-
-    @property
-    def reload_bytes(self) -> int:
-        """Of both processes while the result is loaded that way."""
-        mode = self.reload_mode
-        return 0 if self.reload is None or mode is None else self.reload.bytes(mode, *self.result_size)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What is to be done, as far as bytes depend on it."""
-
-    layout: ModelLayout
-    groups: tuple[UnitGroup, ...]
-    """The groups in scope of the widest block."""
-    stored_bytes: Mapping[str, int]
-    """Checkpoint tensor name -> bytes."""
-    compute_dtype: torch.dtype
-    num_windows: int
-    seq_len: int
-    num_probe: int
-    """Windows whose perplexity is reported."""
-    needs_statistics: bool
-    needs_survey: bool = False
-    """Whether the survey brings the gradient of the loss to the consumers' outputs."""
-    needs_scores: bool = False
-    """Whether the survey scores every unit of the dense model, in one forward pass."""
-    needs_weight_gradients: bool = False
-    """Whether the survey sums the gradients by a block's weights."""
-    follows_dense: bool = False
-    sensitivity_windows: int = 0
-    holds_out: bool = False
-    """Whether the sums of some windows are kept apart to choose the ridge."""
-    score: str = "wanda"
-    """What decides which units stay."""
-    solves: bool = True
-    """Whether consumers are solved again, and not only cut."""
-    kept: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Kind -> most units that any block keeps, where that is known beforehand."""
-    tokenizer_bytes: int = 0
-    """Of its files."""
-    text_bytes: int | None = None
-    """Of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
-    num_latents: int = 0
-    """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
-    num_stores: int | None = None
-    """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
-    compares: Literal["nothing", "borders", "losses"] = "nothing"
-    """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
-    slices: Literal["no", "bases", "one basis"] = "no"
-    """Whether the residual stream is cut, with a basis for every position or with one for all."""
-    sliced_hidden: int = 0
-    """Dimensions of the stream that stay."""
-    reload_check: bool = False
-    """Whether another process loads the result at the end."""
 
 
 def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
@@ -175,12 +90,12 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
-    runtime = _RUNTIME_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
+    runtime = _RUNTIME_BYTES + HEAP_END_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     # The logits that the reload check compares with stay to the end.
     probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
     small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
-    small += _mask_bytes(request, micro_batch)
+    small += _mask_bytes(request, micro_batch) + request.held_bytes
     resident = small + (num_stores * store_bytes if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)
@@ -233,7 +148,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
-        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits
+        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_survey or request.needs_weight_gradients:
@@ -242,12 +157,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums
         phases["survey: loss"] = (
-            small
-            + (store_bytes if store == "memory" else 0)
-            + gradient
-            + head
-            + _CHUNK_BYTES
-            + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
+            small + gradient + head + _CHUNK_BYTES + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
         )
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
@@ -306,11 +216,6 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 proposal = iteration_bytes(tokens, hidden, problem.kept or inputs, request.num_latents)
                 phases["iterate"] = max(again, resident + 2 * weights + 2 * cast + proposal)
     model_bytes = sum(request.stored_bytes.values())
-    borders = (
-        (len(request.layout.blocks) * request.sensitivity_windows * request.seq_len * hidden * item)
-        if request.needs_survey or request.needs_weight_gradients
-        else 0
-    )
     added = 0
     if request.slices != "no":
         # An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number.
@@ -323,10 +228,27 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
-        disk_bytes=model_bytes + added + borders + (num_stores * store_bytes if store == "file" else 0),
+        disk_bytes=model_bytes
+        + added
+        + _disk_to_go_on(request, num_stores * store_bytes, gradient)
+        + (num_stores * store_bytes if store == "file" else 0),
         reload=_reload_bound(request, small, item) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
     )
+
+
+def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int) -> int:
+    """Disk of what a run that is cut goes on from. A snapshot is there twice while its successor is written."""
+    hidden, num_blocks = request.layout.hidden_size, len(request.layout.blocks)
+    window = request.seq_len * hidden * request.compute_dtype.itemsize
+    total = 2 * stores_bytes + 4 * request.num_probe * window
+    if request.needs_survey or request.needs_weight_gradients:
+        total += (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
+    if request.needs_survey:
+        total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
+    if request.slices != "no":
+        total += 2 * hidden * hidden * 8
+    return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 
 
 def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBound:

@@ -38,6 +38,7 @@ def layer_problem(
         gram_II=total.gram_II,
         num_tokens=total.num_tokens,
         width=group.width,
+        partitions=group.partitions,
         damping=job.damping,
         shrinkage=job.shrinkage,
         sum_I=total.sum_I,

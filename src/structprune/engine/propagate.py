@@ -116,3 +116,8 @@ class Propagator:
             output_BSD = self.forward(block, index, store, start, stop)
             if write:
                 store.write(start, output_BSD.cpu())
+
+    def carry(self, block: nn.Module, index: int, before: HiddenStore, after: HiddenStore) -> None:
+        """Forward every window of `before` through `block` into `after`. Raises NumericalError as `run` does."""
+        for start, stop in self.batches(0, before.shape[0]):
+            after.write(start, self.forward(block, index, before, start, stop).cpu())

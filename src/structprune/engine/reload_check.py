@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.job import Job
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadMode
 from structprune.errors import CheckpointError
@@ -34,7 +34,7 @@ class Probe:
 
 
 def check_reload(
-    job: Job, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
 ) -> ReloadReport:
     """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
 
@@ -81,7 +81,7 @@ def check_reload(
 
 
 def _ask(
-    job: Job, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
     """The result, how it was got, and by what the first try was ended if there were two.
 
@@ -89,7 +89,7 @@ def _ask(
     is tried module by module then.
     """
     work = run.staging / "reload"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     save_file({"ids_S": probe.ids_S, "logits_SV": probe.logits_SV}, work / "probe.safetensors")
     spec = stock_reload.ReloadSpec(
         directory=writer.directory,
@@ -115,7 +115,7 @@ def take_probe(job: Job, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())
 
 
-def _tolerance(job: Job) -> float:
+def _tolerance(job: Streamed) -> float:
     dtypes = {job.dtype, *job.reader.dtypes.values()}
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
@@ -123,7 +123,7 @@ def _tolerance(job: Job) -> float:
 def _rejected(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> CheckpointError:
     """Take the output back and mark it; the error to raise."""
     writer.withdraw()
-    rejected = run.reject(writer.directory, {"got": got, "wanted": wanted})
+    rejected = run.reject({"got": got, "wanted": wanted})
     return CheckpointError(
         "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
         where=str(rejected),

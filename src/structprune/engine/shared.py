@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from structprune.calibration.select import fingerprint
+from structprune.engine.findings import Costs, load_costs, load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.survey import load_sensitivity, survey, survey_scores
+from structprune.engine.survey import survey, survey_scores
 from structprune.engine.taylor import load_taylor, survey_taylor
-from structprune.engine.walk import Costs
 from structprune.files import write_text
 from structprune.memory import PeakMeter
 from structprune.report.schema import ReusedStatistics
+from structprune.runs.journal import JOURNAL_NAME, read_journal
 from structprune.types import Surveyed
 
-_COSTS_NAME = "costs.safetensors"
 _DONE_NAME = "survey.json"
 
 
@@ -46,7 +41,7 @@ class Survey:
             return {}
         match self.kind:
             case "loss":
-                found = load_sensitivity(self.folder, block)
+                found = load_found(self.folder, block)
                 return {kind: Surveyed(sensitivity_OO=F_OO) for kind, F_OO in found.items()}
             case "taylor":
                 return {kind: Surveyed(taylor=sums) for kind, sums in load_taylor(self.folder, block).items()}
@@ -67,15 +62,14 @@ def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
         observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
-        costs = _unpacked(job, load_file(str(folder / _COSTS_NAME)))
+        costs = load_costs(folder, job.stock.layout.blocks, job.kinds)
         return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
+    # What an interrupted run left there is an answer to the same question: the survey goes on with it.
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     job.shared.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     costs = _measure(job, partial, observer)
-    save_file(_packed(costs), str(partial / _COSTS_NAME))
-    spent = ReusedStatistics(seconds=time.perf_counter() - started, peak_bytes=meter.peak_so_far())
+    seconds = max(float(line["seconds"]) for line in read_journal(partial / JOURNAL_NAME).values())
+    spent = ReusedStatistics(seconds=seconds, peak_bytes=meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
     return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
@@ -110,11 +104,3 @@ def _key(job: Job) -> str:
         "device": str(job.device),
     }
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _packed(costs: Costs) -> dict[str, Tensor]:
-    return {f"{kind}.{index}": cost_U for kind, blocks in costs.items() for index, cost_U in enumerate(blocks)}
-
-
-def _unpacked(job: Job, tensors: dict[str, Tensor]) -> Costs:
-    return {kind: [tensors[f"{kind}.{index}"] for index in range(len(job.stock.layout.blocks))] for kind in job.kinds}

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.architectures.family import Stream
+from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.embed import embed, open_store
+from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.finish import Outcome, commit, judge, size_report
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -59,21 +62,18 @@ def execute_slice(job: Job, run: RunDirectory, meter: PeakMeter, observer: Obser
 def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
     """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
     stock, layout = job.stock, job.stock.layout
-    run.record("start", recipe=job.recipe.fingerprint(), source=job.reader.fingerprint())
-    checkpoint = run.staging / "checkpoint"
-    checkpoint.mkdir()
     shortcuts = job.recipe.structure == "per-layer"
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(job.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(job, run, observer, width)
-    writer = CheckpointWriter(checkpoint, len(layout.blocks) + 2, job.stored_name)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
     result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
     release_free_memory()
     judged = judge(job, result.outcome)
     release_free_memory()
-    writer.write(writer.num_shards, rotated_head(job, result.last.basis_DK))
+    writer.write(writer.num_shards, rotated_head(job, result.last_DK))
     if shortcuts:
-        write_sliced_modeling_file(checkpoint, stock.family)
+        write_sliced_modeling_file(writer.directory, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
     return commit(job, run, writer, meter, observer, config, result.outcome, size, judged)
@@ -86,7 +86,8 @@ class _Pass:
     outcome: Outcome
     """Both hidden states in the model's own coordinates."""
     num_block_parameters: int
-    last: Cut
+    last_DK: Tensor
+    """The basis behind the last block."""
 
 
 def _slice_blocks(
@@ -98,22 +99,43 @@ def _slice_blocks(
     meter: PeakMeter,
     observer: Observer,
 ) -> _Pass:
-    """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model."""
+    """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model.
+
+    What a process before this one did is taken over up to the newest snapshot, and the blocks behind that are cut
+    again: rotated weights do not show where the stream was cut.
+    """
     blocks = job.stock.layout.blocks
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    embedded = run.journal.find("embedding") is not None
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and embedded and None not in lines:
+        for number in range(1, len(blocks) + 2):
+            writer.adopt(number)
+        return _passed(writer, lines, ends)
     num_windows = len(job.windows.ids_NS) if common_DK is None else job.num_probe
-    reports: list[BlockReport] = []
+    snapshots = Snapshots(run.staging / "state", observer.note)
+    kept = snapshots.behind([embedded and line is not None for line in lines])
+    first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
         store = open_store(job, run.staging / "hidden.bin", num_windows)
         stack.callback(store.close)
         dense = open_store(job, run.staging / "dense.bin", job.num_probe)
         stack.callback(dense.close)
         propagator = embed(job, {store: num_windows, dense: job.num_probe})
-        observer.start("slice", len(blocks))
-        here = _cut(job, _gram(job, _content(job, propagator, store), "embedding"), width, common_DK, "embedding")
-        writer.write(1, rotated_embeddings(job, here.basis_DK))
-        num_before = writer.num_parameters
+        streams = {"cut": store, "dense": dense}
+        observer.start("slice", len(blocks) - first)
+        if kept is not None:
+            kept.restore(streams)
+            here = Cut(basis_DK=kept.tensors["basis"].to(job.device), dropped=kept.values["dropped"])
+            for number in range(1, first + 2):
+                writer.adopt(number)
+            del kept
+        else:
+            here = _cut(job, _gram(job, _content(job, propagator, store), "embedding"), width, common_DK, "embedding")
+            shard = writer.write(1, rotated_embeddings(job, here.basis_DK))
+            run.journal.record("embedding", [writer.directory / shard])
         release_free_memory()
-        for block in blocks:
+        for block in blocks[first:]:
             started = time.perf_counter()
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
@@ -130,23 +152,41 @@ def _slice_blocks(
             bases = [cut.basis_DK for cut in cuts]
             written = rotated_block(tensors, _stream(job), bases, shortcuts=common_DK is None)
             shard = writer.write(block.index + 2, {block.prefix + name: t for name, t in written.items()})
-            run.record("block", index=block.index, shard=shard)
-            reports.extend(_reports(job, block, cuts, time.perf_counter() - started))
+            reports = _reports(job, block, cuts, time.perf_counter() - started)
+            lines[block.index] = run.journal.record(
+                f"block {block.index}",
+                [writer.directory / shard],
+                reports=[report.model_dump(mode="json") for report in reports],
+                peak_bytes=meter.peak_so_far(),
+            )
             here = cuts[-1]
             del tensors, written, bases, cuts
+            snapshots.keep(block.index + 1, streams, {"basis": here.basis_DK.cpu()}, {"dropped": here.dropped})
             release_free_memory()
             line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
             observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
-        return _Pass(
-            outcome=Outcome(
-                reports=reports,
-                kept_indices={},
-                dense_NSD=dense.read(0, job.num_probe).clone(),
-                pruned_NSD=_projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
-            ),
-            num_block_parameters=writer.num_parameters - num_before,
-            last=here,
-        )
+        ends = {
+            "dense": dense.read(0, job.num_probe).clone(),
+            "pruned": _projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
+            "basis": here.basis_DK,
+        }
+        keep_ends(run.journal, run.staging, ends)
+    snapshots.discard()
+    return _passed(writer, lines, ends)
+
+
+def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> _Pass:
+    """From the journal's line of every block."""
+    return _Pass(
+        outcome=Outcome(
+            reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
+            kept_indices={},
+            dense_NSD=ends["dense"],
+            pruned_NSD=ends["pruned"],
+        ),
+        num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
+        last_DK=ends["basis"],
+    )
 
 
 def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
@@ -155,15 +195,26 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
     The halves read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens are
     longer than all others; without the division the last positions and those tokens would decide alone.
     """
-    hidden = job.stock.layout.hidden_size
+    path = run.staging / "basis.safetensors"
+    if run.journal.find("basis") is not None:
+        return load_file(path)["basis"].to(job.device)
+    hidden, blocks = job.stock.layout.hidden_size, job.stock.layout.blocks
     total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=job.device)
+    snapshots = Snapshots(run.staging / "stream", observer.note)
+    kept = snapshots.load()
+    first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
         store = open_store(job, run.staging / "hidden.bin", len(job.windows.ids_NS))
         stack.callback(store.close)
         propagator = embed(job, {store: len(job.windows.ids_NS)})
-        observer.start("survey: stream", len(job.stock.layout.blocks))
-        total_DD += _gram(job, map(_directions, _content(job, propagator, store)), "embedding")
-        for block in job.stock.layout.blocks:
+        observer.start("survey: stream", len(blocks) - first)
+        if kept is not None:
+            kept.restore({"hidden": store})
+            total_DD += kept.tensors["total"].to(job.device)
+            del kept
+        else:
+            total_DD += _gram(job, map(_directions, _content(job, propagator, store)), "embedding")
+        for block in blocks[first:]:
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
             del tensors
@@ -172,9 +223,14 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
                     moved = _moved(propagator, module, block.index, store)
                     total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
             del module
+            snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
             release_free_memory()
             observer.advance(f"block {block.index}")
-    return principal_basis(total_DD, width, job.damping, "all positions")
+    basis_DK = principal_basis(total_DD, width, job.damping, "all positions")
+    save_file({"basis": basis_DK.cpu().contiguous()}, path)
+    run.journal.record("basis", [path])
+    snapshots.discard()
+    return basis_DK
 
 
 def _directions(hidden_BSD: Tensor) -> Tensor:

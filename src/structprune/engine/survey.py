@@ -15,78 +15,77 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.embed import embed, open_store
+from structprune.engine.findings import Costs, Findings
 from structprune.engine.job import Job
 from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, captured
-from structprune.engine.walk import Costs, differentiate, load_block, walk
+from structprune.engine.walk import differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
-from structprune.scores.selection import removal_path
+from structprune.scores.selection import ascending, removal_path
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
 
 
 def survey(job: Job, folder: Path, observer: Observer) -> Costs:
-    """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_sensitivity`)."""
-    folder.mkdir()
-    costs: Costs = {kind: [] for kind in job.kinds}
+    """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
-    def price(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
+    def price(
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with job.meter.phase("survey: backward"):
             measured = backward(job, block, propagator, border, gradient)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
-        save_file(measured.sensitivity, str(folder / f"sensitivity-{block.index}.safetensors"))
-        found = _costs(job, block, measured)
-        for kind in job.kinds:
-            costs[kind].insert(0, found.get(kind, torch.empty(0)))
+        return measured.sensitivity, _costs(job, block, measured)
 
-    walk(job, folder, observer, labels="sampled", backward=price)
-    return costs
+    return walk(job, folder, observer, labels="sampled", backward=price)
 
 
 def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
     """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
-    folder.mkdir()
-    costs: Costs = {kind: [] for kind in job.kinds}
+    blocks = job.stock.layout.blocks
     num_windows = job.windows.ids_NS.shape[0]
     with contextlib.ExitStack() as stack:
+        findings = stack.enter_context(Findings(folder, observer.note))
+        if all(findings.has(block) for block in blocks):
+            return findings.costs(blocks, job.kinds)
         store = open_store(job, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
         propagator = embed(job, {store: num_windows})
-        observer.start("survey: scores", len(job.stock.layout.blocks))
-        for block in job.stock.layout.blocks:
+        snapshots = Snapshots(folder / "state", observer.note)
+        kept = snapshots.behind([findings.has(block) for block in blocks])
+        first = 0 if kept is None else kept.position
+        if kept is not None:
+            kept.restore({"hidden": store})
+        observer.start("survey: scores", len(blocks) - first)
+        for block in blocks[first:]:
             tensors, module = load_block(job, block)
             with job.meter.phase("survey: scores"):
                 moments = _measure(job, block, module, propagator, store)
             found: dict[str, Tensor] = {}
             for group in job.groups(block):
                 problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
-                add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
-            for kind in job.kinds:
-                costs[kind].append(found.get(kind, torch.empty(0)))
+                add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+            findings.save(block, {}, found)
+            snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
             observer.advance(f"block {block.index}")
-    return costs
+        snapshots.discard()
+        return findings.costs(blocks, job.kinds)
 
 
 def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
     """Add what each removal costs to the sum over the half's parts, which lose as many units each."""
     costs[group.kind] = costs[group.kind] + cost_U if group.kind in costs else cost_U
-
-
-def load_sensitivity(folder: Path, block: int) -> dict[str, Tensor]:
-    """Kind -> F (O, O) of one block, as `survey` left it."""
-    return load_file(str(folder / f"sensitivity-{block}.safetensors"))
 
 
 def _measure(

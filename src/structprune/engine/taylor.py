@@ -13,18 +13,19 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
+from structprune.engine.findings import Costs, load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator
 from structprune.engine.survey import add_cost
-from structprune.engine.walk import Costs, differentiate, load_block, walk
+from structprune.engine.walk import differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.scores import SCORES
+from structprune.scores.selection import ascending
 from structprune.types import BlockLayout, Surveyed, TaylorSums, UnitGroup
 
 _SUMS = tuple(field.name for field in fields(TaylorSums))
@@ -35,23 +36,20 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
 
     The costs are the job's scores, ascending, as the lowest go first.
     """
-    folder.mkdir()
-    costs: Costs = {kind: [] for kind in job.kinds}
 
-    def score(block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore) -> None:
+    def score(
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         tensors, module = load_block(job, block)
         with job.meter.phase("survey: backward"):
             sums = weight_sums(job, block, module, propagator, border, gradient)
-        found: dict[str, Tensor] = {}
+        costs: dict[str, Tensor] = {}
         for group in job.groups(block):
             problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
-            add_cost(found, group, SCORES.get(job.score)(problem).sort().values)
-        _save(sums, folder, block.index)
-        for kind in job.kinds:
-            costs[kind].insert(0, found.get(kind, torch.empty(0)))
+            add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+        return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
 
-    walk(job, folder, observer, labels="text", backward=score)
-    return costs
+    return walk(job, folder, observer, labels="text", backward=score)
 
 
 def weight_sums(
@@ -135,14 +133,6 @@ def unit_sums(
 
 def load_taylor(folder: Path, block: int) -> dict[str, TaylorSums]:
     """Group name -> sums of one block, as `survey_taylor` left them."""
-    stored = load_file(str(_path(folder, block)))
+    stored = load_found(folder, block)
     groups = dict.fromkeys(name.rpartition(".")[0] for name in stored)
     return {group: TaylorSums(**{name: stored[f"{group}.{name}"] for name in _SUMS}) for group in groups}
-
-
-def _save(sums: Mapping[str, TaylorSums], folder: Path, block: int) -> None:
-    save_file({f"{k}.{n}": getattr(s, n) for k, s in sums.items() for n in _SUMS}, str(_path(folder, block)))
-
-
-def _path(folder: Path, block: int) -> Path:
-    return folder / f"taylor-{block}.safetensors"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from structprune.allocation import ALLOCATORS
+from structprune.architectures.parts import VALUES_ENTRY
 from structprune.architectures.removed import check_attention_can_go
 from structprune.architectures.stock import StockModel
 from structprune.architectures.units import check_bias
+from structprune.architectures.values import has_narrow_values
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -42,7 +44,7 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
                 got=f"--multiple-of {recipe.multiple_of}",
                 wanted=f"a multiple of {group.multiple_of}",
             )
-    recipe = _resolved(recipe, method, stock, mixture=any(group.part is not None for group in groups))
+    recipe = _resolved(recipe, method, stock, groups)
     for group in groups:
         if recipe.solver in ITERATIVE and group.kind == "mlp":
             _check_iterative(recipe, group, stock.family.name)
@@ -70,11 +72,14 @@ def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None
         )
 
 
-def _resolved(recipe: Recipe, method: Method, stock: StockModel, *, mixture: bool) -> Recipe:
+def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[UnitGroup, ...]) -> Recipe:
     """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning.
 
-    `mixture` says that units of several experts are in scope.
+    `groups` are those in scope.
     """
+    mixture = any(group.part is not None for group in groups)
+    attention = any(group.kind == "attention" for group in groups)
+    narrows = attention and stock.head_units == "value-channel"
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
     survey = method.survey_for(allocator)
     temperature = recipe.temperature
@@ -97,6 +102,8 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, *, mixture: boo
             wanted=f"fewer than {len(stock.layout.blocks)} together",
         )
     score = _check_score(recipe.score or method.score, method)
+    if narrows:
+        _check_value_channels(recipe, score)
     solver = recipe.solver or method.solver
     if solver == "bias" and recipe.sparsity == 0:
         # Nothing is missing, so nothing is added.
@@ -170,10 +177,12 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, *, mixture: boo
         )
     return recipe.model_copy(
         update={
+            "head_units": stock.head_units,
             "allocator": allocator,
             "temperature": temperature,
             "target": target,
-            "structure": recipe.structure or ("uniform" if allocator == "uniform" and not uneven else "per-layer"),
+            "structure": recipe.structure
+            or ("uniform" if allocator == "uniform" and not (uneven or narrows) else "per-layer"),
             "damping": damping,
             "shrinkage": recipe.shrinkage if recipe.shrinkage is not None else method.shrinkage,
             "score": score,
@@ -182,6 +191,22 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, *, mixture: boo
             "protect_last": protect_last,
         }
     )
+
+
+def _check_value_channels(recipe: Recipe, score: str) -> None:
+    """Raise UnsupportedError for what has no meaning where every KV head keeps as many value channels."""
+    if recipe.structure == "uniform":
+        raise UnsupportedError(
+            "no stock config has heads with fewer value channels than key channels",
+            got="--structure uniform, --head-units value-channel",
+            wanted="--structure per-layer, or --head-units kv-group",
+        )
+    if score == "greedy-swap":
+        raise UnsupportedError(
+            "exchanges would move value channels from one KV head to another, and each keeps as many",
+            got="--score greedy-swap, --head-units value-channel",
+            wanted="--score greedy, or --head-units kv-group",
+        )
 
 
 def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[int, int]:
@@ -232,6 +257,14 @@ def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     groups = {group.kind: group for group in reversed(stock.groups)}
     for kind in kinds:
+        if kind == "attention" and has_narrow_values(stock.layout.config):
+            raise UnsupportedError(
+                "the source's heads have lost value channels, and attention is pruned of whole heads' activations",
+                where=str(stock.reader.directory),
+                got=f"--scope {recipe.scope}, {VALUES_ENTRY} in per_layer_config",
+                wanted="--scope mlp",
+                do="prune the attention of the dense model instead",
+            )
         if kind not in method.kinds:
             raise UnsupportedError(
                 f"method {method.name!r} does not prune {kind}",

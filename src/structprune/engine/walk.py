@@ -10,7 +10,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,67 +19,89 @@ from torch import Tensor, nn
 
 from structprune.architectures.sampler import draw_tokens
 from structprune.architectures.stock import output_tensor
+from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.embed import embed, open_store
-from structprune.engine.job import Job
+from structprune.engine.embed import embed
+from structprune.engine.findings import Costs, Findings
+from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.propagate import Propagator
 from structprune.memory import release_free_memory
 from structprune.types import BlockLayout
 
-Costs = dict[str, list[Tensor]]
-"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
 Labels = Literal["sampled", "text"]
 """The loss is that of labels drawn from the model's own prediction, or of the calibration text's next tokens."""
-Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore], None]
-"""(block, micro-batch loop, the block's stored input, gradient): moves the gradient from the output to the input."""
+Backward = Callable[
+    [BlockLayout, Propagator, HiddenStore, HiddenStore], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+]
+"""(block, micro-batch loop, the block's stored input, gradient): moves the gradient from the output to the input.
+
+Returns what the pruning pass will read of the block, and kind -> cost of each removal.
+"""
 
 
-def walk(
-    job: Job,
-    folder: Path,
-    observer: Observer,
-    *,
-    labels: Labels,
-    backward: Backward,
-) -> None:
+def walk(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward: Backward) -> Costs:
     """Visit every block forward, then in reverse with the gradient of the loss.
 
-    Of the calibration windows only the first `sensitivity_samples` take part. What the walk itself puts into `folder`
-    is gone at its end.
+    Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
+    (`findings.py`); the hidden states at the borders are gone at the end. A walk that was cut goes on where it was:
+    forward behind the borders that are there, in reverse at the newest gradient that was kept.
     """
+    blocks = job.stock.layout.blocks
+    with Findings(folder, observer.note) as findings:
+        if not all(findings.has(block) for block in blocks):
+            _visit(job, findings, observer, labels, backward)
+        for index in range(len(blocks) + 1):
+            _border_path(folder, index).unlink(missing_ok=True)
+        return findings.costs(blocks, job.kinds)
+
+
+def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, backward: Backward) -> None:
     blocks = job.stock.layout.blocks
     num_windows = min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
     shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     with contextlib.ExitStack() as stack:
-        store = open_store(job, folder / "hidden.bin", num_windows)
-        stack.callback(store.close)
-        propagator = embed(job, {store: num_windows})
-        observer.start("survey: forward", len(blocks))
         borders: list[FileStore] = []
-        for block in blocks:
-            border = FileStore(folder / f"border-{block.index}.bin", shape, job.dtype)
-            stack.callback(border.close)
-            borders.append(border)
-            for start in range(num_windows):
-                border.write(start, store.read(start, start + 1))
-            propagator.run(load_block(job, block)[1], block.index, store, write=True)
-            release_free_memory()
+        for index in range(len(blocks) + 1):
+            borders.append(FileStore(_border_path(findings.folder, index), shape, job.dtype, lasting=True))
+            stack.callback(borders[-1].close)
+        propagator = embed(job, {borders[0]: num_windows})
+        observer.start("survey: forward", len(blocks))
+        for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
+            step = f"border {block.index + 1}"
+            if findings.journal.find(step) is None:
+                propagator.carry(load_block(job, block)[1], block.index, before, after)
+                findings.journal.record(step, [after.path])
+                release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        with job.meter.phase("survey: loss"):
-            loss_gradient(job, store, gradient, labels)
-        store.close()
+        snapshots = Snapshots(findings.folder / "gradient", observer.note)
+        kept = snapshots.load()
+        if kept is not None and all(findings.has(block) for block in blocks[kept.position :]):
+            kept.restore({"gradient": gradient})
+            left = blocks[: kept.position]
+        else:
+            snapshots.discard()
+            with job.meter.phase("survey: loss"):
+                loss_gradient(job, borders[-1], gradient, labels)
+            left = blocks
         release_free_memory()
-        observer.start("survey: backward", len(blocks))
-        for block in reversed(blocks):
-            backward(block, propagator, borders[block.index], gradient)
+        observer.start("survey: backward", len(left))
+        for block in reversed(left):
+            findings.save(block, *backward(block, propagator, borders[block.index], gradient))
+            snapshots.keep(block.index, {"gradient": gradient})
             release_free_memory()
             observer.advance(f"block {block.index}")
+        snapshots.discard()
 
 
-def load_block(job: Job, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
+def _border_path(folder: Path, index: int) -> Path:
+    """Of the hidden states in front of block `index`."""
+    return folder / f"border-{index}.bin"
+
+
+def load_block(job: Streamed, block: BlockLayout) -> tuple[dict[str, Tensor], nn.Module]:
     """The block's tensors as stored, and the stock layer with them in the dtype of the forward passes."""
     tensors = job.reader.read(block.shapes, block.prefix)
     return tensors, job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
@@ -111,7 +133,7 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
 
 
 def differentiate(
-    job: Job,
+    job: Streamed,
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,

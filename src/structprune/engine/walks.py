@@ -11,7 +11,7 @@ from structprune.engine.executor import execute
 from structprune.engine.foresight import Foresight, foresee_units
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
-from structprune.engine.planner import PlanRequest
+from structprune.engine.plan import PlanRequest
 from structprune.engine.slice_settings import foresee_slice, kept_width, resolve_slice_settings
 from structprune.engine.slicing import execute_slice
 from structprune.engine.unit_settings import unit_settings

@@ -1,7 +1,7 @@
 """Perplexity over consecutive windows of a text, and how far a model's predictions are from another's.
 
 The checkpoint is loaded by stock transformers. Shape suffixes: N windows, B windows of one batch, S positions,
-D hidden size, V vocabulary.
+D hidden size, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +37,55 @@ class PerplexityResult:
     """Mean over the predicted tokens of KL(reference || model), in nats; None without a reference."""
     top1_agreement: float | None = None
     """Share of the positions where both models' likeliest token is the same; None without a reference."""
+    reference_perplexity: float | None = None
+    """The reference's own, over the same tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionSums:
+    """Sums over predicted tokens; those of two parts of a text add up."""
+
+    num_tokens: int = 0
+    nll: float = 0.0
+    divergence: float = 0.0
+    num_agreed: int = 0
+    reference_nll: float = 0.0
+
+    def __add__(self, other: PredictionSums) -> PredictionSums:
+        return PredictionSums(
+            num_tokens=self.num_tokens + other.num_tokens,
+            nll=self.nll + other.nll,
+            divergence=self.divergence + other.divergence,
+            num_agreed=self.num_agreed + other.num_agreed,
+            reference_nll=self.reference_nll + other.reference_nll,
+        )
+
+    def result(self, text_name: str, seq_len: int, num_windows: int, *, compared: bool) -> PerplexityResult:
+        """The means. Raises NumericalError if the logits were not finite."""
+        # Past 700 nats per token the exponential overflows: no model, however bad, is there by pruning.
+        if not (self.nll / self.num_tokens < 700 and self.reference_nll / self.num_tokens < 700):
+            raise NumericalError(
+                "the model's logits are NaN, infinite or absurdly large",
+                where=text_name,
+                do="use --dtype float32; if it stays, the checkpoint is damaged",
+            )
+        mean = self.nll / self.num_tokens
+        return PerplexityResult(
+            perplexity=math.exp(mean),
+            mean_nll=mean,
+            seq_len=seq_len,
+            stride=seq_len,
+            num_windows=num_windows,
+            num_predicted_tokens=self.num_tokens,
+            text=text_name,
+            kl_to_reference=self.divergence / self.num_tokens if compared else None,
+            top1_agreement=self.num_agreed / self.num_tokens if compared else None,
+            reference_perplexity=math.exp(self.reference_nll / self.num_tokens) if compared else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +98,14 @@ class Reference:
     """Hidden states -> logits."""
 
 
-def text_windows(model: Any, encoder: TextEncoder, text: str, name: str, seq_len: int, num: int | None) -> Tensor:
+def text_windows(
+    max_positions: int, encoder: TextEncoder, text: str, name: str, seq_len: int, num: int | None
+) -> Tensor:
     """The text's first `num` windows (N, S). Raises InputError if it is too short, or the windows too long."""
-    limit = model.config.max_position_embeddings
-    if seq_len > limit:
-        raise InputError("--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {limit}")
+    if seq_len > max_positions:
+        raise InputError(
+            "--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {max_positions}"
+        )
     return consecutive_windows(encoder.encode(text), seq_len, "text", name)[:num]
 
 
@@ -78,47 +126,38 @@ def perplexity(
     """
     num_windows, seq_len = windows_NS.shape
     head = output_head(model)
-    total, divergence, agreed = 0.0, 0.0, 0
+    sums = PredictionSums()
     for index in range(num_windows):
         hidden_SD = _hidden_SD(model, windows_NS[index : index + 1])
         labels_S = windows_NS[index, 1:].to(model.device)
         for start in range(0, seq_len - 1, _LOGIT_TOKENS):
             part = slice(start, start + _LOGIT_TOKENS)
-            logits_SV = head(hidden_SD[part]).float()
-            total += float(nn.functional.cross_entropy(logits_SV, labels_S[part], reduction="sum"))
+            wanted_TV = None
             if reference is not None:
-                wanted_SV = reference.head(reference.hidden_NSD[index, part].to(model.device)).float()
-                agreed += int((wanted_SV.argmax(dim=-1) == logits_SV.argmax(dim=-1)).sum())
-                divergence += _divergence(wanted_SV, logits_SV)
-    predicted = num_windows * (seq_len - 1)
-    # Past 700 nats per token the exponential overflows: no model, however bad, is there by pruning.
-    if not total / predicted < 700:
-        raise NumericalError(
-            "the model's logits are NaN, infinite or absurdly large",
-            where=text_name,
-            do="use --dtype float32; if it stays, the checkpoint is damaged",
-        )
-    mean = total / predicted
-    return PerplexityResult(
-        perplexity=math.exp(mean),
-        mean_nll=mean,
-        seq_len=seq_len,
-        stride=seq_len,
-        num_windows=num_windows,
-        num_predicted_tokens=predicted,
-        text=text_name,
-        kl_to_reference=None if reference is None else divergence / predicted,
-        top1_agreement=None if reference is None else agreed / predicted,
+                wanted_TV = reference.head(reference.hidden_NSD[index, part].to(model.device)).float()
+            sums += score_predictions(head(hidden_SD[part]).float(), labels_S[part], wanted_TV)
+    return sums.result(text_name, seq_len, num_windows, compared=reference is not None)
+
+
+def score_predictions(logits_TV: Tensor, labels_T: Tensor, wanted_TV: Tensor | None) -> PredictionSums:
+    """Sums of some positions' float32 logits, and against those of a reference; both are overwritten."""
+    nll = float(nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum"))
+    if wanted_TV is None:
+        return PredictionSums(num_tokens=len(labels_T), nll=nll)
+    reference_nll = float(nn.functional.cross_entropy(wanted_TV, labels_T, reduction="sum"))
+    agreed = int((wanted_TV.argmax(dim=-1) == logits_TV.argmax(dim=-1)).sum())
+    wanted_TV -= wanted_TV.logsumexp(dim=-1, keepdim=True)
+    logits_TV -= logits_TV.logsumexp(dim=-1, keepdim=True)
+    divergence = nn.functional.kl_div(logits_TV, wanted_TV, reduction="sum", log_target=True)
+    return PredictionSums(
+        num_tokens=len(labels_T),
+        nll=nll,
+        divergence=float(divergence),
+        num_agreed=agreed,
+        reference_nll=reference_nll,
     )
 
 
 def _hidden_SD(model: Any, ids_1S: Tensor) -> Tensor:
     """Last hidden states of one window, without the last position, whose prediction lies outside."""
     return model.base_model(input_ids=ids_1S.to(model.device), use_cache=False).last_hidden_state[0, :-1]
-
-
-def _divergence(wanted_SV: Tensor, logits_SV: Tensor) -> float:
-    """Sum over the positions of KL(softmax(wanted) || softmax(logits)), in nats; both are overwritten."""
-    wanted_SV -= wanted_SV.logsumexp(dim=-1, keepdim=True)
-    logits_SV -= logits_SV.logsumexp(dim=-1, keepdim=True)
-    return float(nn.functional.kl_div(logits_SV, wanted_SV, reduction="sum", log_target=True))

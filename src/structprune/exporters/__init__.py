@@ -7,5 +7,6 @@ EXPORTERS: Registry[Exporter] = Registry(
     "export format",
     {
         "gguf": "structprune.exporters.gguf_export:export_gguf",
+        "onnx": "structprune.exporters.onnx_export:export_onnx",
     },
 )

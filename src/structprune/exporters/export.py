@@ -20,7 +20,7 @@ EXPORT_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """One checkpoint directory and the file that is to be made of it."""
+    """One checkpoint directory and the file, or directory, that is to be made of it."""
 
     reader: CheckpointReader
     output: Path
@@ -30,7 +30,11 @@ class ExportRequest:
     dtype: str
     """float32, float16, bfloat16, or `stored`: as in the checkpoint, float32 where it has several."""
     tokenizer_gguf: Path | None
-    """A GGUF file whose tokenizer is copied; None: it is made of the checkpoint's own."""
+    """A GGUF file whose tokenizer was asked for."""
+    source_gguf: Path | None
+    """The GGUF file that the model comes from."""
+    note: Callable[[str], None]
+    """Called with what the user should know."""
     start: Callable[[int], None]
     """Called once with the number of steps."""
     advance: Callable[[str], None]
@@ -48,7 +52,7 @@ class ExportResult:
     num_tensors: int
     bytes: int
     tokenizer: str
-    """The file that the tokenizer comes from."""
+    """The file or directory that the tokenizer comes from."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -27,7 +27,11 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     path = request.output
     if path.suffix != ".gguf":
         raise InputError("llama.cpp looks for the ending .gguf", got=path.name, wanted=f"{path.name}.gguf")
-    plan = plan_gguf(request.reader, request.dtype, request.tokenizer_gguf)
+    # What transformers makes of a GGUF file's tokenizer is not always that tokenizer.
+    tokenizer_gguf = request.tokenizer_gguf or request.source_gguf
+    if tokenizer_gguf is not None:
+        request.note(f"tokenizer copied from {tokenizer_gguf}")
+    plan = plan_gguf(request.reader, request.dtype, tokenizer_gguf)
     check_free_disk(path, plan.num_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(plan, request)
@@ -38,7 +42,7 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         dtype=str(plan.dtype).removeprefix("torch."),
         num_tensors=len(plan.tensors),
         bytes=path.stat().st_size,
-        tokenizer=str(request.tokenizer_gguf or request.reader.directory / "tokenizer.json"),
+        tokenizer=str(tokenizer_gguf or request.reader.directory / "tokenizer.json"),
     )
 
 

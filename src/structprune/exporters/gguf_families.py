@@ -57,6 +57,8 @@ class Target:
     """Whether `rope_freqs.weight` is read, which LLaMA 3's scaling needs."""
     needs_tied: bool = False
     """The head is always the embedding."""
+    even_heads: bool = False
+    """Heads times head size is always the hidden size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +139,12 @@ _LLAMA = Target(
     rope_factors=True,
 )
 _DECI = replace(_LLAMA, architecture="deci", lists_widths=True, skips_attention=True)
-_QWEN2 = Target(architecture="qwen2", outer=_outer(), block=_gated_block("copy"), metadata=_ROTARY)
+_QWEN2 = Target(architecture="qwen2", outer=_outer(), block=_gated_block("copy"), metadata=_ROTARY, even_heads=True)
 _HEAD_NORMS = (
     _norm("attention", "self_attn.q_norm", "attn_q_norm", "h"),
     _norm("attention", "self_attn.k_norm", "attn_k_norm", "h"),
 )
-_QWEN3 = replace(_QWEN2, architecture="qwen3", block=(*_gated_block("copy"), *_HEAD_NORMS))
+_QWEN3 = replace(_QWEN2, architecture="qwen3", block=(*_gated_block("copy"), *_HEAD_NORMS), even_heads=False)
 _OPENELM = replace(
     _QWEN3,
     architecture="openelm",
@@ -189,6 +191,7 @@ _GELU_TANH = "gelu_pytorch_tanh"
 
 _PHI3 = Target(
     architecture="phi3",
+    even_heads=True,
     outer=_outer(),
     block=(
         _norm("attention", "input_layernorm", "attn_norm"),

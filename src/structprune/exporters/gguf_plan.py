@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING
 from structprune.architectures.parts import head_size
 from structprune.architectures.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
 from structprune.architectures.sliced_source import SLICED_ENTRY
+from structprune.architectures.values import has_narrow_values
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
@@ -80,7 +81,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
     config = _parsed_config(reader)
     removed = removed_halves(reader.config, config.num_hidden_layers, str(reader.directory / "config.json"))
     widths = _widths(reader, family, config, removed)
-    target = _target(reader, family, widths, removed)
+    target = _target(reader, family, config, widths, removed)
     model = GgufModel(
         config=config,
         family=family,
@@ -126,6 +127,13 @@ def _family(reader: CheckpointReader) -> GgufFamily:
             "the residual sums pass through matrices, which no architecture of llama.cpp has",
             where=where,
             do="slice with --structure uniform, which needs none",
+        )
+    if has_narrow_values(reader.config):
+        raise UnsupportedError(
+            "heads have fewer value channels than key channels, for which no GGUF form is known",
+            where=where,
+            got="v_head_dim in per_layer_config",
+            do="prune attention with --head-units kv-group, or the MLP only",
         )
     if "quantization_config" in reader.config:
         raise UnsupportedError("the checkpoint is quantised", where=where, do="export the unquantised one")
@@ -193,18 +201,21 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
 
 
 def _target(
-    reader: CheckpointReader, family: GgufFamily, widths: Sequence[BlockWidths], removed: RemovedHalves
+    reader: CheckpointReader, family: GgufFamily, config: Any, widths: Sequence[BlockWidths], removed: RemovedHalves
 ) -> Target:
     """The native architecture for equal blocks, else the one with per-block widths. Raises UnsupportedError."""
     alike = {(block.heads, block.kv_heads, block.channels) for block in widths if len(removed[block.index]) < 2}
-    if len(alike) == 1 and not any(len(kinds) == 1 for kinds in removed):
+    even = len(alike) == 1 and not any(len(kinds) == 1 for kinds in removed)
+    shared_out = all(block.heads * head_size(config) in (0, config.hidden_size) for block in widths)
+    if even and (shared_out or not family.uniform.even_heads):
         return family.uniform
     model_type = reader.config["model_type"]
     if family.uneven is None:
+        kind = "heads that do not share out the hidden size" if even else "blocks of different widths"
         raise UnsupportedError(
-            f"no architecture of llama.cpp computes {model_type} with blocks of different widths",
+            f"no architecture of llama.cpp computes {model_type} with {kind}",
             where=str(reader.directory),
-            do="prune with --structure uniform",
+            do="prune with --scope mlp" if even else "prune with --structure uniform",
         )
     if family.uneven.needs_tied and _untied(reader):
         raise UnsupportedError(

@@ -14,8 +14,10 @@ from structprune.architectures.family import Family
 from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, class_name, modeling_source
 from structprune.architectures.removed import REMOVED_ENTRY, check_attention_is_left, removed_entry, removed_halves
 from structprune.architectures.stock import StockModel
+from structprune.architectures.values import has_narrow_values
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
+from structprune.types import UNIT_KINDS
 
 
 def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -31,23 +33,22 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
     layers = [dict(source_layers.get(index, {})) for index in range(len(stock.layout.blocks))]
     removed = list(removed_halves(config, len(layers), "config.json"))
     result = {name: value for name, value in config.items() if name != REMOVED_ENTRY}
-    for group in stock.groups:
-        if group.kind not in kept:
-            continue
-        for index, count in enumerate(kept[group.kind]):
-            assert count == 0 or group.kind not in removed[index], "a removed half keeps no units"
+    for block in stock.layout.blocks:
+        for kind in UNIT_KINDS:
+            counts = kept.get(kind)
+            if counts is None:
+                continue
+            count = counts[block.index]
             if count == 0:
-                removed[index] = removed[index].union((group.kind,))
-        if not group.config_fields:
-            if any(count not in (0, group.num_units) for count in kept[group.kind]):
-                raise UnsupportedError(f"stock {stock.family.name} cannot express fewer {group.kind} units")
-            continue
-        for fields, count in zip(layers, kept[group.kind], strict=True):
-            if count:
-                fields.update({name: count * factor for name, factor in group.config_fields.items()})
-        if heads_per_unit := group.config_fields.get("num_attention_heads"):
-            # Left out, it would be derived from the number of heads, which now differs between blocks.
-            result["head_dim"] = group.width // heads_per_unit
+                removed[block.index] = removed[block.index].union((kind,))
+                continue
+            assert block.has(kind), "a removed half keeps no units"
+            # Its own: blocks of an uneven source differ in what a unit of theirs is.
+            group = block.group(kind)
+            if count != group.num_units and not group.config_fields:
+                raise UnsupportedError(f"stock {stock.family.name} cannot express fewer {kind} units")
+            layers[block.index].update(group.config_values(count))
+            result |= group.fixed_fields
     check_attention_is_left(removed)
     if any(removed):
         result[REMOVED_ENTRY] = removed_entry(removed)
@@ -64,6 +65,6 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
     }
 
 
-def write_modeling_file(directory: Path, family: Family) -> None:
-    """Write the family's constant modelling file beside config.json."""
-    write_text(directory / MODELING_NAME, modeling_source(family))
+def write_modeling_file(directory: Path, family: Family, config: Mapping[str, Any]) -> None:
+    """Write the family's constant modelling file beside config.json, which is to hold `config`."""
+    write_text(directory / MODELING_NAME, modeling_source(family, narrow=has_narrow_values(config)))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from structprune.architectures.removed import REMOVED_ENTRY
 from structprune.architectures.sliced_source import SLICED_ENTRY
+from structprune.architectures.values import has_narrow_values
 from structprune.exporters.gguf_families import GGUF_FAMILIES
 
 Structure = Literal["uniform", "per-layer", "sliced"]
@@ -20,8 +21,8 @@ Basis = Literal["checked", "by its source"]
 
 # The model files of vLLM and SGLang that were read.
 _READ = ("llama", "qwen2", "qwen3")
-# Whose config class wants the heads to share out the hidden size among them, so that a wider or narrower sum is new.
-_EVEN_HEADS = ("llama", "mistral")
+# Whose heads share out the hidden size among them in every dense model, so that a wider or narrower sum is new.
+_EVEN_HEADS = ("llama", "mistral", "phi3", "qwen2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class ResultShape:
     """Heads times head size is not the hidden size, in a family where it always is."""
     removed_halves: bool = False
     """Some block lacks its attention or its MLP, but not both."""
+    narrow_values: bool = False
+    """Heads have fewer value channels than key channels, and maps around them that pad."""
     tensor_parallel: int = 1
     indivisible: str | None = None
     """The first width that `tensor_parallel` does not divide, with its block; None: it divides all."""
@@ -70,6 +73,7 @@ def result_shape(
         structure=structure,
         tied=tied,
         other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
+        narrow_values=has_narrow_values(config),
         removed_halves=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
         tensor_parallel=tensor_parallel,
         indivisible=indivisible,
@@ -108,6 +112,8 @@ def _vllm_native(shape: ResultShape) -> RuntimeSupport:
 
 def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, Transformers backend"
+    if shape.narrow_values:
+        return _no(name, "it exchanges linear maps for its own, which do not pad the values of a head", "by its source")
     if shape.structure == "per-layer" and not shape.removed_halves:
         return RuntimeSupport(
             runtime=name,
@@ -140,9 +146,17 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
     family = GGUF_FAMILIES.get(shape.model_type)
     if shape.structure == "sliced":
         return _no(name, "no architecture has matrices in the residual sums", "by its source")
+    if shape.narrow_values:
+        return _no(name, "structprune export knows no architecture for heads with fewer value channels", None)
     if family is None:
         return _no(name, f"structprune export has no GGUF form for {shape.model_type}", None)
     target = family.uniform if shape.structure == "uniform" else family.uneven
+    if shape.other_heads and family.uniform.even_heads:
+        target = family.uneven
+    if target is None and shape.structure == "uniform":
+        return _no(
+            name, f"its {family.uniform.architecture} wants heads that share out the hidden size", "by its source"
+        )
     if target is None:
         return _no(name, f"structprune export knows no architecture for uneven {shape.model_type}", None)
     if target.needs_tied and not shape.tied:

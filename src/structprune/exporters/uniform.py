@@ -46,16 +46,20 @@ def uniform_config(
     for group in groups:
         if group.kind not in kept:
             continue
-        result |= {name: kept[group.kind] * factor for name, factor in group.config_fields.items()}
-        if (heads_per_unit := group.config_fields.get("num_attention_heads")) and kept[group.kind] != group.num_units:
-            # Left out, it would be derived from the number of heads.
-            result["head_dim"] = group.width // heads_per_unit
+        result |= group.config_values(kept[group.kind])
+        if kept[group.kind] != group.num_units:
+            result |= group.fixed_fields
     return family.resized(result)
 
 
 def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Write config.json and copy the tokenizer, generation config, chat template and licence."""
     write_json(target / "config.json", config)
+    copy_companions(source, target)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer, generation config, chat template and licence."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():

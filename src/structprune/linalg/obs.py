@@ -1,7 +1,7 @@
 """Greedy removal of input columns with exact block updates (optimal brain surgeon on column groups), then exchanges.
 
 Shape suffixes: M metric outputs, I inputs, U units, S inputs of the units that move in one step, A inputs still there,
-K kept inputs, R removed inputs, w inputs of one unit.
+K kept inputs, R removed inputs, P partitions, w inputs of one unit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ class RemovalPath:
 
 
 def greedy_removal(
-    weight_MI: Tensor, inverse_II: Tensor, num_remove: int, *, width: int = 1, units_per_step: int = 1
+    weight_MI: Tensor,
+    inverse_II: Tensor,
+    num_remove: int,
+    *,
+    width: int = 1,
+    units_per_step: int = 1,
+    partitions: int = 1,
 ) -> RemovalPath:
     """Remove `num_remove` groups of `width` columns, the cheapest first, re-solving the others after every step.
 
@@ -41,8 +47,10 @@ def greedy_removal(
     one more inverse would be 6 GiB.
 
     With `units_per_step` > 1 the cheapest few leave together; the update is exact for the set, only their choice
-    ignores how they interact. Raises NumericalError if a pivot block is not positive definite.
+    ignores how they interact. Units come in `partitions` runs of equal length that lose as many each, in every step;
+    `num_remove` is a multiple of it. Raises NumericalError if a pivot block is not positive definite.
     """
+    assert num_remove % partitions == 0
     weight_MA, inverse_AA = weight_MI, inverse_II
     assert weight_MA.dtype == inverse_AA.dtype == torch.float64
     units_left = torch.arange(weight_MI.shape[1] // width)
@@ -53,9 +61,11 @@ def greedy_removal(
     while removed < num_remove:
         score_U = group_costs(weight_MA, inverse_AA, width)
         score_U[~alive] = torch.inf
-        count = min(units_per_step, num_remove - removed)
+        count = min(max(1, units_per_step // partitions) * partitions, num_remove - removed)
         # A stable sort, so that ties go to the lower unit number on every machine.
-        chosen = torch.sort(score_U, stable=True).indices[:count].sort().values
+        order_PU = torch.sort(score_U.reshape(partitions, -1), dim=1, stable=True).indices
+        firsts_P1 = torch.arange(partitions)[:, None] * order_PU.shape[1]
+        chosen = (firsts_P1 + order_PU[:, : count // partitions]).flatten().sort().values
         columns_S = (chosen[:, None] * width + torch.arange(width)).flatten()
         factor, info = torch.linalg.cholesky_ex(inverse_AA[columns_S][:, columns_S])
         if int(info) != 0:

@@ -36,7 +36,8 @@ def principal_basis(gram_DD: Tensor, num_keep: int, damping: float, where: str) 
     # Ascending from the library.
     basis_DK = vectors_DD[:, len(values_D) - num_keep :].flip(1)
     largest_1K = basis_DK.abs().argmax(dim=0, keepdim=True)
-    return basis_DK * basis_DK.gather(0, largest_1K).sign()
+    # In rows, as one that was read from a file: products with another layout differ in their last bits.
+    return (basis_DK * basis_DK.gather(0, largest_1K).sign()).contiguous()
 
 
 def dropped_share(gram_DD: Tensor, basis_DK: Tensor) -> float:

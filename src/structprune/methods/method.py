@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from structprune.types import UnitKind
+from structprune.types import HeadUnits, UnitKind
 
 Survey = Literal["none", "scores", "loss", "taylor"]
 """What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
@@ -44,6 +44,8 @@ class Method:
     """Share of the correlations between units that greedy removal does not count on."""
     kinds: tuple[UnitKind, ...] = ("mlp",)
     """Unit kinds that this version of the method removes."""
+    head_units: HeadUnits = "kv-group"
+    """What attention loses unless the recipe says otherwise."""
 
     def survey_for(self, allocator: str) -> Survey:
         """What `allocator` reads and the method itself does not measure: widths by prices in loss, units by the method.

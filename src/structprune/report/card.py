@@ -13,6 +13,7 @@ import yaml
 
 from structprune.memory import format_bytes
 from structprune.report.schema import BlockReport, PruneReport
+from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets")
@@ -32,7 +33,7 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["pruned", "structured-pruning", "structprune", report.method])),
     }
-    name, origin = Path(report.output).name, hub_id or Path(report.source).name
+    name, origin = Path(report.output).name, report.source if hub_id else Path(report.source).name
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
@@ -42,7 +43,7 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         "## Before and after",
         _figures(report),
         "## What was removed",
-        _removed(report.blocks),
+        _removed(report.blocks, report.recipe.head_units),
         "## How to load it",
         *_loading(report, name),
         "## How it was made",
@@ -76,7 +77,15 @@ def _figures(report: PruneReport) -> str:
     )
 
 
-def _removed(blocks: Sequence[BlockReport]) -> str:
+# What the recipe's `head_units` counts.
+_HEAD_UNITS: Mapping[HeadUnits, str] = {
+    "kv-group": "KV groups of heads",
+    "query-head": "query heads of every KV head",
+    "value-channel": "value channels of all KV heads together",
+}
+
+
+def _removed(blocks: Sequence[BlockReport], head_units: HeadUnits | None) -> str:
     """One line per kind where all blocks are alike, else a table of the blocks."""
     kinds = list(dict.fromkeys(block.kind for block in blocks))
     if kinds == ["block"]:
@@ -85,7 +94,7 @@ def _removed(blocks: Sequence[BlockReport]) -> str:
     if any(block.status == "sliced" for block in blocks):
         left = f"{blocks[0].kept_units} of {blocks[0].num_units}"
         return f"Dimensions of the residual stream: {left} are left in every block."
-    units = {"mlp": "MLP channels", "attention": "attention units (KV groups, or query heads of every KV head)"}
+    units = {"mlp": "MLP channels"} | ({"attention": _HEAD_UNITS[head_units]} if head_units else {})
     by_kind = {kind: [block for block in blocks if block.kind == kind] for kind in kinds}
     if all(len({(b.kept_units, b.num_units) for b in part}) == 1 for part in by_kind.values()):
         lines = [

@@ -6,23 +6,23 @@ import csv
 import io
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from structprune.memory import format_bytes
+from structprune.report.frozen import Frozen
 
 COMPARISON_VERSION = 1
+RESULT_NAME = "comparison.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TextInfo(_Frozen):
+class TextInfo(Frozen):
     """A text that every model is tested on."""
 
     label: str
     sha256: str
 
 
-class TextScore(_Frozen):
+class TextScore(Frozen):
     """One model on one text."""
 
     text: str
@@ -33,7 +33,7 @@ class TextScore(_Frozen):
     num_windows: int
 
 
-class Speed(_Frozen):
+class Speed(Frozen):
     """Tokens per second at batch 1, and the same over the dense model's in the same minute."""
 
     prefill_tokens_per_s: float
@@ -44,7 +44,7 @@ class Speed(_Frozen):
     decoded_tokens: int
 
 
-class DenseRow(_Frozen):
+class DenseRow(Frozen):
     """The model that everything is compared with."""
 
     parameters: int
@@ -52,7 +52,7 @@ class DenseRow(_Frozen):
     texts: list[TextScore]
 
 
-class Cell(_Frozen):
+class Cell(Frozen):
     """One method at one sparsity."""
 
     key: str
@@ -85,7 +85,23 @@ class Cell(_Frozen):
     versions: dict[str, str]
 
 
-class Failure(_Frozen):
+COST_COLUMNS = ("wall", "shared", "peak", "planned", "prefill", "decode")
+
+
+def cost_values(cell: Cell) -> tuple[str, ...]:
+    """What a cell took, as text, in the order of COST_COLUMNS; empty where there is nothing to say."""
+    speed = cell.speed
+    return (
+        f"{cell.wall_seconds:.0f} s",
+        f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
+        format_bytes(cell.measured_peak_bytes),
+        format_bytes(cell.planned_peak_bytes),
+        "" if speed is None else f"{speed.prefill_speedup:.2f}x",
+        "" if speed is None else f"{speed.decode_speedup:.2f}x",
+    )
+
+
+class Failure(Frozen):
     """A cell that did not come to an end; it is tried again when the comparison goes on."""
 
     label: str
@@ -93,7 +109,7 @@ class Failure(_Frozen):
     error: str
 
 
-class Comparison(_Frozen):
+class Comparison(Frozen):
     """All of it, as written to `comparison.json`. `schema_version` rises when a field changes its meaning."""
 
     schema_version: int = COMPARISON_VERSION
@@ -108,8 +124,8 @@ class Comparison(_Frozen):
     dtype: str
     device: str
     dense: DenseRow | None = None
-    cells: list[Cell] = []
-    failures: list[Failure] = []
+    cells: list[Cell] = Field(default_factory=list[Cell])
+    failures: list[Failure] = Field(default_factory=list[Failure])
 
     def ordered(self) -> list[Cell]:
         """By sparsity, then by perplexity on the first text."""

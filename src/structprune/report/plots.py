@@ -1,4 +1,4 @@
-"""Curves of a comparison as PNG files. Needs matplotlib (the `report` extra)."""
+"""Curves of a comparison, and charts of a report, as PNG files. Needs matplotlib (the `report` extra)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from structprune.errors import InputError
 from structprune.files import atomic_path
 from structprune.report.comparison import Cell, Comparison
+from structprune.report.schema import PruneReport
 
 
 def check_matplotlib() -> None:
@@ -39,6 +40,41 @@ def plot_comparison(comparison: Comparison, directory: Path) -> list[Path]:
             dense=False,
         ),
     ]
+
+
+def plot_report(report: PruneReport, directory: Path) -> list[Path]:
+    """Retention and error of each block by kind, and memory over time, side by side in one file. Returns it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(block.kind for block in report.blocks))
+    figure = Figure(figsize=(15, 4.2 * len(kinds)), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(kinds), 3, squeeze=False)
+    for (retention, error, memory), kind in zip(rows, kinds, strict=True):
+        blocks = [block for block in report.blocks if block.kind == kind]
+        numbers = [block.block for block in blocks]
+        retention.bar(numbers, [block.kept_units / block.num_units for block in blocks])
+        retention.set(title=f"kept, {kind}", xlabel="block", ylabel="share of the units", ylim=(0, 1))
+        for label, values in (
+            ("cut weight", [block.error_mask_only for block in blocks]),
+            ("after the solver", [block.error for block in blocks]),
+        ):
+            points = [(number, value) for number, value in zip(numbers, values, strict=True) if value is not None]
+            if points:
+                error.plot(*zip(*points, strict=True), marker=".", label=label)
+                error.legend(fontsize="small")
+        error.set(title=f"relative squared error, {kind}", xlabel="block")
+        timeline = report.memory.timeline
+        memory.plot([stretch.seconds for stretch in timeline], [stretch.peak_bytes / 2**20 for stretch in timeline])
+        memory.axhline(report.memory.planned_peak_bytes / 2**20, color="black", linestyle="--", label="planned")
+        memory.set(title="peak memory of each stretch", xlabel="seconds", ylabel="MiB", ylim=(0, None))
+        memory.legend(fontsize="small")
+    figure.suptitle(f"{Path(report.source).name}, {report.method}: {report.size.removed_share_of_model:.1%} removed")
+    path = directory / "pruning_report.png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return [path]
 
 
 def _curves(

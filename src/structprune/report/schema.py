@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from structprune.errors import InputError
 from structprune.recipe import Recipe
+from structprune.report.frozen import Frozen
+from structprune.report.summary import html_table, rich_table, summary_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.table import Table
 
 SCHEMA_VERSION = 1
+REPORT_NAME = "pruning_report.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibrationReport(_Frozen):
+class CalibrationReport(Frozen):
     """The text that statistics were taken from."""
 
     name: str
@@ -29,7 +33,7 @@ class CalibrationReport(_Frozen):
     pruned_perplexity: float
 
 
-class BlockReport(_Frozen):
+class BlockReport(Frozen):
     """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one half of it."""
 
     block: int
@@ -49,7 +53,7 @@ class BlockReport(_Frozen):
     seconds: float
 
 
-class SizeReport(_Frozen):
+class SizeReport(Frozen):
     """Parameters and bytes, before and after."""
 
     parameters_before: int
@@ -63,7 +67,17 @@ class SizeReport(_Frozen):
     """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
 
 
-class MemoryReport(_Frozen):
+class MemoryStretch(Frozen):
+    """The highest point of one stretch of the run, from the end of the stretch before it."""
+
+    phase: str
+    """What was going on, as the progress said it."""
+    seconds: float
+    """Of its end, from the start of the run."""
+    peak_bytes: int
+
+
+class MemoryReport(Frozen):
     """Bytes above the process's size before the run (libraries imported)."""
 
     budget_bytes: int
@@ -71,20 +85,22 @@ class MemoryReport(_Frozen):
     measured_peak_bytes: int
     phases: dict[str, int]
     """Planned."""
-    measured_phases: dict[str, int] = {}
+    measured_phases: dict[str, int] = Field(default_factory=dict[str, int])
     """Those of `phases` that were measured apart."""
     store: str
     micro_batch_windows: int
+    timeline: list[MemoryStretch] = Field(default_factory=list[MemoryStretch])
+    """Empty in reports of the first version that had none."""
 
 
-class ReusedStatistics(_Frozen):
+class ReusedStatistics(Frozen):
     """Measurements of the dense model that an earlier run had taken; not part of this run's seconds and peak."""
 
     seconds: float
     peak_bytes: int
 
 
-class ReloadReport(_Frozen):
+class ReloadReport(Frozen):
     """How the finished checkpoint fared in a fresh process with stock code; a mismatch ends the run instead."""
 
     mode: Literal["whole", "streamed", "impossible", "off"]
@@ -105,7 +121,7 @@ class ReloadReport(_Frozen):
     seconds: float = 0.0
 
 
-class RuntimeReport(_Frozen):
+class RuntimeReport(Frozen):
     """Whether one runtime loads the output, as far as known."""
 
     runtime: str
@@ -114,7 +130,7 @@ class RuntimeReport(_Frozen):
     reason: str
 
 
-class PruneReport(_Frozen):
+class PruneReport(Frozen):
     """Everything that a run states about itself."""
 
     schema_version: int = SCHEMA_VERSION
@@ -140,3 +156,36 @@ class PruneReport(_Frozen):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return self.model_dump(mode="json")
+
+    def to_frame(self) -> DataFrame:
+        """One row per unit group of a block, the statistics as columns. Needs pandas; raises InputError without it."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_frame needs pandas", do="install it with `pip install pandas`") from None
+        rows = [
+            block.model_dump(exclude={"statistics", "objective"})
+            | {"kept_share": block.kept_units / block.num_units}
+            | block.statistics
+            for block in self.blocks
+        ]
+        return pandas.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        size = self.size
+        return (
+            f"PruneReport({self.method!r}, {self.source!r} -> {self.output!r}, {size.parameters_before:,} -> "
+            f"{size.parameters_after:,} parameters, {len(self.blocks)} block entries)"
+        )
+
+    __str__ = __repr__
+
+    def __rich__(self) -> Table:
+        return rich_table(self._title(), summary_rows(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self._title(), summary_rows(self))
+
+    def _title(self) -> str:
+        return f"{self.method}: {self.source} -> {self.output}"

@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from structprune.errors import InputError
-from structprune.files import sync_directory, write_json
+from structprune.errors import CheckpointError, DiskFullError, InputError, StructPruneError
+from structprune.files import is_disk_full, remove_temporaries, sync_directory, write_json
 from structprune.memory import format_budget, format_bytes
+from structprune.runs.journal import JOURNAL_NAME, Journal, read_journal, silent
 
-JOURNAL_NAME = "journal.jsonl"
 REJECTED_NAME = "REJECTED.json"
+CHECKPOINT_NAME = "checkpoint"
+_PARTIAL = ".partial"
+_START, _COMMIT = "start", "commit"
 
 
 class RunDirectory:
     """Staging directory of one run, held by one process.
 
-    Raises InputError if `output` exists, or if another live process works on the same output. A partial directory
-    that a killed run left behind is recognised by its journal and replaced; any other directory of that name is
-    refused.
+    Raises InputError if `output` exists, or if another live process works on the same output. The state of a run that
+    was cut stays in the staging directory, and the next process that enters finds it in the journal; without a first
+    step there is none, and the directory is emptied. A directory of that name without a journal is refused.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, notify: Callable[[str], None] = silent) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
-        self.staging = self.output.parent / f"{self.output.name}.partial"
+        self.staging = self.output.parent / f"{self.output.name}{_PARTIAL}"
         self.rejected = self.output.parent / f"{self.output.name}.rejected"
+        self._notify = notify
+        self._accepted = False
+        self._keep = False
+        self._how_to_go_on = f"`structprune resume {self.output}` goes on where it was"
+
+    @classmethod
+    def named(cls, path: Path, notify: Callable[[str], None] = silent) -> RunDirectory:
+        """By its output or by its staging directory."""
+        direct = cls(path, notify)
+        name = direct.output.name.removesuffix(_PARTIAL)
+        if direct.staging.exists() or name in ("", direct.output.name):
+            return direct
+        return cls(direct.output.with_name(name), notify)
 
     def check(self) -> None:
         """Raise InputError if the output or the staging directory is in the way."""
-        check_absent(self.output, "output directory")
+        if not self.is_committed():
+            check_absent(self.output, "output directory")
         if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
@@ -57,71 +73,155 @@ class RunDirectory:
             return False
         return (self.staging / JOURNAL_NAME).is_file() or not any(self.staging.iterdir())
 
+    def peek(self) -> Mapping[str, Any] | None:
+        """The first step of the run that was cut here, without entering; None if there is nothing to go on with."""
+        return read_journal(self.staging / JOURNAL_NAME).get(_START) if self._is_ours() else None
+
+    def is_committed(self) -> bool:
+        """Whether the output is this run's result, and only the staging directory is still to be removed."""
+        if not self._is_ours() or not self.output.is_dir() or (self.staging / CHECKPOINT_NAME).exists():
+            return False
+        return _COMMIT in read_journal(self.staging / JOURNAL_NAME)
+
     def __enter__(self) -> RunDirectory:
         self.check()
         self._new_parents = [p for p in self.output.parents if not p.exists()]
         self.staging.mkdir(parents=True, exist_ok=True)
-        self._journal = (self.staging / JOURNAL_NAME).open("a+", encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            self._lock = stack.enter_context((self.staging / JOURNAL_NAME).open("a"))
+            self._take_lock()
+            self.journal = Journal(self.staging, self._notify)
+            stack.callback(self.journal.close)
+            if self.start is None:
+                self._clear()
+            remove_temporaries(self.staging)
+            # The lock is given up last.
+            self._open = stack.pop_all()
+        return self
+
+    def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The other process may have finished, and removed what was opened here.
+            held = os.path.samestat(os.fstat(self._lock.fileno()), (self.staging / JOURNAL_NAME).stat())
         except OSError:
-            self._journal.close()
+            held = False
+        if not held:
             raise InputError(
                 "another process is writing this output", where=str(self.output), do="wait for it, or choose another -o"
             ) from None
-        try:
-            self._clear()
-        except OSError:
-            self._journal.close()
-            raise
-        return self
 
     def _clear(self) -> None:
-        for path in self.staging.iterdir():
-            if path.name == JOURNAL_NAME:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        self._journal.truncate(0)
+        left = [path for path in self.staging.iterdir() if path.name != JOURNAL_NAME]
+        if left:
+            self._notify(f"{self.staging}: the start of the run is not in the journal; all of it is done again")
+        self.journal.clear()
+        for path in left:
+            _remove(path)
 
-    def record(self, event: str, **values: Any) -> None:
-        """Append one line to the journal and sync it."""
-        self._journal.write(json.dumps({"event": event, **values}) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+    @property
+    def start(self) -> Mapping[str, Any] | None:
+        """The first step of the run that was cut here; None: nothing is done yet."""
+        return self.journal.line(_START)
 
-    def commit(self, finished: Path) -> None:
-        """Make the finished directory inside staging the output, and drop the rest. Raises InputError if it exists."""
+    @property
+    def checkpoint(self) -> Path:
+        """The directory that becomes the output."""
+        return self.staging / CHECKPOINT_NAME
+
+    def used_bytes(self) -> int:
+        """Of the disk, by what is in the staging directory."""
+        return sum(path.stat().st_blocks * 512 for path in self.staging.rglob("*") if path.is_file())
+
+    def begin(self, **values: Any) -> None:
+        """The run's first step: from here on an interruption keeps what is done."""
+        self.journal.record(_START, **values)
+        self._accepted = True
+        self.checkpoint.mkdir(exist_ok=True)
+
+    def go_on(self) -> None:
+        """The run that was cut here is the one that is asked for, and this process goes on with it."""
+        self._accepted = True
+        if not self.is_committed():
+            self.checkpoint.mkdir(exist_ok=True)
+
+    def commit(self) -> None:
+        """Make the checkpoint inside staging the output, and drop the rest. Raises InputError if the output exists."""
         if os.path.lexists(self.output):
+            self._keep = True
             raise InputError(
-                "the output appeared while the run was working", where=str(self.output), do="choose another -o"
+                "the output appeared while the run was working",
+                where=str(self.output),
+                do=f"move it away; {self._how_to_go_on} then",
             )
-        finished.rename(self.output)
+        self.journal.record(_COMMIT)
+        self.checkpoint.rename(self.output)
         sync_directory(self.output.parent)
-        shutil.rmtree(self.staging)
+        self.discard()
 
-    def reject(self, finished: Path, why: Mapping[str, str]) -> Path:
-        """Keep the directory, which turned out wrong, beside the output and marked; one rejected before makes room."""
-        write_json(finished / REJECTED_NAME, dict(why))
+    def discard(self) -> None:
+        """Remove the staging directory, the journal last: while it is there the rest is known to be a run's."""
+        for path in self.staging.iterdir():
+            if path.name != JOURNAL_NAME:
+                _remove(path)
+        (self.staging / JOURNAL_NAME).unlink()
+        self.staging.rmdir()
+
+    def reject(self, why: Mapping[str, str]) -> Path:
+        """Keep the checkpoint, which turned out wrong, beside the output and marked; one rejected before makes room.
+
+        Nothing is left to go on with.
+        """
+        write_json(self.checkpoint / REJECTED_NAME, dict(why))
         if self.rejected.exists():
             shutil.rmtree(self.rejected)
-        finished.rename(self.rejected)
+        self.checkpoint.rename(self.rejected)
         sync_directory(self.output.parent)
+        self.journal.clear()
         return self.rejected
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing half-written is left behind by an error or Ctrl-C; only a kill leaves the .partial directory.
-        if kind is not None and self.staging.exists():
+        try:
+            if error is not None and self.staging.exists():
+                self._stopped(error)
+        finally:
+            self._open.close()
+
+    def _stopped(self, error: BaseException) -> None:
+        """Keep what another process can go on with, remove what none can. Raises DiskFullError for a full disk."""
+        full = is_disk_full(error)
+        if self.start is not None and not self._accepted:
+            # Another run's state, which this one was refused.
+            return
+        kept = self.start is not None and (self._keep or not _comes_again(error))
+        if not kept:
             shutil.rmtree(self.staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 for parent in self._new_parents:
                     parent.rmdir()
-        # Last: closing the journal gives up the lock.
-        self._journal.close()
+        if full:
+            raise DiskFullError(
+                "the disk is full",
+                where=str(self.staging.parent),
+                got=str(error),
+                do=f"free some; {self._how_to_go_on} then" if kept else "free some",
+            ) from error
+        if kept and isinstance(error, Exception):
+            error.add_note(f"What is done is kept: {self._how_to_go_on}.")
+
+
+def _comes_again(error: BaseException) -> bool:
+    """Whether the same run would end the same way. A source that cannot be read may be readable later."""
+    return isinstance(error, StructPruneError) and not isinstance(error, CheckpointError)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def check_absent(output: Path, what: str = "output file") -> None:

@@ -1,6 +1,6 @@
 """Which units stay, by a growing penalty that drives the others to zero (reconstructed after SPAP).
 
-Shape suffixes: U units, O outputs, I inputs.
+Shape suffixes: U units, O outputs, I inputs, P partitions.
 """
 
 from __future__ import annotations
@@ -48,17 +48,19 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     energy_U = energy(value_OI)
     penalty = _FIRST_PENALTY
     for _ in range(_NUM_ITERATIONS):
-        ascending_U = energy_U.sort().values
-        border = ascending_U[num_remove - 1]
-        if float(ascending_U[:num_remove].sum()) <= _NEGLIGIBLE * float(ascending_U.sum()):
+        energy_PU = energy_U.reshape(problem.partitions, -1)
+        ascending_PU = energy_PU.sort(dim=1).values
+        leaving_PU = ascending_PU[:, : num_remove // problem.partitions]
+        if float(leaving_PU.sum()) <= _NEGLIGIBLE * float(energy_PU.sum()):
             break
-        share_U = (border / energy_U).clamp(max=_LARGEST_WEIGHT).nan_to_num(posinf=_LARGEST_WEIGHT)
+        share_U = (leaving_PU[:, -1:] / energy_PU).flatten()
+        share_U = share_U.clamp(max=_LARGEST_WEIGHT).nan_to_num(posinf=_LARGEST_WEIGHT)
         shift_I = penalty * scale_I * share_U.repeat_interleave(problem.width)
         # Damped already: positive definite, so the factorisation takes no further ridge.
         factor = damped_cholesky(partial(_shifted, damped_II, shift_I), 0.0, "penalty method")
         energy_U = energy(solved(factor.factor_NN, right_OI.clone()))
         penalty *= _GROWTH
-    return keep_best(energy_U, num_keep)
+    return keep_best(energy_U, num_keep, problem.partitions)
 
 
 def _shifted(matrix_II: Tensor, shift_I: Tensor) -> Tensor:

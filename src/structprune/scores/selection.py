@@ -1,6 +1,6 @@
 """Which units stay: the best by a score, or what greedy removal with exact updates leaves, exchanges after it or not.
 
-Shape suffixes: U units, O outputs, I inputs, M metric outputs.
+Shape suffixes: U units, O outputs, I inputs, M metric outputs, P partitions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from structprune.types import LayerProblem
 _STEP_SHARE = 128
 
 
-def keep_best(score_U: Tensor, num_keep: int) -> Tensor:
-    """Mask of the `num_keep` highest scores, shape (U,); ties keep the unit with the lower number."""
-    keep_U = torch.zeros(len(score_U), dtype=torch.bool)
-    keep_U[torch.sort(score_U, descending=True, stable=True).indices[:num_keep]] = True
-    return keep_U
+def keep_best(score_U: Tensor, num_keep: int, partitions: int = 1) -> Tensor:
+    """Mask of the `num_keep` highest scores, as many in each partition, shape (U,); ties keep the lower number."""
+    assert num_keep % partitions == 0
+    order_PU = torch.sort(score_U.reshape(partitions, -1), dim=1, descending=True, stable=True).indices
+    keep_PU = torch.zeros_like(order_PU, dtype=torch.bool)
+    return keep_PU.scatter_(1, order_PU[:, : num_keep // partitions], True).flatten()
+
+
+def ascending(score_U: Tensor, partitions: int = 1) -> Tensor:
+    """Scores in the order in which units leave, shape (U,): the lowest of every partition, then the next of each."""
+    return score_U.reshape(partitions, -1).sort(dim=1).values.T.flatten()
 
 
 def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
@@ -45,7 +51,11 @@ def keep_greedy(problem: LayerProblem, num_keep: int) -> Tensor:
 
 
 def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
-    """Mask of the units that are left after greedy removal and exchanges that lower its objective, shape (U,)."""
+    """Mask of the units that are left after greedy removal and exchanges that lower its objective, shape (U,).
+
+    Of one partition only: exchanges do not keep as many in each.
+    """
+    assert problem.partitions == 1
     weight_MI, inverse_II, delta = _objective(problem)
     keep_U = torch.ones(problem.num_units, dtype=torch.bool)
     keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI.clone(), inverse_II).order] = False
@@ -106,4 +116,11 @@ def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
 def _greedy_path(problem: LayerProblem, num_remove: int, weight_MI: Tensor, inverse_II: Tensor) -> RemovalPath:
     """Uses up weight and inverse."""
     step = max(1, problem.num_units // _STEP_SHARE)
-    return greedy_removal(weight_MI, inverse_II, num_remove, width=problem.width, units_per_step=step)
+    return greedy_removal(
+        weight_MI,
+        inverse_II,
+        num_remove,
+        width=problem.width,
+        units_per_step=step,
+        partitions=problem.partitions,
+    )

@@ -5,6 +5,10 @@ Shape suffixes: T tokens, I inputs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,26 @@ from structprune.errors import NumericalError
 
 # With four column strips 10 of the 16 tiles of the symmetric product are computed.
 _NUM_STRIPS = 4
+
+
+@contextlib.contextmanager
+def exact_bfloat16_products() -> Generator[None]:
+    """Inside the context the CPU multiplies float32 matrices as bfloat16 and adds in float32, where it can.
+
+    For matrices whose values are bfloat16 numbers, where this is exact but for the order of the sums. Twice as fast on
+    CPUs with matrix units, and no change on others.
+    """
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    # Older versions of torch have one setting for the whole process instead, which is not ours to change.
+    before = getattr(products, "fp32_precision", None)
+    if before is None:
+        yield
+        return
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 class GramAccumulator:
@@ -24,11 +48,17 @@ class GramAccumulator:
         self.num_tokens = 0
 
     def update(self, x_TI: Tensor) -> None:
-        """Add the tokens of one batch, shape (tokens, inputs) of any float dtype."""
+        """Add the tokens of one batch, shape (tokens, inputs) of any float dtype.
+
+        Products of bfloat16 numbers are exact in float32, so units that multiply bfloat16 and add in float32 lose
+        nothing there; they are used where the CPU has them.
+        """
+        products = exact_bfloat16_products() if x_TI.dtype == torch.bfloat16 else contextlib.nullcontext()
         x_TI = x_TI.to(torch.float32)
-        for start in range(0, x_TI.shape[1], self._strip):
-            stop = start + self._strip
-            self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        with products:
+            for start in range(0, x_TI.shape[1], self._strip):
+                stop = start + self._strip
+                self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
         self.sum_I += x_TI.sum(dim=0)
         self.num_tokens += len(x_TI)
 

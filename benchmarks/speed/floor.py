@@ -1,0 +1,161 @@
+"""How far each method is from the least that it must compute.
+
+Floor = the products of one forward pass of the calibration tokens through the blocks, and of the Gram matrices of the
+consumers in scope, at the rates that this machine reaches in the same run for these very shapes: once as floating-point
+operations over the measured matrix rate (`matmul`), once as the stock blocks take, norms and activations too (`stock`).
+The rates are taken before and after each pruning and averaged. With `--clock cpu` seconds are those of the process,
+which other work on the machine changes less than those of the wall; take one thread with it.
+
+    python benchmarks/speed/floor.py [--methods fasp structprune] [--num-samples 48] [--clock wall] [--output FILE]
+
+Shape suffixes: B windows, S positions, T tokens, D hidden size, I inputs of a consumer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from structprune import Recipe, prune
+from structprune.architectures.loading import load_model
+from structprune.architectures.source import resolve_model
+from structprune.statistics import GramAccumulator
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """Seconds for all calibration tokens."""
+
+    matmul_s: float
+    """Products of the forward pass at the matrix rate."""
+    stock_s: float
+    """The stock blocks as they are."""
+    gram_s: float
+
+
+def timed(clock: Callable[[], float], work: Callable[[], Any], repeats: int) -> float:
+    work()
+    start = clock()
+    for _ in range(repeats):
+        work()
+    return (clock() - start) / repeats
+
+
+@torch.no_grad()
+def floor_of(model: Any, consumers: list[str], num_samples: int, seq_len: int, clock: Callable[[], float]) -> Floor:
+    """Of the model's own shapes, in its dtype. All blocks are alike."""
+    layer, num_blocks = model.model.layers[0], len(model.model.layers)
+    dtype = next(model.parameters()).dtype
+    tokens = num_samples * seq_len
+    windows = max(1, BATCH_TOKENS // seq_len)
+    batch = windows * seq_len
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    inputs = {linear.in_features: torch.randn(batch, linear.in_features).to(dtype) for linear in linears}
+
+    def products() -> None:
+        for linear in linears:
+            linear(inputs[linear.in_features])
+
+    product_s = timed(clock, products, 8) / batch
+    config = model.config
+    # Scores and their sums of values: each position with itself and those before it, on average half of all.
+    attention_flops = 2 * 2 * seq_len / 2 * config.num_attention_heads * layer.self_attn.head_dim
+    product_flops = sum(2 * linear.weight.numel() for linear in linears)
+    matmul_s = product_s * (1 + attention_flops / product_flops)
+
+    ids_BS = torch.randint(0, config.vocab_size, (windows, seq_len))
+    hidden_BSD = model.model.embed_tokens(ids_BS)
+    rotary = model.model.rotary_emb(hidden_BSD, torch.arange(seq_len)[None])
+
+    def stock() -> None:
+        layer(hidden_BSD, position_embeddings=rotary, attention_mask=None)
+
+    stock_s = timed(clock, stock, 8) / batch
+    gram_s = 0.0
+    for name in consumers:
+        size = layer.get_submodule(name).in_features
+        accumulator, x_TI = GramAccumulator(size), inputs[size]
+        gram_s += timed(clock, lambda a=accumulator, x=x_TI: a.update(x), 8) / batch
+    scale = tokens * num_blocks
+    return Floor(matmul_s=matmul_s * scale, stock_s=stock_s * scale, gram_s=gram_s * scale)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=default)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--methods", nargs="+", default=["fasp", "structprune"])
+    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--num-samples", type=int, default=48)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    clock = CLOCKS[arguments.clock]
+    directory = resolve_model(arguments.model)
+
+    def sample() -> Floor:
+        model = load_model(directory, torch.device("cpu"), torch.bfloat16).requires_grad_(False)
+        return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, clock)
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in arguments.methods:
+            recipe = Recipe(
+                method=method,
+                sparsity=arguments.sparsity,
+                num_samples=arguments.num_samples,
+                seq_len=arguments.seq_len,
+                calibration=str(arguments.data / "wikitext2" / "train-1mb.raw.txt"),
+                multiple_of=1,
+                reload_check=False,
+            )
+            floors = [sample()]
+            start = clock()
+            report = prune(arguments.model, recipe, Path(folder) / method)
+            spent = clock() - start
+            assert report.compute_dtype == "bfloat16", f"the floor is of bfloat16, the run of {report.compute_dtype}"
+            floors.append(sample())
+            matmul, stock, gram = (
+                sum(getattr(each, name) for each in floors) / len(floors) for name in ("matmul_s", "stock_s", "gram_s")
+            )
+            rows.append(
+                {
+                    "method": method,
+                    "clock": arguments.clock,
+                    "threads": torch.get_num_threads(),
+                    "num_samples": arguments.num_samples,
+                    "spent_s": round(spent, 2),
+                    "matmul_s": round(matmul, 2),
+                    "stock_s": round(stock, 2),
+                    "gram_s": round(gram, 2),
+                    "over_matmul_floor": round(spent / (matmul + gram), 3),
+                    "over_stock_floor": round(spent / (stock + gram), 3),
+                }
+            )
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Modules that stand where parts of a stock model would, for a while or for good.
+
+Shape suffixes: B sequences, S positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from structprune.types import UnitKind
+
+
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """Ends the stock model's forward once the last block has been reached."""
+
+
+class Recorder(nn.Module):
+    """Stands where a block would: keeps the arguments by name and passes the hidden states on."""
+
+    def __init__(self, names: Sequence[str], is_last: bool) -> None:
+        super().__init__()
+        self.names = names
+        self.is_last = is_last
+
+    def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden_BSD = hidden_BSD
+        self.kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        if self.is_last:
+            raise StopForward
+        return hidden_BSD
+
+
+class _NoAttention(nn.Module):
+    """In the place of the attention, for a while or where it is removed: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return hidden_states.new_zeros(()), None
+
+
+class _NoMlp(nn.Module):
+    """In the place of each module of the MLP: the last one adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+
+STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}

@@ -1,0 +1,292 @@
+"""The library's entry points for finished models: perplexity, zero-shot tasks, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.architectures.loading import load_model
+from structprune.architectures.source import resolve_model
+from structprune.architectures.stock import StockModel
+from structprune.architectures.tokenizer import TextEncoder
+from structprune.calibration.sources.file import read_text
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.device import machine, resolve_device, resolve_dtype
+from structprune.engine.observer import Observer, SilentObserver
+from structprune.engine.streamed_eval import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
+from structprune.errors import InputError
+from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
+from structprune.evaluation.speed import SpeedResult, quartiles, speed_pair
+from structprune.evaluation.zero_shot import TaskRunner
+from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
+from structprune.recipe import Recipe
+from structprune.report.measured import Bench, BenchedModel, Evaluation, Rate, SpeedPoint, TaskResult, TextResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """What to measure on a model, beside its name."""
+
+    texts: Sequence[str | Path] = ()
+    """Text or jsonl files."""
+    against: str | Path | None = None
+    """Another model, of the same vocabulary: how far are the predictions from its?"""
+    seq_len: int = 2048
+    """Tokens per window; stride the same."""
+    max_windows: int | None = None
+    """Only the first so many windows of each text."""
+    tasks: Sequence[str] = ()
+    """Zero-shot tasks by lm-eval's names."""
+    tasks_dir: str | Path | None = None
+    """Local task files; without `tasks`, all of them."""
+    task_limit: int | None = None
+    batch_size: int = 8
+    """Of the tasks' requests."""
+    stream: bool = False
+    """One block in memory at a time."""
+    memory: str | int | None = None
+    """Bytes that a streamed evaluation may add."""
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def wants_tasks(self) -> bool:
+        return bool(self.tasks) or self.tasks_dir is not None
+
+    def check(self) -> None:
+        """Raise InputError for what cannot be meant."""
+        if not self.texts and not self.wants_tasks:
+            raise InputError("there is nothing to evaluate on", do="give --text, --tasks or --tasks-dir")
+        if self.against is not None and not self.texts:
+            raise InputError("--against compares predictions on texts", do="give --text too")
+        if self.memory is not None and not self.stream:
+            raise InputError("--memory bounds a streamed evaluation only", do="add --stream")
+        if self.stream and self.wants_tasks:
+            raise InputError("tasks need the whole model in memory", got="--stream", do="run them without --stream")
+        if self.task_limit is not None and not self.wants_tasks:
+            raise InputError("--limit is about tasks", do="give --tasks or --tasks-dir, or use --max-windows")
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    against: str | Path | None = None,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    stream: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> TextResult:
+    """Perplexity of `model` on the text file `text`; see `evaluate_all`."""
+    request = EvaluationRequest(
+        texts=[text],
+        against=against,
+        seq_len=seq_len,
+        max_windows=max_windows,
+        stream=stream,
+        device=device,
+        dtype=dtype,
+    )
+    return evaluate_all(model, request).texts[0]
+
+
+def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observer | None = None) -> Evaluation:
+    """All that `request` asks of `model`, loaded by stock transformers or streamed. Raises StructPruneError."""
+    bound_hidden_memory()
+    request.check()
+    recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
+    memory = None if request.memory is None else parse_bytes(request.memory)
+    texts = [(str(path), read_text(Path(path))) for path in request.texts]
+    tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
+    runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe, device)
+    planned: int | None = None
+    tasks: list[TaskResult] = []
+    models = _stock_models(model, request) if request.stream else []
+    with PeakMeter() as meter:
+        if request.stream:
+            results, planned = _streamed(models, request, texts, memory, device, dtype, observer or SilentObserver())
+        else:
+            loaded, encoder = load_with_tokenizer(model, device, dtype)
+            results = _in_memory(loaded, encoder, request, texts, device, dtype)
+            if runner is not None:
+                scores = runner.run(loaded, encoder.tokenizer, limit=request.task_limit, batch_size=request.batch_size)
+                tasks = [TaskResult(**asdict(score)) for score in scores]
+    return Evaluation(
+        model=str(model),
+        against=None if request.against is None else str(request.against),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        streamed=request.stream,
+        planned_peak_bytes=planned,
+        measured_peak_bytes=meter.peak_bytes,
+        texts=[TextResult(**result.to_dict()) for result in results],
+        tasks=tasks,
+        task_limit=request.task_limit,
+    )
+
+
+def _in_memory(
+    loaded: Any,
+    encoder: TextEncoder,
+    request: EvaluationRequest,
+    texts: Sequence[tuple[str, str]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[PerplexityResult]:
+    limit = loaded.config.max_position_embeddings
+    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    other: Any = None
+    if request.against is not None:
+        other, _ = load_with_tokenizer(request.against, device, dtype)
+        _check_same_vocabulary(loaded.config.vocab_size, other.config.vocab_size)
+    return [
+        perplexity(
+            loaded, text.ids_NS, text.name, reference=None if other is None else make_reference(other, text.ids_NS)
+        )
+        for text in windows
+    ]
+
+
+def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
+    """The reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
+    names = [model] if request.against is None else [request.against, model]
+    models = [StockModel(CheckpointReader(resolve_model(str(name)))) for name in names]
+    for stock in models:
+        check_streamable(stock)
+    _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
+    return models
+
+
+def _streamed(
+    models: Sequence[StockModel],
+    request: EvaluationRequest,
+    texts: Sequence[tuple[str, str]],
+    memory: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    observer: Observer,
+) -> tuple[list[PerplexityResult], int]:
+    """The results and the planned peak."""
+    limit = min(stock.layout.max_positions for stock in models)
+    encoder = TextEncoder(models[-1].reader.directory)
+    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    del encoder
+    num_windows = sum(len(text.ids_NS) for text in windows)
+    plan = plan_evaluation(models, num_windows, request.seq_len, dtype, memory)
+    results = evaluate_streamed(models, windows, plan, device=device, dtype=dtype, observer=observer)
+    return results, plan.peak_bytes
+
+
+def _windows(limit: int, encoder: TextEncoder, request: EvaluationRequest, name: str, content: str) -> TextWindows:
+    ids_NS = text_windows(limit, encoder, content, name, request.seq_len, request.max_windows)
+    return TextWindows(name=name, ids_NS=ids_NS)
+
+
+def _check_same_vocabulary(vocab_size: int, other: int) -> None:
+    if vocab_size != other:
+        raise InputError(
+            "the two models have different vocabularies",
+            got=f"{vocab_size} and {other} tokens",
+            wanted="a pruned model and the one it came from",
+        )
+
+
+def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
+    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
+    directory = resolve_model(str(model))
+    # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
+    CheckpointReader(directory)
+    return load_model(directory, device, dtype), TextEncoder(directory)
+
+
+def bench(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    batches: Sequence[int] = (1,),
+    prompts: Sequence[int] = (512,),
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    advance: Callable[[str], None] = lambda text: None,
+) -> Bench:
+    """Prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
+
+    With `against` both models are in memory and timed in turn, and speeds are given as ratios too. `advance` hears of
+    each point of the grid. Raises StructPruneError.
+    """
+    recipe = Recipe.build(device=device, dtype=dtype)
+    target = resolve_device(recipe.device)
+    compute_dtype = resolve_dtype(recipe, target)
+    names = [str(model)] if against is None else [str(model), str(against)]
+    if len(set(names)) < len(names):
+        raise InputError("the two models are the same", got=names[0], do="name another one with --against")
+    # Headers of all first: a model that is not there is refused before the other is loaded.
+    readers = {name: CheckpointReader(resolve_model(name)) for name in names}
+    loaded = {name: load_model(reader.directory, target, compute_dtype) for name, reader in readers.items()}
+    for name, one in loaded.items():
+        _check_positions(name, one, max(prompts) + decode_tokens)
+    points: dict[str, list[SpeedPoint]] = {name: [] for name in names}
+    weights = {name: sum(p.numel() * p.element_size() for p in one.parameters()) for name, one in loaded.items()}
+    for batch in batches:
+        for prompt in prompts:
+            found = speed_pair(loaded, prompt_tokens=prompt, decode_tokens=decode_tokens, batch=batch, repeats=repeats)
+            ratios = found[names[0]].ratios(found[names[1]]) if against is not None else (None, None)
+            for name in names:
+                own = ratios if name == names[0] else (None, None)
+                points[name].append(_point(found[name], weights[name], own))
+            advance(f"batch {batch}, prompt of {prompt} tokens")
+    return Bench(
+        device=str(target),
+        dtype=str(compute_dtype).removeprefix("torch."),
+        machine=machine(),
+        repeats=repeats,
+        models=[
+            BenchedModel(
+                model=name,
+                parameters=sum(parameter.numel() for parameter in loaded[name].parameters()),
+                file_bytes=readers[name].file_bytes,
+                weight_bytes=weights[name],
+                points=points[name],
+            )
+            for name in names
+        ],
+    )
+
+
+def _check_positions(name: str, model: Any, wanted: int) -> None:
+    limit = model.config.max_position_embeddings
+    if wanted > limit:
+        raise InputError(
+            "the prompt and what is decoded are longer than the model's positions",
+            where=name,
+            got=f"{wanted} tokens",
+            wanted=f"at most {limit}",
+            do="lower --prompt or --decode",
+        )
+
+
+def _point(found: SpeedResult, weight_bytes: int, ratios: tuple[float | None, float | None]) -> SpeedPoint:
+    return SpeedPoint(
+        batch=found.batch,
+        prompt_tokens=found.prompt_tokens,
+        decode_tokens=found.decoded_tokens,
+        prefill=_rate(found.prefill_tokens_per_s, found.prefill_rates),
+        decode=_rate(found.decode_tokens_per_s, found.decode_rates),
+        peak_bytes=weight_bytes + found.peak_bytes,
+        prefill_ratio=ratios[0],
+        decode_ratio=ratios[1],
+    )
+
+
+def _rate(median: float, rates: Sequence[float]) -> Rate:
+    low, high = quartiles(rates)
+    return Rate(median=median, low=low, high=high)

@@ -1,0 +1,29 @@
+"""The last hidden states of the reported windows: all that the end of a run needs of the walk over the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from structprune.runs.journal import Journal
+
+_STEP = "ends"
+
+
+def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Record that the walk is over, with what it left."""
+    path = _path(folder)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    journal.record(_STEP, [path])
+
+
+def find_ends(journal: Journal, folder: Path) -> dict[str, Tensor] | None:
+    """What a walk that is over left; None if it is not, or if that is damaged."""
+    return None if journal.find(_STEP) is None else load_file(_path(folder))
+
+
+def _path(folder: Path) -> Path:
+    return folder / "ends.safetensors"

@@ -1,0 +1,72 @@
+"""What a survey finds of each block, in files: in memory it would be lost with the process.
+
+Shape suffixes: U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from structprune.runs.journal import Journal
+from structprune.types import BlockLayout
+
+Costs = dict[str, list[Tensor]]
+"""Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
+
+
+class Findings:
+    """One survey's folder and its journal, which is open inside the context."""
+
+    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._notify = notify
+
+    def __enter__(self) -> Findings:
+        self.journal = Journal(self.folder, self._notify)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.journal.close()
+
+    def has(self, block: BlockLayout) -> bool:
+        """Whether the block's files are there and as they were written."""
+        return self.journal.find(f"block {block.index}") is not None
+
+    def save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
+        """Keep what the pruning pass will read of the block, and kind -> the cost of each removal."""
+        paths = _found(self.folder, block.index), costs_path(self.folder, block.index)
+        for path, tensors in zip(paths, (found, costs), strict=True):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        self.journal.record(f"block {block.index}", paths)
+
+    def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
+        """Of all blocks."""
+        return load_costs(self.folder, blocks, kinds)
+
+
+def load_found(folder: Path, block: int) -> dict[str, Tensor]:
+    """What was saved of one block for the pruning pass."""
+    return load_file(_found(folder, block))
+
+
+def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
+    """Of all blocks."""
+    per_block = [load_file(costs_path(folder, block.index)) for block in blocks]
+    return {kind: [costs.get(kind, torch.empty(0)) for costs in per_block] for kind in kinds}
+
+
+def _found(folder: Path, block: int) -> Path:
+    return folder / f"found-{block}.safetensors"
+
+
+def costs_path(folder: Path, block: int) -> Path:
+    """The file of one block's costs, by kind."""
+    return folder / f"costs-{block}.safetensors"

@@ -1,0 +1,140 @@
+"""The HTML page of a comparison: its table, and perplexity against what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from structprune.memory import format_bytes
+from structprune.report.comparison import COST_COLUMNS, Cell, Comparison, cost_values
+from structprune.report.figures import Chart, short
+from structprune.report.page import drawable, render
+from structprune.report.svg import Axis, Level, Series, line_chart
+
+COMPARISON_PAGE_NAME = "comparison.html"
+
+# Beyond this many times the dense model's perplexity nothing is left of the model, and curves would hide the rest.
+_DRAWN_UP_TO = 20.0
+_NUM_COLOURS = 8
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page of a comparison, also of one that is not finished."""
+    windows = "all windows" if comparison.max_windows is None else f"the first {comparison.max_windows} windows"
+    return render(
+        "comparison.html",
+        title=f"{comparison.model}: comparison of methods",
+        name=f"{comparison.model}: methods compared",
+        lead=f"Calibrated on {comparison.calibration}; perplexity over {windows} of {comparison.seq_len} tokens; "
+        f"{comparison.dtype} on {comparison.device}.",
+        warnings=_failures(comparison),
+        curves=drawable(_curves(comparison)),
+        quality_head=_quality_head(comparison),
+        quality=_quality(comparison),
+        cost_head=("asked", "method", *COST_COLUMNS),
+        cost=[(_asked(comparison, cell), cell.label, *cost_values(cell)) for cell in comparison.ordered()],
+        footer=_footer(comparison),
+    )
+
+
+def _failures(comparison: Comparison) -> list[str]:
+    """One line per method and reason."""
+    shares: dict[tuple[str, str], list[str]] = {}
+    for failure in sorted(comparison.failures, key=lambda failure: failure.sparsity):
+        shares.setdefault((failure.label, failure.error), []).append(f"{failure.sparsity:.4g}")
+    return [f"{label} failed at {', '.join(given)}: {error}" for (label, error), given in shares.items()]
+
+
+def _asked(comparison: Comparison, cell: Cell) -> str:
+    """The asked share; of what, only where the cells differ in that."""
+    scopes = {other.scope for other in comparison.cells}
+    return f"{100 * cell.sparsity:.4g}%" + (f" {cell.scope}" if len(scopes) > 1 else "")
+
+
+def _curves(comparison: Comparison) -> list[Chart]:
+    charts: list[Chart] = []
+    for index, text in enumerate(comparison.texts):
+        charts.append(
+            _curve(comparison, index, f"{text.label}, by size", "parameters kept, millions", _millions, log_x=False)
+        )
+    for index, text in enumerate(comparison.texts):
+        charts.append(
+            _curve(comparison, index, f"{text.label}, by time", "wall time of pruning, seconds", _seconds, log_x=True)
+        )
+    return charts
+
+
+def _curve(
+    comparison: Comparison, index: int, title: str, x_label: str, position: Callable[[Cell], float], *, log_x: bool
+) -> Chart:
+    dense = None if comparison.dense is None else comparison.dense.texts[index].perplexity
+    limit = float("inf") if dense is None else dense * _DRAWN_UP_TO
+    labels = list(dict.fromkeys(cell.label for cell in comparison.cells))
+    series: list[Series] = []
+    left_out: list[str] = []
+    for label in labels:
+        cells = sorted((cell for cell in comparison.cells if cell.label == label), key=lambda cell: cell.sparsity)
+        drawn = [cell for cell in cells if cell.texts[index].perplexity <= limit]
+        if len(drawn) < len(cells):
+            left_out.append(label)
+        if drawn:
+            points = sorted((position(cell), cell.texts[index].perplexity) for cell in drawn)
+            dashes, colour = divmod(len(series), _NUM_COLOURS)
+            style = f"s{colour + 1}{' dashed' if dashes else ''}"
+            # In order of time the shares are not in order, so a line would mean nothing.
+            series.append(Series(label=label, points=points, style=style, joined=not log_x))
+    svg = line_chart(
+        f"perplexity of {title}",
+        series,
+        Axis(label=x_label, format=short, log=log_x),
+        # Room for the dense model's name below its line.
+        Axis(label="", format=short, log=True, low=None if dense is None else dense * 0.75),
+        [] if dense is None else [Level(value=dense, label=f"dense {dense:.2f}", side="left", below=True)],
+    )
+    caption = f"Perplexity, logarithmic, windows of {comparison.seq_len} tokens."
+    if left_out:
+        caption += f" Not drawn above {limit:,.0f}: {', '.join(left_out)}."
+    return Chart(title=title, svg=svg, caption=caption, legend=tuple((one.style, one.label) for one in series))
+
+
+def _millions(cell: Cell) -> float:
+    return cell.parameters / 1e6
+
+
+def _seconds(cell: Cell) -> float:
+    return max(cell.wall_seconds, 0.1)
+
+
+def _quality_head(comparison: Comparison) -> list[str]:
+    head = ["asked", "method"]
+    for text in comparison.texts:
+        head += [text.label, "KL"]
+    return [*head, "parameters", "on disk"]
+
+
+def _quality(comparison: Comparison) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    if (dense := comparison.dense) is not None:
+        scores = [value for score in dense.texts for value in (f"{score.perplexity:.2f}", "")]
+        rows.append(("", "dense", *scores, f"{dense.parameters / 1e6:.1f}M", format_bytes(dense.bytes)))
+    for cell in comparison.ordered():
+        scores = [
+            value
+            for score in cell.texts
+            for value in (
+                _perplexity(score.perplexity),
+                "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}",
+            )
+        ]
+        size = (f"{_millions(cell):.1f}M", format_bytes(cell.bytes))
+        rows.append((_asked(comparison, cell), cell.label, *scores, *size))
+    return rows
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
+
+
+def _footer(comparison: Comparison) -> str:
+    machines = "; ".join(dict.fromkeys(cell.machine for cell in comparison.cells))
+    texts = ", ".join(f"{text.label} ({text.sha256[:8]})" for text in comparison.texts)
+    return f"Comparison schema {comparison.schema_version}. Texts: {texts}. {machines}"
