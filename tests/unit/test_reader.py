@@ -114,7 +114,7 @@ def test_large_tensor_is_read_in_chunks(
 ) -> None:
     monkeypatch.setattr(reader_module, "_CHUNK_BYTES", 1500)
     weight = torch.arange(torch.Size(shape).numel()).reshape(shape).remainder(251).to(dtype)
-    chunks = reader_module._row_chunks(weight)
+    chunks = reader_module._row_chunks(weight.shape, dtype.itemsize)
     assert len(chunks) > 1 or shape[0] == 1
     assert [row for start, stop in chunks for row in range(start, stop or shape[0])] == list(range(shape[0]))
     row_bytes = weight[0].numel() * dtype.itemsize
@@ -124,6 +124,21 @@ def test_large_tensor_is_read_in_chunks(
     assert torch.equal(tensors["weight"], weight)
     assert torch.equal(tensors["before"], torch.ones(3))
     assert torch.equal(tensors["zlast"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**24, 64])
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_dtype_is_cast_to_as_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(reader_module, "_CHUNK_BYTES", chunk_bytes)
+    weight = torch.linspace(-3, 3, 40 * 9).reshape(40, 9).to(stored)
+    reader = CheckpointReader(write_single(tmp_path, weight=weight, scalar=torch.tensor(2.5, dtype=stored)))
+    found = reader.read(["weight", "scalar"], dtype=dtype)
+    assert found["weight"].dtype == found["scalar"].dtype == dtype
+    assert torch.equal(found["weight"], weight.to(dtype))
+    assert found["scalar"] == 2.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -163,10 +163,11 @@ class CheckpointReader:
         """Bytes of all weight files on disk."""
         return sum(path.stat().st_size for path in set(self._shard_of.values()))
 
-    def read(self, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
-        """Read tensors by name, `prefix` added to each, as private copies in the stored dtype.
+    def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in the stored one.
 
-        Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
+        Another dtype is cast to as the file is read, so that the tensor is in memory once. Raises CheckpointError for a
+        missing name and NumericalError for a value that is not finite in the file.
         """
         wanted = list(names)
         tensors: dict[str, Tensor] = {}
@@ -179,17 +180,20 @@ class CheckpointReader:
         for path, short_names in by_shard.items():
             handle = self._open(path)
             for name in short_names:
-                tensor = torch.empty(self.shapes[prefix + name], dtype=self.dtypes[prefix + name])
-                for start, stop in _row_chunks(tensor):
+                stored = self.dtypes[prefix + name]
+                tensor = torch.empty(self.shapes[prefix + name], dtype=dtype or stored)
+                for start, stop in _row_chunks(tensor.shape, max(stored.itemsize, tensor.itemsize)):
                     # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
                     handle = handle or self._open(path)
                     part = handle.get_slice(self.stored_name(prefix + name))
+                    rows = part[...] if stop is None else part[start:stop]
+                    _check_finite(rows, prefix + name, path)
                     if stop is None:
-                        tensor.copy_(part[...])
+                        tensor.copy_(rows)
                     else:
-                        tensor[start:stop] = part[start:stop]
+                        tensor[start:stop] = rows
                         handle = None
-                _check_finite(tensor, prefix + name, path)
+                    del part, rows
                 tensors[name] = tensor
         return tensors
 
@@ -229,13 +233,13 @@ def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _row_chunks(tensor: Tensor) -> list[tuple[int, int | None]]:
+def _row_chunks(shape: torch.Size, item_bytes: int) -> list[tuple[int, int | None]]:
     """Row ranges of about 16 MiB; one range without an end for a tensor that is smaller than two of them."""
-    num_bytes = tensor.numel() * tensor.element_size()
-    if num_bytes <= 2 * _CHUNK_BYTES or tensor.ndim == 0:
+    num_bytes = shape.numel() * item_bytes
+    if num_bytes <= 2 * _CHUNK_BYTES or not shape:
         return [(0, None)]
-    rows = max(1, len(tensor) * _CHUNK_BYTES // num_bytes)
-    return [(start, min(start + rows, len(tensor))) for start in range(0, len(tensor), rows)]
+    rows = max(1, shape[0] * _CHUNK_BYTES // num_bytes)
+    return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
 def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
