@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -289,7 +290,32 @@ def test_every_border_that_is_kept_is_counted() -> None:
     tight = plan_for(SMALL, ample.peak_bytes - ample.store_bytes, **many)
     assert (ample.store, tight.store) == ("memory", "file")
     assert tight.disk_bytes - ample.disk_bytes == 5 * tight.store_bytes
-    assert ample.phases["embed"] - tight.phases["embed"] == 5 * tight.store_bytes
+    reported = 2 * 8 * 256 * 64 * 4
+    assert ample.phases["embed"] - tight.phases["embed"] == 5 * tight.store_bytes + reported
+
+
+def test_what_only_the_end_holds_is_counted_there_alone() -> None:
+    """States of the reported windows and the logits of the reload check: not beside a block when stores are files."""
+    few, many = (plan_for(LLAMA_7B, 2**33, num_windows=4096, num_probe=num, reload_check=num > 1) for num in (1, 101))
+    assert few.store == many.store == "file"
+    states = 2 * 100 * 256 * 4096 * 4
+    assert few.phases["solve (mlp)"] == many.phases["solve (mlp)"]
+    end = "perplexity of the calibration text"
+    assert many.phases[end] - few.phases[end] == states + 32 * 32000 * 4
+
+
+def test_embeddings_are_copied_together() -> None:
+    """A table of positions lies in one shard with the tokens'."""
+    positions = {"model.embed_positions.weight": (2050, 4096)}
+    both = replace(
+        LLAMA_7B,
+        embedding_modules=("model.embed_tokens", "model.embed_positions"),
+        outer_tensors=LLAMA_7B.outer_tensors | positions,
+    )
+    difference = (
+        plan_for(both).phases["copy embeddings and head"] - plan_for(LLAMA_7B).phases["copy embeddings and head"]
+    )
+    assert difference == 2050 * 4096 * 4
 
 
 def sliced(layout: ModelLayout, width: int, kind: str = "bases", **changes: Any) -> PrunePlan:

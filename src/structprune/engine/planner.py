@@ -101,11 +101,12 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + HEAP_END_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
-    # The logits that the reload check compares with stay to the end.
-    probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
-    small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
-    small += _mask_bytes(request, micro_batch) + request.held_bytes
-    resident = small + (num_stores * store_bytes if store == "memory" else 0)
+    base = runtime + _mask_bytes(request, micro_batch) + request.held_bytes
+    # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
+    ends = 2 * request.num_probe * request.seq_len * hidden * item
+    small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
+    # While blocks run those states are in a store like the others.
+    resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)
     names = [block.prefix + name for name in block.shapes]
@@ -124,11 +125,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is cast as it is read.
     in_use = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
-    embedding = sum(
-        size
-        for name, size in in_use.items()
-        if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
-    )
+    first = [n for n in outer if n.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))]
+    # As they are copied, and as they are computed with.
+    embeddings, embedding = sum(outer[name] for name in first), sum(in_use[name] for name in first)
     head = max(in_use.values())
     logits = logit_bytes(request.layout.vocab_size, request.compute_dtype)
     phases = {
@@ -141,7 +140,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         "propagate": resident + weights + cast + activations,
         "write block": resident + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
-        "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
+        "copy embeddings and head": small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
         "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
     }
     if request.compares == "borders":
