@@ -172,6 +172,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             width=request.sliced_hidden,
             item=item,
             several=request.slices == "bases",
+            buffered=store == "file",
             stream=resident,
             outside=small,
             weights=weights,
