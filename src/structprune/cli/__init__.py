@@ -21,6 +21,7 @@ from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
+from structprune.ranks import refuse_ranks
 
 app = typer.Typer(
     name="structprune",
@@ -45,8 +46,10 @@ app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 
 @app.callback()
-def _root() -> None:
+def _root(context: typer.Context) -> None:
     """Structured pruning of large language models in bounded memory."""
+    if context.invoked_subcommand not in ("prune", "resume"):
+        refuse_ranks(f"`structprune {context.invoked_subcommand}`")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="structprune")
     except StructPruneError as error:
-        if "--json" in arguments:
-            print(json.dumps(error.to_dict()))
-        print(f"structprune: {error}", file=sys.stderr)
+        if not error.elsewhere:
+            if "--json" in arguments:
+                print(json.dumps(error.to_dict()))
+            print(f"structprune: {error}", file=sys.stderr)
         sys.exit(2)
