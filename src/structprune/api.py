@@ -87,17 +87,25 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
     """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
-    # Downloaded or converted once where the ranks share a cache.
-    found = ranks.from_first(lambda: resolve_model(str(model)))
-    directory = found if ranks.is_first else resolve_model(str(model))
     head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
-    stock = StockModel(CheckpointReader(directory), head_units)
-    if stock.sliced:
-        raise UnsupportedError(
-            "the source is a sliced model with shortcut matrices, which no method can prune",
-            where=str(directory),
-            do="prune the dense model, or a model sliced with --structure uniform",
-        )
+    opened: list[tuple[Path, StockModel]] = []
+
+    def open_source() -> None:
+        directory = resolve_model(str(model))
+        stock = StockModel(CheckpointReader(directory), head_units)
+        if stock.sliced:
+            raise UnsupportedError(
+                "the source is a sliced model with shortcut matrices, which no method can prune",
+                where=str(directory),
+                do="prune the dense model, or a model sliced with --structure uniform",
+            )
+        opened.append((directory, stock))
+
+    # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
+    ranks.from_first(open_source)
+    if not ranks.is_first:
+        open_source()
+    directory, stock = opened[0]
     ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
     # Measured where it is not said, so the ranks might find different ones.
     dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
@@ -108,7 +116,8 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
-    recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
+    walk, asked = WALKS[method.walk], recipe
+    recipe, groups = ranks.from_first(lambda: walk.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return CheckedRun(
         directory=directory,
@@ -119,7 +128,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
         device=device,
         dtype=dtype,
         kinds=kinds,
-        foresight=WALKS[method.walk].foresee(stock, recipe, kinds),
+        foresight=ranks.from_first(lambda: walk.foresee(stock, recipe, kinds)),
         ranks=ranks,
     )
 

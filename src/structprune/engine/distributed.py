@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
 from structprune.engine.watch import BEAT_S, Fault, Watch, prepare
 from structprune.errors import InputError, RankError, StructPruneError, first_line
@@ -30,6 +29,8 @@ PIECE_BYTES = 16 * 2**20
 _FIRST_BYTES = 4096
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 2e-5, 2e-3
 _DESCRIPTION = "here"
+# Public, but without a place in the package's own list of names.
+_STORES: Any = dist
 
 
 class Group(Ranks):
@@ -193,10 +194,12 @@ def joined(timeout_s: float) -> Generator[Group]:
         # What an attempt before this one left under the same address is not ours.
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         try:
-            store = TCPStore(host, port, is_master=keeps, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+            store = _STORES.TCPStore(
+                host, port, is_master=keeps, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+            )
         except RuntimeError as error:
             raise _unreachable(place, error) from error
-        return store, PrefixStore(f"structprune/{attempt}", store)
+        return store, _STORES.PrefixStore(f"structprune/{attempt}", store)
 
     keeper, store = connect(keeps=rank == 0 and not kept_outside)
     watch = Watch(connect(keeps=False)[1], place, rank, size, timeout_s)
@@ -214,7 +217,7 @@ def joined(timeout_s: float) -> Generator[Group]:
         else:
             group = None
             dist.init_process_group(
-                backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=limit
+                backend, store=_STORES.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit
             )
         ranks = Group(rank, size, watch, group)
         yield ranks
