@@ -1,6 +1,6 @@
 """Runs `structprune.prune` several times on several ranks: `python many_ranks.py SPEC`, one import for all of them.
 
-SPEC is a JSON file: `size`, `folder` for what the ranks say, and `runs`, each with model, recipe, output, port and, where
+SPEC is a JSON file: `size`, `folder` for what the ranks say, and `runs`, each with model, recipe, output, port and, if
 a rank is to do something of its own, `deeds`: rank -> [deed, argument] (see `_DEEDS`). Per run and rank `folder` gets
 `RUN.RANK.json`: the report or the error, the sums of every pruned block's tensors, and the bytes that were exchanged.
 """
@@ -51,6 +51,7 @@ _DEEDS: dict[str, Callable[[Any], None]] = {
     "stop": lambda block: _at(block, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "hang": lambda block: _at(block, lambda: time.sleep(3600)),
     "fail": lambda block: _at(block, _fail),
+    "leave": lambda _: os._exit(0),
     "snapshots": lambda share: setattr(snapshots, "SHARE", float(share)),
     "version": lambda version: setattr(api, "versions", lambda: {"structprune": version}),
     "recipe": lambda changes: _seen.update(recipe=changes),
@@ -124,15 +125,13 @@ def main(path: str) -> None:
         children.append(child)
     codes: dict[int, int] = {}
     deadline = time.monotonic() + spec.get("limit", 300)
-    while len(codes) < len(children) and time.monotonic() < deadline:
+    # A rank that stops itself does not end.
+    while len(codes) < len(children) - spec.get("stopped", 0) and time.monotonic() < deadline:
         for rank, child in enumerate(children):
             if rank not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
                 if done:
                     codes[rank] = os.waitstatus_to_exitcode(status)
-        # A stopped rank does not end; the others have.
-        if len(codes) == len(children) - 1 and -signal.SIGSTOP not in codes.values() and spec.get("leave_one"):
-            break
         time.sleep(0.05)
     for rank, child in enumerate(children):
         if rank not in codes:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from structprune.engine.watch import BEAT_S, Fault, Watch, prepare
+from structprune.engine.watch import Fault, Watch, prepare
 from structprune.errors import InputError, RankError, StructPruneError, first_line
 from structprune.ranks import Key, Ranks, Result, Task, launched
 
@@ -224,7 +224,7 @@ def joined(timeout_s: float) -> Generator[Group]:
         ranks.wait_for_all()
     except KeyboardInterrupt:
         # A launcher interrupts all that are left when one dies.
-        fault = watch.lost(6 * BEAT_S)
+        fault = watch.interrupted()
         if fault is None:
             watch.report("was interrupted")
             raise

@@ -20,7 +20,7 @@ from structprune.errors import RankError
 
 BEAT_S = 0.5
 # A process that is known to have lost somebody takes one for dead after this silence; others wait for the whole limit.
-_DEAD_S = 4 * BEAT_S
+_DEAD_S = 6 * BEAT_S
 # Swapping and busy machines stop threads for seconds.
 _LONGEST_SILENCE_S = 60.0
 
@@ -66,6 +66,7 @@ class Watch:
         self._fault: Fault | None = None
         self._noticed = False
         self._own: Fault | None = None
+        self._interrupted = False
         self._step = 0
         self._waits_since: float | None = None
         self._beats: list[tuple[str, float]] = []
@@ -119,20 +120,28 @@ class Watch:
         time.sleep(2 * BEAT_S)
 
     def lost(self, wait_s: float) -> Fault | None:
-        """Somebody is thought to be gone: the fault, as soon as it is known who; None if nobody is after `wait_s`."""
+        """Somebody is gone: the fault, as soon as it is known who; None if nobody is after `wait_s`."""
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and self._fault is None:
             now = time.monotonic()
-            silent = [rank for rank in range(self.size) if rank != self.rank and now - self._beats[rank][1] > _DEAD_S]
-            if silent and now - self._answered < _DEAD_S:
-                self._declare(silent[0], "is gone: it died, or it cannot be reached")
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            longest = max(others, key=lambda rank: now - self._beats[rank][1])
+            if now - self._beats[longest][1] > _DEAD_S > now - self._answered:
+                self._declare(longest, "is gone: it died, or it cannot be reached")
+            if self._interrupted and all(value.endswith(" 1") for value, _ in self._beats):
+                break
             time.sleep(BEAT_S / 5)
         self._noticed = True
         return self._fault
 
+    def interrupted(self) -> Fault | None:
+        """This process was interrupted: the fault if that is because another one died, None if all were."""
+        self._interrupted = True
+        return self.lost(2 * _DEAD_S)
+
     def _sign(self, count: int) -> str:
         with self._lock:
-            return f"{count} {self._step} {int(self._waits_since is not None)}"
+            return f"{count} {self._step} {int(self._interrupted)}"
 
     def _exchange(self) -> None:
         """Give signs, read those of the others."""

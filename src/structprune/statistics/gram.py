@@ -15,8 +15,8 @@ from torch import Tensor
 from structprune.errors import NumericalError
 from structprune.ranks import Ranks, add_numbers
 
-# With four column strips 10 of the 16 tiles of the symmetric product are computed.
-_NUM_STRIPS = 4
+# Of columns: with four of them 10 of the 16 tiles of the symmetric product are computed.
+NUM_STRIPS = 4
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ class GramAccumulator:
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
-        self._strip = max(1, -(-num_inputs // _NUM_STRIPS))
+        self._strip = max(1, -(-num_inputs // NUM_STRIPS))
         self.sum_I = torch.zeros(num_inputs, dtype=torch.float64, device=device)
         self.num_tokens = 0
 
