@@ -22,7 +22,7 @@ Key = TypeVar("Key", bound=Hashable)
 Task = tuple[int, Callable[[], Result]]
 """The rank that does it, and what it does."""
 RANK_TIMEOUT_S = 600.0
-"""How long others are waited for. Longer than one block's largest problem takes, which they may all wait for."""
+"""How long others are waited for: longer than the slowest rank takes for its windows in one block."""
 
 
 class Ranks:

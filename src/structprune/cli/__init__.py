@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
@@ -21,7 +24,7 @@ from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
-from structprune.ranks import refuse_ranks
+from structprune.ranks import launched, refuse_ranks
 
 app = typer.Typer(
     name="structprune",
@@ -57,9 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="structprune")
+    except SystemExit as error:
+        _leave(error.code)
     except StructPruneError as error:
         if not error.elsewhere:
             if "--json" in arguments:
                 print(json.dumps(error.to_dict()))
             print(f"structprune: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """End the process. Of several ranks at once where one failed: threads of a library may wait for it for minutes."""
+    with contextlib.suppress(StructPruneError):
+        if isinstance(code, int) and code != 0 and launched()[1] > 1:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+    sys.exit(code)

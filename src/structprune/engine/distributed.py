@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from structprune.engine.watch import Fault, Watch, prepare
+from structprune.engine.watch import BEAT_S, Fault, Watch, prepare
 from structprune.errors import InputError, RankError, StructPruneError, first_line
 from structprune.ranks import Key, Ranks, Result, Task, launched
 
@@ -28,7 +28,7 @@ PIECE_BYTES = 16 * 2**20
 # Of a message: its length and, if it fits, all of it.
 _FIRST_BYTES = 4096
 _SHORTEST_POLL_S, _LONGEST_POLL_S = 2e-5, 2e-3
-_DESCRIPTION = "here"
+_HERE, _MISSING = "here", "missing"
 # Public, but without a place in the package's own list of names.
 _STORES: Any = dist
 
@@ -95,13 +95,13 @@ class Group(Ranks):
         raise_difference(everyone, self.rank)
 
     def _attempt(self, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-        self._inside = True
+        self._inside = self._watch.busy = True
         try:
             return work(), None
         except Exception as error:
             return None, error
         finally:
-            self._inside = False
+            self._inside = self._watch.busy = False
 
     def _share(self, owner: int, outcome: tuple[Any, Exception | None] | None) -> Any:
         """What `owner` has found, or raise its error, everywhere."""
@@ -206,7 +206,7 @@ def joined(timeout_s: float) -> Generator[Group]:
     if rank == 0:
         prepare(store)
     watch.first_sign()
-    _meet(store, rank, size, timeout_s)
+    _meet(store, place, rank, size, timeout_s)
     watch.start()
     ranks: Group | None = None
     try:
@@ -260,20 +260,32 @@ def _use_device() -> str:
     return "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
 
 
-def _meet(store: Any, rank: int, size: int, timeout_s: float) -> None:
+def _meet(store: Any, place: str, rank: int, size: int, timeout_s: float) -> None:
     """Return once every rank is there. Raises RankError that names the missing ones."""
-    store.set(f"{_DESCRIPTION}/{rank}", "")
     deadline = time.monotonic() + timeout_s
-    missing = list(range(size))
-    while missing:
-        missing = [r for r in missing if not store.check([f"{_DESCRIPTION}/{r}"])]
-        if missing and time.monotonic() > deadline:
-            raise RankError(
-                f"rank {', '.join(map(str, missing))} of {size} did not come within {timeout_s:g} s",
-                where="shared run",
-                do="look at what it printed; raise --rank-timeout if it only starts slowly",
-            )
-        time.sleep(0.02)
+    missing = [str(r) for r in range(size)]
+    try:
+        store.set(f"{_HERE}/{rank}", "")
+        while missing:
+            missing = [r for r in missing if not store.check([f"{_HERE}/{r}"])]
+            if missing and store.check([_MISSING]):
+                raise _not_come(store.get(_MISSING).decode(), size, timeout_s)
+            if missing and time.monotonic() > deadline:
+                store.set(_MISSING, ", ".join(missing))
+                # The others hear it before the store goes with the process that keeps it.
+                time.sleep(2 * BEAT_S)
+                raise _not_come(", ".join(missing), size, timeout_s)
+            time.sleep(0.02)
+    except RuntimeError as error:
+        raise _unreachable(place, error) from error
+
+
+def _not_come(missing: str, size: int, timeout_s: float) -> RankError:
+    return RankError(
+        f"rank {missing} of {size} did not come within {timeout_s:g} s",
+        where="shared run",
+        do="look at what it printed; raise --rank-timeout if it only starts slowly",
+    )
 
 
 def _unreachable(place: str, error: BaseException) -> RankError:

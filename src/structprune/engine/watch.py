@@ -23,6 +23,8 @@ BEAT_S = 0.5
 _DEAD_S = 6 * BEAT_S
 # Swapping and busy machines stop threads for seconds.
 _LONGEST_SILENCE_S = 60.0
+# A rank may have a task that all others wait for: a solve, or the end of the run. It may take so many times as long.
+_TASK_PATIENCE = 10
 
 
 class Store(Protocol):
@@ -67,6 +69,8 @@ class Watch:
         self._noticed = False
         self._own: Fault | None = None
         self._interrupted = False
+        self.busy = False
+        """Whether the main thread is at a task of this rank's own."""
         self._step = 0
         self._waits_since: float | None = None
         self._beats: list[tuple[str, float]] = []
@@ -141,7 +145,7 @@ class Watch:
 
     def _sign(self, count: int) -> str:
         with self._lock:
-            return f"{count} {self._step} {int(self._interrupted)}"
+            return f"{count} {self._step} {int(self.busy)} {int(self._interrupted)}"
 
     def _exchange(self) -> None:
         """Give signs, read those of the others."""
@@ -194,12 +198,14 @@ class Watch:
             waits_since, step = self._waits_since, self._step
         if waits_since is None or now - waits_since <= self.timeout_s:
             return
-        steps = [int(value.split()[1]) if value else 0 for value, _ in self._beats]
-        behind = min((r for r in range(self.size) if r != self.rank), key=lambda r: steps[r])
-        if steps[behind] < step:
-            self._declare(behind, f"is alive but has not come to step {step} for {self.timeout_s:g} s")
-        else:
+        signs = [[int(number) for number in value.split()] if value else [0, 0, 0, 0] for value, _ in self._beats]
+        behind = min((r for r in range(self.size) if r != self.rank), key=lambda r: signs[r][1])
+        _, reached, busy, _ = signs[behind]
+        limit_s = self.timeout_s * (_TASK_PATIENCE if busy else 1)
+        if reached >= step:
             self._declare(None, f"step {step} has not ended for {self.timeout_s:g} s: is a link between ranks cut?")
+        elif now - waits_since > limit_s:
+            self._declare(behind, f"is alive but has not come to step {step} for {limit_s:g} s")
 
     def _declare(self, culprit: int | None, text: str) -> None:
         with self._lock:
