@@ -22,7 +22,7 @@ import torch
 
 from structprune import api
 from structprune.calibration import snapshots
-from structprune.engine import distributed, executor
+from structprune.engine import distributed, executor, survey
 from structprune.errors import StructPruneError
 from structprune.evaluation import reload
 from structprune.recipe import Recipe
@@ -42,12 +42,24 @@ def _at(block: int, work: Callable[[], None]) -> None:
     executor.prune_block = wrapped
 
 
+def _die_in_survey(block: int) -> None:
+    backward = survey.backward
+
+    def wrapped(job: Any, layout: Any, *values: Any) -> Any:
+        if layout.index == block:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(job, layout, *values)
+
+    survey.backward = wrapped
+
+
 def _fail() -> None:
     raise ValueError("a thing of its own")
 
 
 _DEEDS: dict[str, Callable[[Any], None]] = {
     "die": lambda block: _at(block, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "die-in-survey": _die_in_survey,
     "stop": lambda block: _at(block, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "hang": lambda block: _at(block, lambda: time.sleep(3600)),
     "fail": lambda block: _at(block, _fail),
@@ -78,6 +90,19 @@ def _watch_blocks() -> None:
     executor.prune_block = wrapped
 
 
+def _watch_survey() -> None:
+    """The bytes of the measurements that come first."""
+    survey_dense = executor.survey_dense
+
+    def wrapped(job: Any, *values: Any) -> Any:
+        before = dict(getattr(job.ranks, "counted", {}))
+        found = survey_dense(job, *values)
+        _seen["survey"] = {name: number - before[name] for name, number in getattr(job.ranks, "counted", {}).items()}
+        return found
+
+    executor.survey_dense = wrapped
+
+
 def work(spec: dict[str, Any], rank: int) -> None:
     """All runs, as one rank."""
     torch.set_num_threads(1)
@@ -85,13 +110,14 @@ def work(spec: dict[str, Any], rank: int) -> None:
     reload.reload_in_a_process = lambda checked, _: reload.reload_here(checked)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["size"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1"}
-    usual = executor.prune_block, snapshots.SHARE, api.versions
+    usual = executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions
     for number, run in enumerate(spec["runs"]):
         os.environ["MASTER_PORT"] = str(run["port"])
-        executor.prune_block, snapshots.SHARE, api.versions = usual
+        executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions = usual
         _seen.clear()
         _seen.update(blocks=[], bytes=[])
         _watch_blocks()
+        _watch_survey()
         for deed, argument in run.get("deeds", {}).get(str(rank), []):
             _DEEDS[deed](argument)
         told: dict[str, Any] = {}
@@ -105,7 +131,8 @@ def work(spec: dict[str, Any], rank: int) -> None:
             told["error"] = {**error.to_dict(), "text": str(error), "elsewhere": error.elsewhere}
         except Exception as error:
             told["error"] = {"error": type(error).__name__, "text": str(error)}
-        told |= {"blocks": _seen["blocks"], "bytes": _seen["bytes"], "seconds": time.monotonic() - started}
+        told |= {name: _seen.get(name) for name in ("blocks", "bytes", "survey")}
+        told |= {"seconds": time.monotonic() - started}
         Path(spec["folder"], f"{number}.{rank}.json").write_text(json.dumps(told), encoding="utf-8")
         if "error" in told and not run.get("goes_on"):
             # The library's threads may wait for a rank that is gone.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -25,6 +26,8 @@ from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
 from structprune.ranks import launched, refuse_ranks
+
+_TELLING_S = 5.0
 
 app = typer.Typer(
     name="structprune",
@@ -63,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as error:
         _leave(error.code)
     except StructPruneError as error:
-        if not error.elsewhere:
+        if error.elsewhere:
+            # The one that tells it is to end first: launchers interrupt the others then.
+            time.sleep(_TELLING_S)
+        else:
             if "--json" in arguments:
                 print(json.dumps(error.to_dict()))
             print(f"structprune: {error}", file=sys.stderr)

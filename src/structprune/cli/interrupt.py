@@ -13,6 +13,7 @@ import typer
 
 from structprune.cli.progress import progress_observer
 from structprune.engine.observer import Observer
+from structprune.errors import RankError
 from structprune.ranks import launched
 from structprune.runs.directory import RunDirectory
 
@@ -51,6 +52,9 @@ def interruptible() -> Generator[None]:
         signal.signal(number, note)
     try:
         yield
+    except RankError:
+        # A launcher interrupts the others when a rank dies; that one is what there is to say.
+        raise
     except Exception:
         if seen:
             raise Interrupted(seen[0]) from None

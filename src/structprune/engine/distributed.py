@@ -41,6 +41,8 @@ class Group(Ranks):
         self.counted = {"sums": 0, "tensors": 0, "messages": 0}
         self._watch, self._group = watch, group
         self._inside = False
+        self.told: Exception | None = None
+        """What this rank has told all others, and raised."""
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         if self._inside:
@@ -118,6 +120,7 @@ class Group(Ranks):
             told = RankError(f"rank {self.rank} ended with {type(error).__name__}: {first_line(error)}")
         self._send((value, told))
         if error is not None:
+            self.told = error
             raise error
         return value
 
@@ -231,7 +234,7 @@ def joined(timeout_s: float) -> Generator[Group]:
         raise fault.error() from None
     except BaseException as error:
         # A fault that this rank has found is told by its watch.
-        if not getattr(error, "elsewhere", False):
+        if not getattr(error, "elsewhere", False) and (ranks is None or error is not ranks.told):
             watch.report(f"ended with {type(error).__name__}: {first_line(error)}")
         raise
     # The one that keeps the store stays until all have left.
