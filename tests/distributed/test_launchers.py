@@ -141,7 +141,7 @@ def pid_of_rank(launcher: int, rank: int) -> int:
         (["plan", "MODEL"], "`structprune plan` is one process's work; got 2 ranks"),
         (["prune", "MODEL", "-o", "OUT", "--method", "depth"], "method 'depth' is not for several ranks; got 2 ranks"),
         (["prune", "MODEL", "-o", "OUT", "--method", "slicegpt"], "method 'slicegpt' is not for several ranks"),
-        (["prune", "MODEL", "-o", "OUT", "--method", "fasq"], "did you mean 'fasp'"),
+        (["prune", "MODEL", "-o", "OUT", "--method", "fasq"], "unknown method 'fasq'"),
     ],
     ids=["eval", "plan", "depth", "slicegpt", "unknown"],
 )
