@@ -1,4 +1,4 @@
-"""The watch over other ranks, on a store in this process: who is named, and why."""
+"""The watch over other ranks, on a store in this process: who is named, and why. It waits for seconds each time."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def ranks() -> Generator[Ranks]:
         watch.stop()
 
 
+@pytest.mark.distributed
 def test_nothing_is_said_of_a_run_without_faults(ranks: Ranks) -> None:
     time.sleep(LIMIT_S + 2 * BEAT_S)
     for watch in ranks.watches:
@@ -96,6 +97,7 @@ def test_a_failure_is_told_to_all(ranks: Ranks) -> None:
         assert "rank 2 ended with ValueError: of its own. `structprune resume` goes on" in ranks.said(rank)
 
 
+@pytest.mark.distributed
 def test_who_does_not_come_is_named(ranks: Ranks) -> None:
     for rank in (0, 2):
         ranks.watches[rank].enter()
@@ -103,6 +105,7 @@ def test_who_does_not_come_is_named(ranks: Ranks) -> None:
         assert f"rank 1 is alive but has not come to step 1 for {LIMIT_S:g} s" in ranks.said(rank)
 
 
+@pytest.mark.distributed
 def test_a_task_may_take_longer(ranks: Ranks) -> None:
     ranks.watches[1].busy = True
     for rank in (0, 2):
@@ -114,6 +117,7 @@ def test_a_task_may_take_longer(ranks: Ranks) -> None:
         watch.leave()
 
 
+@pytest.mark.distributed
 def test_a_link_between_ranks(ranks: Ranks) -> None:
     """All have come, and nothing ends."""
     for watch in ranks.watches:
@@ -121,6 +125,7 @@ def test_a_link_between_ranks(ranks: Ranks) -> None:
     assert f"step 1 has not ended for {LIMIT_S:g} s: is a link between ranks cut?" in ranks.said(0)
 
 
+@pytest.mark.distributed
 def test_a_store_that_does_not_answer(ranks: Ranks) -> None:
     ranks.store.answers = False
     assert f"the store at host:1 (rank 0) has not answered for {LIMIT_S:g} s: is the network cut?" in ranks.said(2)
