@@ -43,11 +43,12 @@ class Ended:
 
 
 def run_ranks(size: int, runs: Sequence[dict[str, Any]], folder: Path, **spec: Any) -> Ended:
-    """See many_ranks.py. Ports are chosen here."""
+    """See many_ranks.py. One store is for all runs, as in a script that a launcher started."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [{**run, "port": free_port(), "model": str(run["model"]), "output": str(run["output"])} for run in runs]
+    runs = [{**run, "model": str(run["model"]), "output": str(run["output"])} for run in runs]
     path = folder / "spec.json"
-    path.write_text(json.dumps({"size": size, "folder": str(folder), "runs": runs, **spec}), encoding="utf-8")
+    what = {"size": size, "folder": str(folder), "port": free_port(), "runs": runs, **spec}
+    path.write_text(json.dumps(what), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, MANY_RANKS, path], env=environment(), capture_output=True, text=True, timeout=500, check=False
     )

@@ -1,8 +1,9 @@
 """Runs `structprune.prune` several times on several ranks: `python many_ranks.py SPEC`, one import for all of them.
 
-SPEC is a JSON file: `size`, `folder` for what the ranks say, and `runs`, each with model, recipe, output, port and, if
-a rank is to do something of its own, `deeds`: rank -> [deed, argument] (see `_DEEDS`). Per run and rank `folder` gets
-`RUN.RANK.json`: the report or the error, the sums of every pruned block's tensors, and the bytes that were exchanged.
+SPEC is a JSON file: `size`, `port`, `folder` for what the ranks say, and `runs`, each with model, recipe, output and,
+where a rank is to do something of its own, `deeds`: rank -> [deed, argument] (see `_DEEDS`). Per run and rank `folder`
+gets `RUN.RANK.json`: the report or the error, the sums of every pruned block's tensors, and the bytes that were
+exchanged.
 """
 
 from __future__ import annotations
@@ -109,10 +110,9 @@ def work(spec: dict[str, Any], rank: int) -> None:
     # Tests of the reload check are elsewhere; it costs a process.
     reload.reload_in_a_process = lambda checked, _: reload.reload_here(checked)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["size"])}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spec["port"])}
     usual = executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions
     for number, run in enumerate(spec["runs"]):
-        os.environ["MASTER_PORT"] = str(run["port"])
         executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions = usual
         _seen.clear()
         _seen.update(blocks=[], bytes=[])

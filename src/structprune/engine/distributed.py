@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import time
@@ -31,6 +32,9 @@ _SHORTEST_POLL_S, _LONGEST_POLL_S = 2e-5, 2e-3
 _HERE, _MISSING = "here", "missing"
 # Public, but without a place in the package's own list of names.
 _STORES: Any = dist
+# Stores that this process keeps, by place: as long as it lives, since the others may come for another run.
+_KEPT: dict[str, Any] = {}
+_JOINS = itertools.count()
 
 
 class Group(Ranks):
@@ -193,19 +197,21 @@ def joined(timeout_s: float) -> Generator[Group]:
     kept_outside = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     place = f"{host}:{port} ({'the launcher' if kept_outside else 'rank 0'})"
 
-    def connect(*, keeps: bool) -> Any:
-        # What an attempt before this one left under the same address is not ours.
-        attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        try:
-            store = _STORES.TCPStore(
-                host, port, is_master=keeps, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
-            )
-        except RuntimeError as error:
-            raise _unreachable(place, error) from error
-        return store, _STORES.PrefixStore(f"structprune/{attempt}", store)
-
-    keeper, store = connect(keeps=rank == 0 and not kept_outside)
-    watch = Watch(connect(keeps=False)[1], place, rank, size, timeout_s)
+    # What was left under the same address by an attempt before this one, or by a run before this one, is not ours.
+    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = f"structprune/{attempt}/{next(_JOINS)}"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        if rank == 0 and not kept_outside and place not in _KEPT:
+            _KEPT[place] = _STORES.TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False)
+        # One for this thread and one for the watch's.
+        store, watched = (
+            _STORES.PrefixStore(prefix, _STORES.TCPStore(host, port, timeout=limit, wait_for_workers=False))
+            for _ in range(2)
+        )
+    except RuntimeError as error:
+        raise _unreachable(place, error) from error
+    watch = Watch(watched, place, rank, size, timeout_s)
     if rank == 0:
         prepare(store)
     watch.first_sign()
@@ -213,18 +219,17 @@ def joined(timeout_s: float) -> Generator[Group]:
     watch.start()
     ranks: Group | None = None
     try:
-        backend = _use_device()
-        limit = timedelta(seconds=2 * timeout_s + 60)
-        if dist.is_initialized():
-            group: Any = dist.new_group(backend=backend, timeout=limit)
-        else:
-            group = None
-            dist.init_process_group(
-                backend, store=_STORES.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit
-            )
+        group = _connect(store, rank, size, timeout_s)
         ranks = Group(rank, size, watch, group)
         yield ranks
         ranks.wait_for_all()
+        # The one that keeps the store stays until all have left.
+        store.set(f"left/{rank}", "")
+        watch.stop()
+        if rank == 0:
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"left/{r}" for r in range(size)], timedelta(seconds=timeout_s))
+        dist.destroy_process_group(group)
     except KeyboardInterrupt:
         # A launcher interrupts all that are left when one dies.
         fault = watch.interrupted()
@@ -237,14 +242,28 @@ def joined(timeout_s: float) -> Generator[Group]:
         if not getattr(error, "elsewhere", False) and (ranks is None or error is not ranks.told):
             watch.report(f"ended with {type(error).__name__}: {first_line(error)}")
         raise
-    # The one that keeps the store stays until all have left.
-    store.set(f"left/{rank}", "")
-    watch.stop()
-    if rank == 0:
-        with contextlib.suppress(RuntimeError):
-            store.wait([f"left/{r}" for r in range(size)], timedelta(seconds=timeout_s))
-    dist.destroy_process_group(group)
-    del keeper
+    finally:
+        watch.end()
+
+
+def _connect(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """The library's group of all ranks; None: its default one. Raises RankError."""
+    backend = _use_device()
+    # The watch is to find what is wrong first.
+    limit = timedelta(seconds=2 * timeout_s + 60)
+    try:
+        if dist.is_initialized():
+            return dist.new_group(backend=backend, timeout=limit)
+        dist.init_process_group(
+            backend, store=_STORES.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit
+        )
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {rank} cannot be connected with the others",
+            where="shared run",
+            got=first_line(error),
+            do="name the network card in GLOO_SOCKET_IFNAME, and let the machines reach each other on all ports",
+        ) from error
 
 
 def _use_device() -> str:

@@ -89,9 +89,13 @@ class Watch:
         """Be seen."""
         self._store.set(_beat(self.rank), self._sign(0))
 
-    def stop(self) -> None:
-        """The run is over."""
+    def end(self) -> None:
+        """Watch no longer."""
         self._stop.set()
+
+    def stop(self) -> None:
+        """The run is over: watch no longer, and give no sign any more."""
+        self.end()
         self._threads[0].join(timeout=self.silence_s)
 
     def enter(self) -> None:
