@@ -1,6 +1,6 @@
 """One model in a process of its own: prune it, and print what was planned and what each phase took.
 
-python benchmarks/memory/one.py llama-2-7b --method fasp --blocks 1 --windows 4 --seq-len 128
+python benchmarks/memory/one.py llama-2-7b --method fasp --blocks 1 --into benchmarks/memory/measured.json
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,6 +19,7 @@ from shapes import SHAPES
 from source import write_source
 
 from structprune import Recipe, prune
+from structprune.files import write_json
 from structprune.memory import release_free_memory
 
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--memory", default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", default=None, help="directory for the checkpoint and the output")
+    parser.add_argument("--into", type=Path, help="JSON list of results to put this one into")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         source = write_source(SHAPES[options.model], options.blocks, Path(work) / "source")
@@ -78,27 +81,33 @@ def main() -> None:
         report = prune(source, recipe, Path(work) / "out")
         peak_rss_bytes = resident.stop()
     block = report.blocks[0]
-    print(
-        json.dumps(
-            {
-                "model": options.model,
-                "method": options.method,
-                "blocks": options.blocks,
-                "tokens": options.windows * options.seq_len,
-                "threads": torch.get_num_threads(),
-                "dtype": options.dtype,
-                "budget_bytes": report.memory.budget_bytes,
-                "planned_peak_bytes": report.memory.planned_peak_bytes,
-                "measured_peak_bytes": report.memory.measured_peak_bytes,
-                "planned_phases": report.memory.phases,
-                "measured_phases": report.memory.measured_phases,
-                "peak_rss_bytes": peak_rss_bytes,
-                "kept_units": block.kept_units,
-                "error": block.error,
-                "seconds": report.wall_seconds,
-            }
-        )
-    )
+    result = {
+        "model": options.model,
+        "method": options.method,
+        "blocks": options.blocks,
+        "tokens": options.windows * options.seq_len,
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+        "budget_bytes": report.memory.budget_bytes,
+        "planned_peak_bytes": report.memory.planned_peak_bytes,
+        "measured_peak_bytes": report.memory.measured_peak_bytes,
+        "planned_phases": report.memory.phases,
+        "measured_phases": report.memory.measured_phases,
+        "peak_rss_bytes": peak_rss_bytes,
+        "kept_units": block.kept_units,
+        "error": block.error,
+        "seconds": report.wall_seconds,
+    }
+    print(json.dumps(result))
+    if options.into is not None:
+        _keep(result, options.into)
+
+
+def _keep(result: dict[str, Any], path: Path) -> None:
+    """Put the result among those in `path`, for that of an earlier run of this model and method."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    runs = [run for run in runs if (run["model"], run["method"]) != (result["model"], result["method"])]
+    write_json(path, [*runs, result])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,11 @@ _TABLE = 8_388_593
 _CHUNK_BYTES = 16 * 2**20
 
 
-def write_source(shape: Shape, num_blocks: int, directory: Path) -> Path:
-    """Write the checkpoint of `num_blocks` blocks; whole embeddings, a tokenizer of bytes."""
+def write_source(shape: Shape, num_blocks: int, directory: Path, *, filled: bool = True) -> Path:
+    """Write the checkpoint of `num_blocks` blocks; whole embeddings, a tokenizer of bytes.
+
+    Unless it is `filled`, the file is all holes behind its header: enough for a plan, and it takes no room on the disk.
+    """
     directory.mkdir(parents=True)
     config = shape.config(num_blocks)
     (directory / "config.json").write_text(json.dumps(config))
@@ -32,7 +35,7 @@ def write_source(shape: Shape, num_blocks: int, directory: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>").save_pretrained(directory)
-    _write_weights(directory / "model.safetensors", tensor_shapes(config), getattr(torch, config["dtype"]))
+    _write_weights(directory / "model.safetensors", tensor_shapes(config), getattr(torch, config["dtype"]), filled)
     return directory
 
 
@@ -44,8 +47,8 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """One safetensors file: header, then each tensor's numbers out of the table."""
+def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, filled: bool) -> None:
+    """One safetensors file: header, then each tensor's numbers out of the table, or holes."""
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     code = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -59,6 +62,9 @@ def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: tor
     random = torch.randn(_TABLE, generator=generator)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if not filled:
+            file.truncate(file.tell() + start)
+            return
         for number, (name, shape) in enumerate(shapes.items()):
             if "norm" in name or name.endswith("bias"):
                 values = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)

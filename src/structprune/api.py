@@ -166,6 +166,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         layout=stock.layout,
         groups=checked.groups,
         stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
+        stored_dtypes=stock.reader.dtypes,
         compute_dtype=checked.dtype,
         num_windows=-(-num_windows // num_ranks),
         seq_len=recipe.seq_len,

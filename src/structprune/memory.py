@@ -20,6 +20,8 @@ from structprune.errors import InputError
 # From malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_CACHED_SHAPES = "48"
 HEAP_BLOCK_BYTES = 8 * 2**20
 """Freed blocks that are smaller stay in the heap."""
 HEAP_END_BYTES = 12 * 2**20
@@ -94,8 +96,16 @@ def bound_hidden_memory() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
             libc.mallopt(_M_TRIM_THRESHOLD, HEAP_END_BYTES)
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "48")
+    for name in _CACHES:
+        os.environ.setdefault(name, _CACHED_SHAPES)
+
+
+def unbounded_environment() -> dict[str, str]:
+    """The environment without the bounds of `bound_hidden_memory`, for a process whose speed is to be measured.
+
+    A model of uneven widths has more shapes than the bounded caches hold, and would prepare each product anew.
+    """
+    return {k: v for k, v in os.environ.items() if k not in _CACHES or v != _CACHED_SHAPES}
 
 
 def _clear_mark() -> None:

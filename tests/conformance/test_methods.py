@@ -57,6 +57,12 @@ def test_depth_scores_blocks() -> None:
     assert callable(BLOCK_SCORES.get(method.score))
 
 
+def test_experts_have_a_score_of_their_own() -> None:
+    method = METHODS.get("reap")
+    assert method.walk == "experts"
+    assert (method.score, method.allocator, method.solver) == ("router-weighted", "uniform", "mask-only")
+
+
 def test_slicing_has_no_parts() -> None:
     method = METHODS.get("slicegpt")
     assert method.walk == "slice"

@@ -78,6 +78,20 @@ def test_the_table_says_what_separate_runs_say(
     assert str(tmp_path) not in (tmp_path / "table" / "comparison.json").read_text(encoding="utf-8")
 
 
+def test_methods_that_know_no_units_are_rows_too(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
+    """Asked for as many parameters as the others lose in their scope, of blocks as a whole or of the stream."""
+    methods = ["depth", "slicegpt", "magnitude"]
+    code, _, err = command_line(*arguments, "--methods", *methods, "--sparsities", 0.25)
+    assert code == 0, err
+    found = result_of(tmp_path)
+    assert found.failures == []
+    rows = {cell.method: cell for cell in found.cells}
+    assert sorted(rows) == sorted(methods)
+    asked = rows["magnitude"].removed_share_of_blocks
+    assert all(rows[name].removed_share_of_blocks >= asked - 1e-9 for name in methods)
+    assert len({cell.scope for cell in found.cells}) == 1
+
+
 def test_what_is_done_is_not_done_again(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     assert command_line(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
     first = result_of(tmp_path).cells[0]

@@ -72,6 +72,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "sparsity": 0.4,
     },
     "Fewer blocks (`--method depth`)": {"method": "depth"},
+    "Fewer experts (`--method reap`)": {"method": "reap"},
     "Uneven widths (`--structure per-layer`)": {
         "method": "structprune",
         "structure": "per-layer",
@@ -84,6 +85,11 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "scope": "all",
         "sparsity": 0.7,
         "allow_block_removal": True,
+    },
+    "Uneven widths of values (`--method fasp --scope attention --head-units value-channel`)": {
+        "method": "fasp",
+        "scope": "attention",
+        "head_units": "value-channel",
     },
     "Narrower residual stream, with shortcuts (`--method slicegpt`)": {"method": "slicegpt", "sparsity": 0.1},
 }
@@ -120,7 +126,7 @@ def row_of(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callabl
     @functools.cache
     def make(model: str, heading: str) -> Row:
         settings = COMMON | {"calibration": str(text_file)} | STRUCTURES[heading]
-        if settings["method"] != "depth":
+        if settings["method"] not in ("depth", "reap"):
             settings["multiple_of"] = STEPS.get(model, 4 if settings["method"] == "slicegpt" else 1)
         if model in MLP_ONLY and settings.get("scope") == "all" and not settings.get("allow_block_removal"):
             settings["scope"] = "mlp"

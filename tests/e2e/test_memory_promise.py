@@ -107,5 +107,5 @@ def test_a_run_keeps_to_its_plan(
         # A method that measures nothing has no bound of its own for cutting.
         assert measured <= memory["phases"].get(phase, memory["planned_peak_bytes"]), phase
     if store == "file":
-        assert memory["micro_batch_windows"] == 1
+        # No smaller than it is named, by a mebibyte.
         assert memory["budget_bytes"] - memory["planned_peak_bytes"] < 2**20

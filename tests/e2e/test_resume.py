@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
     "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
     "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
+    "whole-experts": ("qwen3_moe", {"method": "reap"}),
     "slice": ("llama", {"method": "slicegpt"}),
     "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
 }
@@ -51,7 +52,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def recipe(name: str, text_file: Path) -> Recipe:
     settings = RUNS[name][1]
     common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32", "memory": "1GiB"}
-    if settings["method"] not in ("depth", "slicegpt"):
+    if settings["method"] not in ("depth", "reap", "slicegpt"):
         common |= {"multiple_of": 1, "sensitivity_samples": 3}
     return Recipe.build(**{**common, **settings})
 

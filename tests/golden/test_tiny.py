@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from conftest import save_tiny
 from structprune import Recipe, prune
 from structprune.methods import METHODS
 
@@ -20,17 +21,19 @@ GOLDEN = Path(__file__).with_name("tiny.json")
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_masks_and_errors(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    walk = METHODS.get(method).walk
+    source = save_tiny("qwen3_moe", tmp_path / "mixture") if walk == "experts" else tiny_llama
     recipe = Recipe(
         method=method,
         sparsity=0.4,
         calibration=str(text_file),
         num_samples=8,
         seq_len=64,
-        # Whole blocks have no width.
-        multiple_of=4 if METHODS.get(method).walk == "units" else 1,
+        # Whole blocks and experts have no width.
+        multiple_of=4 if walk == "units" else 1,
         dtype="float32",
     )
-    report = prune(tiny_llama, recipe, tmp_path / "out")
+    report = prune(source, recipe, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text())
     found: dict[str, Any] = {
         "kept": manifest["kept_indices"],

@@ -68,7 +68,7 @@ def test_a_method_without_units_takes_as_many_parameters(tiny_llama: Path) -> No
     recipe = fitted(asked, METHODS.get("depth"), layout)
     mlp = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
     assert recipe.sparsity * layout.block_parameters == pytest.approx(0.5 * mlp)
-    assert "scope" not in recipe.model_fields_set
+    assert recipe.scope == "all"
     whole = fitted(asked.model_copy(update={"scope": "all"}), METHODS.get("slicegpt"), layout)
     assert recipe.sparsity < whole.sparsity < 0.5
     assert fitted(asked, METHODS.get("fasp"), layout) is asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structprune.errors import InputError
-from structprune.memory import PeakMeter, available_bytes, format_bytes, parse_bytes
+from structprune.memory import (
+    PeakMeter,
+    available_bytes,
+    bound_hidden_memory,
+    format_bytes,
+    parse_bytes,
+    unbounded_environment,
+)
 
 _SIZE = 200_000_000
 
@@ -120,3 +128,15 @@ def test_peak_meter_without_the_kernels_mark(monkeypatch: pytest.MonkeyPatch) ->
         time.sleep(0.2)
         del buffer
     assert meter.peak_bytes == pytest.approx(_SIZE, rel=0.1)
+
+
+def test_a_process_whose_speed_is_measured_gets_no_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user's own setting it gets that one."""
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    bound_hidden_memory()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "48"
+    environment = unbounded_environment()
+    assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert "LRU_CACHE_CAPACITY" not in environment
+    assert environment["PATH"] == os.environ["PATH"]

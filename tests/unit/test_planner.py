@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,13 @@ def plan_for(
         **changes,
     }
     stored_bytes = {name: torch.Size(shape).numel() * stored.itemsize for name, shape in shapes.items()}
-    request = PlanRequest(layout=layout, groups=layout.blocks[0].groups, stored_bytes=stored_bytes, **options)
+    request = PlanRequest(
+        layout=layout,
+        groups=layout.blocks[0].groups,
+        stored_bytes=stored_bytes,
+        stored_dtypes=dict.fromkeys(shapes, stored),
+        **options,
+    )
     return make_plan(request, memory)
 
 
@@ -245,12 +252,25 @@ def test_a_cast_copy_of_the_block_is_counted() -> None:
     assert difference == LLAMA_7B.blocks[0].num_parameters * 4 + states - 32 * 2**20
 
 
-def test_cast_copies_of_embedding_and_head_are_counted() -> None:
-    """A checkpoint in bfloat16 computed in float32: both copies are there while one becomes the other."""
+def test_a_cast_to_another_dtype_of_the_same_size_is_counted() -> None:
+    """OPT as published, in float16, computed in bfloat16."""
+    options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "reload_check": True}
+    same = plan_for(LLAMA_7B, stored=torch.bfloat16, **options)
+    cast = plan_for(LLAMA_7B, stored=torch.float16, **options)
+    for phase in ("read block", "propagate", "statistics (mlp)", "solve (mlp)"):
+        assert cast.phases[phase] - same.phases[phase] == LLAMA_7B.blocks[0].num_parameters * 2
+    assert cast.reload is not None
+    assert cast.reload.casts
+    assert same.reload is not None
+    assert not same.reload.casts
+
+
+def test_embedding_and_head_are_cast_as_they_are_read() -> None:
+    """A checkpoint in bfloat16 computed in float32: there is no copy as stored beside the one that is computed with."""
     same = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True)
     cast = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True, stored=torch.bfloat16)
     for phase in ("embed", "perplexity of the calibration text"):
-        assert cast.phases[phase] - same.phases[phase] == 32000 * 4096 * 2
+        assert cast.phases[phase] == same.phases[phase]
     assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
 
 
@@ -270,7 +290,32 @@ def test_every_border_that_is_kept_is_counted() -> None:
     tight = plan_for(SMALL, ample.peak_bytes - ample.store_bytes, **many)
     assert (ample.store, tight.store) == ("memory", "file")
     assert tight.disk_bytes - ample.disk_bytes == 5 * tight.store_bytes
-    assert ample.phases["embed"] - tight.phases["embed"] == 5 * tight.store_bytes
+    reported = 2 * 8 * 256 * 64 * 4
+    assert ample.phases["embed"] - tight.phases["embed"] == 5 * tight.store_bytes + reported
+
+
+def test_what_only_the_end_holds_is_counted_there_alone() -> None:
+    """States of the reported windows and the logits of the reload check: not beside a block when stores are files."""
+    few, many = (plan_for(LLAMA_7B, 2**33, num_windows=4096, num_probe=num, reload_check=num > 1) for num in (1, 101))
+    assert few.store == many.store == "file"
+    states = 2 * 100 * 256 * 4096 * 4
+    assert few.phases["solve (mlp)"] == many.phases["solve (mlp)"]
+    end = "perplexity of the calibration text"
+    assert many.phases[end] - few.phases[end] == states + 32 * 32000 * 4
+
+
+def test_embeddings_are_copied_together() -> None:
+    """A table of positions lies in one shard with the tokens'."""
+    positions = {"model.embed_positions.weight": (2050, 4096)}
+    both = replace(
+        LLAMA_7B,
+        embedding_modules=("model.embed_tokens", "model.embed_positions"),
+        outer_tensors=LLAMA_7B.outer_tensors | positions,
+    )
+    difference = (
+        plan_for(both).phases["copy embeddings and head"] - plan_for(LLAMA_7B).phases["copy embeddings and head"]
+    )
+    assert difference == 2050 * 4096 * 4
 
 
 def sliced(layout: ModelLayout, width: int, kind: str = "bases", **changes: Any) -> PrunePlan:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -113,7 +114,7 @@ def test_large_tensor_is_read_in_chunks(
 ) -> None:
     monkeypatch.setattr(reader_module, "_CHUNK_BYTES", 1500)
     weight = torch.arange(torch.Size(shape).numel()).reshape(shape).remainder(251).to(dtype)
-    chunks = reader_module._row_chunks(weight)
+    chunks = reader_module._row_chunks(weight.shape, dtype.itemsize)
     assert len(chunks) > 1 or shape[0] == 1
     assert [row for start, stop in chunks for row in range(start, stop or shape[0])] == list(range(shape[0]))
     row_bytes = weight[0].numel() * dtype.itemsize
@@ -123,6 +124,21 @@ def test_large_tensor_is_read_in_chunks(
     assert torch.equal(tensors["weight"], weight)
     assert torch.equal(tensors["before"], torch.ones(3))
     assert torch.equal(tensors["zlast"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**24, 64])
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_dtype_is_cast_to_as_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(reader_module, "_CHUNK_BYTES", chunk_bytes)
+    weight = torch.linspace(-3, 3, 40 * 9).reshape(40, 9).to(stored)
+    reader = CheckpointReader(write_single(tmp_path, weight=weight, scalar=torch.tensor(2.5, dtype=stored)))
+    found = reader.read(["weight", "scalar"], dtype=dtype)
+    assert found["weight"].dtype == found["scalar"].dtype == dtype
+    assert torch.equal(found["weight"], weight.to(dtype))
+    assert found["scalar"] == 2.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -302,3 +318,20 @@ def test_masks_of_bytes_are_left_out(tmp_path: Path) -> None:
     masks = {"h.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=torch.bool)}
     reader = CheckpointReader(write_single(tmp_path / "model", weight=torch.ones(2), **masks))
     assert set(reader.shapes) == {"weight"}
+
+
+def test_shard_larger_than_memory_has_its_headers_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch maps files as private memory, which systems refuse beyond their own; numpy's mapping they do not count."""
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(path: str, framework: str) -> Any:
+        if framework == "pt":
+            raise RuntimeError(f"unable to mmap 25707028920 bytes from file <{path}>: Cannot allocate memory (12)")
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(reader_module, "safe_open", refuse)
+    reader = CheckpointReader(tmp_path)
+    assert reader.shapes == {"a": (3,)}
+    with pytest.raises(CheckpointError, match="cannot be mapped into memory; got unable to mmap 25707028920 bytes"):
+        reader.read(["a"])

@@ -61,6 +61,22 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts of a family's mixtures: where they are in a block, and what says how many there are."""
+
+    module: str
+    """The list of experts; its modules are called by their numbers."""
+    router: str
+    """Tensor with one row per expert along axis 0."""
+    writer: str
+    """Inside an expert: the map whose output is what the expert adds, times the router's weight of it."""
+    count_field: str
+    """Config entry: how many experts a block has."""
+    chosen_field: str
+    """Config entry: how many of them a token is sent to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StockClasses:
     """Names of the stock classes of one `model_type`, which the modelling file of uneven widths is made of."""
 
@@ -112,6 +128,8 @@ class Family:
 
     For modules with the checkpoint's names that compute the same. Called under the device of the layer.
     """
+    experts: Experts | None = None
+    """None where a block's MLP is no mixture."""
     registers_names: bool = False
     """Whether stock code loads the checkpoint's names by a translation, which our modelling file must ask for."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
-from structprune.architectures.family import StockClasses
+from structprune.architectures.family import Experts, StockClasses
 from structprune.architectures.llama import NORMS, VALUE_MAPS, LlamaLike
 from structprune.architectures.qwen import qwen3_attention
 from structprune.errors import UnsupportedError
@@ -90,6 +90,13 @@ QWEN3_MOE = LlamaLike(
     groups=_groups,
     value_maps=VALUE_MAPS,
     unstack=_unstack,
+    experts=Experts(
+        module="mlp.experts",
+        router="mlp.gate.weight",
+        writer="down_proj",
+        count_field="num_experts",
+        chosen_field="num_experts_per_tok",
+    ),
     registers_names=True,
     check=_check,
 )

@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from structprune.errors import CheckpointError, NumericalError
+from structprune.errors import CheckpointError, NumericalError, first_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -75,7 +75,7 @@ class CheckpointReader:
         single_path = self.directory / SINGLE_NAME
         # Stock transformers prefers the single file where both are there.
         if single_path.exists():
-            with self._open(single_path) as handle:
+            with self._open(single_path, "np") as handle:
                 return dict.fromkeys(handle.keys(), single_path)
         if index_path.exists():
             weight_map = self._read_json(index_path, "").get("weight_map")
@@ -103,9 +103,10 @@ class CheckpointReader:
             else "check the path",
         )
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
+        """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
         try:
-            return safe_open(str(path), framework="pt")
+            return safe_open(str(path), framework=framework)
         except FileNotFoundError:
             raise CheckpointError(
                 "a shard that the index names is missing", where=str(path), do="download the checkpoint again"
@@ -117,13 +118,20 @@ class CheckpointReader:
                 got=str(error),
                 do="download this file again",
             ) from None
+        except RuntimeError as error:
+            raise CheckpointError(
+                "the shard cannot be mapped into memory",
+                where=str(path),
+                got=first_line(error),
+                do="save the checkpoint in smaller shards, or allow the system to map more than its memory",
+            ) from None
 
     def _read_headers(self) -> None:
         by_shard: dict[Path, list[str]] = {}
         for name, path in self._shard_of.items():
             by_shard.setdefault(path, []).append(name)
         for path, names in by_shard.items():
-            with self._open(path) as handle:
+            with self._open(path, "np") as handle:
                 present = set(handle.keys())
                 for name in names:
                     if name not in present:
@@ -155,10 +163,11 @@ class CheckpointReader:
         """Bytes of all weight files on disk."""
         return sum(path.stat().st_size for path in set(self._shard_of.values()))
 
-    def read(self, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
-        """Read tensors by name, `prefix` added to each, as private copies in the stored dtype.
+    def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in the stored one.
 
-        Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
+        Another dtype is cast to as the file is read, so that the tensor is in memory once. Raises CheckpointError for a
+        missing name and NumericalError for a value that is not finite in the file.
         """
         wanted = list(names)
         tensors: dict[str, Tensor] = {}
@@ -171,17 +180,20 @@ class CheckpointReader:
         for path, short_names in by_shard.items():
             handle = self._open(path)
             for name in short_names:
-                tensor = torch.empty(self.shapes[prefix + name], dtype=self.dtypes[prefix + name])
-                for start, stop in _row_chunks(tensor):
+                stored = self.dtypes[prefix + name]
+                tensor = torch.empty(self.shapes[prefix + name], dtype=dtype or stored)
+                for start, stop in _row_chunks(tensor.shape, max(stored.itemsize, tensor.itemsize)):
                     # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
                     handle = handle or self._open(path)
                     part = handle.get_slice(self.stored_name(prefix + name))
+                    rows = part[...] if stop is None else part[start:stop]
+                    _check_finite(rows, prefix + name, path)
                     if stop is None:
-                        tensor.copy_(part[...])
+                        tensor.copy_(rows)
                     else:
-                        tensor[start:stop] = part[start:stop]
+                        tensor[start:stop] = rows
                         handle = None
-                _check_finite(tensor, prefix + name, path)
+                    del part, rows
                 tensors[name] = tensor
         return tensors
 
@@ -221,13 +233,13 @@ def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _row_chunks(tensor: Tensor) -> list[tuple[int, int | None]]:
+def _row_chunks(shape: torch.Size, item_bytes: int) -> list[tuple[int, int | None]]:
     """Row ranges of about 16 MiB; one range without an end for a tensor that is smaller than two of them."""
-    num_bytes = tensor.numel() * tensor.element_size()
-    if num_bytes <= 2 * _CHUNK_BYTES or tensor.ndim == 0:
+    num_bytes = shape.numel() * item_bytes
+    if num_bytes <= 2 * _CHUNK_BYTES or not shape:
         return [(0, None)]
-    rows = max(1, len(tensor) * _CHUNK_BYTES // num_bytes)
-    return [(start, min(start + rows, len(tensor))) for start in range(0, len(tensor), rows)]
+    rows = max(1, shape[0] * _CHUNK_BYTES // num_bytes)
+    return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
 def _check_finite(tensor: Tensor, name: str, path: Path) -> None:

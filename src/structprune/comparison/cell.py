@@ -1,10 +1,12 @@
-"""One cell of a comparison: prune, test, time. Runs in a process of its own (`cli/cell.py`)."""
+"""One cell of a comparison: prune, then test and time, each in a process of its own (`cli/cell.py`).
+
+The first keeps to the bounds that pruning promises its memory by; in the second stock code runs as it would anywhere.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +18,7 @@ from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cells import settings_of
 from structprune.engine.device import DTYPES, machine
+from structprune.engine.finish import load_report
 from structprune.engine.observer import Observer
 from structprune.errors import StructPruneError
 from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
@@ -29,6 +32,9 @@ class CellSpec(BaseModel):
     """What one process is to do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: Literal["prune", "test"]
+    """`test` finds in `output` what `prune` left there."""
 
     model: str
     label: str
@@ -47,15 +53,13 @@ class CellSpec(BaseModel):
     time_it: bool
     output: Path
     """Directory of the pruned checkpoint."""
-    keep: bool
-    """Whether the checkpoint stays."""
     shared: Path
     """Where measurements of the dense model wait for the next cell."""
     quiet: bool
 
 
 class CellResult(BaseModel):
-    """What it found: one of the three."""
+    """What it found: one of the three, or none where it had only to prune."""
 
     dense: DenseRow | None = None
     cell: Cell | None = None
@@ -67,14 +71,11 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
     try:
         if spec.recipe is None:
             return CellResult(dense=_dense_row(spec))
+        if spec.step == "test":
+            return CellResult(cell=_cell(spec, spec.recipe, load_report(spec.output)))
         # The test that follows loads the result with stock code, and times are compared.
-        recipe = spec.recipe.model_copy(update={"reload_check": False})
-        report = prune(spec.model, recipe, spec.output, observer, spec.shared)
-        try:
-            return CellResult(cell=_cell(spec, spec.recipe, report))
-        finally:
-            if not spec.keep:
-                shutil.rmtree(spec.output)
+        prune(spec.model, spec.recipe.model_copy(update={"reload_check": False}), spec.output, observer, spec.shared)
+        return CellResult()
     except StructPruneError as error:
         return CellResult(failure=Failure(label=spec.label, sparsity=spec.sparsity, error=str(error)))
 

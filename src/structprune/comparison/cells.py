@@ -58,8 +58,8 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
 
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
-    """The recipe for a method that knows no units: as many parameters as asked, taken from all of the blocks."""
-    if method.walk == "units":
+    """The recipe for a method that knows no halves: as many parameters as asked, taken from all of the blocks."""
+    if method.walk in ("units", "experts"):
         return recipe
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     in_scope = sum(
@@ -67,7 +67,8 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     )
     fields = recipe.model_dump(exclude_unset=True)
     fields["sparsity"] = recipe.sparsity * in_scope / layout.block_parameters
-    fields.pop("scope", None)
+    # Said, not left out: a cell's process reads its recipe from a file, where every field is there.
+    fields["scope"] = "all"
     return Recipe.build(**fields)
 
 

@@ -25,6 +25,7 @@ from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.observer import Observer
 from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
+from structprune.memory import unbounded_environment
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.report.comparison import RESULT_NAME, Comparison, Failure, TextInfo
@@ -78,7 +79,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
         for number, spec in enumerate(missing, start=1):
             name = spec.label if spec.recipe is None else f"{spec.label} at {spec.sparsity:.0%}"
             observer.note(f"[{number}/{len(missing)}] {name}")
-            result = _in_a_process(spec, output)
+            result = _in_processes(spec, output, keep=request.keep)
             comparison = _added(comparison, result)
             if result.failure is not None:
                 observer.note(f"failed: {result.failure.error}")
@@ -119,6 +120,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
             _check_cell(request.model, recipe, variant.label, sparsity)
             key = cell_key(recipe, identity)
             spec = CellSpec(
+                step="test",
                 model=request.model,
                 label=variant.label,
                 key=key,
@@ -132,7 +134,6 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
                 dtype=dtype,
                 time_it=request.time_it,
                 output=Path(_checkpoint_name(variant, sparsity)),
-                keep=request.keep,
                 shared=Path(_SHARED_NAME),
                 quiet=request.quiet,
             )
@@ -218,30 +219,44 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _in_a_process(spec: CellSpec, output: Path) -> CellResult:
-    """Start the cell's process and wait for it. Raises KeyboardInterrupt if it was interrupted."""
+def _in_processes(spec: CellSpec, output: Path, *, keep: bool) -> CellResult:
+    """Run the cell's steps and wait for them. Raises KeyboardInterrupt if they were interrupted."""
     work = output / _WORK_NAME
     work.mkdir(exist_ok=True)
-    folder = output / "checkpoints" if spec.keep else work
+    folder = output / "checkpoints" if keep else work
     folder.mkdir(exist_ok=True)
     checkpoint = folder / spec.output
     _discard(checkpoint)
     spec = spec.model_copy(update={"output": checkpoint, "shared": work / _SHARED_NAME})
+    result = CellResult()
+    try:
+        if spec.recipe is not None:
+            result = _in_a_process(spec.model_copy(update={"step": "prune"}), work)
+        if result.failure is None:
+            result = _in_a_process(spec, work)
+    except BaseException:
+        _discard(checkpoint)
+        raise
+    # The next run of a cell begins anew.
+    shutil.rmtree(_partial(checkpoint), ignore_errors=True)
+    if not keep or result.failure is not None:
+        _discard(checkpoint)
+    return result
+
+
+def _in_a_process(spec: CellSpec, work: Path) -> CellResult:
     spec_path, result_path = work / "cell.json", work / "result.json"
     result_path.unlink(missing_ok=True)
     write_text(spec_path, spec.model_dump_json())
     command = [sys.executable, "-m", "structprune.cli.cell", str(spec_path), str(result_path)]
     # A group of its own: Ctrl-C reaches this process alone, which then ends the other wherever it is.
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, process_group=0, env=unbounded_environment())
     try:
         code = process.wait()
     except BaseException:
         process.kill()
         process.wait()
-        _discard(checkpoint)
         raise
-    # The next run of a cell begins anew.
-    shutil.rmtree(_partial(checkpoint), ignore_errors=True)
     if code == 0:
         return CellResult.model_validate_json(result_path.read_text(encoding="utf-8"))
     reason = f"signal {-code} (out of memory?)" if code < 0 else f"exit code {code}"

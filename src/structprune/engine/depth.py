@@ -23,6 +23,7 @@ from structprune.engine.block_choice import BLOCK_SCORES, Choice
 from structprune.engine.embed import embed, open_store
 from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.finish import Outcome, finish
+from structprune.engine.fixed_settings import without_units
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -55,35 +56,9 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         raise UnsupportedError(
             f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
         )
-    only = {
-        "solver": method.solver,
-        "allocator": method.allocator,
-        "target": method.target,
-        "structure": "uniform",
-        "damping": method.damping,
-        "shrinkage": method.shrinkage,
-        "temperature": method.temperature,
-        "multiple_of": 1,
-        "head_units": method.head_units,
-        **{
-            name: Recipe.model_fields[name].default
-            for name in ("min_retention", "max_retention", "outer_iterations", "allow_block_removal")
-        },
-        **(
-            {}
-            if score == "measured-loss"
-            else {"sensitivity_samples": Recipe.model_fields["sensitivity_samples"].default}
-        ),
-    }
-    for name, value in only.items():
-        given = getattr(recipe, name)
-        if given is not None and given != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise UnsupportedError(
-                f"{flag} has no meaning for whole blocks chosen by {score!r}",
-                got=str(given).lower() if isinstance(given, bool) else given,
-                wanted=f"no {flag}",
-            )
+    default = Recipe.model_fields["sensitivity_samples"].default
+    others = {} if score == "measured-loss" else {"sensitivity_samples": default}
+    fixed = without_units(recipe, method, f"whole blocks chosen by {score!r}", others)
     if any(block.shapes != blocks[0].shapes for block in blocks):
         raise UnsupportedError(
             "the source's blocks have different widths",
@@ -109,7 +84,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
     # What cannot be written is refused before anything is measured.
     shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
     protect = {"protect_first": protect_first, "protect_last": protect_last}
-    return recipe.model_copy(update={**only, **protect, "scope": "all", "score": score})
+    return fixed.model_copy(update={**protect, "scope": "all", "score": score})
 
 
 def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:

@@ -55,7 +55,7 @@ def embed_windows(
 
     Returns the micro-batch loop with the arguments that the stock model passes to its blocks.
     """
-    tensors = {n: t.to(device, dtype) for n, t in stock.reader.read(stock.embedding_tensors()).items()}
+    tensors = {n: t.to(device) for n, t in stock.reader.read(stock.embedding_tensors(), dtype=dtype).items()}
     ids_NS = ids_NS.to(device)
     inputs: dict[int, BlockInputs] = {}
     for target, num_windows in targets.items():

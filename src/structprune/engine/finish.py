@@ -89,6 +89,8 @@ def finish(
     release_free_memory()
     with job.meter.phase("perplexity of the calibration text"):
         judged = judge(job, outcome)
+    # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
+    release_free_memory()
     with job.meter.phase("copy embeddings and head"):
         copy_outer(job, writer)
     if job.recipe.structure == "per-layer":
@@ -130,8 +132,8 @@ class Judged:
 @torch.no_grad()
 def judge(job: Job, outcome: Outcome) -> Judged:
     """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
-    tensors = job.reader.read(job.stock.head_tensors())
-    head = job.stock.head({n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+    tensors = job.reader.read(job.stock.head_tensors(), dtype=job.dtype)
+    head = job.stock.head({n: t.to(job.device) for n, t in tensors.items()})
     labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
     result: list[float] = []
     for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):

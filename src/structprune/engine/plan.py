@@ -56,6 +56,8 @@ class PlanRequest:
     """The groups in scope of the widest block."""
     stored_bytes: Mapping[str, int]
     """Checkpoint tensor name -> bytes."""
+    stored_dtypes: Mapping[str, torch.dtype]
+    """Two dtypes of one size are two: a weight in the other one is cast all the same."""
     compute_dtype: torch.dtype
     num_windows: int
     seq_len: int

@@ -18,7 +18,7 @@ from structprune.engine.slice_bytes import slice_phases
 from structprune.engine.workspace import GroupProblem, iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
-from structprune.types import BlockLayout, ModelLayout, UnitGroup
+from structprune.types import BlockLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
@@ -39,6 +39,10 @@ _EXCHANGE_BYTES = 64 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
+# Beside each logit: in float32 it, its log-softmax and a temporary of the loss. Where labels are drawn and the loss is
+# differentiated, probabilities, their sums in float64 and a gradient of each of these.
+_LOSS_BYTES = 3 * 4
+_DRAW_BYTES = 6 * 8
 # Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and
 # one more inside a kernel; backward what each of these operations keeps, and their gradients.
 _SCORE_BYTES = 3 * 4
@@ -82,6 +86,11 @@ def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
     )
 
 
+def logit_bytes(vocab_size: int, dtype: torch.dtype, *, drawn: bool = False) -> int:
+    """Of the logits that are there at once, with what a loss makes of them, and a draw of labels or a gradient."""
+    return LOGIT_TOKENS * vocab_size * (dtype.itemsize + (_DRAW_BYTES if drawn else _LOSS_BYTES))
+
+
 def solver_windows(num_windows: int, seq_len: int) -> int:
     """How many of the windows that are fitted an iterative solver gets."""
     return max(1, min(num_windows, _SOLVER_TOKENS // seq_len))
@@ -94,41 +103,36 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + HEAP_END_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
-    # The logits that the reload check compares with stay to the end.
-    probe = RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0
-    small = runtime + 2 * request.num_probe * request.seq_len * hidden * item + probe
-    small += _mask_bytes(request, micro_batch) + request.held_bytes
-    small += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
-    resident = small + (num_stores * store_bytes if store == "memory" else 0)
+    base = runtime + _mask_bytes(request, micro_batch) + request.held_bytes
+    base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
+    # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
+    ends = 2 * request.num_probe * request.seq_len * hidden * item
+    small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
+    # While blocks run those states are in a store like the others.
+    resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
 
     block = max(request.layout.blocks, key=lambda b: b.num_parameters)
     names = [block.prefix + name for name in block.shapes]
     weights = sum(request.stored_bytes[name] for name in names)
-    cast = (
-        block.num_parameters * item
-        if any(request.stored_bytes[n] != _numel(request.layout, block, n) * item for n in names)
-        else 0
-    )
+    cast = sum(_numel(block, name) * item for name in names if request.stored_dtypes[name] != request.compute_dtype)
     # Of one window.
     num_scores = request.layout.num_score_heads * request.seq_len**2
     activations = micro_batch * (request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES)
     # As wide as the stream: small ones leave holes in the heap.
-    states = micro_batch * request.seq_len * hidden * item
-    activations += _HEAP_STATES * states if states < HEAP_BLOCK_BYTES else 0
+    if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
+        activations += _HEAP_STATES * states
+    # A CPU without units for a narrow dtype multiplies by a float32 copy of the weight.
+    widened = 0 if item == 4 else 4 * max(torch.Size(shape).numel() for shape in block.shapes.values())
+    activations += widened
 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
-    # What is computed with is there twice where the checkpoint's dtype is another one: as stored, and cast.
-    in_use = {
-        name: stored + (cast_bytes if (cast_bytes := torch.Size(shape).numel() * item) != stored else 0)
-        for name, shape in request.layout.outer_tensors.items()
-        for stored in (outer[name],)
-    }
-    embedding = sum(
-        size
-        for name, size in in_use.items()
-        if name.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))
-    )
+    # What is computed with is cast as it is read.
+    in_use = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
+    first = [n for n in outer if n.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))]
+    # As they are copied, and as they are computed with.
+    embeddings, embedding = sum(outer[name] for name in first), sum(in_use[name] for name in first)
     head = max(in_use.values())
+    logits = logit_bytes(request.layout.vocab_size, request.compute_dtype)
     phases = {
         "calibration text": runtime
         + _TEXT_BYTES
@@ -139,18 +143,14 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         "propagate": resident + weights + cast + activations,
         "write block": resident + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
-        "copy embeddings and head": small + max(outer.values()) + _CHUNK_BYTES,
-        "perplexity of the calibration text": small
-        + head
-        + _CHUNK_BYTES
-        + LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4),
+        "copy embeddings and head": small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
+        "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
     }
     if request.compares == "borders":
         # Both states, their unit vectors and one difference in float32.
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
-        logits = LOGIT_TOKENS * request.layout.vocab_size * (item + 3 * 4)
         phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
@@ -160,10 +160,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         # A block's sums wait at their owner while other blocks are differentiated.
         waiting = sums if request.num_ranks > 1 else 0
-        phases["survey: backward"] = small + gradient + 2 * weights + cast + kept + sums + waiting
-        phases["survey: loss"] = (
-            small + gradient + head + _CHUNK_BYTES + LOGIT_TOKENS * request.layout.vocab_size * (item + 6 * 8)
-        )
+        phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
+        drawn = logit_bytes(request.layout.vocab_size, request.compute_dtype, drawn=True)
+        phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + drawn
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
         sums = sum(_gram_bytes(group) for group in request.groups)
@@ -178,6 +177,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             width=request.sliced_hidden,
             item=item,
             several=request.slices == "bases",
+            buffered=store == "file",
             stream=resident,
             outside=small,
             weights=weights,
@@ -262,10 +262,8 @@ def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBoun
     layout = request.layout
     shapes = {block.prefix + name: shape for block in layout.blocks for name, shape in block.shapes.items()}
     shapes.update(layout.outer_tensors)
-    sizes = [(request.stored_bytes[name], torch.Size(shape).numel() * item) for name, shape in shapes.items()]
-    # There twice where the checkpoint's dtype is another one.
-    largest = max(stored + (cast if cast != stored else 0) for stored, cast in sizes)
-    casts = any(stored != cast for stored, cast in sizes)
+    casts = any(request.stored_dtypes[name] != request.compute_dtype for name in shapes)
+    largest = max(torch.Size(shape).numel() for shape in shapes.values()) * item
     return ReloadBound(
         run_bytes=run_bytes, casts=casts, largest_bytes=largest, item_bytes=item, vocab_size=layout.vocab_size
     )
@@ -287,7 +285,7 @@ def _problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> Grou
     )
 
 
-def _numel(layout: ModelLayout, block: BlockLayout, name: str) -> int:
+def _numel(block: BlockLayout, name: str) -> int:
     return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
 
 

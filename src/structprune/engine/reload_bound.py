@@ -23,7 +23,7 @@ class ReloadBound:
     casts: bool
     """Whether weights are stored in another dtype than they are computed with."""
     largest_bytes: int
-    """The largest tensor, as stored and, where that is another dtype, as computed with."""
+    """The largest tensor in the dtype that is computed with."""
     item_bytes: int
     vocab_size: int
 

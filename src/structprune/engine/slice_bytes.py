@@ -12,6 +12,7 @@ def slice_phases(
     width: int,
     item: int,
     several: bool,
+    buffered: bool,
     stream: int,
     outside: int,
     weights: int,
@@ -23,6 +24,7 @@ def slice_phases(
     """Phase -> peak bytes.
 
     `hidden` dimensions become `width`, with `several` bases or one; `item` bytes per number of the forward passes.
+    The stores are files, whose windows are read into buffers, where it is `buffered`.
     `stream` is what is held beside a block while the stores are open and `outside` what is held when they are closed,
     `weights` and `cast` the block, `largest_outer` the largest tensor outside the blocks, all in bytes.
     """
@@ -31,14 +33,16 @@ def slice_phases(
     # Those before and after the block and between its halves, and the one at work in the forward passes' dtype.
     bases = (3 if several else 1) * basis + hidden * width * item
     states = batch_tokens * hidden
+    # Of a micro-batch: the cut one, its coordinates, the buffer; float32 needs no copy, but for the directions.
+    batch = states * ((2 + buffered) * item + (0 if item == 4 and several else 4))
     # Shifted Gram and eigenvectors, the library's copy of either, its workspace of two squares; sorted, signed, chosen.
     eigen = 6 * square * 8 + 3 * basis
     # A row chunk in float64, scaled basis, product; what is written beside what was read.
     chunk = 3 * _CHUNK_BYTES + basis
     growth = 2 * width * width * (8 + 4) if several else 0
     phases = {
-        # Gram; float32 copy of a micro-batch, the cut one and its coordinates.
-        "statistics": stream + weights + cast + activations + square * 4 + bases + states * (4 + 3 * item),
+        # The basis behind the block comes when its sums are gone.
+        "statistics": stream + weights + cast + activations + square * 4 + bases - basis * several + batch,
         "eigenvectors": stream + weights + cast + square * 4 + bases + eigen,
         "rotate block": stream + 2 * weights + cast + bases + chunk + growth,
         "rotate embeddings": stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,

@@ -21,7 +21,7 @@ from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed_windows
 from structprune.engine.observer import Observer
 from structprune.engine.plan import PlanRequest, PrunePlan
-from structprune.engine.planner import LOGIT_TOKENS, make_plan
+from structprune.engine.planner import LOGIT_TOKENS, logit_bytes, make_plan
 from structprune.errors import UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, PredictionSums, score_predictions
 from structprune.memory import release_free_memory
@@ -71,6 +71,7 @@ def plan_evaluation(
             layout=model.layout,
             groups=(),
             stored_bytes={name: model.reader.num_bytes([name]) for name in model.reader.shapes},
+            stored_dtypes=model.reader.dtypes,
             compute_dtype=dtype,
             num_windows=num_windows,
             seq_len=seq_len,
@@ -112,8 +113,8 @@ def evaluate_streamed(
             )
             observer.start("evaluate" if stock is models[-1] else "evaluate the reference", len(stock.layout.blocks))
             for block in stock.layout.blocks:
-                tensors = stock.reader.read(block.shapes, block.prefix)
-                module = stock.block(block.index, {n: t.to(device, dtype) for n, t in tensors.items()})
+                tensors = stock.reader.read(block.shapes, block.prefix, dtype)
+                module = stock.block(block.index, {n: t.to(device) for n, t in tensors.items()})
                 del tensors
                 propagator.run(module, block.index, store, write=True)
                 del module
@@ -148,14 +149,11 @@ def _score_window(heads: Sequence[nn.Module], hidden: Sequence[Tensor], ids_S: T
 
 
 def _head(stock: StockModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    tensors = stock.reader.read(stock.head_tensors())
-    return stock.head({name: tensor.to(device, dtype) for name, tensor in tensors.items()})
+    tensors = stock.reader.read(stock.head_tensors(), dtype=dtype)
+    return stock.head({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _head_bytes(stock: StockModel, dtype: torch.dtype) -> int:
-    """As stored and as computed with, where that is another dtype; logits of a few positions and their temporaries."""
-    names = stock.head_tensors()
-    stored = stock.reader.num_bytes(names)
-    cast = sum(torch.Size(stock.reader.shapes[name]).numel() for name in names) * dtype.itemsize
-    logits = LOGIT_TOKENS * stock.layout.vocab_size * (dtype.itemsize + 3 * 4)
-    return stored + (cast if cast != stored else 0) + logits
+    """In the dtype that is computed with; logits of a few positions and their temporaries."""
+    numbers = sum(torch.Size(stock.reader.shapes[name]).numel() for name in stock.head_tensors())
+    return numbers * dtype.itemsize + logit_bytes(stock.layout.vocab_size, dtype)

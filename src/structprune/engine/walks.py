@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from structprune.architectures.stock import StockModel
 from structprune.engine.depth import depth_request, depth_settings, execute_depth, foresee_depth
 from structprune.engine.executor import execute
+from structprune.engine.experts import execute_experts, expert_request, expert_settings, foresee_experts
 from structprune.engine.foresight import Foresight, foresee_units
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -65,6 +66,12 @@ WALKS: Mapping[str, Walk] = {
         foresee=foresee_depth,
         request=lambda request, recipe, stock: depth_request(request, recipe),
         execute=execute_depth,
+    ),
+    "experts": Walk(
+        resolve=expert_settings,
+        foresee=foresee_experts,
+        request=lambda request, recipe, stock: expert_request(request),
+        execute=execute_experts,
     ),
     "slice": Walk(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
 }

@@ -78,7 +78,9 @@ class GroupProblem:
         ordered = self.inputs * self.outputs * self.stored_item
         # Two parts and their sum; each in another order.
         adding = (self.gram + self.cross if self.holds_out else 0) + (2 * self.gram + self.cross) * self.reordered
-        phases = [adding, self.decide, self._errors]
+        # The norms of the producers, which are as large as the consumer: in float32, in order, squared.
+        norms = 3 * self.inputs * self.outputs * 4
+        phases = [adding, norms, self.decide, self._errors]
         if self.solves:
             phases.append(self._least_squares)
         if self.score in SELECTORS:
@@ -107,7 +109,7 @@ class GroupProblem:
         # The right side is a product of the whole weight where the target is the dense path's, else of what is removed
         # of it; that is gone when the kept square is made.
         whole = self._weight if self.follows_dense else self._removed_bound * self.outputs * 8
-        square = max(2 * self._square(self._kept_bound), whole + self._strip)
+        square = max(2 * self._square(self._kept_bound), whole) + self._strip
         # With the second correction the first one's answer is there.
         last = square + self._kept_weight * (2 if self.follows_dense else 1)
         if not self.holds_out:
@@ -119,8 +121,8 @@ class GroupProblem:
 
     @property
     def _errors(self) -> int:
-        """Of the cut and the solved weight."""
-        return (0 if self.follows_dense else self._weight) + 2 * self._kept_weight + self._strip
+        """Of the cut and the solved weight: the difference to the whole, or the weight and its product with targets."""
+        return (2 * self._kept_weight if self.follows_dense else self._weight) + 2 * self._strip
 
 
 def iteration_bytes(tokens: int, hidden: int, inputs: int, num_latents: int) -> int:
@@ -128,7 +130,7 @@ def iteration_bytes(tokens: int, hidden: int, inputs: int, num_latents: int) -> 
     return (
         # Inputs and targets, one of them in pieces too; z, s and duals; the temporaries of a chunk.
         tokens * (3 * hidden + num_latents * inputs) * 4
-        + min(tokens, CHUNK_TOKENS) * 24 * inputs * 4
+        + min(tokens, CHUNK_TOKENS) * 20 * inputs * 4
         # Float32 weights of three states, moments and a factorisation in float64.
         + 9 * inputs * hidden * 4
         + 6 * inputs * hidden * 8

@@ -174,7 +174,7 @@ def _streamed(directory: Path, dtype: torch.dtype, model: Any) -> Any:
 def _reads(reader: CheckpointReader, sources: Mapping[str, str], dtype: torch.dtype) -> Any:
     def before(module: nn.Module, _: Any) -> None:
         for name, source in sources.items():
-            tensor = reader.read([source])[source].to(dtype)
+            tensor = reader.read([source], dtype=dtype)[source]
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
     return before

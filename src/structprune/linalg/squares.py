@@ -67,6 +67,16 @@ def output_energy(weight_OA: Tensor, gram_II: Tensor, inputs_A: Tensor | None = 
     return total
 
 
+def add_columns(sum_OK: Tensor, values_OI: Tensor, columns_K: Tensor) -> Tensor:
+    """Add V[:, K] to the float64 `sum_OK`, in place, and return it.
+
+    A sum of two dtypes as a whole would make a float64 copy of what is added, as large as the sum.
+    """
+    for part in strips(len(sum_OK), values_OI.shape[1]):
+        sum_OK[part] += values_OI[part][:, columns_K].to(torch.float64)
+    return sum_OK
+
+
 def column_energies(values_OI: Tensor) -> Tensor:
     """sum_o v_oi^2 of every column in float64, (I,), without a square of the whole."""
     energy_I = values_OI.new_empty(values_OI.shape[1], dtype=torch.float64)
@@ -85,10 +95,11 @@ def fitting_error(
     if target_OI is None:
         # From the difference of the weights: nothing cancels.
         difference_OI = original_OI.to(torch.float64, copy=True).neg_()
-        difference_OI[:, kept_K] += weight_OK
+        for part in strips(len(difference_OI), difference_OI.shape[1]):
+            difference_OI[part].index_add_(1, kept_K, weight_OK[part].to(torch.float64))
         return max(0.0, output_energy(difference_OI, gram_II))
     weight_OK = weight_OK.to(torch.float64)
-    return max(
-        0.0,
-        energy + output_energy(weight_OK, gram_II, kept_K) - 2.0 * float((weight_OK * target_OI[:, kept_K]).sum()),
-    )
+    met = 0.0
+    for part in strips(len(weight_OK), target_OI.shape[1]):
+        met += float((weight_OK[part] * target_OI[part][:, kept_K].to(torch.float64)).sum())
+    return max(0.0, energy + output_energy(weight_OK, gram_II, kept_K) - 2.0 * met)

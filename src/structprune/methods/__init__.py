@@ -14,6 +14,7 @@ METHODS: Registry[Method] = Registry(
         "fasp": "structprune.methods.fasp:FASP",
         "wanda-sp": "structprune.methods.wanda_sp:WANDA_SP",
         "depth": "structprune.methods.depth:DEPTH",
+        "reap": "structprune.methods.reap:REAP",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",
         "slicegpt": "structprune.methods.slicegpt:SLICEGPT",
         "random": "structprune.methods.random:RANDOM",

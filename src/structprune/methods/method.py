@@ -21,13 +21,16 @@ class Method:
     paper: str
     summary: str
     provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
-    walk: Literal["units", "depth", "slice"] = "units"
-    """Which loop of the engine runs it: units of every block go, whole blocks go, or the residual stream is cut.
+    walk: Literal["units", "depth", "experts", "slice"] = "units"
+    """Which loop of the engine runs it: units of every block go, whole blocks or experts go, or the stream is cut.
 
     Score, allocator and solver are empty for `slice`, which has none.
     """
     score: str = ""
-    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth walk, one of `BLOCK_SCORES`."""
+    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth walk, one of `BLOCK_SCORES`.
+
+    The walk over experts has one score of its own.
+    """
     allocator: str = ""
     solver: str = ""
     needs_statistics: bool

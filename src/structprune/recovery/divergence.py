@@ -30,19 +30,19 @@ def load_heads(teacher: Side, student: Side) -> Heads:
     """Final norm and output projection of both, in the dtype of the forward passes."""
     first, first_tensors = _head(teacher)
     names = {teacher.stock.head_weight: student.stock.head_weight}
-    tensors = student.reader.read(student.stock.head_tensors())
+    tensors = student.reader.read(student.stock.head_tensors(), dtype=student.dtype)
     shared = all(torch.equal(tensors[names.get(name, name)], tensor) for name, tensor in first_tensors.items())
     del first_tensors
     return Heads(teacher=first, student=first if shared else _module(student, tensors))
 
 
 def _head(side: Side) -> tuple[nn.Module, dict[str, Tensor]]:
-    tensors = side.reader.read(side.stock.head_tensors())
+    tensors = side.reader.read(side.stock.head_tensors(), dtype=side.dtype)
     return _module(side, tensors), tensors
 
 
 def _module(side: Side, tensors: dict[str, Tensor]) -> nn.Module:
-    return side.stock.head({name: tensor.to(side.device, side.dtype) for name, tensor in tensors.items()})
+    return side.stock.head({name: tensor.to(side.device) for name, tensor in tensors.items()})
 
 
 def divergence(

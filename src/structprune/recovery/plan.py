@@ -44,6 +44,7 @@ def plan_recovery(
         layout=widest.layout,
         groups=widest.groups,
         stored_bytes={name: widest.reader.num_bytes([name]) for name in widest.reader.shapes},
+        stored_dtypes=widest.reader.dtypes,
         compute_dtype=dtype,
         num_windows=num_windows,
         seq_len=settings.seq_len,

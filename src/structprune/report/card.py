@@ -94,7 +94,8 @@ def _removed(blocks: Sequence[BlockReport], head_units: HeadUnits | None) -> str
     if any(block.status == "sliced" for block in blocks):
         left = f"{blocks[0].kept_units} of {blocks[0].num_units}"
         return f"Dimensions of the residual stream: {left} are left in every block."
-    units = {"mlp": "MLP channels"} | ({"attention": _HEAD_UNITS[head_units]} if head_units else {})
+    units = {"mlp": "MLP channels", "expert": "experts"}
+    units |= {"attention": _HEAD_UNITS[head_units]} if head_units else {}
     by_kind = {kind: [block for block in blocks if block.kind == kind] for kind in kinds}
     if all(len({(b.kept_units, b.num_units) for b in part}) == 1 for part in by_kind.values()):
         lines = [

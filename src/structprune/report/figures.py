@@ -10,7 +10,7 @@ from structprune.report.schema import BlockReport, PruneReport
 from structprune.report.summary import UNITS, blocks_at_a_bound
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
 
-PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block"}
+PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}
 """Kind of a block report -> what it is about."""
 
 

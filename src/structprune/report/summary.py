@@ -19,6 +19,7 @@ UNITS = {
     "mlp": "MLP channels",
     "attention": "attention units",
     "block": "blocks",
+    "expert": "experts",
 }
 """Kind of a block report -> what is counted."""
 

@@ -43,7 +43,7 @@ WORKSPACE = {
     "obs": (1, 2),
     "loss": (1, 3),
     "greedy": (1, 2),
-    "greedy-swap": (4, 4),
+    "greedy-swap": (4, 3),
     "penalty": (2, 4),
 }
 """Of a score or selector, what it holds at most in float64: matrices of the Gram's size, and of the consumer's.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky, solved
-from structprune.linalg.squares import block_of, fitting_error, output_energy, times_gram
+from structprune.linalg.squares import add_columns, block_of, fitting_error, output_energy, times_gram
 from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
@@ -57,7 +57,7 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
         local, path, statistics["held_out_error"] = _choose_ridges(problem, keep_U)
     corrections = _Corrections(problem, keep_U)
     found = corrections.local(local)
-    weight_OK = found.weight_OK.add_(problem.weight_OI[:, kept_K])
+    weight_OK = add_columns(found.weight_OK, problem.weight_OI, kept_K)
     raises, statistics["damping"] = found.num_raises, found.damping
     if problem.target_OI is not None:
         found = corrections.path(path)
@@ -91,14 +91,16 @@ class _Corrections:
         self.kept_K, self.removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
 
     def local(self, damping: float) -> _Correction:
-        removed_OP = self.problem.weight_OI[:, self.removed_P]
-        return self._solve(times_gram(removed_OP, self.problem.gram_II, self.removed_P, self.kept_K), damping)
+        # Nothing but the product stays while the square is factored.
+        missing_OK = times_gram(
+            self.problem.weight_OI[:, self.removed_P], self.problem.gram_II, self.removed_P, self.kept_K
+        )
+        return self._solve(missing_OK, damping)
 
     def path(self, damping: float) -> _Correction:
         assert self.problem.target_OI is not None
         residual_OK = times_gram(self.problem.weight_OI, self.problem.gram_II, None, self.kept_K).neg_()
-        residual_OK += self.problem.target_OI[:, self.kept_K]
-        return self._solve(residual_OK, damping)
+        return self._solve(add_columns(residual_OK, self.problem.target_OI, self.kept_K), damping)
 
     def _solve(self, right_OK: Tensor, damping: float) -> _Correction:
         """R (G_KK + delta I)^-1; the right side R becomes the answer."""
@@ -122,7 +124,8 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
         base_OK = problem.weight_OI[:, kept_K]
     else:
         energy = held_out.target_energy
-        base_OK = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2]).weight_OK.add_(problem.weight_OI[:, kept_K])
+        middle = corrections.path(_PATH_GRID[len(_PATH_GRID) // 2])
+        base_OK = add_columns(middle.weight_OK, problem.weight_OI, kept_K)
 
     def error(weight_OK: Tensor) -> float:
         return fitting_error(weight_OK, kept_K, problem.weight_OI, held_out.gram_II, held_out.target_OI, energy)
@@ -135,7 +138,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> tuple[float, float,
     path = local
     if held_out.target_OI is not None:
         best = torch.inf
-        base_OK = local_OK.add_(problem.weight_OI[:, kept_K])
+        base_OK = add_columns(local_OK, problem.weight_OI, kept_K)
         for damping in _PATH_GRID:
             if (found := error(corrections.path(damping).weight_OK.add_(base_OK))) < best:
                 best, path = found, damping

@@ -1,0 +1,42 @@
+"""Settings that a walk does not have: what a recipe says of them must be the one value that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from structprune.errors import UnsupportedError
+from structprune.methods.method import Method
+from structprune.recipe import Recipe
+
+_OF_UNITS = ("min_retention", "max_retention", "outer_iterations", "allow_block_removal")
+
+
+def without_units(recipe: Recipe, method: Method, what: str, others: Mapping[str, Any]) -> Recipe:
+    """The recipe of a method that takes or leaves `what` as a whole: nothing is shared out, solved or narrowed.
+
+    `others` are fixed besides. Raises UnsupportedError for a setting that asks for something else.
+    """
+    fixed = {
+        "solver": method.solver,
+        "allocator": method.allocator,
+        "target": method.target,
+        "structure": "uniform",
+        "damping": method.damping,
+        "shrinkage": method.shrinkage,
+        "temperature": method.temperature,
+        "multiple_of": 1,
+        "head_units": method.head_units,
+        **{name: Recipe.model_fields[name].default for name in _OF_UNITS},
+        **others,
+    }
+    for name, value in fixed.items():
+        given = getattr(recipe, name)
+        if given is not None and given != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UnsupportedError(
+                f"{flag} has no meaning for {what}",
+                got=str(given).lower() if isinstance(given, bool) else given,
+                wanted=f"no {flag}",
+            )
+    return recipe.model_copy(update=fixed)
