@@ -18,7 +18,7 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.finish import load_report
+from structprune.engine.finish import load_report, versions
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
@@ -33,9 +33,10 @@ from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportRes
 from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import expand_user
-from structprune.memory import PeakMeter, bound_hidden_memory
+from structprune.memory import PeakMeter, available_bytes, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.methods.method import Method
+from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, ranks_here, refuse_ranks
 from structprune.recipe import Recipe
 from structprune.recovery.finish import RECOVERY_REPORT_NAME
 from structprune.recovery.run import find_recovery, load_recovery_report, recover_model
@@ -65,6 +66,7 @@ class CheckedRun:
     kinds: tuple[UnitKind, ...]
     """Of the units in scope, in the order of the forward pass."""
     foresight: Foresight
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,20 +83,32 @@ class RunPlan:
     """Who will load the result."""
 
 
-def check(model: str | Path, recipe: Recipe) -> CheckedRun:
+def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun:
     """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
-    directory = resolve_model(str(model))
     head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
-    stock = StockModel(CheckpointReader(directory), head_units)
-    if stock.sliced:
-        raise UnsupportedError(
-            "the source is a sliced model with shortcut matrices, which no method can prune",
-            where=str(directory),
-            do="prune the dense model, or a model sliced with --structure uniform",
-        )
-    dtype = resolve_dtype(recipe, device)
+    opened: list[tuple[Path, StockModel]] = []
+
+    def open_source() -> None:
+        directory = resolve_model(str(model))
+        stock = StockModel(CheckpointReader(directory), head_units)
+        if stock.sliced:
+            raise UnsupportedError(
+                "the source is a sliced model with shortcut matrices, which no method can prune",
+                where=str(directory),
+                do="prune the dense model, or a model sliced with --structure uniform",
+            )
+        opened.append((directory, stock))
+
+    # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
+    ranks.from_first(open_source)
+    if not ranks.is_first:
+        open_source()
+    directory, stock = opened[0]
+    ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
+    # Measured where it is not said, so the ranks might find different ones.
+    dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
     recipe = recipe.model_copy(
         update={
             "device": str(device),
@@ -102,7 +116,8 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
         }
     )
-    recipe, groups = WALKS[method.walk].resolve(recipe, method, stock)
+    walk, asked = WALKS[method.walk], recipe
+    recipe, groups = ranks.from_first(lambda: walk.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return CheckedRun(
         directory=directory,
@@ -113,7 +128,8 @@ def check(model: str | Path, recipe: Recipe) -> CheckedRun:
         device=device,
         dtype=dtype,
         kinds=kinds,
-        foresight=WALKS[method.walk].foresee(stock, recipe, kinds),
+        foresight=ranks.from_first(lambda: walk.foresee(stock, recipe, kinds)),
+        ranks=ranks,
     )
 
 
@@ -140,7 +156,11 @@ def _num_probe(recipe: Recipe) -> int:
 
 
 def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
-    recipe, stock = checked.recipe, checked.stock
+    recipe, stock, num_ranks = checked.recipe, checked.stock, checked.ranks.size
+    memory = recipe.memory
+    if memory is None and num_ranks > 1:
+        # Of the machine; the ranks on it share what is free.
+        memory = available_bytes() * 8 // 10 // ranks_here()
     survey = checked.method.survey_for(recipe.allocator or "uniform")
     request = PlanRequest(
         layout=stock.layout,
@@ -148,7 +168,7 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
         stored_dtypes=stock.reader.dtypes,
         compute_dtype=checked.dtype,
-        num_windows=num_windows,
+        num_windows=-(-num_windows // num_ranks),
         seq_len=recipe.seq_len,
         num_probe=min(_num_probe(recipe), num_windows),
         needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
@@ -164,10 +184,11 @@ def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
         tokenizer_bytes=tokenizer_bytes(checked.directory),
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
-        sensitivity_windows=min(recipe.sensitivity_samples, num_windows),
+        sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
         reload_check=recipe.reload_check,
+        num_ranks=num_ranks,
     )
-    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), recipe.memory)
+    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory)
 
 
 def prune(
@@ -176,6 +197,8 @@ def prune(
     output: str | Path,
     observer: Observer | None = None,
     shared: Path | None = None,
+    *,
+    rank_timeout: float = RANK_TIMEOUT_S,
 ) -> PruneReport:
     """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
 
@@ -184,26 +207,69 @@ def prune(
 
     Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
     do; nothing half-written looks like a result.
+
+    Called by every process that a launcher such as torchrun started, these share the work (docs/distributed.md); the
+    first one writes and observes, all get the report. A rank that is not heard of for `rank_timeout` seconds, or that
+    keeps the others waiting for as long, ends the run in all of them with RankError.
     """
     started = time.perf_counter()
     bound_hidden_memory()
-    observer = observer or SilentObserver()
-    METHODS.get(recipe.method)
-    run = RunDirectory(Path(output), observer.note)
+    with _ranks(rank_timeout) as ranks:
+        observer = observer if observer is not None and ranks.is_first else SilentObserver()
+        run = RunDirectory(Path(output), observer.note, ranks)
+        ranks.agree(
+            {f"version of {name}": version for name, version in versions().items()}
+            | {f"--{name.replace('_', '-')}": str(value) for name, value in recipe}
+            | {"output": str(run.output)}
+        )
+        ranks.from_first(lambda: _check_asked(recipe, run, ranks, shared))
+        checked = check(model, recipe, ranks)
+        with PeakMeter() as meter, run:
+            job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
+            if ranks.from_first(run.is_committed):
+                return ranks.from_first(lambda: _left_to_tidy(run))
+            return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
+
+
+def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
+    """This process alone, or the ranks that a launcher started. Raises InputError."""
+    if not timeout_s > 0:
+        raise InputError("--rank-timeout is not usable", got=timeout_s, wanted="more than 0 seconds")
+    if launched()[1] == 1:
+        return contextlib.nullcontext(ALONE)
+    # Only now: a run of one process does without it.
+    from structprune.engine.distributed import joined
+
+    return joined(timeout_s)
+
+
+def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
+    method = METHODS.get(recipe.method)
     run.check()
-    checked = check(model, recipe)
-    with PeakMeter() as meter, run:
-        job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
-        if run.is_committed():
-            run.discard()
-            return load_report(run.output)
-        return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
+    if ranks.size > 1 and (shared is not None or not WALKS[method.walk].shares_windows):
+        what = "a place for the measurements of other runs" if shared else f"method {method.name!r}"
+        alike = [name for name in METHODS if WALKS[METHODS.get(name).walk].shares_windows]
+        raise UnsupportedError(
+            f"{what} is not for several ranks",
+            got=f"{ranks.size} ranks",
+            wanted="one process" if shared else f"one process, or one of {', '.join(alike)}",
+            do="start it without torchrun",
+        )
 
 
-def resume(run: str | Path, observer: Observer | None = None) -> PruneReport | RecoveryReport:
+def _left_to_tidy(run: RunDirectory) -> PruneReport:
+    """Of a run that was cut when all was done."""
+    run.discard()
+    return load_report(run.output)
+
+
+def resume(
+    run: str | Path, observer: Observer | None = None, *, rank_timeout: float = RANK_TIMEOUT_S
+) -> PruneReport | RecoveryReport:
     """Go on with the run whose output or working directory is `run`, or return the report if it is finished.
 
-    A run of `prune` or of `recover`. Raises InputError if nothing is left of such a run, and what these raise.
+    A run of `prune`, on any number of ranks whatever it was begun on, or of `recover`. Raises InputError if nothing is
+    left of such a run, and what these raise.
     """
     directory = RunDirectory.named(expand_user(str(run)))
     if (begun := find_recovery(directory)) is not None:
@@ -219,7 +285,7 @@ def resume(run: str | Path, observer: Observer | None = None) -> PruneReport | R
         raise InputError("there is no run to go on with", where=str(directory.staging), wanted=wanted)
     # Paths in the settings count from where the run was started.
     with contextlib.chdir(start.directory):
-        return prune(start.model, start.asked, directory.output, observer)
+        return prune(start.model, start.asked, directory.output, observer, rank_timeout=rank_timeout)
 
 
 def _job(
@@ -237,13 +303,15 @@ def _job(
     def plan(memory: int | None, num_windows: int) -> PrunePlan:
         return _plan(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
 
-    begun = begin_or_go_on(
-        run,
-        checked.stock.reader,
-        checked.recipe,
-        Start(model=model, asked=asked),
-        plan,
-        lambda plan: _windows(checked, plan, observer),
+    begun = checked.ranks.from_first(
+        lambda: begin_or_go_on(
+            run,
+            checked.stock.reader,
+            checked.recipe,
+            Start(model=model, asked=asked),
+            plan,
+            lambda plan: _windows(checked, plan, observer),
+        )
     )
     num_windows = len(begun.windows.ids_NS)
     return Job(
@@ -263,6 +331,7 @@ def _job(
         started=started - run.journal.earlier_s,
         shared=shared,
         meter=meter,
+        ranks=checked.ranks,
     )
 
 
@@ -293,6 +362,7 @@ def recover(
     The format stays the student's. A run that was killed or interrupted goes on when it is called again. Raises a
     subclass of StructPruneError that says what to do.
     """
+    refuse_ranks("recovery")
     bound_hidden_memory()
     return recover_model(student, teacher, settings, output, observer or SilentObserver())
 

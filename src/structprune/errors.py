@@ -11,6 +11,9 @@ class StructPruneError(Exception):
     The parts are kept as attributes so that `--json` can print them as data.
     """
 
+    elsewhere = False
+    """Whether another process of a shared run says it to the user."""
+
     def __init__(
         self,
         what: str,
@@ -82,3 +85,7 @@ class NumericalError(StructPruneError):
 
 class DiskFullError(StructPruneError):
     """A write failed for want of space. What the run had done is kept."""
+
+
+class RankError(StructPruneError):
+    """Another rank of a shared run died, hung or failed. What the run had done is kept."""

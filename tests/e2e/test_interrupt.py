@@ -174,7 +174,7 @@ def test_full_disk_is_said_and_the_run_goes_on(command: list[str], tmp_path: Pat
 def test_interrupted_run_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("structprune.api.prune", interrupt)

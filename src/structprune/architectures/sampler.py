@@ -110,7 +110,16 @@ def draw_tokens(logits_RV: Tensor, generator: torch.Generator) -> Tensor:
     `multinomial` and Gumbel noise draw one number per vocabulary entry, which took a tenth of the whole step.
     """
     cumulated_RV = logits_RV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    threshold_R1 = torch.rand(len(logits_RV), 1, dtype=torch.float64, device=logits_RV.device, generator=generator)
+    threshold_R1 = _thresholds(len(logits_RV), logits_RV.device, generator)
     # Scaled by the last entry, which rounding keeps from being exactly one.
     token_R1 = torch.searchsorted(cumulated_RV, threshold_R1 * cumulated_RV[:, -1:], right=True)
     return token_R1.clamp_(max=logits_RV.shape[1] - 1)
+
+
+def skip_tokens(num_rows: int, device: torch.device, generator: torch.Generator) -> None:
+    """Leave the generator as `draw_tokens` does for so many rows: what another process draws is no one else's."""
+    _thresholds(num_rows, device, generator)
+
+
+def _thresholds(num_rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.rand(num_rows, 1, dtype=torch.float64, device=device, generator=generator)

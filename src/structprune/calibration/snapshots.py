@@ -10,8 +10,8 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from structprune.calibration.store import HiddenStore, dump, fill, num_bytes
 from structprune.files import file_sum, write_json
+from structprune.ranks import ALONE, Ranks
 
 # Share of the time that may go into snapshots.
 SHARE = 0.02
@@ -37,19 +38,24 @@ class Snapshot:
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     folder: Path
+    ranks: Ranks = ALONE
 
     def restore(self, stores: Mapping[str, HiddenStore]) -> None:
         """Fill the stores with the hidden states that were kept under their names."""
         for name, store in stores.items():
-            fill(store, self.folder / _file_name(self.position, name))
+            fill(store, self.folder / _file_name(self.position, name), self.ranks)
 
 
 class Snapshots:
-    """The newest snapshot of one loop, in a folder of its own. Stores keep their shapes."""
+    """The newest snapshot of one loop, in a folder of its own. Stores keep their shapes.
 
-    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
+    Each rank writes its own windows, at their places in the run; the first does the rest, and decides when.
+    """
+
+    def __init__(self, folder: Path, notify: Callable[[str], None], ranks: Ranks = ALONE) -> None:
         self._folder = folder
         self._notify = notify
+        self._ranks = ranks
         self._last = time.monotonic()
         self._took_s: float | None = None
 
@@ -62,16 +68,36 @@ class Snapshots:
     ) -> None:
         """Keep all that `position` needs, if the time has come."""
         started = time.monotonic()
+        paths = {name: self._folder / _file_name(position, name) for name in stores}
+        if not self._ranks.from_first(lambda: self._begin(stores.values(), paths.values(), started)):
+            return
+        files = {paths[name].name: dump(store, paths[name], self._ranks) for name, store in stores.items()}
+        self._ranks.wait_for_all()
+        self._ranks.from_first(lambda: self._end(position, files, tensors, values, started))
+
+    def _begin(self, stores: Iterable[HiddenStore], paths: Iterable[Path], started: float) -> bool:
+        """Whether the time has come; if so, the files are there, empty."""
         took_s = self._took_s
         if took_s is None:
-            took_s = sum(num_bytes(store) for store in stores.values()) / _ASSUMED_BYTES_PER_S
+            took_s = sum(num_bytes(store) for store in stores) / _ASSUMED_BYTES_PER_S
         if (started - self._last) * SHARE < took_s:
-            return
+            return False
         self._folder.mkdir(exist_ok=True)
-        files: dict[str, list[int]] = {}
-        for name, store in stores.items():
-            path = self._folder / _file_name(position, name)
-            files[path.name] = dump(store, path)
+        for path in paths:
+            path.write_bytes(b"")
+        return True
+
+    def _end(
+        self,
+        position: int,
+        files: dict[str, list[int]],
+        tensors: Mapping[str, Tensor] | None,
+        values: Mapping[str, Any] | None,
+        started: float,
+    ) -> None:
+        if self._ranks.size > 1:
+            # What the others wrote has no sum yet.
+            files = {name: file_sum(self._folder / name) for name in files}
         if tensors:
             path = self._folder / _file_name(position, _TENSORS)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -86,6 +112,10 @@ class Snapshots:
 
     def load(self) -> Snapshot | None:
         """The newest one, if there is one and all of it is as it was written."""
+        found = self._ranks.from_first(self._load)
+        return None if found is None else replace(found, ranks=self._ranks)
+
+    def _load(self) -> Snapshot | None:
         path = self._folder / _STATE_NAME
         if not path.exists():
             return None
@@ -116,6 +146,9 @@ class Snapshots:
 
     def discard(self) -> None:
         """Remove what was kept."""
+        self._ranks.from_first(self._discard)
+
+    def _discard(self) -> None:
         # First: the rest means nothing without it.
         (self._folder / _STATE_NAME).unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -8,13 +8,17 @@ resident memory, which is the very thing that the budget limits.
 
 from __future__ import annotations
 
+import os
 import zlib
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from structprune.ranks import ALONE, Ranks
 
 
 class HiddenStore(Protocol):
@@ -49,27 +53,56 @@ class MemoryStore:
 
 
 class FileStore:
-    """Hidden states in one file that is removed on close; with `lasting` it stays, and is taken up again."""
+    """Hidden states in one file that is removed on close; with `lasting` it stays, and is taken up again.
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, lasting: bool = False) -> None:
+    A lasting file is one for all ranks, each window at its place in the run: `ranks` is whose windows this store has.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        lasting: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.path = path
         self._lasting = lasting
+        self._ranks = ranks if lasting else ALONE
         self._window_bytes = shape[1] * shape[2] * dtype.itemsize
-        self._file = path.open("r+b" if lasting and path.exists() else "w+b", buffering=0)
-        self._file.truncate(self._window_bytes * shape[0])
+        # Not emptied where another rank may have written by now.
+        flags = os.O_RDWR | os.O_CREAT | (0 if lasting else os.O_TRUNC)
+        self._file = FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
+        if self._ranks.size == 1:
+            self._file.truncate(self._window_bytes * shape[0])
 
     def read(self, start: int, stop: int) -> Tensor:
         buffer = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        view = _bytes_of(buffer)
-        self._file.seek(start * self._window_bytes)
-        _read_into(self._file, view)
+        for place, view in self._places(start, buffer):
+            self._file.seek(place)
+            _read_into(self._file, view)
         return buffer
 
     def write(self, start: int, hidden_BSD: Tensor) -> None:
-        self._file.seek(start * self._window_bytes)
-        _write_all(self._file, _bytes_of(hidden_BSD.to(self.dtype).contiguous()))
+        for place, view in self._places(start, hidden_BSD.to(self.dtype).contiguous()):
+            self._file.seek(place)
+            _write_all(self._file, view)
+
+    def flush(self) -> None:
+        """Let other machines see what was written."""
+        if self._ranks.size > 1:
+            os.fsync(self._file.fileno())
+
+    def _places(self, start: int, hidden_BSD: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """(place in the file, memory) of each stretch of `hidden_BSD` that lies in one piece there."""
+        if self._ranks.size == 1:
+            yield start * self._window_bytes, _bytes_of(hidden_BSD)
+            return
+        for number, hidden_SD in enumerate(hidden_BSD, start):
+            yield _number(self._ranks, number) * self._window_bytes, _bytes_of(hidden_SD)
 
     def close(self) -> None:
         self._file.close()
@@ -77,25 +110,39 @@ class FileStore:
             self.path.unlink(missing_ok=True)
 
 
-def dump(store: HiddenStore, path: Path) -> list[int]:
-    """Copy the store's windows to a file, one at a time. Returns its [bytes, CRC-32]."""
+def dump(store: HiddenStore, path: Path, ranks: Ranks = ALONE) -> list[int]:
+    """Copy the store's windows to a file that is there, each to its place in the run, one at a time.
+
+    Returns [bytes, CRC-32] of what was written.
+    """
     size, crc = 0, 0
-    with path.open("wb", buffering=0) as file:
+    with path.open("r+b", buffering=0) as file:
         for window in range(store.shape[0]):
             view = _bytes_of(store.read(window, window + 1).contiguous())
+            file.seek(_number(ranks, window) * len(view))
             _write_all(file, view)
             crc = zlib.crc32(view, crc)
             size += len(view)
+        if ranks.size > 1:
+            # Other machines are to see it.
+            os.fsync(file.fileno())
     return [size, crc]
 
 
-def fill(store: HiddenStore, path: Path) -> None:
-    """Read the store's windows from a file that `dump` wrote."""
+def fill(store: HiddenStore, path: Path, ranks: Ranks = ALONE) -> None:
+    """Read the store's windows from a file that `dump` wrote, on whatever number of ranks."""
     with path.open("rb", buffering=0) as file:
         for window in range(store.shape[0]):
             buffer = torch.empty((1, *store.shape[1:]), dtype=store.dtype)
-            _read_into(file, _bytes_of(buffer))
+            view = _bytes_of(buffer)
+            file.seek(_number(ranks, window) * len(view))
+            _read_into(file, view)
             store.write(window, buffer)
+
+
+def _number(ranks: Ranks, window: int) -> int:
+    """The run's number of a rank's own window."""
+    return ranks.rank + window * ranks.size
 
 
 def num_bytes(store: HiddenStore) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 import typer
 
@@ -21,6 +25,9 @@ from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.errors import StructPruneError
+from structprune.ranks import launched, refuse_ranks
+
+_TELLING_S = 5.0
 
 app = typer.Typer(
     name="structprune",
@@ -45,8 +52,10 @@ app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 
 @app.callback()
-def _root() -> None:
+def _root(context: typer.Context) -> None:
     """Structured pruning of large language models in bounded memory."""
+    if context.invoked_subcommand not in ("prune", "resume"):
+        refuse_ranks(f"`structprune {context.invoked_subcommand}`")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,8 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="structprune")
+    except SystemExit as error:
+        _leave(error.code)
     except StructPruneError as error:
-        if "--json" in arguments:
-            print(json.dumps(error.to_dict()))
-        print(f"structprune: {error}", file=sys.stderr)
-        sys.exit(2)
+        if error.elsewhere:
+            # The one that tells it is to end first: launchers interrupt the others then.
+            time.sleep(_TELLING_S)
+        else:
+            if "--json" in arguments:
+                print(json.dumps(error.to_dict()))
+            print(f"structprune: {error}", file=sys.stderr)
+        _leave(2)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """End the process. Of several ranks at once where one failed: threads of a library may wait for it for minutes."""
+    with contextlib.suppress(StructPruneError):
+        if isinstance(code, int) and code != 0 and launched()[1] > 1:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+    sys.exit(code)

@@ -15,4 +15,7 @@ DtypeFlag = Annotated[
 SeedFlag = Annotated[int | None, typer.Option(help="Seed of the window draw.  [default: 0]")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ReportJsonFlag = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+RankTimeoutFlag = Annotated[
+    float, typer.Option(help="Under torchrun: seconds that ranks wait for one of them before all give up.")
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

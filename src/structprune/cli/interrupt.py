@@ -13,6 +13,8 @@ import typer
 
 from structprune.cli.progress import progress_observer
 from structprune.engine.observer import Observer
+from structprune.errors import RankError
+from structprune.ranks import launched
 from structprune.runs.directory import RunDirectory
 
 Report = TypeVar("Report")
@@ -50,6 +52,9 @@ def interruptible() -> Generator[None]:
         signal.signal(number, note)
     try:
         yield
+    except RankError:
+        # A launcher interrupts the others when a rank dies; that one is what there is to say.
+        raise
     except Exception:
         if seen:
             raise Interrupted(seen[0]) from None
@@ -60,11 +65,17 @@ def interruptible() -> Generator[None]:
 
 
 def run_or_say_how_to_resume(work: Callable[[Observer], Report], run: Path, *, quiet: bool) -> Report:
-    """The report of `work`, with progress. An interrupt ends the program, and says how the run can go on."""
+    """The report of `work`, with progress. An interrupt ends the program, and says how the run can go on.
+
+    Of several ranks the first one tells it.
+    """
+    first = launched()[0] == 0
     try:
-        with interruptible(), progress_observer(quiet=quiet) as observer:
+        with interruptible(), progress_observer(quiet=quiet or not first) as observer:
             return work(observer)
     except KeyboardInterrupt as error:
+        if not first:
+            raise typer.Exit(exit_code(error)) from None
         directory = RunDirectory.named(run)
         kept = directory.peek() is not None
         how = f"`structprune resume {directory.output}` goes on where it was" if kept else "nothing was written"

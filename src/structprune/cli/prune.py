@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from structprune.cli.flags import ModelArgument, QuietFlag, ReportJsonFlag
+from structprune.cli.flags import ModelArgument, QuietFlag, RankTimeoutFlag, ReportJsonFlag
 from structprune.cli.settings import takes_recipe
+from structprune.ranks import RANK_TIMEOUT_S, launched
 
 
 @takes_recipe
@@ -20,6 +21,7 @@ def prune(
     settings: Any,
     as_json: ReportJsonFlag = False,
     quiet: QuietFlag = False,
+    rank_timeout: RankTimeoutFlag = RANK_TIMEOUT_S,
 ) -> None:
     """Prune MODEL into a new, physically smaller checkpoint."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
@@ -28,8 +30,10 @@ def prune(
     from structprune.cli.render import report_table
 
     report = run_or_say_how_to_resume(
-        lambda observer: run_prune(model, settings, output, observer), output, quiet=quiet
+        lambda observer: run_prune(model, settings, output, observer, rank_timeout=rank_timeout), output, quiet=quiet
     )
+    if launched()[0] > 0:
+        return
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from structprune.cli.flags import QuietFlag, ReportJsonFlag
+from structprune.cli.flags import QuietFlag, RankTimeoutFlag, ReportJsonFlag
+from structprune.ranks import RANK_TIMEOUT_S, launched
 
 
 def resume(
     run: Annotated[Path, typer.Argument(help="The -o of the run that was cut.")],
     as_json: ReportJsonFlag = False,
     quiet: QuietFlag = False,
+    rank_timeout: RankTimeoutFlag = RANK_TIMEOUT_S,
 ) -> None:
     """Go on with a run of `prune` or `recover` that was interrupted, killed or out of disk; the result is the same."""
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
@@ -24,7 +26,11 @@ def resume(
     from structprune.cli.render import report_table
     from structprune.report.schema import PruneReport
 
-    report = run_or_say_how_to_resume(lambda observer: resume_run(run, observer), run, quiet=quiet)
+    report = run_or_say_how_to_resume(
+        lambda observer: resume_run(run, observer, rank_timeout=rank_timeout), run, quiet=quiet
+    )
+    if launched()[0] > 0:
+        return
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif isinstance(report, PruneReport):

@@ -5,9 +5,11 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from structprune.engine.refine import refine
 from structprune.errors import NumericalError
 from structprune.linalg.squares import fitting_error, output_energy
 from structprune.memory import release_free_memory
+from structprune.ranks import deal, turns
 from structprune.report.schema import BlockReport
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best, removal_path
@@ -168,8 +171,6 @@ class _Half:
 class _Part:
     """One group of a half, decided and solved."""
 
-    tensors: dict[str, Tensor]
-    """All of the block's."""
     keep_units: Tensor
     result: SolveResult
     errors: tuple[float, float, float] | None
@@ -206,27 +207,47 @@ def _prune_half(
     """Some units of each group go: the half's only one, or every expert's own choice of as many."""
     job, block, streams = place.job, place.block, place.streams
     started = time.perf_counter()
-    groups = block.parts(kind)
+    groups = {group.name: group for group in block.parts(kind)}
+    # Which rank decides and solves which group.
+    owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, job.ranks.size)
     measured: list[dict[str, Moments]] = []
     if job.method.needs_statistics:
         with job.meter.phase(f"statistics ({kind})"):
             measured = [
-                measure(job, block, groups, place.module, streams, windows, place.reference)
+                measure(job, block, list(groups.values()), place.module, streams, windows, place.reference, owners)
                 for windows in job.window_parts
             ]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
     parts: dict[str, _Part] = {}
     cut = dict(tensors)
-    for group in groups:
-        own = [moments.pop(group.name) for moments in measured]
-        found = surveyed.get(group.name, surveyed.get(kind))
+    for turn in turns(owners):
         with job.meter.phase(f"solve ({kind})"):
-            part = _prune_part(job, block, group, cut, num_keep, own, found, reprice=reprice)
-        cut, parts[group.name] = part.tensors, part
+            tasks = {
+                name: (
+                    owners[name],
+                    partial(
+                        _solve_part,
+                        job,
+                        block,
+                        groups[name],
+                        cut,
+                        num_keep,
+                        [moments.pop(name) for moments in measured if name in moments],
+                        surveyed.get(name, surveyed.get(kind)),
+                        reprice=reprice,
+                    ),
+                )
+                for name in turn
+            }
+            parts |= job.ranks.together(tasks)
+            del tasks
+            for name in turn:
+                cut = _with_part(cut, groups[name], parts[name])
+    parts = {name: parts[name] for name in groups}
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []
-    group, first = groups[0], next(iter(parts.values()))
+    group, first = next(iter(groups.values())), next(iter(parts.values()))
     if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
         pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
         with job.meter.phase("iterate"):
@@ -255,7 +276,13 @@ def _prune_half(
     )
 
 
-def _prune_part(
+def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
+    """How long a group's problem takes, in multiplications: a factorisation, and products as wide as the outputs."""
+    inputs = group.num_units * group.width
+    return inputs**3 + inputs * math.prod(block.shapes[group.consumer.tensor])
+
+
+def _solve_part(
     job: Job,
     block: BlockLayout,
     group: UnitGroup,
@@ -266,7 +293,7 @@ def _prune_part(
     *,
     reprice: bool,
 ) -> _Part:
-    """Decide and solve one group. Takes what was measured: the list is empty afterwards."""
+    """Decide and solve one group, on one rank. Takes what was measured: the list is empty afterwards."""
     where = f"block {block.index} {group.name}"
     if any(moments.num_tokens == 0 for moments in measured[:1]):
         raise NumericalError(
@@ -284,22 +311,22 @@ def _prune_part(
         raise error.inside(where) from error
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
     cost_U = removal_path(problem, group.num_units).cost if reprice else None
-    del problem
-    keep_units = torch.nonzero(keep_U).flatten()
-    cut = compact(tensors, group, keep_units)
-    # Solved unit after unit; in the tensor the kept inputs keep their order.
-    order_K = torch.argsort(group.consumer.indices(keep_units))
-    cut[group.consumer.tensor] = result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
-    if result.bias_O is not None:
-        cut = add_bias(cut, group, result.bias_O)
     return _Part(
-        tensors=cut,
-        keep_units=keep_units,
+        keep_units=torch.nonzero(keep_U).flatten(),
         result=result,
         errors=errors,
         statistics=statistics | dict(result.statistics),
         cost_U=cost_U,
     )
+
+
+def _with_part(tensors: Mapping[str, Tensor], group: UnitGroup, part: _Part) -> dict[str, Tensor]:
+    """The block's tensors with the group cut, and its consumer as it was solved."""
+    cut = compact(tensors, group, part.keep_units)
+    # Solved unit after unit; in the tensor the kept inputs keep their order.
+    order_K = torch.argsort(group.consumer.indices(part.keep_units))
+    cut[group.consumer.tensor] = part.result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
+    return cut if part.result.bias_O is None else add_bias(cut, group, part.result.bias_O)
 
 
 def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:

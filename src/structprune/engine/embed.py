@@ -16,16 +16,29 @@ from structprune.memory import release_free_memory
 
 
 def open_store(job: Streamed, path: Path, num_windows: int) -> HiddenStore:
-    """Room for the hidden states of `num_windows` windows, in memory or in the file `path`, as the plan says."""
-    shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
-    return MemoryStore(shape, job.dtype) if job.plan.store == "memory" else FileStore(path, shape, job.dtype)
+    """Room for the hidden states of the run's first `num_windows` windows, as far as they are this rank's.
+
+    In memory or in the file `path`, as the plan says; with several ranks each has its own file.
+    """
+    ranks = job.ranks
+    shape = (ranks.num_own(num_windows), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+    if job.plan.store == "memory":
+        return MemoryStore(shape, job.dtype)
+    own = path if ranks.size == 1 else path.with_name(f"{path.name}.{ranks.rank}")
+    return FileStore(own, shape, job.dtype)
 
 
 def embed(job: Streamed, targets: Mapping[HiddenStore, int]) -> Propagator:
-    """Embed the first so many of the job's windows into each store; see `embed_windows`."""
+    """Embed this rank's of the run's first so many windows into each store; see `embed_windows`."""
+    ranks = job.ranks
     with job.meter.phase("embed"):
         return embed_windows(
-            job.stock, job.windows.ids_NS, targets, job.plan.micro_batch_windows, device=job.device, dtype=job.dtype
+            job.stock,
+            job.windows.ids_NS[ranks.rank :: ranks.size],
+            {store: ranks.num_own(num_windows) for store, num_windows in targets.items()},
+            job.plan.micro_batch_windows,
+            device=job.device,
+            dtype=job.dtype,
         )
 
 
@@ -52,7 +65,9 @@ def embed_windows(
             target.write(start, hidden_BSD.cpu())
             inputs.setdefault(stop - start, given)
     if 1 not in inputs:
-        inputs[1] = stock.embed(ids_NS[:1], tensors)[1]
+        # A rank may have no window at all.
+        one_1S = ids_NS[:1] if len(ids_NS) else ids_NS.new_zeros(1, ids_NS.shape[1])
+        inputs[1] = stock.embed(one_1S, tensors)[1]
     del tensors
     release_free_memory()
     return Propagator(inputs, micro_batch, device)

@@ -8,16 +8,21 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import Journal
 
 _STEP = "ends"
 
 
-def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
     """Record that the walk is over, with what it left."""
-    path = _path(folder)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    journal.record(_STEP, [path])
+
+    def keep() -> None:
+        path = _path(folder)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        journal.record(_STEP, [path])
+
+    ranks.from_first(keep)
 
 
 def find_ends(journal: Journal, folder: Path) -> dict[str, Tensor] | None:

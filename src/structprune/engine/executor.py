@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.allotment import Kept, allot
 from structprune.engine.block import BlockOutcome, pass_block, prune_block
@@ -48,9 +51,10 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout = job.stock.layout
+    ranks = job.ranks
     found = survey_dense(job, run.staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
-    kept_units = allocate(job, costs)
+    kept_units = ranks.from_first(lambda: allocate(job, costs))
     # Before the long pass: what cannot be written is refused here.
     config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
@@ -58,7 +62,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
         assert costs is not None
         folder = run.staging / f"outer-{iteration + 1}"
         costs = _repriced(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
-        kept_units = allocate(job, costs)
+        kept_units = ranks.from_first(partial(allocate, job, costs))
         config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
     writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
@@ -73,7 +77,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     )
     halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
-    return finish(job, run, writer, meter, observer, config, outcome, scope)
+    return ranks.from_first(lambda: finish(job, run, writer, meter, observer, config, outcome, scope))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +91,9 @@ class _Trail:
     """Whether removals are priced again, on the pruned model's stream."""
 
     def leave(
-        self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], meter: PeakMeter
+        self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], peak_bytes: int
     ) -> Mapping[str, Any]:
-        """Write the pruned block and record it. Returns the journal's line."""
+        """Write the pruned block and record it, on the first rank. Returns the journal's line."""
         number = _shard_number(block)
         name = self.writer.write(number, {block.prefix + n: t for n, t in outcome.tensors.items()})
         files = [self.writer.directory / name]
@@ -103,7 +107,7 @@ class _Trail:
             tensors=list(outcome.tensors),
             reports=[report.model_dump(mode="json") for report in outcome.reports],
             kept=outcome.kept,
-            peak_bytes=meter.peak_so_far(),
+            peak_bytes=peak_bytes,
         )
 
 
@@ -121,14 +125,15 @@ def _rehearse(
 ) -> list[dict[str, Tensor]]:
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = job.stock.layout.blocks
-    with contextlib.closing(Journal(folder, observer.note)) as journal:
+    with contextlib.closing(Journal(folder, observer.note, job.ranks)) as journal:
         if journal.find(_PRICES) is None:
             writer = CheckpointWriter(folder, len(blocks) + 2)
             trail = _Trail(folder=folder, journal=journal, writer=writer, reprices=True)
             _prune_blocks(job, trail, found, kept_units, meter, observer, f"outer iteration {number}")
             journal.record(_PRICES, [costs_path(folder, block.index) for block in blocks])
-        for shard in folder.glob("model-*.safetensors"):
-            shard.unlink()
+        if job.ranks.is_first:
+            for shard in folder.glob("model-*.safetensors"):
+                shard.unlink()
         return [load_file(costs_path(folder, block.index)) for block in blocks]
 
 
@@ -157,7 +162,8 @@ def _prune_blocks(
         return _Pass(lines=[line for line in lines if line is not None], ends=ends)
     num_windows = len(job.windows.ids_NS)
     num_dense = num_windows if job.follows_dense else job.num_probe
-    snapshots = Snapshots(trail.folder / "state", observer.note)
+    ranks = job.ranks
+    snapshots = Snapshots(trail.folder / "state", observer.note, ranks)
     kept = snapshots.behind([line is not None for line in lines])
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
@@ -180,18 +186,25 @@ def _prune_blocks(
             else:
                 surveyed = {} if found is None else found.of_block(block.index)
                 outcome = prune_block(job, block, num_keep[block.index], streams, surveyed, reprice=trail.reprices)
-                line = lines[block.index] = trail.leave(block, outcome, num_keep[block.index], meter)
+                peak_bytes = ranks.largest(meter.peak_so_far())
+                line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
+                lines[block.index] = line
                 del outcome
             snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
             release_free_memory()
             observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {
-            "dense": dense.read(0, job.num_probe).clone(),
-            "pruned": store.read(0, job.num_probe).clone(),
-        }
-        keep_ends(trail.journal, trail.folder, ends)
+        ends = {"dense": _first_windows(job, dense), "pruned": _first_windows(job, store)}
+        keep_ends(trail.journal, trail.folder, ends, ranks)
     snapshots.discard()
     return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+
+
+def _first_windows(job: Job, store: HiddenStore) -> Tensor:
+    """The hidden states of the reported windows, on every rank."""
+    windows = [
+        job.ranks.window(number, lambda own: store.read(own, own + 1).clone()) for number in range(job.num_probe)
+    ]
+    return torch.cat(windows)
 
 
 def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
@@ -23,12 +24,13 @@ Costs = dict[str, list[Tensor]]
 class Findings:
     """One survey's folder and its journal, which is open inside the context."""
 
-    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, notify: Callable[[str], None], ranks: Ranks = ALONE) -> None:
         self.folder = folder
         self._notify = notify
+        self._ranks = ranks
 
     def __enter__(self) -> Findings:
-        self.journal = Journal(self.folder, self._notify)
+        self.journal = Journal(self.folder, self._notify, self._ranks)
         return self
 
     def __exit__(
@@ -42,6 +44,9 @@ class Findings:
 
     def save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         """Keep what the pruning pass will read of the block, and kind -> the cost of each removal."""
+        self._ranks.from_first(lambda: self._save(block, found, costs))
+
+    def _save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         paths = _found(self.folder, block.index), costs_path(self.folder, block.index)
         for path, tensors in zip(paths, (found, costs), strict=True):
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -274,6 +274,7 @@ def _report(
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,
+        num_ranks=job.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         wall_seconds=time.perf_counter() - job.started,
         versions=versions(),

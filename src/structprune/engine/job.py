@@ -14,6 +14,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.plan import PrunePlan
 from structprune.memory import PeakMeter
 from structprune.methods.method import Method, Survey
+from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
 
@@ -45,6 +46,9 @@ class Streamed(Protocol):
     @property
     def meter(self) -> PeakMeter: ...
 
+    @property
+    def ranks(self) -> Ranks: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -69,6 +73,8 @@ class Job:
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
     meter: PeakMeter = field(default_factory=PeakMeter)
     """Where the peaks of the phases are put down."""
+    ranks: Ranks = ALONE
+    """Those that share the windows. Numbers of windows here are the run's; stores and loops have this rank's."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a half."""
@@ -135,10 +141,20 @@ class Job:
 
     @property
     def window_parts(self) -> tuple[tuple[int, int], ...]:
-        """(first, last) of the windows that are fitted, and of those held out if there are any."""
+        """(first, last) of this rank's windows that are fitted, and of those held out if there are any."""
         num_windows = len(self.windows.ids_NS)
-        num_fit = num_windows - self.num_held_out
-        return ((0, num_fit), (num_fit, num_windows)) if self.num_held_out else ((0, num_windows),)
+        fitted, held_out = self.ranks.own(0, self.num_fitted), self.ranks.own(self.num_fitted, num_windows)
+        return (fitted, held_out) if self.num_held_out else (fitted,)
+
+    @property
+    def num_fitted(self) -> int:
+        """Windows, the first ones, that are not held out."""
+        return len(self.windows.ids_NS) - self.num_held_out
+
+    @property
+    def num_backward(self) -> int:
+        """Windows, the first ones, of the streamed backward pass."""
+        return min(self.recipe.sensitivity_samples, len(self.windows.ids_NS))
 
     @property
     def follows_dense(self) -> bool:

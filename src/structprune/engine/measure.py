@@ -6,7 +6,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inpu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from structprune.calibration.store import HiddenStore
 from structprune.engine.job import Job
 from structprune.engine.propagate import Propagator, captured, tapped
+from structprune.ranks import add_numbers
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Stage, UnitGroup
 
@@ -44,14 +45,18 @@ def measure(
     streams: Streams,
     windows: tuple[int, int],
     reference: Reference | None,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, Moments]:
     """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
-    Over some windows, for all parts of one half at once. The stage runs without the consumers, which leaves the
-    residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved, unless the
-    reference does it. An expert gets the tokens that are sent to it, each times the router's weight. Before a norm each
-    token's x and y are divided by the root mean square of the wanted output: what is added is linear in them then.
+    Over some of this rank's windows, for all parts of one half at once, and over the ranks: each part at the rank that
+    `owners` names (the first without it), and only there among the results. The stage runs without the consumers, which
+    leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved,
+    unless the reference does it. An expert gets the tokens that are sent to it, each times the router's weight. Before
+    a norm each token's x and y are divided by the root mean square of the wanted output: what is added is linear in
+    them then.
     """
+    owners = owners or {}
     inputs: dict[str, Tensor] = {}
     accumulators = {part.name: GramAccumulator(part.num_units * part.width, job.device) for part in parts}
     target_OI: Tensor | None = None
@@ -83,17 +88,22 @@ def measure(
             if target_TD is not None and target_OI is not None:
                 target_OI.addmm_(target_TD.T, x_TI.to(torch.float32))
                 energy += float(target_TD.square().sum(dtype=torch.float64))
-    return {
-        name: Moments(
-            sum_I=accumulator.sum_I.cpu(),
-            num_tokens=accumulator.num_tokens,
-            gram_II=accumulator.finalize(f"block {block.index} {name}").cpu(),
-            target_OI=None if target_OI is None else target_OI.cpu(),
-            target_energy=None if target_OI is None else energy,
-            residual_energy=residual_energy,
-        )
-        for name, accumulator in accumulators.items()
-    }
+    found: dict[str, Moments] = {}
+    for name, accumulator in accumulators.items():
+        owner = owners.get(name, 0)
+        accumulator.add_up(job.ranks, owner)
+        job.ranks.add_up([] if target_OI is None else [target_OI], owner)
+        total_energy, total_residual = add_numbers(job.ranks, [energy, residual_energy], owner)
+        if owner == job.ranks.rank:
+            found[name] = Moments(
+                sum_I=accumulator.sum_I.cpu(),
+                num_tokens=accumulator.num_tokens,
+                gram_II=accumulator.finalize(f"block {block.index} {name}").cpu(),
+                target_OI=None if target_OI is None else target_OI.cpu(),
+                target_energy=None if target_OI is None else total_energy,
+                residual_energy=total_residual,
+            )
+    return found
 
 
 def token_scale(output_BSD: Tensor, eps: float) -> Tensor:

@@ -100,5 +100,7 @@ class PlanRequest:
     """Whether another process loads the result at the end."""
     other_head_bytes: int = 0
     """Of another model's head and its logits, where the losses of both are measured side by side."""
+    num_ranks: int = 1
+    """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
     held_bytes: int = 0
     """What the caller itself holds, whatever the phase."""

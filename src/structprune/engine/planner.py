@@ -34,6 +34,8 @@ _CHARACTER_BYTES = 8
 # What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number), and its
 # code for them.
 _KERNEL_CACHE_BYTES = 32 * 2**20
+# Of the exchange between ranks: a piece (engine/distributed.py), the library's copy of it, sockets and threads.
+_EXCHANGE_BYTES = 64 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
@@ -102,6 +104,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     runtime = _RUNTIME_BYTES + HEAP_END_BYTES + (0 if item == 4 else _KERNEL_CACHE_BYTES)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     base = runtime + _mask_bytes(request, micro_batch) + request.held_bytes
+    base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
     # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
     ends = 2 * request.num_probe * request.seq_len * hidden * item
     small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
@@ -155,7 +158,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
         kept = 3 * request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES_BACKWARD
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
-        phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums
+        # A block's sums wait at their owner while other blocks are differentiated.
+        waiting = sums if request.num_ranks > 1 else 0
+        phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
         drawn = logit_bytes(request.layout.vocab_size, request.compute_dtype, drawn=True)
         phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + drawn
     if request.needs_scores:
@@ -231,7 +236,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         disk_bytes=model_bytes
         + added
         + _disk_to_go_on(request, num_stores * store_bytes, gradient)
-        + (num_stores * store_bytes if store == "file" else 0),
+        + (num_stores * store_bytes * request.num_ranks if store == "file" else 0),
         reload=_reload_bound(request, small, item) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
     )
@@ -241,9 +246,11 @@ def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int)
     """Disk of what a run that is cut goes on from. A snapshot is there twice while its successor is written."""
     hidden, num_blocks = request.layout.hidden_size, len(request.layout.blocks)
     window = request.seq_len * hidden * request.compute_dtype.itemsize
-    total = 2 * stores_bytes + 4 * request.num_probe * window
+    # Of all ranks: they share one disk.
+    total = 2 * stores_bytes * request.num_ranks + 4 * request.num_probe * window
     if request.needs_survey or request.needs_weight_gradients:
-        total += (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
+        kept = (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
+        total += kept * request.num_ranks
     if request.needs_survey:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":

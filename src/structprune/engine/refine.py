@@ -8,7 +8,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, O outputs, I co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,9 @@ from structprune.engine.planner import solver_windows
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import observed, tapped
 from structprune.solvers import ITERATIVE, SOLVERS
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights
+from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights
 from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
-from structprune.types import BlockLayout, SolveResult, UnitGroup
+from structprune.types import BlockLayout, Moments, SolveResult, UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +54,15 @@ def refine(
     `original` makes of the pruned stream, the block before units of the MLP were removed.
     """
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
-    num_solved = solver_windows(job.window_parts[0][1], job.windows.ids_NS.shape[1])
+    num_solved = job.ranks.num_own(solver_windows(job.num_fitted, job.windows.ids_NS.shape[1]))
     reference = dense or stage_output(job, block, group, original, streams, streams.pruned, write=False)
     tokens = _tokens(job, block, group, start, streams, reference, num_solved)
-    proposal = ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors))
+    # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
+    proposed = _Proposal.of(ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors)))
+    proposal = job.ranks.from_first(lambda: proposed)
     del tokens
     candidate = dict(tensors)
-    for name, affine in ((group.up_module, proposal.weights.up), (group.gate_module, proposal.weights.gate)):
+    for name, affine in ((group.up_module, proposal.up), (group.gate_module, proposal.gate)):
         if name is None or affine is None:
             continue
         weight_OI = affine.weight_OI.cpu().to(tensors[f"{name}.weight"].dtype)
@@ -70,10 +72,9 @@ def refine(
     for name, tensor in candidate.items():
         start.get_parameter(name).data = tensor.to(job.device, job.dtype)
     measured = [
-        measure(job, block, [group], start, streams, windows, reference)[group.name] for windows in job.window_parts
+        measure(job, block, [group], start, streams, windows, reference).get(group.name) for windows in job.window_parts
     ]
-    problem = layer_problem(job, block, group, tensors, measured)
-    result = SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
+    result = job.ranks.from_first(lambda: _refitted(job, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before
     if accepted:
@@ -86,6 +87,29 @@ def refine(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proposal:
+    """What is tried of a solver's answer."""
+
+    up: Affine
+    gate: Affine | None
+    history: list[float]
+    statistics: Mapping[str, float]
+
+    @classmethod
+    def of(cls, solution: MlpSolution) -> _Proposal:
+        up, gate = solution.weights.up, solution.weights.gate
+        return cls(up=up, gate=gate, history=solution.history, statistics=dict(solution.statistics))
+
+
+def _refitted(
+    job: Job, block: BlockLayout, group: UnitGroup, tensors: Mapping[str, Tensor], measured: Sequence[Moments | None]
+) -> SolveResult:
+    """The consumer behind the proposal, on the rank that has the sums."""
+    problem = layer_problem(job, block, group, tensors, [part for part in measured if part is not None])
+    return SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
+
+
 def _tokens(
     job: Job,
     block: BlockLayout,
@@ -95,10 +119,12 @@ def _tokens(
     reference: Reference,
     num_windows: int,
 ) -> MlpTokens:
-    """Inputs and targets of the MLP for the first windows."""
+    """Inputs and targets of the MLP for this rank's first windows."""
     assert group.up_module is not None
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
+    # A rank may have none.
+    none_TD = torch.empty(0, job.stock.layout.hidden_size, device=job.device)
+    inputs: list[Tensor] = [] if num_windows else [none_TD]
+    targets: list[Tensor] = [] if num_windows else [none_TD]
     for start, stop in streams.propagator.batches(0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
@@ -108,7 +134,12 @@ def _tokens(
         ):
             residual_BSD = streams.propagator.forward(half, block.index, streams.pruned, start, stop)
         targets.append(consumer_target(group, half, wanted_BSD, residual_BSD))
-    return MlpTokens(x_TD=torch.cat(inputs).float(), y_TD=torch.cat(targets))
+    return MlpTokens(
+        x_TD=torch.cat(inputs).float(),
+        y_TD=torch.cat(targets),
+        add_up=job.ranks.add_up_everywhere,
+        num_holders=job.ranks.size,
+    )
 
 
 def _output_axis(group: UnitGroup, module: str) -> int:

@@ -10,7 +10,7 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I cons
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, captured
-from structprune.engine.walk import differentiate, load_block, walk
+from structprune.engine.walk import Found, differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
@@ -39,13 +39,18 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
     def price(
-        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+    ) -> Callable[[], Found]:
         with job.meter.phase("survey: backward"):
-            measured = backward(job, block, propagator, border, gradient)
+            measure = backward(job, block, propagator, border, gradient, owner)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
-        return measured.sensitivity, _costs(job, block, measured)
+
+        def found() -> Found:
+            measured = measure()
+            return measured.sensitivity, _costs(job, block, measured)
+
+        return found
 
     return walk(job, folder, observer, labels="sampled", backward=price)
 
@@ -55,32 +60,45 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
     blocks = job.stock.layout.blocks
     num_windows = job.windows.ids_NS.shape[0]
     with contextlib.ExitStack() as stack:
-        findings = stack.enter_context(Findings(folder, observer.note))
-        if all(findings.has(block) for block in blocks):
+        findings = stack.enter_context(Findings(folder, observer.note, job.ranks))
+        done = [findings.has(block) for block in blocks]
+        if all(done):
             return findings.costs(blocks, job.kinds)
         store = open_store(job, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
         propagator = embed(job, {store: num_windows})
-        snapshots = Snapshots(folder / "state", observer.note)
-        kept = snapshots.behind([findings.has(block) for block in blocks])
+        snapshots = Snapshots(folder / "state", observer.note, job.ranks)
+        kept = snapshots.behind(done)
         first = 0 if kept is None else kept.position
         if kept is not None:
             kept.restore({"hidden": store})
         observer.start("survey: scores", len(blocks) - first)
         for block in blocks[first:]:
             tensors, module = load_block(job, block)
+            owner = block.index % job.ranks.size
             with job.meter.phase("survey: scores"):
-                moments = _measure(job, block, module, propagator, store)
-            found: dict[str, Tensor] = {}
-            for group in job.groups(block):
-                problem = layer_problem(job, block, group, tensors, [moments.pop(group.name)])
-                add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
-            findings.save(block, {}, found)
+                sums = _measure(job, block, module, propagator, store, owner)
+            task = owner, partial(_scores, job, block, tensors, sums)
+            findings.save(block, {}, job.ranks.together({block.index: task})[block.index])
+            del task, sums
             snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
             observer.advance(f"block {block.index}")
         snapshots.discard()
         return findings.costs(blocks, job.kinds)
+
+
+def _scores(
+    job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], sums: dict[str, GramAccumulator]
+) -> dict[str, Tensor]:
+    """Kind -> scores of the units, ascending. Uses the sums up."""
+    found: dict[str, Tensor] = {}
+    for group in job.groups(block):
+        a = sums.pop(group.name)
+        moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
+        problem = layer_problem(job, block, group, tensors, [moments])
+        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+    return found
 
 
 def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
@@ -89,12 +107,21 @@ def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None
 
 
 def _measure(
-    job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore
-) -> dict[str, Moments]:
-    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block."""
+    job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore, owner: int
+) -> dict[str, GramAccumulator]:
+    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block.
+
+    The sums are those of all ranks at `owner`; elsewhere there are none.
+    """
     with _summed_inputs(job, block, module) as sums:
         propagator.run(module, block.index, store, write=True)
-    return {name: _moments(a, f"block {block.index} {name}", a.num_tokens) for name, a in sums.items()}
+    return _added_up(job, sums, owner)
+
+
+def _added_up(job: Job, sums: Mapping[str, GramAccumulator], owner: int) -> dict[str, GramAccumulator]:
+    for accumulator in sums.values():
+        accumulator.add_up(job.ranks, owner)
+    return dict(sums) if owner == job.ranks.rank else {}
 
 
 @contextlib.contextmanager
@@ -133,9 +160,17 @@ class Measured:
 
 
 def backward(
-    job: Job, block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
-) -> Measured:
-    """Move `gradient` from the block's output to its input; the sums of inputs and gradients on the way."""
+    job: Job,
+    block: BlockLayout,
+    propagator: Propagator,
+    border: HiddenStore,
+    gradient: HiddenStore,
+    owner: int = 0,
+) -> Callable[[], Measured]:
+    """Move `gradient` from the block's output to its input; the sums of inputs and gradients on the way.
+
+    What is returned makes them of the sums over all ranks, once, at `owner`.
+    """
     _, module = load_block(job, block)
     halves = [block.group(kind) for kind in job.kinds if block.has(kind)]
     hidden_size = job.stock.layout.hidden_size
@@ -159,10 +194,18 @@ def backward(
             summed = half.output_module or half.consumer_module
             stack.enter_context(captured(module, summed, partial(outputs.__setitem__, half.kind)))
         differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
+    inputs, output_gradients = _added_up(job, sums, owner), _added_up(job, gradients, owner)
+    return lambda: _measured(job, block, inputs, output_gradients)
+
+
+def _measured(
+    job: Job, block: BlockLayout, inputs: dict[str, GramAccumulator], gradients: dict[str, GramAccumulator]
+) -> Measured:
+    """Uses the sums up."""
     where = f"block {block.index}"
     return Measured(
         moments={
-            group.name: _moments(sums[group.name], f"{where} {group.name}", gradients[group.kind].num_tokens)
+            group.name: _moments(inputs.pop(group.name), f"{where} {group.name}", gradients[group.kind].num_tokens)
             for group in job.groups(block)
         },
         sensitivity={

@@ -8,7 +8,7 @@ Shape suffixes: U units, R rows of a weight along the axis that shrinks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator
 from structprune.engine.survey import add_cost
-from structprune.engine.walk import differentiate, load_block, walk
+from structprune.engine.walk import Found, differentiate, load_block, walk
 from structprune.errors import NumericalError
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending
@@ -38,16 +38,22 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
     """
 
     def score(
-        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+    ) -> Callable[[], Found]:
         tensors, module = load_block(job, block)
         with job.meter.phase("survey: backward"):
-            sums = weight_sums(job, block, module, propagator, border, gradient)
-        costs: dict[str, Tensor] = {}
-        for group in job.groups(block):
-            problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
-            add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
-        return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
+            sums = weight_sums(job, block, module, propagator, border, gradient, owner)
+        # Elsewhere nothing is made of them.
+        tensors = tensors if owner == job.ranks.rank else {}
+
+        def found() -> Found:
+            costs: dict[str, Tensor] = {}
+            for group in job.groups(block):
+                problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
+                add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+            return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
+
+        return found
 
     return walk(job, folder, observer, labels="text", backward=score)
 
@@ -59,9 +65,11 @@ def weight_sums(
     propagator: Propagator,
     border: HiddenStore,
     gradient: HiddenStore,
+    owner: int = 0,
 ) -> dict[str, TaylorSums]:
     """Move `gradient`, that of the summed loss, from the block's output to its input; return the sums of each group.
 
+    They are those of all ranks at `owner`; elsewhere there are none.
     Raises NumericalError where a gradient is not finite.
     """
     names = {name: group for group in job.groups(block) for name in weight_names(block, group)}
@@ -70,8 +78,7 @@ def weight_sums(
     square = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    num_windows, seq_len, _ = gradient.shape
-    num_labels = seq_len - 1
+    num_windows, num_labels = job.num_backward, gradient.shape[1] - 1
 
     def add(found: Sequence[Tensor]) -> None:
         for name, grad in zip(weights, found, strict=True):
@@ -80,6 +87,9 @@ def weight_sums(
             square[name].addcmul_(window_mean, window_mean, value=1 / num_windows)
 
     differentiate(job, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add)
+    job.ranks.add_up([*mean.values(), *square.values()], owner)
+    if owner != job.ranks.rank:
+        return {}
     for name in weights:
         # The sum of squares is not finite where any gradient was not, or where its square overflows.
         largest = square[name].amax()

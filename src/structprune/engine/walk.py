@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.sampler import draw_tokens
+from structprune.architectures.sampler import draw_tokens, skip_tokens
 from structprune.architectures.stock import output_tensor
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
@@ -28,16 +28,17 @@ from structprune.engine.observer import Observer
 from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.propagate import Propagator
 from structprune.memory import release_free_memory
+from structprune.ranks import Task
 from structprune.types import BlockLayout
 
 Labels = Literal["sampled", "text"]
 """The loss is that of labels drawn from the model's own prediction, or of the calibration text's next tokens."""
-Backward = Callable[
-    [BlockLayout, Propagator, HiddenStore, HiddenStore], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-]
-"""(block, micro-batch loop, the block's stored input, gradient): moves the gradient from the output to the input.
+Found = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""What the pruning pass will read of the block, and kind -> cost of each removal."""
+Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore, int], Callable[[], Found]]
+"""(block, micro-batch loop, the block's stored input, gradient, owner): moves the gradient to the block's input.
 
-Returns what the pruning pass will read of the block, and kind -> cost of each removal.
+All ranks give their sums to the owner. Returns what makes the findings of them; it is called there only.
 """
 
 
@@ -49,36 +50,44 @@ def walk(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward
     forward behind the borders that are there, in reverse at the newest gradient that was kept.
     """
     blocks = job.stock.layout.blocks
-    with Findings(folder, observer.note) as findings:
-        if not all(findings.has(block) for block in blocks):
+    with Findings(folder, observer.note, job.ranks) as findings:
+        if not _all_found(findings, blocks):
             _visit(job, findings, observer, labels, backward)
-        for index in range(len(blocks) + 1):
-            _border_path(folder, index).unlink(missing_ok=True)
+        if job.ranks.is_first:
+            for index in range(len(blocks) + 1):
+                _border_path(folder, index).unlink(missing_ok=True)
         return findings.costs(blocks, job.kinds)
+
+
+def _all_found(findings: Findings, blocks: Sequence[BlockLayout]) -> bool:
+    # Every rank asks for each.
+    found = [findings.has(block) for block in blocks]
+    return all(found)
 
 
 def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, backward: Backward) -> None:
     blocks = job.stock.layout.blocks
-    num_windows = min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
-    shape = (num_windows, job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+    shape = (job.ranks.num_own(job.num_backward), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     with contextlib.ExitStack() as stack:
         borders: list[FileStore] = []
         for index in range(len(blocks) + 1):
-            borders.append(FileStore(_border_path(findings.folder, index), shape, job.dtype, lasting=True))
+            path = _border_path(findings.folder, index)
+            borders.append(FileStore(path, shape, job.dtype, lasting=True, ranks=job.ranks))
             stack.callback(borders[-1].close)
-        propagator = embed(job, {borders[0]: num_windows})
+        propagator = embed(job, {borders[0]: job.num_backward})
         observer.start("survey: forward", len(blocks))
         for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
             step = f"border {block.index + 1}"
             if findings.journal.find(step) is None:
                 propagator.carry(load_block(job, block)[1], block.index, before, after)
+                after.flush()
                 findings.journal.record(step, [after.path])
                 release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        snapshots = Snapshots(findings.folder / "gradient", observer.note)
+        snapshots = Snapshots(findings.folder / "gradient", observer.note, job.ranks)
         kept = snapshots.load()
-        if kept is not None and all(findings.has(block) for block in blocks[kept.position :]):
+        if kept is not None and _all_found(findings, blocks[kept.position :]):
             kept.restore({"gradient": gradient})
             left = blocks[: kept.position]
         else:
@@ -88,11 +97,22 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             left = blocks
         release_free_memory()
         observer.start("survey: backward", len(left))
-        for block in reversed(left):
-            findings.save(block, *backward(block, propagator, borders[block.index], gradient))
-            snapshots.keep(block.index, {"gradient": gradient})
+        behind_first = list(reversed(left))
+        # What follows from a block's sums does not hold the gradient up: each rank does it for one of so many blocks.
+        for first in range(0, len(behind_first), job.ranks.size):
+            tasks: dict[int, Task[Found]] = {}
+            turn = behind_first[first : first + job.ranks.size]
+            for owner, block in enumerate(turn):
+                tasks[block.index] = owner, backward(block, propagator, borders[block.index], gradient, owner)
+            found = job.ranks.together(tasks)
+            # The closures hold the sums.
+            del tasks
+            for block in turn:
+                findings.save(block, *found.pop(block.index))
+            snapshots.keep(turn[-1].index, {"gradient": gradient})
             release_free_memory()
-            observer.advance(f"block {block.index}")
+            for block in turn:
+                observer.advance(f"block {block.index}")
         snapshots.discard()
 
 
@@ -115,21 +135,27 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
     tensors = job.reader.read(job.stock.head_tensors(), dtype=job.dtype)
     head = job.stock.head({n: t.to(job.device) for n, t in tensors.items()})
     generator = torch.Generator(device=job.device).manual_seed(job.recipe.seed)
-    num_windows, seq_len, hidden = gradient.shape
-    for window in range(num_windows):
-        hidden_SD = final.read(window, window + 1)[0].to(job.device)
-        ids_S = job.windows.ids_NS[window].to(job.device)
+    _, seq_len, hidden = gradient.shape
+    drawn = labels == "sampled"
+    # The last position predicts a token outside the window and takes no part, as in the perplexity.
+    parts = [(start, min(start + LOGIT_TOKENS, seq_len - 1)) for start in range(0, seq_len - 1, LOGIT_TOKENS)]
+    for number in range(job.num_backward):
+        own, last = job.ranks.own(number, number + 1)
+        if own == last:
+            # Another rank's: labels are the same on any number of ranks.
+            for start, stop in parts if drawn else ():
+                skip_tokens(stop - start, job.device, generator)
+            continue
+        hidden_SD = final.read(own, last)[0].to(job.device)
+        ids_S = job.windows.ids_NS[number].to(job.device)
         gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
-        # The last position predicts a token outside the window and takes no part, as in the perplexity.
-        for start in range(0, seq_len - 1, LOGIT_TOKENS):
-            stop = min(start + LOGIT_TOKENS, seq_len - 1)
+        for start, stop in parts:
             part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
             logits_TV = head(part_TD).float()
-            drawn = labels == "sampled"
             labels_T = draw_tokens(logits_TV.detach(), generator)[:, 0] if drawn else ids_S[start + 1 : stop + 1]
             loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
             gradient_SD[start:stop] = torch.autograd.grad(loss, part_TD)[0].float()
-        gradient.write(window, gradient_SD[None].cpu())
+        gradient.write(own, gradient_SD[None].cpu())
 
 
 def differentiate(

@@ -35,6 +35,8 @@ class Walk:
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all walks have in common."""
     execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
+    shares_windows: bool = False
+    """Whether several ranks can walk it together."""
 
 
 def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
@@ -53,7 +55,11 @@ def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> P
 
 WALKS: Mapping[str, Walk] = {
     "units": Walk(
-        resolve=unit_settings, foresee=foresee_units, request=lambda request, recipe, stock: request, execute=execute
+        resolve=unit_settings,
+        foresee=foresee_units,
+        request=lambda request, recipe, stock: request,
+        execute=execute,
+        shares_windows=True,
     ),
     "depth": Walk(
         resolve=_resolve_depth,

@@ -22,6 +22,7 @@ from structprune.engine.observer import Observer
 from structprune.engine.plan import PrunePlan
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.memory import PeakMeter
+from structprune.ranks import ALONE, Ranks
 from structprune.recovery.settings import RecoverySettings
 from structprune.recovery.texts import Texts
 from structprune.report.recovery import Evaluation, RecoveredBlock, TraceStep
@@ -38,6 +39,7 @@ class Side:
     device: torch.device
     dtype: torch.dtype
     meter: PeakMeter = field(default_factory=PeakMeter)
+    ranks: Ranks = ALONE
 
     @property
     def reader(self) -> CheckpointReader:

@@ -149,6 +149,8 @@ class PruneReport(Frozen):
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
     reload: ReloadReport
+    num_ranks: int = 1
+    """Processes that shared the work, those of the last start if there were several."""
     runtimes: list[RuntimeReport]
     wall_seconds: float
     versions: dict[str, str]

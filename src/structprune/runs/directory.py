@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from structprune.errors import CheckpointError, DiskFullError, InputError, StructPruneError
+from structprune.errors import CheckpointError, DiskFullError, InputError, RankError, StructPruneError
 from structprune.files import is_disk_full, remove_temporaries, sync_directory, write_json
 from structprune.memory import format_budget, format_bytes
+from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import JOURNAL_NAME, Journal, read_journal, silent
 
 REJECTED_NAME = "REJECTED.json"
@@ -28,13 +29,16 @@ class RunDirectory:
     Raises InputError if `output` exists, or if another live process works on the same output. The state of a run that
     was cut stays in the staging directory, and the next process that enters finds it in the journal; without a first
     step there is none, and the directory is emptied. A directory of that name without a journal is refused.
+
+    Of several ranks the first holds it, and its methods are called there only; the others read what lies in it.
     """
 
-    def __init__(self, output: Path, notify: Callable[[str], None] = silent) -> None:
+    def __init__(self, output: Path, notify: Callable[[str], None] = silent, ranks: Ranks = ALONE) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link that is in the way
         self.staging = self.output.parent / f"{self.output.name}{_PARTIAL}"
         self.rejected = self.output.parent / f"{self.output.name}.rejected"
         self._notify = notify
+        self._ranks = ranks
         self._accepted = False
         self._keep = False
         self._how_to_go_on = f"`structprune resume {self.output}` goes on where it was"
@@ -84,20 +88,35 @@ class RunDirectory:
         return _COMMIT in read_journal(self.staging / JOURNAL_NAME)
 
     def __enter__(self) -> RunDirectory:
+        self._ranks.from_first(self._enter)
+        if not self._ranks.is_first:
+            self._join()
+        return self
+
+    def _join(self) -> None:
+        """On the ranks that do not hold it."""
+        if not (self.staging / JOURNAL_NAME).is_file():
+            raise InputError(
+                f"rank {self._ranks.rank} does not see the directory that rank 0 works in",
+                where=str(self.staging),
+                do="put -o on a file system that all ranks share",
+            )
+        self.journal = Journal(self.staging, self._notify, self._ranks)
+
+    def _enter(self) -> None:
         self.check()
         self._new_parents = [p for p in self.output.parents if not p.exists()]
         self.staging.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             self._lock = stack.enter_context((self.staging / JOURNAL_NAME).open("a"))
             self._take_lock()
-            self.journal = Journal(self.staging, self._notify)
+            self.journal = Journal(self.staging, self._notify, self._ranks)
             stack.callback(self.journal.close)
             if self.start is None:
                 self._clear()
             remove_temporaries(self.staging)
             # The lock is given up last.
             self._open = stack.pop_all()
-        return self
 
     def _take_lock(self) -> None:
         try:
@@ -183,6 +202,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._ranks.is_first:
+            return
         try:
             if error is not None and self.staging.exists():
                 self._stopped(error)
@@ -214,7 +235,7 @@ class RunDirectory:
 
 def _comes_again(error: BaseException) -> bool:
     """Whether the same run would end the same way. A source that cannot be read may be readable later."""
-    return isinstance(error, StructPruneError) and not isinstance(error, CheckpointError)
+    return isinstance(error, StructPruneError) and not isinstance(error, CheckpointError | RankError)
 
 
 def _remove(path: Path) -> None:

@@ -13,9 +13,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from structprune.files import file_sum
+from structprune.ranks import ALONE, Ranks
 
 JOURNAL_NAME = "journal.jsonl"
 
@@ -27,15 +28,25 @@ def silent(text: str) -> None:
 class Journal:
     """Steps of one folder. A step that is recorded twice counts as it was the last time.
 
-    `notify` gets one line for everything that is found damaged.
+    `notify` gets one line for everything that is found damaged. Of several ranks the first reads and writes it; all
+    find the same.
     """
 
-    def __init__(self, folder: Path, notify: Callable[[str], None] = silent) -> None:
+    def __init__(self, folder: Path, notify: Callable[[str], None] = silent, ranks: Ranks = ALONE) -> None:
         self._folder = folder
         self._notify = notify
-        folder.mkdir(exist_ok=True)
-        path = folder / JOURNAL_NAME
-        self._lines = read_journal(path, notify)
+        self._ranks = ranks
+        self._lines: dict[str, dict[str, Any]] = {}
+        self.earlier_s = 0.0
+        self._opened = time.perf_counter()
+        self._handle: BinaryIO | None = None
+        if ranks.is_first:
+            self._open()
+
+    def _open(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / JOURNAL_NAME
+        self._lines = read_journal(path, self._notify)
         self.earlier_s = max((float(line["seconds"]) for line in self._lines.values()), default=0.0)
         self._opened = time.perf_counter()
         self._handle = path.open("ab")
@@ -47,15 +58,18 @@ class Journal:
         return self.earlier_s + time.perf_counter() - self._opened
 
     def line(self, step: str) -> Mapping[str, Any] | None:
-        """What was recorded of `step`, its files not looked at."""
+        """What was recorded of `step`, its files not looked at. On the first rank only."""
         return self._lines.get(step)
 
     def largest(self, name: str) -> int:
-        """The largest recorded value of that name; 0 if there is none."""
+        """The largest recorded value of that name; 0 if there is none. On the first rank only."""
         return max((int(line[name]) for line in self._lines.values() if name in line), default=0)
 
     def find(self, step: str, given: Any = None) -> Mapping[str, Any] | None:
         """What was recorded of `step`, if it depended on the same `given` and all of its files are as they were."""
+        return self._ranks.from_first(lambda: self._find(step, given))
+
+    def _find(self, step: str, given: Any) -> Mapping[str, Any] | None:
         line = self._lines.get(step)
         if line is None or line.get("given") != given:
             return None
@@ -70,7 +84,11 @@ class Journal:
         return line
 
     def record(self, step: str, files: Iterable[Path] = (), given: Any = None, **values: Any) -> Mapping[str, Any]:
-        """Append the step and sync the line, which is returned. The files must be written by now."""
+        """Append the step and sync the line, which is returned. Each rank must have written its part of the files."""
+        self._ranks.wait_for_all()
+        return self._ranks.from_first(lambda: self._record(step, files, given, values))
+
+    def _record(self, step: str, files: Iterable[Path], given: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
         line: dict[str, Any] = {"step": step, **values, "seconds": round(self.seconds, 3)}
         if given is not None:
             line["given"] = given
@@ -78,6 +96,7 @@ class Journal:
         if sums:
             line["files"] = sums
         text = json.dumps(line)
+        assert self._handle is not None
         self._handle.write(f"{json.dumps({**line, 'check': zlib.crc32(text.encode())})}\n".encode())
         self._handle.flush()
         os.fsync(self._handle.fileno())
@@ -86,14 +105,16 @@ class Journal:
         return self._lines[step]
 
     def clear(self) -> None:
-        """Forget every step."""
+        """Forget every step. On the first rank only."""
+        assert self._handle is not None
         self._handle.truncate(0)
         self._lines.clear()
         self.earlier_s, self._opened = 0.0, time.perf_counter()
 
     def close(self) -> None:
         """Close the file; what was found stays."""
-        self._handle.close()
+        if self._handle is not None:
+            self._handle.close()
 
 
 def read_journal(path: Path, notify: Callable[[str], None] = silent) -> dict[str, dict[str, Any]]:

@@ -170,6 +170,11 @@ class _Moments:
         if self.gram_AA is not None:
             self.gram_AA += x_TA.T @ x_TA
 
+    def add_up(self, tokens: MlpTokens) -> None:
+        tokens.add_up(self.residual_OA)
+        if self.gram_AA is not None:
+            tokens.add_up(self.gram_AA)
+
     def refit(self, factor: DampedCholesky) -> Affine:
         return update_affine(self.affine, self.residual_OA, factor)
 
@@ -190,6 +195,7 @@ def _start(
         error += energy(tokens.y_TD[rows] - weights.down(link_TN))
         size += penalties.beta * energy(tokens.y_TD[rows]) + penalties.gamma * energy(link_TN)
         size += penalties.alpha * (energy(z_TN) + (0.0 if s_TN is None else energy(s_TN)))
+    error, size = tokens.add_up(error), tokens.add_up(size)
     state = _State(
         weights=weights,
         refitted=weights,
@@ -254,6 +260,10 @@ def _sweep(
                 objective += penalties.alpha * energy(gate_gap_TN)
             gate_moments.add(x_TD, gate_gap_TN + dual_s)
 
+    for moments in (up_moments, gate_moments, down_moments):
+        if moments is not None:
+            moments.add_up(tokens)
+    objective = tokens.add_up(objective)
     down_factor = down_moments.factor(options.damping, "refit of the consumer on p")
     return _State(
         weights=weights,
@@ -295,13 +305,12 @@ def _update_latents(
 
 def _input_factor(tokens: MlpTokens, up: Affine, options: MlpOptions) -> DampedCholesky:
     """The Gram of the block's inputs never changes: factored once."""
-    gram_AA: Tensor | None = None
+    order = up.weight_OI.shape[1] + (up.bias_O is not None)
+    gram_AA = up.weight_OI.new_zeros(order, order, dtype=torch.float64)
     for rows in tokens.chunks(options.chunk_tokens):
         x_TA = up.with_ones(tokens.x_TD[rows])
-        product_AA = (x_TA.T @ x_TA).to(torch.float64)
-        gram_AA = product_AA if gram_AA is None else gram_AA.add_(product_AA)
-    assert gram_AA is not None
-    return damped_cholesky(gram_AA, options.damping, "refit of the producers on z")
+        gram_AA += (x_TA.T @ x_TA).to(torch.float64)
+    return damped_cholesky(tokens.add_up(gram_AA), options.damping, "refit of the producers on z")
 
 
 def _refit_down(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions) -> tuple[Affine, DampedCholesky]:
@@ -310,5 +319,6 @@ def _refit_down(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions) -> 
     for rows in tokens.chunks(options.chunk_tokens):
         hidden_TN = weights.hidden(tokens.x_TD[rows])
         moments.add(hidden_TN, tokens.y_TD[rows] - weights.down(hidden_TN))
+    moments.add_up(tokens)
     factor = moments.factor(options.damping, "refit of the consumer on its real inputs")
     return moments.refit(factor), factor

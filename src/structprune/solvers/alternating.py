@@ -19,7 +19,7 @@ from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky
 from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
-from structprune.solvers.mlp_block import CHUNK_TOKENS, MlpSolution, MlpTokens, MlpWeights, block_error
+from structprune.solvers.mlp_block import CHUNK_TOKENS, MlpSolution, MlpTokens, MlpWeights, block_error, zero_sum
 from structprune.solvers.mlp_updates import Affine, update_affine
 
 _MAX_HALVINGS = 4
@@ -107,14 +107,14 @@ class _UpOperator:
         self.shape = (len(weights.up.weight_OI), order)
         # The mean diagonal of A^T A is sum_t sum_n (h_tn^2 |V_n|^2) |x_t|^2 over the number of unknowns.
         norm_N = weights.down.weight_OI.square().sum(dim=0)
-        trace = 0.0
+        trace = zero_sum(tokens)
         # h of all tokens: every step of the conjugate gradients reads it twice.
         self.slope_TN = tokens.x_TD.new_empty(len(tokens.x_TD), self.shape[0])
         for rows in tokens.chunks(self.chunk_tokens):
             self.slope_TN[rows] = slope_TN = self._slope(rows)
             size_T = weights.up.with_ones(tokens.x_TD[rows]).square().sum(dim=1)
-            trace += float(((slope_TN.square() @ norm_N) * size_T).sum(dtype=torch.float64))
-        self.ridge = options.damping * trace / (self.shape[0] * self.shape[1])
+            trace += ((slope_TN.square() @ norm_N) * size_T).sum(dtype=torch.float64)
+        self.ridge = options.damping * float(tokens.add_up(trace)) / (self.shape[0] * self.shape[1])
 
     def _slope(self, rows: slice) -> Tensor:
         weights, x_TD = self.weights, self.tokens.x_TD[rows]
@@ -129,18 +129,19 @@ class _UpOperator:
             x_TD = self.tokens.x_TD[rows]
             residual_TD = self.tokens.y_TD[rows] - self.weights.down(self.weights.hidden(x_TD))
             total_NA += self._adjoint(rows, residual_TD)
-        return total_NA
+        return self.tokens.add_up(total_NA)
 
     def normal(self, change_NA: Tensor) -> Tensor:
         """(A^T A + ridge I) dU, (N, A) in float64."""
-        total_NA = self.ridge * change_NA
+        # The ridge is there once, however many add up.
+        total_NA = self.ridge / self.tokens.num_holders * change_NA
         change = change_NA.to(self.tokens.x_TD.dtype)
         down_DN = self.weights.down.weight_OI
         for rows in self.tokens.chunks(self.chunk_tokens):
             x_TA = self.weights.up.with_ones(self.tokens.x_TD[rows])
             output_TD = (self.slope_TN[rows] * (x_TA @ change.T)) @ down_DN.T
             total_NA += self._adjoint(rows, output_TD)
-        return total_NA
+        return self.tokens.add_up(total_NA)
 
     def _adjoint(self, rows: slice, output_TD: Tensor) -> Tensor:
         x_TA = self.weights.up.with_ones(self.tokens.x_TD[rows])
@@ -176,4 +177,6 @@ def _update_down(tokens: MlpTokens, weights: MlpWeights, options: AlternatingOpt
         hidden_TA = down.with_ones(hidden_TN)
         gram_AA += hidden_TA.T @ hidden_TA
         residual_DA += (tokens.y_TD[rows] - down(hidden_TN)).T @ hidden_TA
+    tokens.add_up(gram_AA)
+    tokens.add_up(residual_DA)
     return update_affine(down, residual_DA, damped_cholesky(gram_AA, options.damping, "refit of the consumer"))

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D hidden, N kept channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +18,26 @@ CHUNK_TOKENS = 512
 """Tokens in one step of an iterative solver: two dozen temporaries as wide as the MLP are alive at once."""
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpTokens:
-    """Inputs of the MLP (after the norm) and the outputs it should give, one row per token."""
+    """Inputs of the MLP (after the norm) and the outputs it should give, one row per token.
+
+    Some of the tokens, where several processes solve together: all that one solver needs of the others' are sums.
+    """
 
     x_TD: Tensor
     y_TD: Tensor
+    add_up: Callable[[Tensor], Tensor] = _same
+    """The sum over all that hold tokens, in place, the same bits for each; all ask for the same sums in one order."""
+    num_holders: int = 1
 
     def __post_init__(self) -> None:
-        assert len(self.x_TD) == len(self.y_TD) > 0
+        assert len(self.x_TD) == len(self.y_TD)
+        assert len(self.x_TD) > 0 or self.num_holders > 1
         assert self.x_TD.dtype == self.y_TD.dtype
         assert self.x_TD.dtype in (torch.float32, torch.float64)
 
@@ -79,7 +90,7 @@ def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = CHUN
     total = zero_sum(tokens)
     for rows in tokens.chunks(chunk_tokens):
         total += energy(tokens.y_TD[rows] - weights.down(weights.hidden(tokens.x_TD[rows])))
-    return float(total)
+    return float(tokens.add_up(total))
 
 
 def zero_sum(tokens: MlpTokens) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
+from structprune.ranks import Ranks, add_numbers
 
-# With four column strips 10 of the 16 tiles of the symmetric product are computed.
-_NUM_STRIPS = 4
+# Of columns: with four of them 10 of the 16 tiles of the symmetric product are computed.
+NUM_STRIPS = 4
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ class GramAccumulator:
 
     def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
         self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
-        self._strip = max(1, -(-num_inputs // _NUM_STRIPS))
+        self._strip = max(1, -(-num_inputs // NUM_STRIPS))
         self.sum_I = torch.zeros(num_inputs, dtype=torch.float64, device=device)
         self.num_tokens = 0
 
@@ -68,6 +69,13 @@ class GramAccumulator:
         self._gram_II += other._gram_II
         self.sum_I += other.sum_I
         self.num_tokens += other.num_tokens
+
+    def add_up(self, ranks: Ranks, owner: int) -> None:
+        """The sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
+        strips = range(0, len(self._gram_II), self._strip)
+        ranks.add_up([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
+        ranks.add_up([self.sum_I], owner)
+        self.num_tokens = int(add_numbers(ranks, [self.num_tokens], owner)[0])
 
     def finalize(self, where: str) -> Tensor:
         """The full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.

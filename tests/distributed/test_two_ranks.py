@@ -1,0 +1,55 @@
+"""Two gloo ranks on a two-layer model: the masks of one, bit-equal, one journal, and the bytes that the model names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import largest_difference, masks, run_ranks
+
+from structprune.api import inspect, prune
+from structprune.engine.wire import pruning_exchange
+from structprune.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_two_ranks_do_what_one_does(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "method": "structprune",
+        "scope": "all",
+        "calibration": str(text_file),
+        # Three windows and one more, so that one rank has more of each part.
+        "num_samples": 5,
+        "seq_len": 32,
+        "sensitivity_samples": 3,
+        "dtype": "float32",
+        "memory": "1GiB",
+        "multiple_of": 1,
+        "reload_check": False,
+    }
+    alone = prune(tiny_llama, Recipe.build(**settings), tmp_path / "alone")
+    ended = run_ranks(
+        2, [{"model": tiny_llama, "recipe": settings, "output": tmp_path / "two" / "out"}], tmp_path / "said"
+    )
+    assert ended.codes == {0: 0, 1: 0}, ended.errors
+    first, second = ended.said[0]
+    assert masks(tmp_path / "two" / "out") == masks(tmp_path / "alone")
+    # Sums of 160 float32 products in another order, through two factorisations.
+    assert largest_difference(tmp_path / "two" / "out", tmp_path / "alone") < 1e-4
+    assert first["blocks"] == second["blocks"]
+    assert len(first["blocks"]) == 2
+    assert first["report"] == second["report"]
+    assert first["report"]["num_ranks"] == 2
+    assert alone.num_ranks == 1
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["out"]
+
+    layout = inspect(tiny_llama)
+    for block, counted, other in zip(layout.blocks, first["bytes"], second["bytes"], strict=True):
+        kept = {line["kind"]: line["kept_units"] for line in first["report"]["blocks"] if line["block"] == block.index}
+        expected = pruning_exchange(block.groups, kept, layout.hidden_size, 4, parts=2, follows_dense=True)
+        assert counted == other
+        assert (counted["sums"], counted["tensors"]) == (expected.sums, expected.tensors)
+        # Four shares of a block: nothing else than small messages around the tensors.
+        assert counted["messages"] <= 4 * 4096
