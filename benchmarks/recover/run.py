@@ -36,12 +36,11 @@ def structprune(*arguments: object) -> None:
 
 def perplexities(model: object, texts: dict[str, Path]) -> dict[str, float]:
     """Of the first 16 windows of each text."""
-    found: dict[str, float] = {}
-    for name, path in texts.items():
-        command = [sys.executable, "-m", "structprune", "eval", str(model), "--text", str(path), *WINDOWS, "--json"]
-        done = subprocess.run([*command, "--max-windows", "16"], check=True, stdout=subprocess.PIPE, text=True)
-        found[name] = json.loads(done.stdout)["perplexity"]
-    return found
+    command = [sys.executable, "-m", "structprune", "eval", str(model), *WINDOWS, "--max-windows", "16", "--json"]
+    command += ["--text", *map(str, texts.values())]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout)["texts"]
+    return {name: row["perplexity"] for name, row in zip(texts, found, strict=True)}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,7 +218,8 @@ def test_a_link_that_is_cut(cut_off: Callable[[], None], model: Path, text_file:
         cut_off()
         said = [process.communicate(timeout=90)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], said
-    assert "rank 1 has given no sign of life for 8 s" in said[0]
+    # Both are so at the same time, and either may be found first.
+    assert re.search(r"rank 1 has given no sign of life for 8 s|rank 1 .*has not come to step \d+ for 8 s", said[0])
     assert "(rank 0) has not answered for 8 s: is the network cut?" in said[1]
     resume(tmp_path / "out")
     assert all_finite(tmp_path / "out")
