@@ -8,22 +8,19 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from structprune.architectures.source import gguf_file, resolve_model
 from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import tokenizer_bytes
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.checked import CheckedRun, num_probe, plan_run
+from structprune.engine.checked import check as check
 from structprune.engine.finish import load_report, versions
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
-from structprune.engine.plan import PlanRequest, PrunePlan
-from structprune.engine.planner import make_plan
+from structprune.engine.plan import PrunePlan
 from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS
@@ -33,10 +30,9 @@ from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportRes
 from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import expand_user
-from structprune.memory import PeakMeter, available_bytes, bound_hidden_memory
+from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
-from structprune.methods.method import Method
-from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, ranks_here, refuse_ranks
+from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe
 from structprune.recovery.finish import RECOVERY_REPORT_NAME
 from structprune.recovery.run import find_recovery, load_recovery_report, recover_model
@@ -44,29 +40,7 @@ from structprune.recovery.settings import RecoverySettings
 from structprune.report.recovery import RecoveryReport
 from structprune.report.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent
-from structprune.solvers import NUM_LATENTS
-from structprune.types import ModelLayout, UnitGroup, UnitKind
-
-_PROBE_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRun:
-    """A model and a recipe that go together; no weight has been read."""
-
-    directory: Path
-    stock: StockModel
-    method: Method
-    groups: tuple[UnitGroup, ...]
-    """Those in scope."""
-    recipe: Recipe
-    """Resolved but for what the calibration text and the memory decide."""
-    device: torch.device
-    dtype: torch.dtype
-    kinds: tuple[UnitKind, ...]
-    """Of the units in scope, in the order of the forward pass."""
-    foresight: Foresight
-    ranks: Ranks = ALONE
+from structprune.types import ModelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,56 +57,6 @@ class RunPlan:
     """Who will load the result."""
 
 
-def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun:
-    """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
-    method = METHODS.get(recipe.method)
-    device = resolve_device(recipe.device)
-    head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
-    opened: list[tuple[Path, StockModel]] = []
-
-    def open_source() -> None:
-        directory = resolve_model(str(model))
-        stock = StockModel(CheckpointReader(directory), head_units)
-        if stock.sliced:
-            raise UnsupportedError(
-                "the source is a sliced model with shortcut matrices, which no method can prune",
-                where=str(directory),
-                do="prune the dense model, or a model sliced with --structure uniform",
-            )
-        opened.append((directory, stock))
-
-    # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
-    ranks.from_first(open_source)
-    if not ranks.is_first:
-        open_source()
-    directory, stock = opened[0]
-    ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
-    # Measured where it is not said, so the ranks might find different ones.
-    dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
-    recipe = recipe.model_copy(
-        update={
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "seq_len": min(recipe.seq_len, stock.layout.max_positions),
-        }
-    )
-    walk, asked = WALKS[method.walk], recipe
-    recipe, groups = ranks.from_first(lambda: walk.resolve(asked, method, stock))
-    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
-    return CheckedRun(
-        directory=directory,
-        stock=stock,
-        method=method,
-        groups=groups,
-        recipe=recipe,
-        device=device,
-        dtype=dtype,
-        kinds=kinds,
-        foresight=ranks.from_first(lambda: walk.foresee(stock, recipe, kinds)),
-        ranks=ranks,
-    )
-
-
 def plan(model: str | Path, recipe: Recipe) -> RunPlan:
     """What `prune` would do: its memory and disk, the size of the result, and who will load it; reads headers only.
 
@@ -144,51 +68,10 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         source=str(model),
         recipe=checked.recipe,
         layout=checked.stock.layout,
-        plan=_plan(checked, checked.recipe.num_samples),
+        plan=plan_run(checked, checked.recipe.num_samples),
         foresight=checked.foresight,
         runtimes=runtimes(checked.foresight.shape),
     )
-
-
-def _num_probe(recipe: Recipe) -> int:
-    """Calibration windows whose perplexity is reported."""
-    return max(1, _PROBE_TOKENS // recipe.seq_len)
-
-
-def _plan(checked: CheckedRun, num_windows: int) -> PrunePlan:
-    recipe, stock, num_ranks = checked.recipe, checked.stock, checked.ranks.size
-    memory = recipe.memory
-    if memory is None and num_ranks > 1:
-        # Of the machine; the ranks on it share what is free.
-        memory = available_bytes() * 8 // 10 // ranks_here()
-    survey = checked.method.survey_for(recipe.allocator or "uniform")
-    request = PlanRequest(
-        layout=stock.layout,
-        groups=checked.groups,
-        stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
-        stored_dtypes=stock.reader.dtypes,
-        compute_dtype=checked.dtype,
-        num_windows=-(-num_windows // num_ranks),
-        seq_len=recipe.seq_len,
-        num_probe=min(_num_probe(recipe), num_windows),
-        needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
-        needs_survey=survey == "loss",
-        needs_scores=survey == "scores",
-        needs_weight_gradients=survey == "taylor",
-        follows_dense=recipe.target == "dense-path",
-        rehearses=recipe.outer_iterations > 0,
-        holds_out=recipe.damping == "auto",
-        score=recipe.score or "",
-        solves=recipe.solver not in ("mask-only", "bias"),
-        kept={kind: max(counts) for kind, counts in (checked.foresight.kept or {}).items()},
-        tokenizer_bytes=tokenizer_bytes(checked.directory),
-        text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
-        num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
-        sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
-        reload_check=recipe.reload_check,
-        num_ranks=num_ranks,
-    )
-    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory)
 
 
 def prune(
@@ -301,7 +184,7 @@ def _job(
     """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
 
     def plan(memory: int | None, num_windows: int) -> PrunePlan:
-        return _plan(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
+        return plan_run(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
 
     begun = checked.ranks.from_first(
         lambda: begin_or_go_on(
@@ -325,7 +208,7 @@ def _job(
         plan=begun.plan,
         calibration_name=begun.name,
         windows=begun.windows,
-        num_probe=min(_num_probe(checked.recipe), num_windows),
+        num_probe=min(num_probe(checked.recipe), num_windows),
         device=checked.device,
         dtype=checked.dtype,
         started=started - run.journal.earlier_s,

@@ -14,13 +14,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from structprune.api import CheckedRun, check
 from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
+from structprune.engine.checked import CheckedRun, check
 from structprune.engine.device import resolve_device, resolve_dtype
 from structprune.engine.observer import Observer
 from structprune.errors import InputError, StructPruneError
@@ -237,8 +237,6 @@ def _in_processes(spec: CellSpec, output: Path, *, keep: bool) -> CellResult:
     except BaseException:
         _discard(checkpoint)
         raise
-    # The next run of a cell begins anew.
-    shutil.rmtree(_partial(checkpoint), ignore_errors=True)
     if not keep or result.failure is not None:
         _discard(checkpoint)
     return result
