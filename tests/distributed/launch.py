@@ -19,6 +19,22 @@ from torch import Tensor
 MANY_RANKS = Path(__file__).with_name("many_ranks.py")
 
 
+def settings(text_file: Path) -> dict[str, Any]:
+    """Of a run with every kind of exchange. Windows are such that one of two ranks has more of each part."""
+    return {
+        "method": "structprune",
+        "scope": "all",
+        "calibration": str(text_file),
+        "num_samples": 5,
+        "seq_len": 32,
+        "sensitivity_samples": 3,
+        "dtype": "float32",
+        "memory": "1GiB",
+        "multiple_of": 1,
+        "reload_check": False,
+    }
+
+
 def environment() -> dict[str, str]:
     """One thread per rank: on tiny tensors threads only wait for each other."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "", "COLUMNS": "200"}

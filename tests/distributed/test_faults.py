@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Ended, largest_difference, masks, run_ranks
+from launch import Ended, largest_difference, masks, run_ranks, settings
 
 from conftest import save_tiny
 from structprune.api import prune, resume
@@ -31,18 +31,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     base = tmp_path_factory.mktemp("faults")
-    recipe = {
-        "method": "structprune",
-        "scope": "all",
-        "calibration": str(text_file),
-        "num_samples": 5,
-        "seq_len": 32,
-        "sensitivity_samples": 3,
-        "dtype": "float32",
-        "memory": "1GiB",
-        "multiple_of": 1,
-        "reload_check": False,
-    }
+    recipe = settings(text_file)
     model = save_tiny("llama", base / "model", num_blocks=3)
     prune(model, Recipe.build(**recipe), base / "whole")
     return Place(model=model, recipe=recipe, whole=base / "whole")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from launch import largest_difference, masks, run_ranks
+from launch import largest_difference, masks, run_ranks, settings
 
 from structprune.api import inspect, prune
 from structprune.engine.wire import pruning_exchange
@@ -16,22 +15,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_two_ranks_do_what_one_does(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "method": "structprune",
-        "scope": "all",
-        "calibration": str(text_file),
-        # Three windows and one more, so that one rank has more of each part.
-        "num_samples": 5,
-        "seq_len": 32,
-        "sensitivity_samples": 3,
-        "dtype": "float32",
-        "memory": "1GiB",
-        "multiple_of": 1,
-        "reload_check": False,
-    }
-    alone = prune(tiny_llama, Recipe.build(**settings), tmp_path / "alone")
+    asked = settings(text_file)
+    alone = prune(tiny_llama, Recipe.build(**asked), tmp_path / "alone")
     ended = run_ranks(
-        2, [{"model": tiny_llama, "recipe": settings, "output": tmp_path / "two" / "out"}], tmp_path / "said"
+        2, [{"model": tiny_llama, "recipe": asked, "output": tmp_path / "two" / "out"}], tmp_path / "said"
     )
     assert ended.codes == {0: 0, 1: 0}, ended.errors
     first, second = ended.said[0]

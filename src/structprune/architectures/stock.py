@@ -323,6 +323,11 @@ class StockModel:
         tied = f"{self.family.embedding_modules[0]}.weight"
         return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
 
+    def load_head(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """`head` of the checkpoint's tensors, cast as they are read."""
+        tensors = self.reader.read(self.head_tensors(), dtype=dtype)
+        return self.head({name: tensor.to(device) for name, tensor in tensors.items()})
+
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
         parts: list[nn.Module] = []

@@ -169,9 +169,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
 
 def _losses(job: Job, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
     """Mean negative log-likelihood of the windows whose last hidden states are in each store."""
-    tensors = job.reader.read(job.stock.head_tensors(), dtype=job.dtype)
-    head = job.stock.head({n: t.to(job.device) for n, t in tensors.items()})
-    del tensors
+    head = job.stock.load_head(job.device, job.dtype)
     labels_NS = job.windows.ids_NS[:num_windows, 1:].to(job.device)
     losses: dict[int, float] = {}
     for index, store in streams.items():

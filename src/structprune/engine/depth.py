@@ -6,7 +6,6 @@ Nothing here belongs to units: a block is taken or left, so there is no allocati
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from structprune.engine.block_choice import BLOCK_SCORES, Choice
 from structprune.engine.embed import embed, open_store
 from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.finish import Outcome, finish
-from structprune.engine.fixed_settings import without_units
+from structprune.engine.fixed_settings import num_to_remove, without_units
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -41,8 +40,7 @@ from structprune.types import ModelLayout
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
     """The smallest number of blocks, which are all alike, that holds at least `sparsity` of the blocks' parameters."""
-    # The epsilon keeps 0.3 * 10 from becoming 4 blocks through binary rounding.
-    return math.ceil(sparsity * len(layout.blocks) - 1e-9)
+    return num_to_remove(sparsity, len(layout.blocks))
 
 
 def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:

@@ -28,7 +28,7 @@ from structprune.engine.allotment import check_shared_out
 from structprune.engine.embed import embed, open_store
 from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.finish import Outcome, finish
-from structprune.engine.fixed_settings import without_units
+from structprune.engine.fixed_settings import num_to_remove, without_units
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import Observer
@@ -45,12 +45,6 @@ from structprune.types import UnitGroup
 
 # What the report and the manifest call it.
 KIND = "expert"
-
-
-def num_removed_experts(sparsity: float, num_experts: int) -> int:
-    """The smallest number of experts that holds at least `sparsity` of a mixture, its router's rows counted."""
-    # The epsilon keeps 0.3 * 10 from becoming 4 experts through binary rounding.
-    return math.ceil(sparsity * num_experts - 1e-9)
 
 
 def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
@@ -80,7 +74,7 @@ def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[
     others["sensitivity_samples"] = Recipe.model_fields["sensitivity_samples"].default
     recipe = without_units(recipe, method, "whole experts", others)
     total, chosen = getattr(stock.config, experts.count_field), getattr(stock.config, experts.chosen_field)
-    remove = num_removed_experts(recipe.sparsity, total)
+    remove = num_to_remove(recipe.sparsity, total)
     if remove > total - chosen:
         raise InputError(
             "fewer experts would be left than a token is sent to",
@@ -102,7 +96,7 @@ def foresee_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> 
     check_shared_out(stock, recipe, {})
     layout, experts = stock.layout, _experts(stock)
     total = getattr(stock.config, experts.count_field)
-    remove = num_removed_experts(recipe.sparsity, total)
+    remove = num_to_remove(recipe.sparsity, total)
     config = _with_fewer(layout.config, stock, total - remove)
     each = sum(
         math.prod(shape) // (total if name == experts.router else 1)
@@ -274,7 +268,7 @@ def _experts(stock: StockModel) -> Experts:
 
 def _num_kept(job: Job, experts: Experts) -> int:
     total: int = getattr(job.stock.config, experts.count_field)
-    return total - num_removed_experts(job.recipe.sparsity, total)
+    return total - num_to_remove(job.recipe.sparsity, total)
 
 
 def _with_fewer(config: Mapping[str, Any], stock: StockModel, num_experts: int) -> dict[str, Any]:

@@ -132,8 +132,7 @@ class Judged:
 @torch.no_grad()
 def judge(job: Job, outcome: Outcome) -> Judged:
     """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
-    tensors = job.reader.read(job.stock.head_tensors(), dtype=job.dtype)
-    head = job.stock.head({n: t.to(job.device) for n, t in tensors.items()})
+    head = job.stock.load_head(job.device, job.dtype)
     labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
     result: list[float] = []
     for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):

@@ -1,7 +1,8 @@
-"""Settings that a walk does not have: what a recipe says of them must be the one value that there is."""
+"""What walks over whole blocks and whole experts have in common: how many go, and settings that mean nothing there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,12 @@ from structprune.methods.method import Method
 from structprune.recipe import Recipe
 
 _OF_UNITS = ("min_retention", "max_retention", "outer_iterations", "allow_block_removal")
+
+
+def num_to_remove(sparsity: float, total: int) -> int:
+    """The smallest number of `total` things, which are all alike, that is at least the share `sparsity` of them."""
+    # The epsilon keeps 0.3 * 10 from becoming 4 through binary rounding.
+    return math.ceil(sparsity * total - 1e-9)
 
 
 def without_units(recipe: Recipe, method: Method, what: str, others: Mapping[str, Any]) -> Recipe:

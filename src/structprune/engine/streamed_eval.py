@@ -121,7 +121,7 @@ def evaluate_streamed(
                 release_free_memory()
                 observer.advance(f"block {block.index}")
             finals.append(store)
-        heads = [_head(stock, device, dtype) for stock in models]
+        heads = [stock.load_head(device, dtype) for stock in models]
         results: list[PerplexityResult] = []
         first = 0
         for text in texts:
@@ -146,11 +146,6 @@ def _score_window(heads: Sequence[nn.Module], hidden: Sequence[Tensor], ids_S: T
         wanted_TV = logits[0] if len(logits) > 1 else None
         sums += score_predictions(logits[-1], ids_S[1:][part], wanted_TV)
     return sums
-
-
-def _head(stock: StockModel, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    tensors = stock.reader.read(stock.head_tensors(), dtype=dtype)
-    return stock.head({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def _head_bytes(stock: StockModel, dtype: torch.dtype) -> int:

@@ -132,8 +132,7 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
 
     With labels drawn from the model's own prediction at each position E[g g^T] is the true Fisher information.
     """
-    tensors = job.reader.read(job.stock.head_tensors(), dtype=job.dtype)
-    head = job.stock.head({n: t.to(job.device) for n, t in tensors.items()})
+    head = job.stock.load_head(job.device, job.dtype)
     generator = torch.Generator(device=job.device).manual_seed(job.recipe.seed)
     _, seq_len, hidden = gradient.shape
     drawn = labels == "sampled"
