@@ -54,6 +54,13 @@ def test_any_columns_give_a_drawing_inside_its_frame(values: list[float | None])
     assert svg.count("<rect") == sum(value is not None for value in values)
 
 
+def test_values_whose_logarithms_are_equal_have_an_axis() -> None:
+    points = [(0.0, 1e12), (1.0, 999999999999.998)]
+    svg = line_chart("t", [Series(label="a", points=points)], linear(), log())
+    assert svg.count("<circle") == 2
+    assert all(-1 <= number <= 361 for number in numbers(svg))
+
+
 def test_columns_are_as_high_as_their_values() -> None:
     svg = column_chart("t", [("0", 1.0), ("1", 0.5), ("2", None)], "block", linear(low=0.0, high=1.0), marked=[1])
     heights = [float(found) for found in re.findall(r'<rect[^>]*height="([\d.]+)"', svg)]

@@ -212,7 +212,8 @@ def _scale(values: Sequence[float], axis: Axis, start: float, stop: float, *, nu
 
 def _log_scale(low: float, high: float, start: float, stop: float) -> _Scale:
     """With a margin, and ticks at 1, 2, 5 of each decade, or at decades where there are many."""
-    if high <= low:
+    # Of values closer than this the logarithms may be equal.
+    if high <= low * (1 + 1e-9):
         low, high = low / 1.5, low * 1.5
     first, last = math.log10(low), math.log10(high)
     margin = 0.04 * (last - first)
