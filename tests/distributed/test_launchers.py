@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +95,39 @@ def test_torchrun(model: Path, text_file: Path, tmp_path: Path) -> None:
     assert masks(tmp_path / "two") == masks(tmp_path / "alone")
     assert largest_difference(tmp_path / "two", tmp_path / "alone") < 1e-4
     assert report["calibration"]["pruned_perplexity"] == pytest.approx(alone.calibration.pruned_perplexity, rel=1e-4)
+
+
+def two_nodes(port: int) -> list[list[str]]:
+    """One launcher per machine, which meet at a port: here both on this one."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    return [[*torchrun, "-m", "structprune"]] * 2
+
+
+def accelerate(port: int) -> list[list[str]]:
+    """Its launcher for GPUs; on a machine without, the ranks take the CPU."""
+    pytest.importorskip("accelerate")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [[*launch, "--main_process_port", str(port), "-m", "structprune"]]
+
+
+@pytest.mark.parametrize("launchers", [two_nodes, accelerate])
+def test_other_launchers(
+    launchers: Callable[[int], list[list[str]]], model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    values = settings(text_file) | {"method": "fasp", "num_samples": 4}
+    prune(model, Recipe.build(**values), tmp_path / "alone")
+    pruned = ["prune", str(model), "-o", str(tmp_path / "two"), *flags(values), "--json"]
+    processes = [start([*launcher, *pruned]) for launcher in launchers(free_port())]
+    with ended_at_last(*processes):
+        said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    # Whichever launcher has rank 0, that one prints.
+    (report,) = [json.loads(output) for output, _ in said if output]
+    assert report["num_ranks"] == 2
+    assert masks(tmp_path / "two") == masks(tmp_path / "alone")
+    assert largest_difference(tmp_path / "two", tmp_path / "alone") < 1e-4
 
 
 def test_a_rank_is_killed_under_torchrun(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -218,8 +250,7 @@ def test_a_link_that_is_cut(cut_off: Callable[[], None], model: Path, text_file:
         cut_off()
         said = [process.communicate(timeout=90)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], said
-    # Both are so at the same time, and either may be found first.
-    assert re.search(r"rank 1 has given no sign of life for 8 s|rank 1 .*has not come to step \d+ for 8 s", said[0])
+    assert "rank 1 has given no sign of life for 8 s" in said[0]
     assert "(rank 0) has not answered for 8 s: is the network cut?" in said[1]
     resume(tmp_path / "out")
     assert all_finite(tmp_path / "out")

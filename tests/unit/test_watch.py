@@ -106,6 +106,15 @@ def test_who_does_not_come_is_named(ranks: Ranks) -> None:
 
 
 @pytest.mark.distributed
+def test_who_is_silent_is_not_called_alive(ranks: Ranks) -> None:
+    """It stops while the others wait for it, so both limits are over at nearly the same time."""
+    for rank in (0, 2):
+        ranks.watches[rank].enter()
+    ranks.watches[1].stop()
+    assert f"rank 1 has given no sign of life for {LIMIT_S:g} s" in ranks.said(0)
+
+
+@pytest.mark.distributed
 def test_a_task_may_take_longer(ranks: Ranks) -> None:
     ranks.watches[1].busy = True
     for rank in (0, 2):

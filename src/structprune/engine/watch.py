@@ -21,6 +21,8 @@ from structprune.errors import RankError
 BEAT_S = 0.5
 # A process that is known to have lost somebody takes one for dead after this silence; others wait for the whole limit.
 _DEAD_S = 6 * BEAT_S
+# Who was heard so lately is alive.
+_FRESH_S = 4 * BEAT_S
 # Swapping and busy machines stop threads for seconds.
 _LONGEST_SILENCE_S = 60.0
 # A rank may have a task that all others wait for: a solve, or the end of the run. It may take so many times as long.
@@ -204,6 +206,9 @@ class Watch:
             return
         signs = [[int(number) for number in value.split()] if value else [0, 0, 0, 0] for value, _ in self._beats]
         behind = min((r for r in range(self.size) if r != self.rank), key=lambda r: signs[r][1])
+        if now - self._beats[behind][1] > _FRESH_S:
+            # Not known to be alive: it is heard again, or its silence ends the run.
+            return
         _, reached, busy, _ = signs[behind]
         limit_s = self.timeout_s * (_TASK_PATIENCE if busy else 1)
         if reached >= step:
