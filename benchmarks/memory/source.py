@@ -1,11 +1,14 @@
 """Checkpoints with random weights and the true shapes of published models, a few blocks of each.
 
 Weights are one table of random numbers read again and again from another place: as fast as the disk, no two rows alike,
-and no Gram of them is singular by itself.
+and no Gram of them is singular by itself. For other programs than those beside this file:
+
+    python benchmarks/memory/source.py llama-3.2-1b --blocks 4 -o out/llama-1b
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 from collections.abc import Mapping
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import Shape
+from shapes import SHAPES, Shape
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -84,3 +87,16 @@ def _write_weights(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: tor
 def _bytes(values: torch.Tensor) -> memoryview:
     array: Any = values.contiguous().view(torch.uint8).numpy().reshape(-1)
     return memoryview(array)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=SHAPES)
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory to create")
+    options = parser.parse_args()
+    write_source(SHAPES[options.model], options.blocks, options.output)
+
+
+if __name__ == "__main__":
+    main()

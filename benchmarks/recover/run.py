@@ -1,11 +1,12 @@
 """How much of the lost log perplexity each mode of `structprune recover` gives back in the same time, on SmolLM2-135M.
 
-    python benchmarks/recover/run.py -o out/recover [--sparsities 0.3 0.5] [--modes stream blocks lora] [--minutes 5]
+    python benchmarks/recover/run.py -o out/recover [--sparsities 0.3 0.5] [--modes stream blocks lora] [--minutes 2 4]
                                      [options of structprune recover]
 
-Students: `structprune` with the settings of protocol P1 (benchmarks/p1.py), made once. Text to learn from: all windows
-of the training text, in a seeded order. Tests: those of P1, the first 16 windows of 1024 tokens of WikiText-2
-validation and of the interpreter's reference manual. Share of the loss given back:
+Students: `structprune` with the settings of protocol P1 (benchmarks/p1.py), made once, or put there as
+OUT/student-SPARSITY. Each number of minutes is a run of its own, whose learning rate falls over them. Text to learn
+from: all windows of the training text, in a seeded order. Tests: those of P1, the first 16 windows of 1024 tokens of
+WikiText-2 validation and of the interpreter's reference manual. Share of the loss given back:
 (log before - log after) / (log before - log dense).
 Mode lora needs `peft`. Run again, it goes on; the result is OUT/recover.json.
 """
@@ -13,6 +14,7 @@ Mode lora needs `peft`. Run again, it goes on; the result is OUT/recover.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--modes", nargs="+", default=["stream", "blocks", "lora"])
-    parser.add_argument("--minutes", default="5")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[2, 4])
     given, others = parser.parse_known_args()
     output: Path = given.output
     output.mkdir(parents=True, exist_ok=True)
@@ -73,13 +75,13 @@ def main() -> None:
             structprune("prune", "smollm2", "-o", student, *settings, *train, "--sparsity", sparsity)
         if f"{sparsity:g}" not in result:
             measure(f"{sparsity:g}", student)
-        for mode in given.modes:
-            key, recovered = f"{sparsity:g} {mode}", output / f"{mode}-{sparsity:g}"
+        for mode, minutes in itertools.product(given.modes, given.minutes):
+            key, recovered = f"{sparsity:g} {mode} {minutes:g}", output / f"{mode}-{sparsity:g}-{minutes:g}"
             if key in result:
                 continue
             started = time.perf_counter()
             if not recovered.exists():
-                limit = ["--minutes", given.minutes, "--mode", mode]
+                limit = ["--minutes", minutes, "--mode", mode]
                 structprune(
                     "recover", student, "--teacher", "smollm2", "-o", recovered, *train, *limit, *WINDOWS, *others
                 )
