@@ -27,7 +27,8 @@ import torch
 from structprune import Recipe, prune
 from structprune.memory import parse_bytes
 
-torch.set_num_threads(1)
+if int(sys.argv[4]):
+    torch.set_num_threads(int(sys.argv[4]))
 report = prune(sys.argv[1], Recipe.build(**json.loads(sys.argv[3])), sys.argv[2])
 print(report.memory.model_dump_json())
 """
@@ -54,10 +55,10 @@ def settings(text_file: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def pruned_in_a_process(model: Path, output: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Its memory report."""
+def pruned_in_a_process(model: Path, output: Path, values: dict[str, Any], threads: int = 1) -> dict[str, Any]:
+    """Its memory report. No number of threads: as many as there are cores."""
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(model), str(output), json.dumps(values)],
+        [sys.executable, "-c", _CHILD, str(model), str(output), json.dumps(values), str(threads)],
         capture_output=True,
         text=True,
         check=False,
@@ -109,3 +110,20 @@ def test_a_run_keeps_to_its_plan(
     if store == "file":
         # No smaller than it is named, by a mebibyte.
         assert memory["budget_bytes"] - memory["planned_peak_bytes"] < 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.realmodel
+@pytest.mark.parametrize("method", ["fasp", "structprune"])
+def test_the_real_model_in_bfloat16(method: str, smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Kernels, caches and code of the libraries as they are in use, on all cores."""
+    values = settings(
+        shared_data / "wikitext2" / "train-1mb.raw.txt",
+        method=method,
+        seq_len=1024,
+        sensitivity_samples=12,
+        dtype="bfloat16",
+        multiple_of=1,
+    )
+    memory = pruned_in_a_process(smollm2, tmp_path / "out", values, threads=0)
+    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= 1.25 * memory["measured_peak_bytes"]

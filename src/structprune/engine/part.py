@@ -136,7 +136,12 @@ def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) 
     if energy <= 0:
         return 0.0, 0.0, 0.0
     given = (kept_K, problem.weight_OI, problem.gram_II, problem.target_OI, energy)
-    before = fitting_error(problem.weight_OI[:, kept_K], *given)
+    if problem.target_OI is None:
+        # What the removed inputs gave, and no other product.
+        removed_P = problem.kept_inputs(~keep_U)
+        before = output_energy(problem.weight_OI[:, removed_P], problem.gram_II, removed_P)
+    else:
+        before = fitting_error(problem.weight_OI[:, kept_K], *given)
     after = fitting_error(result.weight_OK, *given)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
