@@ -40,7 +40,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/p1.py -o out/p1 --methods structprune fasp wanda-sp --sparsities 0.3
 
-# Adds lm-eval to the environment, then runs the real tasks of docs/zero-shot.md; half an hour.
+# Adds lm-eval to the environment, then runs the real tasks of docs/zero-shot.md; some minutes.
 zero-shot: setup
 	$(PIP) -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/e2e/test_zero_shot.py

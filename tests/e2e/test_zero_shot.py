@@ -79,7 +79,7 @@ def test_scores_are_those_of_the_losses(tasks: Path, tiny_llama: Path, capsys: p
 @pytest.mark.realmodel
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_model_knows_more_than_chance(tasks: Path, smollm2: Path) -> None:
-    """Half an hour on two cores: all seven tasks; the dense model is far above a coin's toss where it can be."""
+    """A minute or three on two cores: all seven tasks; the dense model is far above a coin's toss where it can be."""
     from structprune.assess import EvaluationRequest, evaluate_all
 
     result = evaluate_all(smollm2, EvaluationRequest(tasks_dir=tasks, task_limit=100))
