@@ -46,8 +46,8 @@ def against_others() -> str:
     Cells whose models were not timed are left out: other work shared the cores then.
     """
     cells = [cell for cell in read(P1 / "comparison.json")["cells"] if cell["speed"] is not None]
-    # What an earlier cell had measured already for this one would have been its own.
-    seconds = {(c["label"], c["sparsity"]): c["wall_seconds"] + c["shared_seconds"] for c in cells}
+    # Measurements that an earlier cell had made are in these in full.
+    seconds = {(c["label"], c["sparsity"]): c["wall_seconds"] for c in cells}
     for line in (P1 / "peers.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         seconds[f"{row['method']} (peer)", row["sparsity"]] = row["seconds"]
