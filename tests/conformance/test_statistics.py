@@ -116,3 +116,26 @@ def test_sums_of_any_split_are_one_pass() -> None:
     first.merge(second)
     assert torch.equal(whole.sum_I, x_TI.double().sum(dim=0))
     assert torch.equal(first.sum_I, whole.sum_I)
+
+
+def test_targets_are_summed_beside_the_inputs() -> None:
+    x_TI, target_TO = integers(60, 7), integers(60, 3, seed=1)
+    whole, first, second = (GramAccumulator(7, num_outputs=3) for _ in range(3))
+    whole.update(x_TI, target_TO)
+    first.update(x_TI[:13].bfloat16(), target_TO[:13])
+    second.update(x_TI[13:].bfloat16(), target_TO[13:])
+    first.merge(second)
+    for accumulator in (whole, first):
+        assert accumulator.target_OI is not None
+        assert torch.equal(accumulator.target_OI, target_TO.T @ x_TI)
+        assert accumulator.target_energy == pytest.approx(float(target_TO.double().square().sum()), rel=1e-6)
+
+
+def test_batches_whose_float32_copy_is_kept() -> None:
+    # Each is above the 8 MiB from which the copy stays; the second is shorter than the first, the third longer.
+    sizes = [1100, 1050, 1200]
+    x_TI = integers(sum(sizes), 2048)
+    accumulator = GramAccumulator(2048)
+    for batch_TI in x_TI.bfloat16().split(sizes):
+        accumulator.update(batch_TI)
+    assert torch.equal(accumulator.finalize("here"), x_TI.T @ x_TI)

@@ -103,7 +103,9 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
     expected = {(b.index, g.kind): torch.zeros(32, 32) for b in job.stock.layout.blocks for g in job.stock.groups}
     for window in range(NUM_WINDOWS):
         logits_SV = model(input_ids=job.windows.ids_NS[window : window + 1]).logits[0, :-1]
-        labels_S = torch.cat([draw_tokens(part.detach(), generator)[:, 0] for part in logits_SV.split(32)])
+        labels_S = torch.cat(
+            [draw_tokens(part.detach().softmax(dim=-1), generator)[:, 0] for part in logits_SV.split(32)]
+        )
         model.zero_grad()
         nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").backward()
         for key, output in outputs.items():
@@ -149,7 +151,7 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
     generator = torch.Generator().manual_seed(job.recipe.seed)
     for window in range(NUM_WINDOWS):
         logits_SV = model(input_ids=job.windows.ids_NS[window : window + 1]).logits[0, :-1]
-        labels_S = draw_tokens(logits_SV.detach(), generator)[:, 0]
+        labels_S = draw_tokens(logits_SV.detach().softmax(dim=-1), generator)[:, 0]
         nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").backward()
         expected = embedded[-1].grad
         assert expected is not None

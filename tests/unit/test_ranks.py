@@ -68,11 +68,11 @@ def test_turns() -> None:
 
 
 def test_labels_do_not_depend_on_who_draws() -> None:
-    logits = torch.randn(4, 5, 11, generator=torch.Generator().manual_seed(1))
+    probabilities = torch.randn(4, 5, 11, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
     everything = torch.Generator().manual_seed(3)
-    drawn = [draw_tokens(part, everything) for part in logits]
+    drawn = [draw_tokens(part, everything) for part in probabilities]
     second = torch.Generator().manual_seed(3)
-    for number, part in enumerate(logits):
+    for number, part in enumerate(probabilities):
         if number % 2:
             assert torch.equal(draw_tokens(part, second), drawn[number])
         else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
+from structprune.architectures.attention import TILED
 from structprune.architectures.counts import check_counts
 from structprune.architectures.family import Family
 from structprune.architectures.head import capped
@@ -251,7 +252,10 @@ class StockModel:
         nothing and take no tensors.
         """
         assert not self.sliced, "the stock layer would ignore the shortcuts"
-        layer = self._empty_layer(index, config or self.block_configs[index], removed)
+        own: Any = copy.copy(config or self.block_configs[index])
+        if own._attn_implementation == "sdpa":
+            own._attn_implementation = TILED
+        layer = self._empty_layer(index, own, removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         return layer.requires_grad_(False)
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
 from structprune.engine.job import Job
 from structprune.engine.propagate import Propagator, captured, tapped
+from structprune.linalg.squares import energy
 from structprune.ranks import add_numbers
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Stage, UnitGroup
@@ -58,13 +58,12 @@ def measure(
     """
     owners = owners or {}
     inputs: dict[str, Tensor] = {}
-    accumulators = {part.name: GramAccumulator(part.num_units * part.width, job.device) for part in parts}
-    target_OI: Tensor | None = None
-    if reference is not None:
-        assert len(parts) == 1, "what one of several parts is to add is not known"
-        num_inputs = parts[0].num_units * parts[0].width
-        target_OI = torch.zeros(job.stock.layout.hidden_size, num_inputs, device=job.device)
-    energy, residual_energy = 0.0, 0.0
+    assert reference is None or len(parts) == 1, "what one of several parts is to add is not known"
+    num_outputs = 0 if reference is None else job.stock.layout.hidden_size
+    accumulators = {
+        part.name: GramAccumulator(part.num_units * part.width, job.device, num_outputs=num_outputs) for part in parts
+    }
+    residual_energy = 0.0
     for start, stop in streams.propagator.batches(*windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
@@ -72,7 +71,7 @@ def measure(
             for part in parts:
                 stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
             residual_BSD = streams.propagator.forward(module, block.index, streams.pruned, start, stop)
-        residual_energy += float(residual_BSD.float().square().sum(dtype=torch.float64))
+        residual_energy += float(energy(residual_BSD))
         while inputs:
             name, x_TI = inputs.popitem()
             target_TD = None
@@ -84,23 +83,19 @@ def measure(
                 scale_T1 = token_scale(output_BSD, eps)
                 x_TI = x_TI / scale_T1
                 target_TD = None if target_TD is None else target_TD / scale_T1
-            accumulators[name].update(x_TI)
-            if target_TD is not None and target_OI is not None:
-                target_OI.addmm_(target_TD.T, x_TI.to(torch.float32))
-                energy += float(target_TD.square().sum(dtype=torch.float64))
+            accumulators[name].update(x_TI, target_TD)
     found: dict[str, Moments] = {}
     for name, accumulator in accumulators.items():
         owner = owners.get(name, 0)
         accumulator.add_up(job.ranks, owner)
-        job.ranks.add_up([] if target_OI is None else [target_OI], owner)
-        total_energy, total_residual = add_numbers(job.ranks, [energy, residual_energy], owner)
+        (total_residual,) = add_numbers(job.ranks, [residual_energy], owner)
         if owner == job.ranks.rank:
             found[name] = Moments(
                 sum_I=accumulator.sum_I.cpu(),
                 num_tokens=accumulator.num_tokens,
                 gram_II=accumulator.finalize(f"block {block.index} {name}").cpu(),
-                target_OI=None if target_OI is None else target_OI.cpu(),
-                target_energy=None if target_OI is None else total_energy,
+                target_OI=None if accumulator.target_OI is None else accumulator.target_OI.cpu(),
+                target_energy=None if reference is None else accumulator.target_energy,
                 residual_energy=total_residual,
             )
     return found

@@ -117,8 +117,11 @@ def _decide(job: Job, problem: LayerProblem, num_keep: int) -> tuple[Tensor, Sol
 
 
 def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
-    """What a search for the units was worth: its objective, and that of as many units by their own output energy."""
-    if job.score not in SELECTORS or bool(keep_U.all()):
+    """What a search for the units was worth: its objective, and that of as many units by their own output energy.
+
+    A search in units of the loss has another objective, and two factorisations are too dear for a remark.
+    """
+    if job.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
         return {}
     ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
     return {

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from structprune.architectures.attention import scratch_bytes
 from structprune.engine.plan import PlanRequest, PrunePlan
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound
 from structprune.engine.slice_bytes import slice_phases
@@ -43,10 +44,8 @@ _EXCHANGE_BYTES = 64 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 LOGIT_TOKENS = 32
-# Beside each logit: in float32 it, its log-softmax and a temporary of the loss. Where labels are drawn and the loss is
-# differentiated, probabilities, their sums in float64 and a gradient of each of these.
+# Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
 _LOSS_BYTES = 3 * 4
-_DRAW_BYTES = 6 * 8
 # Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and
 # one more inside a kernel; backward what each of these operations keeps, and their gradients.
 _SCORE_BYTES = 3 * 4
@@ -90,9 +89,9 @@ def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
     )
 
 
-def logit_bytes(vocab_size: int, dtype: torch.dtype, *, drawn: bool = False) -> int:
-    """Of the logits that are there at once, with what a loss makes of them, and a draw of labels or a gradient."""
-    return LOGIT_TOKENS * vocab_size * (dtype.itemsize + (_DRAW_BYTES if drawn else _LOSS_BYTES))
+def logit_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+    """Of the logits that are there at once, with what a loss or its gradient makes of them."""
+    return LOGIT_TOKENS * vocab_size * (dtype.itemsize + _LOSS_BYTES)
 
 
 def solver_windows(num_windows: int, seq_len: int) -> int:
@@ -123,7 +122,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     cast = sum(_numel(block, name) * item for name in names if request.stored_dtypes[name] != request.compute_dtype)
     # Of one window.
     num_scores = request.layout.num_score_heads * request.seq_len**2
-    activations = micro_batch * (request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES)
+    tiles = scratch_bytes(request.seq_len) if request.compute_dtype == torch.bfloat16 and not num_scores else 0
+    activations = _activation_bytes(block, hidden, micro_batch * request.seq_len * item, tiles)
+    activations += micro_batch * num_scores * _SCORE_BYTES
     # As wide as the stream: small ones leave holes in the heap.
     if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
         activations += _HEAP_STATES * states
@@ -162,13 +163,12 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_survey or request.needs_weight_gradients:
         # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
-        kept = 3 * request.seq_len * _activation_width(block, hidden) * item + num_scores * _SCORE_BYTES_BACKWARD
+        kept = 3 * _activation_bytes(block, hidden, request.seq_len * item) + num_scores * _SCORE_BYTES_BACKWARD
         sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         # A block's sums wait at their owner while other blocks are differentiated.
         waiting = sums if request.num_ranks > 1 else 0
         phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
-        drawn = logit_bytes(request.layout.vocab_size, request.compute_dtype, drawn=True)
-        phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + drawn
+        phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + logits
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
         sums = sum(_gram_bytes(group) for group in request.groups)
@@ -290,6 +290,7 @@ def _problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> Grou
         score=request.score,
         solves=request.solves,
         holds_out=request.holds_out,
+        judged=group.kind == "mlp" and request.num_latents > 0,
         follows_dense=request.follows_dense,
         priced=request.needs_survey,
         reordered=group.consumer.repeat > 1,
@@ -329,10 +330,10 @@ def _mask_bytes(request: PlanRequest, micro_batch: int) -> int:
     return (3 + micro_batch * item) * square if windowed else 0
 
 
-def _activation_width(block: BlockLayout, hidden: int) -> int:
-    """Floats per token that a block's forward holds at its peak: the MLP's or the attention's, whichever is wider.
+def _activation_bytes(block: BlockLayout, hidden: int, one_each: int, tiles: int = 0) -> int:
+    """What a block's forward holds at its peak, `one_each` bytes being one number per token: the MLP's or attention's.
 
-    MLP: gate, activated gate, up and product; attention: q, k, v, turned and with repeated heads, and the output.
+    MLP: gate, activated gate, up and product; attention: q, k, v, turned and with repeated heads, the output, `tiles`.
     """
     widest = max(g.num_units * g.width for g in block.groups)
-    return max(4 * widest + 4 * hidden, 10 * hidden)
+    return max((4 * widest + 4 * hidden) * one_each, 10 * hidden * one_each + tiles)

@@ -107,7 +107,7 @@ def _refitted(
 ) -> SolveResult:
     """The consumer behind the proposal, on the rank that has the sums."""
     problem = layer_problem(job, block, group, tensors, [part for part in measured if part is not None])
-    return SOLVERS.get("least-squares")(problem, torch.ones(problem.num_units, dtype=torch.bool))
+    return SOLVERS.get(job.solver)(problem, torch.ones(problem.num_units, dtype=torch.bool))
 
 
 def _tokens(

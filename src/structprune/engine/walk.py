@@ -150,10 +150,13 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
         gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
         for start, stop in parts:
             part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
-            logits_TV = head(part_TD).float()
-            labels_T = draw_tokens(logits_TV.detach(), generator)[:, 0] if drawn else ids_S[start + 1 : stop + 1]
-            loss = nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
-            gradient_SD[start:stop] = torch.autograd.grad(loss, part_TD)[0].float()
+            logits_TV = head(part_TD)
+            # The derivative of the cross entropy by the logits: probabilities, less one at the label.
+            by_logits_TV = logits_TV.detach().float().softmax(dim=-1)
+            labels_T1 = draw_tokens(by_logits_TV, generator) if drawn else ids_S[start + 1 : stop + 1, None]
+            by_logits_TV.scatter_add_(1, labels_T1, by_logits_TV.new_full(labels_T1.shape, -1.0))
+            found_TD = torch.autograd.grad(logits_TV, part_TD, by_logits_TV.to(logits_TV.dtype))[0]
+            gradient_SD[start:stop] = found_TD.float()
         gradient.write(own, gradient_SD[None].cpu())
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from structprune.linalg.squares import strip_rows
 from structprune.scores import SELECTORS, WORKSPACE
 from structprune.solvers.mlp_block import CHUNK_TOKENS
+from structprune.solvers.restoration import NUM_TRIALS, SKETCH_ROWS
 
 # What the linear algebra library keeps for its factorisations.
 _LIBRARY_BYTES = 8 * 2**20
@@ -29,6 +30,8 @@ class GroupProblem:
     solves: bool
     """Whether the consumer is solved again, and not only cut."""
     holds_out: bool
+    judged: bool
+    """Whether the answer is also solved without the held-out windows."""
     follows_dense: bool
     priced: bool
     """Whether the sensitivity of the consumer's output is part of the problem."""
@@ -114,10 +117,17 @@ class GroupProblem:
         last = square + self._kept_weight * (2 if self.follows_dense else 1)
         if not self.holds_out:
             return last
-        # Sums of the other windows. A trial: its right side, the best so far, and what they are added to; then the sum.
+        # Sums of the other windows beside a trial, or beside their own answer.
         fit = self.gram + self.cross
-        judged = 4 * self._kept_weight + self._strip + (0 if self.follows_dense else self._weight)
-        return max(last, fit + max(square + 3 * self._kept_weight, judged))
+        judged = max(last, self._errors) if self.judged else 0
+        return max(last, fit + max(self._trials, judged))
+
+    @property
+    def _trials(self) -> int:
+        # Of the mixed weight, targets and rests, all inputs; of right sides, answers and what is compared, kept ones.
+        rows = min(SKETCH_ROWS, self.outputs)
+        mixed = rows * 8 * (3 * self.inputs + (4 + NUM_TRIALS) * self._kept_bound)
+        return 2 * self._square(self._kept_bound) + self._strip + mixed
 
     @property
     def _errors(self) -> int:

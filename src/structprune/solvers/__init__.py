@@ -17,9 +17,9 @@ SOLVERS: Registry[Solver] = Registry(
         "bias": "structprune.solvers.restoration:mean_bias",
         "least-squares": "structprune.solvers.restoration:least_squares",
         # Before and after the alternation; see ITERATIVE.
-        "admm": "structprune.solvers.restoration:least_squares",
-        "admm-duals": "structprune.solvers.restoration:least_squares",
-        "alternating": "structprune.solvers.restoration:least_squares",
+        "admm": "structprune.solvers.restoration:judged_least_squares",
+        "admm-duals": "structprune.solvers.restoration:judged_least_squares",
+        "alternating": "structprune.solvers.restoration:judged_least_squares",
     },
 )
 

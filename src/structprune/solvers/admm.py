@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.damped import DampedCholesky, damped_cholesky
+from structprune.linalg.squares import energy
 from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
 from structprune.solvers.mlp_block import (
     CHUNK_TOKENS,
@@ -26,7 +27,6 @@ from structprune.solvers.mlp_block import (
     MlpTokens,
     MlpWeights,
     block_error,
-    energy,
     zero_sum,
 )
 from structprune.solvers.mlp_updates import (

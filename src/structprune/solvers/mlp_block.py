@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structprune.linalg.squares import energy
 from structprune.solvers.iterate import IterateStatus
 from structprune.solvers.mlp_updates import Activation, Affine
 
@@ -96,8 +97,3 @@ def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = CHUN
 def zero_sum(tokens: MlpTokens) -> Tensor:
     """A float64 sum on the tokens' device: read once per pass."""
     return torch.zeros((), dtype=torch.float64, device=tokens.x_TD.device)
-
-
-def energy(x: Tensor) -> Tensor:
-    """Sum of squares in float64, a scalar on the same device."""
-    return x.square().sum(dtype=torch.float64)

@@ -1,81 +1,85 @@
-"""Gram matrix of a linear map's input, accumulated over calibration tokens.
+"""Gram matrix of a linear map's input, and its product with a target, accumulated over calibration tokens.
 
-Shape suffixes: T tokens, I inputs.
+Shape suffixes: T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
+from structprune.linalg.products import exact_bfloat16_products
+from structprune.linalg.squares import energy
+from structprune.memory import HEAP_BLOCK_BYTES
 from structprune.ranks import Ranks, add_numbers
 
 # Of columns: with four of them 10 of the 16 tiles of the symmetric product are computed.
 NUM_STRIPS = 4
 
 
-@contextlib.contextmanager
-def exact_bfloat16_products() -> Generator[None]:
-    """Inside the context the CPU multiplies float32 matrices as bfloat16 and adds in float32, where it can.
-
-    For matrices whose values are bfloat16 numbers, where this is exact but for the order of the sums. Twice as fast on
-    CPUs with matrix units, and no change on others.
-    """
-    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    # Older versions of torch have one setting for the whole process instead, which is not ours to change.
-    before = getattr(products, "fp32_precision", None)
-    if before is None:
-        yield
-        return
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
 class GramAccumulator:
-    """sum_t x_t and, in float32, sum_t x_t x_t^T: its upper strips; the lower triangle is mirrored by `finalize`."""
+    """sum_t x_t and, in float32, sum_t x_t x_t^T: its upper strips; the lower triangle is mirrored by `finalize`.
 
-    def __init__(self, num_inputs: int, device: torch.device | str = "cpu") -> None:
+    With `num_outputs` also sum_t y_t x_t^T in float32, and sum_t |y_t|^2, of what the map should give.
+    """
+
+    def __init__(self, num_inputs: int, device: torch.device | str = "cpu", *, num_outputs: int = 0) -> None:
         self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
         self._strip = max(1, -(-num_inputs // NUM_STRIPS))
+        self._wide_TI = torch.empty(0, device=device)
         self.sum_I = torch.zeros(num_inputs, dtype=torch.float64, device=device)
+        self.target_OI = torch.zeros(num_outputs, num_inputs, device=device) if num_outputs else None
+        self.target_energy = 0.0
         self.num_tokens = 0
 
-    def update(self, x_TI: Tensor) -> None:
-        """Add the tokens of one batch, shape (tokens, inputs) of any float dtype.
+    def update(self, x_TI: Tensor, target_TO: Tensor | None = None) -> None:
+        """Add the tokens of one batch, (tokens, inputs) in any float dtype, and targets, (tokens, outputs) in float32.
 
         Products of bfloat16 numbers are exact in float32, so units that multiply bfloat16 and add in float32 lose
-        nothing there; they are used where the CPU has them.
+        nothing there; they are used where the CPU has them. Targets are no bfloat16 numbers.
         """
-        products = exact_bfloat16_products() if x_TI.dtype == torch.bfloat16 else contextlib.nullcontext()
-        x_TI = x_TI.to(torch.float32)
-        with products:
+        narrow = x_TI.dtype == torch.bfloat16
+        x_TI = self._widened(x_TI)
+        with exact_bfloat16_products() if narrow else contextlib.nullcontext():
             for start in range(0, x_TI.shape[1], self._strip):
                 stop = start + self._strip
                 self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+        if self.target_OI is not None:
+            assert target_TO is not None
+            self.target_OI.addmm_(target_TO.T, x_TI)
+            self.target_energy += float(energy(target_TO))
         self.sum_I += x_TI.sum(dim=0)
         self.num_tokens += len(x_TI)
+
+    def _widened(self, x_TI: Tensor) -> Tensor:
+        """In float32. A large copy stays for the next batch: the pages of a new one cost more than the copying."""
+        if x_TI.dtype == torch.float32 or x_TI.numel() * 4 < HEAP_BLOCK_BYTES:
+            return x_TI.to(torch.float32)
+        if len(self._wide_TI) < len(x_TI):
+            self._wide_TI = torch.empty(x_TI.shape, device=x_TI.device)
+        return self._wide_TI[: len(x_TI)].copy_(x_TI)
 
     def merge(self, other: GramAccumulator) -> None:
         """Add another accumulator's tokens."""
         assert self._gram_II.shape == other._gram_II.shape
         self._gram_II += other._gram_II
         self.sum_I += other.sum_I
+        if self.target_OI is not None:
+            assert other.target_OI is not None
+            self.target_OI += other.target_OI
+            self.target_energy += other.target_energy
         self.num_tokens += other.num_tokens
 
     def add_up(self, ranks: Ranks, owner: int) -> None:
         """The sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
         strips = range(0, len(self._gram_II), self._strip)
         ranks.add_up([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
-        ranks.add_up([self.sum_I], owner)
-        self.num_tokens = int(add_numbers(ranks, [self.num_tokens], owner)[0])
+        ranks.add_up([self.sum_I, *([] if self.target_OI is None else [self.target_OI])], owner)
+        num_tokens, self.target_energy = add_numbers(ranks, [self.num_tokens, self.target_energy], owner)
+        self.num_tokens = int(num_tokens)
 
     def finalize(self, where: str) -> Tensor:
         """The full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.
@@ -83,7 +87,7 @@ class GramAccumulator:
         The accumulator gives its memory away and cannot be used afterwards.
         """
         gram_II = self._gram_II
-        del self._gram_II
+        del self._gram_II, self._wide_TI
         diagonal = gram_II.diagonal()
         if not torch.isfinite(diagonal).all():
             bad = int((~torch.isfinite(diagonal)).sum())

@@ -1,0 +1,29 @@
+"""How matrix products are computed on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def exact_bfloat16_products() -> Generator[None]:
+    """Inside the context the CPU multiplies float32 matrices as bfloat16 and adds in float32, where it can.
+
+    For matrices whose values are bfloat16 numbers, where this is exact but for the order of the sums. Twice as fast on
+    CPUs with matrix units, and no change on others.
+    """
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    # Older versions of torch have one setting for the whole process instead, which is not ours to change.
+    before = getattr(products, "fp32_precision", None)
+    if before is None:
+        yield
+        return
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
