@@ -6,7 +6,8 @@ operations over the measured matrix rate (`matmul`), once as the stock blocks ta
 The rates are taken before and after each pruning and averaged. With `--clock cpu` seconds are those of the process,
 which other work on the machine changes less than those of the wall; take one thread with it.
 
-    python benchmarks/speed/floor.py [--methods fasp structprune] [--num-samples 48] [--clock wall] [--output FILE]
+    python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
+        [--seq-len 1024] [--clock wall] [--output FILE]
 
 Shape suffixes: B windows, S positions, T tokens, D hidden size, I inputs of a consumer.
 """
@@ -97,8 +98,8 @@ def floor_of(model: Any, consumers: list[str], num_samples: int, seq_len: int, c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=default)
+    data = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    parser.add_argument("--calibration", type=Path, default=data / "wikitext2" / "train-1mb.raw.txt")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--methods", nargs="+", default=["fasp", "structprune"])
     parser.add_argument("--sparsity", type=float, default=0.3)
@@ -122,7 +123,7 @@ def main() -> None:
                 sparsity=arguments.sparsity,
                 num_samples=arguments.num_samples,
                 seq_len=arguments.seq_len,
-                calibration=str(arguments.data / "wikitext2" / "train-1mb.raw.txt"),
+                calibration=str(arguments.calibration),
                 multiple_of=1,
                 reload_check=False,
             )
@@ -141,6 +142,7 @@ def main() -> None:
                     "clock": arguments.clock,
                     "threads": torch.get_num_threads(),
                     "num_samples": arguments.num_samples,
+                    "seq_len": arguments.seq_len,
                     "spent_s": round(spent, 2),
                     "matmul_s": round(matmul, 2),
                     "stock_s": round(stock, 2),

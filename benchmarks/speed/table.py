@@ -30,8 +30,10 @@ def read(path: Path) -> Any:
 def floors() -> str:
     rows = [
         [
-            path.stem.removeprefix("floor-"),
-            *(row[name] for name in ("method", "num_samples", "spent_s")),
+            path.stem.removeprefix("floor-").removesuffix("-128x2048"),
+            row["method"],
+            f"{row['num_samples']} x {row['seq_len']}",
+            row["spent_s"],
             *(f"{row[name]:.2f}" for name in ("over_stock_floor", "over_matmul_floor")),
         ]
         for path in sorted(HERE.glob("floor-*.json"))

@@ -28,6 +28,7 @@ from structprune.engine.findings import load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
 from structprune.engine.plan import PrunePlan
+from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.problem import layer_problem
 from structprune.engine.survey import backward, survey
 from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
@@ -104,7 +105,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
     for window in range(NUM_WINDOWS):
         logits_SV = model(input_ids=job.windows.ids_NS[window : window + 1]).logits[0, :-1]
         labels_S = torch.cat(
-            [draw_tokens(part.detach().softmax(dim=-1), generator)[:, 0] for part in logits_SV.split(32)]
+            [draw_tokens(part.detach().softmax(dim=-1), generator)[:, 0] for part in logits_SV.split(LOGIT_TOKENS)]
         )
         model.zero_grad()
         nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").backward()

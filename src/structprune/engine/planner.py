@@ -43,7 +43,8 @@ _SURVEY_KERNEL_BYTES = 16 * 2**20
 _EXCHANGE_BYTES = 64 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
-LOGIT_TOKENS = 32
+# Each piece reads the whole output projection: with 32 tokens that took as long as the products.
+LOGIT_TOKENS = 64
 # Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
 _LOSS_BYTES = 3 * 4
 # Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and

@@ -39,7 +39,8 @@ class GramAccumulator:
         """Add the tokens of one batch, (tokens, inputs) in any float dtype, and targets, (tokens, outputs) in float32.
 
         Products of bfloat16 numbers are exact in float32, so units that multiply bfloat16 and add in float32 lose
-        nothing there; they are used where the CPU has them. Targets are no bfloat16 numbers.
+        nothing there; they are used where the CPU has them. Targets are then rounded too: they are differences of
+        bfloat16 states, so they are known to half a unit of the larger state's last place, and no better.
         """
         narrow = x_TI.dtype == torch.bfloat16
         x_TI = self._widened(x_TI)
@@ -47,10 +48,10 @@ class GramAccumulator:
             for start in range(0, x_TI.shape[1], self._strip):
                 stop = start + self._strip
                 self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
-        if self.target_OI is not None:
-            assert target_TO is not None
-            self.target_OI.addmm_(target_TO.T, x_TI)
-            self.target_energy += float(energy(target_TO))
+            if self.target_OI is not None:
+                assert target_TO is not None
+                self.target_OI.addmm_(target_TO.T, x_TI)
+                self.target_energy += float(energy(target_TO))
         self.sum_I += x_TI.sum(dim=0)
         self.num_tokens += len(x_TI)
 
