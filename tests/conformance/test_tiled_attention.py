@@ -5,6 +5,7 @@ Shape suffixes: B windows, H heads, K key-value heads, S positions, D width of q
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from conftest import TINY_MODELS, save_tiny
 from structprune.architectures import attention
 from structprune.architectures.attention import causal_attention, tiled_attention
+from structprune.architectures.stock import StockModel, output_tensor
+from structprune.checkpoint.reader import CheckpointReader
 
 
 def heads(num_windows: int, num_heads: int, length: int, width: int, seed: int) -> Tensor:
@@ -94,3 +98,23 @@ def test_sdpa_does_what_is_differentiated() -> None:
     found, _ = tiled_attention(Attention(), query, key, value, **PLAIN)
     by_query, by_key, by_value = torch.autograd.grad(found.float().square().sum(), [query, key, value])
     assert all(float(gradient.float().norm()) > 0 for gradient in (by_query, by_key, by_value))
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+@torch.no_grad()
+def test_blocks_of_every_family_agree_with_sdpa(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = StockModel(CheckpointReader(save_tiny(kind, tmp_path / kind)))
+    block = stock.layout.blocks[0]
+    tensors = {n: t.bfloat16() for n, t in stock.reader.read(block.shapes, block.prefix).items()}
+    embedding = {n: t.bfloat16() for n, t in stock.reader.read(stock.embedding_tensors()).items()}
+    hidden_BSD, inputs = stock.embed(torch.arange(48)[None] % 30, embedding)
+    module = stock.block(0, tensors)
+    # The tiny models know few positions.
+    monkeypatch.setattr(attention, "_POSITIONS", range(48, 49))
+    tiled = output_tensor(module(hidden_BSD, **inputs.kwargs[0])).float()
+    monkeypatch.setattr(attention, "_POSITIONS", range(0))
+    sdpa = output_tensor(module(hidden_BSD, **inputs.kwargs[0])).float()
+    assert float((tiled - sdpa).norm() / sdpa.norm()) < 1e-2
+    # What a block computes with leaves the model's own setting alone.
+    own: Any = stock.block_configs[0]
+    assert own._attn_implementation == stock.family.attention_implementation
