@@ -114,3 +114,13 @@ def test_compacted(rows_C: Tensor | None, transposed: bool) -> None:
     matrix_II = (matrix_II + torch.arange(900.0).reshape(30, 30)).T if transposed else matrix_II
     expected = (matrix_II if rows_C is None else matrix_II[rows_C])[:, COLUMNS].clone()
     assert torch.equal(compacted(matrix_II, rows_C, COLUMNS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_energy_of_any_dtype(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = squares.energy(x)
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(
+        float(x.double().square().sum()), rel=1e-14 if dtype == torch.float64 else 1e-6
+    )

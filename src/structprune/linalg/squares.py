@@ -68,11 +68,12 @@ def output_energy(weight_OA: Tensor, gram_II: Tensor, inputs_A: Tensor | None = 
 
 
 def energy(x: Tensor) -> Tensor:
-    """Sum of squares, each row's in float32 and theirs in float64: a scalar on the same device, no copy of the whole.
+    """Sum of squares, each row's in float32 or wider and theirs in float64: a scalar on the same device, without a copy.
 
     A sum in float64 over numbers of a narrower dtype takes 25 times as long.
     """
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).to(torch.float64).square().sum()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=wide).to(torch.float64).square().sum()
 
 
 def add_columns(sum_OK: Tensor, values_OI: Tensor, columns_K: Tensor) -> Tensor:
