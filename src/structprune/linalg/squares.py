@@ -68,7 +68,7 @@ def output_energy(weight_OA: Tensor, gram_II: Tensor, inputs_A: Tensor | None = 
 
 
 def energy(x: Tensor) -> Tensor:
-    """Sum of squares, each row's in float32 or wider and theirs in float64: a scalar on the same device, without a copy.
+    """Sum of squares, each row's in float32 or wider, theirs in float64: a scalar on the same device, without a copy.
 
     A sum in float64 over numbers of a narrower dtype takes 25 times as long.
     """
