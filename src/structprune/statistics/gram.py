@@ -78,9 +78,11 @@ class GramAccumulator:
         """The sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
         strips = range(0, len(self._gram_II), self._strip)
         ranks.add_up([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
-        ranks.add_up([self.sum_I, *([] if self.target_OI is None else [self.target_OI])], owner)
-        num_tokens, self.target_energy = add_numbers(ranks, [self.num_tokens, self.target_energy], owner)
-        self.num_tokens = int(num_tokens)
+        ranks.add_up([self.sum_I], owner)
+        self.num_tokens = int(add_numbers(ranks, [self.num_tokens], owner)[0])
+        if self.target_OI is not None:
+            ranks.add_up([self.target_OI], owner)
+            (self.target_energy,) = add_numbers(ranks, [self.target_energy], owner)
 
     def finalize(self, where: str) -> Tensor:
         """The full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.
