@@ -30,7 +30,7 @@ def test_strips_of_a_gram() -> None:
 def test_one_block_by_hand() -> None:
     mlp = group("mlp", 8, 1)
     local = pruning_exchange([mlp], {"mlp": 6}, 4, 2, parts=1, follows_dense=False)
-    assert (local.sums, local.tensors) == (gram_bytes(8) + 16, 6 * 8 + 6 * 4 * 2)
+    assert (local.sums, local.tensors) == (gram_bytes(8) + 8, 6 * 8 + 6 * 4 * 2)
     dense = pruning_exchange([mlp], {"mlp": 6}, 4, 2, parts=2, follows_dense=True)
     assert (dense.sums, dense.tensors) == (2 * (gram_bytes(8) + 16 + 8 * 4 * 4), local.tensors)
     survey = survey_exchange([mlp, group("attention", 2, 4)], 4)
