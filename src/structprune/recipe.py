@@ -42,6 +42,11 @@ def settings_fingerprint(settings: BaseModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def default_sensitivity_samples(seq_len: int) -> int:
+    """Windows of the streamed backward pass where the recipe names none: what it finds depends on their tokens."""
+    return max(1, min(24, 24_576 // seq_len))
+
+
 class Recipe(BaseModel):
     """What to prune and how. `None` means: chosen by the planner, and written into the resolved recipe."""
 
@@ -94,8 +99,11 @@ class Recipe(BaseModel):
     protect_last: int | None = Field(
         default=None, ge=0, description="blocks at the end that lose nothing; None: the method's"
     )
-    sensitivity_samples: int = Field(
-        default=24, ge=1, description="windows of the streamed backward pass, or of measured losses"
+    sensitivity_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="windows of the streamed backward pass, or of measured losses; None: 24, or fewer where those have "
+        "more than 24,576 tokens",
     )
     tensor_parallel: int = Field(
         default=1, ge=1, description="processes that will share each block: its heads and widths divide by this"

@@ -332,7 +332,8 @@ def test_report_and_manifest(
     assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
     resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target")
-    settings = dict.fromkeys((*resolvable, "structure", "head_units", "protect_first", "protect_last"))
+    resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples")
+    settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
     assert None not in resolved.model_dump().values()
     assert manifest["calibration"] == written["calibration"]

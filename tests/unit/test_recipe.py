@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from structprune.errors import InputError
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, default_sensitivity_samples
 
 # A value per field that differs from the default.
 CHANGES: dict[str, Any] = {
@@ -48,6 +48,13 @@ CHANGES: dict[str, Any] = {
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "expected"), [(2, 24), (1024, 24), (1025, 23), (2048, 12), (24_576, 1), (131_072, 1)]
+)
+def test_windows_of_the_backward_pass(seq_len: int, expected: int) -> None:
+    assert default_sensitivity_samples(seq_len) == expected
 
 
 def test_yaml(recipe_file: Path) -> None:

@@ -90,7 +90,10 @@ def recipe_from_flags(
         int | None, typer.Option(help="Blocks at the end that lose nothing.  [default: the method's]")
     ] = None,
     sensitivity_samples: Annotated[
-        int | None, typer.Option(help="Windows of the streamed backward pass, or of measured losses.  [default: 24]")
+        int | None,
+        typer.Option(
+            help="Windows of the streamed backward pass, or of measured losses.  [default: 24,576 tokens, at most 24]"
+        ),
     ] = None,
     tensor_parallel: Annotated[
         int | None,

@@ -109,7 +109,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
     it is copied, and the copy passes that block by. So candidates share what comes before their block, which halves
     the work, and as many borders' hidden states are kept as there are candidates, and one more.
     """
-    num_windows = min(job.recipe.sensitivity_samples, len(job.windows.ids_NS))
+    num_windows = job.num_backward
     blocks = job.stock.layout.blocks
     protect_first, protect_last = job.protected
     may_go = range(protect_first, len(blocks) - protect_last)

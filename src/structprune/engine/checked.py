@@ -22,7 +22,7 @@ from structprune.memory import available_bytes
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks, ranks_here
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.solvers import NUM_LATENTS
 from structprune.types import UnitGroup, UnitKind
 
@@ -74,11 +74,13 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
     ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
     # Measured where it is not said, so the ranks might find different ones.
     dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
+    seq_len = min(recipe.seq_len, stock.layout.max_positions)
     recipe = recipe.model_copy(
         update={
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
-            "seq_len": min(recipe.seq_len, stock.layout.max_positions),
+            "seq_len": seq_len,
+            "sensitivity_samples": recipe.sensitivity_samples or default_sensitivity_samples(seq_len),
         }
     )
     walk, asked = WALKS[method.walk], recipe
@@ -110,6 +112,7 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
     if memory is None and num_ranks > 1:
         # Of the machine; the ranks on it share what is free.
         memory = available_bytes() * 8 // 10 // ranks_here()
+    assert recipe.sensitivity_samples is not None
     survey = checked.method.survey_for(recipe.allocator or "uniform")
     request = PlanRequest(
         layout=stock.layout,

@@ -32,7 +32,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.report.schema import BlockReport, PruneReport
 from structprune.runs.directory import RunDirectory
 from structprune.types import ModelLayout
@@ -54,8 +54,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         raise UnsupportedError(
             f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
         )
-    default = Recipe.model_fields["sensitivity_samples"].default
-    others = {} if score == "measured-loss" else {"sensitivity_samples": default}
+    others = {} if score == "measured-loss" else {"sensitivity_samples": default_sensitivity_samples(recipe.seq_len)}
     fixed = without_units(recipe, method, f"whole blocks chosen by {score!r}", others)
     if any(block.shapes != blocks[0].shapes for block in blocks):
         raise UnsupportedError(
@@ -93,8 +92,7 @@ def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
     if remove == 0:
         return replace(request, num_windows=request.num_probe)
     if recipe.score == "measured-loss":
-        windows = min(recipe.sensitivity_samples, request.num_windows)
-        return replace(request, num_windows=windows, num_stores=free + 1, compares="losses")
+        return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares="losses")
     return replace(request, num_stores=remove + 1, compares="borders")
 
 

@@ -38,7 +38,7 @@ from structprune.engine.walk import load_block
 from structprune.errors import InputError, UnsupportedError
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.report.schema import BlockReport, PruneReport
 from structprune.runs.directory import RunDirectory
 from structprune.types import UnitGroup
@@ -71,7 +71,7 @@ def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[
         )
     # The stock config has one number of experts for all blocks.
     others = {"protect_first": 0, "protect_last": 0}
-    others["sensitivity_samples"] = Recipe.model_fields["sensitivity_samples"].default
+    others["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
     recipe = without_units(recipe, method, "whole experts", others)
     total, chosen = getattr(stock.config, experts.count_field), getattr(stock.config, experts.chosen_field)
     remove = num_to_remove(recipe.sparsity, total)

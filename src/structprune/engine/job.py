@@ -153,7 +153,8 @@ class Job:
 
     @property
     def num_backward(self) -> int:
-        """Windows, the first ones, of the streamed backward pass."""
+        """Windows, the first ones, of the streamed backward pass, or of measured losses."""
+        assert self.recipe.sensitivity_samples is not None
         return min(self.recipe.sensitivity_samples, len(self.windows.ids_NS))
 
     @property

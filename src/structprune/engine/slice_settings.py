@@ -12,7 +12,7 @@ from structprune.engine.foresight import Foresight, shape_of
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config
 from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.types import BlockLayout, ModelLayout
 
 _DEFAULT_MULTIPLE = 8
@@ -43,9 +43,11 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
             got=f"--scope {recipe.scope}",
             wanted="--scope all",
         )
-    for name in _OF_UNITS:
+    defaults = {name: Recipe.model_fields[name].default for name in _OF_UNITS}
+    defaults["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
+    for name, default in defaults.items():
         value = getattr(recipe, name)
-        if value != Recipe.model_fields[name].default:
+        if value != default:
             flag = "--" + name.replace("_", "-")
             raise UnsupportedError(
                 f"method {method.name!r} removes no units, so {flag} has no meaning",
