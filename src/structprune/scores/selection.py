@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structprune.linalg.damped import damped_cholesky, inverted, solved
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
-from structprune.linalg.squares import output_energy, times_gram
+from structprune.linalg.squares import energy, output_energy, times_gram
 from structprune.types import LayerProblem
 
 # Units that leave together in greedy removal, as a share of all: 128 steps for the whole width.
@@ -72,11 +72,11 @@ def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
     min over V, removed columns zero, of sum |V x - W x|^2, up to the ridge of the decision.
     """
     delta = problem.damping * (float(problem.gram_II.diagonal().mean(dtype=torch.float64)) or 1.0)
-    ridge = delta * float(problem.weight_OI.square().sum(dtype=torch.float64))
-    energy = 0.5 * (output_energy(problem.weight_OI, problem.gram_II) + ridge)
-    if energy <= 0:
+    ridge = delta * float(energy(problem.weight_OI))
+    whole = 0.5 * (output_energy(problem.weight_OI, problem.gram_II) + ridge)
+    if whole <= 0:
         return 0.0
-    return set_objective(problem.weight_OI, problem.gram_II, delta, keep_U, problem.width) / energy
+    return set_objective(problem.weight_OI, problem.gram_II, delta, keep_U, problem.width) / whole
 
 
 def shrunk_gram(problem: LayerProblem) -> Tensor:
