@@ -3,7 +3,8 @@
 Floor = the products of one forward pass of the calibration tokens through the blocks, and of the Gram matrices of the
 consumers in scope, at the rates that this machine reaches in the same run for these very shapes: once as floating-point
 operations over the measured matrix rate (`matmul`), once as the stock blocks take, norms and activations too (`stock`).
-The rates are taken before and after each pruning and averaged. With `--clock cpu` seconds are those of the process,
+The rates are taken before and after each pruning and averaged; each pruning has a process of its own, so that its
+memory is that of a command. With `--clock cpu` seconds are those of the process,
 which other work on the machine changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,27 @@ def floor_of(model: Any, consumers: list[str], num_samples: int, seq_len: int, c
     return Floor(matmul_s=matmul_s * scale, stock_s=stock_s * scale, gram_s=gram_s * scale)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """What one pruning took."""
+
+    seconds: float
+    planned_bytes: int
+    measured_bytes: int
+
+
+def pruned(model: str, recipe: Recipe, clock: str) -> Pruned:
+    start = CLOCKS[clock]()
+    with tempfile.TemporaryDirectory() as folder:
+        report = prune(model, recipe, Path(folder) / "out")
+    assert report.compute_dtype == "bfloat16", f"the floor is of bfloat16, the run of {report.compute_dtype}"
+    return Pruned(
+        seconds=CLOCKS[clock]() - start,
+        planned_bytes=report.memory.planned_peak_bytes,
+        measured_bytes=report.memory.measured_peak_bytes,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -116,41 +140,40 @@ def main() -> None:
         return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, clock)
 
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for method in arguments.methods:
-            recipe = Recipe(
-                method=method,
-                sparsity=arguments.sparsity,
-                num_samples=arguments.num_samples,
-                seq_len=arguments.seq_len,
-                calibration=str(arguments.calibration),
-                multiple_of=1,
-                reload_check=False,
-            )
-            floors = [sample()]
-            start = clock()
-            report = prune(arguments.model, recipe, Path(folder) / method)
-            spent = clock() - start
-            assert report.compute_dtype == "bfloat16", f"the floor is of bfloat16, the run of {report.compute_dtype}"
-            floors.append(sample())
-            matmul, stock, gram = (
-                sum(getattr(each, name) for each in floors) / len(floors) for name in ("matmul_s", "stock_s", "gram_s")
-            )
-            rows.append(
-                {
-                    "method": method,
-                    "clock": arguments.clock,
-                    "threads": torch.get_num_threads(),
-                    "num_samples": arguments.num_samples,
-                    "seq_len": arguments.seq_len,
-                    "spent_s": round(spent, 2),
-                    "matmul_s": round(matmul, 2),
-                    "stock_s": round(stock, 2),
-                    "gram_s": round(gram, 2),
-                    "over_matmul_floor": round(spent / (matmul + gram), 3),
-                    "over_stock_floor": round(spent / (stock + gram), 3),
-                }
-            )
+    for method in arguments.methods:
+        recipe = Recipe(
+            method=method,
+            sparsity=arguments.sparsity,
+            num_samples=arguments.num_samples,
+            seq_len=arguments.seq_len,
+            calibration=str(arguments.calibration),
+            multiple_of=1,
+            reload_check=False,
+        )
+        floors = [sample()]
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found = process.submit(pruned, arguments.model, recipe, arguments.clock).result()
+        floors.append(sample())
+        matmul, stock, gram = (
+            sum(getattr(each, name) for each in floors) / len(floors) for name in ("matmul_s", "stock_s", "gram_s")
+        )
+        rows.append(
+            {
+                "method": method,
+                "clock": arguments.clock,
+                "threads": torch.get_num_threads(),
+                "num_samples": arguments.num_samples,
+                "seq_len": arguments.seq_len,
+                "spent_s": round(found.seconds, 2),
+                "matmul_s": round(matmul, 2),
+                "stock_s": round(stock, 2),
+                "gram_s": round(gram, 2),
+                "over_matmul_floor": round(found.seconds / (matmul + gram), 3),
+                "over_stock_floor": round(found.seconds / (stock + gram), 3),
+                "planned_mib": round(found.planned_bytes / 2**20, 1),
+                "measured_mib": round(found.measured_bytes / 2**20, 1),
+            }
+        )
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
