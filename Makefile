@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Tests that run at a time, each on one thread: on small models a second thread only waits for the first.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+
 PEERS := .venv-peers
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
@@ -26,10 +30,10 @@ run: setup
 	$(BIN)/python examples/bundled_model.py
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not distributed and not realmodel'
+	$(PYTEST) -m 'not slow and not gpu and not distributed and not realmodel'
 
 lint: setup
 	$(BIN)/ruff check .
