@@ -16,11 +16,12 @@ from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.checked import CheckedRun, num_probe, plan_run
 from structprune.engine.checked import check as check
+from structprune.engine.device import DeviceMeter
 from structprune.engine.finish import load_report, versions
 from structprune.engine.foresight import Foresight, shape_of
 from structprune.engine.job import Job
 from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
-from structprune.engine.plan import PrunePlan
+from structprune.engine.plan import Budgets, PrunePlan
 from structprune.engine.start import Start, begin_or_go_on, find_start
 from structprune.engine.text import source_context
 from structprune.engine.walks import WALKS
@@ -111,7 +112,8 @@ def prune(
             job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
             if ranks.from_first(run.is_committed):
                 return ranks.from_first(lambda: _left_to_tidy(run))
-            return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
+            with job.device_meter:
+                return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -183,8 +185,9 @@ def _job(
 ) -> Job:
     """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
 
-    def plan(memory: int | None, num_windows: int) -> PrunePlan:
-        return plan_run(replace(checked, recipe=checked.recipe.model_copy(update={"memory": memory})), num_windows)
+    def plan(budgets: Budgets, num_windows: int) -> PrunePlan:
+        update = {"memory": budgets.host, "device_memory": budgets.device}
+        return plan_run(replace(checked, recipe=checked.recipe.model_copy(update=update)), num_windows)
 
     begun = checked.ranks.from_first(
         lambda: begin_or_go_on(
@@ -201,7 +204,12 @@ def _job(
         source=model,
         stock=checked.stock,
         recipe=checked.recipe.model_copy(
-            update={"calibration": begun.name, "num_samples": num_windows, "memory": begun.plan.budget_bytes}
+            update={
+                "calibration": begun.name,
+                "num_samples": num_windows,
+                "memory": begun.plan.budgets.host,
+                "device_memory": begun.plan.budgets.device,
+            }
         ),
         method=checked.method,
         kinds=checked.kinds,
@@ -213,6 +221,7 @@ def _job(
         dtype=checked.dtype,
         started=started - run.journal.earlier_s,
         shared=shared,
+        device_meter=DeviceMeter(device=checked.device, plan=begun.plan.device),
         meter=meter,
         ranks=checked.ranks,
     )

@@ -17,7 +17,7 @@ from structprune.memory import parse_bytes
 from structprune.types import HeadUnits
 
 Scope = Literal["mlp", "attention", "all"]
-HostBytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
 """A number, or a text such as `4GiB`."""
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -63,8 +63,11 @@ class Recipe(BaseModel):
     calibration: str | None = Field(default=None, description="wikitext2, c4, boolq, self, or a text or jsonl file")
     num_samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=2048, ge=2)
-    memory: HostBytes | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    memory: ByteCount | None = Field(default=None, ge=1, description="host bytes that the run may add")
     device: str = "auto"
+    device_memory: ByteCount | None = Field(
+        default=None, ge=1, description="bytes that the run may add on a CUDA device; None: 90% of what is free there"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)
     multiple_of: int | None = Field(default=None, ge=1, description="kept units per block are a multiple of this")

@@ -139,3 +139,18 @@ def test_batches_whose_float32_copy_is_kept() -> None:
     for batch_TI in x_TI.bfloat16().split(sizes):
         accumulator.update(batch_TI)
     assert torch.equal(accumulator.finalize("here"), x_TI.T @ x_TI)
+
+
+def test_products_that_are_made_apart_give_the_same_sums() -> None:
+    """As where the tokens are on a device whose memory has no room for the sums."""
+    gen = torch.Generator().manual_seed(0)
+    here, apart = (GramAccumulator(10, num_outputs=3, apart=apart) for apart in (False, True))
+    for _ in range(3):
+        x_TI, target_TO = torch.randn(7, 10, generator=gen), torch.randn(7, 3, generator=gen)
+        for accumulator in (here, apart):
+            accumulator.update(x_TI, target_TO)
+    assert here.target_OI is not None
+    assert apart.target_OI is not None
+    torch.testing.assert_close(apart.target_OI, here.target_OI)
+    torch.testing.assert_close(apart.finalize("here"), here.finalize("here"))
+    assert torch.equal(apart.sum_I, here.sum_I)

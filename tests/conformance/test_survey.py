@@ -28,8 +28,8 @@ from structprune.engine.findings import load_found
 from structprune.engine.job import Job
 from structprune.engine.observer import SilentObserver
 from structprune.engine.plan import PrunePlan
-from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.problem import layer_problem
+from structprune.engine.shape_bytes import LOGIT_TOKENS
 from structprune.engine.survey import backward, survey
 from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
 from structprune.engine.walk import load_block, loss_gradient

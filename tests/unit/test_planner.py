@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.plan import Budgets, DevicePlan, PlanRequest, PrunePlan
 from structprune.engine.planner import make_plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, parse_bytes
@@ -54,7 +54,12 @@ def layout_of(hidden: int, channels: int, num_blocks: int = 2, vocab: int = 1000
 
 
 def plan_for(
-    layout: ModelLayout, memory: int | None = 2**60, *, stored: torch.dtype = torch.float32, **changes: Any
+    layout: ModelLayout,
+    memory: int | None = 2**60,
+    device: int | None = None,
+    *,
+    stored: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> PrunePlan:
     shapes = dict(layout.outer_tensors)
     for block in layout.blocks:
@@ -75,7 +80,7 @@ def plan_for(
         stored_dtypes=dict.fromkeys(shapes, stored),
         **options,
     )
-    return make_plan(request, memory)
+    return make_plan(request, memory, device)
 
 
 SMALL = layout_of(hidden=64, channels=176)
@@ -358,3 +363,79 @@ def test_slicing_peak_grows_with_the_width_not_with_the_blocks() -> None:
     narrow, wide = sliced(LLAMA_7B, 2048), sliced(LLAMA_7B, 4096)
     assert all(narrow.phases[name] <= wide.phases[name] for name in wide.phases)
     assert narrow.phases["eigenvectors"] < wide.phases["eigenvectors"]
+
+
+def on_device(device: int, layout: ModelLayout = LLAMA_7B, **changes: Any) -> DevicePlan:
+    found = plan_for(layout, device=device, **{"compute_dtype": torch.bfloat16, "seq_len": 2048, **changes}).device
+    assert found is not None
+    assert found.peak_bytes <= found.budget_bytes == device
+    return found
+
+
+def test_without_a_device_there_is_no_budget_for_one() -> None:
+    assert plan_for(SMALL).device is None
+    assert plan_for(SMALL).budgets == Budgets(host=2**60)
+    assert plan_for(SMALL, device=2**40).budgets == Budgets(host=2**60, device=2**40)
+
+
+def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
+    found = on_device(2**40, follows_dense=True, needs_survey=True, sensitivity_windows=12)
+    assert set(found.phases) == {
+        "embed",
+        "propagate",
+        "perplexity of the calibration text",
+        "survey: backward",
+        "survey: loss",
+        "statistics (mlp)",
+    }
+    assert found.sums == "device"
+    block, gram, cross = LLAMA_7B.blocks[0].num_parameters * 2, 11008**2 * 4, 4096 * 11008 * 4
+    assert found.phases["statistics (mlp)"] > 2 * block + gram + cross
+    # The stores stay on the host.
+    assert on_device(2**40, num_windows=4096).phases == on_device(2**40).phases
+
+
+def test_a_smaller_micro_batch_before_sums_on_the_host_and_these_before_a_refusal() -> None:
+    options: dict[str, Any] = {"seq_len": 256, "num_windows": 128}
+    seen = [(8, "device"), (4, "device"), (1, "device"), (8, "host"), (4, "host"), (1, "host")]
+    # Whichever is smaller than all before it can come next.
+    device, found = 2**40, list[tuple[int, str]]()
+
+    def shrink() -> None:
+        nonlocal device
+        while True:
+            plan = plan_for(LLAMA_7B, device=device, compute_dtype=torch.bfloat16, **options)
+            assert plan.device is not None
+            found.append((plan.micro_batch_windows, plan.device.sums))
+            device = plan.device.peak_bytes - 1
+
+    with pytest.raises(MemoryBudgetError, match="does not fit in the device's memory budget") as caught:
+        shrink()
+    named = parse_bytes(str(caught.value.wanted).removeprefix("at least "))
+    assert found == [each for each in seen if each in found]
+    assert found[0] == seen[0]
+    assert found[-1] == seen[-1]
+    assert {"device", "host"} == {place for _, place in found}
+    # What the refusal names does.
+    assert on_device(named, **options).sums == "host"
+    assert named - device < 2**20
+
+
+def test_the_host_is_refused_for_its_own_reasons() -> None:
+    with pytest.raises(MemoryBudgetError, match="does not fit in the memory budget"):
+        plan_for(LLAMA_7B, 2**20, 2**40)
+    with pytest.raises(MemoryBudgetError, match="Raise --device-memory"):
+        plan_for(LLAMA_7B, 2**60, 2**20)
+
+
+def test_every_phase_of_a_walk_that_uses_the_device_is_there() -> None:
+    plain: dict[str, Any] = {"needs_statistics": False}
+    assert "survey: scores" in on_device(2**40, needs_scores=True).phases
+    assert "measured losses" in on_device(2**40, compares="losses", **plain).phases
+    assert "angular distances" in on_device(2**40, compares="borders", **plain).phases
+    assert "eigenvectors" in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
+    assert "iterate" in on_device(2**40, num_latents=2, holds_out=True).phases
+    gradients = on_device(2**40, needs_weight_gradients=True, sensitivity_windows=4, **plain)
+    # The block, two sums of the MLP's three matrices in float32, and their gradients in bfloat16.
+    block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
+    assert gradients.phases["survey: backward"] > 2 * block + (2 * 4 + 2) * mlp

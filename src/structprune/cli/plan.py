@@ -57,6 +57,16 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
         ),
         ("disk", f"{format_bytes(memory.disk_bytes)} at its peak"),
     ]
+    if (device := memory.device) is not None:
+        place = "on the device" if device.sums == "device" else "in host memory, where every product is moved"
+        rows += [
+            (
+                "peak device memory",
+                f"{format_bytes(device.peak_bytes)} of {format_bytes(device.budget_bytes)} that the run may add",
+            ),
+            *((f"  {name}", format_bytes(size)) for name, size in device.phases.items()),
+            ("sums of activations", place),
+        ]
     check = "left out"
     if memory.reload_mode is not None:
         how = "the whole model" if memory.reload_mode == "whole" else "module by module"
@@ -80,6 +90,14 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
             "store_bytes": memory.store_bytes,
             "micro_batch_windows": memory.micro_batch_windows,
             "disk_bytes": memory.disk_bytes,
+        },
+        "device_memory": None
+        if memory.device is None
+        else {
+            "budget_bytes": memory.device.budget_bytes,
+            "planned_peak_bytes": memory.device.peak_bytes,
+            "phases": memory.device.phases,
+            "sums": memory.device.sums,
         },
         "reload_check": {"mode": memory.reload_mode or "off", "planned_bytes": memory.reload_bytes},
         "runtimes": [asdict(runtime) for runtime in found.runtimes],

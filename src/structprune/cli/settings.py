@@ -36,6 +36,9 @@ def recipe_from_flags(
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window.  [default: 2048]")] = None,
     memory: MemoryFlag = None,
     device: DeviceFlag = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory budget of a CUDA device, e.g. 8GiB.  [default: 90% of what is free]")
+    ] = None,
     dtype: DtypeFlag = None,
     seed: SeedFlag = None,
     multiple_of: Annotated[

@@ -100,7 +100,7 @@ def file_sha256(path: Path) -> str:
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Fields that differ from the defaults, without those that every row has a column for, and without paths."""
     changed = recipe.model_dump(mode="json", exclude_defaults=True)
-    for name in ("method", "sparsity", "scope", "memory"):
+    for name in ("method", "sparsity", "scope", "memory", "device_memory"):
         changed.pop(name, None)
     if "calibration" in changed:
         changed["calibration"] = Path(changed["calibration"]).name

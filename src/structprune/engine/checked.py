@@ -11,7 +11,7 @@ from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import tokenizer_bytes
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.device import resolve_device, resolve_dtype
+from structprune.engine.device import device_budget, resolve_device, resolve_dtype
 from structprune.engine.foresight import Foresight
 from structprune.engine.plan import PlanRequest, PrunePlan
 from structprune.engine.planner import make_plan
@@ -52,6 +52,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
     """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
+    device_budget(device, recipe.device_memory)
     head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
     opened: list[tuple[Path, StockModel]] = []
 
@@ -140,4 +141,5 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
     )
-    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory)
+    on_device = device_budget(checked.device, recipe.device_memory)
+    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory, on_device)

@@ -26,8 +26,8 @@ from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.foresight import shape_of
 from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
-from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.reload_check import Probe, check_reload, take_probe
+from structprune.engine.shape_bytes import LOGIT_TOKENS
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
@@ -40,6 +40,7 @@ from structprune.report.schema import (
     REPORT_NAME,
     BlockReport,
     CalibrationReport,
+    DeviceMemoryReport,
     MemoryReport,
     MemoryStretch,
     PruneReport,
@@ -233,6 +234,15 @@ def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryRepor
         store=job.plan.store,
         micro_batch_windows=job.plan.micro_batch_windows,
         timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+        device=None
+        if (plan := job.plan.device) is None
+        else DeviceMemoryReport(
+            budget_bytes=plan.budget_bytes,
+            planned_peak_bytes=plan.peak_bytes,
+            measured_peak_bytes=job.device_meter.peak_bytes(),
+            phases=plan.phases,
+            sums=plan.sums,
+        ),
     )
 
 

@@ -11,11 +11,13 @@ import torch
 from structprune.architectures.stock import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.device import DeviceMeter
 from structprune.engine.plan import PrunePlan
 from structprune.memory import PeakMeter
 from structprune.methods.method import Method, Survey
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe
+from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, UnitGroup
 
 # Costs and selection come before the ridge is chosen; the prototype's value.
@@ -71,6 +73,7 @@ class Job:
     """`time.perf_counter()` at the start of the run."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
+    device_meter: DeviceMeter = field(default_factory=DeviceMeter)
     meter: PeakMeter = field(default_factory=PeakMeter)
     """Where the peaks of the phases are put down."""
     ranks: Ranks = ALONE
@@ -91,6 +94,12 @@ class Job:
         transformers translates old names for its own classes only.
         """
         return name if self.recipe.structure == "per-layer" else self.reader.stored_name(name)
+
+    def accumulator(self, num_inputs: int, *, num_outputs: int = 0) -> GramAccumulator:
+        """Of activations, where the plan has room for their sums."""
+        apart = self.plan.device is not None and self.plan.device.sums == "host"
+        device = torch.device("cpu") if apart else self.device
+        return GramAccumulator(num_inputs, device, num_outputs=num_outputs, apart=apart)
 
     @property
     def damping(self) -> float:

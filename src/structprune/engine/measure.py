@@ -17,7 +17,6 @@ from structprune.engine.job import Job
 from structprune.engine.propagate import Propagator, captured, tapped
 from structprune.linalg.squares import energy
 from structprune.ranks import add_numbers
-from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Stage, UnitGroup
 
 Reference = Callable[[int, int], Tensor]
@@ -60,9 +59,7 @@ def measure(
     inputs: dict[str, Tensor] = {}
     assert reference is None or len(parts) == 1, "what one of several parts is to add is not known"
     num_outputs = 0 if reference is None else job.stock.layout.hidden_size
-    accumulators = {
-        part.name: GramAccumulator(part.num_units * part.width, job.device, num_outputs=num_outputs) for part in parts
-    }
+    accumulators = {part.name: job.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts}
     residual_energy = 0.0
     for start, stop in streams.propagator.batches(*windows):
         wanted_BSD = None if reference is None else reference(start, stop)

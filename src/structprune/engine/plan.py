@@ -11,6 +11,33 @@ import torch
 from structprune.engine.reload_bound import ReloadBound, ReloadMode
 from structprune.types import ModelLayout, UnitGroup
 
+SumsPlace = Literal["device", "host"]
+"""Where the sums of activations lie while they are taken; on the host every product is moved there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that a run may add; None: a share of what is free."""
+
+    host: int | None = None
+    device: int | None = None
+    """Of a device with memory of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What a run will hold on a device with memory of its own."""
+
+    budget_bytes: int
+    phases: dict[str, int]
+    """Phase -> peak bytes."""
+    sums: SumsPlace
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest phase."""
+        return max(self.phases.values())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunePlan:
@@ -18,17 +45,27 @@ class PrunePlan:
 
     budget_bytes: int
     phases: dict[str, int]
-    """Phase -> peak host bytes, the hidden-state store included where it is in memory."""
+    """Phase -> peak host bytes, the hidden-state store included where it is in memory.
+
+    Where there is a device these are still what a run without one would hold.
+    """
     store: str
     """`memory` or `file`."""
     store_bytes: int
     micro_batch_windows: int
     disk_bytes: int
     """Free disk that the run needs at its peak."""
+    device: DevicePlan | None = None
+    """None: blocks run in host memory."""
     reload: ReloadBound | None = None
     """Of the process that loads the result; None: there is none."""
     result_size: tuple[int, int] = (0, 0)
     """Upper bounds of the result's parameters and of the bytes of its files."""
+
+    @property
+    def budgets(self) -> Budgets:
+        """What the plan was made for."""
+        return Budgets(host=self.budget_bytes, device=None if self.device is None else self.device.budget_bytes)
 
     @property
     def peak_bytes(self) -> int:

@@ -3,24 +3,42 @@
 The figures are upper bounds from shapes. They count what this process adds to its size after the libraries are
 imported: one block, one micro-batch of activations, one Gram matrix, the solver's workspace, the hidden states.
 Embeddings and head are each held once, alone: at the start to embed the windows, at the end to copy them and to
-compute two perplexities.
+compute two perplexities. What a device with memory of its own holds is bounded in `device_plan.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from structprune.architectures.attention import scratch_bytes
-from structprune.engine.plan import PlanRequest, PrunePlan
+from structprune.engine.device_plan import device_plan
+from structprune.engine.plan import DevicePlan, PlanRequest, PrunePlan, SumsPlace
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound
+from structprune.engine.shape_bytes import (
+    SCORE_BYTES,
+    activation_bytes,
+    by_kind,
+    embedding_names,
+    gram_bytes,
+    group_problem,
+    kept_for_backward,
+    logit_bytes,
+    mask_bytes,
+    num_scores,
+    numel,
+    solver_windows,
+    statistics_bytes,
+    weight_sizes,
+    widest_block,
+)
 from structprune.engine.slice_bytes import slice_phases
-from structprune.engine.workspace import GroupProblem, iteration_bytes
+from structprune.engine.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
 from structprune.statistics.gram import NUM_STRIPS
-from structprune.types import BlockLayout, UnitGroup
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
@@ -44,35 +62,43 @@ _SURVEY_KERNEL_BYTES = 40 * 2**20
 _EXCHANGE_BYTES = 64 * 2**20
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
-# Each piece reads the whole output projection: with 32 tokens that took as long as the products.
-LOGIT_TOKENS = 64
-# Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
-_LOSS_BYTES = 3 * 4
-# Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and
-# one more inside a kernel; backward what each of these operations keeps, and their gradients.
-_SCORE_BYTES = 3 * 4
-_SCORE_BYTES_BACKWARD = 8 * 4
-# Tokens that an iterative solver holds at once with its split variables.
-_SOLVER_TOKENS = 8192
 
 
-def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
-    """Choose micro-batch and store so that the peak fits `memory` (default: 80% of what is free).
+def make_plan(request: PlanRequest, memory: int | None, device_budget: int | None = None) -> PrunePlan:
+    """Choose micro-batch, store and place of the sums so that the peaks fit `memory` and `device_budget`.
 
-    Raises MemoryBudgetError, naming the smallest budget that would do, when even one window at a time with the hidden
-    states on disk does not fit.
+    `memory` is the host's, by default 80% of what is free; without `device_budget` there is no device with memory of
+    its own. Raises MemoryBudgetError, naming the smallest budget that would do, when even one window at a time with the
+    hidden states on disk, and the sums on the host, does not fit.
     """
     budget = memory if memory is not None else available_bytes() * 8 // 10
     largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
+    places: tuple[SumsPlace, ...] = ("device", "host") if device_budget is not None else ("device",)
     smallest: PrunePlan | None = None
+    smallest_device: DevicePlan | None = None
+    # A smaller micro-batch costs less than a Gram that is moved for each.
     for store in ("memory", "file"):
-        for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
-            plan = _plan_with(request, budget, store, micro_batch)
-            if max(plan.peak_bytes, plan.reload_bytes) <= budget:
-                return plan
-            if smallest is None or plan.peak_bytes < smallest.peak_bytes:
-                smallest = plan
+        for sums in places:
+            for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
+                plan, device = _plan_with(request, budget, store, micro_batch), None
+                if device_budget is not None:
+                    device = device_plan(request, device_budget, micro_batch, sums)
+                    if smallest_device is None or device.peak_bytes < smallest_device.peak_bytes:
+                        smallest_device = device
+                fits = device is None or device.peak_bytes <= device.budget_bytes
+                if fits and max(plan.peak_bytes, plan.reload_bytes) <= budget:
+                    return replace(plan, device=device)
+                if smallest is None or plan.peak_bytes < smallest.peak_bytes:
+                    smallest = plan
     assert smallest is not None
+    if smallest_device is not None and smallest_device.peak_bytes > smallest_device.budget_bytes:
+        raise MemoryBudgetError(
+            "does not fit in the device's memory budget",
+            where=f"phase {_fullest(smallest_device.phases)!r}",
+            got=format_bytes(smallest_device.budget_bytes),
+            wanted=f"at least {format_budget(smallest_device.peak_bytes)}",
+            do="raise --device-memory, lower --seq-len, or leave the device out with --device cpu",
+        )
     if smallest.reload_bytes > max(budget, smallest.peak_bytes):
         raise MemoryBudgetError(
             "does not fit in the memory budget",
@@ -81,24 +107,17 @@ def make_plan(request: PlanRequest, memory: int | None) -> PrunePlan:
             wanted=f"at least {format_budget(smallest.reload_bytes)}",
             do="raise --memory, or leave the check out with --no-reload-check",
         )
-    phase = max(smallest.phases, key=lambda name: smallest.phases[name])
     raise MemoryBudgetError(
         "does not fit in the memory budget",
-        where=f"phase {phase!r}",
+        where=f"phase {_fullest(smallest.phases)!r}",
         got=format_bytes(budget),
         wanted=f"at least {format_budget(smallest.peak_bytes)}",
         do="raise --memory or lower --seq-len",
     )
 
 
-def logit_bytes(vocab_size: int, dtype: torch.dtype) -> int:
-    """Of the logits that are there at once, with what a loss or its gradient makes of them."""
-    return LOGIT_TOKENS * vocab_size * (dtype.itemsize + _LOSS_BYTES)
-
-
-def solver_windows(num_windows: int, seq_len: int) -> int:
-    """How many of the windows that are fitted an iterative solver gets."""
-    return max(1, min(num_windows, _SOLVER_TOKENS // seq_len))
+def _fullest(phases: Mapping[str, int]) -> str:
+    return max(phases, key=lambda name: phases[name])
 
 
 def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) -> PrunePlan:
@@ -110,7 +129,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     if item != 4:
         runtime += _KERNEL_CACHE_BYTES + (_SURVEY_KERNEL_BYTES if request.needs_survey else 0)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
-    base = runtime + _mask_bytes(request, micro_batch) + request.held_bytes
+    base = runtime + mask_bytes(request, micro_batch) + request.held_bytes
     base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
     # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
     ends = 2 * request.num_probe * request.seq_len * hidden * item
@@ -118,15 +137,14 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     # While blocks run those states are in a store like the others.
     resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
 
-    block = max(request.layout.blocks, key=lambda b: b.num_parameters)
+    block = widest_block(request)
     names = [block.prefix + name for name in block.shapes]
     weights = sum(request.stored_bytes[name] for name in names)
-    cast = sum(_numel(block, name) * item for name in names if request.stored_dtypes[name] != request.compute_dtype)
-    # Of one window.
-    num_scores = request.layout.num_score_heads * request.seq_len**2
-    tiles = scratch_bytes(request.seq_len) if request.compute_dtype == torch.bfloat16 and not num_scores else 0
-    activations = _activation_bytes(block, hidden, micro_batch * request.seq_len * item, tiles)
-    activations += micro_batch * num_scores * _SCORE_BYTES
+    cast = sum(numel(block, name) * item for name in names if request.stored_dtypes[name] != request.compute_dtype)
+    scores = num_scores(request)
+    tiles = scratch_bytes(request.seq_len) if request.compute_dtype == torch.bfloat16 and not scores else 0
+    activations = activation_bytes(block, hidden, micro_batch * request.seq_len * item, tiles)
+    activations += micro_batch * scores * SCORE_BYTES
     # As wide as the stream: small ones leave holes in the heap.
     if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
         activations += _HEAP_STATES * states
@@ -137,7 +155,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
     # What is computed with is cast as it is read.
     in_use = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
-    first = [n for n in outer if n.startswith(tuple(f"{m}." for m in request.layout.embedding_modules))]
+    first = embedding_names(request)
     # As they are copied, and as they are computed with.
     embeddings, embedding = sum(outer[name] for name in first), sum(in_use[name] for name in first)
     head = max(in_use.values())
@@ -164,19 +182,18 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_survey or request.needs_weight_gradients:
-        # What a backward pass keeps of one window: each activation, its gradient, and the products' inputs.
-        kept = 3 * _activation_bytes(block, hidden, request.seq_len * item) + num_scores * _SCORE_BYTES_BACKWARD
-        sums = sum(_gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
+        kept = kept_for_backward(request, block)
+        sums = sum(gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
         # A block's sums wait at their owner while other blocks are differentiated.
         waiting = sums if request.num_ranks > 1 else 0
         phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
         phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + logits
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
-        sums = sum(_gram_bytes(group) for group in request.groups)
+        sums = sum(gram_bytes(group) for group in request.groups)
         phases["survey: scores"] = phases["propagate"] + sums
     if request.needs_weight_gradients:
-        sizes = _weight_sizes(block, request.groups)
+        sizes = weight_sizes(block, request.groups)
         # One window's gradients, two sums in float32, and a weight with its products when they are added up.
         phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
     if request.slices != "no":
@@ -195,20 +212,16 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             largest_outer=max(outer.values()),
         )
     elif request.needs_statistics:
-        for kind, parts in _by_kind(request.groups).items():
+        for kind, parts in by_kind(request.groups).items():
             group, others = parts[0], len(parts) - 1
             inputs = group.num_units * group.width
-            problem = _problem(request, block, group)
+            problem = group_problem(request, block, group)
             gram = problem.gram
             # Of other parts, whose sums are taken in the same pass.
             kept_apart = others * problem.sums
             # What the gradient left of each half in scope.
-            sensitivities = len(_by_kind(request.groups)) * hidden * hidden * 4 if request.needs_survey else 0
-            # Of one token: the consumer's input, in float32 too; where a target is taken residual, output, target and
-            # their pieces; before a norm both streams' inputs and scaled ones.
-            token = inputs * (item + (0 if item == 4 else 4)) + (6 * hidden * 4 if request.follows_dense else 0)
-            token += 3 * inputs * 4 if group.output_normed else 0
-            batch = max(activations, micro_batch * request.seq_len * token)
+            sensitivities = len(by_kind(request.groups)) * hidden * hidden * 4 if request.needs_survey else 0
+            batch = max(activations, statistics_bytes(request, group, micro_batch))
             if item != 4:
                 # The same input in float32, where it is too large for the holes that the activations left in the heap,
                 # and what the library makes of it and of one strip to multiply them in bfloat16.
@@ -222,7 +235,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
             if request.needs_survey:
                 # Removals are priced one after the other whatever decides later.
                 priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
-                rest = sum(_gram_bytes(other) for other in request.groups if other is not group)
+                rest = sum(gram_bytes(other) for other in request.groups if other is not group)
                 ordered = inputs * hidden * problem.stored_item
                 phases[f"survey: costs ({kind})"] = (
                     small + gradient + weights + gram + ordered + priced.decide + rest + sensitivities
@@ -280,62 +293,3 @@ def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBoun
     return ReloadBound(
         run_bytes=run_bytes, casts=casts, largest_bytes=largest, item_bytes=item, vocab_size=layout.vocab_size
     )
-
-
-def _problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> GroupProblem:
-    name = group.consumer.tensor
-    return GroupProblem(
-        inputs=group.num_units * group.width,
-        outputs=request.layout.hidden_size,
-        kept=request.kept[group.kind] * group.width if group.kind in request.kept else None,
-        stored_item=request.stored_bytes[block.prefix + name] // torch.Size(block.shapes[name]).numel(),
-        score=request.score,
-        solves=request.solves,
-        holds_out=request.holds_out,
-        judged=group.kind == "mlp" and request.num_latents > 0,
-        follows_dense=request.follows_dense,
-        priced=request.needs_survey,
-        reordered=group.consumer.repeat > 1,
-    )
-
-
-def _numel(block: BlockLayout, name: str) -> int:
-    return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
-
-
-def _gram_bytes(group: UnitGroup) -> int:
-    return (group.num_units * group.width) ** 2 * 4
-
-
-def _by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
-    parts: dict[str, list[UnitGroup]] = {}
-    for group in groups:
-        parts.setdefault(group.kind, []).append(group)
-    return parts
-
-
-def _weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int]:
-    """Elements of each weight of the block that shrinks with one of the groups."""
-    names = {part.tensor for group in groups for part in group.slices}
-    return [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
-
-
-def _mask_bytes(request: PlanRequest, micro_batch: int) -> int:
-    """Attention masks, which stay as long as blocks run; each batch size has its own, and there are up to three."""
-    layout, item = request.layout, request.compute_dtype.itemsize
-    square = request.seq_len**2
-    windowed = layout.attention_window is not None and layout.attention_window < request.seq_len
-    if layout.num_score_heads:
-        # As numbers, for every window of the batch; with and without attention's own window.
-        return (2 if windowed else 1) * (2 * micro_batch + 1) * square * item
-    # As bytes, and as numbers while SDPA uses it.
-    return (3 + micro_batch * item) * square if windowed else 0
-
-
-def _activation_bytes(block: BlockLayout, hidden: int, one_each: int, tiles: int = 0) -> int:
-    """What a block's forward holds at its peak, `one_each` bytes being one number per token: the MLP's or attention's.
-
-    MLP: gate, activated gate, up and product; attention: q, k, v, turned and with repeated heads, the output, `tiles`.
-    """
-    widest = max(g.num_units * g.width for g in block.groups)
-    return max((4 * widest + 4 * hidden) * one_each, 10 * hidden * one_each + tiles)

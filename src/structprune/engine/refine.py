@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from structprune.engine.job import Job
 from structprune.engine.measure import Reference, Streams, consumer_target, measure, stage_output
-from structprune.engine.planner import solver_windows
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import observed, tapped
+from structprune.engine.shape_bytes import solver_windows
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights
 from structprune.solvers.mlp_updates import ACTIVATIONS, Affine

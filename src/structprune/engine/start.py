@@ -14,7 +14,7 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.finish import versions
-from structprune.engine.plan import PrunePlan
+from structprune.engine.plan import Budgets, PrunePlan
 from structprune.errors import InputError
 from structprune.recipe import Recipe
 from structprune.runs.directory import RunDirectory, check_free_disk
@@ -104,21 +104,21 @@ def begin_or_go_on(
     reader: CheckpointReader,
     recipe: Recipe,
     start: Start,
-    plan: Callable[[int | None, int], PrunePlan],
+    plan: Callable[[Budgets, int], PrunePlan],
     read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
 ) -> Begun:
     """Take the first step of a run, or that of the run which was cut here.
 
-    `recipe` is resolved but for what text and memory decide; `plan` is called with (memory budget, windows). Raises
+    `recipe` is resolved but for what text and memory decide; `plan` is called with (budgets, windows). Raises
     InputError if another run was cut here.
     """
     same, before = identity(reader, recipe), run.start
-    memory, num_samples = recipe.memory, recipe.num_samples
+    budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory), recipe.num_samples
     if before is not None:
         check_same(before, {**same, "windows": before["windows"]}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.
-        memory = before["budget_bytes"]
-    chosen = plan(memory, num_samples)
+        budgets = Budgets(host=before["budget_bytes"], device=before["device_budget_bytes"])
+    chosen = plan(budgets, num_samples)
     found = _find_windows(run)
     if found is None:
         found = read_windows(chosen)
@@ -127,7 +127,7 @@ def begin_or_go_on(
     digest = fingerprint(windows)
     check_free_disk(run.output, chosen.disk_bytes - run.used_bytes())
     if len(windows.ids_NS) < num_samples:
-        chosen = plan(memory, len(windows.ids_NS))
+        chosen = plan(budgets, len(windows.ids_NS))
     if before is not None:
         check_same(before, {**same, "windows": digest}, run.staging)
         run.go_on()
@@ -135,7 +135,8 @@ def begin_or_go_on(
         run.begin(
             **same,
             windows=digest,
-            budget_bytes=chosen.budget_bytes,
+            budget_bytes=chosen.budgets.host,
+            device_budget_bytes=chosen.budgets.device,
             model=start.model,
             asked=start.asked.model_dump(mode="json", exclude_unset=True),
             directory=start.directory,

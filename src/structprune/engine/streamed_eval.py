@@ -21,7 +21,8 @@ from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.embed import embed_windows
 from structprune.engine.observer import Observer
 from structprune.engine.plan import PlanRequest, PrunePlan
-from structprune.engine.planner import LOGIT_TOKENS, logit_bytes, make_plan
+from structprune.engine.planner import make_plan
+from structprune.engine.shape_bytes import LOGIT_TOKENS, logit_bytes
 from structprune.errors import UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, PredictionSums, score_predictions
 from structprune.memory import release_free_memory

@@ -127,7 +127,7 @@ def _added_up(job: Job, sums: Mapping[str, GramAccumulator], owner: int) -> dict
 @contextlib.contextmanager
 def _summed_inputs(job: Job, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
     """Inside the context every consumer's inputs are added up, before a norm scaled as the problem wants them."""
-    sums = {group.name: GramAccumulator(group.num_units * group.width, job.device) for group in job.groups(block)}
+    sums = {group.name: job.accumulator(group.num_units * group.width) for group in job.groups(block)}
 
     def add(group: UnitGroup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -25,8 +25,8 @@ from structprune.engine.embed import embed
 from structprune.engine.findings import Costs, Findings
 from structprune.engine.job import Job, Streamed
 from structprune.engine.observer import Observer
-from structprune.engine.planner import LOGIT_TOKENS
 from structprune.engine.propagate import Propagator
+from structprune.engine.shape_bytes import LOGIT_TOKENS
 from structprune.memory import release_free_memory
 from structprune.ranks import Task
 from structprune.types import BlockLayout

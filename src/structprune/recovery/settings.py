@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from structprune.recipe import HostBytes, settings_fingerprint, validated
+from structprune.recipe import ByteCount, settings_fingerprint, validated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class RecoverySettings(BaseModel):
         description="given: all windows alike; robust: texts that are furthest from the teacher count more",
     )
     mix_radius: float = Field(default=0.5, gt=0, description="chi-square distance that mix robust may move")
-    memory: HostBytes | None = Field(default=None, ge=1, description="host bytes that the run may add")
+    memory: ByteCount | None = Field(default=None, ge=1, description="host bytes that the run may add")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)

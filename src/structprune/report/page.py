@@ -20,13 +20,13 @@ from structprune.report.figures import (
     short,
 )
 from structprune.report.measured import Bench, Evaluation
-from structprune.report.schema import PruneReport
+from structprune.report.schema import DeviceMemoryReport, PruneReport
 from structprune.report.summary import reload_line, warnings
 
 PAGE_NAME = "pruning_report.html"
 
 # Settings that say nothing of the result.
-_LEFT_OUT = ("memory", "reload_check")
+_LEFT_OUT = ("memory", "device_memory", "reload_check")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,16 @@ def _phases_note(report: PruneReport) -> str:
     where = "in memory" if memory.store == "memory" else "in a file"
     return (
         f"Measured in all: {format_bytes(memory.measured_peak_bytes)}. Budget {format_bytes(memory.budget_bytes)}; "
-        f"hidden states {where}, {memory.micro_batch_windows} windows at a time."
+        f"hidden states {where}, {memory.micro_batch_windows} windows at a time.{_device_note(memory.device)}"
+    )
+
+
+def _device_note(device: DeviceMemoryReport | None) -> str:
+    if device is None:
+        return ""
+    return (
+        f" On the device: measured {format_bytes(device.measured_peak_bytes)}, planned "
+        f"{format_bytes(device.planned_peak_bytes)}, budget {format_bytes(device.budget_bytes)}."
     )
 
 

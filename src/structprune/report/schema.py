@@ -77,6 +77,19 @@ class MemoryStretch(Frozen):
     peak_bytes: int
 
 
+class DeviceMemoryReport(Frozen):
+    """Bytes on a CUDA device beside what the process had there before the run."""
+
+    budget_bytes: int
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    """Of the process that finished the run."""
+    phases: dict[str, int]
+    """Planned."""
+    sums: Literal["device", "host"]
+    """Where the sums of activations lay while they were taken."""
+
+
 class MemoryReport(Frozen):
     """Bytes above the process's size before the run (libraries imported)."""
 
@@ -91,6 +104,8 @@ class MemoryReport(Frozen):
     micro_batch_windows: int
     timeline: list[MemoryStretch] = Field(default_factory=list[MemoryStretch])
     """Empty in reports of the first version that had none."""
+    device: DeviceMemoryReport | None = None
+    """None: blocks ran in host memory."""
 
 
 class ReusedStatistics(Frozen):

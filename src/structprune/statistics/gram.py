@@ -23,10 +23,14 @@ NUM_STRIPS = 4
 class GramAccumulator:
     """sum_t x_t and, in float32, sum_t x_t x_t^T: its upper strips; the lower triangle is mirrored by `finalize`.
 
-    With `num_outputs` also sum_t y_t x_t^T in float32, and sum_t |y_t|^2, of what the map should give.
+    With `num_outputs` also sum_t y_t x_t^T in float32, and sum_t |y_t|^2, of what the map should give. The sums lie on
+    `device`; with `apart` the tokens come on another one, which makes the products and sends them, a strip at a time.
     """
 
-    def __init__(self, num_inputs: int, device: torch.device | str = "cpu", *, num_outputs: int = 0) -> None:
+    def __init__(
+        self, num_inputs: int, device: torch.device | str = "cpu", *, num_outputs: int = 0, apart: bool = False
+    ) -> None:
+        self._apart = apart
         self._gram_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
         self._strip = max(1, -(-num_inputs // NUM_STRIPS))
         self._wide_TI = torch.empty(0, device=device)
@@ -47,13 +51,19 @@ class GramAccumulator:
         with exact_bfloat16_products() if narrow else contextlib.nullcontext():
             for start in range(0, x_TI.shape[1], self._strip):
                 stop = start + self._strip
-                self._gram_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
+                self._add(self._gram_II[start:stop, start:], x_TI[:, start:stop].T, x_TI[:, start:])
             if self.target_OI is not None:
                 assert target_TO is not None
-                self.target_OI.addmm_(target_TO.T, x_TI)
+                self._add(self.target_OI, target_TO.T, x_TI)
                 self.target_energy += float(energy(target_TO))
-        self.sum_I += x_TI.sum(dim=0)
+        self.sum_I += x_TI.sum(dim=0).to(self.sum_I.device)
         self.num_tokens += len(x_TI)
+
+    def _add(self, sum_AB: Tensor, left_AT: Tensor, right_TB: Tensor) -> None:
+        if self._apart:
+            sum_AB += (left_AT @ right_TB).to(sum_AB.device)
+        else:
+            sum_AB.addmm_(left_AT, right_TB)
 
     def _widened(self, x_TI: Tensor) -> Tensor:
         """In float32. A large copy stays for the next batch: the pages of a new one cost more than the copying."""
