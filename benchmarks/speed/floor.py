@@ -8,7 +8,7 @@ memory is that of a command. With `--clock cpu` seconds are those of the process
 which other work on the machine changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
-        [--seq-len 1024] [--clock wall] [--output FILE]
+        [--seq-len 1024] [--multiple-of N] [--clock wall] [--output FILE]
 
 Shape suffixes: B windows, S positions, T tokens, D hidden size, I inputs of a consumer.
 """
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--multiple-of", type=int, help="of the kept widths; default: the recipe's")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -147,7 +148,7 @@ def main() -> None:
             num_samples=arguments.num_samples,
             seq_len=arguments.seq_len,
             calibration=str(arguments.calibration),
-            multiple_of=1,
+            multiple_of=arguments.multiple_of,
             reload_check=False,
         )
         floors = [sample()]
@@ -164,6 +165,7 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "num_samples": arguments.num_samples,
                 "seq_len": arguments.seq_len,
+                "multiple_of": arguments.multiple_of,
                 "spent_s": round(found.seconds, 2),
                 "matmul_s": round(matmul, 2),
                 "stock_s": round(stock, 2),
