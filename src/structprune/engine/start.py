@@ -68,7 +68,8 @@ def _difference(shown: Any, other: Any) -> str:
     """The entries in which `shown` is not `other`."""
     if not isinstance(shown, dict) or not isinstance(other, dict):
         return str(shown)[:12]
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if other.get(name) != value) or "none"
+    changed = [f"{name} {value}" for name, value in shown.items() if name not in other or other[name] != value]
+    return ", ".join(changed) or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
