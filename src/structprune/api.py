@@ -237,7 +237,8 @@ def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[
         seed=recipe.seed,
         dtype=checked.dtype,
         device=checked.device,
-        budget_bytes=plan.budget_bytes,
+        # A text that the model samples itself takes all of it, which passes the host on its way to a device.
+        budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
     )
     return load_windows(recipe.calibration, context, observer.note)
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import TINY_MODELS, CommandLine, llama_config, save_tiny
 from fake_gpu import GIB, FakeGpu
-from structprune import Recipe, prune
+from structprune import Recipe, api, prune
 from structprune.api import plan, resume
 from structprune.engine import checked
 from structprune.engine.observer import SilentObserver
@@ -130,6 +130,23 @@ def test_what_does_not_fit_is_refused_before_work(
     with pytest.raises(MemoryBudgetError, match="does not fit in the device's memory budget"):
         prune(tiny_llama, recipe(text_file, device_memory="1MiB"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sampled_text_has_the_smaller_of_both_budgets(
+    gpu: FreeMemory, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The whole model is in both, one after the other."""
+    seen: list[int] = []
+    inner = api.source_context
+
+    def noted(*arguments: Any, budget_bytes: int, **options: Any) -> Any:
+        seen.append(budget_bytes)
+        return inner(*arguments, budget_bytes=budget_bytes, **options)
+
+    monkeypatch.setattr(api, "source_context", noted)
+    for number, (host, device) in enumerate([("2GiB", "512MiB"), ("512MiB", "2GiB")]):
+        prune(tiny_llama, recipe(text_file, method="fasp", memory=host, device_memory=device), tmp_path / str(number))
+    assert seen == [GIB // 2, GIB // 2]
 
 
 def test_the_plan_shows_the_device(gpu: FreeMemory, tiny_llama: Path, command_line: CommandLine) -> None:
