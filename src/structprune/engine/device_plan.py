@@ -21,7 +21,7 @@ from structprune.engine.shape_bytes import (
     num_scores,
     solver_windows,
     statistics_bytes,
-    weight_sizes,
+    weight_gradient_bytes,
     widest_block,
 )
 from structprune.engine.slice_bytes import slice_phases
@@ -65,8 +65,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: SumsP
     if request.needs_scores:
         phases["survey: scores"] = running + surveyed
     if request.needs_weight_gradients:
-        sizes = weight_sizes(block, request.groups)
-        phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
+        phases["survey: backward"] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,

@@ -31,7 +31,7 @@ from structprune.engine.shape_bytes import (
     numel,
     solver_windows,
     statistics_bytes,
-    weight_sizes,
+    weight_gradient_bytes,
     widest_block,
 )
 from structprune.engine.slice_bytes import slice_phases
@@ -193,9 +193,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         sums = sum(gram_bytes(group) for group in request.groups)
         phases["survey: scores"] = phases["propagate"] + sums
     if request.needs_weight_gradients:
-        sizes = weight_sizes(block, request.groups)
-        # One window's gradients, two sums in float32, and a weight with its products when they are added up.
-        phases["survey: backward"] += sum(sizes) * (item + 2 * 4) + max(sizes) * 3 * 4
+        phases["survey: backward"] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,

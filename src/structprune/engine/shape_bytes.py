@@ -126,7 +126,11 @@ def by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
     return parts
 
 
-def weight_sizes(block: BlockLayout, groups: tuple[UnitGroup, ...]) -> list[int]:
-    """Elements of each weight of the block that shrinks with one of the groups."""
-    names = {part.tensor for group in groups for part in group.slices}
-    return [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
+def weight_gradient_bytes(request: PlanRequest, block: BlockLayout) -> int:
+    """By each weight of the block that shrinks with a unit: one window's gradients and two sums in float32.
+
+    And a weight with its products when they are added up.
+    """
+    names = {part.tensor for group in request.groups for part in group.slices}
+    sizes = [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
+    return sum(sizes) * (request.compute_dtype.itemsize + 2 * 4) + max(sizes) * 3 * 4
