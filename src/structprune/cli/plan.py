@@ -11,6 +11,7 @@ from structprune.cli.settings import takes_recipe
 
 if TYPE_CHECKING:
     from structprune.api import RunPlan
+    from structprune.engine.plan import DevicePlan, PrunePlan
 
 
 @takes_recipe
@@ -45,11 +46,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
         low, high = min(counts), max(counts)
         rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
     rows += [
-        (
-            "peak memory",
-            f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.budget_bytes)} that the run may add",
-        ),
-        *((f"  {name}", format_bytes(size)) for name, size in memory.phases.items()),
+        *_peak_rows("peak memory", memory),
         (
             "hidden states",
             f"{format_bytes(memory.store_bytes)} in {'memory' if memory.store == 'memory' else 'a file'}, "
@@ -59,19 +56,20 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     ]
     if (device := memory.device) is not None:
         place = "on the device" if device.sums == "device" else "in host memory, where every product is moved"
-        rows += [
-            (
-                "peak device memory",
-                f"{format_bytes(device.peak_bytes)} of {format_bytes(device.budget_bytes)} that the run may add",
-            ),
-            *((f"  {name}", format_bytes(size)) for name, size in device.phases.items()),
-            ("sums of activations", place),
-        ]
+        rows += [*_peak_rows("peak device memory", device), ("sums of activations", place)]
     check = "left out"
     if memory.reload_mode is not None:
         how = "the whole model" if memory.reload_mode == "whole" else "module by module"
         check = f"{how}, {format_bytes(memory.reload_bytes)} in both processes"
     return [*rows, ("reload check", check)]
+
+
+def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
+    """The peak of host or device, and the phases below it."""
+    from structprune.memory import format_bytes
+
+    peak = f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} that the run may add"
+    return [(name, peak), *((f"  {phase}", format_bytes(size)) for phase, size in plan.phases.items())]
 
 
 def _as_dict(found: RunPlan) -> dict[str, Any]:
@@ -83,22 +81,17 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_after": found.foresight.num_parameters,
         "kept_units": found.foresight.kept,
         "memory": {
-            "budget_bytes": memory.budget_bytes,
-            "planned_peak_bytes": memory.peak_bytes,
-            "phases": memory.phases,
+            **_peak_dict(memory),
             "store": memory.store,
             "store_bytes": memory.store_bytes,
             "micro_batch_windows": memory.micro_batch_windows,
             "disk_bytes": memory.disk_bytes,
         },
-        "device_memory": None
-        if memory.device is None
-        else {
-            "budget_bytes": memory.device.budget_bytes,
-            "planned_peak_bytes": memory.device.peak_bytes,
-            "phases": memory.device.phases,
-            "sums": memory.device.sums,
-        },
+        "device_memory": None if memory.device is None else {**_peak_dict(memory.device), "sums": memory.device.sums},
         "reload_check": {"mode": memory.reload_mode or "off", "planned_bytes": memory.reload_bytes},
         "runtimes": [asdict(runtime) for runtime in found.runtimes],
     }
+
+
+def _peak_dict(plan: PrunePlan | DevicePlan) -> dict[str, Any]:
+    return {"budget_bytes": plan.budget_bytes, "planned_peak_bytes": plan.peak_bytes, "phases": plan.phases}

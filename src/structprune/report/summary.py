@@ -13,7 +13,7 @@ from rich.text import Text
 from structprune.memory import format_bytes
 
 if TYPE_CHECKING:
-    from structprune.report.schema import BlockReport, DeviceMemoryReport, PruneReport, ReloadReport
+    from structprune.report.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneReport, ReloadReport
 
 UNITS = {
     "mlp": "MLP channels",
@@ -49,22 +49,16 @@ def summary_rows(report: PruneReport) -> list[tuple[str, str]]:
             f"{calibration.dense_perplexity:.2f} -> {calibration.pruned_perplexity:.2f} "
             f"(first {calibration.perplexity_windows} windows, in-sample; use `structprune eval` for unseen text)",
         ),
-        (
-            "peak memory",
-            f"planned {format_bytes(memory.planned_peak_bytes)}, measured {format_bytes(memory.measured_peak_bytes)}",
-        ),
-        *_device_rows(memory.device),
+        ("peak memory", _peaks(memory)),
+        *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
 
 
-def _device_rows(device: DeviceMemoryReport | None) -> list[tuple[str, str]]:
-    if device is None:
-        return []
-    planned, measured = format_bytes(device.planned_peak_bytes), format_bytes(device.measured_peak_bytes)
-    return [("peak device memory", f"planned {planned}, measured {measured}")]
+def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:
+    return f"planned {format_bytes(memory.planned_peak_bytes)}, measured {format_bytes(memory.measured_peak_bytes)}"
 
 
 def reload_line(reload: ReloadReport) -> str:
