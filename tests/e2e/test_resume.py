@@ -17,7 +17,7 @@ from structprune import api
 from structprune.api import prune, resume
 from structprune.calibration import snapshots
 from structprune.calibration.context import CalibrationWindows
-from structprune.engine import executor, start, survey
+from structprune.engine import checked, executor, start, survey
 from structprune.engine.observer import SilentObserver
 from structprune.errors import InputError
 from structprune.recipe import Recipe
@@ -131,10 +131,24 @@ def test_a_run_that_is_cut_behind_every_step(
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("name", ["structprune", "normed", "parallel", "removal", "angular", "slice-uniform"])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["structprune", "fasp", "admm", "removal"])
+def test_without_snapshots_activations_are_kept_again(
+    name: str, cached: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cached:
+        monkeypatch.setattr(checked, "cacheable", lambda *_: ())
+    run_without_snapshots(name, text_file, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["normed", "parallel", "angular", "slice-uniform"])
 def test_without_snapshots_the_streams_pass_what_is_written(
     name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_without_snapshots(name, text_file, tmp_path, monkeypatch)
+
+
+def run_without_snapshots(name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut before each step: its files are there, and no line."""
     monkeypatch.setattr(snapshots, "SHARE", 0.0)
     cutter = Cutter(monkeypatch, behind=False)

@@ -120,6 +120,26 @@ def test_micro_batch_shrinks_before_the_store_moves() -> None:
     assert (smaller.store, smaller.micro_batch_windows) == ("memory", 1)
 
 
+def test_activations_are_kept_as_long_as_there_is_room() -> None:
+    changes: dict[str, Any] = {"num_windows": 4096, "cacheable": ("mlp",)}
+    ample = plan_for(SMALL, **changes)
+    assert ample.cached == ("mlp",)
+    assert ample.cache_bytes == 4096 * 256 * 176 * 4
+    without = plan_for(SMALL, num_windows=4096)
+    for phase in ("read block", "propagate", "write block", "statistics (mlp)", "solve (mlp)"):
+        assert ample.phases[phase] == without.phases[phase] + ample.cache_bytes
+    assert ample.phases["embed"] == without.phases["embed"]
+    # A smaller micro-batch is given up first, and the cache before the hidden states go to a file.
+    tighter = plan_for(SMALL, ample.peak_bytes - 1, **changes)
+    assert tighter.cached == ("mlp",)
+    assert tighter.micro_batch_windows < ample.micro_batch_windows
+    plan = plan_for(SMALL, without.peak_bytes, **changes)
+    assert (plan.cached, plan.cache_bytes, plan.store) == ((), 0, "memory")
+    assert plan.phases == without.phases
+    # A device computes them again.
+    assert plan_for(SMALL, device=2**40, **changes).cached == ()
+
+
 def test_store_moves_to_a_file_when_memory_is_tight() -> None:
     changes: dict[str, Any] = {"num_windows": 4096}
     ample = plan_for(SMALL, **changes)

@@ -52,6 +52,10 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
             f"{format_bytes(memory.store_bytes)} in {'memory' if memory.store == 'memory' else 'a file'}, "
             f"{memory.micro_batch_windows} windows at a time",
         ),
+        (
+            "activations kept",
+            f"{' and '.join(memory.cached)}, {format_bytes(memory.cache_bytes)}" if memory.cached else "none",
+        ),
         ("disk", f"{format_bytes(memory.disk_bytes)} at its peak"),
     ]
     if (device := memory.device) is not None:
@@ -85,6 +89,8 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
             "store": memory.store,
             "store_bytes": memory.store_bytes,
             "micro_batch_windows": memory.micro_batch_windows,
+            "cached": list(memory.cached),
+            "cache_bytes": memory.cache_bytes,
             "disk_bytes": memory.disk_bytes,
         },
         "device_memory": None if memory.device is None else {**_peak_dict(memory.device), "sums": memory.device.sums},

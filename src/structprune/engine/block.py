@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.units import remove_half
+from structprune.engine.cached import SolvedConsumer, put_inputs
 from structprune.engine.job import Job
 from structprune.engine.measure import Reference, Streams, follow_dense, measure
 from structprune.engine.part import Part, solve_cost, solve_part, with_part
+from structprune.engine.propagate import check_finite, tapped
 from structprune.engine.refine import refine
 from structprune.memory import release_free_memory
 from structprune.ranks import deal, turns
@@ -72,7 +74,7 @@ def prune_block(
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
     for stage, halves in _stages(job, block):
-        reference = None
+        reference, inputs_NSI = None, _cached_inputs(job, block, stage, num_keep, streams)
         if job.follows_dense:
             with job.meter.phase("propagate"):
                 measured = _measured(block, halves, num_keep)
@@ -83,7 +85,15 @@ def prune_block(
             if num_keep[kind] == 0:
                 half = _remove(block, kind, tensors)
             else:
-                place = _Place(job=job, block=block, module=module, streams=streams, reference=reference, widths=widths)
+                place = _Place(
+                    job=job,
+                    block=block,
+                    module=module,
+                    streams=streams,
+                    reference=reference,
+                    widths=widths,
+                    inputs_NSI=inputs_NSI,
+                )
                 half = _prune_half(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
             tensors, widths[kind] = half.tensors, num_keep[kind]
             kept |= half.kept
@@ -93,13 +103,55 @@ def prune_block(
             module = _module(job, block, tensors, widths)
             # What a half leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
-        with job.stock.stage(module, stage), job.meter.phase("propagate"):
-            streams.propagator.run(module, block.index, streams.pruned, write=True)
+        with job.meter.phase("propagate"):
+            _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
 
+def _advance(
+    job: Job,
+    block: BlockLayout,
+    stage: Stage,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Sequence[int]],
+    streams: Streams,
+    inputs_NSI: Tensor | None,
+) -> None:
+    """Move the pruned stream over a stage of which every half is cut: `module` has what is left of the block.
+
+    With `inputs_NSI` the stage is one half, and these are the inputs of its consumer before the cut.
+    """
+    propagator, store = streams.propagator, streams.pruned
+    if inputs_NSI is not None:
+        group = block.group(stage[0])
+        consumer = SolvedConsumer.of(group, tensors, kept[group.name], job.dtype)
+        for start, stop in propagator.batches(0, store.shape[0]):
+            output_BSD = consumer.added(store.read(start, stop), inputs_NSI[start:stop])
+            check_finite(output_BSD, block.index)
+            store.write(start, output_BSD)
+    else:
+        with job.stock.stage(module, stage):
+            propagator.run(module, block.index, store, write=True)
+
+
+def _cached_inputs(
+    job: Job, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
+) -> Tensor | None:
+    """Room for the consumer's inputs of a half that is measured and then finished from them; None for all others."""
+    kind = stage[0]
+    if streams.cache is None or kind not in job.plan.cached or not num_keep.get(kind) or not block.has(kind):
+        return None
+    return streams.cache.inputs(block.group(kind))
+
+
 def pass_block(
-    job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], num_keep: Mapping[str, int], streams: Streams
+    job: Job,
+    block: BlockLayout,
+    tensors: Mapping[str, Tensor],
+    num_keep: Mapping[str, int],
+    kept: Mapping[str, Sequence[int]],
+    streams: Streams,
 ) -> None:
     """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
     module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
@@ -114,10 +166,30 @@ def pass_block(
                 for windows in job.window_parts:
                     for start, stop in streams.propagator.batches(*windows):
                         reference(start, stop)
-    module = _module(job, block, tensors, {kind: num for kind, num in num_keep.items() if block.has(kind)})
+    widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
     for stage, _ in _stages(job, block):
-        with job.stock.stage(module, stage):
-            streams.propagator.run(module, block.index, streams.pruned, write=True)
+        inputs_NSI = _cached_inputs(job, block, stage, num_keep, streams)
+        if inputs_NSI is None:
+            module = _module(job, block, tensors, widths)
+        else:
+            module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
+            _fill(inputs_NSI, job, block, block.group(stage[0]), module, streams)
+        _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
+
+
+def _fill(
+    inputs_NSI: Tensor, job: Job, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
+) -> None:
+    """With what `measure` leaves there: inputs of the uncut half in the pruned stream, in the same micro-batches."""
+    received: list[Tensor] = []
+    for windows in job.window_parts:
+        for start, stop in streams.propagator.batches(*windows):
+            with (
+                job.stock.stage(module, job.stock.stage_of(group.kind)),
+                tapped(module, group.consumer_module, received.append),
+            ):
+                streams.propagator.forward(module, block.index, streams.pruned, start, stop)
+            put_inputs(inputs_NSI, start, received.pop())
 
 
 def _stages(job: Job, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
@@ -147,6 +219,8 @@ class _Place:
     reference: Reference | None
     widths: Mapping[str, int]
     """Kind -> units per group, of the halves that came first."""
+    inputs_NSI: Tensor | None
+    """Where the consumer's inputs are to be kept; None: they are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +270,17 @@ def _prune_half(
     if job.method.needs_statistics:
         with job.meter.phase(f"statistics ({kind})"):
             measured = [
-                measure(job, block, list(groups.values()), place.module, streams, windows, place.reference, owners)
+                measure(
+                    job,
+                    block,
+                    list(groups.values()),
+                    place.module,
+                    streams,
+                    windows,
+                    place.reference,
+                    owners,
+                    place.inputs_NSI,
+                )
                 for windows in job.window_parts
             ]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.

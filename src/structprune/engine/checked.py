@@ -11,6 +11,7 @@ from structprune.architectures.source import resolve_model
 from structprune.architectures.stock import StockModel
 from structprune.architectures.tokenizer import tokenizer_bytes
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.cached import cacheable
 from structprune.engine.device import device_budget, resolve_device, resolve_dtype
 from structprune.engine.foresight import Foresight
 from structprune.engine.plan import PlanRequest, PrunePlan
@@ -138,6 +139,10 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
+        # Where blocks are pruned half by half, from sums of every half's inputs.
+        cacheable=cacheable(stock, checked.kinds, recipe.solver or "")
+        if checked.method.walk == "units" and checked.method.needs_statistics
+        else (),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
     )

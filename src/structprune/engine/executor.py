@@ -21,6 +21,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.allotment import Kept, allot
 from structprune.engine.block import BlockOutcome, pass_block, prune_block
+from structprune.engine.cached import ActivationCache
 from structprune.engine.embed import embed, open_store
 from structprune.engine.ends import find_ends, keep_ends
 from structprune.engine.findings import Costs, costs_path
@@ -29,6 +30,7 @@ from structprune.engine.foresight import output_config
 from structprune.engine.job import Job
 from structprune.engine.measure import Streams
 from structprune.engine.observer import Observer
+from structprune.engine.shape_bytes import most_inputs
 from structprune.engine.shared import Survey, survey_dense
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.report.schema import BlockReport, PruneReport
@@ -174,14 +176,14 @@ def _prune_blocks(
         propagator = embed(job, {store: num_windows, dense: num_dense})
         if kept is not None:
             kept.restore({"pruned": store, "dense": dense})
-        streams = Streams(propagator=propagator, pruned=store, dense=dense)
+        streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(job))
         observer.start(phase, len(blocks) - first)
         for block in blocks[first:]:
             line = lines[block.index]
             if line is not None:
                 tensors = trail.writer.read(_shard_number(block), [block.prefix + name for name in line["tensors"]])
                 relative = {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()}
-                pass_block(job, block, relative, num_keep[block.index], streams)
+                pass_block(job, block, relative, num_keep[block.index], line["kept"], streams)
                 del tensors, relative
             else:
                 surveyed = {} if found is None else found.of_block(block.index)
@@ -197,6 +199,16 @@ def _prune_blocks(
         keep_ends(trail.journal, trail.folder, ends, ranks)
     snapshots.discard()
     return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+
+
+def _open_cache(job: Job) -> ActivationCache | None:
+    """Room for the inputs of any half that the plan lets stay in memory; none is touched yet."""
+    if not job.plan.cached:
+        return None
+    num_windows, seq_len = job.windows.ids_NS.shape
+    return ActivationCache(
+        job.ranks.num_own(num_windows), seq_len, most_inputs(job.stock.layout, job.plan.cached), job.dtype
+    )
 
 
 def _first_windows(job: Job, store: HiddenStore) -> Tensor:

@@ -233,6 +233,8 @@ def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryRepor
         measured_phases=meter.phases,
         store=job.plan.store,
         micro_batch_windows=job.plan.micro_batch_windows,
+        cached=list(job.plan.cached),
+        cache_bytes=job.plan.cache_bytes,
         timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
         device=None
         if (plan := job.plan.device) is None

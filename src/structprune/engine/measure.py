@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
+from structprune.engine.cached import ActivationCache, put_inputs
 from structprune.engine.job import Job
 from structprune.engine.propagate import Propagator, captured, tapped
 from structprune.linalg.squares import energy
@@ -34,6 +35,8 @@ class Streams:
     pruned: HiddenStore
     dense: HiddenStore
     """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
+    cache: ActivationCache | None = None
+    """Where the plan has room for the inputs of a half."""
 
 
 def measure(
@@ -45,15 +48,16 @@ def measure(
     windows: tuple[int, int],
     reference: Reference | None,
     owners: Mapping[str, int] | None = None,
+    inputs_NSI: Tensor | None = None,
 ) -> dict[str, Moments]:
     """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
     Over some of this rank's windows, for all parts of one half at once, and over the ranks: each part at the rank that
     `owners` names (the first without it), and only there among the results. The stage runs without the consumers, which
     leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved,
-    unless the reference does it. An expert gets the tokens that are sent to it, each times the router's weight. Before
-    a norm each token's x and y are divided by the root mean square of the wanted output: what is added is linear in
-    them then.
+    unless the reference does it. The inputs themselves are written to `inputs_NSI`, if it is given. An expert gets the
+    tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided by the
+    root mean square of the wanted output: what is added is linear in them then.
     """
     owners = owners or {}
     inputs: dict[str, Tensor] = {}
@@ -71,6 +75,8 @@ def measure(
         residual_energy += float(energy(residual_BSD))
         while inputs:
             name, x_TI = inputs.popitem()
+            if inputs_NSI is not None:
+                put_inputs(inputs_NSI, start, x_TI)
             target_TD = None
             if wanted_BSD is not None:
                 target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)

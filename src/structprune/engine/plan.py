@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from structprune.engine.reload_bound import ReloadBound, ReloadMode
-from structprune.types import ModelLayout, UnitGroup
+from structprune.types import ModelLayout, UnitGroup, UnitKind
 
 SumsPlace = Literal["device", "host"]
 """Where the sums of activations lie while they are taken; on the host every product is moved there."""
@@ -55,6 +55,9 @@ class PrunePlan:
     micro_batch_windows: int
     disk_bytes: int
     """Free disk that the run needs at its peak."""
+    cached: tuple[UnitKind, ...] = ()
+    """Halves whose consumer's inputs are kept in memory until it is solved, so that they are computed once."""
+    cache_bytes: int = 0
     device: DevicePlan | None = None
     """None: blocks run in host memory."""
     reload: ReloadBound | None = None
@@ -139,5 +142,7 @@ class PlanRequest:
     """Of another model's head and its logits, where the losses of both are measured side by side."""
     num_ranks: int = 1
     """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
+    cacheable: tuple[UnitKind, ...] = ()
+    """Halves whose consumer's inputs could be kept until it is solved."""
     held_bytes: int = 0
     """What the caller itself holds, whatever the phase."""

@@ -27,6 +27,7 @@ from structprune.engine.shape_bytes import (
     kept_for_backward,
     logit_bytes,
     mask_bytes,
+    most_inputs,
     num_scores,
     numel,
     solver_windows,
@@ -39,6 +40,7 @@ from structprune.engine.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
 from structprune.statistics.gram import NUM_STRIPS
+from structprune.types import UnitKind
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
@@ -76,11 +78,11 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     places: tuple[SumsPlace, ...] = ("device", "host") if device_budget is not None else ("device",)
     smallest: PrunePlan | None = None
     smallest_device: DevicePlan | None = None
-    # A smaller micro-batch costs less than a Gram that is moved for each.
-    for store in ("memory", "file"):
+    # A smaller micro-batch costs less than a half that is computed again, or a Gram that is moved for each.
+    for store, cached in _stores(request, on_device=device_budget is not None):
         for sums in places:
             for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
-                plan, device = _plan_with(request, budget, store, micro_batch), None
+                plan, device = _plan_with(request, budget, store, cached, micro_batch), None
                 if device_budget is not None:
                     device = device_plan(request, device_budget, micro_batch, sums)
                     if smallest_device is None or device.peak_bytes < smallest_device.peak_bytes:
@@ -116,11 +118,25 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     )
 
 
+def _stores(request: PlanRequest, *, on_device: bool) -> list[tuple[str, tuple[UnitKind, ...]]]:
+    """Where hidden states can be and which halves' inputs are kept beside them, what is fastest first.
+
+    Attention's inputs are the narrower ones and save more. A device computes them again sooner than they come back.
+    """
+    choices: list[tuple[str, tuple[UnitKind, ...]]] = [("memory", ()), ("file", ())]
+    if not on_device:
+        for count in range(1, len(request.cacheable) + 1):
+            choices.insert(0, ("memory", request.cacheable[:count]))
+    return choices
+
+
 def _fullest(phases: Mapping[str, int]) -> str:
     return max(phases, key=lambda name: phases[name])
 
 
-def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) -> PrunePlan:
+def _plan_with(
+    request: PlanRequest, budget: int, store: str, cached: tuple[UnitKind, ...], micro_batch: int
+) -> PrunePlan:
     item = request.compute_dtype.itemsize
     hidden = request.layout.hidden_size
     store_bytes = request.num_windows * request.seq_len * hidden * item
@@ -136,6 +152,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
     # While blocks run those states are in a store like the others.
     resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
+    # Only while blocks are pruned, one half's at a time.
+    cache_bytes = request.num_windows * request.seq_len * item * most_inputs(request.layout, cached)
+    pruning = resident + cache_bytes
 
     block = widest_block(request)
     names = [block.prefix + name for name in block.shapes]
@@ -166,9 +185,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         + _TOKENIZER_SHARE * request.tokenizer_bytes
         + _CHARACTER_BYTES * (request.text_bytes or 0),
         "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
-        "read block": resident + 2 * weights + cast,
-        "propagate": resident + weights + cast + activations,
-        "write block": resident + 2 * weights + cast,
+        "read block": pruning + 2 * weights + cast,
+        "propagate": pruning + weights + cast + activations,
+        "write block": pruning + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
         "copy embeddings and head": small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
         "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
@@ -191,7 +210,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
         sums = sum(gram_bytes(group) for group in request.groups)
-        phases["survey: scores"] = phases["propagate"] + sums
+        phases["survey: scores"] = phases["propagate"] - cache_bytes + sums
     if request.needs_weight_gradients:
         phases["survey: backward"] += weight_gradient_bytes(request, block)
     if request.slices != "no":
@@ -227,9 +246,9 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 batch += (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
             # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
             phases[f"statistics ({kind})"] = (
-                resident + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
+                pruning + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
             )
-            phases[f"solve ({kind})"] = resident + weights + cast + problem.solve + kept_apart + sensitivities
+            phases[f"solve ({kind})"] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
             if request.needs_survey:
                 # Removals are priced one after the other whatever decides later.
                 priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
@@ -243,7 +262,7 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
                 # Behind the proposal the consumer is measured and solved again; meanwhile there is the original block.
                 again = max(phases[f"statistics ({kind})"], phases[f"solve ({kind})"]) + weights + cast
                 proposal = iteration_bytes(tokens, hidden, problem.kept or inputs, request.num_latents)
-                phases["iterate"] = max(again, resident + 2 * weights + 2 * cast + proposal)
+                phases["iterate"] = max(again, pruning + 2 * weights + 2 * cast + proposal)
     model_bytes = sum(request.stored_bytes.values())
     added = 0
     if request.slices != "no":
@@ -257,6 +276,8 @@ def _plan_with(request: PlanRequest, budget: int, store: str, micro_batch: int) 
         store=store,
         store_bytes=store_bytes,
         micro_batch_windows=micro_batch,
+        cached=cached,
+        cache_bytes=cache_bytes,
         disk_bytes=model_bytes
         + added
         + _disk_to_go_on(request, num_stores * store_bytes, gradient)

@@ -71,6 +71,18 @@ def captured(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -
         handle.remove()
 
 
+def check_finite(output_BSD: Tensor, index: int) -> None:
+    """Raise NumericalError if the hidden states behind block `index` are not finite."""
+    # Extremes carry NaN and infinity along, without a temporary of the output's size.
+    low, high = output_BSD.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise NumericalError(
+            "the hidden states after the block are NaN or infinite",
+            where=f"block {index}",
+            do="use --dtype float32; if it stays, the source checkpoint is damaged",
+        )
+
+
 class Propagator:
     """One model's micro-batch loop: shape, device and the arguments that every block is called with."""
 
@@ -97,14 +109,7 @@ class Propagator:
         """The block's output for windows start..stop of the store, on the device. Raises NumericalError."""
         hidden_BSD = store.read(start, stop).to(self._device)
         output_BSD = output_tensor(block(hidden_BSD, **self.kwargs(stop - start, index)))
-        # Extremes carry NaN and infinity along, without a temporary of the output's size.
-        low, high = output_BSD.aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise NumericalError(
-                "the hidden states after the block are NaN or infinite",
-                where=f"block {index}",
-                do="use --dtype float32; if it stays, the source checkpoint is damaged",
-            )
+        check_finite(output_BSD, index)
         return output_BSD
 
     def run(self, block: nn.Module, index: int, store: HiddenStore, *, write: bool) -> None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from structprune.engine.plan import PlanRequest
 from structprune.engine.workspace import GroupProblem
-from structprune.types import BlockLayout, UnitGroup
+from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
 
 # Each piece reads the whole output projection: with 32 tokens that took as long as the products.
 LOGIT_TOKENS = 64
@@ -19,6 +21,8 @@ _LOSS_BYTES = 3 * 4
 # one more inside a kernel; backward what each of these operations keeps, and their gradients.
 SCORE_BYTES = 3 * 4
 _SCORE_BYTES_BACKWARD = 8 * 4
+# Activations that make no other tensor than their result.
+_ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 # Tokens that an iterative solver holds at once with its split variables.
 _SOLVER_TOKENS = 8192
 
@@ -49,19 +53,31 @@ def embedding_names(request: PlanRequest) -> list[str]:
     return [name for name in request.layout.outer_tensors if name.startswith(modules)]
 
 
-def activation_bytes(block: BlockLayout, hidden: int, one_each: int, tiles: int = 0) -> int:
+def activation_bytes(
+    block: BlockLayout, hidden: int, one_each: int, tiles: int = 0, *, differentiated: bool = False
+) -> int:
     """What a block's forward holds at its peak: the MLP's or attention's.
 
-    MLP: gate, activated gate, up and product; attention: q, k, v, turned and with repeated heads, the output, `tiles`.
+    MLP: what `_wide_tensors` counts, or all of it where it is differentiated; attention: q, k, v, turned and with
+    repeated heads, the output, `tiles`.
     """
-    widest = max(g.num_units * g.width for g in block.groups)
-    return max((4 * widest + 4 * hidden) * one_each, 10 * hidden * one_each + tiles)
+    wide = max((4 if differentiated else _wide_tensors(g)) * g.num_units * g.width for g in block.groups)
+    return max((wide + 4 * hidden) * one_each, 10 * hidden * one_each + tiles)
+
+
+def _wide_tensors(group: UnitGroup) -> int:
+    """As wide as the MLP and there at once: gate, activated gate, up and product.
+
+    Of maps of their own only three, where the activation has one kernel: gate is gone when up is computed.
+    """
+    apart = group.gate_module is not None and group.gate_module != group.up_module
+    return 3 if apart and group.activation in _ONE_KERNEL else 4
 
 
 def kept_for_backward(request: PlanRequest, block: BlockLayout) -> int:
     """What a backward pass keeps of one window: each activation, its gradient, and the products' inputs."""
     one_each = request.seq_len * request.compute_dtype.itemsize
-    activations = activation_bytes(block, request.layout.hidden_size, one_each)
+    activations = activation_bytes(block, request.layout.hidden_size, one_each, differentiated=True)
     return 3 * activations + num_scores(request) * _SCORE_BYTES_BACKWARD
 
 
@@ -111,6 +127,12 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
 def numel(block: BlockLayout, name: str) -> int:
     """Of one of the block's tensors, by its name with or without the block's prefix."""
     return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
+
+
+def most_inputs(layout: ModelLayout, kinds: Collection[UnitKind]) -> int:
+    """Of any consumer of these halves in any block; 0 where there is none."""
+    groups = [group for block in layout.blocks for kind in kinds if block.has(kind) for group in block.parts(kind)]
+    return max((group.num_units * group.width for group in groups), default=0)
 
 
 def gram_bytes(group: UnitGroup) -> int:

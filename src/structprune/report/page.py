@@ -20,7 +20,7 @@ from structprune.report.figures import (
     short,
 )
 from structprune.report.measured import Bench, Evaluation
-from structprune.report.schema import DeviceMemoryReport, PruneReport
+from structprune.report.schema import DeviceMemoryReport, MemoryReport, PruneReport
 from structprune.report.summary import reload_line, warnings
 
 PAGE_NAME = "pruning_report.html"
@@ -209,8 +209,15 @@ def _phases_note(report: PruneReport) -> str:
     where = "in memory" if memory.store == "memory" else "in a file"
     return (
         f"Measured in all: {format_bytes(memory.measured_peak_bytes)}. Budget {format_bytes(memory.budget_bytes)}; "
-        f"hidden states {where}, {memory.micro_batch_windows} windows at a time.{_device_note(memory.device)}"
+        f"hidden states {where}, {memory.micro_batch_windows} windows at a time."
+        f"{_cache_note(memory)}{_device_note(memory.device)}"
     )
+
+
+def _cache_note(memory: MemoryReport) -> str:
+    if not memory.cached:
+        return ""
+    return f" Activations kept for {' and '.join(memory.cached)}: {format_bytes(memory.cache_bytes)}."
 
 
 def _device_note(device: DeviceMemoryReport | None) -> str:

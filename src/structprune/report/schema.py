@@ -102,6 +102,9 @@ class MemoryReport(Frozen):
     """Those of `phases` that were measured apart."""
     store: str
     micro_batch_windows: int
+    cached: list[str] = Field(default_factory=list[str])
+    """Halves whose consumer's inputs were kept in memory until it was solved."""
+    cache_bytes: int = 0
     timeline: list[MemoryStretch] = Field(default_factory=list[MemoryStretch])
     """Empty in reports of the first version that had none."""
     device: DeviceMemoryReport | None = None
