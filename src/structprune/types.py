@@ -220,6 +220,15 @@ class Moments:
             target_OI=None if self.target_OI is None else self.target_OI[:, order_I],
         )
 
+    def to(self, device: torch.device) -> Moments:
+        """The same there."""
+        return replace(
+            self,
+            gram_II=self.gram_II.to(device),
+            sum_I=None if self.sum_I is None else self.sum_I.to(device),
+            target_OI=None if self.target_OI is None else self.target_OI.to(device),
+        )
+
     def __add__(self, other: Moments) -> Moments:
         target_OI, energy = self.target_OI, self.target_energy
         if target_OI is not None and energy is not None:
@@ -259,6 +268,21 @@ class Surveyed:
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""
     taylor: TaylorSums | None = None
+
+    def to(self, device: torch.device) -> Surveyed:
+        """The same there."""
+        sums = self.taylor
+        return Surveyed(
+            sensitivity_OO=None if self.sensitivity_OO is None else self.sensitivity_OO.to(device),
+            taylor=None
+            if sums is None
+            else TaylorSums(
+                signed_U=sums.signed_U.to(device),
+                first_U=sums.first_U.to(device),
+                second_U=sums.second_U.to(device),
+                mixed_U=sums.mixed_U.to(device),
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +356,11 @@ class SolveResult:
     statistics: Mapping[str, float]
     bias_O: Tensor | None = None
     """What is to be added to the consumer's output; None: nothing."""
+
+    def to(self, device: torch.device) -> SolveResult:
+        """The same there."""
+        bias_O = None if self.bias_O is None else self.bias_O.to(device)
+        return replace(self, weight_OK=self.weight_OK.to(device), bias_O=bias_O)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -133,7 +133,7 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
         borders.append(MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32))
         borders[-1].write(0, store.read(0, NUM_WINDOWS))
         module = job.stock.block(block.index, job.reader.read(block.shapes, block.prefix))
-        propagator.run(module, block.index, store, write=True)
+        propagator.run(module, block.index, store)
     gradient = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
     loss_gradient(job, store, gradient, "sampled")
     for block in reversed(job.stock.layout.blocks):

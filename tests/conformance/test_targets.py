@@ -62,7 +62,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         for group in groups:
             found |= measure(job, block, [group], module, streams, (0, NUM_WINDOWS), reference)
         with job.stock.stage(module, stage):
-            streams.propagator.run(module, 0, pruned, write=True)
+            streams.propagator.run(module, 0, pruned)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pruned.read(0, NUM_WINDOWS), truth["pruned"]["block"], rtol=1e-5, atol=1e-5)
 

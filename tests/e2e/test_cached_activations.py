@@ -44,13 +44,13 @@ class Passes:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        forward = Propagator.forward
+        apply = Propagator.apply
 
         def counted(*args: Any) -> Any:
             self.count += 1
-            return forward(*args)
+            return apply(*args)
 
-        patch.setattr(Propagator, "forward", counted)
+        patch.setattr(Propagator, "apply", counted)
 
 
 def pruned(source: Path, settings: Recipe, output: Path, *, cached: bool) -> tuple[dict[str, torch.Tensor], Any, int]:

@@ -24,7 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Generator[FakeGpu]:
 
 
 def plan(budget: int) -> DevicePlan:
-    return DevicePlan(budget_bytes=budget, phases={"propagate": budget // 2}, sums="device")
+    return DevicePlan(budget_bytes=budget, phases={"propagate": budget // 2}, sums="device", solves="device")
 
 
 def test_by_default_most_of_what_is_free(gpu: FakeGpu) -> None:

@@ -407,8 +407,12 @@ def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
         "survey: backward",
         "survey: loss",
         "statistics (mlp)",
+        "solve (mlp)",
+        "survey: costs (mlp)",
     }
-    assert found.sums == "device"
+    assert (found.sums, found.solves) == ("device", "device")
+    # One inverse in float64 at least, beside the sums.
+    assert found.phases["solve (mlp)"] > 11008**2 * (8 + 4)
     block, gram, cross = LLAMA_7B.blocks[0].num_parameters * 2, 11008**2 * 4, 4096 * 11008 * 4
     assert found.phases["statistics (mlp)"] > 2 * block + gram + cross
     # The stores stay on the host.
@@ -417,16 +421,17 @@ def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
 
 def test_a_smaller_micro_batch_before_sums_on_the_host_and_these_before_a_refusal() -> None:
     options: dict[str, Any] = {"seq_len": 256, "num_windows": 128}
-    seen = [(8, "device"), (4, "device"), (1, "device"), (8, "host"), (4, "host"), (1, "host")]
+    places = [("device", "device"), ("device", "host"), ("host", "host")]
+    seen = [(size, *place) for place in places for size in (8, 4, 1)]
     # Whichever is smaller than all before it can come next.
-    device, found = 2**40, list[tuple[int, str]]()
+    device, found = 2**40, list[tuple[int, str, str]]()
 
     def shrink() -> None:
         nonlocal device
         while True:
             plan = plan_for(LLAMA_7B, device=device, compute_dtype=torch.bfloat16, **options)
             assert plan.device is not None
-            found.append((plan.micro_batch_windows, plan.device.sums))
+            found.append((plan.micro_batch_windows, plan.device.sums, plan.device.solves))
             device = plan.device.peak_bytes - 1
 
     with pytest.raises(MemoryBudgetError, match="does not fit in the device's memory budget") as caught:
@@ -435,7 +440,7 @@ def test_a_smaller_micro_batch_before_sums_on_the_host_and_these_before_a_refusa
     assert found == [each for each in seen if each in found]
     assert found[0] == seen[0]
     assert found[-1] == seen[-1]
-    assert {"device", "host"} == {place for _, place in found}
+    assert {place[1:] for place in found} == set(places)
     # What the refusal names does.
     assert on_device(named, **options).sums == "host"
     assert named - device < 2**20

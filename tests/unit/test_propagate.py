@@ -52,30 +52,24 @@ def tiny(tiny_llama: Path) -> Tiny:
 def test_micro_batches_equal_one_pass(tiny: Tiny, micro_batch: int) -> None:
     """Seven windows: batches that divide them, that leave a remainder, and one that is too large."""
     store = tiny.store()
-    Propagator(tiny.inputs, micro_batch, CPU).run(tiny.block, 0, store, write=True)
+    Propagator(tiny.inputs, micro_batch, CPU).run(tiny.block, 0, store)
     torch.testing.assert_close(store.read(0, NUM_WINDOWS), tiny.whole(), rtol=1e-5, atol=1e-6)
-
-
-def test_without_write_the_store_stays(tiny: Tiny) -> None:
-    store = tiny.store()
-    Propagator(tiny.inputs, 3, CPU).run(tiny.block, 0, store, write=False)
-    assert torch.equal(store.read(0, NUM_WINDOWS), tiny.hidden_NSD)
 
 
 def test_observed_sees_what_tapped_sees_and_computes_as_usual(tiny: Tiny) -> None:
     usual, seen, tapped_seen = tiny.store(), list[Tensor](), list[Tensor]()
     propagator = Propagator(tiny.inputs, 3, CPU)
     with observed(tiny.block, tiny.consumer, seen.append):
-        propagator.run(tiny.block, 0, usual, write=True)
+        propagator.run(tiny.block, 0, usual)
     with tapped(tiny.block, tiny.consumer, tapped_seen.append):
-        propagator.run(tiny.block, 0, tiny.store(), write=False)
+        propagator.run(tiny.block, 0, tiny.store())
     assert [len(x) for x in seen] == [3 * SEQ_LEN, 3 * SEQ_LEN, SEQ_LEN]
     assert torch.equal(torch.cat(seen), torch.cat(tapped_seen))
     torch.testing.assert_close(usual.read(0, NUM_WINDOWS), tiny.whole(), rtol=1e-5, atol=1e-6)
     # The consumer's own product closes the circle: residual + W x is the block's output.
     residual = tiny.store()
     with tapped(tiny.block, tiny.consumer, lambda _: None):
-        propagator.run(tiny.block, 0, residual, write=True)
+        propagator.run(tiny.block, 0, residual)
     added = tiny.block.get_submodule(tiny.consumer)(torch.cat(seen)).reshape(tiny.hidden_NSD.shape)
     torch.testing.assert_close(residual.read(0, NUM_WINDOWS) + added, tiny.whole(), rtol=1e-5, atol=1e-6)
 
@@ -90,6 +84,6 @@ def test_block_is_whole_again_after_an_exception(tiny: Tiny, attach: type[observ
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"), attach(tiny.block, tiny.consumer, fail):
-        Propagator(tiny.inputs, 3, CPU).run(tiny.block, 0, tiny.store(), write=True)
+        Propagator(tiny.inputs, 3, CPU).run(tiny.block, 0, tiny.store())
     assert torch.equal(tiny.whole(), expected)
     assert calls == [3 * SEQ_LEN]

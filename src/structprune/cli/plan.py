@@ -60,7 +60,11 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     ]
     if (device := memory.device) is not None:
         place = "on the device" if device.sums == "device" else "in host memory, where every product is moved"
-        rows += [*_peak_rows("peak device memory", device), ("sums of activations", place)]
+        rows += [
+            *_peak_rows("peak device memory", device),
+            ("sums of activations", place),
+            ("choices and solves", "on the device" if device.solves == "device" else "on the host"),
+        ]
     check = "left out"
     if memory.reload_mode is not None:
         how = "the whole model" if memory.reload_mode == "whole" else "module by module"
@@ -93,7 +97,9 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
             "cache_bytes": memory.cache_bytes,
             "disk_bytes": memory.disk_bytes,
         },
-        "device_memory": None if memory.device is None else {**_peak_dict(memory.device), "sums": memory.device.sums},
+        "device_memory": None
+        if memory.device is None
+        else {**_peak_dict(memory.device), "sums": memory.device.sums, "solves": memory.device.solves},
         "reload_check": {"mode": memory.reload_mode or "off", "planned_bytes": memory.reload_bytes},
         "runtimes": [asdict(runtime) for runtime in found.runtimes],
     }

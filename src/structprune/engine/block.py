@@ -69,7 +69,7 @@ def prune_block(
     module = _module(job, block, tensors, widths)
     if not job.follows_dense:
         with job.meter.phase("propagate"):
-            streams.propagator.run(module, block.index, streams.dense, write=True)
+            streams.propagator.run(module, block.index, streams.dense)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ def _advance(
             store.write(start, output_BSD)
     else:
         with job.stock.stage(module, stage):
-            propagator.run(module, block.index, store, write=True)
+            propagator.run(module, block.index, store)
 
 
 def _cached_inputs(
@@ -156,7 +156,7 @@ def pass_block(
     """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
     module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
     if not job.follows_dense:
-        streams.propagator.run(module, block.index, streams.dense, write=True)
+        streams.propagator.run(module, block.index, streams.dense)
     else:
         for stage, halves in _stages(job, block):
             groups = _measured(block, halves, num_keep)
@@ -183,12 +183,12 @@ def _fill(
     """With what `measure` leaves there: inputs of the uncut half in the pruned stream, in the same micro-batches."""
     received: list[Tensor] = []
     for windows in job.window_parts:
-        for start, stop in streams.propagator.batches(*windows):
+        for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
             with (
                 job.stock.stage(module, job.stock.stage_of(group.kind)),
                 tapped(module, group.consumer_module, received.append),
             ):
-                streams.propagator.forward(module, block.index, streams.pruned, start, stop)
+                streams.propagator.apply(module, block.index, hidden_BSD)
             put_inputs(inputs_NSI, start, received.pop())
 
 

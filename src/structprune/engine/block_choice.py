@@ -79,12 +79,13 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
             first = block.index + 1 - num_remove
             module = load_block(job, block)[1]
             total = 0.0
-            for start, stop in propagator.batches(0, num_windows):
-                output_BSD = propagator.forward(module, block.index, before, start, stop)
-                after.write(start, output_BSD.cpu())
-                if first >= protect_first:
-                    input_BSD = ring[first % len(ring)].read(start, stop).to(job.device)
-                    total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
+            with propagator.writing(after) as put:
+                for start, stop, hidden_BSD in propagator.read(before, 0, num_windows):
+                    output_BSD = propagator.apply(module, block.index, hidden_BSD)
+                    put(start, output_BSD)
+                    if first >= protect_first:
+                        input_BSD = propagator.fetch(ring[first % len(ring)], start, stop)
+                        total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
             detail = f"block {block.index}"
             if first >= protect_first:
                 distances[first] = total / job.windows.ids_NS.numel()
@@ -140,12 +141,12 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
             for block in left:
                 module = load_block(job, block)[1]
                 for store in without.values():
-                    propagator.run(module, block.index, store, write=True)
+                    propagator.run(module, block.index, store)
                 if block.index in may_go:
                     without[block.index] = spare[len(without)]
                     for start, stop in propagator.batches(0, num_windows):
                         without[block.index].write(start, current.read(start, stop))
-                propagator.run(module, block.index, current, write=True)
+                propagator.run(module, block.index, current)
                 del module
                 snapshots.keep(
                     (number - 1) * len(blocks) + block.index,

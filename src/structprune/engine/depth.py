@@ -176,10 +176,10 @@ def _write_blocks(
         for block in blocks[first:]:
             started = time.perf_counter()
             tensors, module = load_block(job, block)
-            propagator.run(module, block.index, dense, write=True)
+            propagator.run(module, block.index, dense)
             stays = block.index in kept
             if stays:
-                propagator.run(module, block.index, pruned, write=True)
+                propagator.run(module, block.index, pruned)
             if lines[block.index] is None:
                 files: list[Path] = []
                 if stays:

@@ -1,20 +1,25 @@
 """Bytes that each phase holds on a device with memory of its own, from shapes.
 
-Blocks run there and sums are taken there; deciding and solving are the host's. The figures are upper bounds, as the
-host's are, but no GPU was there to compare them with: the run's own limit is what keeps the promise (device.py).
+Blocks run there, sums are taken there, units are chosen and consumers solved there, in that order of importance: what
+does not fit is the host's. The figures are upper bounds, as the host's are, and tests compare them with a device that
+the CPU plays; no GPU was there. The run's own limit is what keeps the promise (device.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
-from structprune.engine.plan import DevicePlan, PlanRequest, SumsPlace
+from structprune.engine.plan import DevicePlan, Place, PlanRequest
 from structprune.engine.shape_bytes import (
     SCORE_BYTES,
     activation_bytes,
     by_kind,
     embedding_names,
     gram_bytes,
+    group_problem,
     kept_for_backward,
     logit_bytes,
     mask_bytes,
@@ -27,20 +32,22 @@ from structprune.engine.shape_bytes import (
 from structprune.engine.slice_bytes import slice_phases
 from structprune.engine.workspace import iteration_bytes
 from structprune.statistics.gram import NUM_STRIPS
-from structprune.types import UnitGroup
+from structprune.types import BlockLayout, UnitGroup
 
 # What cuBLAS works in (32 MiB on the newest), and half-used blocks of the allocator.
 _LIBRARY_BYTES = 64 * 2**20
 
 
-def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: SumsPlace) -> DevicePlan:
-    """What the device holds with micro-batches of so many windows and the sums of activations in that place."""
+def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place, solves: Place) -> DevicePlan:
+    """What the device holds with micro-batches of so many windows, the sums of activations and the solves there."""
     item, hidden, seq_len = request.compute_dtype.itemsize, request.layout.hidden_size, request.seq_len
     block, vocab_size = widest_block(request), request.layout.vocab_size
     one_each = micro_batch * seq_len * item
     outer = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
     # With cosines and sines, the largest of what blocks are called with beside the states.
     base = _LIBRARY_BYTES + mask_bytes(request, micro_batch) + 2 * hidden * one_each
+    # The next micro-batch, which is there before its turn, and the last one's output on its way out.
+    base += 2 * hidden * one_each
     weights = sum(torch.Size(shape).numel() for shape in block.shapes.values()) * item
     activations = activation_bytes(block, hidden, one_each) + micro_batch * num_scores(request) * SCORE_BYTES
     # The whole block is there until its cut successor is.
@@ -60,7 +67,9 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: SumsP
     surveyed = sum(_sum_bytes(request, group, sums) + hidden * hidden * 4 for group in request.groups)
     if request.needs_survey or request.needs_weight_gradients:
         kept = kept_for_backward(request, block)
-        phases["survey: backward"] = base + weights + gradient + kept + (surveyed if request.needs_survey else 0)
+        # Of three windows: one computed with, one before and one after it.
+        moving = 3 * (gradient + seq_len * hidden * item)
+        phases["survey: backward"] = base + weights + moving + kept + (surveyed if request.needs_survey else 0)
         phases["survey: loss"] = loss + 2 * gradient
     if request.needs_scores:
         phases["survey: scores"] = running + surveyed
@@ -86,14 +95,35 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: SumsP
             taken = sum(_sum_bytes(request, part, sums) for part in parts)
             taken += max(statistics_bytes(request, part, micro_batch) for part in parts)
             phases[f"statistics ({kind})"] = running + taken
+            if solves == "device":
+                phases |= _solve_phases(request, block, kind, parts, base + weights)
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, seq_len) * seq_len
                 inputs = parts[0].num_units * parts[0].width
                 phases["iterate"] = running + iteration_bytes(tokens, hidden, inputs, request.num_latents)
-    return DevicePlan(budget_bytes=budget, phases=phases, sums=sums)
+    return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
 
 
-def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: SumsPlace) -> int:
+def _solve_phases(
+    request: PlanRequest, block: BlockLayout, kind: str, parts: Sequence[UnitGroup], beside: int
+) -> dict[str, int]:
+    """Deciding and solving one part of a half, with the sums of the others and one sensitivity beside it."""
+    problem = group_problem(request, block, parts[0])
+    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_survey else 0
+    # Libraries of a device copy a matrix that is not laid out as they want it.
+    copied = problem.inputs**2 * 8
+    rest = (len(parts) - 1) * problem.sums
+    phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}
+    if request.needs_survey:
+        # Removals are priced one after the other, whatever decides later, with all sums of the block there.
+        priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
+        others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
+        sensitivities = len(by_kind(request.groups)) * sensitivity
+        phases[f"survey: costs ({kind})"] = beside + problem.gram + priced.decide + others + sensitivities + copied
+    return phases
+
+
+def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: Place) -> int:
     """Of one consumer: its sums and the tile in which the lower triangle is filled in, or a strip on its way out."""
     gram = gram_bytes(group)
     cross = group.num_units * group.width * request.layout.hidden_size * 4 if request.follows_dense else 0

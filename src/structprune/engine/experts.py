@@ -161,7 +161,7 @@ def measure_experts(
         for number in range(num_experts):
             name = f"{experts.module}.{number}.{experts.writer}"
             stack.enter_context(captured(module, name, lambda output_RD, n=number: received(n, output_RD)))
-        propagator.run(module, index, store, write=True)
+        propagator.run(module, index, store)
     return Saliency(norms_E=norms_E, tokens_E=tokens_E)
 
 
@@ -219,7 +219,7 @@ def _prune_blocks(
             cast = {name: tensor.to(job.device, job.dtype) for name, tensor in smaller.items()}
             module = job.stock.block(block.index, cast, _config(job, experts, block.index))
             with job.meter.phase("propagate"):
-                propagator.run(module, block.index, pruned, write=True)
+                propagator.run(module, block.index, pruned)
             if line is None:
                 shard = writer.write(block.index + 2, {block.prefix + n: tensor for n, tensor in smaller.items()})
                 report = BlockReport(

@@ -244,6 +244,7 @@ def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryRepor
             measured_peak_bytes=job.device_meter.peak_bytes(),
             phases=plan.phases,
             sums=plan.sums,
+            solves=plan.solves,
         ),
     )
 

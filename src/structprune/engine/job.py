@@ -102,6 +102,12 @@ class Job:
         return GramAccumulator(num_inputs, device, num_outputs=num_outputs, apart=apart)
 
     @property
+    def solve_device(self) -> torch.device:
+        """Where units are chosen and consumers solved."""
+        on_device = self.plan.device is not None and self.plan.device.solves == "device"
+        return self.device if on_device else torch.device("cpu")
+
+    @property
     def damping(self) -> float:
         """The ridge of the decision, and of the solver unless it is chosen on held-out windows."""
         assert self.recipe.damping is not None

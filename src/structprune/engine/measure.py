@@ -65,13 +65,13 @@ def measure(
     num_outputs = 0 if reference is None else job.stock.layout.hidden_size
     accumulators = {part.name: job.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts}
     residual_energy = 0.0
-    for start, stop in streams.propagator.batches(*windows):
+    for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
             stack.enter_context(job.stock.stage(module, job.stock.stage_of(parts[0].kind)))
             for part in parts:
                 stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
-            residual_BSD = streams.propagator.forward(module, block.index, streams.pruned, start, stop)
+            residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         residual_energy += float(energy(residual_BSD))
         while inputs:
             name, x_TI = inputs.popitem()
@@ -94,10 +94,10 @@ def measure(
         (total_residual,) = add_numbers(job.ranks, [residual_energy], owner)
         if owner == job.ranks.rank:
             found[name] = Moments(
-                sum_I=accumulator.sum_I.cpu(),
+                sum_I=accumulator.sum_I,
                 num_tokens=accumulator.num_tokens,
-                gram_II=accumulator.finalize(f"block {block.index} {name}").cpu(),
-                target_OI=None if accumulator.target_OI is None else accumulator.target_OI.cpu(),
+                gram_II=accumulator.finalize(f"block {block.index} {name}"),
+                target_OI=accumulator.target_OI,
                 target_energy=None if reference is None else accumulator.target_energy,
                 residual_energy=total_residual,
             )
@@ -132,12 +132,9 @@ def follow_dense(
         (group,) = groups
         return stage_output(job, block, group, module, streams, streams.dense, write=True)
     with job.stock.stage(module, stage):
-        streams.propagator.run(module, block.index, streams.dense, write=True)
+        streams.propagator.run(module, block.index, streams.dense)
 
-    def output(start: int, stop: int) -> Tensor:
-        return streams.dense.read(start, stop).to(job.device)
-
-    return output
+    return partial(streams.propagator.fetch, streams.dense)
 
 
 def stage_output(
@@ -158,7 +155,8 @@ def stage_output(
         with job.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
             stream_BSD = streams.propagator.forward(module, block.index, store, start, stop)
         if write:
-            store.write(start, stream_BSD.cpu())
+            with streams.propagator.writing(store) as put:
+                put(start, stream_BSD)
         consumer_BSD = outputs.pop()
         return consumer_BSD if group.output_normed else stream_BSD
 

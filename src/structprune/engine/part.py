@@ -69,10 +69,11 @@ def solve_part(
         # Scores and solvers see a matrix, not where it is from.
         raise error.inside(where) from error
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
-    cost_U = removal_path(problem, group.num_units).cost if reprice else None
+    cost_U = removal_path(problem, group.num_units).cost.cpu() if reprice else None
+    # Wherever it was solved, it is written from the host.
     return Part(
-        keep_units=torch.nonzero(keep_U).flatten(),
-        result=result,
+        keep_units=torch.nonzero(keep_U).flatten().cpu(),
+        result=result.to(torch.device("cpu")),
         errors=errors,
         statistics=statistics | dict(result.statistics),
         cost_U=cost_U,

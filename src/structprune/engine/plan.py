@@ -11,8 +11,7 @@ import torch
 from structprune.engine.reload_bound import ReloadBound, ReloadMode
 from structprune.types import ModelLayout, UnitGroup, UnitKind
 
-SumsPlace = Literal["device", "host"]
-"""Where the sums of activations lie while they are taken; on the host every product is moved there."""
+Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,10 @@ class DevicePlan:
     budget_bytes: int
     phases: dict[str, int]
     """Phase -> peak bytes."""
-    sums: SumsPlace
+    sums: Place
+    """Where the sums of activations lie while they are taken; on the host every product is moved there."""
+    solves: Place
+    """Where units are chosen and consumers solved."""
 
     @property
     def peak_bytes(self) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from structprune.architectures.attention import scratch_bytes
 from structprune.engine.device_plan import device_plan
-from structprune.engine.plan import DevicePlan, PlanRequest, PrunePlan, SumsPlace
+from structprune.engine.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.reload_bound import RELOAD_TOKENS, ReloadBound
 from structprune.engine.shape_bytes import (
     SCORE_BYTES,
@@ -36,6 +36,7 @@ from structprune.engine.shape_bytes import (
     widest_block,
 )
 from structprune.engine.slice_bytes import slice_phases
+from structprune.engine.transfer import NUM_STAGED
 from structprune.engine.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
@@ -75,16 +76,18 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     """
     budget = memory if memory is not None else available_bytes() * 8 // 10
     largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
-    places: tuple[SumsPlace, ...] = ("device", "host") if device_budget is not None else ("device",)
+    # Of sums and solves: a solve is a second's work, sums are moved for every micro-batch.
+    places: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
+    moved = device_budget is not None
     smallest: PrunePlan | None = None
     smallest_device: DevicePlan | None = None
     # A smaller micro-batch costs less than a half that is computed again, or a Gram that is moved for each.
-    for store, cached in _stores(request, on_device=device_budget is not None):
-        for sums in places:
+    for store, cached in _stores(request, moved=moved):
+        for sums, solves in places if moved else places[:1]:
             for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
-                plan, device = _plan_with(request, budget, store, cached, micro_batch), None
+                plan, device = _plan_with(request, budget, store, cached, micro_batch, moved=moved), None
                 if device_budget is not None:
-                    device = device_plan(request, device_budget, micro_batch, sums)
+                    device = device_plan(request, device_budget, micro_batch, sums, solves)
                     if smallest_device is None or device.peak_bytes < smallest_device.peak_bytes:
                         smallest_device = device
                 fits = device is None or device.peak_bytes <= device.budget_bytes
@@ -118,13 +121,13 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     )
 
 
-def _stores(request: PlanRequest, *, on_device: bool) -> list[tuple[str, tuple[UnitKind, ...]]]:
+def _stores(request: PlanRequest, *, moved: bool) -> list[tuple[str, tuple[UnitKind, ...]]]:
     """Where hidden states can be and which halves' inputs are kept beside them, what is fastest first.
 
     Attention's inputs are the narrower ones and save more. A device computes them again sooner than they come back.
     """
     choices: list[tuple[str, tuple[UnitKind, ...]]] = [("memory", ()), ("file", ())]
-    if not on_device:
+    if not moved:
         for count in range(1, len(request.cacheable) + 1):
             choices.insert(0, ("memory", request.cacheable[:count]))
     return choices
@@ -135,7 +138,7 @@ def _fullest(phases: Mapping[str, int]) -> str:
 
 
 def _plan_with(
-    request: PlanRequest, budget: int, store: str, cached: tuple[UnitKind, ...], micro_batch: int
+    request: PlanRequest, budget: int, store: str, cached: tuple[UnitKind, ...], micro_batch: int, *, moved: bool
 ) -> PrunePlan:
     item = request.compute_dtype.itemsize
     hidden = request.layout.hidden_size
@@ -147,6 +150,8 @@ def _plan_with(
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     base = runtime + mask_bytes(request, micro_batch) + request.held_bytes
     base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
+    # On their way to a device and back: states, or in the backward pass those of one window and gradients.
+    base += NUM_STAGED * max(micro_batch * item, item + 2 * 4) * request.seq_len * hidden if moved else 0
     # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
     ends = 2 * request.num_probe * request.seq_len * hidden * item
     small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)

@@ -5,8 +5,8 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock import BlockInputs, output_tensor
 from structprune.calibration.store import HiddenStore
+from structprune.engine.transfer import Put, mover_for
 from structprune.errors import NumericalError
 
 
@@ -89,7 +90,7 @@ class Propagator:
     def __init__(self, inputs: dict[int, BlockInputs], micro_batch: int, device: torch.device) -> None:
         self._inputs = inputs
         self._micro_batch = micro_batch
-        self._device = device
+        self._mover = mover_for(device)
 
     def kwargs(self, num_windows: int, index: int) -> dict[str, Any]:
         """What the stock model passes to block `index` for a batch of `num_windows`."""
@@ -104,25 +105,50 @@ class Propagator:
             yield start, stop
             start = stop
 
+    def read(self, store: HiddenStore, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, hidden states on the device) of each micro-batch of the windows first..last.
+
+        The next one may be on its way already: what the loop writes is behind it, or in another store.
+        """
+        return self._mover.read(store, self.batches(first, last))
+
+    def read_each(self, store: HiddenStore, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """As `read`: the number of each window, of all or of these, and the window by itself, (1, S, D)."""
+        chosen = range(store.shape[0]) if numbers is None else numbers
+        found = self._mover.read(store, ((number, number + 1) for number in chosen))
+        return ((number, hidden_BSD) for number, _, hidden_BSD in found)
+
+    def writing(self, store: HiddenStore) -> AbstractContextManager[Put]:
+        """What is put inside the context, by first window and from the device, is in the store at its end."""
+        return self._mover.writing(store)
+
+    def fetch(self, store: HiddenStore, start: int, stop: int) -> Tensor:
+        """Some windows on the device, at once."""
+        return self._mover.fetch(store, start, stop)
+
     @torch.no_grad()
-    def forward(self, block: nn.Module, index: int, store: HiddenStore, start: int, stop: int) -> Tensor:
-        """The block's output for windows start..stop of the store, on the device. Raises NumericalError."""
-        hidden_BSD = store.read(start, stop).to(self._device)
-        output_BSD = output_tensor(block(hidden_BSD, **self.kwargs(stop - start, index)))
+    def apply(self, block: nn.Module, index: int, hidden_BSD: Tensor) -> Tensor:
+        """The output of block `index` for a micro-batch that is on the device, and stays there.
+
+        Raises NumericalError if it is not finite.
+        """
+        output_BSD = output_tensor(block(hidden_BSD, **self.kwargs(len(hidden_BSD), index)))
         check_finite(output_BSD, index)
         return output_BSD
 
-    def run(self, block: nn.Module, index: int, store: HiddenStore, *, write: bool) -> None:
-        """Forward every window through `block`; with `write`, the outputs replace the store's content.
+    def forward(self, block: nn.Module, index: int, store: HiddenStore, start: int, stop: int) -> Tensor:
+        """The block's output for windows start..stop of the store, on the device. Raises NumericalError."""
+        return self.apply(block, index, self.fetch(store, start, stop))
+
+    def run(self, block: nn.Module, index: int, store: HiddenStore) -> None:
+        """Forward every window through `block`; the outputs replace the store's content.
 
         Raises NumericalError if an output is not finite.
         """
-        for start, stop in self.batches(0, store.shape[0]):
-            output_BSD = self.forward(block, index, store, start, stop)
-            if write:
-                store.write(start, output_BSD.cpu())
+        self.carry(block, index, store, store)
 
     def carry(self, block: nn.Module, index: int, before: HiddenStore, after: HiddenStore) -> None:
         """Forward every window of `before` through `block` into `after`. Raises NumericalError as `run` does."""
-        for start, stop in self.batches(0, before.shape[0]):
-            after.write(start, self.forward(block, index, before, start, stop).cpu())
+        with self.writing(after) as put:
+            for start, _, hidden_BSD in self.read(before, 0, before.shape[0]):
+                put(start, self.apply(block, index, hidden_BSD))

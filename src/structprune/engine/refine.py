@@ -125,14 +125,14 @@ def _tokens(
     none_TD = torch.empty(0, job.stock.layout.hidden_size, device=job.device)
     inputs: list[Tensor] = [] if num_windows else [none_TD]
     targets: list[Tensor] = [] if num_windows else [none_TD]
-    for start, stop in streams.propagator.batches(0, num_windows):
+    for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, 0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
             job.stock.stage(half, job.stock.stage_of("mlp")),
             observed(half, group.up_module, inputs.append),
             tapped(half, group.consumer_module, lambda _: None),
         ):
-            residual_BSD = streams.propagator.forward(half, block.index, streams.pruned, start, stop)
+            residual_BSD = streams.propagator.apply(half, block.index, hidden_BSD)
         targets.append(consumer_target(group, half, wanted_BSD, residual_BSD))
     return MlpTokens(
         x_TD=torch.cat(inputs).float(),

@@ -131,7 +131,7 @@ def _slice_blocks(
                 writer.adopt(number)
             del kept
         else:
-            here = _cut(job, _gram(job, _content(job, propagator, store), "embedding"), width, common_DK, "embedding")
+            here = _cut(job, _gram(job, _content(propagator, store), "embedding"), width, common_DK, "embedding")
             shard = writer.write(1, rotated_embeddings(job, here.basis_DK))
             run.journal.record("embedding", [writer.directory / shard])
         release_free_memory()
@@ -139,7 +139,7 @@ def _slice_blocks(
             started = time.perf_counter()
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
-            propagator.run(module, block.index, dense, write=True)
+            propagator.run(module, block.index, dense)
             cuts = [here]
             for half in _stream(job).halves:
                 where = f"after block {block.index} {half.kind}"
@@ -213,7 +213,7 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
             total_DD += kept.tensors["total"].to(job.device)
             del kept
         else:
-            total_DD += _gram(job, map(_directions, _content(job, propagator, store)), "embedding")
+            total_DD += _gram(job, map(_directions, _content(propagator, store)), "embedding")
         for block in blocks[first:]:
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
@@ -256,15 +256,15 @@ def _projected(hidden_BSD: Tensor, basis_DK: Tensor) -> Tensor:
 
 def _moved(propagator: Propagator, module: nn.Module, index: int, store: HiddenStore) -> Iterator[Tensor]:
     """Each micro-batch's output; it has replaced its input in the store."""
-    for start, stop in propagator.batches(0, store.shape[0]):
-        output_BSD = propagator.forward(module, index, store, start, stop)
-        store.write(start, output_BSD.cpu())
-        yield output_BSD
+    with propagator.writing(store) as put:
+        for start, _, hidden_BSD in propagator.read(store, 0, store.shape[0]):
+            output_BSD = propagator.apply(module, index, hidden_BSD)
+            put(start, output_BSD)
+            yield output_BSD
 
 
-def _content(job: Job, propagator: Propagator, store: HiddenStore) -> Iterator[Tensor]:
-    for start, stop in propagator.batches(0, store.shape[0]):
-        yield store.read(start, stop).to(job.device)
+def _content(propagator: Propagator, store: HiddenStore) -> Iterator[Tensor]:
+    return (hidden_BSD for *_, hidden_BSD in propagator.read(store, 0, store.shape[0]))
 
 
 def _gram(job: Job, batches: Iterable[Tensor], where: str) -> Tensor:

@@ -117,7 +117,7 @@ def evaluate_streamed(
                 tensors = stock.reader.read(block.shapes, block.prefix, dtype)
                 module = stock.block(block.index, {n: t.to(device) for n, t in tensors.items()})
                 del tensors
-                propagator.run(module, block.index, store, write=True)
+                propagator.run(module, block.index, store)
                 del module
                 release_free_memory()
                 observer.advance(f"block {block.index}")

@@ -48,7 +48,8 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
 
         def found() -> Found:
             measured = measure()
-            return measured.sensitivity, _costs(job, block, measured)
+            costs = _costs(job, block, measured)
+            return {kind: sensitivity_OO.cpu() for kind, sensitivity_OO in measured.sensitivity.items()}, costs
 
         return found
 
@@ -97,7 +98,7 @@ def _scores(
         a = sums.pop(group.name)
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(job, block, group, tensors, [moments])
-        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions).cpu())
     return found
 
 
@@ -114,7 +115,7 @@ def _measure(
     The sums are those of all ranks at `owner`; elsewhere there are none.
     """
     with _summed_inputs(job, block, module) as sums:
-        propagator.run(module, block.index, store, write=True)
+        propagator.run(module, block.index, store)
     return _added_up(job, sums, owner)
 
 
@@ -209,13 +210,13 @@ def _measured(
             for group in job.groups(block)
         },
         sensitivity={
-            kind: (a.finalize(f"gradient of {where} {kind}") / a.num_tokens).cpu() for kind, a in gradients.items()
+            kind: a.finalize(f"gradient of {where} {kind}").div_(a.num_tokens) for kind, a in gradients.items()
         },
     )
 
 
 def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Moments:
-    return Moments(sum_I=accumulator.sum_I.cpu(), num_tokens=num_tokens, gram_II=accumulator.finalize(where).cpu())
+    return Moments(sum_I=accumulator.sum_I, num_tokens=num_tokens, gram_II=accumulator.finalize(where))
 
 
 def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
@@ -231,6 +232,6 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
                 path = removal_path(replace(problem, shrinkage=0.0), group.num_units)
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.name}") from error
-            add_cost(result, group, path.cost)
+            add_cost(result, group, path.cost.cpu())
             del problem
     return result

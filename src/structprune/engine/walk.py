@@ -176,14 +176,17 @@ def differentiate(
     `wanted` is asked after each window's forward pass; the loss's derivatives by these tensors go to `receive`, which
     may not keep them: one may be a view of what is overwritten next.
     """
-    for window in range(gradient.shape[0]):
-        hidden_BSD = border.read(window, window + 1).to(job.device).requires_grad_(True)
-        gradient_BSD = gradient.read(window, window + 1).to(job.device, job.dtype)
-        with torch.enable_grad():
-            output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
-            # Zeros for an expert that no token of the window is sent to.
-            found = torch.autograd.grad(output_BSD, [hidden_BSD, *wanted()], gradient_BSD, materialize_grads=True)
-        receive(found[1:])
-        gradient.write(window, found[0].float().cpu())
-        # Derivatives by weights are as large as the block: those of two windows are not to be held at once.
-        del found, output_BSD
+    inputs, gradients = propagator.read_each(border), propagator.read_each(gradient)
+    with propagator.writing(gradient) as put:
+        for (window, hidden_BSD), (_, gradient_BSD) in zip(inputs, gradients, strict=True):
+            hidden_BSD.requires_grad_(True)
+            with torch.enable_grad():
+                output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
+                # Zeros for an expert that no token of the window is sent to.
+                found = torch.autograd.grad(
+                    output_BSD, [hidden_BSD, *wanted()], gradient_BSD.to(job.dtype), materialize_grads=True
+                )
+            receive(found[1:])
+            put(window, found[0].float())
+            # Derivatives by weights are as large as the block: those of two windows are not to be held at once.
+            del found, output_BSD

@@ -77,7 +77,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
         place.observer.start("recover", len(blocks))
         for block, target in zip(blocks, job.targets, strict=True):
             for other in job.teacher.stock.layout.blocks[passed:target]:
-                dense.run(load_block(job.teacher, other)[1], other.index, teacher, write=True)
+                dense.run(load_block(job.teacher, other)[1], other.index, teacher)
                 release_free_memory()
             passed = target
             report = _saved_report(place.folder, block.index)
@@ -94,7 +94,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
             reports.append(report)
             cast = {n: t.to(job.student.device, job.student.dtype) for n, t in tensors.items()}
             del tensors
-            propagator.run(job.student.stock.block(block.index, cast), block.index, student, write=True)
+            propagator.run(job.student.stock.block(block.index, cast), block.index, student)
             del cast
             release_free_memory()
             place.observer.advance(

@@ -67,7 +67,7 @@ def last_states(side: Side, path: Path) -> HiddenStore:
     store = open_store(side, path, num_windows)
     propagator = embed(side, {store: num_windows})
     for block in side.stock.layout.blocks:
-        propagator.run(load_block(side, block)[1], block.index, store, write=True)
+        propagator.run(load_block(side, block)[1], block.index, store)
         release_free_memory()
     return store
 

@@ -169,11 +169,11 @@ class StreamedStudent:
             current.write(place, self._inputs.read(number, number + 1))
         for block in self._blocks:
             module = self._module(block.index)
-            for place in range(len(windows)):
-                if borders is not None:
-                    borders[block.index].write(place, current.read(place, place + 1))
-                output_BSD = self._propagator.forward(module, block.index, current, place, place + 1)
-                current.write(place, output_BSD.cpu())
+            with self._propagator.writing(current) as put:
+                for place, hidden_BSD in self._propagator.read_each(current):
+                    if borders is not None:
+                        borders[block.index].write(place, hidden_BSD.cpu())
+                    put(place, self._propagator.apply(module, block.index, hidden_BSD))
             del module
         return current
 

@@ -37,9 +37,9 @@ class Teacher:
             return
         for block in self._side.stock.layout.blocks:
             module = load_block(self._side, block)[1]
-            for number in missing:
-                output_BSD = self._propagator.forward(module, block.index, self._store, number, number + 1)
-                self._store.write(number, output_BSD.cpu())
+            with self._propagator.writing(self._store) as put:
+                for number, hidden_BSD in self._propagator.read_each(self._store, missing):
+                    put(number, self._propagator.apply(module, block.index, hidden_BSD))
             del module
             release_free_memory()
         self._done.update(missing)

@@ -88,6 +88,8 @@ class DeviceMemoryReport(Frozen):
     """Planned."""
     sums: Literal["device", "host"]
     """Where the sums of activations lay while they were taken."""
+    solves: Literal["device", "host"] = "host"
+    """Where units were chosen and consumers solved; before there was a choice, on the host."""
 
 
 class MemoryReport(Frozen):
