@@ -63,6 +63,8 @@ _KERNEL_CACHE_BYTES = 48 * 2**20
 _SURVEY_KERNEL_BYTES = 40 * 2**20
 # Of the exchange between ranks: a piece (engine/distributed.py), the library's copy of it, sockets and threads.
 _EXCHANGE_BYTES = 64 * 2**20
+# Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
+PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -76,14 +78,12 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     """
     budget = memory if memory is not None else available_bytes() * 8 // 10
     largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
-    # Of sums and solves: a solve is a second's work, sums are moved for every micro-batch.
-    places: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
     moved = device_budget is not None
     smallest: PrunePlan | None = None
     smallest_device: DevicePlan | None = None
     # A smaller micro-batch costs less than a half that is computed again, or a Gram that is moved for each.
     for store, cached in _stores(request, moved=moved):
-        for sums, solves in places if moved else places[:1]:
+        for sums, solves in PLACES if moved else PLACES[:1]:
             for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
                 plan, device = _plan_with(request, budget, store, cached, micro_batch, moved=moved), None
                 if device_budget is not None:

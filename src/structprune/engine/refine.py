@@ -107,7 +107,8 @@ def _refitted(
 ) -> SolveResult:
     """The consumer behind the proposal, on the rank that has the sums."""
     problem = layer_problem(job, block, group, tensors, [part for part in measured if part is not None])
-    return SOLVERS.get(job.solver)(problem, torch.ones(problem.num_units, dtype=torch.bool))
+    keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
+    return SOLVERS.get(job.solver)(problem, keep_U).to(torch.device("cpu"))
 
 
 def _tokens(

@@ -168,7 +168,7 @@ def _slice_blocks(
         ends = {
             "dense": dense.read(0, job.num_probe).clone(),
             "pruned": _projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
-            "basis": here.basis_DK,
+            "basis": here.basis_DK.cpu(),
         }
         keep_ends(run.journal, run.staging, ends)
     snapshots.discard()

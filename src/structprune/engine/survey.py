@@ -48,8 +48,7 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
 
         def found() -> Found:
             measured = measure()
-            costs = _costs(job, block, measured)
-            return {kind: sensitivity_OO.cpu() for kind, sensitivity_OO in measured.sensitivity.items()}, costs
+            return measured.sensitivity, _costs(job, block, measured)
 
         return found
 
@@ -98,7 +97,7 @@ def _scores(
         a = sums.pop(group.name)
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(job, block, group, tensors, [moments])
-        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions).cpu())
+        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
     return found
 
 
@@ -232,6 +231,6 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
                 path = removal_path(replace(problem, shrinkage=0.0), group.num_units)
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.name}") from error
-            add_cost(result, group, path.cost.cpu())
+            add_cost(result, group, path.cost)
             del problem
     return result
