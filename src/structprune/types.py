@@ -43,8 +43,8 @@ class AxisSlice:
     def indices(self, units: Tensor) -> Tensor:
         """Indices along the axis that belong to `units`, one unit after the other."""
         firsts = self.offset + units * self.width + (units // self.run * self.gap if self.run else 0)
-        starts = firsts[:, None, None] + torch.arange(self.repeat)[:, None] * self.stride
-        return (starts + torch.arange(self.width)).flatten()
+        starts = firsts[:, None, None] + torch.arange(self.repeat, device=units.device)[:, None] * self.stride
+        return (starts + torch.arange(self.width, device=units.device)).flatten()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +289,8 @@ class Surveyed:
 class LayerProblem:
     """min over V of sum |V x - y|^2 + delta |V - W|^2 where removed inputs of V are zero: all that a solver may see.
 
+    All tensors lie on one device, and so does what scores and solvers make of them.
+
     The target y is W x (local), or on the dense path what the dense model has at this point of the residual stream
     minus what the pruned one has before the consumer's sum. Where the output is normed before the sum the target is the
     dense model's W x, and x and y of each token are divided by the root mean square of the wanted output.
@@ -325,6 +327,10 @@ class LayerProblem:
     @property
     def num_units(self) -> int:
         return self.weight_OI.shape[1] // self.width
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_OI.device
 
     def without_held_out(self) -> LayerProblem:
         """The same problem on the other windows only."""

@@ -53,8 +53,9 @@ def greedy_removal(
     assert num_remove % partitions == 0
     weight_MA, inverse_AA = weight_MI, inverse_II
     assert weight_MA.dtype == inverse_AA.dtype == torch.float64
-    units_left = torch.arange(weight_MI.shape[1] // width)
-    alive = torch.ones(len(units_left), dtype=torch.bool)
+    device = weight_MI.device
+    units_left = torch.arange(weight_MI.shape[1] // width, device=device)
+    alive = torch.ones(len(units_left), dtype=torch.bool, device=device)
     order: list[Tensor] = []
     costs: list[Tensor] = []
     removed = 0
@@ -64,9 +65,9 @@ def greedy_removal(
         count = min(max(1, units_per_step // partitions) * partitions, num_remove - removed)
         # A stable sort, so that ties go to the lower unit number on every machine.
         order_PU = torch.sort(score_U.reshape(partitions, -1), dim=1, stable=True).indices
-        firsts_P1 = torch.arange(partitions)[:, None] * order_PU.shape[1]
+        firsts_P1 = torch.arange(partitions, device=device)[:, None] * order_PU.shape[1]
         chosen = (firsts_P1 + order_PU[:, : count // partitions]).flatten().sort().values
-        columns_S = (chosen[:, None] * width + torch.arange(width)).flatten()
+        columns_S = (chosen[:, None] * width + torch.arange(width, device=device)).flatten()
         factor, info = torch.linalg.cholesky_ex(inverse_AA[columns_S][:, columns_S])
         if int(info) != 0:
             raise NumericalError("the inverse lost definiteness while columns were removed", do="raise damping")
@@ -82,7 +83,7 @@ def greedy_removal(
         inverse_AA[columns_S] = 0
         inverse_AA[:, columns_S] = 0
         order.append(units_left[chosen])
-        costs.append(torch.full((count,), cost / count, dtype=torch.float64))
+        costs.append(torch.full((count,), cost / count, dtype=torch.float64, device=device))
         removed += count
         # Dead rows and columns are zero but still cost time: drop them once they are a fifth.
         if int((~alive).sum()) * 5 >= len(alive) and removed < num_remove:
@@ -90,8 +91,8 @@ def greedy_removal(
             weight_MA = compacted(weight_MA, None, columns_A)
             inverse_AA = compacted(inverse_AA, columns_A, columns_A)
             units_left = units_left[alive]
-            alive = torch.ones(len(units_left), dtype=torch.bool)
-    empty = torch.empty(0)
+            alive = torch.ones(len(units_left), dtype=torch.bool, device=device)
+    empty = torch.empty(0, device=device)
     return RemovalPath(
         order=torch.cat(order) if order else empty.long(), cost=torch.cat(costs) if costs else empty.double()
     )
@@ -104,7 +105,7 @@ def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
         return 0.5 * column_energies(weight_MA) / inverse_AA.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     blocks_Uww = _diagonal_blocks(inverse_AA, width)
     dead = blocks_Uww.diagonal(dim1=1, dim2=2).sum(dim=1) <= 0
-    blocks_Uww[dead] = torch.eye(width, dtype=torch.float64)
+    blocks_Uww[dead] = torch.eye(width, dtype=torch.float64, device=blocks_Uww.device)
     return _block_costs(weight_MA, blocks_Uww)
 
 
@@ -281,7 +282,7 @@ def _exchange_best_pair(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, wid
     prices = _pair_prices(values_MI, table_II, keep_U, width)
     # argmin may return any of equal minima.
     removed_unit, kept_unit = torch.nonzero(prices == prices.min())[0].tolist()
-    units = torch.arange(len(keep_U))
+    units = torch.arange(len(keep_U), device=keep_U.device)
     enters_U = units == torch.nonzero(~keep_U)[removed_unit]
     leaves_U = units == torch.nonzero(keep_U)[kept_unit]
     change = _sweep(values_MI, table_II, enters_U, width, sign=1)

@@ -34,7 +34,7 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     """
     num_remove = problem.num_units - num_keep
     if num_remove == 0:
-        return torch.ones(problem.num_units, dtype=torch.bool)
+        return torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
     damped_II = problem.gram_II.to(torch.float64, copy=True)
     scale_I = damped_II.diagonal().clone()
     damped_II.diagonal().add_(damped_cholesky(damped_II, problem.damping, "penalty method").delta)

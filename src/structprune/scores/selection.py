@@ -45,7 +45,7 @@ def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
 
 def keep_greedy(problem: LayerProblem, num_keep: int) -> Tensor:
     """Mask of the units that greedy removal leaves, shape (U,)."""
-    keep_U = torch.ones(problem.num_units, dtype=torch.bool)
+    keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
     keep_U[removal_path(problem, problem.num_units - num_keep).order] = False
     return keep_U
 
@@ -57,7 +57,7 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
     """
     assert problem.partitions == 1
     weight_MI, inverse_II, delta = _objective(problem)
-    keep_U = torch.ones(problem.num_units, dtype=torch.bool)
+    keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
     keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI.clone(), inverse_II).order] = False
     # The exchanges hold two matrices of this size; the inverse would be a third.
     del inverse_II

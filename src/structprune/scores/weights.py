@@ -15,10 +15,11 @@ def magnitude(problem: LayerProblem) -> Tensor:
     """
     weight_OI = problem.weight_OI.float()
     consumer_norm_U = weight_OI.T.reshape(problem.num_units, -1).norm(dim=1)
-    return problem.producer_norm_U.to(consumer_norm_U.device) * consumer_norm_U
+    return problem.producer_norm_U * consumer_norm_U
 
 
 def random(problem: LayerProblem) -> Tensor:
     """Uniform draws in [0, 1), shape (U,), decided by the problem's seed: what any score must beat."""
+    # On the host, so that the draw is the same whatever device the problem lies on.
     generator = torch.Generator().manual_seed(problem.seed)
-    return torch.rand(problem.num_units, generator=generator, dtype=torch.float64)
+    return torch.rand(problem.num_units, generator=generator, dtype=torch.float64).to(problem.device)

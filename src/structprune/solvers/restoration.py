@@ -141,7 +141,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     assert held_out is not None
     fit = problem.without_held_out()
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
-    signs_RO = _signs(len(problem.weight_OI), problem.seed)
+    signs_RO = _signs(len(problem.weight_OI), problem.seed, problem.device)
     weight_RI = _mixed(signs_RO, problem.weight_OI)
     right_RK = times_gram(weight_RI[:, removed_P], fit.gram_II, removed_P, kept_K)
     residual_RK: Tensor | None = None
@@ -176,12 +176,13 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     return _Ridges(local=local, path=path)
 
 
-def _signs(num_outputs: int, seed: int) -> Tensor | None:
+def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:
     """(R, O) of -1 and 1; None where there are no more outputs than mixtures, which are then the outputs."""
     if num_outputs <= SKETCH_ROWS:
         return None
+    # On the host, so that the draw is the same on every device.
     drawn_RO = torch.randint(0, 2, (SKETCH_ROWS, num_outputs), generator=torch.Generator().manual_seed(seed))
-    return drawn_RO.to(torch.float64).mul_(2).sub_(1)
+    return drawn_RO.to(device, torch.float64).mul_(2).sub_(1)
 
 
 def _mixed(signs_RO: Tensor | None, values_OI: Tensor) -> Tensor:
