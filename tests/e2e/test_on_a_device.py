@@ -19,6 +19,7 @@ from conftest import TINY_MODELS, llama_config, save_tiny
 from fake_gpu import GIB, FakeGpu
 from structprune import Recipe, prune
 from structprune.engine import checked, planner, propagate
+from structprune.engine.device_plan import LIBRARY_BYTES
 from structprune.engine.planner import PLACES
 from structprune.engine.transfer import Arrival, DeviceMover, Mover
 
@@ -91,7 +92,6 @@ class Board(FakeGpu):
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         super().install(patch)
-        board.install(patch)
         patch.setattr(torch.cuda, "memory_allocated", lambda _: board.allocated_bytes())
         patch.setattr(torch.cuda, "max_memory_allocated", lambda _: board.peak_bytes())
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: board.reset_peak())
@@ -162,44 +162,42 @@ def test_wherever_the_plan_has_sums_and_solves(
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block with a Gram of 16 MiB and weights of 40: what is planned is more than what is rounded."""
+    """A Gram of 4 MiB and blocks of 10: far more than what is rounded."""
     with pytest.MonkeyPatch.context() as patch:
-        sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16}
-        patch.setitem(TINY_MODELS, "wide", lambda: LlamaForCausalLM(llama_config(**sizes, max_position_embeddings=512)))
+        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+        patch.setitem(TINY_MODELS, "wide", lambda: LlamaForCausalLM(llama_config(**sizes)))
         return save_tiny("wide", tmp_path_factory.mktemp("wide") / "llama")
 
 
-@pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"scope": "all"},
-        {"method": "structprune"},
-        {"score": "greedy-swap"},
-        {"damping": "auto"},
-        {"method": "slicegpt", "sparsity": 0.1},
-    ],
-)
+ALL_THERE = PLACES[0]
+# Settings, places, and how many times what is measured may be planned.
+BOUNDS: list[tuple[dict[str, Any], tuple[str, str], float]] = [
+    *(({}, places, 1.25) for places in PLACES),
+    *(({"method": "structprune", "sensitivity_samples": 4}, places, 1.25) for places in PLACES),
+    ({"scope": "all"}, ALL_THERE, 1.25),
+    ({"damping": "auto"}, ALL_THERE, 1.25),
+    # Libraries of a GPU may copy what is not laid out as they want it.
+    ({"score": "greedy-swap"}, ALL_THERE, 1.5),
+    # Rotated on the host; the plan has it on the device too.
+    ({"method": "slicegpt", "sparsity": 0.1}, ALL_THERE, 1.75),
+]
+
+
+@pytest.mark.parametrize(("changes", "places", "most"), BOUNDS)
 def test_no_more_memory_than_planned(
     changes: dict[str, Any],
     places: tuple[str, str],
+    most: float,
     wide_llama: Path,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    common = {"calibration": str(text_file), "num_samples": 24, "seq_len": 256, "dtype": "float32"}
-    settings = Recipe.build(**{**common, "reload_check": False, "sensitivity_samples": 4} | changes)
+    """Three micro-batches. The board has no libraries, which the plan allows for."""
+    common = {"calibration": str(text_file), "num_samples": 96, "seq_len": 64, "dtype": "float32"}
+    settings = Recipe.build(**{**common, "reload_check": False} | changes)
     monkeypatch.setattr(planner, "PLACES", (places,))
-    report = on_the_board(wide_llama, settings, tmp_path / "board")
-    memory = report.memory.device
+    memory = on_the_board(wide_llama, settings, tmp_path / "board").memory.device
     assert memory is not None
-    print(
-        "MEM",
-        changes,
-        places,
-        memory.planned_peak_bytes / 1e6,
-        memory.measured_peak_bytes / 1e6,
-        {k: round(v / 1e6) for k, v in memory.phases.items()},
-    )
+    planned = memory.planned_peak_bytes - LIBRARY_BYTES
+    assert memory.measured_peak_bytes <= planned <= most * memory.measured_peak_bytes

@@ -76,7 +76,7 @@ def test_labels_do_not_depend_on_who_draws() -> None:
         if number % 2:
             assert torch.equal(draw_tokens(part, second), drawn[number])
         else:
-            skip_tokens(len(part), part.device, second)
+            skip_tokens(len(part), second)
 
 
 @pytest.mark.parametrize(

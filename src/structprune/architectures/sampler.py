@@ -90,7 +90,7 @@ def sample_windows(
             wanted=f"at least {format_budget(model_bytes + row_bytes)}",
             do="raise --memory, or pass a text as --calibration",
         )
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     texts: list[Tensor] = []
     for first in range(0, num_rows, rows_at_once):
         rows = min(rows_at_once, num_rows - first)
@@ -108,6 +108,8 @@ def sample_windows(
 def draw_tokens(probabilities_RV: Tensor, generator: torch.Generator) -> Tensor:
     """One token per row, (R, 1), by inverting the cumulated float32 probabilities: one random number per row.
 
+    The generator is the host's, so that what is drawn does not depend on where the model runs.
+
     First among segments of the vocabulary, then inside one: cumulated in float64 as a whole they took longer than the
     softmax. `multinomial` and Gumbel noise draw one number per vocabulary entry, which took a tenth of a decoding step.
     """
@@ -118,7 +120,7 @@ def draw_tokens(probabilities_RV: Tensor, generator: torch.Generator) -> Tensor:
         mass_RG = torch.cat([mass_RG, probabilities_RV[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
     mass_RG = mass_RG.to(torch.float64)
     cumulated_RG = mass_RG.cumsum(dim=-1)
-    threshold_R1 = _thresholds(len(mass_RG), mass_RG.device, generator) * cumulated_RG[:, -1:]
+    threshold_R1 = _thresholds(len(mass_RG), generator).to(mass_RG.device) * cumulated_RG[:, -1:]
     # Scaled by the last entry, which rounding keeps from being exactly one.
     segment_R1 = torch.searchsorted(cumulated_RG, threshold_R1, right=True).clamp_(max=mass_RG.shape[1] - 1)
     threshold_R1 -= cumulated_RG.gather(1, segment_R1) - mass_RG.gather(1, segment_R1)
@@ -129,10 +131,10 @@ def draw_tokens(probabilities_RV: Tensor, generator: torch.Generator) -> Tensor:
     return (segment_R1 * _SEGMENT + place_R1).clamp_(max=num_tokens - 1)
 
 
-def skip_tokens(num_rows: int, device: torch.device, generator: torch.Generator) -> None:
+def skip_tokens(num_rows: int, generator: torch.Generator) -> None:
     """Leave the generator as `draw_tokens` does for so many rows: what another process draws is no one else's."""
-    _thresholds(num_rows, device, generator)
+    _thresholds(num_rows, generator)
 
 
-def _thresholds(num_rows: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    return torch.rand(num_rows, 1, dtype=torch.float64, device=device, generator=generator)
+def _thresholds(num_rows: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(num_rows, 1, dtype=torch.float64, generator=generator)

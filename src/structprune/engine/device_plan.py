@@ -35,7 +35,7 @@ from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import BlockLayout, UnitGroup
 
 # What cuBLAS works in (32 MiB on the newest), and half-used blocks of the allocator.
-_LIBRARY_BYTES = 64 * 2**20
+LIBRARY_BYTES = 64 * 2**20
 
 
 def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place, solves: Place) -> DevicePlan:
@@ -45,18 +45,19 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
     one_each = micro_batch * seq_len * item
     outer = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
     # With cosines and sines, the largest of what blocks are called with beside the states.
-    base = _LIBRARY_BYTES + mask_bytes(request, micro_batch) + 2 * hidden * one_each
+    base = LIBRARY_BYTES + mask_bytes(request, micro_batch) + 2 * hidden * one_each
     # The next micro-batch, which is there before its turn, and the last one's output on its way out.
     base += 2 * hidden * one_each
     weights = sum(torch.Size(shape).numel() for shape in block.shapes.values()) * item
     activations = activation_bytes(block, hidden, one_each) + micro_batch * num_scores(request) * SCORE_BYTES
-    # The whole block is there until its cut successor is.
-    running = base + 2 * weights + activations
+    running = base + weights + activations
     # Of one window in float32, where a loss is differentiated.
     gradient = seq_len * hidden * 4
     loss = base + max(outer.values()) + logit_bytes(vocab_size, request.compute_dtype)
     phases = {
         "embed": base + sum(outer[name] for name in embedding_names(request)) + 2 * hidden * one_each,
+        # The block as it was is there until its cut successor is.
+        "read block": base + 2 * weights,
         "propagate": running,
         "perplexity of the calibration text": loss + 2 * request.num_probe * seq_len * hidden * item,
     }
@@ -93,14 +94,19 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
     elif request.needs_statistics:
         for kind, parts in by_kind(request.groups).items():
             taken = sum(_sum_bytes(request, part, sums) for part in parts)
-            taken += max(statistics_bytes(request, part, micro_batch) for part in parts)
-            phases[f"statistics ({kind})"] = running + taken
+            batch = max(activations, *(statistics_bytes(request, part, micro_batch) for part in parts))
+            if request.holds_out and sums == "device":
+                # Those of the windows that are fitted, while the others' are taken.
+                taken += sum(group_problem(request, block, part).sums // 2 for part in parts)
+            phases[f"statistics ({kind})"] = base + weights + batch + taken
             if solves == "device":
                 phases |= _solve_phases(request, block, kind, parts, base + weights)
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, seq_len) * seq_len
                 inputs = parts[0].num_units * parts[0].width
-                phases["iterate"] = running + iteration_bytes(tokens, hidden, inputs, request.num_latents)
+                # With the block as it was, which says what is to be met.
+                proposal = iteration_bytes(tokens, hidden, inputs, request.num_latents)
+                phases["iterate"] = running + weights + proposal
     return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
 
 

@@ -133,7 +133,7 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
     With labels drawn from the model's own prediction at each position E[g g^T] is the true Fisher information.
     """
     head = job.stock.load_head(job.device, job.dtype)
-    generator = torch.Generator(device=job.device).manual_seed(job.recipe.seed)
+    generator = torch.Generator().manual_seed(job.recipe.seed)
     _, seq_len, hidden = gradient.shape
     drawn = labels == "sampled"
     # The last position predicts a token outside the window and takes no part, as in the perplexity.
@@ -143,7 +143,7 @@ def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: L
         if own == last:
             # Another rank's: labels are the same on any number of ranks.
             for start, stop in parts if drawn else ():
-                skip_tokens(stop - start, job.device, generator)
+                skip_tokens(stop - start, generator)
             continue
         hidden_SD = final.read(own, last)[0].to(job.device)
         ids_S = job.windows.ids_NS[number].to(job.device)
