@@ -2,56 +2,100 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.transfer import DeviceMover, DirectMover
+from structprune.engine.transfer import DeviceMover, DirectMover, Mover
 
 CPU = torch.device("cpu")
 SHAPE = (7, 3, 4)
 BATCHES = [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
-class LateCopy:
-    """Happens when it is waited for, and not before."""
+class Event:
+    """Something that happens once, when it is waited for and not before."""
 
-    def __init__(self, into: Tensor, source: Tensor) -> None:
-        self._copy: Callable[[], object] | None = lambda: into.copy_(source)
+    def __init__(self, happen: Callable[[], object]) -> None:
+        self._happen: Callable[[], object] | None = happen
         self._lock = threading.Lock()
 
     def synchronize(self) -> None:
         with self._lock:
-            if self._copy is not None:
-                self._copy()
-                self._copy = None
+            if self._happen is not None:
+                self._happen()
+                self._happen = None
 
 
 class LateLane:
-    """Its copies read their source at the last moment, and until then their target holds nothing of use."""
+    """A device that does everything at the last moment: until then what it makes holds nothing of use.
+
+    What is computed waits in a queue for someone to ask for a result; copies there wait until they are needed.
+    """
 
     def __init__(self) -> None:
         self.pieces: list[Tensor] = []
+        self.queue: list[Event] = []
 
     def page_locked(self, num_bytes: int) -> Tensor:
         self.pieces.append(torch.empty(num_bytes, dtype=torch.uint8))
         return self.pieces[-1]
 
-    def bring(self, staged: Tensor) -> tuple[Tensor, LateCopy]:
+    def bring(self, staged: Tensor) -> tuple[Tensor, Event]:
         brought = torch.full_like(staged, torch.nan)
-        return brought, LateCopy(brought, staged)
+        return brought, Event(lambda: brought.copy_(staged))
 
-    def receive(self, brought: Tensor, arrival: LateCopy) -> None:
-        arrival.synchronize()
+    def receive(self, brought: Tensor, arrival: Event) -> None:
+        self.queue.append(arrival)
 
-    def send(self, computed: Tensor, staged: Tensor) -> LateCopy:
+    def compute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        result = torch.full_like(x, torch.nan)
+        self.queue.append(Event(lambda: result.copy_(function(x))))
+        return result
+
+    def send(self, computed: Tensor, staged: Tensor) -> Event:
         staged.fill_(torch.nan)
-        return LateCopy(staged, computed)
+        before = list(self.queue)
+
+        def happen() -> None:
+            self.finish(before)
+            staged.copy_(computed)
+
+        return Event(happen)
+
+    def finish(self, events: Iterable[Event] | None = None) -> None:
+        for event in self.queue if events is None else events:
+            event.synchronize()
+
+
+class SlowStore(MemoryStore):
+    """Says whether someone is at it."""
+
+    def __init__(self) -> None:
+        super().__init__(SHAPE, torch.float32)
+        super().write(0, torch.arange(84.0).reshape(SHAPE))
+        self.busy = 0
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._slowly(lambda: super(SlowStore, self).read(start, stop))
+
+    def write(self, start: int, hidden_BSD: Tensor) -> None:
+        self._slowly(lambda: super(SlowStore, self).write(start, hidden_BSD))
+
+    def _slowly(self, work: Callable[[], Any]) -> Any:
+        self.busy += 1
+        time.sleep(0.02)
+        result = work()
+        self.busy -= 1
+        return result
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -66,17 +110,37 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HiddenStor
     made.close()
 
 
-def move_all(mover: DeviceMover, store: HiddenStore, compute: Callable[[Tensor], Tensor]) -> None:
+def move_all(
+    lane: LateLane, store: HiddenStore, compute: Callable[[Tensor], Tensor] = lambda x: x, mover: Mover | None = None
+) -> None:
+    mover = mover or DeviceMover(lane)
     with mover.writing(store) as put:
         for start, stop, hidden_BSD in mover.read(store, BATCHES):
             assert len(hidden_BSD) == stop - start
-            put(start, compute(hidden_BSD))
+            put(start, lane.compute(compute, hidden_BSD))
 
 
 def test_in_place_over_all_windows(store: HiddenStore) -> None:
-    mover = DeviceMover(LateLane())
-    move_all(mover, store, lambda hidden_BSD: hidden_BSD * 2 + 1)
+    move_all(LateLane(), store, lambda hidden_BSD: hidden_BSD * 2 + 1)
     assert torch.equal(store.read(0, 7), torch.arange(84.0).reshape(SHAPE) * 2 + 1)
+
+
+def test_a_host_that_runs_ahead_of_the_device(store: HiddenStore) -> None:
+    """Nothing is computed before all batches were asked for."""
+    lane = LateLane()
+    mover = DeviceMover(lane)
+    found = [lane.compute(torch.neg, hidden_BSD) for *_, hidden_BSD in mover.read(store, BATCHES)]
+    lane.finish()
+    assert torch.equal(torch.cat(found), -torch.arange(84.0).reshape(SHAPE))
+
+
+def test_results_faster_than_the_store() -> None:
+    lane, store = LateLane(), SlowStore()
+    values = torch.randn(SHAPE)
+    with DeviceMover(lane).writing(store) as put:
+        for start, stop in BATCHES:
+            put(start, lane.compute(torch.neg, values[start:stop]))
+    assert torch.equal(store.read(0, 7), -values)
 
 
 def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore) -> None:
@@ -96,21 +160,29 @@ def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore
 
 def test_two_pieces_of_page_locked_memory_each_way(store: HiddenStore) -> None:
     lane = LateLane()
-    move_all(DeviceMover(lane), store, lambda hidden_BSD: hidden_BSD)
+    move_all(lane, store)
     assert len(lane.pieces) == 4
     assert {len(piece) for piece in lane.pieces} == {2 * 12 * 4}
 
 
-def test_two_loops_and_another_dtype_at_once(store: HiddenStore) -> None:
-    mover = DeviceMover(LateLane())
-    other = MemoryStore(SHAPE, torch.bfloat16)
-    with mover.writing(other) as put:
-        pairs = zip(mover.read(store, BATCHES), mover.read(store, reversed(BATCHES)), strict=True)
-        for (start, _, hidden_BSD), (_, _, last_BSD) in pairs:
-            put(start, hidden_BSD.bfloat16())
-            assert torch.equal(mover.fetch(store, start, start + 1), store.read(start, start + 1))
-            assert float(last_BSD[0, 0, 0]) == dict(zip([0, 2, 4, 6], [72, 48, 24, 0], strict=True))[start]
-    assert torch.equal(other.read(0, 7), torch.arange(84.0).reshape(SHAPE).bfloat16())
+def test_two_loops_at_once(store: HiddenStore) -> None:
+    lane = LateLane()
+    mover = DeviceMover(lane)
+    pairs = zip(mover.read(store, BATCHES), mover.read(store, reversed(BATCHES)), strict=True)
+    for (start, stop, hidden_BSD), (first, last, other_BSD) in pairs:
+        again_BSD = mover.fetch(store, start, stop)
+        lane.finish()
+        assert torch.equal(hidden_BSD, store.read(start, stop))
+        assert torch.equal(again_BSD, store.read(start, stop))
+        assert torch.equal(other_BSD, store.read(first, last))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_numbers_of_another_width(dtype: torch.dtype) -> None:
+    lane, store = LateLane(), MemoryStore(SHAPE, dtype)
+    store.write(0, torch.arange(84.0).reshape(SHAPE).to(dtype))
+    move_all(lane, store, torch.neg)
+    assert torch.equal(store.read(0, 7), -torch.arange(84.0).reshape(SHAPE).to(dtype))
 
 
 @pytest.mark.parametrize("fails", [0, 4, 6])
@@ -123,25 +195,43 @@ def test_a_write_that_fails_is_an_error(store: HiddenStore, fails: int, monkeypa
         write(self, start, hidden_BSD)
 
     monkeypatch.setattr(type(store), "write", full)
-    mover = DeviceMover(LateLane())
     with pytest.raises(OSError, match="disk full"):
-        move_all(mover, store, lambda hidden_BSD: hidden_BSD)
+        move_all(LateLane(), store)
 
 
-def test_an_error_between_leaves_nothing_running(store: HiddenStore) -> None:
-    mover = DeviceMover(LateLane())
+@pytest.mark.parametrize("batch", range(4))
+def test_an_error_between_leaves_nothing_running(batch: int) -> None:
+    lane, store = LateLane(), SlowStore()
+    mover = DeviceMover(lane)
 
-    def stop(hidden_BSD: Tensor) -> Tensor:
-        if hidden_BSD[0, 0, 0] > 20:
+    def stop(start: int) -> None:
+        if start == BATCHES[batch][0]:
             raise ValueError("stop")
-        return hidden_BSD
 
-    with pytest.raises(ValueError, match="stop"):
-        move_all(mover, store, stop)
-    store.close()
-    other = MemoryStore(SHAPE, torch.float32)
-    other.write(0, torch.ones(SHAPE))
-    assert torch.equal(mover.fetch(other, 3, 5), torch.ones(2, 3, 4))
+    def move() -> None:
+        with mover.writing(store) as put:
+            for start, _, hidden_BSD in mover.read(store, BATCHES):
+                put(start, lane.compute(torch.neg, hidden_BSD))
+                stop(start)
+
+    with pytest.raises(ValueError, match="stop") as caught:
+        move()
+    # The generator ends with the last frame that knows it.
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
+    assert store.busy == 0
+    time.sleep(0.03)
+    assert store.busy == 0
+    assert torch.equal(store.read(0, 2), -torch.arange(24.0).reshape(2, 3, 4))
+
+
+def test_a_loop_that_is_left_reads_no_more() -> None:
+    store = SlowStore()
+    found = DeviceMover(LateLane()).read(store, BATCHES)
+    next(found)
+    found.close()
+    assert store.busy == 0
 
 
 def test_the_host_has_nothing_to_move() -> None:

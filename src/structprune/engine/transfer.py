@@ -10,7 +10,7 @@ Shape suffixes: B windows of one micro-batch, S positions, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ NUM_STAGED = 4
 class Mover(Protocol):
     """How the windows of stores come to the device and back."""
 
-    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
         """(start, stop, the windows on the device) for each of `batches`.
 
         What the loop over them writes may not be in a batch that is still to come.
@@ -84,7 +84,7 @@ class DirectMover:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
         for start, stop in batches:
             yield start, stop, self.fetch(store, start, stop)
 
@@ -129,7 +129,7 @@ class DeviceMover:
         self._lane = lane
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transfer")
 
-    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
         staging, left = _Staging(self._lane), iter(batches)
         asked: deque[tuple[int, int, Future[tuple[Tensor, Any]]]] = deque()
 
