@@ -140,6 +140,8 @@ def test_results_faster_than_the_store() -> None:
     with DeviceMover(lane).writing(store) as put:
         for start, stop in BATCHES:
             put(start, lane.compute(torch.neg, values[start:stop]))
+            # The store is at the first of them by now.
+            time.sleep(0.005)
     assert torch.equal(store.read(0, 7), -values)
 
 
@@ -230,6 +232,7 @@ def test_a_loop_that_is_left_reads_no_more() -> None:
     store = SlowStore()
     found = DeviceMover(LateLane()).read(store, BATCHES)
     next(found)
+    time.sleep(0.005)
     found.close()
     assert store.busy == 0
 
