@@ -49,7 +49,7 @@ class Findings:
     def _save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         paths = _found(self.folder, block.index), costs_path(self.folder, block.index)
         for path, tensors in zip(paths, (found, costs), strict=True):
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         self.journal.record(f"block {block.index}", paths)
 
     def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:

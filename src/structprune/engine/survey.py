@@ -26,7 +26,7 @@ from structprune.engine.measure import token_scale
 from structprune.engine.observer import Observer
 from structprune.engine.problem import layer_problem
 from structprune.engine.propagate import Propagator, captured
-from structprune.engine.walk import Found, differentiate, load_block, walk
+from structprune.engine.walk import Found, differentiate, load_block, on_host, walk
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES
@@ -98,7 +98,7 @@ def _scores(
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(job, block, group, tensors, [moments])
         add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
-    return found
+    return on_host(found)
 
 
 def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -103,10 +104,11 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             tasks: dict[int, Task[Found]] = {}
             turn = behind_first[first : first + job.ranks.size]
             for owner, block in enumerate(turn):
-                tasks[block.index] = owner, backward(block, propagator, borders[block.index], gradient, owner)
+                make = backward(block, propagator, borders[block.index], gradient, owner)
+                tasks[block.index] = owner, partial(_on_host, make)
             found = job.ranks.together(tasks)
             # The closures hold the sums.
-            del tasks
+            del tasks, make
             for block in turn:
                 findings.save(block, *found.pop(block.index))
             snapshots.keep(turn[-1].index, {"gradient": gradient})
@@ -114,6 +116,16 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             for block in turn:
                 observer.advance(f"block {block.index}")
         snapshots.discard()
+
+
+def _on_host(make: Callable[[], Found]) -> Found:
+    """What is sent to other ranks and written to files."""
+    found, costs = make()
+    return on_host(found), on_host(costs)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _border_path(folder: Path, index: int) -> Path:
