@@ -116,7 +116,8 @@ def _solve_phases(
     """Deciding and solving one part of a half, with the sums of the others and one sensitivity beside it."""
     problem = group_problem(request, block, parts[0])
     sensitivity = request.layout.hidden_size**2 * 4 if request.needs_survey else 0
-    # Libraries of a device copy a matrix that is not laid out as they want it.
+    # CUDA makes an inverse beside its factor (at::native cholesky_inverse), and libraries copy what is not laid out as
+    # they want it.
     copied = problem.inputs**2 * 8
     rest = (len(parts) - 1) * problem.sums
     phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}

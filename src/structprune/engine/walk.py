@@ -104,11 +104,12 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             tasks: dict[int, Task[Found]] = {}
             turn = behind_first[first : first + job.ranks.size]
             for owner, block in enumerate(turn):
-                make = backward(block, propagator, borders[block.index], gradient, owner)
-                tasks[block.index] = owner, partial(_on_host, make)
+                found = backward(block, propagator, borders[block.index], gradient, owner)
+                tasks[block.index] = owner, partial(_on_host, found)
+                del found
             found = job.ranks.together(tasks)
             # The closures hold the sums.
-            del tasks, make
+            del tasks
             for block in turn:
                 findings.save(block, *found.pop(block.index))
             snapshots.keep(turn[-1].index, {"gradient": gradient})
@@ -118,9 +119,9 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
         snapshots.discard()
 
 
-def _on_host(make: Callable[[], Found]) -> Found:
+def _on_host(find: Callable[[], Found]) -> Found:
     """What is sent to other ranks and written to files."""
-    found, costs = make()
+    found, costs = find()
     return on_host(found), on_host(costs)
 
 
