@@ -95,7 +95,7 @@ class BoardTensor(Tensor):
     _lease: _Lease
 
     @staticmethod
-    def __new__(cls, raw: Tensor) -> BoardTensor:
+    def __new__(cls: type[BoardTensor], raw: Tensor) -> BoardTensor:
         made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls,
             raw.shape,
@@ -151,10 +151,14 @@ class BoardGenerator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> Any:
         if torch.device(device).type != NAME:
             return _HOST_GENERATOR(device)
-        return super().__new__(cls, "cpu")
+        made = super().__new__(cls, "cpu")  # pyright: ignore
+        _GENERATORS[made._cdata] = made  # pyright: ignore
+        return made
 
 
 _HOST_GENERATOR = torch.Generator
+# By address: an operation is given another object for the same generator.
+_GENERATORS: weakref.WeakValueDictionary[int, BoardGenerator] = weakref.WeakValueDictionary()
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -218,7 +222,7 @@ def _played(name: str, value: Any, by_raw: dict[int, BoardTensor]) -> Any:
         return [_played(name, item, by_raw) for item in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, Tensor) and value.dim() > 0:
         raise RuntimeError(f"{name}: a host tensor of shape {tuple(value.shape)} among tensors of the board")
-    if isinstance(value, _HOST_GENERATOR) and not isinstance(value, BoardGenerator):
+    if isinstance(value, _HOST_GENERATOR) and value._cdata not in _GENERATORS:  # pyright: ignore
         raise RuntimeError(f"{name}: a generator of the host draws for the board")
     return value
 
@@ -250,7 +254,8 @@ def _scaled_dot_product_attention(
     """Fused wherever the CPU's is: no more scores in memory than on a GPU, and the host's products."""
     settings = dropout_p, is_causal
     named = {"scale": scale, "enable_gqa": enable_gqa}
-    choice = torch._fused_sdp_choice(*map(_raw, (query, key, value, attn_mask)), *settings, **named)
+    raw = map(_raw, (query, key, value, attn_mask))
+    choice = torch.ops.aten._fused_sdp_choice(*raw, *settings, **named)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     if choice != _FLASH:

@@ -177,10 +177,11 @@ def test_autograd_and_modules() -> None:
         output = module(x)
         output[:, 0].square().sum().backward()
         # As the engine does.
-        module[0].weight.data = module[0].weight.data * 2
+        weight = module.get_parameter("0.weight")
+        weight.data = weight.data * 2
         with torch.no_grad():
             doubled = module(x)
-        assert module.to("cpu")[0].weight.device.type == "cpu"
+        assert module.to("cpu").get_parameter("0.weight").device.type == "cpu"
         gradients = [param.grad for param in module.parameters() if param.grad is not None]
         assert len(gradients) == 6
         assert x.grad is not None
@@ -276,13 +277,14 @@ def test_attention_holds_no_scores(mask: str, at_start: int) -> None:
         if mask == "float":
             given["attn_mask"] = torch.zeros(num_tokens, num_tokens).masked_fill(~given["attn_mask"], -torch.inf)
     found: list[list[Tensor]] = []
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
     for device in ("cpu", "board"):
         query = here.to(device, copy=True).requires_grad_()
         key = (here[:, :1] if mask == "grouped" else here).to(device, copy=True).requires_grad_()
         held = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
         before = board.allocated_bytes()
         board.reset_peak()
-        output = F.scaled_dot_product_attention(query, key, key, **held)
+        output = attention(query, key, key, **held)
         if device == "board":
             scores = heads * num_tokens * num_tokens * 4
             used = output.numel() * 4 + heads * num_tokens * 4
@@ -295,7 +297,7 @@ def test_attention_holds_no_scores(mask: str, at_start: int) -> None:
         assert key.grad is not None
         found.append([output.detach().cpu(), query.grad.cpu(), key.grad.cpu()])
         with torch.inference_mode():
-            again = F.scaled_dot_product_attention(query, key, key, **held)
+            again = attention(query, key, key, **held)
         assert torch.equal(again.cpu(), found[-1][0])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(theirs, ours)
