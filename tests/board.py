@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -96,15 +97,17 @@ class BoardTensor(Tensor):
 
     @staticmethod
     def __new__(cls: type[BoardTensor], raw: Tensor) -> BoardTensor:
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            layout=raw.layout,
-            device=torch.device(NAME, 0),
-        )
+        # No shell is one of inference: torch makes no views of other tensors there that are.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                layout=raw.layout,
+                device=torch.device(NAME, 0),
+            )
         made.raw = raw
         made._lease = _MEMORY.lease(raw)
         return made

@@ -207,6 +207,16 @@ def test_random_numbers_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.rand(4, generator=generator, device="board").cpu(), drawn)
 
 
+def test_inference_mode() -> None:
+    x = torch.ones(3, 3, device="board")
+    with torch.inference_mode():
+        y = x[0] + 1
+        y[1:] += 1
+        x[1] = y
+    x += 1
+    assert x[1].tolist() == [3.0, 4.0, 4.0]
+
+
 def test_bytes_of_views_and_of_what_is_written_in_place(at_start: int) -> None:
     def used() -> int:
         return board.allocated_bytes() - at_start
