@@ -269,14 +269,14 @@ def _scaled_dot_product_attention(
 
 def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     given = _named(func, args, kwargs)
-    query, key, value = (_raw(given[name]) for name in ("query", "key", "value"))
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query,
         key,
         value,
         given.get("dropout_p", 0.0),
         given.get("is_causal", False),
-        attn_mask=_raw(given.get("attn_bias")),
+        attn_mask=given.get("attn_bias"),
         scale=given.get("scale"),
     )
     # Lengths, seeds and a mask that only other kernels fill.
@@ -291,18 +291,19 @@ def _attention_backward(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     if given["grad_input_mask"][3] and bias is not None:
         raise RuntimeError("the board gives an attention mask no gradient")
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_raw(given[name]) for name in ("grad_out", "query", "key", "value", "out", "logsumexp")),
+        *(given[name] for name in ("grad_out", "query", "key", "value", "out", "logsumexp")),
         given["dropout_p"],
         given["is_causal"],
-        attn_mask=_raw(bias),
+        attn_mask=bias,
         scale=given.get("scale"),
     )
     return *(BoardTensor(gradient) for gradient in gradients), None
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = [argument.name for argument in func._schema.arguments]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    """The arguments by name, with the host tensors that play the board's."""
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    return {key: _played(func._schema.name, value, {}) for key, value in given.items()}
 
 
 _OWN: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {

@@ -91,6 +91,8 @@ MIXED: list[Callable[[Tensor, Tensor], object]] = [
     lambda there, here: torch.linalg.solve_triangular(here, there, upper=False),
     lambda there, here: torch.equal(there, here),
     lambda there, here: nn.Linear(4, 4, dtype=torch.float64)(there),
+    lambda there, here: F.scaled_dot_product_attention(*[there[None, None]] * 3, attn_mask=here),
+    lambda there, here: F.scaled_dot_product_attention(*[there[None, None]] * 2, here[None, None]),
     lambda there, here: there.normal_(generator=torch.Generator().manual_seed(0)),
 ]
 
