@@ -72,7 +72,7 @@ def test_there_and_back() -> None:
     assert there.new_zeros(2, device="cpu").device.type == "cpu"
 
 
-MIXED: list[Callable[[Tensor, Tensor], object]] = [
+MIXED: list[Callable[[Tensor, Tensor], Any]] = [
     lambda there, here: there + here,
     lambda there, here: here @ there,
     lambda there, here: here.add_(there),
@@ -91,8 +91,8 @@ MIXED: list[Callable[[Tensor, Tensor], object]] = [
     lambda there, here: torch.linalg.solve_triangular(here, there, upper=False),
     lambda there, here: torch.equal(there, here),
     lambda there, here: nn.Linear(4, 4, dtype=torch.float64)(there),
-    lambda there, here: F.scaled_dot_product_attention(*[there[None, None]] * 3, attn_mask=here),
-    lambda there, here: F.scaled_dot_product_attention(*[there[None, None]] * 2, here[None, None]),
+    lambda there, here: F.scaled_dot_product_attention(there[None, None], there[None, None], there[None, None], here),
+    lambda there, here: F.scaled_dot_product_attention(there[None, None], there[None, None], here[None, None]),
     lambda there, here: there.normal_(generator=torch.Generator().manual_seed(0)),
 ]
 
