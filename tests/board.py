@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -95,16 +96,18 @@ class BoardTensor(Tensor):
     _lease: _Lease
 
     @staticmethod
-    def __new__(cls, raw: Tensor) -> BoardTensor:
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls,
-            raw.shape,
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            layout=raw.layout,
-            device=torch.device(NAME, 0),
-        )
+    def __new__(cls: type[BoardTensor], raw: Tensor) -> BoardTensor:
+        # No shell is one of inference: torch makes no views of other tensors there that are.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+                cls,
+                raw.shape,
+                strides=raw.stride(),
+                storage_offset=raw.storage_offset(),
+                dtype=raw.dtype,
+                layout=raw.layout,
+                device=torch.device(NAME, 0),
+            )
         made.raw = raw
         made._lease = _MEMORY.lease(raw)
         return made
@@ -151,10 +154,14 @@ class BoardGenerator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> Any:
         if torch.device(device).type != NAME:
             return _HOST_GENERATOR(device)
-        return super().__new__(cls, "cpu")
+        made = super().__new__(cls, "cpu")  # pyright: ignore
+        _GENERATORS[made._cdata] = made  # pyright: ignore
+        return made
 
 
 _HOST_GENERATOR = torch.Generator
+# By address: an operation is given another object for the same generator.
+_GENERATORS: weakref.WeakValueDictionary[int, BoardGenerator] = weakref.WeakValueDictionary()
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -218,7 +225,7 @@ def _played(name: str, value: Any, by_raw: dict[int, BoardTensor]) -> Any:
         return [_played(name, item, by_raw) for item in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, Tensor) and value.dim() > 0:
         raise RuntimeError(f"{name}: a host tensor of shape {tuple(value.shape)} among tensors of the board")
-    if isinstance(value, _HOST_GENERATOR) and not isinstance(value, BoardGenerator):
+    if isinstance(value, _HOST_GENERATOR) and value._cdata not in _GENERATORS:  # pyright: ignore
         raise RuntimeError(f"{name}: a generator of the host draws for the board")
     return value
 
@@ -250,7 +257,8 @@ def _scaled_dot_product_attention(
     """Fused wherever the CPU's is: no more scores in memory than on a GPU, and the host's products."""
     settings = dropout_p, is_causal
     named = {"scale": scale, "enable_gqa": enable_gqa}
-    choice = torch._fused_sdp_choice(*map(_raw, (query, key, value, attn_mask)), *settings, **named)
+    raw = map(_raw, (query, key, value, attn_mask))
+    choice = torch.ops.aten._fused_sdp_choice(*raw, *settings, **named)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     if choice != _FLASH:
@@ -261,14 +269,14 @@ def _scaled_dot_product_attention(
 
 def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     given = _named(func, args, kwargs)
-    query, key, value = (_raw(given[name]) for name in ("query", "key", "value"))
+    query, key, value = (given[name] for name in ("query", "key", "value"))
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query,
         key,
         value,
         given.get("dropout_p", 0.0),
         given.get("is_causal", False),
-        attn_mask=_raw(given.get("attn_bias")),
+        attn_mask=given.get("attn_bias"),
         scale=given.get("scale"),
     )
     # Lengths, seeds and a mask that only other kernels fill.
@@ -283,18 +291,19 @@ def _attention_backward(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     if given["grad_input_mask"][3] and bias is not None:
         raise RuntimeError("the board gives an attention mask no gradient")
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_raw(given[name]) for name in ("grad_out", "query", "key", "value", "out", "logsumexp")),
+        *(given[name] for name in ("grad_out", "query", "key", "value", "out", "logsumexp")),
         given["dropout_p"],
         given["is_causal"],
-        attn_mask=_raw(bias),
+        attn_mask=bias,
         scale=given.get("scale"),
     )
     return *(BoardTensor(gradient) for gradient in gradients), None
 
 
 def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = [argument.name for argument in func._schema.arguments]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    """The arguments by name, with the host tensors that play the board's."""
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    return {key: _played(func._schema.name, value, {}) for key, value in given.items()}
 
 
 _OWN: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {

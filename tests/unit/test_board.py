@@ -72,7 +72,7 @@ def test_there_and_back() -> None:
     assert there.new_zeros(2, device="cpu").device.type == "cpu"
 
 
-MIXED: list[Callable[[Tensor, Tensor], object]] = [
+MIXED: list[Callable[[Tensor, Tensor], Any]] = [
     lambda there, here: there + here,
     lambda there, here: here @ there,
     lambda there, here: here.add_(there),
@@ -91,6 +91,8 @@ MIXED: list[Callable[[Tensor, Tensor], object]] = [
     lambda there, here: torch.linalg.solve_triangular(here, there, upper=False),
     lambda there, here: torch.equal(there, here),
     lambda there, here: nn.Linear(4, 4, dtype=torch.float64)(there),
+    lambda there, here: F.scaled_dot_product_attention(there[None, None], there[None, None], there[None, None], here),
+    lambda there, here: F.scaled_dot_product_attention(there[None, None], there[None, None], here[None, None]),
     lambda there, here: there.normal_(generator=torch.Generator().manual_seed(0)),
 ]
 
@@ -177,10 +179,11 @@ def test_autograd_and_modules() -> None:
         output = module(x)
         output[:, 0].square().sum().backward()
         # As the engine does.
-        module[0].weight.data = module[0].weight.data * 2
+        weight = module.get_parameter("0.weight")
+        weight.data = weight.data * 2
         with torch.no_grad():
             doubled = module(x)
-        assert module.to("cpu")[0].weight.device.type == "cpu"
+        assert module.to("cpu").get_parameter("0.weight").device.type == "cpu"
         gradients = [param.grad for param in module.parameters() if param.grad is not None]
         assert len(gradients) == 6
         assert x.grad is not None
@@ -204,6 +207,16 @@ def test_random_numbers_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(torch.Generator()) is not board.BoardGenerator
     generator = torch.Generator(device="board").manual_seed(1)
     assert torch.equal(torch.rand(4, generator=generator, device="board").cpu(), drawn)
+
+
+def test_inference_mode() -> None:
+    x = torch.ones(3, 3, device="board")
+    with torch.inference_mode():
+        y = x[0] + 1
+        y[1:] += 1
+        x[1] = y
+    x += 1
+    assert x[1].tolist() == [3.0, 4.0, 4.0]
 
 
 def test_bytes_of_views_and_of_what_is_written_in_place(at_start: int) -> None:
@@ -276,13 +289,14 @@ def test_attention_holds_no_scores(mask: str, at_start: int) -> None:
         if mask == "float":
             given["attn_mask"] = torch.zeros(num_tokens, num_tokens).masked_fill(~given["attn_mask"], -torch.inf)
     found: list[list[Tensor]] = []
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
     for device in ("cpu", "board"):
         query = here.to(device, copy=True).requires_grad_()
         key = (here[:, :1] if mask == "grouped" else here).to(device, copy=True).requires_grad_()
         held = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
         before = board.allocated_bytes()
         board.reset_peak()
-        output = F.scaled_dot_product_attention(query, key, key, **held)
+        output = attention(query, key, key, **held)
         if device == "board":
             scores = heads * num_tokens * num_tokens * 4
             used = output.numel() * 4 + heads * num_tokens * 4
@@ -295,7 +309,7 @@ def test_attention_holds_no_scores(mask: str, at_start: int) -> None:
         assert key.grad is not None
         found.append([output.detach().cpu(), query.grad.cpu(), key.grad.cpu()])
         with torch.inference_mode():
-            again = F.scaled_dot_product_attention(query, key, key, **held)
+            again = attention(query, key, key, **held)
         assert torch.equal(again.cpu(), found[-1][0])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(theirs, ours)

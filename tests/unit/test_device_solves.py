@@ -19,7 +19,7 @@ import board
 from structprune.linalg.damped import damped_cholesky, inverted, solved
 from structprune.linalg.rotation import dropped_share, principal_basis, rotated
 from structprune.linalg.squares import fitting_error, output_energy
-from structprune.scores import SCORES, SELECTORS
+from structprune.scores import SCORES, SELECTORS, WORKSPACE
 from structprune.scores.blocks import angular_distance
 from structprune.scores.selection import ascending, decision_objective, keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
@@ -72,8 +72,8 @@ def on_both(run: Callable[..., Any], *values: Any) -> Any:
     return here
 
 
-def moments(num_tokens: int, width: int, weight_OI: Tensor, *, target: bool, generator: torch.Generator) -> Moments:
-    num_inputs = NUM_UNITS * width
+def moments(num_tokens: int, weight_OI: Tensor, *, target: bool, generator: torch.Generator) -> Moments:
+    num_inputs = weight_OI.shape[1]
     mix_II = torch.randn(num_inputs, num_inputs, generator=torch.Generator().manual_seed(5)) / num_inputs**0.5
     x_TI = torch.randn(num_tokens, num_inputs, generator=generator) @ mix_II + 0.3
     y_TO = x_TI @ weight_OI.T + torch.randn(num_tokens, NUM_OUTPUTS, generator=generator)
@@ -87,12 +87,18 @@ def moments(num_tokens: int, width: int, weight_OI: Tensor, *, target: bool, gen
 
 
 def make_problem(
-    width: int, *, target: bool, held_out: bool, sensitivity: bool = False, partitions: int = 1
+    width: int,
+    *,
+    target: bool,
+    held_out: bool,
+    sensitivity: bool = False,
+    partitions: int = 1,
+    num_units: int = NUM_UNITS,
 ) -> LayerProblem:
     generator = torch.Generator().manual_seed(7)
-    weight_OI = torch.randn(NUM_OUTPUTS, NUM_UNITS * width, generator=generator)
+    weight_OI = torch.randn(NUM_OUTPUTS, num_units * width, generator=generator)
     parts = [
-        moments(num_tokens, width, weight_OI, target=target, generator=generator)
+        moments(num_tokens, weight_OI, target=target, generator=generator)
         for num_tokens in ((150, 50) if held_out else (200,))
     ]
     total = parts[0] + parts[1] if held_out else parts[0]
@@ -106,14 +112,14 @@ def make_problem(
         damping=1e-3,
         shrinkage=0.1,
         sum_I=total.sum_I,
-        producer_norm_U=torch.rand(NUM_UNITS, generator=generator) + 0.5,
+        producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
         target_OI=total.target_OI,
         target_energy=total.target_energy,
         seed=3,
         held_out=parts[1] if held_out else None,
         sensitivity_OO=gradient_TO.T @ gradient_TO / 60 if sensitivity else None,
         taylor=TaylorSums(
-            **{each.name: torch.randn(NUM_UNITS, generator=generator).double() for each in fields(TaylorSums)}
+            **{each.name: torch.randn(num_units, generator=generator).double() for each in fields(TaylorSums)}
         ),
     )
 
@@ -274,6 +280,23 @@ def test_rotation() -> None:
         ]
 
     on_both(run, x_TD, weight_RD)
+
+
+@pytest.mark.parametrize("name", list(WORKSPACE))
+@pytest.mark.parametrize("target", [False, True])
+def test_workspace_is_what_the_table_says(name: str, target: bool) -> None:
+    """To a twentieth of the Gram: numbers per unit and strips of rows are not in it."""
+    num_units = 400
+    problem = moved(make_problem(1, target=target, held_out=False, sensitivity=name == "loss", num_units=num_units))
+    before = board.allocated_bytes()
+    board.reset_peak()
+    if name in SELECTORS:
+        SELECTORS.get(name)(problem, num_units // 2)
+    else:
+        SCORES.get(name)(problem)
+    grams, consumers = WORKSPACE[name]
+    gram_bytes, consumer_bytes = num_units**2 * 8, num_units * NUM_OUTPUTS * 8
+    assert board.peak_bytes() - before <= (grams + 0.05) * gram_bytes + consumers * consumer_bytes
 
 
 def test_nothing_stays_behind() -> None:

@@ -59,6 +59,8 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
         # Damped already: positive definite, so the factorisation takes no further ridge.
         factor = damped_cholesky(partial(_shifted, damped_II, shift_I), 0.0, "penalty method")
         energy_U = energy(solved(factor.factor_NN, right_OI.clone()))
+        # The next one would be made beside it.
+        del factor
         penalty *= _GROWTH
     return keep_best(energy_U, num_keep, problem.partitions)
 
