@@ -18,7 +18,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.backend_registration import (
@@ -145,30 +144,6 @@ class BoardTensor(Tensor):
         self._lease = other._lease
 
 
-class BoardGenerator(torch.Generator):
-    """`torch.Generator(device="board")`, which torch does not make for devices that are written in Python.
-
-    One of the host's, with the host's draws.
-    """
-
-    def __new__(cls, device: Any = "cpu") -> Any:
-        if torch.device(device).type != NAME:
-            return _HOST_GENERATOR(device)
-        made = super().__new__(cls, "cpu")  # pyright: ignore
-        _GENERATORS[made._cdata] = made  # pyright: ignore
-        return made
-
-
-_HOST_GENERATOR = torch.Generator
-# By address: an operation is given another object for the same generator.
-_GENERATORS: weakref.WeakValueDictionary[int, BoardGenerator] = weakref.WeakValueDictionary()
-
-
-def install(patch: pytest.MonkeyPatch) -> None:
-    """Let `torch.Generator` know the board while a test runs."""
-    patch.setattr(torch, "Generator", BoardGenerator)
-
-
 def _raw(value: Any) -> Any:
     return value.raw if isinstance(value, BoardTensor) else value
 
@@ -225,7 +200,7 @@ def _played(name: str, value: Any, by_raw: dict[int, BoardTensor]) -> Any:
         return [_played(name, item, by_raw) for item in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, Tensor) and value.dim() > 0:
         raise RuntimeError(f"{name}: a host tensor of shape {tuple(value.shape)} among tensors of the board")
-    if isinstance(value, _HOST_GENERATOR) and value._cdata not in _GENERATORS:  # pyright: ignore
+    if isinstance(value, torch.Generator):
         raise RuntimeError(f"{name}: a generator of the host draws for the board")
     return value
 
@@ -385,6 +360,5 @@ if hasattr(torch, NAME):
 else:
     _LIBRARIES = _register()
     torch.board.tests = {  # pyright: ignore[reportAttributeAccessIssue]
-        name: globals()[name]
-        for name in ("BoardTensor", "BoardGenerator", "allocated_bytes", "peak_bytes", "reset_peak", "install")
+        name: globals()[name] for name in ("BoardTensor", "allocated_bytes", "peak_bytes", "reset_peak")
     }

@@ -36,9 +36,9 @@ print(report.memory.model_dump_json())
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block with a Gram of 16 MiB, weights of 40 MiB: far more than a Python process's noise."""
+    """One block with a Gram of 36 MiB, weights of 52 MiB: far more than a Python process's noise."""
     directory = tmp_path_factory.mktemp("wide") / "llama"
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 1, "max_position_embeddings": 512}
     LlamaForCausalLM(llama_config(**sizes, num_attention_heads=16, num_key_value_heads=16)).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -132,13 +131,7 @@ def test_the_bytes_are_the_hosts(name: str, text_file: Path, tmp_path: Path) -> 
     assert report.memory.device.solves == "device"
     assert kept(tmp_path / "board") == kept(tmp_path / "host")
     for path in (tmp_path / "host").glob("*.safetensors"):
-        found, wanted = load_file(tmp_path / "board" / path.name), load_file(path)
-        assert found.keys() == wanted.keys()
-        for key, tensor in wanted.items():
-            # Torch composes some operations of the board from others, so the last digits differ.
-            # An iteration carries them further.
-            atol = 1e-3 if "solver" in RUNS[name][1] else 1e-5
-            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=atol, msg=key)
+        assert (tmp_path / "board" / path.name).read_bytes() == path.read_bytes(), path.name
     for name in ("dense_perplexity", "pruned_perplexity"):
         assert getattr(report.calibration, name) == pytest.approx(getattr(host.calibration, name), rel=1e-6)
     gc.collect()

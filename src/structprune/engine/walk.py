@@ -104,9 +104,9 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             tasks: dict[int, Task[Found]] = {}
             turn = behind_first[first : first + job.ranks.size]
             for owner, block in enumerate(turn):
-                found = backward(block, propagator, borders[block.index], gradient, owner)
-                tasks[block.index] = owner, partial(_on_host, found)
-                del found
+                find = backward(block, propagator, borders[block.index], gradient, owner)
+                tasks[block.index] = owner, partial(_on_host, find)
+                del find
             found = job.ranks.together(tasks)
             # The closures hold the sums.
             del tasks
