@@ -9,6 +9,7 @@ E positions up to a tile's end, D width of queries and keys, V width of values, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -75,19 +76,24 @@ def causal_attention(query_BHSD: Tensor, key_BKSD: Tensor, value_BKSV: Tensor, s
     scores, probabilities = torch.empty(2, together * step * length).unbind()
     future_NN = torch.ones(step, step, dtype=torch.bool).triu(1)
     output_BSHV = query_BHSD.new_empty(num_windows, length, num_heads, value_BKSV.shape[-1])
+    # A power of two, as for heads of 64, is exact: then queries are scaled once, not all scores.
+    exact = math.frexp(scale)[0] == 0.5
     with exact_bfloat16_products():
         for window in range(num_windows):
             for head in range(0, num_heads, together):
                 key_SD = key_BKSD[window, head // num_shared].float()
                 value_SV = value_BKSV[window, head // num_shared].contiguous()
                 query_JSD = query_BHSD[window, head : head + together].float()
+                if exact:
+                    query_JSD.mul_(scale)
                 for start in range(0, length, step):
                     stop = min(start + step, length)
                     query_RD = query_JSD[:, start:stop].reshape(-1, width)
                     shape = (len(query_RD), stop)
                     scores_RE = scores[: shape[0] * stop].view(shape)
                     torch.mm(query_RD, key_SD[:stop].T, out=scores_RE)
-                    scores_RE.mul_(scale)
+                    if not exact:
+                        scores_RE.mul_(scale)
                     own_JNN = scores_RE.view(together, stop - start, stop)[:, :, start:]
                     own_JNN.masked_fill_(future_NN[: stop - start, : stop - start], -torch.inf)
                     probabilities_RE = probabilities[: shape[0] * stop].view(shape)
