@@ -8,7 +8,7 @@ memory is that of a command. With `--clock cpu` seconds are those of the process
 changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
-        [--seq-len 1024] [--multiple-of N] [--clock wall] [--output FILE]
+        [--seq-len 1024] [--multiple-of N] [--device cpu] [--clock wall] [--output FILE]
 
 Shape suffixes: B windows, S positions, T tokens, D hidden size, I inputs of a consumer.
 """
@@ -52,49 +52,61 @@ class Floor:
     gram_s: float
 
 
-def timed(clock: Callable[[], float], work: Callable[[], Any], repeats: int) -> float:
-    work()
-    start = clock()
-    for _ in range(repeats):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Times what one device does."""
+
+    clock: Callable[[], float]
+    device: torch.device
+
+    def seconds(self, work: Callable[[], Any], repeats: int = 8) -> float:
         work()
-    return (clock() - start) / repeats
+        start = self._now()
+        for _ in range(repeats):
+            work()
+        return (self._now() - start) / repeats
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
 
 
 @torch.no_grad()
-def floor_of(model: Any, consumers: list[str], num_samples: int, seq_len: int, clock: Callable[[], float]) -> Floor:
-    """Of the model's own shapes, in its dtype. All blocks are alike."""
+def floor_of(model: Any, consumers: list[str], num_samples: int, seq_len: int, watch: Watch) -> Floor:
+    """Of the model's own shapes, in its dtype, where it is. All blocks are alike."""
     layer, num_blocks = model.model.layers[0], len(model.model.layers)
     dtype = next(model.parameters()).dtype
     tokens = num_samples * seq_len
     windows = max(1, BATCH_TOKENS // seq_len)
     batch = windows * seq_len
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    inputs = {linear.in_features: torch.randn(batch, linear.in_features).to(dtype) for linear in linears}
+    inputs = {linear.in_features: torch.randn(batch, linear.in_features).to(watch.device, dtype) for linear in linears}
 
     def products() -> None:
         for linear in linears:
             linear(inputs[linear.in_features])
 
-    product_s = timed(clock, products, 8) / batch
+    product_s = watch.seconds(products) / batch
     config = model.config
     # Scores and their sums of values: each position with itself and those before it, on average half of all.
     attention_flops = 2 * 2 * seq_len / 2 * config.num_attention_heads * layer.self_attn.head_dim
     product_flops = sum(2 * linear.weight.numel() for linear in linears)
     matmul_s = product_s * (1 + attention_flops / product_flops)
 
-    ids_BS = torch.randint(0, config.vocab_size, (windows, seq_len))
+    ids_BS = torch.randint(0, config.vocab_size, (windows, seq_len), device=watch.device)
     hidden_BSD = model.model.embed_tokens(ids_BS)
-    rotary = model.model.rotary_emb(hidden_BSD, torch.arange(seq_len)[None])
+    rotary = model.model.rotary_emb(hidden_BSD, torch.arange(seq_len, device=watch.device)[None])
 
     def stock() -> None:
         layer(hidden_BSD, position_embeddings=rotary, attention_mask=None)
 
-    stock_s = timed(clock, stock, 8) / batch
+    stock_s = watch.seconds(stock) / batch
     gram_s = 0.0
     for name in consumers:
         size = layer.get_submodule(name).in_features
-        accumulator, x_TI = GramAccumulator(size), inputs[size]
-        gram_s += timed(clock, lambda a=accumulator, x=x_TI: a.update(x), 8) / batch
+        accumulator, x_TI = GramAccumulator(size, watch.device), inputs[size]
+        gram_s += watch.seconds(lambda a=accumulator, x=x_TI: a.update(x)) / batch
     scale = tokens * num_blocks
     return Floor(matmul_s=matmul_s * scale, stock_s=stock_s * scale, gram_s=gram_s * scale)
 
@@ -130,15 +142,16 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--multiple-of", type=int, help="of the kept widths; default: the recipe's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    clock = CLOCKS[arguments.clock]
+    watch = Watch(clock=CLOCKS[arguments.clock], device=torch.device(arguments.device))
     directory = resolve_model(arguments.model)
 
     def sample() -> Floor:
-        model = load_model(directory, torch.device("cpu"), torch.bfloat16).requires_grad_(False)
-        return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, clock)
+        model = load_model(directory, watch.device, torch.bfloat16).requires_grad_(False)
+        return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, watch)
 
     rows: list[dict[str, Any]] = []
     for method in arguments.methods:
@@ -149,6 +162,7 @@ def main() -> None:
             seq_len=arguments.seq_len,
             calibration=str(arguments.calibration),
             multiple_of=arguments.multiple_of,
+            device=arguments.device,
             reload_check=False,
         )
         floors = [sample()]
@@ -161,6 +175,7 @@ def main() -> None:
         rows.append(
             {
                 "method": method,
+                "device": arguments.device,
                 "clock": arguments.clock,
                 "threads": torch.get_num_threads(),
                 "num_samples": arguments.num_samples,

@@ -25,7 +25,7 @@ from structprune.report.comparison import Cell, Comparison, DenseRow, Failure, T
 from structprune.report.comparison_page import comparison_page
 from structprune.report.page import prune_page
 from structprune.report.rebuild import read_report, rebuild
-from structprune.report.schema import PruneReport
+from structprune.report.schema import DeviceMemoryReport, PruneReport
 from structprune.report.summary import warnings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,11 +268,16 @@ def test_warnings(run: Path) -> None:
     )
     assert warnings(quiet) == []
     blocks = [block.model_copy(update={"status": "damping-raised"}) for block in quiet.blocks[:1]]
-    over = quiet.memory.model_copy(update={"measured_peak_bytes": quiet.memory.planned_peak_bytes + 1})
+    device = DeviceMemoryReport(
+        budget_bytes=9, planned_peak_bytes=5, measured_peak_bytes=6, phases={"embed": 5}, sums="device", solves="host"
+    )
+    over = quiet.memory.model_copy(
+        update={"measured_peak_bytes": quiet.memory.planned_peak_bytes + 1, "device": device}
+    )
     off = quiet.reload.model_copy(update={"mode": "off", "relative_difference": None, "reason": "--no-reload-check"})
     few = quiet.calibration.model_copy(update={"num_windows": 1, "seq_len": 64})
     loud = quiet.model_copy(update={"blocks": blocks, "memory": over, "reload": off, "calibration": few})
-    assert [line.split(" ")[0] for line in warnings(loud)] == ["A", "More", "The", "Only"]
+    assert [line.split(" ")[0] for line in warnings(loud)] == ["A", "More", "On", "The", "Only"]
     assert "block 0 (attention)" in warnings(loud)[0]
 
 

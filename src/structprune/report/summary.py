@@ -91,6 +91,11 @@ def warnings(report: PruneReport) -> list[str]:
             f"More memory was used ({format_bytes(memory.measured_peak_bytes)}) than planned "
             f"({format_bytes(memory.planned_peak_bytes)})."
         )
+    if (device := memory.device) is not None and device.measured_peak_bytes > device.planned_peak_bytes:
+        found.append(
+            f"On the device more memory was used ({format_bytes(device.measured_peak_bytes)}) than planned "
+            f"({format_bytes(device.planned_peak_bytes)})."
+        )
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
     re_solves = report.recipe.solver not in (None, "mask-only", "bias")
