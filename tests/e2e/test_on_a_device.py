@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,16 @@ from transformers import LlamaForCausalLM
 import board
 from conftest import TINY_MODELS, llama_config, save_tiny
 from fake_gpu import GIB, FakeGpu
-from structprune import Recipe, prune
+from late_lane import Event, LateLane
+from structprune import Recipe, assess, prune
+from structprune.api import recover
+from structprune.assess import evaluate
 from structprune.engine import checked, planner, propagate
 from structprune.engine.device_plan import LIBRARY_BYTES
 from structprune.engine.planner import PLACES
-from structprune.engine.transfer import Arrival, DeviceMover, Mover
+from structprune.engine.transfer import DeviceMover, Mover
+from structprune.recovery import run
+from structprune.recovery.settings import RecoverySettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,34 +60,11 @@ def recipe(name: str, text_file: Path) -> Recipe:
     return Recipe.build(**{**common, **settings})
 
 
-class LateCopy:
-    """Happens when it is waited for."""
+class BoardLane(LateLane):
+    """The board computes when it is asked to, so what it computes with has to be there."""
 
-    def __init__(self, into: Tensor, source: Tensor) -> None:
-        self._copy: Callable[[], object] | None = lambda: into.copy_(source)
-
-    def synchronize(self) -> None:
-        if self._copy is not None:
-            self._copy()
-        self._copy = None
-
-
-class BoardLane:
-    """As late as a stream may be."""
-
-    def page_locked(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def bring(self, staged: Tensor) -> tuple[Tensor, Arrival]:
-        brought = torch.full_like(staged, torch.nan, device=board.NAME)
-        return brought, LateCopy(brought, staged)
-
-    def receive(self, brought: Tensor, arrival: Arrival) -> None:
+    def receive(self, brought: Tensor, arrival: Event) -> None:
         arrival.synchronize()
-
-    def send(self, computed: Tensor, staged: Tensor) -> Arrival:
-        staged.fill_(torch.nan)
-        return LateCopy(staged, computed)
 
 
 class Board(FakeGpu):
@@ -94,13 +75,14 @@ class Board(FakeGpu):
         patch.setattr(torch.cuda, "memory_allocated", lambda _: board.allocated_bytes())
         patch.setattr(torch.cuda, "max_memory_allocated", lambda _: board.peak_bytes())
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: board.reset_peak())
-        patch.setattr(checked, "resolve_device", lambda _: torch.device(board.NAME, 0))
+        for module in (checked, assess, run):
+            patch.setattr(module, "resolve_device", lambda _: torch.device(board.NAME, 0))
         patch.setattr(checked, "device_budget", lambda _, asked: GIB if asked is None else asked)
         patch.setattr(propagate, "mover_for", self.mover_for)
 
     def mover_for(self, device: torch.device) -> Mover:
         assert device.type == board.NAME
-        return DeviceMover(BoardLane())
+        return DeviceMover(BoardLane(board.NAME))
 
 
 def on_the_host(source: Path, settings: Recipe, output: Path) -> Any:
@@ -136,6 +118,34 @@ def test_the_bytes_are_the_hosts(name: str, text_file: Path, tmp_path: Path) -> 
         assert getattr(report.calibration, name) == pytest.approx(getattr(host.calibration, name), rel=1e-6)
     gc.collect()
     assert board.allocated_bytes() == 0
+
+
+@pytest.mark.parametrize("mode", ["stream", "blocks", "lora"])
+def test_recovery(mode: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    if mode == "lora":
+        pytest.importorskip("peft")
+    common: dict[str, Any] = {"num_samples": 20, "seq_len": 32, "dtype": "float32", "reload_check": False}
+    settings = RecoverySettings.build(mode=mode, calibration=(str(text_file),), held_out=4, warmup=2, **common)
+    student = tmp_path / "student"
+    prune(tiny_llama, recipe("wanda-sp", text_file), student)
+    host = recover(student, tiny_llama, settings, tmp_path / "host")
+    with pytest.MonkeyPatch.context() as patch:
+        Board().install(patch)
+        report = recover(student, tiny_llama, settings, tmp_path / "board")
+    assert report.after.divergence < report.before.divergence
+    assert report.before.divergence == pytest.approx(host.before.divergence, rel=1e-5)
+    assert report.after.divergence == pytest.approx(host.after.divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_evaluation(stream: bool, tiny_llama: Path, text_file: Path) -> None:
+    def found() -> Any:
+        return evaluate(tiny_llama, text_file, seq_len=32, max_windows=6, stream=stream, dtype="float32")
+
+    host = found()
+    with pytest.MonkeyPatch.context() as patch:
+        Board().install(patch)
+        assert found().perplexity == pytest.approx(host.perplexity, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["fasp", "structprune", "experts", "spap"])

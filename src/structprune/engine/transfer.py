@@ -196,7 +196,9 @@ class CudaLane:
         self._there, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def page_locked(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        # A thread begins at the first device, which would be set up for this process too.
+        with torch.cuda.device(self._there.device):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def bring(self, staged: Tensor) -> tuple[Tensor, Arrival]:
         with torch.cuda.stream(self._there):
