@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from late_lane import LateLane
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.transfer import DeviceMover, DirectMover, Mover
+from structprune.engine.transfer import CudaLane, DeviceMover, DirectMover, Mover
 
 CPU = torch.device("cpu")
 SHAPE = (7, 3, 4)
@@ -191,3 +193,66 @@ def test_the_host_has_nothing_to_move() -> None:
             assert hidden_BSD.data_ptr() == store.read(start, start + 1).data_ptr()
             put(start, hidden_BSD + 1)
     assert torch.equal(store.read(0, 7), torch.full(SHAPE, 2.0))
+
+
+class FakeStreams:
+    """`torch.cuda` as far as the lane uses it: what happened, and on which stream."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[str, ...]] = []
+        self.now = self.stream("computing")
+        self.made = iter(["there", "back"])
+        patch.setattr(torch.cuda, "Stream", lambda _: self.stream(next(self.made)))
+        patch.setattr(torch.cuda, "current_stream", lambda _: self.now)
+        patch.setattr(torch.cuda, "stream", self.on)
+
+    def stream(self, name: str) -> Any:
+        def wait_event(event: str) -> None:
+            self.log.append(("wait", name, event))
+
+        def record_event() -> str:
+            self.log.append(("record", name))
+            return f"event of {name}"
+
+        return SimpleNamespace(name=name, wait_event=wait_event, record_event=record_event)
+
+    @contextmanager
+    def on(self, stream: Any) -> Generator[None]:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+
+def test_the_order_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy on its own stream, behind what it needs; memory that two streams use is held for both."""
+    streams = FakeStreams(monkeypatch)
+    log = streams.log
+
+    class Watched(Tensor):
+        def to(self, *_: Any, **options: bool) -> Any:
+            log.append(("copy", streams.now.name, str(options["non_blocking"])))
+            return self
+
+        def copy_(self, *_: Any, **options: bool) -> Any:
+            log.append(("copy", streams.now.name, str(options["non_blocking"])))
+            return self
+
+        def record_stream(self, stream: Any) -> None:
+            log.append(("hold", stream.name))
+
+    lane = CudaLane(CPU)
+    x = torch.zeros(2).as_subclass(Watched)
+    brought, arrival = lane.bring(x)
+    assert log == [("copy", "there", "True"), ("record", "there")]
+    log.clear()
+    lane.receive(brought, arrival)
+    assert log == [("wait", "computing", "event of there"), ("hold", "computing")]
+    log.clear()
+    assert str(lane.send(x, x)) == "event of back"
+    assert log == [
+        ("record", "computing"),
+        ("wait", "back", "event of computing"),
+        ("copy", "back", "True"),
+        ("record", "back"),
+        ("hold", "back"),
+    ]
