@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+import all_walks
 import board
 from conftest import TINY_MODELS, llama_config, save_tiny
 from fake_gpu import GIB, FakeGpu
@@ -28,36 +29,22 @@ from structprune.recovery.settings import RecoverySettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fasp": ("llama", {"method": "fasp", "scope": "all"}),
-    "structprune": ("llama", {"method": "structprune", "scope": "all", "outer_iterations": 1}),
+RUNS: dict[str, tuple[str, dict[str, Any]]] = all_walks.RUNS | {
+    "fasp-all": ("llama", {"method": "fasp", "scope": "all"}),
     "search": ("llama", {"method": "structprune", "score": "greedy-swap"}),
-    "normed": ("gemma2", {"method": "structprune", "scope": "all"}),
-    "parallel": ("gpt_neox", {"method": "structprune"}),
+    "normed-all": ("gemma2", {"method": "structprune", "scope": "all"}),
     "transposed": ("gpt2", {"method": "structprune"}),
-    "experts": ("qwen3_moe", {"method": "structprune", "target": "local", "multiple_of": 8}),
-    "admm": ("llama", {"method": "structprune", "solver": "admm"}),
     "spap": ("llama", {"method": "spap"}),
     "osscar": ("llama", {"method": "osscar"}),
-    "flap": ("llama", {"method": "flap", "scope": "all"}),
+    "flap-all": ("llama", {"method": "flap", "scope": "all"}),
     "wanda-sp": ("llama", {"method": "wanda-sp"}),
     "magnitude": ("llama", {"method": "magnitude"}),
     "random": ("llama", {"method": "random"}),
-    "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
-    "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
-    "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
-    "whole-experts": ("qwen3_moe", {"method": "reap"}),
-    "slice": ("llama", {"method": "slicegpt"}),
-    "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
 }
 
 
 def recipe(name: str, text_file: Path) -> Recipe:
-    settings = RUNS[name][1]
-    common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32", "reload_check": False}
-    if settings["method"] not in ("depth", "reap", "slicegpt"):
-        common |= {"multiple_of": 1, "sensitivity_samples": 3}
-    return Recipe.build(**{**common, **settings})
+    return all_walks.tiny_recipe(RUNS[name][1], text_file, reload_check=False)
 
 
 class BoardLane(LateLane):

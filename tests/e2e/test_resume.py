@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from all_walks import RUNS, tiny_recipe
 from conftest import save_tiny
 from structprune import api
 from structprune.api import prune, resume
@@ -30,31 +31,8 @@ class Cut(BaseException):
     """The process is gone."""
 
 
-# Every walk, every survey, and what moves the streams in another way.
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "structprune": ("llama", {"method": "structprune", "scope": "all", "outer_iterations": 1}),
-    "normed": ("gemma2", {"method": "structprune"}),
-    "parallel": ("gpt_neox", {"method": "structprune"}),
-    "experts": ("qwen3_moe", {"method": "structprune", "target": "local", "multiple_of": 8}),
-    "removal": ("llama", {"method": "structprune", "allow_block_removal": True, "sparsity": 0.6}),
-    "admm": ("llama", {"method": "structprune", "solver": "admm"}),
-    "fasp": ("llama", {"method": "fasp"}),
-    "flap": ("llama", {"method": "flap"}),
-    "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
-    "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
-    "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
-    "whole-experts": ("qwen3_moe", {"method": "reap"}),
-    "slice": ("llama", {"method": "slicegpt"}),
-    "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
-}
-
-
 def recipe(name: str, text_file: Path) -> Recipe:
-    settings = RUNS[name][1]
-    common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32", "memory": "1GiB"}
-    if settings["method"] not in ("depth", "reap", "slicegpt"):
-        common |= {"multiple_of": 1, "sensitivity_samples": 3}
-    return Recipe.build(**{**common, **settings})
+    return tiny_recipe(RUNS[name][1], text_file, memory="1GiB")
 
 
 def model(name: str, directory: Path) -> Path:

@@ -1,0 +1,35 @@
+"""Runs of tiny models that go every way through the engine: family of the model, and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from structprune import Recipe
+
+# Every walk, every survey, and what moves the streams in another way.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "structprune": ("llama", {"method": "structprune", "scope": "all", "outer_iterations": 1}),
+    "normed": ("gemma2", {"method": "structprune"}),
+    "parallel": ("gpt_neox", {"method": "structprune"}),
+    "experts": ("qwen3_moe", {"method": "structprune", "target": "local", "multiple_of": 8}),
+    "removal": ("llama", {"method": "structprune", "allow_block_removal": True, "sparsity": 0.6}),
+    "admm": ("llama", {"method": "structprune", "solver": "admm"}),
+    "fasp": ("llama", {"method": "fasp"}),
+    "flap": ("llama", {"method": "flap"}),
+    "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
+    "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
+    "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
+    "whole-experts": ("qwen3_moe", {"method": "reap"}),
+    "slice": ("llama", {"method": "slicegpt"}),
+    "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
+}
+
+
+def tiny_recipe(settings: Mapping[str, Any], text_file: Path, **more: Any) -> Recipe:
+    """A few short windows in float32."""
+    common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32"}
+    if settings["method"] not in ("depth", "reap", "slicegpt"):
+        common |= {"multiple_of": 1, "sensitivity_samples": 3}
+    return Recipe.build(**{**common, **more, **settings})
