@@ -9,25 +9,19 @@ from typing import Any
 import pytest
 from launch import Ended, largest_difference, masks, run_ranks
 
+import all_walks
 from conftest import save_tiny
 from structprune.api import inspect
 from structprune.engine.wire import survey_exchange
 
 pytestmark = pytest.mark.distributed
 
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "structprune": ("llama", {"method": "structprune", "scope": "all", "outer_iterations": 1}),
-    "normed": ("gemma2", {"method": "structprune"}),
-    "parallel": ("gpt_neox", {"method": "structprune"}),
-    "experts": ("qwen3_moe", {"method": "structprune", "target": "local", "multiple_of": 8}),
-    "removal": ("llama", {"method": "structprune", "allow_block_removal": True, "sparsity": 0.6}),
-    "admm": ("llama", {"method": "structprune", "solver": "admm"}),
+_WALKS = ("structprune", "normed", "parallel", "experts", "removal", "admm", "flap", "llm-pruner")
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {name: all_walks.RUNS[name] for name in _WALKS} | {
     "admm-duals": ("llama", {"method": "structprune", "solver": "admm-duals"}),
     "spap": ("llama", {"method": "spap"}),
     "fasp": ("llama", {"method": "fasp", "scope": "all"}),
-    "flap": ("llama", {"method": "flap"}),
     "osscar": ("llama", {"method": "osscar"}),
-    "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
     "wanda-sp": ("llama", {"method": "wanda-sp"}),
     "scores": ("llama", {"method": "fasp", "allocator": "standardised", "structure": "per-layer"}),
     "magnitude": ("llama", {"method": "magnitude"}),
