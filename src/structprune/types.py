@@ -98,6 +98,11 @@ class UnitGroup:
         return self.kind if self.part is None else f"{self.kind}.{self.part}"
 
     @property
+    def bias_name(self) -> str:
+        """Of the consumer's bias, whether it has one yet or not."""
+        return self.consumer_bias or f"{self.consumer_module}.bias"
+
+    @property
     def output_normed(self) -> bool:
         """Whether the consumer's output passes a norm before it is added to the stream."""
         return self.output_norm_eps is not None

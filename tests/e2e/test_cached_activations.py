@@ -72,9 +72,8 @@ def test_the_same_model_with_fewer_passes(name: str, text_file: Path, tmp_path: 
     assert not recomputed.memory.cached
     assert report.memory.cached
     assert report.memory.cache_bytes > 0
-    # Of each half in the cache one pass less over the windows, in each block.
-    num_batches = 1
-    assert num_again - num_once == 3 * len(report.memory.cached) * num_batches
+    # Of each half in the cache one pass less over the windows, which are one micro-batch, in each of three blocks.
+    assert num_again - num_once == 3 * len(report.memory.cached)
     assert once.keys() == again.keys()
     for key, tensor in again.items():
         assert once[key].shape == tensor.shape, key

@@ -35,13 +35,12 @@ def add_bias(tensors: Mapping[str, Tensor], group: UnitGroup, bias_O: Tensor) ->
     Raises UnsupportedError if the family has no config entry for such biases.
     """
     result = dict(tensors)
-    name = group.consumer_bias
-    if name is None:
+    name = group.bias_name
+    if group.consumer_bias is None:
         check_bias(group)
         for module in group.bias_modules:
             weight = tensors[f"{module}.weight"]
             result[f"{module}.bias"] = weight.new_zeros(weight.shape[0])
-        name = f"{group.consumer_module}.bias"
     result[name] = (result[name] + bias_O.to(result[name].dtype)).contiguous()
     return result
 

@@ -23,19 +23,14 @@ from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tuple[UnitKind, ...]:
     """Of the halves that are pruned those that can be finished from the inputs of their consumers."""
-    found: list[UnitKind] = []
-    for kind in UNIT_KINDS:
-        groups = [group for block in stock.layout.blocks if block.has(kind) for group in block.parts(kind)]
+
+    def finished_so(kind: UnitKind) -> bool:
+        groups = [group for block in stock.layout.blocks for group in block.parts(kind)]
+        alone = len(stock.stage_of(kind)) == 1 and all(group.part is None for group in groups)
         moves_producers = kind == "mlp" and solver in ITERATIVE
-        alone = len(stock.stage_of(kind)) == 1
-        if (
-            kind in kinds
-            and alone
-            and not moves_producers
-            and all(g.part is None and not g.output_normed for g in groups)
-        ):
-            found.append(kind)
-    return tuple(found)
+        return alone and not moves_producers and not any(group.output_normed for group in groups)
+
+    return tuple(kind for kind in UNIT_KINDS if kind in kinds and finished_so(kind))
 
 
 class ActivationCache:
@@ -73,7 +68,7 @@ class SolvedConsumer:
     ) -> SolvedConsumer:
         """From the block's tensors with the group cut, and the units that it has kept."""
         consumer = group.consumer
-        bias_D = tensors.get(group.consumer_bias or f"{group.consumer_module}.bias")
+        bias_D = tensors.get(group.bias_name)
         columns_K = None
         if len(units) < group.num_units:
             columns_K = consumer.indices(torch.tensor(units)).sort().values

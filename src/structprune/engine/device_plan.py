@@ -8,7 +8,6 @@ the CPU plays; no GPU was there. The run's own limit is what keeps the promise (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -122,11 +121,10 @@ def _solve_phases(
     rest = (len(parts) - 1) * problem.sums
     phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}
     if request.needs_survey:
-        # Removals are priced one after the other, whatever decides later, with all sums of the block there.
-        priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
+        # With all sums of the block there.
         others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
         sensitivities = len(by_kind(request.groups)) * sensitivity
-        phases[f"survey: costs ({kind})"] = beside + problem.gram + priced.decide + others + sensitivities + copied
+        phases[f"survey: costs ({kind})"] = beside + problem.gram + problem.price + others + sensitivities + copied
     return phases
 
 

@@ -153,7 +153,8 @@ def stage_output(
     def output(start: int, stop: int) -> Tensor:
         stage = job.stock.stage_of(group.kind)
         with job.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
-            stream_BSD = streams.propagator.forward(module, block.index, store, start, stop)
+            hidden_BSD = streams.propagator.fetch(store, start, stop)
+            stream_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         if write:
             with streams.propagator.writing(store) as put:
                 put(start, stream_BSD)

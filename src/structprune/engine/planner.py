@@ -255,12 +255,10 @@ def _plan_with(
             )
             phases[f"solve ({kind})"] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
             if request.needs_survey:
-                # Removals are priced one after the other whatever decides later.
-                priced = replace(problem, score="greedy", holds_out=False, follows_dense=False)
                 rest = sum(gram_bytes(other) for other in request.groups if other is not group)
                 ordered = inputs * hidden * problem.stored_item
                 phases[f"survey: costs ({kind})"] = (
-                    small + gradient + weights + gram + ordered + priced.decide + rest + sensitivities
+                    small + gradient + weights + gram + ordered + problem.price + rest + sensitivities
                 )
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len

@@ -136,10 +136,6 @@ class Propagator:
         check_finite(output_BSD, index)
         return output_BSD
 
-    def forward(self, block: nn.Module, index: int, store: HiddenStore, start: int, stop: int) -> Tensor:
-        """The block's output for windows start..stop of the store, on the device. Raises NumericalError."""
-        return self.apply(block, index, self.fetch(store, start, stop))
-
     def run(self, block: nn.Module, index: int, store: HiddenStore) -> None:
         """Forward every window through `block`; the outputs replace the store's content.
 

@@ -5,7 +5,7 @@ The bound follows the code of scores and solvers line by line; the memory tests 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from structprune.linalg.squares import strip_rows
 from structprune.scores import SELECTORS, WORKSPACE
@@ -74,6 +74,11 @@ class GroupProblem:
         """Score or search beside the sums."""
         grams, weights = WORKSPACE.get(self.score, (0, 1))
         return grams * 2 * self.gram + weights * self._weight + self._metric + self._strip
+
+    @property
+    def price(self) -> int:
+        """Pricing its removals on the dense model, one after the other, whatever decides later; beside the sums."""
+        return replace(self, score="greedy", holds_out=False, follows_dense=False).decide
 
     @property
     def solve(self) -> int:

@@ -86,16 +86,12 @@ def warnings(report: PruneReport) -> list[str]:
         share = report.recipe.max_retention
         found.append(f"At the largest share that a block keeps ({share:.0%}, --max-retention): {_places(high)}.")
     memory, reload, calibration = report.memory, report.reload, report.calibration
-    if memory.measured_peak_bytes > memory.planned_peak_bytes:
-        found.append(
-            f"More memory was used ({format_bytes(memory.measured_peak_bytes)}) than planned "
-            f"({format_bytes(memory.planned_peak_bytes)})."
-        )
-    if (device := memory.device) is not None and device.measured_peak_bytes > device.planned_peak_bytes:
-        found.append(
-            f"On the device more memory was used ({format_bytes(device.measured_peak_bytes)}) than planned "
-            f"({format_bytes(device.planned_peak_bytes)})."
-        )
+    for more, place in (("More", memory), ("On the device more", memory.device)):
+        if place is not None and place.measured_peak_bytes > place.planned_peak_bytes:
+            found.append(
+                f"{more} memory was used ({format_bytes(place.measured_peak_bytes)}) than planned "
+                f"({format_bytes(place.planned_peak_bytes)})."
+            )
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
     re_solves = report.recipe.solver not in (None, "mask-only", "bias")
