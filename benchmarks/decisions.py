@@ -21,8 +21,8 @@ from global_reference import calibration_windows, grams_of
 from rich.console import Console
 from rich.table import Table
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.loading import load_model
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best
 from structprune.types import LayerProblem

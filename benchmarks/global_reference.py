@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.sampler import draw_tokens
-from structprune.architectures.source import resolve_model
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.sampler import draw_tokens
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.evaluation.perplexity import perplexity, text_windows
 from structprune.memory import PeakMeter
 from structprune.methods.structprune import STRUCTPRUNE
 from structprune.scores.selection import keep_greedy, removal_path
-from structprune.solvers.restoration import least_squares
+from structprune.solvers.least_squares import least_squares
 from structprune.types import LayerProblem, Moments
 
 DAMPING = 1e-2

@@ -17,8 +17,8 @@ import torch
 
 from structprune import Recipe, prune
 from structprune.api import evaluate
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.loading import load_model
 from structprune.calibration.sources.boolq import split_texts
 from structprune.cli.progress import progress_observer
 from structprune.cli.render import key_value_table

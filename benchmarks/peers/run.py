@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.source import resolve_model
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.calibration.sources.file import read_text
 from structprune.exporters.uniform import write_companions

@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import nn
 
 from structprune import Recipe, prune
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.loading import load_model
 from structprune.statistics import GramAccumulator
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.loading import load_model
 from structprune.files import write_json
 
 

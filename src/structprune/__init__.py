@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from structprune.api import prune, recover
     from structprune.recipe import Recipe
-    from structprune.recovery.settings import RecoverySettings
-    from structprune.report.recovery import RecoveryReport
-    from structprune.report.schema import PruneReport
+    from structprune.results.recovery import RecoveryReport
+    from structprune.results.schema import PruneReport
+    from structprune.training.settings import RecoverySettings
 
 __version__ = "0.1.0"
 __all__ = ["PruneReport", "Recipe", "RecoveryReport", "RecoverySettings", "__version__", "prune", "recover"]
@@ -22,9 +22,9 @@ _LAZY = {
     "prune": "structprune.api",
     "recover": "structprune.api",
     "Recipe": "structprune.recipe",
-    "RecoverySettings": "structprune.recovery.settings",
-    "PruneReport": "structprune.report.schema",
-    "RecoveryReport": "structprune.report.recovery",
+    "RecoverySettings": "structprune.training.settings",
+    "PruneReport": "structprune.results.schema",
+    "RecoveryReport": "structprune.results.recovery",
 }
 
 

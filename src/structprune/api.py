@@ -8,23 +8,22 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from structprune.architectures.source import gguf_file, resolve_model
-from structprune.architectures.stock import StockModel
+from structprune.architectures.sources.resolve import gguf_file, resolve_model
+from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.checked import CheckedRun, num_probe, plan_run
-from structprune.engine.checked import check as check
-from structprune.engine.device import DeviceMeter
-from structprune.engine.finish import load_report, versions
-from structprune.engine.foresight import Foresight, shape_of
-from structprune.engine.job import Job
-from structprune.engine.observer import MarkingObserver, Observer, SilentObserver
-from structprune.engine.plan import Budgets, PrunePlan
-from structprune.engine.start import Start, begin_or_go_on, find_start
-from structprune.engine.text import source_context
-from structprune.engine.walks import WALKS
+from structprune.engine.pipelines.registry import WALKS
+from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.plan import Budgets, PrunePlan
+from structprune.engine.resolve import CheckedRun, num_probe, plan_run
+from structprune.engine.resolve import check as check
+from structprune.engine.run.calibration import source_context
+from structprune.engine.run.context import Job
+from structprune.engine.run.device import DeviceMeter
+from structprune.engine.run.finalize import load_report, versions
+from structprune.engine.run.identity import Start, begin_or_go_on, find_start
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
@@ -33,14 +32,15 @@ from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import expand_user
 from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
+from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe
-from structprune.recovery.finish import RECOVERY_REPORT_NAME
-from structprune.recovery.run import find_recovery, load_recovery_report, recover_model
-from structprune.recovery.settings import RecoverySettings
-from structprune.report.recovery import RecoveryReport
-from structprune.report.schema import REPORT_NAME, PruneReport
+from structprune.results.recovery import RecoveryReport
+from structprune.results.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent
+from structprune.training.finish import RECOVERY_REPORT_NAME
+from structprune.training.run import find_recovery, load_recovery_report, recover_model
+from structprune.training.settings import RecoverySettings
 from structprune.types import ModelLayout
 
 
@@ -123,7 +123,7 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
     if launched()[1] == 1:
         return contextlib.nullcontext(ALONE)
     # Only now: a run of one process does without it.
-    from structprune.engine.distributed import joined
+    from structprune.engine.ranks.group import joined
 
     return joined(timeout_s)
 

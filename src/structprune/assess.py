@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.device import machine, resolve_device, resolve_dtype
-from structprune.engine.observer import Observer, SilentObserver
-from structprune.engine.streamed_eval import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
+from structprune.engine.run.device import machine, resolve_device, resolve_dtype
+from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, quartiles, speed_pair
 from structprune.evaluation.zero_shot import TaskRunner
 from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
+from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
-from structprune.report.measured import Bench, BenchedModel, Evaluation, Rate, SpeedPoint, TaskResult, TextResult
+from structprune.results.measured import Bench, BenchedModel, Evaluation, Rate, SpeedPoint, TaskResult, TextResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The processes that share one run, each with its part of the calibration windows; here the trivial case of one.
 
 Rank r of R has the windows r, r + R, r + 2 R, ...: whatever counts from the first window (held-out windows, those of
-the backward pass, the reported ones) is spread over all ranks. The case of several is in `engine/distributed.py`; the
+the backward pass, the reported ones) is spread over all ranks. The case of several is in `engine/ranks/group.py`; the
 code that uses a `Ranks` is the same for both.
 """
 

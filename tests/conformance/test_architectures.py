@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.propagate import tapped
+from structprune.engine.streaming.propagate import tapped
 from structprune.errors import UnsupportedError
 from structprune.types import UNIT_KINDS, HeadUnits, UnitKind
+from support.models import TINY_MODELS, save_tiny
 
 # Norms of queries and keys over the dimensions of a head; the router of a mixture.
 SHARED = ("self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.gate.weight")

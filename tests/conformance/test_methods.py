@@ -13,7 +13,7 @@ from torch import Tensor
 from structprune.allocation import ALLOCATORS
 from structprune.architectures import FAMILIES
 from structprune.calibration import SOURCES
-from structprune.engine.block_choice import BLOCK_SCORES
+from structprune.engine.pipelines.depth_choice import BLOCK_SCORES
 from structprune.errors import InputError
 from structprune.methods import METHODS
 from structprune.methods.method import Method

@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.plan import PrunePlan
-from structprune.recovery.adam import BETAS, EPSILON, adam_step, course
-from structprune.recovery.blocks import token_error
-from structprune.recovery.divergence import LOGIT_TOKENS, divergence
-from structprune.recovery.job import RecoveryJob, Side
-from structprune.recovery.mix import Mix, MixState, robust_shares
-from structprune.recovery.parameters import parameters_of
-from structprune.recovery.settings import RecoverySettings
-from structprune.recovery.stream import StreamedStudent
-from structprune.recovery.texts import Texts
+from structprune.engine.planning.plan import PrunePlan
+from structprune.training.adam import BETAS, EPSILON, adam_step, course
+from structprune.training.blocks import token_error
+from structprune.training.divergence import LOGIT_TOKENS, divergence
+from structprune.training.job import RecoveryJob, Side
+from structprune.training.mix import Mix, MixState, robust_shares
+from structprune.training.parameters import parameters_of
+from structprune.training.settings import RecoverySettings
+from structprune.training.stream import StreamedStudent
+from structprune.training.texts import Texts
+from support.models import TINY_MODELS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

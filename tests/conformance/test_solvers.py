@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.solvers import SOLVERS, restoration
-from structprune.solvers.restoration import judged_least_squares
+from structprune.solvers import SOLVERS, least_squares
+from structprune.solvers.least_squares import judged_least_squares
 from structprune.types import LayerProblem, Moments
 
 # Solvers that read the Gram, and so must state the damping that they took.
@@ -337,7 +337,7 @@ def test_mixtures_of_outputs_choose_as_all_outputs_do(seed: int, path: bool, mon
     problem = replace(split_problem(9, path=path, seed=seed, scale_O=[30.0] * 2 + [1.0] * 38), seed=seed)
     keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
     exact = judged_least_squares(problem, keep_U).statistics
-    monkeypatch.setattr(restoration, "SKETCH_ROWS", 16)
+    monkeypatch.setattr(least_squares, "SKETCH_ROWS", 16)
     mixed = judged_least_squares(problem, keep_U).statistics
     assert mixed["held_out_error"] >= exact["held_out_error"] * (1 - 1e-9)
     assert mixed["held_out_error"] <= exact["held_out_error"] * 1.02

@@ -16,28 +16,29 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import TINY_MODELS, save_tiny
-from structprune.architectures.sampler import draw_tokens
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.model import StockModel
+from structprune.architectures.stock.sampler import draw_tokens
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.store import MemoryStore
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.embed import embed
-from structprune.engine.executor import allocate
-from structprune.engine.findings import load_found
-from structprune.engine.job import Job
-from structprune.engine.observer import SilentObserver
-from structprune.engine.plan import PrunePlan
-from structprune.engine.problem import layer_problem
-from structprune.engine.shape_bytes import LOGIT_TOKENS
-from structprune.engine.survey import backward, survey
-from structprune.engine.taylor import load_taylor, survey_taylor, weight_sums
-from structprune.engine.walk import load_block, loss_gradient
+from structprune.engine.layerwise.problem import layer_problem
+from structprune.engine.pipelines.units import allocate
+from structprune.engine.planning.plan import PrunePlan
+from structprune.engine.planning.shapes import LOGIT_TOKENS
+from structprune.engine.run.context import Job
+from structprune.engine.sensitivity.backward_pass import loss_gradient
+from structprune.engine.sensitivity.fisher import backward, survey
+from structprune.engine.sensitivity.store import load_found
+from structprune.engine.sensitivity.taylor import load_taylor, survey_taylor, weight_sums
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed
 from structprune.errors import NumericalError
 from structprune.methods import METHODS
+from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
 from structprune.scores import SCORES
 from structprune.types import HeadUnits, Surveyed, TaylorSums
+from support.models import TINY_MODELS, save_tiny
 
 NUM_WINDOWS, SEQ_LEN = 3, 24
 

@@ -12,13 +12,13 @@ import torch
 from test_survey import NUM_WINDOWS, SEQ_LEN, job_for
 from torch import Tensor, nn
 
-from conftest import save_tiny
-from structprune.architectures.stock import output_tensor
+from structprune.architectures.stock.model import output_tensor
 from structprune.calibration.store import MemoryStore
-from structprune.engine.embed import embed
-from structprune.engine.job import Job
-from structprune.engine.measure import Streams, follow_dense, measure
+from structprune.engine.layerwise.statistics import Streams, follow_dense, measure
+from structprune.engine.run.context import Job
+from structprune.engine.streaming.embed import embed
 from structprune.types import Moments
+from support.models import save_tiny
 
 KINDS = ["llama", "opt", "gpt2", "gpt_neox", "gpt_neox-sequential", "phi3", "gemma2", "gemma3_text-biased"]
 

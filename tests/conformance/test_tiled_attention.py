@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import TINY_MODELS, save_tiny
-from structprune.architectures import attention
-from structprune.architectures.attention import causal_attention, tiled_attention
-from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.stock import tiled_attention as tiles
+from structprune.architectures.stock.model import StockModel, output_tensor
+from structprune.architectures.stock.tiled_attention import causal_attention, tiled_attention
 from structprune.checkpoint.reader import CheckpointReader
+from support.models import TINY_MODELS, save_tiny
 
 
 def heads(num_windows: int, num_heads: int, length: int, width: int, seed: int) -> Tensor:
@@ -62,7 +62,7 @@ def test_heads_that_do_not_fit_one_tile(monkeypatch: pytest.MonkeyPatch) -> None
     whole = causal_attention(query, key, value, 0.5)
     # Two of the six heads that share their keys, then one.
     for scores in (3 * 64 * 512 - 1, 2 * 64 * 512 - 1):
-        monkeypatch.setattr(attention, "_TILE_SCORES", scores)
+        monkeypatch.setattr(tiles, "_TILE_SCORES", scores)
         assert torch.equal(causal_attention(query, key, value, 0.5), whole)
 
 
@@ -110,9 +110,9 @@ def test_blocks_of_every_family_agree_with_sdpa(kind: str, tmp_path: Path, monke
     hidden_BSD, inputs = stock.embed(torch.arange(48)[None] % 30, embedding)
     module = stock.block(0, tensors)
     # The tiny models know few positions.
-    monkeypatch.setattr(attention, "_POSITIONS", range(48, 49))
+    monkeypatch.setattr(tiles, "_POSITIONS", range(48, 49))
     tiled = output_tensor(module(hidden_BSD, **inputs.kwargs[0])).float()
-    monkeypatch.setattr(attention, "_POSITIONS", range(0))
+    monkeypatch.setattr(tiles, "_POSITIONS", range(0))
     sdpa = output_tensor(module(hidden_BSD, **inputs.kwargs[0])).float()
     assert float((tiled - sdpa).norm() / sdpa.norm()) < 1e-2
     # What a block computes with leaves the model's own setting alone.

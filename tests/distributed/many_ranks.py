@@ -23,7 +23,9 @@ import torch
 
 from structprune import api
 from structprune.calibration import snapshots
-from structprune.engine import distributed, executor, survey
+from structprune.engine.pipelines import units
+from structprune.engine.ranks import group
+from structprune.engine.sensitivity import fisher
 from structprune.errors import StructPruneError
 from structprune.evaluation import reload
 from structprune.recipe import Recipe
@@ -33,25 +35,25 @@ _seen: dict[str, Any] = {}
 
 def _at(block: int, work: Callable[[], None]) -> None:
     """Do `work` in this process when it comes to `block`."""
-    prune_block = executor.prune_block
+    prune_block = units.prune_block
 
     def wrapped(job: Any, layout: Any, *values: Any, **named: Any) -> Any:
         if layout.index == block:
             work()
         return prune_block(job, layout, *values, **named)
 
-    executor.prune_block = wrapped
+    units.prune_block = wrapped
 
 
 def _die_in_survey(block: int) -> None:
-    backward = survey.backward
+    backward = fisher.backward
 
     def wrapped(job: Any, layout: Any, *values: Any) -> Any:
         if layout.index == block:
             os.kill(os.getpid(), signal.SIGKILL)
         return backward(job, layout, *values)
 
-    survey.backward = wrapped
+    fisher.backward = wrapped
 
 
 def _fail() -> None:
@@ -74,7 +76,7 @@ _DEEDS: dict[str, Callable[[Any], None]] = {
 
 def _watch_blocks() -> None:
     """Take the sums of what every rank makes of each block, and the bytes that it took."""
-    prune_block = executor.prune_block
+    prune_block = units.prune_block
 
     def wrapped(job: Any, layout: Any, *values: Any, **named: Any) -> Any:
         before = dict(getattr(job.ranks, "counted", {}))
@@ -88,12 +90,12 @@ def _watch_blocks() -> None:
         _seen["bytes"].append({name: counted[name] - before[name] for name in counted})
         return outcome
 
-    executor.prune_block = wrapped
+    units.prune_block = wrapped
 
 
 def _watch_survey() -> None:
     """The bytes of the measurements that come first."""
-    survey_dense = executor.survey_dense
+    survey_dense = units.survey_dense
 
     def wrapped(job: Any, *values: Any) -> Any:
         before = dict(getattr(job.ranks, "counted", {}))
@@ -101,7 +103,7 @@ def _watch_survey() -> None:
         _seen["survey"] = {name: number - before[name] for name, number in getattr(job.ranks, "counted", {}).items()}
         return found
 
-    executor.survey_dense = wrapped
+    units.survey_dense = wrapped
 
 
 def work(spec: dict[str, Any], rank: int) -> None:
@@ -111,9 +113,9 @@ def work(spec: dict[str, Any], rank: int) -> None:
     reload.reload_in_a_process = lambda checked, _: reload.reload_here(checked)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["size"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spec["port"])}
-    usual = executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions
+    usual = units.prune_block, units.survey_dense, fisher.backward, snapshots.SHARE, api.versions
     for number, run in enumerate(spec["runs"]):
-        executor.prune_block, executor.survey_dense, survey.backward, snapshots.SHARE, api.versions = usual
+        units.prune_block, units.survey_dense, fisher.backward, snapshots.SHARE, api.versions = usual
         _seen.clear()
         _seen.update(blocks=[], bytes=[])
         _watch_blocks()
@@ -142,7 +144,7 @@ def work(spec: dict[str, Any], rank: int) -> None:
 def main(path: str) -> None:
     """Fork the ranks, which costs no import, and wait for them."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
-    assert distributed.Group
+    assert group.Group
     children = []
     for rank in range(spec["size"]):
         child = os.fork()

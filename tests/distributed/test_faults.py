@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from launch import Ended, largest_difference, masks, run_ranks, settings
 
-from conftest import save_tiny
 from structprune.api import prune, resume
 from structprune.recipe import Recipe
+from support.models import save_tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 

@@ -18,9 +18,10 @@ import psutil
 import pytest
 from launch import all_finite, environment, free_port, largest_difference, masks
 
-from conftest import CommandLine, save_tiny
 from structprune.api import prune, resume
 from structprune.recipe import Recipe
+from support.command_line import CommandLine
+from support.models import save_tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from launch import Ended, largest_difference, masks, run_ranks
 
-import all_walks
-from conftest import save_tiny
 from structprune.api import inspect
-from structprune.engine.wire import survey_exchange
+from structprune.engine.planning.exchange import survey_exchange
+from support import pipeline_cases
+from support.models import save_tiny
 
 pytestmark = pytest.mark.distributed
 
 _WALKS = ("structprune", "normed", "parallel", "experts", "removal", "admm", "flap", "llm-pruner")
-RUNS: dict[str, tuple[str, dict[str, Any]]] = {name: all_walks.RUNS[name] for name in _WALKS} | {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {name: pipeline_cases.RUNS[name] for name in _WALKS} | {
     "admm-duals": ("llama", {"method": "structprune", "solver": "admm-duals"}),
     "spap": ("llama", {"method": "spap"}),
     "fasp": ("llama", {"method": "fasp", "scope": "all"}),

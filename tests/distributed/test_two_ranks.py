@@ -8,7 +8,7 @@ import pytest
 from launch import largest_difference, masks, run_ranks, settings
 
 from structprune.api import inspect, prune
-from structprune.engine.wire import pruning_exchange
+from structprune.engine.planning.exchange import pruning_exchange
 from structprune.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ import pytest
 import structprune
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

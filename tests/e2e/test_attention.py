@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
 import structprune
-from conftest import TINY_MODELS, llama_config, save_tiny
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import resolve_model
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
 from structprune.calibration.context import consecutive_windows
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

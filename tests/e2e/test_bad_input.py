@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import save_tiny
 from structprune.api import inspect
 from structprune.architectures import FAMILIES
 from structprune.cli import main
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.runs.directory import RunDirectory
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,21 +14,21 @@ from test_per_layer import FIXED_HEADS, IDS_BS, load, logits, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from conftest import save_tiny
-from structprune.architectures.loading import load_model
-from structprune.architectures.per_layer_source import MODELING_NAME, accepted_sources
-from structprune.architectures.removed import REMOVED_ENTRY
-from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.modeling.per_layer import MODELING_NAME, accepted_sources
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.units import compact, remove_half
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
-from structprune.engine.unit_settings import unit_settings
+from structprune.engine.pipelines.units_settings import unit_settings
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
 from structprune.exporters.uniform import uniform_config, write_companions
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.types import UNIT_KINDS
+from support.models import save_tiny
 
 NUM_BLOCKS = 4
 # Blocks with and without a window in one model cannot lose their attention.

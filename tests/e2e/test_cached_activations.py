@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TINY_MODELS, save_tiny
 from structprune import Recipe, prune
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine import checked
-from structprune.engine.cached import cacheable
-from structprune.engine.propagate import Propagator
+from structprune.engine import resolve
+from structprune.engine.streaming.activation_cache import cacheable
+from structprune.engine.streaming.propagate import Propagator
 from structprune.types import UNIT_KINDS
+from support.models import TINY_MODELS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def pruned(source: Path, settings: Recipe, output: Path, *, cached: bool) -> tup
     with pytest.MonkeyPatch.context() as patch:
         passes = Passes(patch)
         if not cached:
-            patch.setattr(checked, "cacheable", lambda *_: ())
+            patch.setattr(resolve, "cacheable", lambda *_: ())
         report = prune(source, settings, output)
     tensors = {name: t for path in output.glob("*.safetensors") for name, t in load_file(path).items()}
     return tensors, report, passes.count

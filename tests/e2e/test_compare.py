@@ -18,7 +18,7 @@ import torch
 
 from structprune.api import evaluate, prune
 from structprune.recipe import Recipe
-from structprune.report.comparison import Comparison
+from structprune.results.comparison import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

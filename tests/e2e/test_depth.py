@@ -16,17 +16,17 @@ from test_per_layer import IDS_BS, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import save_tiny
 from structprune import Recipe, prune
 from structprune.architectures import FAMILIES
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
-from structprune.engine import planner
+from structprune.engine.planning import host as host_plan
 from structprune.errors import InputError, MemoryBudgetError, UnsupportedError
 from structprune.memory import parse_bytes
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -236,7 +236,7 @@ def test_the_same_recipe_gives_the_same_bytes(score: str, deep_llama: Path, text
 def test_budget(score: str, num_stores: int, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stores move to files where the budget is tight, with the same result; what is measured stays below."""
     # The tokenizer needs more than all hidden states of a model of this size, and would be the budget.
-    monkeypatch.setattr(planner, "_TEXT_BYTES", 0)
+    monkeypatch.setattr(host_plan, "_TEXT_BYTES", 0)
     source = save_deep("llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": 2048}
     (source / "config.json").write_text(json.dumps(config))

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from conftest import TINY_MODELS, CommandLine, llama_config, save_tiny
-from fake_gpu import GIB, FakeGpu
 from structprune import Recipe, api, prune
 from structprune.api import plan, resume
-from structprune.engine import checked
-from structprune.engine.observer import SilentObserver
+from structprune.engine import resolve
 from structprune.errors import MemoryBudgetError
-from structprune.report.summary import summary_rows
+from structprune.observer import SilentObserver
+from structprune.results.summary import summary_rows
+from support.command_line import CommandLine
+from support.fake_gpu import GIB, FakeGpu
+from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +38,7 @@ class FreeMemory:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FreeMemory:
     FakeGpu().install(monkeypatch)
     free = FreeMemory(GIB)
-    monkeypatch.setattr(checked, "device_budget", free.budget)
+    monkeypatch.setattr(resolve, "device_budget", free.budget)
     return free
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-from conftest import TINY_MODELS, CommandLine, save_tiny
 from structprune.api import prune
 from structprune.assess import EvaluationRequest, bench, evaluate, evaluate_all
 from structprune.errors import InputError, MemoryBudgetError, NumericalError, UnsupportedError
@@ -22,6 +21,8 @@ from structprune.evaluation.local_tasks import LOCAL_TASKS, write_local_tasks
 from structprune.evaluation.perplexity import PredictionSums, score_predictions
 from structprune.evaluation.speed import SpeedResult, quartiles
 from structprune.recipe import Recipe
+from support.command_line import CommandLine
+from support.models import TINY_MODELS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,13 +116,13 @@ def test_the_table_says_what_was_measured(tiny_llama: Path, tiny_opt: Path, text
 def test_hidden_states_in_a_file_change_nothing(
     tiny_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from structprune.engine import streamed_eval
+    from structprune.engine.streaming import evaluate
 
     shared: dict[str, Any] = {"texts": [text_file], "seq_len": 40, "stream": True, "dtype": "float32"}
     in_memory = evaluate_all(tiny_llama, EvaluationRequest(**shared, against=tiny_llama))
     assert in_memory.texts[0].kl_to_reference == pytest.approx(0, abs=1e-7)
     assert in_memory.texts[0].top1_agreement == 1.0
-    monkeypatch.setattr(streamed_eval.EvaluationPlan, "store", property(lambda plan: "file"))
+    monkeypatch.setattr(evaluate.EvaluationPlan, "store", property(lambda plan: "file"))
     in_a_file = evaluate_all(tiny_llama, EvaluationRequest(**shared, against=tiny_llama))
     assert in_a_file.texts == in_memory.texts
 

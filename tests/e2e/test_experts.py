@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import save_tiny
 from structprune import Recipe, prune
 from structprune.api import plan
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, StructPruneError, UnsupportedError
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from transformers import LlamaConfig, MistralConfig, OPTConfig, Qwen3Config, Qwe
 from structprune import Recipe, prune
 from structprune.api import export
 from structprune.architectures import FAMILIES
-from structprune.architectures.loading import load_model
-from structprune.architectures.removed import REMOVED_ENTRY
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
+from structprune.architectures.stock.loading import load_model
 from structprune.errors import UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")

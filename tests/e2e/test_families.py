@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
-from conftest import TINY_MODELS, save_tiny
 from structprune.api import evaluate
-from structprune.architectures.loading import load_model
-from structprune.architectures.sampler import growing_cache
-from structprune.architectures.stock import StockModel
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
+from structprune.architectures.stock.sampler import growing_cache
 from structprune.calibration.context import consecutive_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import NumericalError, UnsupportedError
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import TINY_MODELS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

@@ -30,13 +30,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from llama_runtime import run_llama
 from structprune import Recipe, prune
 from structprune.api import export
-from structprune.architectures.loading import load_model
+from structprune.architectures.stock.loading import load_model
 from structprune.cli import main
 from structprune.errors import CheckpointError, InputError, NumericalError, StructPruneError, UnsupportedError
-from structprune.exporters.gguf_families import GGUF_FAMILIES
+from structprune.exporters.gguf.families import GGUF_FAMILIES
+from support.llama_runtime import run_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from llama_runtime import run_llama
 from structprune import Recipe, prune
 from structprune.api import export
-from structprune.architectures.loading import load_model
-from structprune.architectures.source import bundled_gguf
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.resolve import bundled_gguf
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
+from support.llama_runtime import run_llama
 
 pytestmark = pytest.mark.realmodel
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from conftest import save_tiny
-from local_hub import local_hub
 from structprune.api import inspect, prune
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
 from structprune.cli import main
 from structprune.errors import CheckpointError
 from structprune.recipe import Recipe
+from support.local_hub import local_hub
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from conftest import byte_tokenizer, llama_config
 from structprune.cli import main
 from structprune.cli.interrupt import interruptible
+from support.models import byte_tokenizer, llama_config
 
 NUM_BLOCKS = 12
 # `python -m structprune`, with the interrupt handler that a shell's background job would have switched off.

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import byte_tokenizer, llama_config
 from structprune import prune
 from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from structprune.memory import PeakMeter
 from structprune.recipe import Recipe
+from support.models import byte_tokenizer, llama_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import structprune
-from conftest import TINY_MODELS, llama_config, save_tiny
-from structprune.architectures.loading import load_model
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
 from structprune.calibration.context import consecutive_windows
 from structprune.cli import main
 from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
 from structprune.scores import TAYLOR
+from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from conftest import byte_tokenizer, llama_config
 from structprune import Recipe
 from structprune.api import plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
+from support.models import byte_tokenizer, llama_config
 
 _CHILD = """
 import json, sys

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 
 from structprune import Recipe, prune
 from structprune.api import export
-from structprune.architectures.source import hub_id
+from structprune.architectures.sources.resolve import hub_id
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.report.card import model_card
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

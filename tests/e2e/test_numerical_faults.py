@@ -21,7 +21,7 @@ from torch import Tensor
 from structprune import Recipe, prune
 from structprune.cli import main
 from structprune.errors import NumericalError
-from structprune.report.schema import BlockReport, PruneReport
+from structprune.results.schema import BlockReport, PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

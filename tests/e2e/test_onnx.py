@@ -14,12 +14,12 @@ from test_per_layer import KINDS, kept_units, write_per_layer
 from torch import Tensor
 from transformers import LlamaConfig
 
-from conftest import save_tiny
 from structprune.api import export
-from structprune.architectures.loading import load_model
+from structprune.architectures.stock.loading import load_model
 from structprune.cli import main
 from structprune.errors import InputError, NumericalError, StructPruneError, UnsupportedError
 from structprune.exporters import onnx_export
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from browser import Browser, browser, find_browser
-from conftest import save_tiny
 from structprune.api import prune
 from structprune.assess import EvaluationRequest, bench, evaluate_all
 from structprune.cli import main
 from structprune.errors import InputError
 from structprune.recipe import Recipe
-from structprune.report.comparison import Cell, Comparison, DenseRow, Failure, TextInfo, TextScore
 from structprune.report.comparison_page import comparison_page
 from structprune.report.page import prune_page
 from structprune.report.rebuild import read_report, rebuild
-from structprune.report.schema import DeviceMemoryReport, PruneReport
-from structprune.report.summary import warnings
+from structprune.results.comparison import Cell, Comparison, DenseRow, Failure, TextInfo, TextScore
+from structprune.results.schema import DeviceMemoryReport, PruneReport
+from structprune.results.summary import warnings
+from support.browser import Browser, browser, find_browser
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

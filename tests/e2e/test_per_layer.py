@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import save_tiny
 from structprune import prune
-from structprune.architectures.loading import load_model
-from structprune.architectures.per_layer_source import MODELING_NAME
-from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.modeling.per_layer import MODELING_NAME
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
@@ -26,6 +25,7 @@ from structprune.exporters.per_layer import per_layer_config, write_modeling_fil
 from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, HeadUnits
+from support.models import save_tiny
 
 NUM_BLOCKS = 3
 KINDS = (

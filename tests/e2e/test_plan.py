@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from conftest import TINY_MODELS, llama_config, save_tiny
 from structprune import Recipe, prune
 from structprune.api import plan
 from structprune.cli import main
 from structprune.errors import InputError, StructPruneError, UnsupportedError
+from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

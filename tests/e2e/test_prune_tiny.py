@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import structprune
-from conftest import save_tiny
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine import planner
+from structprune.engine.planning import host as host_plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.solvers import ITERATIVE
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -447,7 +447,7 @@ def test_file_store_gives_the_same_bytes(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tokenizer needs more than all hidden states of a model of this size, and would be the budget.
-    monkeypatch.setattr(planner, "_TEXT_BYTES", 0)
+    monkeypatch.setattr(host_plan, "_TEXT_BYTES", 0)
     # One window per micro-batch whatever the budget, and hidden states of 1.25 MiB, more than the budget's slack.
     source = copy_with(tiny_llama, tmp_path / "source", max_position_embeddings=2048)
     # Beside a model of this size, what loads the result would need most.

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from local_hub import local_hub
 from structprune import Recipe, prune
 from structprune.api import push
 from structprune.cli import main
 from structprune.errors import CheckpointError, InputError
+from support.local_hub import local_hub
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -94,7 +94,7 @@ def test_least_squares_beats_the_mask_on_unseen_text(smollm2: Path, texts: tuple
 def test_streamed_gguf_conversion_equals_the_stock_loader(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from structprune.architectures.source import bundled_gguf
+    from structprune.architectures.sources.resolve import bundled_gguf
 
     source = bundled_gguf()
     stock = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)

@@ -16,21 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import save_tiny
 from structprune.api import prune, recover, resume
-from structprune.architectures.loading import load_model
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
-from structprune.engine.observer import SilentObserver
 from structprune.errors import CheckpointError, InputError, MemoryBudgetError, StructPruneError, UnsupportedError
+from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
-from structprune.recovery import blocks as blocks_mode
-from structprune.recovery import loop, run
-from structprune.recovery.job import target_borders
-from structprune.recovery.plan import RecoveryPlan
-from structprune.recovery.settings import RecoverySettings
-from structprune.report.recovery import RecoveryReport
+from structprune.results.recovery import RecoveryReport
+from structprune.training import blocks as blocks_mode
+from structprune.training import loop, run
+from structprune.training.job import target_borders
+from structprune.training.plan import RecoveryPlan
+from structprune.training.settings import RecoverySettings
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
@@ -335,7 +335,7 @@ def test_models_that_do_not_match(
 ) -> None:
     from transformers import LlamaForCausalLM
 
-    from conftest import byte_tokenizer, llama_config
+    from support.models import byte_tokenizer, llama_config
 
     LlamaForCausalLM(llama_config(**changes)).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import save_tiny
 from structprune import Recipe, prune
-from structprune.architectures.per_layer_source import MODELING_NAME
+from structprune.architectures.modeling.per_layer import MODELING_NAME
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.cli import main
-from structprune.engine.reload_bound import ReloadBound
+from structprune.engine.planning.reload import ReloadBound
 from structprune.errors import CheckpointError, InputError
 from structprune.evaluation import reload
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
 from structprune.runs.directory import REJECTED_NAME
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

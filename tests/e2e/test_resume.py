@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from all_walks import RUNS, tiny_recipe
-from conftest import save_tiny
 from structprune import api
 from structprune.api import prune, resume
 from structprune.calibration import snapshots
 from structprune.calibration.context import CalibrationWindows
-from structprune.engine import checked, executor, start, survey
-from structprune.engine.observer import SilentObserver
+from structprune.engine import resolve
+from structprune.engine.pipelines import units
+from structprune.engine.run import identity
+from structprune.engine.sensitivity import fisher
 from structprune.errors import InputError
+from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
 from structprune.runs.journal import Journal
+from support.models import save_tiny
+from support.pipeline_cases import RUNS, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +118,7 @@ def test_without_snapshots_activations_are_kept_again(
     name: str, cached: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not cached:
-        monkeypatch.setattr(checked, "cacheable", lambda *_: ())
+        monkeypatch.setattr(resolve, "cacheable", lambda *_: ())
     run_without_snapshots(name, text_file, tmp_path, monkeypatch)
 
 
@@ -248,15 +251,15 @@ def test_damaged_line_of_the_journal(step: str, halted: Halted) -> None:
 def test_a_snapshot_is_gone_on_from(halted: Halted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that is done is done again: no block is passed, one is pruned."""
     pruned: list[int] = []
-    real = executor.prune_block
+    real = units.prune_block
 
     def count(job: Any, block: Any, *values: Any, **named: Any) -> Any:
         pruned.append(block.index)
         return real(job, block, *values, **named)
 
-    monkeypatch.setattr(executor, "prune_block", count)
-    monkeypatch.setattr(executor, "pass_block", None)
-    monkeypatch.setattr(survey, "backward", None)
+    monkeypatch.setattr(units, "prune_block", count)
+    monkeypatch.setattr(units, "pass_block", None)
+    monkeypatch.setattr(fisher, "backward", None)
     resume(halted.partial)
     assert pruned == [2]
     assert content(halted.output) == halted.whole
@@ -318,7 +321,7 @@ def test_another_source_is_refused(halted: Halted) -> None:
 
 
 def test_another_version_is_refused(halted: Halted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "versions", lambda: {"structprune": "9.9.9"})
+    monkeypatch.setattr(identity, "versions", lambda: {"structprune": "9.9.9"})
     assert "started by other versions; got structprune 9.9.9, wanted structprune 0.1.0" in refused(halted)
 
 

@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from conftest import TINY_MODELS, llama_config, save_tiny
 from structprune import prune
 from structprune.api import evaluate, inspect
-from structprune.architectures.loading import load_model
-from structprune.architectures.per_layer_source import MODELING_NAME
-from structprune.architectures.sliced_source import SLICED_ENTRY
-from structprune.architectures.stock import StockModel
+from structprune.architectures.modeling.per_layer import MODELING_NAME
+from structprune.architectures.modeling.sliced import SLICED_ENTRY
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
-from structprune.engine import slicing
-from structprune.engine.job import Job
+from structprune.engine.pipelines import slice as slice_pipeline
+from structprune.engine.run.context import Job
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.recipe import Recipe
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
@@ -87,7 +87,7 @@ def shard_bytes(directory: Path) -> dict[str, bytes]:
 
 
 def prune_to_width(patch: pytest.MonkeyPatch, width: int) -> None:
-    patch.setattr(slicing, "kept_width", lambda *_: width)
+    patch.setattr(slice_pipeline, "kept_width", lambda *_: width)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -139,13 +139,13 @@ def test_the_walk_measures_what_the_output_computes(
 ) -> None:
     """The last hidden states of the streamed walk, in the last basis, are those of the model that is loaded back."""
     seen: dict[str, Any] = {}
-    inner = slicing._slice_blocks  # pyright: ignore[reportPrivateUsage]
+    inner = slice_pipeline._slice_blocks  # pyright: ignore[reportPrivateUsage]
 
     def spy(job: Job, *arguments: Any) -> Any:
         seen["ids"], seen["result"] = job.windows.ids_NS[: job.num_probe], inner(job, *arguments)
         return seen["result"]
 
-    monkeypatch.setattr(slicing, "_slice_blocks", spy)
+    monkeypatch.setattr(slice_pipeline, "_slice_blocks", spy)
     report = prune(sources(kind), recipe(text_file, structure=structure), tmp_path / "out")
     width = report.blocks[0].kept_units
     assert width < HIDDEN

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
-from conftest import VOCAB
-from structprune.architectures.sampler import sample_windows
+from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.sources import boolq
 from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
+from support.models import VOCAB
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,17 +29,17 @@ from test_per_layer import (
 from torch import Tensor
 
 import structprune
-from conftest import save_tiny
 from structprune import Recipe
 from structprune.api import check, inspect_with_runtimes, plan
-from structprune.architectures.loading import load_model
-from structprune.architectures.parts import head_size
-from structprune.architectures.per_layer_source import MODELING_NAME, modeling_source
-from structprune.architectures.stock import StockModel, output_tensor
+from structprune.architectures.families.common import head_size
+from structprune.architectures.modeling.per_layer import MODELING_NAME, modeling_source
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.evaluation.reload import ReloadSpec, reload_here
-from structprune.report.schema import PruneReport
+from structprune.results.schema import PruneReport
+from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from conftest import save_tiny
 from structprune import Recipe, prune
 from structprune.methods import METHODS
+from support.models import save_tiny
 
 GOLDEN = Path(__file__).with_name("tiny.json")
 

@@ -12,7 +12,7 @@ import torch
 from structprune import Recipe, prune
 from structprune.api import plan
 from structprune.calibration.store import FileStore, MemoryStore
-from structprune.engine.transfer import DeviceMover, mover_for
+from structprune.engine.streaming.transfer import DeviceMover, mover_for
 from structprune.errors import MemoryBudgetError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]

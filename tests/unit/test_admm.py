@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.errors import InputError, NumericalError
-from structprune.linalg.damped import damped_cholesky
-from structprune.solvers.admm import MlpOptions, reference_options, solve_mlp
-from structprune.solvers.iterate import IterateOptions, IterativeSolver, iterate
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights, block_error
-from structprune.solvers.mlp_updates import (
+from structprune.linalg.cholesky import damped_cholesky
+from structprune.solvers.mlp.admm import MlpOptions, reference_options, solve_mlp
+from structprune.solvers.mlp.block import MlpTokens, MlpWeights, block_error
+from structprune.solvers.mlp.iterate import IterateOptions, IterativeSolver, iterate
+from structprune.solvers.mlp.updates import (
     ACTIVATIONS,
     GELU,
     GELU_TANH,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.solvers.alternating import AlternatingOptions, _moved, _UpOperator, alternate
-from structprune.solvers.iterate import IterateOptions
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights, block_error
-from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
+from structprune.solvers.mlp.alternating import AlternatingOptions, _moved, _UpOperator, alternate
+from structprune.solvers.mlp.block import MlpTokens, MlpWeights, block_error
+from structprune.solvers.mlp.iterate import IterateOptions
+from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
 
 FORMS = [("silu", True, False), ("relu", False, True), ("gelu", False, True), ("relu", False, False)]
 

@@ -7,10 +7,10 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from fake_gpu import GIB, FakeGpu
-from structprune.engine.device import DeviceMeter, device_budget
-from structprune.engine.plan import DevicePlan
+from structprune.engine.planning.plan import DevicePlan
+from structprune.engine.run.device import DeviceMeter, device_budget
 from structprune.errors import InputError, MemoryBudgetError
+from support.fake_gpu import GIB, FakeGpu
 
 CUDA = torch.device("cuda")
 

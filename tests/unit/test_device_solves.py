@@ -1,6 +1,6 @@
 """Units are chosen and weights solved where the sums lie: wholly on that device, with the host's results.
 
-All entries of the registries are run on the board (`board.py`), which refuses tensors of the host and computes as it.
+All entries of the registries are run on the fake device (`fake_device.py`), which refuses tensors of the host.
 Shape suffixes: T tokens, D hidden, N kept channels, O outputs, I inputs, U units.
 """
 
@@ -15,19 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import board
-from structprune.linalg.damped import damped_cholesky, inverted, solved
+from structprune.linalg.cholesky import damped_cholesky, inverted, solved
+from structprune.linalg.gram_products import fitting_error, output_energy
 from structprune.linalg.rotation import dropped_share, principal_basis, rotated
-from structprune.linalg.squares import fitting_error, output_energy
 from structprune.scores import SCORES, SELECTORS, WORKSPACE
 from structprune.scores.blocks import angular_distance
 from structprune.scores.selection import ascending, decision_objective, keep_best, removal_path
 from structprune.solvers import ITERATIVE, SOLVERS
-from structprune.solvers.mlp_block import MlpTokens, MlpWeights
-from structprune.solvers.mlp_updates import ACTIVATIONS, Affine
+from structprune.solvers.mlp.block import MlpTokens, MlpWeights
+from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
 from structprune.types import AxisSlice, LayerProblem, Moments, SolveResult, TaylorSums
+from support import fake_device
 
-DEVICE = torch.device("board", 0)
+DEVICE = torch.device("fake", 0)
 NUM_UNITS = 40
 # More than the mixtures by which ridges are chosen, so that these are drawn.
 NUM_OUTPUTS = 140
@@ -35,16 +35,16 @@ NUM_KEEP = 24
 
 
 def moved(value: Any) -> Any:
-    """The same value with all of its tensors on the board."""
+    """The same value with all of its tensors on the fake device."""
     if isinstance(value, Tensor):
-        return value.to("board")
+        return value.to("fake")
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{each.name: moved(getattr(value, each.name)) for each in fields(value)})
     return value
 
 
 def check_same(here: Any, there: Any) -> None:
-    """The same bits; every tensor of `there` on the board."""
+    """The same bits; every tensor of `there` on the fake device."""
     if isinstance(here, Tensor):
         assert isinstance(there, Tensor)
         assert (here.device.type, there.device) == ("cpu", DEVICE)
@@ -66,7 +66,7 @@ def check_same(here: Any, there: Any) -> None:
 
 
 def on_both(run: Callable[..., Any], *values: Any) -> Any:
-    """Run on the host and on the board, and compare; what the host gave. Nothing is left behind on the board."""
+    """Run on the host and on the fake device, and compare; nothing is left behind on the latter."""
     here = run(*values)
     check_same(here, run(*(moved(value) for value in values)))
     return here
@@ -288,22 +288,22 @@ def test_workspace_is_what_the_table_says(name: str, target: bool) -> None:
     """To a twentieth of the Gram: numbers per unit and strips of rows are not in it."""
     num_units = 400
     problem = moved(make_problem(1, target=target, held_out=False, sensitivity=name == "loss", num_units=num_units))
-    before = board.allocated_bytes()
-    board.reset_peak()
+    before = fake_device.allocated_bytes()
+    fake_device.reset_peak()
     if name in SELECTORS:
         SELECTORS.get(name)(problem, num_units // 2)
     else:
         SCORES.get(name)(problem)
     grams, consumers = WORKSPACE[name]
     gram_bytes, consumer_bytes = num_units**2 * 8, num_units * NUM_OUTPUTS * 8
-    assert board.peak_bytes() - before <= (grams + 0.05) * gram_bytes + consumers * consumer_bytes
+    assert fake_device.peak_bytes() - before <= (grams + 0.05) * gram_bytes + consumers * consumer_bytes
 
 
 def test_nothing_stays_behind() -> None:
     problem = moved(make_problem(2, target=True, held_out=True))
-    before = board.allocated_bytes()
+    before = fake_device.allocated_bytes()
     keep_U = SELECTORS.get("greedy-swap")(problem, NUM_KEEP)
     result = SOLVERS.get("least-squares")(problem, keep_U)
-    assert board.allocated_bytes() - before == NUM_UNITS + NUM_OUTPUTS * NUM_KEEP * 2 * 4
+    assert fake_device.allocated_bytes() - before == NUM_UNITS + NUM_OUTPUTS * NUM_KEEP * 2 * 4
     del keep_U, result
-    assert board.allocated_bytes() == before
+    assert fake_device.allocated_bytes() == before

@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from structprune.engine.plan import Budgets, DevicePlan, PlanRequest, PrunePlan
-from structprune.engine.planner import make_plan
+from structprune.engine.planning.host import make_plan
+from structprune.engine.planning.plan import Budgets, DevicePlan, PlanRequest, PrunePlan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, parse_bytes
 from structprune.types import AxisSlice, BlockLayout, ModelLayout, UnitGroup

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock import BlockInputs, StockModel, output_tensor
+from structprune.architectures.stock.model import BlockInputs, StockModel, output_tensor
 from structprune.calibration.store import MemoryStore
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.propagate import Propagator, observed, tapped
+from structprune.engine.streaming.propagate import Propagator, observed, tapped
 
 NUM_WINDOWS, SEQ_LEN = 7, 12
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structprune.architectures.sampler import draw_tokens, skip_tokens
+from structprune.architectures.stock.sampler import draw_tokens, skip_tokens
 from structprune.errors import InputError
 from structprune.ranks import ALONE, Ranks, add_numbers, deal, launched, ranks_here, refuse_ranks, turns
 from structprune.recipe import Recipe
@@ -128,7 +128,8 @@ def test_only_one_file_knows_torch_distributed() -> None:
 def test_one_process_does_without_it() -> None:
     """The package alone does not load it; torch and transformers have reasons of their own to import parts of it."""
     code = (
-        "import sys, structprune.api, structprune.engine.walks; print('structprune.engine.distributed' in sys.modules)"
+        "import sys, structprune.api, structprune.engine.pipelines.registry\n"
+        "print('structprune.engine.ranks.group' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

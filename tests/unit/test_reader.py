@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import save_tiny
 from structprune.checkpoint import reader as reader_module
 from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from structprune.errors import CheckpointError, NumericalError
+from support.models import save_tiny
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

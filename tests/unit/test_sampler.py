@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from structprune.architectures.sampler import draw_tokens
+from structprune.architectures.stock.sampler import draw_tokens
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 255, 256, 257, 512, 1000])

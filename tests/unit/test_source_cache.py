@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from structprune.architectures import gguf_source
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources import gguf
+from structprune.architectures.sources.resolve import resolve_model
 from structprune.checkpoint.reader import INDEX_NAME
 
 
@@ -37,7 +37,7 @@ def test_one_of_two_at_once_converts_and_both_get_its_result(model: Path, monkey
         assert (found / INDEX_NAME).exists()
         return found
 
-    monkeypatch.setattr(gguf_source, "convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(resolve, [str(model)] * 2)
     assert first == second
@@ -53,7 +53,7 @@ def test_what_a_killed_process_left_is_no_part_of_the_next_conversion(
         places.append(staging)
         (staging / INDEX_NAME).write_text("{}", encoding="utf-8")
 
-    monkeypatch.setattr(gguf_source, "convert_gguf", convert)
+    monkeypatch.setattr(gguf, "convert_gguf", convert)
     found = resolve_model(str(model))
     (found / INDEX_NAME).unlink()
     places[0].mkdir()

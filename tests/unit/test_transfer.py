@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from late_lane import LateLane
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.transfer import CudaLane, DeviceMover, DirectMover, Mover
+from structprune.engine.streaming.transfer import CudaLane, DeviceMover, DirectMover, Mover
+from support.deferred_copies import DeferredCopyStream
 
 CPU = torch.device("cpu")
 SHAPE = (7, 3, 4)
@@ -58,7 +58,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HiddenStor
 
 
 def move_all(
-    lane: LateLane, store: HiddenStore, compute: Callable[[Tensor], Tensor] = lambda x: x, mover: Mover | None = None
+    lane: DeferredCopyStream,
+    store: HiddenStore,
+    compute: Callable[[Tensor], Tensor] = lambda x: x,
+    mover: Mover | None = None,
 ) -> None:
     mover = mover or DeviceMover(lane)
     with mover.writing(store) as put:
@@ -68,13 +71,13 @@ def move_all(
 
 
 def test_in_place_over_all_windows(store: HiddenStore) -> None:
-    move_all(LateLane(), store, lambda hidden_BSD: hidden_BSD * 2 + 1)
+    move_all(DeferredCopyStream(), store, lambda hidden_BSD: hidden_BSD * 2 + 1)
     assert torch.equal(store.read(0, 7), torch.arange(84.0).reshape(SHAPE) * 2 + 1)
 
 
 def test_a_host_that_runs_ahead_of_the_device(store: HiddenStore) -> None:
     """Nothing is computed before all batches were asked for."""
-    lane = LateLane()
+    lane = DeferredCopyStream()
     mover = DeviceMover(lane)
     found = [lane.compute(torch.neg, hidden_BSD) for *_, hidden_BSD in mover.read(store, BATCHES)]
     lane.finish()
@@ -82,7 +85,7 @@ def test_a_host_that_runs_ahead_of_the_device(store: HiddenStore) -> None:
 
 
 def test_results_faster_than_the_store() -> None:
-    lane, store = LateLane(), SlowStore()
+    lane, store = DeferredCopyStream(), SlowStore()
     values = torch.randn(SHAPE)
     with DeviceMover(lane).writing(store) as put:
         for start, stop in BATCHES:
@@ -100,7 +103,7 @@ def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore
             asked.append(batch[0])
             yield batch
 
-    found = DeviceMover(LateLane()).read(store, batches())
+    found = DeviceMover(DeferredCopyStream()).read(store, batches())
     assert next(found)[0] == 0
     assert asked == [0, 2]
     assert next(found)[0] == 2
@@ -108,14 +111,14 @@ def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore
 
 
 def test_two_pieces_of_page_locked_memory_each_way(store: HiddenStore) -> None:
-    lane = LateLane()
+    lane = DeferredCopyStream()
     move_all(lane, store)
     assert len(lane.pieces) == 4
     assert {len(piece) for piece in lane.pieces} == {2 * 12 * 4}
 
 
 def test_two_loops_at_once(store: HiddenStore) -> None:
-    lane = LateLane()
+    lane = DeferredCopyStream()
     mover = DeviceMover(lane)
     pairs = zip(mover.read(store, BATCHES), mover.read(store, reversed(BATCHES)), strict=True)
     for (start, stop, hidden_BSD), (first, last, other_BSD) in pairs:
@@ -128,7 +131,7 @@ def test_two_loops_at_once(store: HiddenStore) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_numbers_of_another_width(dtype: torch.dtype) -> None:
-    lane, store = LateLane(), MemoryStore(SHAPE, dtype)
+    lane, store = DeferredCopyStream(), MemoryStore(SHAPE, dtype)
     store.write(0, torch.arange(84.0).reshape(SHAPE).to(dtype))
     move_all(lane, store, torch.neg)
     assert torch.equal(store.read(0, 7), -torch.arange(84.0).reshape(SHAPE).to(dtype))
@@ -145,12 +148,12 @@ def test_a_write_that_fails_is_an_error(store: HiddenStore, fails: int, monkeypa
 
     monkeypatch.setattr(type(store), "write", full)
     with pytest.raises(OSError, match="disk full"):
-        move_all(LateLane(), store)
+        move_all(DeferredCopyStream(), store)
 
 
 @pytest.mark.parametrize("batch", range(4))
 def test_an_error_between_leaves_nothing_running(batch: int) -> None:
-    lane, store = LateLane(), SlowStore()
+    lane, store = DeferredCopyStream(), SlowStore()
     mover = DeviceMover(lane)
 
     def stop(start: int) -> None:
@@ -177,7 +180,7 @@ def test_an_error_between_leaves_nothing_running(batch: int) -> None:
 
 def test_a_loop_that_is_left_reads_no_more() -> None:
     store = SlowStore()
-    found = DeviceMover(LateLane()).read(store, BATCHES)
+    found = DeviceMover(DeferredCopyStream()).read(store, BATCHES)
     next(found)
     time.sleep(0.005)
     found.close()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PretrainedConfig
 
-from structprune.architectures.parts import VALUES_ENTRY
+from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
 

@@ -12,7 +12,7 @@ from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
 from structprune.cli.many import many_values
 
 if TYPE_CHECKING:
-    from structprune.report.measured import Evaluation, TextResult
+    from structprune.results.measured import Evaluation, TextResult
 
 EvalCommand = many_values("--text", "--tasks")
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import typer
 
 from structprune.cli.progress import progress_observer
-from structprune.engine.observer import Observer
 from structprune.errors import RankError
+from structprune.observer import Observer
 from structprune.ranks import launched
 from structprune.runs.directory import RunDirectory
 

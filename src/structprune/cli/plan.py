@@ -11,7 +11,7 @@ from structprune.cli.settings import takes_recipe
 
 if TYPE_CHECKING:
     from structprune.api import RunPlan
-    from structprune.engine.plan import DevicePlan, PrunePlan
+    from structprune.engine.planning.plan import DevicePlan, PrunePlan
 
 
 @takes_recipe

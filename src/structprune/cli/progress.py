@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from structprune.engine.observer import Observer, SilentObserver
+from structprune.observer import Observer, SilentObserver
 
 
 class _PlainObserver:

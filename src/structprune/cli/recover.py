@@ -11,7 +11,7 @@ import typer
 from structprune.cli.flags import DeviceFlag, DtypeFlag, MemoryFlag, QuietFlag, ReportJsonFlag, SeedFlag
 
 if TYPE_CHECKING:
-    from structprune.report.recovery import RecoveryReport
+    from structprune.results.recovery import RecoveryReport
 
 
 def recover(
@@ -58,7 +58,7 @@ def recover(
     """Let the pruned model STUDENT learn again from the dense one; `structprune resume` goes on if it was cut."""
     values = dict(locals())
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
-    from structprune.recovery.settings import RecoverySettings
+    from structprune.training.settings import RecoverySettings
 
     given = {n: values[n] for n in RecoverySettings.model_fields if n != "calibration" and values[n] is not None}
     from structprune.api import recover as run_recover
@@ -78,7 +78,7 @@ def recovery_table(report: RecoveryReport) -> None:
     """Print what a recovery did and cost."""
     from structprune.cli.render import key_value_table
     from structprune.memory import format_bytes
-    from structprune.report.summary import reload_line
+    from structprune.results.summary import reload_line
 
     windows = sum(text.held_out_windows for text in report.texts)
     rows = [

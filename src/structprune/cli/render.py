@@ -10,10 +10,10 @@ from rich.text import Text
 
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
-from structprune.report.comparison import COST_COLUMNS, Comparison, cost_values
-from structprune.report.measured import Bench, Rate
-from structprune.report.schema import PruneReport, RuntimeReport
-from structprune.report.summary import rich_table, summary_rows, warnings
+from structprune.results.comparison import COST_COLUMNS, Comparison, cost_values
+from structprune.results.measured import Bench, Rate
+from structprune.results.schema import PruneReport, RuntimeReport
+from structprune.results.summary import rich_table, summary_rows, warnings
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

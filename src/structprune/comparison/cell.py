@@ -12,20 +12,20 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from structprune.api import prune
-from structprune.architectures.source import resolve_model
+from structprune.architectures.sources.resolve import resolve_model
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cells import settings_of
-from structprune.engine.device import DTYPES, machine
-from structprune.engine.finish import load_report
-from structprune.engine.observer import Observer
+from structprune.engine.run.device import DTYPES, machine
+from structprune.engine.run.finalize import load_report
 from structprune.errors import StructPruneError
 from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, speed_pair
+from structprune.observer import Observer
 from structprune.recipe import Recipe
-from structprune.report.comparison import Cell, DenseRow, Failure, Speed, TextScore
-from structprune.report.schema import PruneReport
+from structprune.results.comparison import Cell, DenseRow, Failure, Speed, TextScore
+from structprune.results.schema import PruneReport
 
 
 class CellSpec(BaseModel):

@@ -14,23 +14,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from structprune.architectures.source import resolve_model
-from structprune.architectures.stock import StockModel
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.model import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
-from structprune.engine.checked import CheckedRun, check
-from structprune.engine.device import resolve_device, resolve_dtype
-from structprune.engine.observer import Observer
+from structprune.engine.resolve import CheckedRun, check
+from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
 from structprune.memory import unbounded_environment
 from structprune.methods import METHODS
+from structprune.observer import Observer
 from structprune.recipe import Recipe
-from structprune.report.comparison import RESULT_NAME, Comparison, Failure, TextInfo
 from structprune.report.comparison_page import COMPARISON_PAGE_NAME, comparison_page
 from structprune.report.plots import check_matplotlib, plot_comparison
+from structprune.results.comparison import RESULT_NAME, Comparison, Failure, TextInfo
 
 CSV_NAME = "comparison.csv"
 _WORK_NAME = "work"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.head import output_head
-from structprune.architectures.tokenizer import TextEncoder
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.head import output_head
 from structprune.calibration.context import consecutive_windows
 from structprune.errors import InputError, NumericalError
 

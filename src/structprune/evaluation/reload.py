@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from structprune.architectures.loading import has_own_modeling_file, without_global_width_warnings
+from structprune.architectures.stock.loading import has_own_modeling_file, without_global_width_warnings
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError, first_line
 from structprune.files import write_text

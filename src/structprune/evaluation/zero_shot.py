@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from structprune.architectures.loading import only_errors
+from structprune.architectures.stock.loading import only_errors
 from structprune.errors import InputError, first_line
 
 # Its log lines are left out; its progress bars stay, on standard error.

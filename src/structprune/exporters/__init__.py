@@ -6,7 +6,7 @@ from structprune.registry import Registry
 EXPORTERS: Registry[Exporter] = Registry(
     "export format",
     {
-        "gguf": "structprune.exporters.gguf_export:export_gguf",
+        "gguf": "structprune.exporters.gguf.export:export_gguf",
         "onnx": "structprune.exporters.onnx_export:export_onnx",
     },
 )

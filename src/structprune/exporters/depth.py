@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from structprune.architectures.removed import REMOVED_ENTRY
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.errors import UnsupportedError
 
 # One value per block. Stock configs derive a list that is left out from the block's number, which changes here, so the

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.architectures.loading import load_model
-from structprune.architectures.stock import StockModel
+from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
 from structprune.errors import InputError, NumericalError, UnsupportedError, first_line
 from structprune.exporters.export import ExportRequest, ExportResult
 from structprune.exporters.uniform import copy_companions

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.family import Family
-from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME, class_name, modeling_source
-from structprune.architectures.removed import REMOVED_ENTRY, check_attention_is_left, removed_entry, removed_halves
-from structprune.architectures.stock import StockModel
-from structprune.architectures.values import has_narrow_values
+from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, class_name, modeling_source
+from structprune.architectures.modeling.removed import (
+    REMOVED_ENTRY,
+    check_attention_is_left,
+    removed_entry,
+    removed_halves,
+)
+from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
 from structprune.types import UNIT_KINDS

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from structprune.architectures.removed import REMOVED_ENTRY
-from structprune.architectures.sliced_source import SLICED_ENTRY
-from structprune.architectures.values import has_narrow_values
-from structprune.exporters.gguf_families import GGUF_FAMILIES
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
+from structprune.architectures.modeling.sliced import SLICED_ENTRY
+from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.exporters.gguf.families import GGUF_FAMILIES
 
 Structure = Literal["uniform", "per-layer", "sliced"]
 Loads = Literal["yes", "no", "unverified"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.family import Family
-from structprune.architectures.per_layer_source import MODELING_MODULE, MODELING_NAME
-from structprune.architectures.sliced_source import SLICED_ENTRY, sliced_class_name, sliced_source
+from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME
+from structprune.architectures.modeling.sliced import SLICED_ENTRY, sliced_class_name, sliced_source
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
 

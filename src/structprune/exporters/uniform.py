@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.family import Family
-from structprune.architectures.removed import REMOVED_ENTRY
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.errors import UnsupportedError
 from structprune.files import write_json
 from structprune.types import UnitGroup

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
-from structprune.linalg.damped import damped_cholesky, factored, inverted, solved
-from structprune.linalg.squares import block_of, column_energies, output_energy, strips, times_gram
+from structprune.linalg.cholesky import damped_cholesky, factored, inverted, solved
+from structprune.linalg.gram_products import block_of, column_energies, output_energy, strips, times_gram
 
 # A set of units changes places only if the objective falls by more than this share of it: above rounding, below use.
 _MIN_GAIN = 1e-9

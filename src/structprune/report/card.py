@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from structprune.memory import format_bytes
-from structprune.report.schema import BlockReport, PruneReport
+from structprune.results.schema import BlockReport, PruneReport
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from structprune.memory import format_bytes
-from structprune.report.comparison import COST_COLUMNS, Cell, Comparison, cost_values
 from structprune.report.figures import Chart, short
 from structprune.report.page import drawable, render
 from structprune.report.svg import Axis, Level, Series, line_chart
+from structprune.results.comparison import COST_COLUMNS, Cell, Comparison, cost_values
 
 COMPARISON_PAGE_NAME = "comparison.html"
 

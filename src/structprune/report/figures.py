@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from structprune.memory import format_bytes
-from structprune.report.schema import BlockReport, PruneReport
-from structprune.report.summary import UNITS, blocks_at_a_bound
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
+from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.summary import UNITS, blocks_at_a_bound
 
 PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}
 """Kind of a block report -> what it is about."""

@@ -19,9 +19,9 @@ from structprune.report.figures import (
     retention_charts,
     short,
 )
-from structprune.report.measured import Bench, Evaluation
-from structprune.report.schema import DeviceMemoryReport, MemoryReport, PruneReport
-from structprune.report.summary import reload_line, warnings
+from structprune.results.measured import Bench, Evaluation
+from structprune.results.schema import DeviceMemoryReport, MemoryReport, PruneReport
+from structprune.results.summary import reload_line, warnings
 
 PAGE_NAME = "pruning_report.html"
 

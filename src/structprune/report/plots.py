@@ -7,8 +7,8 @@ from pathlib import Path
 
 from structprune.errors import InputError
 from structprune.files import atomic_path
-from structprune.report.comparison import Cell, Comparison
-from structprune.report.schema import PruneReport
+from structprune.results.comparison import Cell, Comparison
+from structprune.results.schema import PruneReport
 
 
 def check_matplotlib() -> None:

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from structprune.errors import InputError
 from structprune.files import write_text
-from structprune.report.comparison import COMPARISON_VERSION, RESULT_NAME, Comparison
 from structprune.report.comparison_page import COMPARISON_PAGE_NAME, comparison_page
-from structprune.report.measured import MEASURED_VERSION, Bench, Evaluation
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.plots import check_matplotlib, plot_comparison, plot_report
-from structprune.report.schema import REPORT_NAME, SCHEMA_VERSION, PruneReport
+from structprune.results.comparison import COMPARISON_VERSION, RESULT_NAME, Comparison
+from structprune.results.measured import MEASURED_VERSION, Bench, Evaluation
+from structprune.results.schema import REPORT_NAME, SCHEMA_VERSION, PruneReport
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky, inverted
+from structprune.linalg.cholesky import damped_cholesky, inverted
 from structprune.linalg.obs import group_costs, metric_root
 from structprune.types import LayerProblem
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky, solved
-from structprune.linalg.squares import column_energies
+from structprune.linalg.cholesky import damped_cholesky, solved
+from structprune.linalg.gram_products import column_energies
 from structprune.scores.selection import keep_best
 from structprune.types import LayerProblem
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.linalg.damped import damped_cholesky, inverted, solved
+from structprune.linalg.cholesky import damped_cholesky, inverted, solved
+from structprune.linalg.gram_products import energy, output_energy, times_gram
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
-from structprune.linalg.squares import energy, output_energy, times_gram
 from structprune.types import LayerProblem
 
 # Units that leave together in greedy removal, as a share of all: 128 steps for the whole width.

@@ -1,7 +1,7 @@
 """Taylor scores: what the loss would change by, to first or second order, if a unit's weights were zero.
 
 After LLM-Pruner (arXiv 2305.11627); what was read where is in docs/methods/llm-pruner.md. The sums come from one
-streamed backward pass (`engine/taylor.py`). Shape suffix: U units.
+streamed backward pass (`engine/sensitivity/taylor.py`). Shape suffix: U units.
 """
 
 from __future__ import annotations

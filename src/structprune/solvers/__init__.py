@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from structprune.registry import Registry
-from structprune.solvers.mlp_block import MlpSolution, MlpTokens, MlpWeights
+from structprune.solvers.mlp.block import MlpSolution, MlpTokens, MlpWeights
 from structprune.types import LayerProblem, SolveResult
 
 Solver = Callable[[LayerProblem, Tensor], SolveResult]
@@ -13,13 +13,13 @@ Solver = Callable[[LayerProblem, Tensor], SolveResult]
 SOLVERS: Registry[Solver] = Registry(
     "solver",
     {
-        "mask-only": "structprune.solvers.restoration:mask_only",
-        "bias": "structprune.solvers.restoration:mean_bias",
-        "least-squares": "structprune.solvers.restoration:least_squares",
+        "mask-only": "structprune.solvers.least_squares:mask_only",
+        "bias": "structprune.solvers.least_squares:mean_bias",
+        "least-squares": "structprune.solvers.least_squares:least_squares",
         # Before and after the alternation; see ITERATIVE.
-        "admm": "structprune.solvers.restoration:judged_least_squares",
-        "admm-duals": "structprune.solvers.restoration:judged_least_squares",
-        "alternating": "structprune.solvers.restoration:judged_least_squares",
+        "admm": "structprune.solvers.least_squares:judged_least_squares",
+        "admm-duals": "structprune.solvers.least_squares:judged_least_squares",
+        "alternating": "structprune.solvers.least_squares:judged_least_squares",
     },
 )
 
@@ -28,9 +28,9 @@ IterativeUpdate = Callable[[MlpTokens, MlpWeights], MlpSolution]
 ITERATIVE: Registry[IterativeUpdate] = Registry(
     "iterative solver",
     {
-        "admm": "structprune.solvers.admm:solve_mlp",
-        "admm-duals": "structprune.solvers.admm:solve_mlp_with_duals",
-        "alternating": "structprune.solvers.alternating:alternate",
+        "admm": "structprune.solvers.mlp.admm:solve_mlp",
+        "admm-duals": "structprune.solvers.mlp.admm:solve_mlp_with_duals",
+        "alternating": "structprune.solvers.mlp.alternating:alternate",
     },
 )
 """Solvers that also propose new producers, from tokens instead of sums."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from structprune.errors import NumericalError
+from structprune.linalg.gram_products import energy
 from structprune.linalg.products import exact_bfloat16_products
-from structprune.linalg.squares import energy
 from structprune.memory import HEAP_BLOCK_BYTES
 from structprune.ranks import Ranks, add_numbers
 

@@ -1,0 +1,104 @@
+"""LLaMA 1-3, SmolLM2, Mistral: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from structprune.architectures.families.common import gated_mlp, grouped_attention
+from structprune.architectures.family import Family, StockClasses, Stream, StreamHalf
+from structprune.errors import UnsupportedError
+from structprune.types import HeadUnits, UnitGroup, UnitKind
+
+VALUE_MAPS = ("self_attn.v_proj", "self_attn.o_proj")
+NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+    "attention": ("input_layernorm",),
+    "mlp": ("post_attention_layernorm",),
+}
+STREAM = Stream(
+    halves=(
+        StreamHalf(
+            kind="attention",
+            norm="input_layernorm",
+            readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            writer="self_attn.o_proj",
+        ),
+        StreamHalf(
+            kind="mlp",
+            norm="post_attention_layernorm",
+            readers=("mlp.gate_proj", "mlp.up_proj"),
+            writer="mlp.down_proj",
+        ),
+    ),
+    eps_field="rms_norm_eps",
+)
+
+
+def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    biased_attention = bool(getattr(config, "attention_bias", False))
+    mlp = gated_mlp(
+        config.intermediate_size,
+        config.hidden_act,
+        norms=NORMS["mlp"],
+        biased=bool(getattr(config, "mlp_bias", False)),
+        bias_field="mlp_bias" if config.model_type == "llama" else None,
+    )
+    attention = grouped_attention(
+        config,
+        head_units,
+        norms=NORMS["attention"],
+        biased_inputs=biased_attention,
+        biased_output=biased_attention,
+        bias_field="attention_bias" if config.model_type == "llama" else None,
+    )
+    return (mlp, attention)
+
+
+def _resized(config: dict[str, Any]) -> dict[str, Any]:
+    """LlamaConfig wants hidden_size to be a multiple of the number of heads, even where head_dim is given.
+
+    Mistral's is the same block (no biases, here without a window) without that check.
+    """
+    if config["model_type"] != "llama" or config["hidden_size"] % config["num_attention_heads"] == 0:
+        return config
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UnsupportedError(
+                "no stock class takes this number of heads together with biases",
+                got=f"{config['num_attention_heads']} heads, hidden_size {config['hidden_size']}, {name}",
+                do="use --structure per-layer",
+            )
+    return config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+LlamaLike = partial(
+    Family,
+    blocks_module="model.layers",
+    embedding_modules=("model.embed_tokens",),
+    rotary_module="model.rotary_emb",
+    final_norm_module="model.norm",
+    head_module="lm_head",
+    attention_module="self_attn",
+    mlp_modules=("mlp",),
+    norms=NORMS,
+)
+"""A Family whose modules have the names and places of LLaMA's; what else there is to say is given."""
+
+LLAMA = LlamaLike(
+    name="llama",
+    classes={
+        "llama": StockClasses(
+            module="llama", stem="Llama", layer="LlamaDecoderLayer", chain=("LlamaModel", "LlamaForCausalLM")
+        ),
+        "mistral": StockClasses(
+            module="mistral", stem="Mistral", layer="MistralDecoderLayer", chain=("MistralModel", "MistralForCausalLM")
+        ),
+    },
+    groups=_groups,
+    value_maps=VALUE_MAPS,
+    stream=STREAM,
+    resized=_resized,
+)

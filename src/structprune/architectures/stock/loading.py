@@ -1,0 +1,102 @@
+"""Whole models, as stock transformers loads them; nothing that a checkpoint brings along is run unless it is ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
+
+from structprune.architectures import FAMILIES
+from structprune.architectures.family import Family
+from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
+from structprune.architectures.modeling.removed import REMOVED_ENTRY
+from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
+from structprune.errors import CheckpointError, StructPruneError
+
+
+@contextmanager
+def only_errors(logger_name: str) -> Generator[None]:
+    """Inside the context this logger of another library says nothing below an error."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def without_global_width_warnings() -> AbstractContextManager[None]:
+    """transformers warns of readers that take a per-layer config's global width for every layer's.
+
+    Inside the context the reader is transformers itself, when it checks the config that it has just read.
+    """
+    return only_errors("transformers.integrations.heterogeneity.configuration_utils")
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The whole checkpoint as stock transformers loads it; a per-layer or sliced one through our own modelling file.
+
+    Raises CheckpointError with its reason if it does not load, or if its modelling file is not ours.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
+        with without_global_width_warnings():
+            model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+        return model.to(device).eval()
+    except StructPruneError:
+        raise
+    except Exception as error:
+        # Any failure of the stock loader means the same to the user: this directory does not load.
+        raise CheckpointError(
+            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
+        ) from error
+
+
+def has_own_modeling_file(directory: Path) -> bool:
+    """Whether the checkpoint loads through a modelling file of ours. Raises CheckpointError for any other file."""
+    return _per_layer_class(directory) is not None
+
+
+def _per_layer_class(directory: Path) -> Any:
+    """The model class in the modelling file of a per-layer or sliced checkpoint, or None for one without such a file.
+
+    `trust_remote_code` would also trust whatever else config.json names and lies in the directory, so it stays off:
+    only the one file is imported, and only if it is byte for byte a text of ours.
+    """
+    path = directory / MODELING_NAME
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
+        return None
+    model_type = config.get("model_type")
+    form = "sliced" if SLICED_ENTRY in config else "per-layer"
+    family: Family | None = FAMILIES.get(model_type) if model_type in FAMILIES else None
+    if family is None or (form == "sliced" and family.stream is None):
+        raise CheckpointError(
+            f"the model family has no {form} format",
+            where=str(directory / "config.json"),
+            got=f"model_type {model_type!r}",
+            wanted=", ".join(FAMILIES) if form == "per-layer" else None,
+        )
+    if not path.is_file():
+        raise CheckpointError(f"the {form} checkpoint lacks its modelling file", where=str(path), do="copy it there")
+    accepted = (accepted_sliced_sources if form == "sliced" else accepted_sources)(family)
+    if path.read_bytes() not in [text.encode() for text in accepted]:
+        raise CheckpointError(
+            "the modelling file is not one that structprune writes, so it is not run",
+            where=str(path),
+            got="other bytes",
+            wanted=f"an unchanged file for {model_type}",
+            do="write the checkpoint again, or load it yourself with trust_remote_code=True if you trust it",
+        )
+    name = (sliced_class_name if form == "sliced" else class_name)(family.classes[model_type], "ForCausalLM")
+    return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)

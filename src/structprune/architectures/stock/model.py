@@ -1,0 +1,352 @@
+"""Stock transformers classes, one piece at a time: everything is built on `meta` and gets its weights assigned.
+
+Shape suffixes: B sequences, S positions, D hidden size, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from structprune.architectures import FAMILIES
+from structprune.architectures.family import Family
+from structprune.architectures.modeling.removed import RemovedHalves, check_attention_can_go, removed_halves
+from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY
+from structprune.architectures.modeling.value_channels import check_values, narrow_values
+from structprune.architectures.stock.counts import check_counts
+from structprune.architectures.stock.head import capped
+from structprune.architectures.stock.loading import without_global_width_warnings
+from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward
+from structprune.architectures.stock.tensor_check import check_tensors
+from structprune.architectures.stock.tiled_attention import TILED
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
+from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInputs:
+    """What the stock model passes to each block beside the hidden states, for one batch shape."""
+
+    kwargs: tuple[dict[str, Any], ...]
+
+
+class StockModel:
+    """The stock architecture of a checkpoint without its weights.
+
+    `reader` gives the checkpoint's tensors the names of the stock modules. `config` and `groups` are those of the
+    global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
+    block may lack a half (`removed`). The halves of a block read the stream in `stages`. A sliced checkpoint (`sliced`)
+    can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in the
+    checkpoint is never run here.
+    Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
+    another shape than the configuration says.
+    """
+
+    def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
+        self.head_units: HeadUnits = head_units
+        model_type = reader.config.get("model_type")
+        if "quantization_config" in reader.config:
+            raise UnsupportedError(
+                "the checkpoint is quantised",
+                where=str(reader.directory),
+                do="prune the unquantised checkpoint, then quantise",
+            )
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise UnsupportedError(
+                "unknown model family",
+                where=str(reader.directory / "config.json"),
+                got=f"model_type {model_type!r}",
+                wanted=", ".join(FAMILIES),
+                do="see docs/add-an-architecture.md: a family is one file of data",
+            )
+        self.family: Family = FAMILIES.get(model_type)
+        check_counts(reader)
+        try:
+            with without_global_width_warnings():
+                self.config: PretrainedConfig = AutoConfig.from_pretrained(
+                    str(reader.directory),
+                    local_files_only=True,
+                    attn_implementation=self.family.attention_implementation,
+                )
+            self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
+            self.family.check(self.config)
+            self.groups = self.family.groups(self.config, self.head_units)
+            self.stages: tuple[Stage, ...] = self.family.stages(self.config)
+            self.removed: RemovedHalves = self._read_removed(reader)
+            self.sliced = SLICED_ENTRY in reader.config
+            with torch.device("meta"):
+                self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
+            if self.config.num_hidden_layers < 1:
+                raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
+            self._fit_skeleton()
+            self.reader = self._named_reader(reader)
+        except StructPruneError:
+            raise
+        except Exception as error:
+            # transformers raises many types for a config that makes no model; all of them are the input's fault.
+            raise CheckpointError(
+                "transformers cannot build this configuration",
+                where=str(reader.directory / "config.json"),
+                got=str(error),
+            ) from error
+        self.layout = self._layout(self.reader)
+
+    def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
+        """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
+        config, where = self.config, str(reader.directory / "config.json")
+        per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
+        if config.is_heterogeneous:
+            self.config = copy.deepcopy(config)
+            self.config.per_layer_config = None
+        known = self.family.per_layer_entries(self.config)
+        found = {name for fields in (reader.config.get("per_layer_config") or {}).values() for name in fields}
+        if found - known:
+            raise UnsupportedError(
+                "per_layer_config changes more than the widths",
+                where=where,
+                got=", ".join(sorted(found - known)),
+                wanted=", ".join(sorted(known)),
+            )
+        check_values(self.config, per_block, where)
+        return per_block
+
+    def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
+        where = str(reader.directory / "config.json")
+        removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
+        if any("attention" in kinds for kinds in removed):
+            check_attention_can_go(self.config)
+        return removed
+
+    def _fit_skeleton(self) -> None:
+        """Rebuild the skeleton's layers: with each block's own widths, halves and names."""
+        layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
+        for index, config in enumerate(self.block_configs):
+            layers[index] = self._empty_layer(index, config, ())
+
+    def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
+        """Layer `index` on `meta`, with modules that add nothing for the halves that are gone."""
+        layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
+        with torch.device("meta"):
+            layer: nn.Module = layer_class(config, layer_idx=index)
+            self.family.unstack(layer, config)
+        narrow_values(layer, config, self.family)
+        for group in self.groups:
+            if group.kind in self.removed[index] or group.kind in removed:
+                for name in self.family.half_modules(group.kind):
+                    layer.set_submodule(name, STAND_INS[group.kind]())
+                for name in group.norm_modules:
+                    layer.set_submodule(name, nn.Identity())
+        if self.sliced:
+            for name in SHORTCUTS.values():
+                layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
+        return layer.eval()
+
+    def _named_reader(self, reader: CheckpointReader) -> CheckpointReader:
+        """The checkpoint with today's names, and with the base model's in front where it was saved without a head."""
+        skeleton: Any = self.skeleton
+        base, head = f"{skeleton.base_model_prefix}.", f"{self.family.head_module}."
+        prefixes = {
+            old: new for old, new in self.family.renamed.items() if any(name.startswith(old) for name in reader.shapes)
+        }
+        if not any(name.startswith(base) for name in reader.shapes):
+            prefixes |= {head: head, "": base}
+        return reader.renamed(prefixes) if prefixes else reader
+
+    def _layout(self, reader: CheckpointReader) -> ModelLayout:
+        family = self.family
+        skeleton: Any = self.skeleton
+        expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+        expected |= {name: tuple(b.shape) for name, b in skeleton.state_dict().items()}
+        head_weight = f"{family.head_module}.weight"
+        tied = bool(getattr(self.config, "tie_word_embeddings", False)) and head_weight not in reader.shapes
+        if tied:
+            del expected[head_weight]
+        check_tensors(reader, expected, skeleton._keys_to_ignore_on_load_unexpected or ())
+        blocks: list[BlockLayout] = []
+        for index in range(self.config.num_hidden_layers):
+            prefix = f"{family.blocks_module}.{index}."
+            shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
+            groups = tuple(
+                group
+                for group in self.family.groups(self.block_configs[index], self.head_units)
+                if group.kind not in self.removed[index]
+            )
+            blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
+        outer = {
+            n: s for n, s in reader.shapes.items() if not n.startswith(f"{family.blocks_module}.") and n in expected
+        }
+        return ModelLayout(
+            family=family.name,
+            config=reader.config,
+            hidden_size=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            max_positions=self.config.max_position_embeddings,
+            attention_window=self._attention_window(),
+            num_score_heads=(self.config.num_attention_heads if self.family.attention_implementation == "eager" else 0),
+            blocks=tuple(blocks),
+            blocks_module=family.blocks_module,
+            embedding_modules=family.embedding_modules,
+            rotary_module=family.rotary_module,
+            final_norm_module=family.final_norm_module,
+            head_module=family.head_module,
+            tied_embeddings=tied,
+            outer_tensors=outer,
+        )
+
+    def _attention_window(self) -> int | None:
+        types = getattr(self.config, "layer_types", None)
+        windowed = types is None or "sliding_attention" in types
+        return getattr(self.config, "sliding_window", None) if windowed else None
+
+    def resized_config(
+        self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
+    ) -> PretrainedConfig:
+        """The config of block `index`, or of every block, with `kept` units per kind; the halves `biased` get biases.
+
+        For one block, a kind of which nothing is kept keeps its numbers: stock classes divide by some of them, and
+        what is gone is said to `block`. Raises UnsupportedError if the config cannot say so, or for every block if
+        the source's blocks differ or a half would go.
+        """
+        if index is None and any(block.groups != self.groups for block in self.layout.blocks):
+            raise UnsupportedError(
+                "the blocks of the source have different widths, so one config cannot describe them",
+                do="write the per-layer format",
+            )
+        config = copy.deepcopy(self.config if index is None else self.block_configs[index])
+        for group in self.groups if index is None else self.layout.blocks[index].groups:
+            if group.kind in biased and group.consumer_bias is None and group.bias_field is not None:
+                setattr(config, group.bias_field, True)
+            if group.kind not in kept or kept[group.kind] == group.num_units:
+                continue
+            if kept[group.kind] == 0:
+                if index is not None:
+                    continue
+                raise UnsupportedError(
+                    f"one config cannot describe blocks without {group.kind}", do="write the per-layer format"
+                )
+            if not group.config_fields:
+                raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
+            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
+                setattr(config, name, value)
+        return config
+
+    def block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        config: PretrainedConfig | None = None,
+        removed: Collection[UnitKind] = (),
+    ) -> nn.Module:
+        """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's.
+
+        `config` is the block's own unless given. The halves in `removed`, and those that the checkpoint lacks, add
+        nothing and take no tensors.
+        """
+        assert not self.sliced, "the stock layer would ignore the shortcuts"
+        own: Any = copy.copy(config or self.block_configs[index])
+        if own._attn_implementation == "sdpa":
+            own._attn_implementation = TILED
+        layer = self._empty_layer(index, own, removed)
+        layer.load_state_dict(dict(tensors), strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    def stage_of(self, kind: UnitKind) -> Stage:
+        """The stage that the half belongs to."""
+        return next(stage for stage in self.stages if kind in stage)
+
+    @contextmanager
+    def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
+        """Inside the context `block(h)` is `h` plus what the halves of `stage` add; all stages in turn are the block.
+
+        A half that is removed from the block adds nothing.
+        """
+        outside: dict[str, nn.Module] = {}
+        for kind in UNIT_KINDS:
+            if kind not in stage:
+                # The half's norms would be computed for nothing: they are half as dear as its products.
+                stand_ins = dict.fromkeys(self.family.half_modules(kind), STAND_INS[kind])
+                stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
+                for name, stand_in in stand_ins.items():
+                    outside[name] = block.get_submodule(name)
+                    block.set_submodule(name, stand_in())
+        try:
+            yield
+        finally:
+            for name, module in outside.items():
+                block.set_submodule(name, module)
+
+    def embedding_tensors(self) -> list[str]:
+        """Names of the tensors that `embed` needs."""
+        prefixes = tuple(f"{module}." for module in self.family.embedding_modules)
+        return [name for name in self.layout.outer_tensors if name.startswith(prefixes)]
+
+    def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, BlockInputs]:
+        """Token ids -> the first block's input (B, S, D) and the arguments that the stock model gives each block."""
+        model = self.skeleton
+        dense_blocks: Any = model.get_submodule(self.family.blocks_module)
+        names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
+        recorders = [Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
+        if self.family.rotary_module is not None:
+            rotary: Any = type(model.get_submodule(self.family.rotary_module))
+            model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))
+        model.set_submodule(self.family.blocks_module, nn.ModuleList(recorders))
+        for module in self.family.embedding_modules:
+            local = {n.removeprefix(f"{module}."): t for n, t in tensors.items() if n.startswith(f"{module}.")}
+            model.get_submodule(module).load_state_dict(local, strict=True, assign=True)
+        for name, value in self.family.embedding_buffers(self.config).items():
+            module, _, buffer = name.rpartition(".")
+            setattr(model.get_submodule(module), buffer, torch.tensor(value, device=ids_BS.device))
+        try:
+            with torch.no_grad():
+                model(input_ids=ids_BS, use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            model.set_submodule(self.family.blocks_module, dense_blocks)
+            for module in self.family.embedding_modules:
+                model.get_submodule(module).to("meta")
+        return recorders[0].hidden_BSD, BlockInputs(kwargs=tuple(r.kwargs for r in recorders))
+
+    def head_tensors(self) -> list[str]:
+        """Names of the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
+        names = [n for n in self.layout.outer_tensors if n.startswith(f"{self.family.final_norm_module}.")]
+        return [*names, self.head_weight]
+
+    @property
+    def head_weight(self) -> str:
+        """Checkpoint name of the output projection: the input embedding where the two are tied."""
+        tied = f"{self.family.embedding_modules[0]}.weight"
+        return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
+
+    def load_head(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """`head` of the checkpoint's tensors, cast as they are read."""
+        tensors = self.reader.read(self.head_tensors(), dtype=dtype)
+        return self.head({name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
+        parts: list[nn.Module] = []
+        norm_name = self.family.final_norm_module
+        if norm_name is not None:
+            norm = self.skeleton.get_submodule(norm_name)
+            local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}
+            norm.load_state_dict(local, strict=True, assign=True)
+            parts.append(norm)
+        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
+        projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
+        head = capped(projection, self.family, self.config)
+        return nn.Sequential(*parts, head).eval().requires_grad_(False)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """A block's hidden states, whether the layer returns them bare or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output

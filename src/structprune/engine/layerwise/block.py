@@ -1,0 +1,369 @@
+"""One block of the pruning pass: statistics, decision, solve.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I consumer inputs, O outputs, K kept inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.units import remove_half
+from structprune.engine.layerwise.refine import refine
+from structprune.engine.layerwise.solve import Part, solve_cost, solve_part, with_part
+from structprune.engine.layerwise.statistics import Reference, Streams, follow_dense, measure
+from structprune.engine.run.context import Job
+from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
+from structprune.engine.streaming.propagate import check_finite, tapped
+from structprune.memory import release_free_memory
+from structprune.ranks import deal, turns
+from structprune.results.schema import BlockReport
+from structprune.solvers import ITERATIVE
+from structprune.types import (
+    UNIT_KINDS,
+    BlockLayout,
+    Moments,
+    Stage,
+    Surveyed,
+    UnitGroup,
+    UnitKind,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOutcome:
+    """A pruned block."""
+
+    tensors: dict[str, Tensor]
+    """The pruned block, relative names, stored dtype."""
+    reports: list[BlockReport]
+    kept: dict[str, list[int]]
+    """Name of the group -> units; of a half that is gone, its kind -> none."""
+    costs: dict[str, Tensor]
+    """Kind -> loss that each removal adds, (units,), where it was asked for."""
+
+
+def prune_block(
+    job: Job,
+    block: BlockLayout,
+    num_keep: Mapping[str, int],
+    streams: Streams,
+    surveyed: Mapping[str, Surveyed],
+    *,
+    reprice: bool = False,
+) -> BlockOutcome:
+    """Measure, decide and solve one half of the block after the other; both streams move on to the block's output.
+
+    Halves that read the same state of the stream are solved against the same output, each with the others as they are
+    by then; the streams move once for all of them. With `reprice` the removals of each half are priced again, on the
+    pruned model's stream.
+    """
+    with job.meter.phase("read block"):
+        tensors = job.reader.read(block.shapes, block.prefix)
+    widths: dict[str, int] = {}
+    module = _module(job, block, tensors, widths)
+    if not job.follows_dense:
+        with job.meter.phase("propagate"):
+            streams.propagator.run(module, block.index, streams.dense)
+    reports: list[BlockReport] = []
+    kept: dict[str, list[int]] = {}
+    costs: dict[str, Tensor] = {}
+    for stage, halves in _stages(job, block):
+        reference, inputs_NSI = None, _cached_inputs(job, block, stage, num_keep, streams)
+        if job.follows_dense:
+            with job.meter.phase("propagate"):
+                measured = _measured(block, halves, num_keep)
+                reference = follow_dense(job, block, stage, measured, module, streams)
+        for kind in halves:
+            if kind not in num_keep:
+                continue
+            if num_keep[kind] == 0:
+                half = _remove(block, kind, tensors)
+            else:
+                place = _Place(
+                    job=job,
+                    block=block,
+                    module=module,
+                    streams=streams,
+                    reference=reference,
+                    widths=widths,
+                    inputs_NSI=inputs_NSI,
+                )
+                half = _prune_half(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
+            tensors, widths[kind] = half.tensors, num_keep[kind]
+            kept |= half.kept
+            reports.append(half.report)
+            if half.cost_U is not None:
+                costs[kind] = half.cost_U
+            module = _module(job, block, tensors, widths)
+            # What a half leaves in the heap would otherwise add to the next one's peak.
+            release_free_memory()
+        with job.meter.phase("propagate"):
+            _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
+    return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
+
+
+def _advance(
+    job: Job,
+    block: BlockLayout,
+    stage: Stage,
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Sequence[int]],
+    streams: Streams,
+    inputs_NSI: Tensor | None,
+) -> None:
+    """Move the pruned stream over a stage of which every half is cut: `module` has what is left of the block.
+
+    With `inputs_NSI` the stage is one half, and these are the inputs of its consumer before the cut.
+    """
+    propagator, store = streams.propagator, streams.pruned
+    if inputs_NSI is not None:
+        group = block.group(stage[0])
+        consumer = SolvedConsumer.of(group, tensors, kept[group.name], job.dtype)
+        for start, stop in propagator.batches(0, store.shape[0]):
+            output_BSD = consumer.added(store.read(start, stop), inputs_NSI[start:stop])
+            check_finite(output_BSD, block.index)
+            store.write(start, output_BSD)
+    else:
+        with job.stock.stage(module, stage):
+            propagator.run(module, block.index, store)
+
+
+def _cached_inputs(
+    job: Job, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
+) -> Tensor | None:
+    """Room for the consumer's inputs of a half that is measured and then finished from them; None for all others."""
+    kind = stage[0]
+    if streams.cache is None or kind not in job.plan.cached or not num_keep.get(kind) or not block.has(kind):
+        return None
+    return streams.cache.inputs(block.group(kind))
+
+
+def pass_block(
+    job: Job,
+    block: BlockLayout,
+    tensors: Mapping[str, Tensor],
+    num_keep: Mapping[str, int],
+    kept: Mapping[str, Sequence[int]],
+    streams: Streams,
+) -> None:
+    """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
+    module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
+    if not job.follows_dense:
+        streams.propagator.run(module, block.index, streams.dense)
+    else:
+        for stage, halves in _stages(job, block):
+            groups = _measured(block, halves, num_keep)
+            reference = follow_dense(job, block, stage, groups, module, streams)
+            if any(group.output_normed for group in groups):
+                # There the stream moves as it is asked.
+                for windows in job.window_parts:
+                    for start, stop in streams.propagator.batches(*windows):
+                        reference(start, stop)
+    widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
+    for stage, _ in _stages(job, block):
+        inputs_NSI = _cached_inputs(job, block, stage, num_keep, streams)
+        if inputs_NSI is None:
+            module = _module(job, block, tensors, widths)
+        else:
+            module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
+            _fill(inputs_NSI, job, block, block.group(stage[0]), module, streams)
+        _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
+
+
+def _fill(
+    inputs_NSI: Tensor, job: Job, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
+) -> None:
+    """With what `measure` leaves there: inputs of the uncut half in the pruned stream, in the same micro-batches."""
+    received: list[Tensor] = []
+    for windows in job.window_parts:
+        for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
+            with (
+                job.stock.stage(module, job.stock.stage_of(group.kind)),
+                tapped(module, group.consumer_module, received.append),
+            ):
+                streams.propagator.apply(module, block.index, hidden_BSD)
+            put_inputs(inputs_NSI, start, received.pop())
+
+
+def _stages(job: Job, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
+    """The stages that the block has something of, and the halves that it has."""
+    stages: list[tuple[Stage, list[UnitKind]]] = []
+    for stage in job.stock.stages:
+        halves: list[UnitKind] = [kind for kind in stage if block.has(kind)]
+        if halves:
+            stages.append((stage, halves))
+    return stages
+
+
+def _measured(block: BlockLayout, halves: Sequence[UnitKind], num_keep: Mapping[str, int]) -> list[UnitGroup]:
+    """One group of each half that is to keep some of its units."""
+    return [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a half is pruned. The pruned stream is at its input and stays there."""
+
+    job: Job
+    block: BlockLayout
+    module: nn.Module
+    """The block as it is before the half is cut."""
+    streams: Streams
+    reference: Reference | None
+    widths: Mapping[str, int]
+    """Kind -> units per group, of the halves that came first."""
+    inputs_NSI: Tensor | None
+    """Where the consumer's inputs are to be kept; None: they are not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Half:
+    """One half of a block, decided and solved."""
+
+    tensors: dict[str, Tensor]
+    """All of the block's."""
+    kept: dict[str, list[int]]
+    report: BlockReport
+    cost_U: Tensor | None = None
+
+
+def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Half:
+    """The whole half goes."""
+    report = BlockReport(
+        block=block.index,
+        kind=kind,
+        num_units=block.group(kind).num_units,
+        kept_units=0,
+        error_mask_only=None,
+        error=None,
+        status="removed",
+        statistics={},
+        objective=[],
+        seconds=0.0,
+    )
+    return _Half(tensors=remove_half(tensors, block, kind), kept={kind: []}, report=report)
+
+
+def _prune_half(
+    place: _Place,
+    kind: UnitKind,
+    tensors: Mapping[str, Tensor],
+    num_keep: int,
+    surveyed: Mapping[str, Surveyed],
+    *,
+    reprice: bool,
+) -> _Half:
+    """Some units of each group go: the half's only one, or every expert's own choice of as many."""
+    job, block, streams = place.job, place.block, place.streams
+    started = time.perf_counter()
+    groups = {group.name: group for group in block.parts(kind)}
+    # Which rank decides and solves which group.
+    owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, job.ranks.size)
+    measured: list[dict[str, Moments]] = []
+    if job.method.needs_statistics:
+        with job.meter.phase(f"statistics ({kind})"):
+            measured = [
+                measure(
+                    job,
+                    block,
+                    list(groups.values()),
+                    place.module,
+                    streams,
+                    windows,
+                    place.reference,
+                    owners,
+                    place.inputs_NSI,
+                )
+                for windows in job.window_parts
+            ]
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
+    parts: dict[str, Part] = {}
+    cut = dict(tensors)
+    for turn in turns(owners):
+        with job.meter.phase(f"solve ({kind})"):
+            tasks = {
+                name: (
+                    owners[name],
+                    partial(
+                        solve_part,
+                        job,
+                        block,
+                        groups[name],
+                        cut,
+                        num_keep,
+                        [moments.pop(name) for moments in measured if name in moments],
+                        surveyed.get(name, surveyed.get(kind)),
+                        reprice=reprice,
+                    ),
+                )
+                for name in turn
+            }
+            parts |= job.ranks.together(tasks)
+            del tasks
+            for name in turn:
+                cut = with_part(cut, groups[name], parts[name])
+    parts = {name: parts[name] for name in groups}
+    statistics = _means([part.statistics for part in parts.values()])
+    objective: list[float] = []
+    group, first = next(iter(groups.values())), next(iter(parts.values()))
+    if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
+        pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
+        with job.meter.phase("iterate"):
+            refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+        cut, objective = refined.tensors, refined.objective
+        statistics |= refined.statistics
+    before, after = _relative([part.errors for part in parts.values() if part.errors is not None])
+    costs = [part.cost_U for part in parts.values() if part.cost_U is not None]
+    report = BlockReport(
+        block=block.index,
+        kind=kind,
+        num_units=group.num_units,
+        kept_units=num_keep,
+        error_mask_only=before,
+        error=after,
+        status="ok" if all(part.result.status == "ok" for part in parts.values()) else "damping-raised",
+        statistics=statistics,
+        objective=objective,
+        seconds=time.perf_counter() - started,
+    )
+    return _Half(
+        tensors=cut,
+        kept={name: part.keep_units.tolist() for name, part in parts.items()},
+        report=report,
+        cost_U=torch.stack(costs).sum(dim=0) if costs else None,
+    )
+
+
+def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The statistics of one part, or their means over several, and how many there are."""
+    if len(statistics) == 1:
+        return dict(statistics[0])
+    means = {name: sum(each[name] for each in statistics) / len(statistics) for name in statistics[0]}
+    return means | {"parts": float(len(statistics))}
+
+
+def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> nn.Module:
+    """The stock layer with the units that are left, in the dtype of the forward passes."""
+    # Before a half is solved its tensors are the source's, and so is its bias or the lack of one.
+    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and job.adds_bias]
+    config = job.stock.resized_config(widths, block.index, biased)
+    # In rows, as one that was read from a file: products with another layout differ in their last bits.
+    cast = {name: tensor.to(job.device, job.dtype).contiguous() for name, tensor in tensors.items()}
+    removed: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) == 0]
+    return job.stock.block(block.index, cast, config, removed)
+
+
+def _relative(errors: Sequence[tuple[float, float, float]]) -> tuple[float | None, float | None]:
+    """Both errors of all parts over the energy of all; None where nothing was measured."""
+    if not errors:
+        return None, None
+    before, after, energy = (sum(values) for values in zip(*errors, strict=True))
+    return (before / energy, after / energy) if energy > 0 else (0.0, 0.0)

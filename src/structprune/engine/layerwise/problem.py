@@ -1,0 +1,60 @@
+"""One half of a block as all that scores and solvers may see.
+
+Shape suffixes: I consumer inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.units import producer_norms
+from structprune.engine.run.context import Job
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Surveyed, UnitGroup
+
+
+def layer_problem(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    measured: Sequence[Moments],
+    surveyed: Surveyed | None = None,
+) -> LayerProblem:
+    """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit.
+
+    All of it lies where the plan has it solved.
+    """
+    where = job.solve_device
+    surveyed = (surveyed or Surveyed()).to(where)
+    order_I = group.consumer.indices(torch.arange(group.num_units))
+    weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I].to(where)
+    measured = [part.to(where) for part in measured]
+    if group.consumer.repeat > 1:
+        measured = [part.reordered(order_I.to(where)) for part in measured]
+    if not measured:
+        # Nothing reads it, and the plan has no bytes for it: zeros without memory of their own.
+        measured = [Moments(gram_II=torch.zeros((), device=where).expand(len(order_I), len(order_I)), num_tokens=1)]
+    total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
+    return LayerProblem(
+        weight_OI=weight_OI,
+        gram_II=total.gram_II,
+        num_tokens=total.num_tokens,
+        width=group.width,
+        partitions=group.partitions,
+        damping=job.damping,
+        shrinkage=job.shrinkage,
+        sum_I=total.sum_I,
+        producer_norm_U=producer_norms(tensors, group).to(where),
+        target_OI=total.target_OI,
+        target_energy=total.target_energy,
+        seed=job.recipe.seed * 1_000_003
+        + (group.part or 0) * 10_007
+        + block.index * len(UNIT_KINDS)
+        + UNIT_KINDS.index(group.kind),
+        held_out=measured[1] if len(measured) > 1 else None,
+        sensitivity_OO=surveyed.sensitivity_OO,
+        taylor=surveyed.taylor,
+    )

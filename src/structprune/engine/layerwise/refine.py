@@ -1,0 +1,169 @@
+"""New producers for a pruned MLP, kept only if windows that they were not solved on are met better.
+
+The consumer is solved from sums over all tokens. An iterative solver also moves gate and up, for which it needs tokens
+themselves: it gets some windows, proposes, and the consumer is solved again behind the proposal.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, O outputs, I consumer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from structprune.engine.layerwise.problem import layer_problem
+from structprune.engine.layerwise.statistics import Reference, Streams, consumer_target, measure, stage_output
+from structprune.engine.planning.shapes import solver_windows
+from structprune.engine.run.context import Job
+from structprune.engine.streaming.propagate import observed, tapped
+from structprune.solvers import ITERATIVE, SOLVERS
+from structprune.solvers.mlp.block import MlpSolution, MlpTokens, MlpWeights
+from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
+from structprune.types import BlockLayout, Moments, SolveResult, UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """What became of a proposal."""
+
+    tensors: dict[str, Tensor]
+    """The block's tensors: with new producers and consumer, or those that were given."""
+    objective: list[float]
+    """Of the iterative solver, before its first step and after each."""
+    statistics: dict[str, float]
+
+
+def refine(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    start: nn.Module,
+    original: nn.Module,
+    streams: Streams,
+    dense: Reference | None,
+    tensors: Mapping[str, Tensor],
+    solved: SolveResult,
+) -> Refined:
+    """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the job's iterative solver, and judge them.
+
+    Both are judged by the relative error on the held-out windows with the consumer solved on the others. The pruned
+    stream is at the MLP's input. What it is to meet is `dense`, the dense stream behind the MLP, or without one what
+    `original` makes of the pruned stream, the block before units of the MLP were removed.
+    """
+    group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
+    num_solved = job.ranks.num_own(solver_windows(job.num_fitted, job.windows.ids_NS.shape[1]))
+    reference = dense or stage_output(job, block, group, original, streams, streams.pruned, write=False)
+    tokens = _tokens(job, block, group, start, streams, reference, num_solved)
+    # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
+    proposed = _Proposal.of(ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors)))
+    proposal = job.ranks.from_first(lambda: proposed)
+    del tokens
+    candidate = dict(tensors)
+    for name, affine in ((group.up_module, proposal.up), (group.gate_module, proposal.gate)):
+        if name is None or affine is None:
+            continue
+        weight_OI = affine.weight_OI.cpu().to(tensors[f"{name}.weight"].dtype)
+        candidate[f"{name}.weight"] = weight_OI.movedim(0, _output_axis(group, name)).contiguous()
+        if affine.bias_O is not None:
+            candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
+    for name, tensor in candidate.items():
+        start.get_parameter(name).data = tensor.to(job.device, job.dtype)
+    measured = [
+        measure(job, block, [group], start, streams, windows, reference).get(group.name) for windows in job.window_parts
+    ]
+    result = job.ranks.from_first(lambda: _refitted(job, block, group, tensors, measured))
+    before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
+    accepted = after < before
+    if accepted:
+        candidate[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
+    statistics = {f"{job.solver}_{name}": value for name, value in proposal.statistics.items()}
+    return Refined(
+        tensors=candidate if accepted else dict(tensors),
+        objective=proposal.history,
+        statistics={**statistics, f"{job.solver}_held_out_error": after, f"{job.solver}_accepted": float(accepted)},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proposal:
+    """What is tried of a solver's answer."""
+
+    up: Affine
+    gate: Affine | None
+    history: list[float]
+    statistics: Mapping[str, float]
+
+    @classmethod
+    def of(cls, solution: MlpSolution) -> _Proposal:
+        up, gate = solution.weights.up, solution.weights.gate
+        return cls(up=up, gate=gate, history=solution.history, statistics=dict(solution.statistics))
+
+
+def _refitted(
+    job: Job, block: BlockLayout, group: UnitGroup, tensors: Mapping[str, Tensor], measured: Sequence[Moments | None]
+) -> SolveResult:
+    """The consumer behind the proposal, on the rank that has the sums."""
+    problem = layer_problem(job, block, group, tensors, [part for part in measured if part is not None])
+    keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
+    return SOLVERS.get(job.solver)(problem, keep_U).to(torch.device("cpu"))
+
+
+def _tokens(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    half: nn.Module,
+    streams: Streams,
+    reference: Reference,
+    num_windows: int,
+) -> MlpTokens:
+    """Inputs and targets of the MLP for this rank's first windows."""
+    assert group.up_module is not None
+    # A rank may have none.
+    none_TD = torch.empty(0, job.stock.layout.hidden_size, device=job.device)
+    inputs: list[Tensor] = [] if num_windows else [none_TD]
+    targets: list[Tensor] = [] if num_windows else [none_TD]
+    for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, 0, num_windows):
+        wanted_BSD = reference(start, stop)
+        with (
+            job.stock.stage(half, job.stock.stage_of("mlp")),
+            observed(half, group.up_module, inputs.append),
+            tapped(half, group.consumer_module, lambda _: None),
+        ):
+            residual_BSD = streams.propagator.apply(half, block.index, hidden_BSD)
+        targets.append(consumer_target(group, half, wanted_BSD, residual_BSD))
+    return MlpTokens(
+        x_TD=torch.cat(inputs).float(),
+        y_TD=torch.cat(targets),
+        add_up=job.ranks.add_up_everywhere,
+        num_holders=job.ranks.size,
+    )
+
+
+def _output_axis(group: UnitGroup, module: str) -> int:
+    """The axis of the map's outputs: 0, or 1 where the weight is transposed."""
+    return next(part.axis for part in group.producers if part.tensor == f"{module}.weight")
+
+
+def _weights(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
+    """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
+    assert group.up_module is not None
+    assert group.activation is not None
+
+    def values(name: str) -> Tensor:
+        return tensors[name].to(job.device, torch.float32)
+
+    def affine(module: str) -> Affine:
+        bias = f"{module}.bias"
+        weight_OI = values(f"{module}.weight").movedim(_output_axis(group, module), 0).contiguous()
+        return Affine(weight_OI=weight_OI, bias_O=values(bias) if bias in tensors else None)
+
+    return MlpWeights(
+        activation=ACTIVATIONS.get(group.activation),
+        up=affine(group.up_module),
+        gate=None if group.gate_module is None else affine(group.gate_module),
+        down=Affine(weight_OI=values(group.consumer.tensor).movedim(group.consumer.axis, -1)),
+    )

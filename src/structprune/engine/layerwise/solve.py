@@ -1,0 +1,153 @@
+"""One group of units of a block: what was measured of it -> the units that stay, and the consumer solved for them.
+
+Shape suffixes: T tokens, U units, I consumer inputs, O outputs, K kept inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.units import add_bias, compact
+from structprune.engine.layerwise.problem import layer_problem
+from structprune.engine.run.context import Job
+from structprune.errors import NumericalError
+from structprune.linalg.gram_products import fitting_error, output_energy
+from structprune.memory import release_free_memory
+from structprune.scores import SCORES, SELECTORS
+from structprune.scores.selection import decision_objective, keep_best, removal_path
+from structprune.solvers import SOLVERS
+from structprune.types import BlockLayout, LayerProblem, Moments, SolveResult, Surveyed, UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One group of a half, decided and solved."""
+
+    keep_units: Tensor
+    result: SolveResult
+    errors: tuple[float, float, float] | None
+    statistics: dict[str, float]
+    cost_U: Tensor | None
+
+
+def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
+    """How long a group's problem takes, in multiplications: a factorisation, and products as wide as the outputs."""
+    inputs = group.num_units * group.width
+    return inputs**3 + inputs * math.prod(block.shapes[group.consumer.tensor])
+
+
+def solve_part(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    num_keep: int,
+    measured: list[Moments],
+    surveyed: Surveyed | None,
+    *,
+    reprice: bool,
+) -> Part:
+    """Decide and solve one group, on one rank. Takes what was measured: the list is empty afterwards."""
+    where = f"block {block.index} {group.name}"
+    if any(moments.num_tokens == 0 for moments in measured[:1]):
+        raise NumericalError(
+            "no calibration token is sent to this expert", where=where, do="raise --num-samples or --seq-len"
+        )
+    problem = layer_problem(job, block, group, tensors, measured, surveyed)
+    statistics = _context(problem, measured)
+    # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
+    measured.clear()
+    try:
+        keep_U, result = _decide(job, problem, num_keep)
+        statistics |= _decision_objectives(job, problem, keep_U)
+    except NumericalError as error:
+        # Scores and solvers see a matrix, not where it is from.
+        raise error.inside(where) from error
+    errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
+    cost_U = removal_path(problem, group.num_units).cost.cpu() if reprice else None
+    # Wherever it was solved, it is written from the host.
+    return Part(
+        keep_units=torch.nonzero(keep_U).flatten().cpu(),
+        result=result.to(torch.device("cpu")),
+        errors=errors,
+        statistics=statistics | dict(result.statistics),
+        cost_U=cost_U,
+    )
+
+
+def with_part(tensors: Mapping[str, Tensor], group: UnitGroup, part: Part) -> dict[str, Tensor]:
+    """The block's tensors with the group cut, and its consumer as it was solved."""
+    cut = compact(tensors, group, part.keep_units)
+    # Solved unit after unit; in the tensor the kept inputs keep their order.
+    order_K = torch.argsort(group.consumer.indices(part.keep_units))
+    cut[group.consumer.tensor] = part.result.weight_OK[:, order_K].movedim(-1, group.consumer.axis).contiguous()
+    return cut if part.result.bias_O is None else add_bias(cut, group, part.result.bias_O)
+
+
+def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:
+    """What the report says of the place in the stream: energies per token and how much the loss depends on it."""
+    found: dict[str, float] = {}
+    if measured:
+        found["residual_energy"] = sum(part.residual_energy for part in measured) / problem.num_tokens
+    if problem.target_energy is not None:
+        found["target_energy"] = problem.target_energy / problem.num_tokens
+    if problem.sensitivity_OO is not None:
+        found["sensitivity"] = float(problem.sensitivity_OO.diagonal().sum(dtype=torch.float64))
+    return found
+
+
+def _decide(job: Job, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
+    """Choose the units, solve the consumer."""
+    if job.score in SELECTORS:
+        keep_U = SELECTORS.get(job.score)(problem, num_keep)
+    else:
+        score_U = SCORES.get(job.score)(problem)
+        if not torch.isfinite(score_U).all():
+            raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
+        keep_U = keep_best(score_U, num_keep, problem.partitions)
+    release_free_memory()
+    result = SOLVERS.get(job.solver)(problem, keep_U)
+    if not torch.isfinite(result.weight_OK).all():
+        raise NumericalError("the solver's weight is not finite", do="raise --damping")
+    return keep_U, result
+
+
+def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
+    """What a search for the units was worth: its objective, and that of as many units by their own output energy.
+
+    A search in units of the loss has another objective, and two factorisations are too dear for a remark.
+    """
+    if job.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
+        return {}
+    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
+    return {
+        "decision_objective_l2": decision_objective(problem, ranked_U),
+        "decision_objective": decision_objective(problem, keep_U),
+    }
+
+
+def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
+    """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
+    kept_K = problem.kept_inputs(keep_U)
+    energy = problem.target_energy
+    if energy is None:
+        energy = output_energy(problem.weight_OI, problem.gram_II)
+    if energy <= 0:
+        return 0.0, 0.0, 0.0
+    given = (kept_K, problem.weight_OI, problem.gram_II, problem.target_OI, energy)
+    if problem.target_OI is None:
+        # What the removed inputs gave, and no other product.
+        removed_P = problem.kept_inputs(~keep_U)
+        before = output_energy(problem.weight_OI[:, removed_P], problem.gram_II, removed_P)
+    else:
+        before = fitting_error(problem.weight_OI[:, kept_K], *given)
+    after = fitting_error(result.weight_OK, *given)
+    if result.bias_O is not None:
+        # The bias is the mean of what is missing, so it takes exactly its own energy away.
+        after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
+    return before, after, energy

@@ -1,0 +1,164 @@
+"""Sums over calibration windows that one half of a block is solved from.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from structprune.calibration.store import HiddenStore
+from structprune.engine.run.context import Job
+from structprune.engine.streaming.activation_cache import ActivationCache, put_inputs
+from structprune.engine.streaming.propagate import Propagator, captured, tapped
+from structprune.linalg.gram_products import energy
+from structprune.ranks import add_numbers
+from structprune.types import BlockLayout, Moments, Stage, UnitGroup
+
+Reference = Callable[[int, int], Tensor]
+"""(start, stop) -> what is to be met for these windows, (B, S, D) on the device.
+
+The stream behind the stage, or the consumer's output where that is normed before the sum.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Hidden states of the calibration windows between two stages, and the loop that moves them on."""
+
+    propagator: Propagator
+    pruned: HiddenStore
+    dense: HiddenStore
+    """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
+    cache: ActivationCache | None = None
+    """Where the plan has room for the inputs of a half."""
+
+
+def measure(
+    job: Job,
+    block: BlockLayout,
+    parts: Sequence[UnitGroup],
+    module: nn.Module,
+    streams: Streams,
+    windows: tuple[int, int],
+    reference: Reference | None,
+    owners: Mapping[str, int] | None = None,
+    inputs_NSI: Tensor | None = None,
+) -> dict[str, Moments]:
+    """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
+
+    Over some of this rank's windows, for all parts of one half at once, and over the ranks: each part at the rank that
+    `owners` names (the first without it), and only there among the results. The stage runs without the consumers, which
+    leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved,
+    unless the reference does it. The inputs themselves are written to `inputs_NSI`, if it is given. An expert gets the
+    tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided by the
+    root mean square of the wanted output: what is added is linear in them then.
+    """
+    owners = owners or {}
+    inputs: dict[str, Tensor] = {}
+    assert reference is None or len(parts) == 1, "what one of several parts is to add is not known"
+    num_outputs = 0 if reference is None else job.stock.layout.hidden_size
+    accumulators = {part.name: job.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts}
+    residual_energy = 0.0
+    for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
+        wanted_BSD = None if reference is None else reference(start, stop)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(job.stock.stage(module, job.stock.stage_of(parts[0].kind)))
+            for part in parts:
+                stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
+            residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
+        residual_energy += float(energy(residual_BSD))
+        while inputs:
+            name, x_TI = inputs.popitem()
+            if inputs_NSI is not None:
+                put_inputs(inputs_NSI, start, x_TI)
+            target_TD = None
+            if wanted_BSD is not None:
+                target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
+            if (eps := parts[0].output_norm_eps) is not None:
+                # A normed half has one part, so the tap is gone and the consumer in its place again.
+                output_BSD = module.get_submodule(parts[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
+                scale_T1 = token_scale(output_BSD, eps)
+                x_TI = x_TI / scale_T1
+                target_TD = None if target_TD is None else target_TD / scale_T1
+            accumulators[name].update(x_TI, target_TD)
+    found: dict[str, Moments] = {}
+    for name, accumulator in accumulators.items():
+        owner = owners.get(name, 0)
+        accumulator.add_up(job.ranks, owner)
+        (total_residual,) = add_numbers(job.ranks, [residual_energy], owner)
+        if owner == job.ranks.rank:
+            found[name] = Moments(
+                sum_I=accumulator.sum_I,
+                num_tokens=accumulator.num_tokens,
+                gram_II=accumulator.finalize(f"block {block.index} {name}"),
+                target_OI=accumulator.target_OI,
+                target_energy=None if reference is None else accumulator.target_energy,
+                residual_energy=total_residual,
+            )
+    return found
+
+
+def token_scale(output_BSD: Tensor, eps: float) -> Tensor:
+    """What an RMSNorm divides each token of `output_BSD` by, float32 (T, 1)."""
+    energy_BS1 = output_BSD.float().square().mean(dim=-1, keepdim=True)
+    return energy_BS1.add(eps).sqrt().reshape(-1, 1)
+
+
+def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
+    """What the consumer's product should be, float32 (T, D)."""
+    target_BSD = wanted_BSD.float()
+    if not group.output_normed:
+        target_BSD = target_BSD - residual_BSD.float()
+    if group.consumer_bias is not None:
+        target_BSD = target_BSD - module.get_parameter(group.consumer_bias).float()
+    return target_BSD.reshape(-1, target_BSD.shape[-1])
+
+
+def follow_dense(
+    job: Job, block: BlockLayout, stage: Stage, groups: Sequence[UnitGroup], module: nn.Module, streams: Streams
+) -> Reference:
+    """Move the dense stream behind `stage` of the uncut block `module`: what its halves in `groups` are to meet.
+
+    The output of a normed consumer is not in the stream: there the stream moves as the reference is asked, which must
+    be once for each window.
+    """
+    if any(group.output_normed for group in groups):
+        (group,) = groups
+        return stage_output(job, block, group, module, streams, streams.dense, write=True)
+    with job.stock.stage(module, stage):
+        streams.propagator.run(module, block.index, streams.dense)
+
+    return partial(streams.propagator.fetch, streams.dense)
+
+
+def stage_output(
+    job: Job,
+    block: BlockLayout,
+    group: UnitGroup,
+    module: nn.Module,
+    streams: Streams,
+    store: HiddenStore,
+    *,
+    write: bool,
+) -> Reference:
+    """What `module` makes of `store` at the consumer of `group`; with `write` the store moves on as it is asked."""
+    outputs: list[Tensor] = []
+
+    def output(start: int, stop: int) -> Tensor:
+        stage = job.stock.stage_of(group.kind)
+        with job.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
+            hidden_BSD = streams.propagator.fetch(store, start, stop)
+            stream_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
+        if write:
+            with streams.propagator.writing(store) as put:
+                put(start, stream_BSD)
+        consumer_BSD = outputs.pop()
+        return consumer_BSD if group.output_normed else stream_BSD
+
+    return output

@@ -1,0 +1,226 @@
+"""The walk that removes whole blocks: measure, choose, then copy the rest under new numbers; one block at a time.
+
+Nothing here belongs to units: a block is taken or left, so there is no allocation and nothing to solve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.snapshots import Snapshots
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
+from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
+from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.widths import check_shared_out
+from structprune.engine.run.context import Job
+from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.errors import InputError, UnsupportedError
+from structprune.exporters.depth import shallower_config
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.methods.method import Method
+from structprune.observer import Observer
+from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.results.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import ModelLayout
+
+
+def num_removed(sparsity: float, layout: ModelLayout) -> int:
+    """The smallest number of blocks, which are all alike, that holds at least `sparsity` of the blocks' parameters."""
+    return num_to_remove(sparsity, len(layout.blocks))
+
+
+def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
+    """The recipe with every entry filled. Raises UnsupportedError for settings without a meaning for whole blocks.
+
+    Raises InputError for an unknown score, or where fewer blocks may go than must.
+    """
+    score = BLOCK_SCORES.check(recipe.score or method.score)
+    blocks = stock.layout.blocks
+    if "scope" in recipe.model_fields_set and recipe.scope != "all":
+        raise UnsupportedError(
+            f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
+        )
+    others = {} if score == "measured-loss" else {"sensitivity_samples": default_sensitivity_samples(recipe.seq_len)}
+    fixed = without_units(recipe, method, f"whole blocks chosen by {score!r}", others)
+    if any(block.shapes != blocks[0].shapes for block in blocks):
+        raise UnsupportedError(
+            "the source's blocks have different widths",
+            wanted="equal blocks",
+            do="remove blocks first, units afterwards",
+        )
+    remove = num_removed(recipe.sparsity, stock.layout)
+    protect_first, protect_last = recipe.protect_first or 0, recipe.protect_last or 0
+    free = len(blocks) - protect_first - protect_last
+    if recipe.sparsity > 0 and free < 1:
+        raise InputError(
+            "every block is protected",
+            got=f"--protect-first {protect_first}, --protect-last {protect_last}",
+            wanted=f"fewer than {len(blocks)} together",
+        )
+    if remove > min(free, len(blocks) - 1):
+        raise InputError(
+            "no block would be left" if remove >= len(blocks) else "more blocks would have to go than are unprotected",
+            got=f"sparsity {recipe.sparsity:g}, which is {remove} of {len(blocks)} blocks",
+            wanted=f"at most {min(free, len(blocks) - 1)}",
+            do="lower --sparsity or protect fewer blocks",
+        )
+    # What cannot be written is refused before anything is measured.
+    shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
+    protect = {"protect_first": protect_first, "protect_last": protect_last}
+    return fixed.model_copy(update={**protect, "scope": "all", "score": score})
+
+
+def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
+    """The bytes' side of the walk: how many borders' hidden states are kept, and of how many windows."""
+    remove = num_removed(recipe.sparsity, request.layout)
+    free = len(request.layout.blocks) - (recipe.protect_first or 0) - (recipe.protect_last or 0)
+    request = replace(request, needs_statistics=False)
+    if remove == 0:
+        return replace(request, num_windows=request.num_probe)
+    if recipe.score == "measured-loss":
+        return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares="losses")
+    return replace(request, num_stores=remove + 1, compares="borders")
+
+
+def foresee_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """All of it: blocks are alike. Raises UnsupportedError where `tensor_parallel` processes could not share them."""
+    check_shared_out(stock, recipe, {})
+    layout = stock.layout
+    remove = num_removed(recipe.sparsity, layout)
+    config = shallower_config(layout.config, stock.config, range(len(layout.blocks) - remove))
+    return Foresight(
+        shape=shape_of(stock, recipe, config),
+        kept=None,
+        num_parameters=layout.num_parameters - remove * layout.blocks[0].num_parameters,
+    )
+
+
+def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Choose the blocks that go and write the others into `run`'s staging directory.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    layout = job.stock.layout
+    choice = _choose(job, run, num_removed(job.recipe.sparsity, layout), observer)
+    kept = [block.index for block in layout.blocks if block.index not in choice.removed]
+    writer = CheckpointWriter(run.checkpoint, len(kept) + 2, job.stored_name)
+    outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
+    config = shallower_config(job.reader.config, job.stock.config, kept)
+    return finish(job, run, writer, meter, observer, config, outcome, layout.block_parameters)
+
+
+def _choose(job: Job, run: RunDirectory, remove: int, observer: Observer) -> Choice:
+    """The blocks that go, from the journal where a process before this one had chosen them."""
+    line = run.journal.find("choice")
+    if line is None:
+        choice = Choice(removed=frozenset(), statistics={})
+        if remove:
+            choice = BLOCK_SCORES.get(job.score)(job, remove, run.staging, observer)
+            assert len(choice.removed) == remove
+            release_free_memory()
+        line = run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))
+    return Choice(
+        removed=frozenset(line["removed"]),
+        statistics={int(block): found for block, found in line["statistics"].items()},
+    )
+
+
+def _write_blocks(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    kept: list[int],
+    choice: Choice,
+    meter: PeakMeter,
+    observer: Observer,
+) -> Outcome:
+    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept.
+
+    What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
+    """
+    blocks = job.stock.layout.blocks
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    for block, line in zip(blocks, lines, strict=True):
+        if line is not None and block.index in kept:
+            writer.adopt(kept.index(block.index) + 2)
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and None not in lines:
+        return _outcome(lines, kept, ends)
+    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshot = snapshots.behind([line is not None for line in lines])
+    first = 0 if snapshot is None else snapshot.position
+    with contextlib.ExitStack() as stack:
+        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        stack.callback(dense.close)
+        pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
+        stack.callback(pruned.close)
+        propagator = embed(job, {dense: job.num_probe, pruned: job.num_probe})
+        streams = {"dense": dense, "pruned": pruned}
+        if snapshot is not None:
+            snapshot.restore(streams)
+        observer.start("write", len(blocks) - first)
+        for block in blocks[first:]:
+            started = time.perf_counter()
+            tensors, module = load_block(job, block)
+            propagator.run(module, block.index, dense)
+            stays = block.index in kept
+            if stays:
+                propagator.run(module, block.index, pruned)
+            if lines[block.index] is None:
+                files: list[Path] = []
+                if stays:
+                    number = kept.index(block.index)
+                    prefix = f"{job.stock.layout.blocks_module}.{number}."
+                    shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
+                    files.append(writer.directory / shard)
+                report = BlockReport(
+                    block=block.index,
+                    kind="block",
+                    num_units=1,
+                    kept_units=int(stays),
+                    error_mask_only=None,
+                    error=None,
+                    status="ok" if stays else "removed",
+                    statistics=choice.statistics.get(block.index, {}),
+                    objective=[],
+                    seconds=time.perf_counter() - started,
+                )
+                lines[block.index] = run.journal.record(
+                    f"block {block.index}",
+                    files,
+                    report=report.model_dump(mode="json"),
+                    peak_bytes=meter.peak_so_far(),
+                )
+            del tensors, module
+            snapshots.keep(block.index + 1, streams)
+            release_free_memory()
+            state = "kept" if stays else "removed"
+            observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
+        ends = {"dense": dense.read(0, job.num_probe).clone(), "pruned": pruned.read(0, job.num_probe).clone()}
+        keep_ends(run.journal, run.staging, ends)
+    snapshots.discard()
+    return _outcome(lines, kept, ends)
+
+
+def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], ends: Mapping[str, Tensor]) -> Outcome:
+    """From the journal's line of every block."""
+    return Outcome(
+        reports=[BlockReport(**line["report"]) for line in lines if line is not None],
+        kept_indices={"blocks": kept},
+        dense_NSD=ends["dense"],
+        pruned_NSD=ends["pruned"],
+    )

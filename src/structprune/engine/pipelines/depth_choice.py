@@ -1,0 +1,186 @@
+"""Which whole blocks go: by the turn of the residual stream over a run of them, or by the loss without each.
+
+Shape suffixes: B windows of one micro-batch, N windows, S positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
+from structprune.engine.run.context import Job
+from structprune.engine.run.finalize import summed_loss
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.errors import NumericalError
+from structprune.memory import release_free_memory
+from structprune.observer import Observer
+from structprune.registry import Registry
+from structprune.scores.blocks import angular_distance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which blocks go."""
+
+    removed: frozenset[int]
+    statistics: Mapping[int, dict[str, float]]
+    """Block -> what was measured of it, for the report."""
+
+
+Choose = Callable[[Job, int, Path, Observer], Choice]
+"""(job, blocks to remove, folder for hidden states, observer) -> the blocks."""
+
+BLOCK_SCORES: Registry[Choose] = Registry(
+    "block score",
+    {
+        "angular": "structprune.engine.pipelines.depth_choice:choose_angular",
+        "measured-loss": "structprune.engine.pipelines.depth_choice:choose_measured_loss",
+    },
+)
+
+
+@torch.no_grad()
+def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) -> Choice:
+    """The run of `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
+
+    Of all windows the hidden states at the last `num_remove` + 1 borders are kept, in a ring of stores. What is
+    measured is the residual stream itself, also behind the last block (stock `output_hidden_states` gives that one
+    behind the final norm).
+    """
+    blocks = job.stock.layout.blocks
+    num_windows = len(job.windows.ids_NS)
+    protect_first, protect_last = job.protected
+    last = len(blocks) - protect_last
+    distances: dict[int, float] = {}
+    with contextlib.ExitStack() as stack:
+        ring: list[HiddenStore] = []
+        for slot in range(num_remove + 1):
+            ring.append(open_store(job, folder / f"border-{slot}.bin", num_windows))
+            stack.callback(ring[-1].close)
+        propagator = embed(job, {ring[0]: num_windows})
+        streams = {f"border-{slot}": store for slot, store in enumerate(ring)}
+        snapshots = Snapshots(folder / "choice", observer.note)
+        reached = 0
+        if (kept := snapshots.load()) is not None:
+            kept.restore(streams)
+            reached = kept.position
+            distances = {int(start): distance for start, distance in kept.values["distances"].items()}
+        observer.start("angular distances", last - reached)
+        for block in blocks[reached:last]:
+            before, after = ring[block.index % len(ring)], ring[(block.index + 1) % len(ring)]
+            first = block.index + 1 - num_remove
+            module = load_block(job, block)[1]
+            total = 0.0
+            with propagator.writing(after) as put:
+                for start, stop, hidden_BSD in propagator.read(before, 0, num_windows):
+                    output_BSD = propagator.apply(module, block.index, hidden_BSD)
+                    put(start, output_BSD)
+                    if first >= protect_first:
+                        input_BSD = propagator.fetch(ring[first % len(ring)], start, stop)
+                        total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
+            detail = f"block {block.index}"
+            if first >= protect_first:
+                distances[first] = total / job.windows.ids_NS.numel()
+                detail = f"blocks {first} to {block.index}  distance {distances[first]:.4f}"
+            del module
+            snapshots.keep(block.index + 1, streams, values={"distances": distances})
+            release_free_memory()
+            observer.advance(detail)
+    snapshots.discard()
+    start = min(distances, key=lambda first: distances[first])
+    return Choice(
+        removed=frozenset(range(start, start + num_remove)),
+        statistics={first: {"angular_distance": distance} for first, distance in distances.items()},
+    )
+
+
+@torch.no_grad()
+def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Observer) -> Choice:
+    """One block after the other, each time the one without which the loss of the first windows is smallest.
+
+    In one round each block is read once. The stream of the model as it is moves along; before each block that may go
+    it is copied, and the copy passes that block by. So candidates share what comes before their block, which halves
+    the work, and as many borders' hidden states are kept as there are candidates, and one more.
+    """
+    num_windows = job.num_backward
+    blocks = job.stock.layout.blocks
+    protect_first, protect_last = job.protected
+    may_go = range(protect_first, len(blocks) - protect_last)
+    removed: list[int] = []
+    statistics: dict[int, dict[str, float]] = {}
+    with contextlib.ExitStack() as stack:
+        streams: list[HiddenStore] = []
+        for slot in range(len(may_go) + 1):
+            streams.append(open_store(job, folder / f"candidate-{slot}.bin", num_windows))
+            stack.callback(streams[-1].close)
+        current, spare = streams[0], streams[1:]
+        snapshots = Snapshots(folder / "choice", observer.note)
+        kept = snapshots.load()
+        if kept is not None:
+            removed = kept.values["removed"]
+            statistics = {int(index): found for index, found in kept.values["statistics"].items()}
+        for number in range(len(removed) + 1, num_remove + 1):
+            left = [block for block in blocks if block.index not in removed]
+            without: dict[int, HiddenStore] = {}
+            propagator = embed(job, {current: num_windows})
+            if kept is not None:
+                # Of this round, since all blocks that go before it are removed.
+                without = dict(zip(kept.values["without"], spare, strict=False))
+                kept.restore({"current": current} | {str(index): store for index, store in without.items()})
+                left = [block for block in left if block.index > kept.values["block"]]
+                kept = None
+            observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
+            for block in left:
+                module = load_block(job, block)[1]
+                for store in without.values():
+                    propagator.run(module, block.index, store)
+                if block.index in may_go:
+                    without[block.index] = spare[len(without)]
+                    for start, stop in propagator.batches(0, num_windows):
+                        without[block.index].write(start, current.read(start, stop))
+                propagator.run(module, block.index, current)
+                del module
+                snapshots.keep(
+                    (number - 1) * len(blocks) + block.index,
+                    {"current": current} | {str(index): store for index, store in without.items()},
+                    values={
+                        "removed": removed,
+                        "statistics": statistics,
+                        "without": list(without),
+                        "block": block.index,
+                    },
+                )
+                release_free_memory()
+                observer.advance(f"block {block.index}")
+            losses = _losses(job, without, num_windows)
+            removed.append(min(losses, key=lambda index: losses[index]))
+            for index, loss in losses.items():
+                statistics[index] = {"loss_without": loss, "removal": float(number)}
+    snapshots.discard()
+    return Choice(removed=frozenset(removed), statistics=statistics)
+
+
+def _losses(job: Job, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
+    """Mean negative log-likelihood of the windows whose last hidden states are in each store."""
+    head = job.stock.load_head(job.device, job.dtype)
+    labels_NS = job.windows.ids_NS[:num_windows, 1:].to(job.device)
+    losses: dict[int, float] = {}
+    for index, store in streams.items():
+        total = 0.0
+        for window in range(num_windows):
+            hidden_SD = store.read(window, window + 1)[0, :-1].to(job.device)
+            total += summed_loss(head, hidden_SD, labels_NS[window])
+        losses[index] = total / labels_NS.numel()
+        if not math.isfinite(losses[index]):
+            raise NumericalError(
+                "the loss is NaN or infinite", where=f"the model without block {index}", do="use --dtype float32"
+            )
+    return losses

@@ -1,0 +1,296 @@
+"""The walk that removes whole experts of a mixture: measure a block, choose, write it with those that stay.
+
+An expert is taken or left, and every block keeps as many, so there is no allocation and nothing to solve. The dense
+model's stream is measured, as in the paper; the pruned one passes along for the reported windows only.
+
+Shape suffixes: E experts, R tokens that are sent to one expert, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.family import Experts
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
+from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.widths import check_shared_out
+from structprune.engine.run.context import Job
+from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.propagate import Propagator, captured
+from structprune.errors import InputError, UnsupportedError
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.methods.method import Method
+from structprune.observer import Observer
+from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.results.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import UnitGroup
+
+# What the report and the manifest call it.
+KIND = "expert"
+
+
+def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+    """The recipe with every entry filled, and the mixture's groups.
+
+    Raises UnsupportedError for a model without experts or a setting without a meaning, InputError where fewer experts
+    would be left than a token is sent to.
+    """
+    experts = stock.family.experts
+    if experts is None:
+        raise UnsupportedError(
+            f"method {method.name!r} removes experts of a mixture, and this model has none",
+            got=stock.family.name,
+            wanted="such as qwen3_moe",
+            do="use another --method",
+        )
+    if recipe.scope != "mlp":
+        raise UnsupportedError(
+            f"method {method.name!r} removes whole experts", got=f"--scope {recipe.scope}", wanted="--scope mlp"
+        )
+    if recipe.score not in (None, method.score):
+        raise UnsupportedError(
+            f"method {method.name!r} has one score", got=f"--score {recipe.score}", wanted=method.score
+        )
+    # The stock config has one number of experts for all blocks.
+    others = {"protect_first": 0, "protect_last": 0}
+    others["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
+    recipe = without_units(recipe, method, "whole experts", others)
+    total, chosen = getattr(stock.config, experts.count_field), getattr(stock.config, experts.chosen_field)
+    remove = num_to_remove(recipe.sparsity, total)
+    if remove > total - chosen:
+        raise InputError(
+            "fewer experts would be left than a token is sent to",
+            got=f"sparsity {recipe.sparsity:g}, which is {remove} of {total} experts",
+            wanted=f"at most {total - chosen}: {experts.chosen_field} is {chosen}",
+            do="lower --sparsity",
+        )
+    groups = tuple(group for group in stock.groups if group.kind == "mlp")
+    return recipe.model_copy(update={"score": method.score}), groups
+
+
+def expert_request(request: PlanRequest) -> PlanRequest:
+    """The bytes' side of the walk: one stream of all windows, and no sums but two numbers per expert."""
+    return replace(request, needs_statistics=False)
+
+
+def foresee_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """All of it: every block keeps as many. Raises UnsupportedError where processes could not share them."""
+    check_shared_out(stock, recipe, {})
+    layout, experts = stock.layout, _experts(stock)
+    total = getattr(stock.config, experts.count_field)
+    remove = num_to_remove(recipe.sparsity, total)
+    config = _with_fewer(layout.config, stock, total - remove)
+    each = sum(
+        math.prod(shape) // (total if name == experts.router else 1)
+        for name, shape in layout.blocks[0].shapes.items()
+        if name == experts.router or name.startswith(f"{experts.module}.0.")
+    )
+    return Foresight(
+        shape=shape_of(stock, recipe, config),
+        kept=None,
+        num_parameters=layout.num_parameters - remove * each * len(layout.blocks),
+    )
+
+
+def execute_experts(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Measure, choose and write block after block into `run`'s staging directory.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    layout, experts = job.stock.layout, _experts(job.stock)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
+    outcome = _prune_blocks(job, experts, run, writer, meter, observer)
+    config = _with_fewer(job.reader.config, job.stock, _num_kept(job, experts))
+    in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
+    return finish(job, run, writer, meter, observer, config, outcome, in_scope)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saliency:
+    """What the calibration tokens say of a block's experts."""
+
+    norms_E: Tensor
+    """Sum over the tokens that are sent to an expert of |g f(x)|, g the router's weight, float64."""
+    tokens_E: Tensor
+    """How many those tokens are, int64."""
+
+    @property
+    def mean_E(self) -> Tensor:
+        """S_j of arXiv 2510.13999; zero for an expert that no token is sent to, which takes part in no output."""
+        return self.norms_E / self.tokens_E.clamp(min=1)
+
+    def keep(self, num_keep: int) -> Tensor:
+        """Numbers of the experts that stay, ascending; of two that are equal the one with the lower number stays."""
+        order_E = self.mean_E.argsort(descending=True, stable=True)
+        return order_E[:num_keep].sort().values
+
+
+@torch.no_grad()
+def measure_experts(
+    module: nn.Module, experts: Experts, num_experts: int, propagator: Propagator, index: int, store: HiddenStore
+) -> Saliency:
+    """Pass every window of `store` through the block, in place. Raises NumericalError as the propagator does."""
+    norms_E = torch.zeros(num_experts, dtype=torch.float64)
+    tokens_E = torch.zeros(num_experts, dtype=torch.int64)
+
+    def received(number: int, weighted_RD: Tensor) -> None:
+        # float32 from here on: the squares of half precision would pass its range.
+        norms_R = torch.linalg.vector_norm(weighted_RD, dim=-1, dtype=torch.float32)
+        norms_E[number] += float(norms_R.sum(dtype=torch.float64))
+        tokens_E[number] += len(weighted_RD)
+
+    with contextlib.ExitStack() as stack:
+        for number in range(num_experts):
+            name = f"{experts.module}.{number}.{experts.writer}"
+            stack.enter_context(captured(module, name, lambda output_RD, n=number: received(n, output_RD)))
+        propagator.run(module, index, store)
+    return Saliency(norms_E=norms_E, tokens_E=tokens_E)
+
+
+def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence[int]) -> dict[str, Tensor]:
+    """`tensors` of a block (relative names) with the experts `kept` (ascending) alone, under new numbers."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == experts.router:
+            result[name] = tensor[list(kept)].contiguous()
+        elif name.startswith(f"{experts.module}."):
+            number, _, rest = name.removeprefix(f"{experts.module}.").partition(".")
+            if int(number) in kept:
+                result[f"{experts.module}.{kept.index(int(number))}.{rest}"] = tensor
+        else:
+            result[name] = tensor
+    return result
+
+
+def _prune_blocks(
+    job: Job, experts: Experts, run: RunDirectory, writer: CheckpointWriter, meter: PeakMeter, observer: Observer
+) -> Outcome:
+    """The loop itself. What a process before this one wrote is taken over, and only passed by the streams."""
+    blocks = job.stock.layout.blocks
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    for block, line in zip(blocks, lines, strict=True):
+        if line is not None:
+            writer.adopt(block.index + 2)
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and None not in lines:
+        return _outcome(lines, ends)
+    total = getattr(job.stock.config, experts.count_field)
+    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshot = snapshots.behind([line is not None for line in lines])
+    first = 0 if snapshot is None else snapshot.position
+    with contextlib.ExitStack() as stack:
+        dense = open_store(job, run.staging / "dense.bin", len(job.windows.ids_NS))
+        stack.callback(dense.close)
+        pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
+        stack.callback(pruned.close)
+        propagator = embed(job, {dense: len(job.windows.ids_NS), pruned: job.num_probe})
+        streams = {"dense": dense, "pruned": pruned}
+        if snapshot is not None:
+            snapshot.restore(streams)
+        observer.start("experts", len(blocks) - first)
+        for block in blocks[first:]:
+            started = time.perf_counter()
+            tensors, module = load_block(job, block)
+            line = lines[block.index]
+            with job.meter.phase("propagate"):
+                found = measure_experts(module, experts, total, propagator, block.index, dense)
+            del module
+            kept: list[int] = line["kept"] if line is not None else found.keep(_num_kept(job, experts)).tolist()
+            smaller = keep_experts(tensors, experts, kept)
+            del tensors
+            cast = {name: tensor.to(job.device, job.dtype) for name, tensor in smaller.items()}
+            module = job.stock.block(block.index, cast, _config(job, experts, block.index))
+            with job.meter.phase("propagate"):
+                propagator.run(module, block.index, pruned)
+            if line is None:
+                shard = writer.write(block.index + 2, {block.prefix + n: tensor for n, tensor in smaller.items()})
+                report = BlockReport(
+                    block=block.index,
+                    kind=KIND,
+                    num_units=total,
+                    kept_units=len(kept),
+                    error_mask_only=None,
+                    error=None,
+                    status="ok",
+                    statistics=_statistics(found, kept),
+                    objective=[],
+                    seconds=time.perf_counter() - started,
+                )
+                lines[block.index] = run.journal.record(
+                    f"block {block.index}",
+                    [writer.directory / shard],
+                    report=report.model_dump(mode="json"),
+                    kept=kept,
+                    peak_bytes=meter.peak_so_far(),
+                )
+            del smaller, cast, module
+            snapshots.keep(block.index + 1, streams)
+            release_free_memory()
+            observer.advance(f"block {block.index} {len(kept)}/{total}  memory {format_bytes(meter.peak_so_far())}")
+        ends = {name: store.read(0, job.num_probe).clone() for name, store in streams.items()}
+        keep_ends(run.journal, run.staging, ends)
+    snapshots.discard()
+    return _outcome(lines, ends)
+
+
+def _statistics(found: Saliency, kept: Sequence[int]) -> dict[str, float]:
+    """For the report: what share of the block's saliency went, and how many experts no token was sent to."""
+    total = float(found.mean_E.sum())
+    return {
+        "saliency_removed": 1 - float(found.mean_E[list(kept)].sum()) / total if total else 0.0,
+        "experts_without_tokens": float((found.tokens_E == 0).sum()),
+    }
+
+
+def _experts(stock: StockModel) -> Experts:
+    experts = stock.family.experts
+    assert experts is not None
+    return experts
+
+
+def _num_kept(job: Job, experts: Experts) -> int:
+    total: int = getattr(job.stock.config, experts.count_field)
+    return total - num_to_remove(job.recipe.sparsity, total)
+
+
+def _with_fewer(config: Mapping[str, Any], stock: StockModel, num_experts: int) -> dict[str, Any]:
+    """config.json with another number of experts, under the name that it has there: stock classes know an older one."""
+    field = _experts(stock).count_field
+    name = field if field in config else stock.config.attribute_map.get(field, field)
+    return dict(config) | {name: num_experts}
+
+
+def _config(job: Job, experts: Experts, index: int) -> Any:
+    """The stock config of the block with the experts that stay."""
+    config = copy.deepcopy(job.stock.block_configs[index])
+    setattr(config, experts.count_field, _num_kept(job, experts))
+    return config
+
+
+def _outcome(lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> Outcome:
+    """From the journal's line of every block."""
+    found = [line for line in lines if line is not None]
+    return Outcome(
+        reports=[BlockReport(**line["report"]) for line in found],
+        kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in found},
+        dense_NSD=ends["dense"],
+        pruned_NSD=ends["pruned"],
+    )

@@ -1,0 +1,77 @@
+"""The loops of the engine by name: how each reads a recipe, what it will hold in memory, and the loop itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from structprune.architectures.stock.model import StockModel
+from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, foresee_depth
+from structprune.engine.pipelines.experts import execute_experts, expert_request, expert_settings, foresee_experts
+from structprune.engine.pipelines.slice import execute_slice
+from structprune.engine.pipelines.slice_settings import foresee_slice, kept_width, resolve_slice_settings
+from structprune.engine.pipelines.units import execute
+from structprune.engine.pipelines.units_settings import unit_settings
+from structprune.engine.planning.forecast import Foresight, foresee_units
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.run.context import Job
+from structprune.memory import PeakMeter
+from structprune.methods.method import Method
+from structprune.observer import Observer
+from structprune.recipe import Recipe
+from structprune.results.schema import PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.types import UnitGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """One way through the blocks; `Method.walk` names it."""
+
+    resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
+    """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
+    foresee: Callable[[StockModel, Recipe, Sequence[str]], Foresight]
+    """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
+    request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
+    """What the planner has to know beside what all walks have in common."""
+    execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
+    shares_windows: bool = False
+    """Whether several ranks can walk it together."""
+
+
+def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+    return depth_settings(recipe, method, stock), stock.groups
+
+
+def _resolve_slice(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+    return resolve_slice_settings(recipe, method, stock), stock.groups
+
+
+def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> PlanRequest:
+    assert stock.family.stream is not None
+    width = kept_width(stock.layout, stock.family.stream, recipe)
+    return replace(request, slices="one basis" if recipe.structure == "uniform" else "bases", sliced_hidden=width)
+
+
+WALKS: Mapping[str, Walk] = {
+    "units": Walk(
+        resolve=unit_settings,
+        foresee=foresee_units,
+        request=lambda request, recipe, stock: request,
+        execute=execute,
+        shares_windows=True,
+    ),
+    "depth": Walk(
+        resolve=_resolve_depth,
+        foresee=foresee_depth,
+        request=lambda request, recipe, stock: depth_request(request, recipe),
+        execute=execute_depth,
+    ),
+    "experts": Walk(
+        resolve=expert_settings,
+        foresee=foresee_experts,
+        request=lambda request, recipe, stock: expert_request(request),
+        execute=execute_experts,
+    ),
+    "slice": Walk(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
+}

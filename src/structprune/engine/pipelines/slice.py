@@ -1,0 +1,306 @@
+"""The slicing walk: one block in memory at a time, the residual stream cut at every position.
+
+The stream stays in the model's own coordinates while it is measured: a cut replaces x by B B^T x, B the (D, K) basis of
+the position, and the stock half then runs on it unchanged. That is what the written half of width K computes, since
+the norm's sum of squares is the same and everything it reads is W B B^T x. Only the written weights are rotated.
+
+Shape suffixes: B windows, S positions, N windows, D hidden size, K kept dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from structprune.architectures.family import Stream
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.pipelines.slice_settings import kept_width
+from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
+from structprune.engine.run.context import Job
+from structprune.engine.run.finalize import Outcome, commit, judge, size_report
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.propagate import Propagator
+from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
+from structprune.linalg.rotation import dropped_share, principal_basis
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.observer import Observer
+from structprune.results.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One position of the stream."""
+
+    basis_DK: Tensor
+    """Orthonormal columns, float64, on the device."""
+    dropped: float
+    """Share of the energy of the measured stream that lies outside the basis."""
+
+
+def execute_slice(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Slice block after block into `run`'s staging directory and turn it into the output.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    width = kept_width(job.stock.layout, _stream(job), job.recipe)
+    return slice_to(job, run, meter, observer, width)
+
+
+def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
+    """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
+    stock, layout = job.stock, job.stock.layout
+    shortcuts = job.recipe.structure == "per-layer"
+    # Before the long pass: what cannot be written is refused here.
+    config = sliced_config(job.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
+    common_DK = None if shortcuts else _common_basis(job, run, observer, width)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
+    result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
+    release_free_memory()
+    judged = judge(job, result.outcome)
+    release_free_memory()
+    writer.write(writer.num_shards, rotated_head(job, result.last_DK))
+    if shortcuts:
+        write_sliced_modeling_file(writer.directory, stock.family)
+    removed = layout.block_parameters - result.num_block_parameters
+    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
+    return commit(job, run, writer, meter, observer, config, result.outcome, size, judged)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """What the pass over the blocks left, beside the shards."""
+
+    outcome: Outcome
+    """Both hidden states in the model's own coordinates."""
+    num_block_parameters: int
+    last_DK: Tensor
+    """The basis behind the last block."""
+
+
+def _slice_blocks(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    width: int,
+    common_DK: Tensor | None,
+    meter: PeakMeter,
+    observer: Observer,
+) -> _Pass:
+    """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model.
+
+    What a process before this one did is taken over up to the newest snapshot, and the blocks behind that are cut
+    again: rotated weights do not show where the stream was cut.
+    """
+    blocks = job.stock.layout.blocks
+    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    embedded = run.journal.find("embedding") is not None
+    ends = find_ends(run.journal, run.staging)
+    if ends is not None and embedded and None not in lines:
+        for number in range(1, len(blocks) + 2):
+            writer.adopt(number)
+        return _passed(writer, lines, ends)
+    num_windows = len(job.windows.ids_NS) if common_DK is None else job.num_probe
+    snapshots = Snapshots(run.staging / "state", observer.note)
+    kept = snapshots.behind([embedded and line is not None for line in lines])
+    first = 0 if kept is None else kept.position
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, run.staging / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        stack.callback(dense.close)
+        propagator = embed(job, {store: num_windows, dense: job.num_probe})
+        streams = {"cut": store, "dense": dense}
+        observer.start("slice", len(blocks) - first)
+        if kept is not None:
+            kept.restore(streams)
+            here = Cut(basis_DK=kept.tensors["basis"].to(job.device), dropped=kept.values["dropped"])
+            for number in range(1, first + 2):
+                writer.adopt(number)
+            del kept
+        else:
+            here = _cut(job, _gram(job, _content(propagator, store), "embedding"), width, common_DK, "embedding")
+            shard = writer.write(1, rotated_embeddings(job, here.basis_DK))
+            run.journal.record("embedding", [writer.directory / shard])
+        release_free_memory()
+        for block in blocks[first:]:
+            started = time.perf_counter()
+            tensors = job.reader.read(block.shapes, block.prefix)
+            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            propagator.run(module, block.index, dense)
+            cuts = [here]
+            for half in _stream(job).halves:
+                where = f"after block {block.index} {half.kind}"
+                with job.stock.stage(module, (half.kind,)):
+                    moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
+                    gram_DD = _gram(job, moved, where)
+                cuts.append(_cut(job, gram_DD, width, common_DK, where))
+                del gram_DD
+            del module
+            bases = [cut.basis_DK for cut in cuts]
+            written = rotated_block(tensors, _stream(job), bases, shortcuts=common_DK is None)
+            shard = writer.write(block.index + 2, {block.prefix + name: t for name, t in written.items()})
+            reports = _reports(job, block, cuts, time.perf_counter() - started)
+            lines[block.index] = run.journal.record(
+                f"block {block.index}",
+                [writer.directory / shard],
+                reports=[report.model_dump(mode="json") for report in reports],
+                peak_bytes=meter.peak_so_far(),
+            )
+            here = cuts[-1]
+            del tensors, written, bases, cuts
+            snapshots.keep(block.index + 1, streams, {"basis": here.basis_DK.cpu()}, {"dropped": here.dropped})
+            release_free_memory()
+            line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
+            observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
+        ends = {
+            "dense": dense.read(0, job.num_probe).clone(),
+            "pruned": _projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
+            "basis": here.basis_DK.cpu(),
+        }
+        keep_ends(run.journal, run.staging, ends)
+    snapshots.discard()
+    return _passed(writer, lines, ends)
+
+
+def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> _Pass:
+    """From the journal's line of every block."""
+    return _Pass(
+        outcome=Outcome(
+            reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
+            kept_indices={},
+            dense_NSD=ends["dense"],
+            pruned_NSD=ends["pruned"],
+        ),
+        num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
+        last_DK=ends["basis"],
+    )
+
+
+def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
+    """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
+
+    The halves read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens are
+    longer than all others; without the division the last positions and those tokens would decide alone.
+    """
+    path = run.staging / "basis.safetensors"
+    if run.journal.find("basis") is not None:
+        return load_file(path)["basis"].to(job.device)
+    hidden, blocks = job.stock.layout.hidden_size, job.stock.layout.blocks
+    total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=job.device)
+    snapshots = Snapshots(run.staging / "stream", observer.note)
+    kept = snapshots.load()
+    first = 0 if kept is None else kept.position
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, run.staging / "hidden.bin", len(job.windows.ids_NS))
+        stack.callback(store.close)
+        propagator = embed(job, {store: len(job.windows.ids_NS)})
+        observer.start("survey: stream", len(blocks) - first)
+        if kept is not None:
+            kept.restore({"hidden": store})
+            total_DD += kept.tensors["total"].to(job.device)
+            del kept
+        else:
+            total_DD += _gram(job, map(_directions, _content(propagator, store)), "embedding")
+        for block in blocks[first:]:
+            tensors = job.reader.read(block.shapes, block.prefix)
+            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            del tensors
+            for half in _stream(job).halves:
+                with job.stock.stage(module, (half.kind,)):
+                    moved = _moved(propagator, module, block.index, store)
+                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
+            del module
+            snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+    basis_DK = principal_basis(total_DD, width, job.damping, "all positions")
+    save_file({"basis": basis_DK.cpu().contiguous()}, path)
+    run.journal.record("basis", [path])
+    snapshots.discard()
+    return basis_DK
+
+
+def _directions(hidden_BSD: Tensor) -> Tensor:
+    """Each token at length one; a token of zeros stays."""
+    return nn.functional.normalize(hidden_BSD.float(), dim=-1)
+
+
+class _CutBefore(nn.Module):
+    """A block, or half of one, on the cut stream."""
+
+    def __init__(self, job: Job, block: nn.Module, cut: Cut) -> None:
+        super().__init__()
+        self.block = block
+        self.basis_DK = cut.basis_DK.to(job.dtype)
+
+    def forward(self, hidden_BSD: Tensor, **kwargs: Any) -> Any:
+        return self.block(_projected(hidden_BSD, self.basis_DK), **kwargs)
+
+
+def _projected(hidden_BSD: Tensor, basis_DK: Tensor) -> Tensor:
+    return (hidden_BSD @ basis_DK) @ basis_DK.T
+
+
+def _moved(propagator: Propagator, module: nn.Module, index: int, store: HiddenStore) -> Iterator[Tensor]:
+    """Each micro-batch's output; it has replaced its input in the store."""
+    with propagator.writing(store) as put:
+        for start, _, hidden_BSD in propagator.read(store, 0, store.shape[0]):
+            output_BSD = propagator.apply(module, index, hidden_BSD)
+            put(start, output_BSD)
+            yield output_BSD
+
+
+def _content(propagator: Propagator, store: HiddenStore) -> Iterator[Tensor]:
+    return (hidden_BSD for *_, hidden_BSD in propagator.read(store, 0, store.shape[0]))
+
+
+def _gram(job: Job, batches: Iterable[Tensor], where: str) -> Tensor:
+    """Sum of x x^T over the batches' tokens, (D, D), float32."""
+    accumulator = GramAccumulator(job.stock.layout.hidden_size, job.device)
+    for hidden_BSD in batches:
+        accumulator.update(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
+    return accumulator.finalize(where)
+
+
+def _cut(job: Job, gram_DD: Tensor, width: int, common_DK: Tensor | None, where: str) -> Cut:
+    basis_DK = principal_basis(gram_DD, width, job.damping, where) if common_DK is None else common_DK
+    return Cut(basis_DK=basis_DK, dropped=dropped_share(gram_DD, basis_DK))
+
+
+def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
+    """One line per half, with the cut at its input; the statistics have the one at its output."""
+    hidden, width = cuts[0].basis_DK.shape
+    return [
+        BlockReport(
+            block=block.index,
+            kind=half.kind,
+            num_units=hidden,
+            kept_units=width,
+            error_mask_only=None,
+            error=before.dropped,
+            status="sliced",
+            statistics={"dropped_after": after.dropped},
+            objective=[],
+            seconds=seconds / (len(cuts) - 1),
+        )
+        for half, before, after in zip(_stream(job).halves, cuts[:-1], cuts[1:], strict=True)
+    ]
+
+
+def _stream(job: Job) -> Stream:
+    stream = job.stock.family.stream
+    assert stream is not None, "refused before the run"
+    return stream

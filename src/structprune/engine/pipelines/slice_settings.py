@@ -1,0 +1,144 @@
+"""What a slicing run is to do: which recipe entries mean something, and how wide the stream stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from structprune.architectures.family import Stream
+from structprune.architectures.stock.model import StockModel
+from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.widths import check_shared_out
+from structprune.errors import InputError, UnsupportedError
+from structprune.exporters.sliced import sliced_config
+from structprune.methods.method import Method
+from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.types import BlockLayout, ModelLayout
+
+_DEFAULT_MULTIPLE = 8
+# Entries of the recipe that speak of units, of what they cost, or of a consumer's new weight.
+_OF_UNITS = (
+    "head_units",
+    "score",
+    "shrinkage",
+    "allocator",
+    "solver",
+    "target",
+    "temperature",
+    "min_retention",
+    "max_retention",
+    "outer_iterations",
+    "allow_block_removal",
+    "protect_first",
+    "protect_last",
+    "sensitivity_samples",
+)
+
+
+def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
+    """Fill what the recipe leaves open. Raises UnsupportedError for a model or a combination without a meaning."""
+    if "scope" in recipe.model_fields_set and recipe.scope != "all":
+        raise UnsupportedError(
+            f"method {method.name!r} cuts the stream that attention and MLP share",
+            got=f"--scope {recipe.scope}",
+            wanted="--scope all",
+        )
+    defaults = {name: Recipe.model_fields[name].default for name in _OF_UNITS}
+    defaults["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
+    for name, default in defaults.items():
+        value = getattr(recipe, name)
+        if value != default:
+            flag = "--" + name.replace("_", "-")
+            raise UnsupportedError(
+                f"method {method.name!r} removes no units, so {flag} has no meaning",
+                got=flag if value is True else f"{flag} {value}",
+                do="leave it out",
+            )
+    if recipe.damping == "auto":
+        raise UnsupportedError(
+            f"method {method.name!r} fits nothing that held-out windows could judge",
+            got="--damping auto",
+            wanted="a number, or none",
+        )
+    if stock.family.stream is None:
+        raise UnsupportedError(
+            f"method {method.name!r} rotates the residual stream, which needs RMSNorm and a family that describes it",
+            got=stock.family.name,
+            wanted="such as llama, mistral, qwen2",
+            do="use another --method",
+        )
+    if any(block.groups != stock.groups for block in stock.layout.blocks):
+        raise UnsupportedError(
+            "the source's blocks have different widths, or some lack a half",
+            wanted="blocks of one width",
+            do="slice the dense model instead",
+        )
+    return recipe.model_copy(
+        update={
+            "scope": "all",
+            "structure": recipe.structure or "per-layer",
+            "multiple_of": recipe.multiple_of or _DEFAULT_MULTIPLE,
+            "damping": recipe.damping or method.damping,
+        }
+    )
+
+
+def foresee_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """All of it. Raises InputError if no width removes as much, UnsupportedError if it cannot be written or shared."""
+    check_shared_out(stock, recipe, {})
+    stream, layout = stock.family.stream, stock.layout
+    assert stream is not None
+    width = kept_width(layout, stream, recipe)
+    shortcuts = recipe.structure == "per-layer"
+    outer = {name: math.prod(shape) // layout.hidden_size * width for name, shape in layout.outer_tensors.items()}
+    blocks = sum(sliced_parameters(b, stream, layout.hidden_size, width, shortcuts=shortcuts) for b in layout.blocks)
+    # The head has a basis of its own.
+    head = layout.vocab_size * width if layout.tied_embeddings else 0
+    config = sliced_config(layout.config, stock.config, stock.family, width, shortcuts=shortcuts)
+    return Foresight(
+        shape=shape_of(stock, recipe, config), kept=None, num_parameters=blocks + sum(outer.values()) + head
+    )
+
+
+def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: int, *, shortcuts: bool) -> int:
+    """Parameters of a block whose stream has `width` of `hidden` dimensions, its shortcut matrices counted."""
+    total = block.num_parameters
+    for half in stream.halves:
+        touched = [half.norm, *half.readers, half.writer]
+        for name, shape in block.shapes.items():
+            module, _, part = name.rpartition(".")
+            # A reader's bias is as long as its output, which stays.
+            if module in touched and not (part == "bias" and module in half.readers):
+                total -= math.prod(shape) // hidden * (hidden - width)
+        total += width * width if shortcuts else 0
+    return total
+
+
+def kept_width(layout: ModelLayout, stream: Stream, recipe: Recipe) -> int:
+    """The largest width of the stream, a multiple of `multiple_of`, that removes `sparsity` of the blocks' parameters.
+
+    What the shortcuts add is taken off. Raises InputError, naming the largest share, if no width removes as much.
+    """
+    assert recipe.multiple_of is not None
+    shortcuts = recipe.structure == "per-layer"
+    hidden, before = layout.hidden_size, layout.block_parameters
+    if recipe.multiple_of > hidden:
+        raise InputError(
+            "--multiple-of is wider than the residual stream",
+            got=recipe.multiple_of,
+            wanted=f"at most the hidden size, {hidden}",
+        )
+
+    def removed(width: int) -> int:
+        return before - sum(sliced_parameters(b, stream, hidden, width, shortcuts=shortcuts) for b in layout.blocks)
+
+    for width in range(hidden // recipe.multiple_of * recipe.multiple_of, 0, -recipe.multiple_of):
+        # A share that is met exactly must not fail by the product's rounding.
+        if removed(width) >= recipe.sparsity * before * (1 - 1e-12):
+            return width
+    raise InputError(
+        "no width of the residual stream removes as much",
+        got=f"--sparsity {recipe.sparsity:g}, --multiple-of {recipe.multiple_of}",
+        wanted=f"at most {int(removed(recipe.multiple_of) / before * 1e4) / 1e4:g}",
+        do="lower --sparsity" + (", or use --structure uniform, which needs no shortcuts" if shortcuts else ""),
+    )

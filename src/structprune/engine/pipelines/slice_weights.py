@@ -1,0 +1,77 @@
+"""What a slicing run writes: the weights of a block, of the embedding and of the head in the bases of their positions.
+
+Shape suffixes: D hidden size, K kept dimensions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.family import Stream
+from structprune.architectures.modeling.sliced import SHORTCUTS
+from structprune.engine.run.context import Job
+from structprune.linalg.rotation import rotated, rows_per_chunk
+
+
+def rotated_block(
+    tensors: Mapping[str, Tensor], stream: Stream, bases: Sequence[Tensor], *, shortcuts: bool
+) -> dict[str, Tensor]:
+    """The block (relative names) between the positions of `bases`, one more than it has halves.
+
+    A reader is W diag(norm weight) B sqrt(D / K), a writer B'^T W, the shortcut between them B'^T B; the norms' weights
+    become ones. The root makes a norm that divides by the mean over K equal to one over D; it goes into the readers,
+    because in a norm's weight bfloat16 would round it for all maps alike.
+    """
+    result = dict(tensors)
+    for half, basis_DK, next_DK in zip(stream.halves, bases[:-1], bases[1:], strict=True):
+        norm = f"{half.norm}.weight"
+        scale_D = folded_scale(tensors[norm], basis_DK)
+        for name in half.readers:
+            result[f"{name}.weight"] = rotated(tensors[f"{name}.weight"], basis_DK, 1, scale_D)
+        for part in ("weight", "bias"):
+            name = f"{half.writer}.{part}"
+            if name in tensors:
+                result[name] = rotated(tensors[name], next_DK, 0)
+        result[norm] = ones_like_norm(tensors[norm], basis_DK)
+        if shortcuts:
+            shortcut_KK = next_DK.T @ basis_DK
+            like = tensors[f"{half.writer}.weight"]
+            result[f"{SHORTCUTS[half.kind]}.weight"] = shortcut_KK.to(like.device, like.dtype).contiguous()
+    return result
+
+
+def rotated_embeddings(job: Job, basis_DK: Tensor) -> dict[str, Tensor]:
+    """E B of every embedding, read in row chunks."""
+    return {name: _rotated_rows(job, name, basis_DK) for name in job.stock.embedding_tensors()}
+
+
+def rotated_head(job: Job, basis_DK: Tensor) -> dict[str, Tensor]:
+    """Final norm and head: W diag(norm weight) B sqrt(D / K) from the tied embedding or the head, in row chunks."""
+    family = job.stock.family
+    norm = f"{family.final_norm_module}.weight"
+    weight_D = job.reader.read([norm])[norm]
+    head_VK = _rotated_rows(job, job.stock.head_weight, basis_DK, folded_scale(weight_D, basis_DK))
+    return {norm: ones_like_norm(weight_D, basis_DK), f"{family.head_module}.weight": head_VK}
+
+
+def folded_scale(norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
+    """What a map behind the norm takes over from it, per dimension before the rotation."""
+    hidden, width = basis_DK.shape
+    return norm_weight_D.to(basis_DK.device, torch.float64) * math.sqrt(hidden / width)
+
+
+def ones_like_norm(norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
+    """The weight of a norm whose own has been folded away."""
+    return norm_weight_D.new_ones(basis_DK.shape[1])
+
+
+def _rotated_rows(job: Job, name: str, basis_DK: Tensor, scale_D: Tensor | None = None) -> Tensor:
+    num_rows, hidden = job.reader.shapes[name]
+    result_VK = torch.empty(num_rows, basis_DK.shape[1], dtype=job.reader.dtypes[name])
+    for start, rows_VD in job.reader.read_rows(name, rows_per_chunk(hidden)):
+        result_VK[start : start + len(rows_VD)] = rotated(rows_VD, basis_DK, 1, scale_D)
+    return result_VK

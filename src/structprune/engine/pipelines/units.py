@@ -1,0 +1,242 @@
+"""The block loop: read, measure, decide, solve, write, propagate; one block in memory at a time.
+
+Shape suffixes: N windows, S positions, D hidden size, T tokens, U units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.layerwise.block import BlockOutcome, pass_block, prune_block
+from structprune.engine.layerwise.statistics import Streams
+from structprune.engine.planning.forecast import output_config
+from structprune.engine.planning.shapes import most_inputs
+from structprune.engine.planning.widths import Kept, allot
+from structprune.engine.run.context import Job
+from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.sensitivity.cache import Survey, survey_dense
+from structprune.engine.sensitivity.store import Costs, costs_path
+from structprune.engine.streaming.activation_cache import ActivationCache
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.observer import Observer
+from structprune.results.schema import BlockReport, PruneReport
+from structprune.runs.directory import RunDirectory
+from structprune.runs.journal import Journal
+from structprune.types import BlockLayout
+
+SURVEY = "survey"
+_PRICES = "prices"
+
+
+def allocate(job: Job, costs: Costs | None) -> Kept:
+    """Units to keep per block, for each kind in scope."""
+    return allot(job.stock, job.recipe, job.kinds, costs)
+
+
+def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+    """Prune block after block into `run`'s staging directory and turn it into the output.
+
+    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    """
+    layout = job.stock.layout
+    ranks = job.ranks
+    found = survey_dense(job, run.staging / SURVEY, meter, observer)
+    costs = None if found is None else found.costs
+    kept_units = ranks.from_first(lambda: allocate(job, costs))
+    # Before the long pass: what cannot be written is refused here.
+    config = output_config(job.stock, job.recipe, job.kinds, kept_units)
+
+    for iteration in range(job.recipe.outer_iterations):
+        assert costs is not None
+        folder = run.staging / f"outer-{iteration + 1}"
+        costs = _repriced(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
+        kept_units = ranks.from_first(partial(allocate, job, costs))
+        config = output_config(job.stock, job.recipe, job.kinds, kept_units)
+
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
+    trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, reprices=False)
+    result = _prune_blocks(job, trail, found, kept_units, meter, observer, "prune")
+    outcome = Outcome(
+        reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
+        kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
+        dense_NSD=result.ends["dense"],
+        pruned_NSD=result.ends["pruned"],
+        reused=None if found is None else found.reused,
+    )
+    halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
+    scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
+    return ranks.from_first(lambda: finish(job, run, writer, meter, observer, config, outcome, scope))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trail:
+    """Where a pass over the blocks leaves what it has done, and finds what a process before it had."""
+
+    folder: Path
+    journal: Journal
+    writer: CheckpointWriter
+    reprices: bool
+    """Whether removals are priced again, on the pruned model's stream."""
+
+    def leave(
+        self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], peak_bytes: int
+    ) -> Mapping[str, Any]:
+        """Write the pruned block and record it, on the first rank. Returns the journal's line."""
+        number = _shard_number(block)
+        name = self.writer.write(number, {block.prefix + n: t for n, t in outcome.tensors.items()})
+        files = [self.writer.directory / name]
+        if self.reprices:
+            files.append(costs_path(self.folder, block.index))
+            save_file({kind: cost_U.contiguous() for kind, cost_U in outcome.costs.items()}, files[-1])
+        return self.journal.record(
+            _step(block),
+            files,
+            dict(num_keep),
+            tensors=list(outcome.tensors),
+            reports=[report.model_dump(mode="json") for report in outcome.reports],
+            kept=outcome.kept,
+            peak_bytes=peak_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """One pass over the blocks."""
+
+    lines: list[Mapping[str, Any]]
+    """The journal's, of every block."""
+    ends: Mapping[str, Tensor]
+
+
+def _rehearse(
+    job: Job, folder: Path, found: Survey | None, kept_units: Kept, meter: PeakMeter, observer: Observer, number: int
+) -> list[dict[str, Tensor]]:
+    """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
+    blocks = job.stock.layout.blocks
+    with contextlib.closing(Journal(folder, observer.note, job.ranks)) as journal:
+        if journal.find(_PRICES) is None:
+            writer = CheckpointWriter(folder, len(blocks) + 2)
+            trail = _Trail(folder=folder, journal=journal, writer=writer, reprices=True)
+            _prune_blocks(job, trail, found, kept_units, meter, observer, f"outer iteration {number}")
+            journal.record(_PRICES, [costs_path(folder, block.index) for block in blocks])
+        if job.ranks.is_first:
+            for shard in folder.glob("model-*.safetensors"):
+                shard.unlink()
+        return [load_file(costs_path(folder, block.index)) for block in blocks]
+
+
+def _prune_blocks(
+    job: Job,
+    trail: _Trail,
+    found: Survey | None,
+    kept_units: Kept,
+    meter: PeakMeter,
+    observer: Observer,
+    phase: str,
+) -> _Pass:
+    """The loop itself.
+
+    What a process before this one did is taken over: up to the newest snapshot as it is; from there the streams pass
+    the blocks that are written, and the first that is not is pruned.
+    """
+    blocks = job.stock.layout.blocks
+    num_keep = [{kind: counts[block.index] for kind, counts in kept_units.items()} for block in blocks]
+    lines = [trail.journal.find(_step(block), num_keep[block.index]) for block in blocks]
+    for block, line in zip(blocks, lines, strict=True):
+        if line is not None:
+            trail.writer.adopt(_shard_number(block))
+    ends = find_ends(trail.journal, trail.folder)
+    if ends is not None and None not in lines:
+        return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+    num_windows = len(job.windows.ids_NS)
+    num_dense = num_windows if job.follows_dense else job.num_probe
+    ranks = job.ranks
+    snapshots = Snapshots(trail.folder / "state", observer.note, ranks)
+    kept = snapshots.behind([line is not None for line in lines])
+    first = 0 if kept is None else kept.position
+    with contextlib.ExitStack() as stack:
+        store = open_store(job, trail.folder / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        dense = open_store(job, trail.folder / "dense.bin", num_dense)
+        stack.callback(dense.close)
+        propagator = embed(job, {store: num_windows, dense: num_dense})
+        if kept is not None:
+            kept.restore({"pruned": store, "dense": dense})
+        streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(job))
+        observer.start(phase, len(blocks) - first)
+        for block in blocks[first:]:
+            line = lines[block.index]
+            if line is not None:
+                tensors = trail.writer.read(_shard_number(block), [block.prefix + name for name in line["tensors"]])
+                relative = {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()}
+                pass_block(job, block, relative, num_keep[block.index], line["kept"], streams)
+                del tensors, relative
+            else:
+                surveyed = {} if found is None else found.of_block(block.index)
+                outcome = prune_block(job, block, num_keep[block.index], streams, surveyed, reprice=trail.reprices)
+                peak_bytes = ranks.largest(meter.peak_so_far())
+                line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
+                lines[block.index] = line
+                del outcome
+            snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
+            release_free_memory()
+            observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
+        ends = {"dense": _first_windows(job, dense), "pruned": _first_windows(job, store)}
+        keep_ends(trail.journal, trail.folder, ends, ranks)
+    snapshots.discard()
+    return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+
+
+def _open_cache(job: Job) -> ActivationCache | None:
+    """Room for the inputs of any half that the plan lets stay in memory; none is touched yet."""
+    if not job.plan.cached:
+        return None
+    num_windows, seq_len = job.windows.ids_NS.shape
+    return ActivationCache(
+        job.ranks.num_own(num_windows), seq_len, most_inputs(job.stock.layout, job.plan.cached), job.dtype
+    )
+
+
+def _first_windows(job: Job, store: HiddenStore) -> Tensor:
+    """The hidden states of the reported windows, on every rank."""
+    windows = [
+        job.ranks.window(number, lambda own: store.read(own, own + 1).clone()) for number in range(job.num_probe)
+    ]
+    return torch.cat(windows)
+
+
+def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
+    """The newest price of every half; one that was removed in the rehearsal keeps its old one."""
+    return {
+        kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
+    }
+
+
+def _step(block: BlockLayout) -> str:
+    return f"block {block.index}"
+
+
+def _shard_number(block: BlockLayout) -> int:
+    return block.index + 2
+
+
+def _block_line(block: BlockLayout, line: Mapping[str, Any]) -> str:
+    if not line["reports"]:
+        return _step(block)
+    report = BlockReport(**line["reports"][-1])
+    error = "" if report.error is None else f"  error {report.error:.4f}"
+    return f"block {report.block} {report.kind} {report.kept_units}/{report.num_units}{error}"

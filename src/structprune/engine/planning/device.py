@@ -1,0 +1,135 @@
+"""Bytes that each phase holds on a device with memory of its own, from shapes.
+
+Blocks run there, sums are taken there, units are chosen and consumers solved there, in that order of importance: what
+does not fit is the host's. The figures are upper bounds, as the host's are, and tests compare them with a device that
+the CPU plays; no GPU was there. The run's own limit is what keeps the promise (device.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
+from structprune.engine.planning.shapes import (
+    SCORE_BYTES,
+    activation_bytes,
+    by_kind,
+    embedding_names,
+    gram_bytes,
+    group_problem,
+    kept_for_backward,
+    logit_bytes,
+    mask_bytes,
+    num_scores,
+    solver_windows,
+    statistics_bytes,
+    weight_gradient_bytes,
+    widest_block,
+)
+from structprune.engine.planning.slices import slice_phases
+from structprune.engine.planning.workspace import iteration_bytes
+from structprune.statistics.gram import NUM_STRIPS
+from structprune.types import BlockLayout, UnitGroup
+
+# What cuBLAS works in (32 MiB on the newest), and half-used blocks of the allocator.
+LIBRARY_BYTES = 64 * 2**20
+
+
+def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place, solves: Place) -> DevicePlan:
+    """What the device holds with micro-batches of so many windows, the sums of activations and the solves there."""
+    item, hidden, seq_len = request.compute_dtype.itemsize, request.layout.hidden_size, request.seq_len
+    block, vocab_size = widest_block(request), request.layout.vocab_size
+    one_each = micro_batch * seq_len * item
+    outer = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
+    # With cosines and sines, the largest of what blocks are called with beside the states.
+    base = LIBRARY_BYTES + mask_bytes(request, micro_batch) + 2 * hidden * one_each
+    # The next micro-batch, which is there before its turn, and the last one's output on its way out.
+    base += 2 * hidden * one_each
+    weights = sum(torch.Size(shape).numel() for shape in block.shapes.values()) * item
+    activations = activation_bytes(block, hidden, one_each) + micro_batch * num_scores(request) * SCORE_BYTES
+    running = base + weights + activations
+    # Of one window in float32, where a loss is differentiated.
+    gradient = seq_len * hidden * 4
+    loss = base + max(outer.values()) + logit_bytes(vocab_size, request.compute_dtype)
+    phases = {
+        "embed": base + sum(outer[name] for name in embedding_names(request)) + 2 * hidden * one_each,
+        # The block as it was is there until its cut successor is.
+        "read block": base + 2 * weights,
+        "propagate": running,
+        "perplexity of the calibration text": loss + 2 * request.num_probe * seq_len * hidden * item,
+    }
+    if request.compares == "borders":
+        phases["angular distances"] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
+    if request.compares == "losses":
+        phases["measured losses"] = loss + request.other_head_bytes + 2 * seq_len * hidden * item
+    surveyed = sum(_sum_bytes(request, group, sums) + hidden * hidden * 4 for group in request.groups)
+    if request.needs_survey or request.needs_weight_gradients:
+        kept = kept_for_backward(request, block)
+        # Of three windows: one computed with, one before and one after it.
+        moving = 3 * (gradient + seq_len * hidden * item)
+        phases["survey: backward"] = base + weights + moving + kept + (surveyed if request.needs_survey else 0)
+        phases["survey: loss"] = loss + 2 * gradient
+    if request.needs_scores:
+        phases["survey: scores"] = running + surveyed
+    if request.needs_weight_gradients:
+        phases["survey: backward"] += weight_gradient_bytes(request, block)
+    if request.slices != "no":
+        phases |= slice_phases(
+            hidden=hidden,
+            width=request.sliced_hidden,
+            item=item,
+            several=request.slices == "bases",
+            buffered=True,
+            stream=base,
+            outside=base,
+            weights=weights,
+            cast=weights,
+            activations=activations,
+            batch_tokens=micro_batch * seq_len,
+            largest_outer=max(outer.values()),
+        )
+    elif request.needs_statistics:
+        for kind, parts in by_kind(request.groups).items():
+            taken = sum(_sum_bytes(request, part, sums) for part in parts)
+            batch = max(activations, *(statistics_bytes(request, part, micro_batch) for part in parts))
+            if request.holds_out and sums == "device":
+                # Those of the windows that are fitted, while the others' are taken.
+                taken += sum(group_problem(request, block, part).sums // 2 for part in parts)
+            phases[f"statistics ({kind})"] = base + weights + batch + taken
+            if solves == "device":
+                phases |= _solve_phases(request, block, kind, parts, base + weights)
+            if request.num_latents and kind == "mlp":
+                tokens = solver_windows(request.num_windows, seq_len) * seq_len
+                inputs = parts[0].num_units * parts[0].width
+                # With the block as it was, which says what is to be met.
+                proposal = iteration_bytes(tokens, hidden, inputs, request.num_latents)
+                phases["iterate"] = running + weights + proposal
+    return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
+
+
+def _solve_phases(
+    request: PlanRequest, block: BlockLayout, kind: str, parts: Sequence[UnitGroup], beside: int
+) -> dict[str, int]:
+    """Deciding and solving one part of a half, with the sums of the others and one sensitivity beside it."""
+    problem = group_problem(request, block, parts[0])
+    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_survey else 0
+    # CUDA makes an inverse beside its factor (at::native cholesky_inverse), and libraries copy what is not laid out as
+    # they want it.
+    copied = problem.inputs**2 * 8
+    rest = (len(parts) - 1) * problem.sums
+    phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}
+    if request.needs_survey:
+        # With all sums of the block there.
+        others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
+        sensitivities = len(by_kind(request.groups)) * sensitivity
+        phases[f"survey: costs ({kind})"] = beside + problem.gram + problem.price + others + sensitivities + copied
+    return phases
+
+
+def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: Place) -> int:
+    """Of one consumer: its sums and the tile in which the lower triangle is filled in, or a strip on its way out."""
+    gram = gram_bytes(group)
+    cross = group.num_units * group.width * request.layout.hidden_size * 4 if request.follows_dense else 0
+    return gram + cross + 3 * gram // 16 if sums == "device" else max(gram // NUM_STRIPS, cross)

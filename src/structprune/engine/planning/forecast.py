@@ -1,0 +1,82 @@
+"""What is known of a run's result before any work: its config, its widths, its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.architectures.stock.model import StockModel
+from structprune.engine.planning.widths import Kept, allot, check_shared_out, indivisible
+from structprune.exporters.per_layer import per_layer_config
+from structprune.exporters.runtimes import ResultShape, result_shape
+from structprune.exporters.uniform import uniform_config
+from structprune.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foresight:
+    """The result as far as the recipe alone decides it."""
+
+    shape: ResultShape
+    kept: Kept | None
+    """None where the calibration text decides, or where no units are removed."""
+    num_parameters: int | None
+    """None where the calibration text decides, or where biases are added."""
+
+
+def foresee_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+    """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
+    if recipe.allocator != "uniform":
+        # A block that the allocator leaves alone keeps its width even if that is no multiple.
+        check_shared_out(stock, recipe, {})
+        shape = ResultShape(
+            model_type=stock.config.model_type,
+            structure="per-layer",
+            tied=stock.layout.tied_embeddings,
+            narrow_values=("attention" in kinds and recipe.head_units == "value-channel")
+            or has_narrow_values(stock.layout.config),
+            removed_halves=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
+            tensor_parallel=recipe.tensor_parallel,
+        )
+        return Foresight(shape=shape, kept=None, num_parameters=None)
+    kept = allot(stock, recipe, kinds, None)
+    removed = sum(
+        (group.num_units - kept[group.kind][block.index]) * block.unit_parameters(group)
+        for block in stock.layout.blocks
+        for group in block.groups
+        if group.kind in kept
+    )
+    return Foresight(
+        shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
+        kept=kept,
+        num_parameters=None if recipe.solver == "bias" else stock.layout.num_parameters - removed,
+    )
+
+
+def output_config(
+    stock: StockModel, recipe: Recipe, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """config.json of the result. Raises UnsupportedError if no stock class takes it."""
+    source = dict(stock.layout.config)
+    for group in stock.groups:
+        adds_bias = recipe.solver == "bias" and group.kind in kinds and group.consumer_bias is None
+        if adds_bias and group.bias_field is not None:
+            source[group.bias_field] = True
+    if recipe.structure == "per-layer":
+        return per_layer_config(source, stock, kept)
+    widths = {kind: counts[0] for kind, counts in kept.items()}
+    return uniform_config(source, stock.groups, widths, stock.family)
+
+
+def shape_of(
+    stock: StockModel, recipe: Recipe, config: Mapping[str, Any], kept: Mapping[str, Sequence[int]] | None = None
+) -> ResultShape:
+    """The shape of a result of `stock` with this config; one whose head was untied says so in its config."""
+    return result_shape(
+        config,
+        tied=stock.layout.tied_embeddings and config.get("tie_word_embeddings", True) is not False,
+        tensor_parallel=recipe.tensor_parallel,
+        indivisible=indivisible(stock, recipe.tensor_parallel, kept or {}),
+    )

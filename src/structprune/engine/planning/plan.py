@@ -1,0 +1,150 @@
+"""What is asked of the planner, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from structprune.engine.planning.reload import ReloadBound, ReloadMode
+from structprune.types import ModelLayout, UnitGroup, UnitKind
+
+Place = Literal["device", "host"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that a run may add; None: a share of what is free."""
+
+    host: int | None = None
+    device: int | None = None
+    """Of a device with memory of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What a run will hold on a device with memory of its own."""
+
+    budget_bytes: int
+    phases: dict[str, int]
+    """Phase -> peak bytes."""
+    sums: Place
+    """Where the sums of activations lie while they are taken; on the host every product is moved there."""
+    solves: Place
+    """Where units are chosen and consumers solved."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest phase."""
+        return max(self.phases.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunePlan:
+    """What a run will hold and how it will go about it."""
+
+    budget_bytes: int
+    phases: dict[str, int]
+    """Phase -> peak host bytes, the hidden-state store included where it is in memory.
+
+    Where there is a device these are still what a run without one would hold.
+    """
+    store: str
+    """`memory` or `file`."""
+    store_bytes: int
+    micro_batch_windows: int
+    disk_bytes: int
+    """Free disk that the run needs at its peak."""
+    cached: tuple[UnitKind, ...] = ()
+    """Halves whose consumer's inputs are kept in memory until it is solved, so that they are computed once."""
+    cache_bytes: int = 0
+    device: DevicePlan | None = None
+    """None: blocks run in host memory."""
+    reload: ReloadBound | None = None
+    """Of the process that loads the result; None: there is none."""
+    result_size: tuple[int, int] = (0, 0)
+    """Upper bounds of the result's parameters and of the bytes of its files."""
+
+    @property
+    def budgets(self) -> Budgets:
+        """What the plan was made for."""
+        return Budgets(host=self.budget_bytes, device=None if self.device is None else self.device.budget_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the run's own process."""
+        return max(self.phases.values())
+
+    @property
+    def reload_mode(self) -> ReloadMode | None:
+        """How the result will be loaded, as far as its size is known beforehand."""
+        return None if self.reload is None else self.reload.mode(*self.result_size, self.budget_bytes)
+
+    @property
+    def reload_bytes(self) -> int:
+        """Of both processes while the result is loaded that way."""
+        mode = self.reload_mode
+        return 0 if self.reload is None or mode is None else self.reload.bytes(mode, *self.result_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What is to be done, as far as bytes depend on it."""
+
+    layout: ModelLayout
+    groups: tuple[UnitGroup, ...]
+    """The groups in scope of the widest block."""
+    stored_bytes: Mapping[str, int]
+    """Checkpoint tensor name -> bytes."""
+    stored_dtypes: Mapping[str, torch.dtype]
+    """Two dtypes of one size are two: a weight in the other one is cast all the same."""
+    compute_dtype: torch.dtype
+    num_windows: int
+    seq_len: int
+    num_probe: int
+    """Windows whose perplexity is reported."""
+    needs_statistics: bool
+    needs_survey: bool = False
+    """Whether the survey brings the gradient of the loss to the consumers' outputs."""
+    needs_scores: bool = False
+    """Whether the survey scores every unit of the dense model, in one forward pass."""
+    needs_weight_gradients: bool = False
+    """Whether the survey sums the gradients by a block's weights."""
+    follows_dense: bool = False
+    sensitivity_windows: int = 0
+    rehearses: bool = False
+    """Whether passes come before the one that is written."""
+    holds_out: bool = False
+    """Whether the sums of some windows are kept apart to choose the ridge."""
+    score: str = "wanda"
+    """What decides which units stay."""
+    solves: bool = True
+    """Whether consumers are solved again, and not only cut."""
+    kept: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Kind -> most units that any block keeps, where that is known beforehand."""
+    tokenizer_bytes: int = 0
+    """Of its files."""
+    text_bytes: int | None = None
+    """Of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
+    num_latents: int = 0
+    """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
+    num_stores: int | None = None
+    """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
+    compares: Literal["nothing", "borders", "losses"] = "nothing"
+    """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
+    slices: Literal["no", "bases", "one basis"] = "no"
+    """Whether the residual stream is cut, with a basis for every position or with one for all."""
+    sliced_hidden: int = 0
+    """Dimensions of the stream that stay."""
+    reload_check: bool = False
+    """Whether another process loads the result at the end."""
+    other_head_bytes: int = 0
+    """Of another model's head and its logits, where the losses of both are measured side by side."""
+    num_ranks: int = 1
+    """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
+    cacheable: tuple[UnitKind, ...] = ()
+    """Halves whose consumer's inputs could be kept until it is solved."""
+    held_bytes: int = 0
+    """What the caller itself holds, whatever the phase."""

@@ -1,0 +1,158 @@
+"""Bytes of what several phases hold, from shapes: the planner adds them up for host and device.
+
+`one_each` is one number per token of a micro-batch, in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.workspace import GroupProblem
+from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
+
+# Each piece reads the whole output projection: with 32 tokens that took as long as the products.
+LOGIT_TOKENS = 64
+# Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
+_LOSS_BYTES = 3 * 4
+# Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and
+# one more inside a kernel; backward what each of these operations keeps, and their gradients.
+SCORE_BYTES = 3 * 4
+_SCORE_BYTES_BACKWARD = 8 * 4
+# Activations that make no other tensor than their result.
+_ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
+# Tokens that an iterative solver holds at once with its split variables.
+_SOLVER_TOKENS = 8192
+
+
+def logit_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+    """Of the logits that are there at once, with what a loss or its gradient makes of them."""
+    return LOGIT_TOKENS * vocab_size * (dtype.itemsize + _LOSS_BYTES)
+
+
+def solver_windows(num_windows: int, seq_len: int) -> int:
+    """How many of the windows that are fitted an iterative solver gets."""
+    return max(1, min(num_windows, _SOLVER_TOKENS // seq_len))
+
+
+def widest_block(request: PlanRequest) -> BlockLayout:
+    """The block with the most parameters."""
+    return max(request.layout.blocks, key=lambda block: block.num_parameters)
+
+
+def num_scores(request: PlanRequest) -> int:
+    """Of one window, where attention holds them."""
+    return request.layout.num_score_heads * request.seq_len**2
+
+
+def embedding_names(request: PlanRequest) -> list[str]:
+    """Tensors outside the blocks that come before them."""
+    modules = tuple(f"{module}." for module in request.layout.embedding_modules)
+    return [name for name in request.layout.outer_tensors if name.startswith(modules)]
+
+
+def activation_bytes(
+    block: BlockLayout, hidden: int, one_each: int, tiles: int = 0, *, differentiated: bool = False
+) -> int:
+    """What a block's forward holds at its peak: the MLP's or attention's.
+
+    MLP: what `_wide_tensors` counts, or all of it where it is differentiated; attention: q, k, v, turned and with
+    repeated heads, the output, `tiles`.
+    """
+    wide = max((4 if differentiated else _wide_tensors(g)) * g.num_units * g.width for g in block.groups)
+    return max((wide + 4 * hidden) * one_each, 10 * hidden * one_each + tiles)
+
+
+def _wide_tensors(group: UnitGroup) -> int:
+    """As wide as the MLP and there at once: gate, activated gate, up and product.
+
+    Of maps of their own only three, where the activation has one kernel: gate is gone when up is computed.
+    """
+    apart = group.gate_module is not None and group.gate_module != group.up_module
+    return 3 if apart and group.activation in _ONE_KERNEL else 4
+
+
+def kept_for_backward(request: PlanRequest, block: BlockLayout) -> int:
+    """What a backward pass keeps of one window: each activation, its gradient, and the products' inputs."""
+    one_each = request.seq_len * request.compute_dtype.itemsize
+    activations = activation_bytes(block, request.layout.hidden_size, one_each, differentiated=True)
+    return 3 * activations + num_scores(request) * _SCORE_BYTES_BACKWARD
+
+
+def statistics_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -> int:
+    """What a micro-batch adds to its forward pass where sums are taken.
+
+    Of one token: the consumer's input, in float32 too; where a target is taken residual, output, target and their
+    pieces; before a norm both streams' inputs and scaled ones.
+    """
+    item, inputs = request.compute_dtype.itemsize, group.num_units * group.width
+    token = inputs * (item + (0 if item == 4 else 4))
+    token += 6 * request.layout.hidden_size * 4 if request.follows_dense else 0
+    token += 3 * inputs * 4 if group.output_normed else 0
+    return micro_batch * request.seq_len * token
+
+
+def mask_bytes(request: PlanRequest, micro_batch: int) -> int:
+    """Attention masks, which stay as long as blocks run; each batch size has its own, and there are up to three."""
+    layout, item = request.layout, request.compute_dtype.itemsize
+    square = request.seq_len**2
+    windowed = layout.attention_window is not None and layout.attention_window < request.seq_len
+    if layout.num_score_heads:
+        # As numbers, for every window of the batch; with and without attention's own window.
+        return (2 if windowed else 1) * (2 * micro_batch + 1) * square * item
+    # As bytes, and as numbers while SDPA uses it.
+    return (3 + micro_batch * item) * square if windowed else 0
+
+
+def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> GroupProblem:
+    """The group's problem by its sizes."""
+    name = group.consumer.tensor
+    return GroupProblem(
+        inputs=group.num_units * group.width,
+        outputs=request.layout.hidden_size,
+        kept=request.kept[group.kind] * group.width if group.kind in request.kept else None,
+        stored_item=request.stored_bytes[block.prefix + name] // torch.Size(block.shapes[name]).numel(),
+        score=request.score,
+        solves=request.solves,
+        holds_out=request.holds_out,
+        judged=group.kind == "mlp" and request.num_latents > 0,
+        follows_dense=request.follows_dense,
+        priced=request.needs_survey,
+        reordered=group.consumer.repeat > 1,
+    )
+
+
+def numel(block: BlockLayout, name: str) -> int:
+    """Of one of the block's tensors, by its name with or without the block's prefix."""
+    return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
+
+
+def most_inputs(layout: ModelLayout, kinds: Collection[UnitKind]) -> int:
+    """Of any consumer of these halves in any block; 0 where there is none."""
+    groups = [group for block in layout.blocks for kind in kinds for group in block.parts(kind)]
+    return max((group.num_units * group.width for group in groups), default=0)
+
+
+def gram_bytes(group: UnitGroup) -> int:
+    """In float32."""
+    return (group.num_units * group.width) ** 2 * 4
+
+
+def by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
+    """The parts of each half."""
+    parts: dict[str, list[UnitGroup]] = {}
+    for group in groups:
+        parts.setdefault(group.kind, []).append(group)
+    return parts
+
+
+def weight_gradient_bytes(request: PlanRequest, block: BlockLayout) -> int:
+    """By each weight of the block that shrinks with a unit: one window's gradients and two sums in float32.
+
+    And a weight with its products when they are added up.
+    """
+    names = {part.tensor for group in request.groups for part in group.slices}
+    sizes = [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]
+    return sum(sizes) * (request.compute_dtype.itemsize + 2 * 4) + max(sizes) * 3 * 4

@@ -1,0 +1,150 @@
+"""What is checked and planned of a run from headers and settings alone, before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.tokenizer import tokenizer_bytes
+from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.pipelines.registry import WALKS
+from structprune.engine.planning.forecast import Foresight
+from structprune.engine.planning.host import make_plan
+from structprune.engine.planning.plan import PlanRequest, PrunePlan
+from structprune.engine.run.device import device_budget, resolve_device, resolve_dtype
+from structprune.engine.streaming.activation_cache import cacheable
+from structprune.errors import UnsupportedError
+from structprune.files import expand_user
+from structprune.memory import available_bytes
+from structprune.methods import METHODS
+from structprune.methods.method import Method
+from structprune.ranks import ALONE, Ranks, ranks_here
+from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.solvers import NUM_LATENTS
+from structprune.types import UnitGroup, UnitKind
+
+_PROBE_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """A model and a recipe that go together; no weight has been read."""
+
+    directory: Path
+    stock: StockModel
+    method: Method
+    groups: tuple[UnitGroup, ...]
+    """Those in scope."""
+    recipe: Recipe
+    """Resolved but for what the calibration text and the memory decide."""
+    device: torch.device
+    dtype: torch.dtype
+    kinds: tuple[UnitKind, ...]
+    """Of the units in scope, in the order of the forward pass."""
+    foresight: Foresight
+    ranks: Ranks = ALONE
+
+
+def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun:
+    """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
+    method = METHODS.get(recipe.method)
+    device = resolve_device(recipe.device)
+    device_budget(device, recipe.device_memory)
+    head_units = "kv-group" if recipe.scope == "mlp" else recipe.head_units or method.head_units
+    opened: list[tuple[Path, StockModel]] = []
+
+    def open_source() -> None:
+        directory = resolve_model(str(model))
+        stock = StockModel(CheckpointReader(directory), head_units)
+        if stock.sliced:
+            raise UnsupportedError(
+                "the source is a sliced model with shortcut matrices, which no method can prune",
+                where=str(directory),
+                do="prune the dense model, or a model sliced with --structure uniform",
+            )
+        opened.append((directory, stock))
+
+    # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
+    ranks.from_first(open_source)
+    if not ranks.is_first:
+        open_source()
+    directory, stock = opened[0]
+    ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
+    # Measured where it is not said, so the ranks might find different ones.
+    dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
+    seq_len = min(recipe.seq_len, stock.layout.max_positions)
+    recipe = recipe.model_copy(
+        update={
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "seq_len": seq_len,
+            "sensitivity_samples": recipe.sensitivity_samples or default_sensitivity_samples(seq_len),
+        }
+    )
+    walk, asked = WALKS[method.walk], recipe
+    recipe, groups = ranks.from_first(lambda: walk.resolve(asked, method, stock))
+    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
+    return CheckedRun(
+        directory=directory,
+        stock=stock,
+        method=method,
+        groups=groups,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+        kinds=kinds,
+        foresight=ranks.from_first(lambda: walk.foresee(stock, recipe, kinds)),
+        ranks=ranks,
+    )
+
+
+def num_probe(recipe: Recipe) -> int:
+    """Calibration windows whose perplexity is reported."""
+    return max(1, _PROBE_TOKENS // recipe.seq_len)
+
+
+def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
+    """How a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
+    recipe, stock, num_ranks = checked.recipe, checked.stock, checked.ranks.size
+    memory = recipe.memory
+    if memory is None and num_ranks > 1:
+        # Of the machine; the ranks on it share what is free.
+        memory = available_bytes() * 8 // 10 // ranks_here()
+    assert recipe.sensitivity_samples is not None
+    survey = checked.method.survey_for(recipe.allocator or "uniform")
+    request = PlanRequest(
+        layout=stock.layout,
+        groups=checked.groups,
+        stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
+        stored_dtypes=stock.reader.dtypes,
+        compute_dtype=checked.dtype,
+        num_windows=-(-num_windows // num_ranks),
+        seq_len=recipe.seq_len,
+        num_probe=min(num_probe(recipe), num_windows),
+        needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
+        needs_survey=survey == "loss",
+        needs_scores=survey == "scores",
+        needs_weight_gradients=survey == "taylor",
+        follows_dense=recipe.target == "dense-path",
+        rehearses=recipe.outer_iterations > 0,
+        holds_out=recipe.damping == "auto",
+        score=recipe.score or "",
+        solves=recipe.solver not in ("mask-only", "bias"),
+        kept={kind: max(counts) for kind, counts in (checked.foresight.kept or {}).items()},
+        tokenizer_bytes=tokenizer_bytes(checked.directory),
+        text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
+        num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
+        sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
+        # Where blocks are pruned half by half, from sums of every half's inputs.
+        cacheable=cacheable(stock, checked.kinds, recipe.solver or "")
+        if checked.method.walk == "units" and checked.method.needs_statistics
+        else (),
+        reload_check=recipe.reload_check,
+        num_ranks=num_ranks,
+    )
+    on_device = device_budget(checked.device, recipe.device_memory)
+    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory, on_device)

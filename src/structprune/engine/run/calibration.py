@@ -1,0 +1,40 @@
+"""What a calibration source is given: the model's tokenizer, and windows that the model samples itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.sampler import sample_windows
+from structprune.calibration.context import SourceContext
+
+
+def source_context(
+    directory: Path,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_bytes: int,
+) -> SourceContext:
+    """The request for `num_samples` windows with the means of the model in `directory`. Raises CheckpointError."""
+    encoder = TextEncoder(directory)
+
+    def sample(num_windows: int, window_len: int, draw: int) -> Tensor:
+        return sample_windows(
+            directory,
+            num_windows,
+            window_len,
+            draw,
+            start_id=encoder.bos_id,
+            dtype=dtype,
+            device=device,
+            budget_bytes=budget_bytes,
+        )
+
+    return SourceContext(encode=encoder.encode, sample=sample, num_samples=num_samples, seq_len=seq_len, seed=seed)

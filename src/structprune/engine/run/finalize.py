@@ -1,0 +1,293 @@
+"""The end of every run: perplexities of the calibration text, sizes, report, manifest, index.
+
+Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.sources.resolve import hub_id
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.select import fingerprint
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import README_NAME, source_metadata
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.planning.forecast import shape_of
+from structprune.engine.planning.shapes import LOGIT_TOKENS
+from structprune.engine.run.context import Job, Streamed
+from structprune.engine.run.reload_check import Probe, check_reload, take_probe
+from structprune.errors import NumericalError
+from structprune.exporters.per_layer import write_modeling_file
+from structprune.exporters.runtimes import RuntimeSupport, runtimes
+from structprune.exporters.uniform import write_companions
+from structprune.files import write_json, write_text
+from structprune.memory import PeakMeter, release_free_memory
+from structprune.observer import Observer
+from structprune.report.card import model_card
+from structprune.report.page import PAGE_NAME, prune_page
+from structprune.results.schema import (
+    REPORT_NAME,
+    BlockReport,
+    CalibrationReport,
+    DeviceMemoryReport,
+    MemoryReport,
+    MemoryStretch,
+    PruneReport,
+    ReloadReport,
+    ReusedStatistics,
+    RuntimeReport,
+    SizeReport,
+)
+from structprune.runs.directory import RunDirectory
+
+MANIFEST_NAME = "pruning_manifest.json"
+
+
+def load_report(output: Path) -> PruneReport:
+    """That of a finished run."""
+    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a walk over the blocks left, beside the shards."""
+
+    reports: list[BlockReport]
+    kept_indices: Mapping[str, Any]
+    """What the manifest says was kept of which block."""
+    dense_NSD: Tensor
+    """Last hidden states of the reported windows."""
+    pruned_NSD: Tensor
+    reused: ReusedStatistics | None = None
+    """What an earlier run had measured for this one."""
+
+
+def finish(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    observer: Observer,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    scope_parameters: int,
+) -> PruneReport:
+    """All that follows the last block's shard where the tensors around the blocks stay as they are.
+
+    `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
+    """
+    release_free_memory()
+    with job.meter.phase("perplexity of the calibration text"):
+        judged = judge(job, outcome)
+    # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
+    release_free_memory()
+    with job.meter.phase("copy embeddings and head"):
+        copy_outer(job, writer)
+    if job.recipe.structure == "per-layer":
+        write_modeling_file(writer.directory, job.stock.family, config)
+    removed = job.stock.layout.num_parameters - writer.num_parameters
+    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
+    return commit(job, run, writer, meter, observer, config, outcome, size, judged)
+
+
+def copy_outer(job: Streamed, writer: CheckpointWriter) -> None:
+    """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
+    outer = job.stock.layout.outer_tensors
+    embeddings = job.stock.embedding_tensors()
+    writer.write(1, job.reader.read(embeddings))
+    release_free_memory()
+    writer.write(writer.num_shards, job.reader.read([name for name in outer if name not in embeddings]))
+
+
+@torch.no_grad()
+def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
+    """Sum over tokens of the negative log-likelihood, a few logits at a time; may be NaN or infinite."""
+    total = 0.0
+    for start in range(0, len(hidden_TD), LOGIT_TOKENS):
+        logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
+        total += float(nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum"))
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    probe: Probe | None
+    """None if the recipe wants no reload check."""
+
+
+@torch.no_grad()
+def judge(job: Job, outcome: Outcome) -> Judged:
+    """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
+    head = job.stock.load_head(job.device, job.dtype)
+    labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
+    result: list[float] = []
+    for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):
+        hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(job.device)
+        mean = summed_loss(head, hidden_TD, labels_T) / len(hidden_TD)
+        if not mean < 700:
+            raise NumericalError(
+                "the model's output on the calibration text is NaN, infinite or absurdly large",
+                where="dense model" if not result else "pruned model",
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+        result.append(math.exp(mean))
+    first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(job.device)
+    return Judged(
+        dense_perplexity=result[0],
+        pruned_perplexity=result[1],
+        probe=take_probe(job, job.windows.ids_NS[0], head(first_SD)),
+    )
+
+
+def size_report(job: Job, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int) -> SizeReport:
+    """Sizes before and after; the two parts of what was removed may differ in sign."""
+    layout = job.stock.layout
+    return SizeReport(
+        parameters_before=layout.num_parameters,
+        parameters_after=writer.num_parameters,
+        bytes_before=job.reader.file_bytes,
+        bytes_after=writer.file_bytes,
+        removed_share_of_scope=removed_in_blocks / scope_parameters,
+        removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
+        removed_share_of_model=(layout.num_parameters - writer.num_parameters) / layout.num_parameters,
+    )
+
+
+def commit(
+    job: Job,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    observer: Observer,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    size: SizeReport,
+    judged: Judged,
+) -> PruneReport:
+    """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
+    checkpoint = writer.directory
+    write_companions(job.reader.directory, checkpoint, config)
+    calibration = _calibration_report(job, judged)
+    manifest = {
+        "structprune": importlib.metadata.version("structprune"),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "source_fingerprint": job.reader.fingerprint(),
+        "calibration": calibration.model_dump(mode="json"),
+        "kept_indices": outcome.kept_indices,
+        "versions": versions(),
+    }
+    write_json(checkpoint / MANIFEST_NAME, manifest)
+    writer.finish()
+    # Reads every header back and compares it with the new config: what was written is what stock code expects.
+    written = StockModel(CheckpointReader(checkpoint))
+    # Taken before: the other process's memory is in its own entry.
+    meter.mark("finish")
+    memory = _memory_report(job, run, meter)
+
+    reload = check_reload(job, run, writer, judged.probe, observer)
+    # The shape of what lies there, not of what was planned.
+    shape = shape_of(written, job.recipe, config)
+    report = _report(job, run, memory, outcome, size, calibration, reload, runtimes(shape))
+    write_json(checkpoint / REPORT_NAME, report.to_dict())
+    write_text(checkpoint / PAGE_NAME, prune_page(report))
+    source = source_metadata(job.reader.directory, job.reader.config)
+    write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
+    run.commit()
+    return report
+
+
+def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
+    return CalibrationReport(
+        name=job.calibration_name,
+        description=job.windows.description,
+        fingerprint=fingerprint(job.windows),
+        num_windows=job.windows.ids_NS.shape[0],
+        seq_len=job.windows.ids_NS.shape[1],
+        perplexity_windows=job.num_probe,
+        dense_perplexity=judged.dense_perplexity,
+        pruned_perplexity=judged.pruned_perplexity,
+    )
+
+
+def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
+    return MemoryReport(
+        budget_bytes=job.plan.budget_bytes,
+        planned_peak_bytes=job.plan.peak_bytes,
+        measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
+        phases=job.plan.phases,
+        measured_phases=meter.phases,
+        store=job.plan.store,
+        micro_batch_windows=job.plan.micro_batch_windows,
+        cached=list(job.plan.cached),
+        cache_bytes=job.plan.cache_bytes,
+        timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+        device=None
+        if (plan := job.plan.device) is None
+        else DeviceMemoryReport(
+            budget_bytes=plan.budget_bytes,
+            planned_peak_bytes=plan.peak_bytes,
+            measured_peak_bytes=job.device_meter.peak_bytes(),
+            phases=plan.phases,
+            sums=plan.sums,
+            solves=plan.solves,
+        ),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides the bytes of a result."""
+    return {
+        "structprune": importlib.metadata.version("structprune"),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "safetensors": importlib.metadata.version("safetensors"),
+        "python": platform.python_version(),
+    }
+
+
+def _report(
+    job: Job,
+    run: RunDirectory,
+    memory: MemoryReport,
+    outcome: Outcome,
+    size: SizeReport,
+    calibration: CalibrationReport,
+    reload: ReloadReport,
+    supports: Sequence[RuntimeSupport],
+) -> PruneReport:
+    layout = job.stock.layout
+    return PruneReport(
+        output=str(run.output),
+        source=job.source,
+        source_fingerprint=job.reader.fingerprint(),
+        family=layout.family,
+        method=job.method.name,
+        recipe=job.recipe,
+        device=str(job.device),
+        compute_dtype=str(job.dtype).removeprefix("torch."),
+        calibration=calibration,
+        size=size,
+        memory=memory,
+        blocks=outcome.reports,
+        reused=outcome.reused,
+        reload=reload,
+        num_ranks=job.ranks.size,
+        runtimes=[RuntimeReport(**asdict(support)) for support in supports],
+        wall_seconds=time.perf_counter() - job.started,
+        versions=versions(),
+    )

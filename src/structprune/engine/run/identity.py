@@ -1,0 +1,161 @@
+"""The start of a run, or of its going on: what makes two runs the same one, and the windows that they read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from structprune.calibration.context import CalibrationWindows
+from structprune.calibration.select import fingerprint
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.planning.plan import Budgets, PrunePlan
+from structprune.engine.run.finalize import versions
+from structprune.errors import InputError
+from structprune.recipe import Recipe
+from structprune.runs.directory import RunDirectory, check_free_disk
+
+_WINDOWS = "windows"
+_PARTS = {
+    "recipe": "with other settings",
+    "source": "from another source checkpoint",
+    "source_files": "from another source checkpoint (a file was written since)",
+    "versions": "by other versions",
+    "windows": "on another calibration text",
+}
+
+
+def identity(reader: CheckpointReader, recipe: Recipe) -> dict[str, Any]:
+    """As JSON. `recipe` is resolved but for what calibration text and memory decide.
+
+    The source's content is not read for it: a file that was written to is another one.
+    """
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": recipe.fingerprint(),
+        "source": reader.fingerprint(),
+        "source_files": reader.stamps(),
+        "versions": versions(),
+    }
+
+
+def check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], staging: Path, parts: Mapping[str, str] = _PARTS
+) -> None:
+    """Raise InputError that shows the difference, if the run that was cut is another one than the one that is asked.
+
+    `parts`: what both runs say of themselves -> how one that says something else was started.
+    """
+    do = f"ask for the same, remove {staging} to start again, or choose another -o"
+    if not parts.keys() <= before.keys():
+        raise InputError("the unfinished run here was started by another command", where=str(staging), do=do)
+    for part, what in parts.items():
+        if before[part] != now[part]:
+            raise InputError(
+                f"the unfinished run here was started {what}",
+                where=str(staging),
+                got=_difference(now[part], before[part]),
+                wanted=_difference(before[part], now[part]),
+                do=do,
+            )
+
+
+def _difference(shown: Any, other: Any) -> str:
+    """The entries in which `shown` is not `other`."""
+    if not isinstance(shown, dict) or not isinstance(other, dict):
+        return str(shown)[:12]
+    changed = [f"{name} {value}" for name, value in shown.items() if name not in other or other[name] != value]
+    return ", ".join(changed) or "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What the user asked for."""
+
+    model: str
+    asked: Recipe
+    directory: str = field(default_factory=os.getcwd)
+    """Where relative paths in the settings count from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What a run works by from its first step on."""
+
+    plan: PrunePlan
+    name: str
+    """Of the source of the windows."""
+    windows: CalibrationWindows
+
+
+def find_start(run: RunDirectory) -> Start | None:
+    """What was asked of the run that was cut in this directory."""
+    line = run.peek()
+    if line is None:
+        return None
+    return Start(model=line["model"], asked=Recipe.build(**line["asked"]), directory=line["directory"])
+
+
+def begin_or_go_on(
+    run: RunDirectory,
+    reader: CheckpointReader,
+    recipe: Recipe,
+    start: Start,
+    plan: Callable[[Budgets, int], PrunePlan],
+    read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
+) -> Begun:
+    """Take the first step of a run, or that of the run which was cut here.
+
+    `recipe` is resolved but for what text and memory decide; `plan` is called with (budgets, windows). Raises
+    InputError if another run was cut here.
+    """
+    same, before = identity(reader, recipe), run.start
+    budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory), recipe.num_samples
+    if before is not None:
+        check_same(before, {**same, "windows": before["windows"]}, run.staging)
+        # The plan is one for the memory that was free then: another one adds up in another order.
+        budgets = Budgets(host=before["budget_bytes"], device=before["device_budget_bytes"])
+    chosen = plan(budgets, num_samples)
+    found = _find_windows(run)
+    if found is None:
+        found = read_windows(chosen)
+        _keep_windows(run, *found)
+    name, windows = found
+    digest = fingerprint(windows)
+    check_free_disk(run.output, chosen.disk_bytes - run.used_bytes())
+    if len(windows.ids_NS) < num_samples:
+        chosen = plan(budgets, len(windows.ids_NS))
+    if before is not None:
+        check_same(before, {**same, "windows": digest}, run.staging)
+        run.go_on()
+    else:
+        run.begin(
+            **same,
+            windows=digest,
+            budget_bytes=chosen.budgets.host,
+            device_budget_bytes=chosen.budgets.device,
+            model=start.model,
+            asked=start.asked.model_dump(mode="json", exclude_unset=True),
+            directory=start.directory,
+        )
+    return Begun(plan=chosen, name=name, windows=windows)
+
+
+def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
+    """For a process that goes on: they may have been sampled, or their text may be gone by then."""
+    path = run.staging / "windows.safetensors"
+    save_file({"ids": windows.ids_NS.contiguous()}, path)
+    run.journal.record(_WINDOWS, [path], name=name, description=windows.description)
+
+
+def _find_windows(run: RunDirectory) -> tuple[str, CalibrationWindows] | None:
+    """The name of their source, and the windows that were kept; None if there are none."""
+    line = run.journal.find(_WINDOWS)
+    if line is None:
+        return None
+    ids_NS = load_file(run.staging / "windows.safetensors")["ids"]
+    return line["name"], CalibrationWindows(ids_NS=ids_NS, description=line["description"])

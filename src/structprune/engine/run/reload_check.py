@@ -1,0 +1,134 @@
+"""The last question of every run: does stock code, in a fresh process, get the run's own logits from the files?
+
+Shape suffixes: S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.planning.reload import RELOAD_TOKENS, ReloadMode
+from structprune.engine.run.context import Job, Streamed
+from structprune.errors import CheckpointError
+from structprune.evaluation import reload as stock_reload
+from structprune.observer import Observer
+from structprune.results.schema import ReloadReport
+from structprune.runs.directory import RunDirectory
+
+# By the coarser of the dtypes that the weights are stored in and that the forward passes run in.
+_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The start of the calibration text, and what the pruned model predicted on it."""
+
+    ids_S: Tensor
+    logits_SV: Tensor
+    """Float32, on the host."""
+
+
+def check_reload(
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+) -> ReloadReport:
+    """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
+
+    Raises CheckpointError if it does not load or predicts otherwise; it is left as `OUT.rejected`, without an index.
+    """
+    if probe is None:
+        return ReloadReport(mode="off", reason="--no-reload-check")
+    started = time.perf_counter()
+    bound = job.plan.reload
+    assert bound is not None, "planned wherever a probe is taken"
+    mode = bound.mode(writer.num_parameters, writer.file_bytes, job.plan.budget_bytes)
+    reason = "" if mode == "whole" else "the whole model does not fit in what is left of --memory"
+    observer.start("reload check", 1)
+    result, mode, ended = _ask(job, run, writer, probe, mode)
+    if ended:
+        reason = f"loading the whole model ended with {ended}"
+    if result.impossible is not None:
+        observer.advance(f"not possible: {result.impossible}")
+        return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
+    tolerance = _tolerance(job)
+    if result.error is not None:
+        raise _rejected(run, writer, result.error, "a checkpoint that loads")
+    if not result.relative_difference <= tolerance:
+        raise _rejected(
+            run,
+            writer,
+            f"a relative difference of {result.relative_difference:.2g}, the largest of one logit "
+            f"{result.max_abs_difference:.2g}",
+            f"at most {tolerance:g}",
+        )
+    observer.advance(f"{mode}, relative difference {result.relative_difference:.1e}")
+    return ReloadReport(
+        mode=mode,
+        reason=reason,
+        num_positions=len(probe.ids_S),
+        relative_difference=result.relative_difference,
+        tolerance=tolerance,
+        max_abs_difference=result.max_abs_difference,
+        same_top1=result.same_top1,
+        planned_bytes=bound.bytes(mode, writer.num_parameters, writer.file_bytes),
+        peak_bytes=result.peak_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _ask(
+    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
+    """The result, how it was got, and by what the first try was ended if there were two.
+
+    A process with the whole model may have needed more memory than there was, which is not the checkpoint's fault: it
+    is tried module by module then.
+    """
+    work = run.staging / "reload"
+    work.mkdir(exist_ok=True)
+    save_file({"ids_S": probe.ids_S, "logits_SV": probe.logits_SV}, work / "probe.safetensors")
+    spec = stock_reload.ReloadSpec(
+        directory=writer.directory,
+        probe=work / "probe.safetensors",
+        mode=mode,
+        dtype=str(job.dtype).removeprefix("torch."),
+    )
+    tries: list[ReloadMode] = ["whole", "streamed"] if mode == "whole" else ["streamed"]
+    ended = ""
+    for attempt in tries:
+        try:
+            result = stock_reload.reload_in_a_process(spec.model_copy(update={"mode": attempt}), work)
+            return result, attempt, ended
+        except stock_reload.ProcessEndedError as error:
+            ended = str(error)
+    raise _rejected(run, writer, f"a process that ended with {ended}", "its logits")
+
+
+def take_probe(job: Job, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
+    """The first positions of a window, or None if the recipe wants no check."""
+    if not job.recipe.reload_check:
+        return None
+    return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())
+
+
+def _tolerance(job: Streamed) -> float:
+    dtypes = {job.dtype, *job.reader.dtypes.values()}
+    return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
+
+
+def _rejected(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> CheckpointError:
+    """Take the output back and mark it; the error to raise."""
+    writer.withdraw()
+    rejected = run.reject({"got": got, "wanted": wanted})
+    return CheckpointError(
+        "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
+        where=str(rejected),
+        got=got,
+        wanted=wanted,
+        do="run it again on a sound disk; the directory, which cannot be loaded, is kept to be looked at, and "
+        "--no-reload-check leaves this check out",
+    )

@@ -1,0 +1,167 @@
+"""The streamed backward pass: the gradient of the loss at every block border, one block in memory at a time.
+
+Forward, the hidden states of some windows are kept on disk at every border. Then the blocks are visited in reverse:
+each is recomputed from its stored input and differentiated, so the exact gradient moves on by one border. What is
+measured on the way back is the caller's.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.stock.sampler import draw_tokens, skip_tokens
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.engine.planning.shapes import LOGIT_TOKENS
+from structprune.engine.run.context import Job
+from structprune.engine.sensitivity.store import Costs, Findings
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed
+from structprune.engine.streaming.propagate import Propagator
+from structprune.memory import release_free_memory
+from structprune.observer import Observer
+from structprune.ranks import Task
+from structprune.types import BlockLayout
+
+Labels = Literal["sampled", "text"]
+"""The loss is that of labels drawn from the model's own prediction, or of the calibration text's next tokens."""
+Found = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""What the pruning pass will read of the block, and kind -> cost of each removal."""
+Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore, int], Callable[[], Found]]
+"""(block, micro-batch loop, the block's stored input, gradient, owner): moves the gradient to the block's input.
+
+All ranks give their sums to the owner. Returns what makes the findings of them; it is called there only.
+"""
+
+
+def walk(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward: Backward) -> Costs:
+    """Visit every block forward, then in reverse with the gradient of the loss.
+
+    Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
+    (`findings.py`); the hidden states at the borders are gone at the end. A walk that was cut goes on where it was:
+    forward behind the borders that are there, in reverse at the newest gradient that was kept.
+    """
+    blocks = job.stock.layout.blocks
+    with Findings(folder, observer.note, job.ranks) as findings:
+        if not _all_found(findings, blocks):
+            _visit(job, findings, observer, labels, backward)
+        if job.ranks.is_first:
+            for index in range(len(blocks) + 1):
+                _border_path(folder, index).unlink(missing_ok=True)
+        return findings.costs(blocks, job.kinds)
+
+
+def _all_found(findings: Findings, blocks: Sequence[BlockLayout]) -> bool:
+    # Every rank asks for each.
+    found = [findings.has(block) for block in blocks]
+    return all(found)
+
+
+def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, backward: Backward) -> None:
+    blocks = job.stock.layout.blocks
+    shape = (job.ranks.num_own(job.num_backward), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+    with contextlib.ExitStack() as stack:
+        borders: list[FileStore] = []
+        for index in range(len(blocks) + 1):
+            path = _border_path(findings.folder, index)
+            borders.append(FileStore(path, shape, job.dtype, lasting=True, ranks=job.ranks))
+            stack.callback(borders[-1].close)
+        propagator = embed(job, {borders[0]: job.num_backward})
+        observer.start("survey: forward", len(blocks))
+        for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
+            step = f"border {block.index + 1}"
+            if findings.journal.find(step) is None:
+                propagator.carry(load_block(job, block)[1], block.index, before, after)
+                after.flush()
+                findings.journal.record(step, [after.path])
+                release_free_memory()
+            observer.advance(f"block {block.index}")
+        gradient = MemoryStore(shape, torch.float32)
+        snapshots = Snapshots(findings.folder / "gradient", observer.note, job.ranks)
+        kept = snapshots.load()
+        if kept is not None and _all_found(findings, blocks[kept.position :]):
+            kept.restore({"gradient": gradient})
+            left = blocks[: kept.position]
+        else:
+            snapshots.discard()
+            with job.meter.phase("survey: loss"):
+                loss_gradient(job, borders[-1], gradient, labels)
+            left = blocks
+        release_free_memory()
+        observer.start("survey: backward", len(left))
+        behind_first = list(reversed(left))
+        # What follows from a block's sums does not hold the gradient up: each rank does it for one of so many blocks.
+        for first in range(0, len(behind_first), job.ranks.size):
+            tasks: dict[int, Task[Found]] = {}
+            turn = behind_first[first : first + job.ranks.size]
+            for owner, block in enumerate(turn):
+                find = backward(block, propagator, borders[block.index], gradient, owner)
+                tasks[block.index] = owner, partial(_on_host, find)
+                del find
+            found = job.ranks.together(tasks)
+            # The closures hold the sums.
+            del tasks
+            for block in turn:
+                findings.save(block, *found.pop(block.index))
+            snapshots.keep(turn[-1].index, {"gradient": gradient})
+            release_free_memory()
+            for block in turn:
+                observer.advance(f"block {block.index}")
+        snapshots.discard()
+
+
+def _on_host(find: Callable[[], Found]) -> Found:
+    """What is sent to other ranks and written to files."""
+    found, costs = find()
+    return on_host(found), on_host(costs)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _border_path(folder: Path, index: int) -> Path:
+    """Of the hidden states in front of block `index`."""
+    return folder / f"border-{index}.bin"
+
+
+def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: Labels) -> None:
+    """Fill `gradient` with the derivative of the summed loss by the last hidden states of its windows.
+
+    With labels drawn from the model's own prediction at each position E[g g^T] is the true Fisher information.
+    """
+    head = job.stock.load_head(job.device, job.dtype)
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    _, seq_len, hidden = gradient.shape
+    drawn = labels == "sampled"
+    # The last position predicts a token outside the window and takes no part, as in the perplexity.
+    parts = [(start, min(start + LOGIT_TOKENS, seq_len - 1)) for start in range(0, seq_len - 1, LOGIT_TOKENS)]
+    for number in range(job.num_backward):
+        own, last = job.ranks.own(number, number + 1)
+        if own == last:
+            # Another rank's: labels are the same on any number of ranks.
+            for start, stop in parts if drawn else ():
+                skip_tokens(stop - start, generator)
+            continue
+        hidden_SD = final.read(own, last)[0].to(job.device)
+        ids_S = job.windows.ids_NS[number].to(job.device)
+        gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
+        for start, stop in parts:
+            part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
+            logits_TV = head(part_TD)
+            # The derivative of the cross entropy by the logits: probabilities, less one at the label.
+            by_logits_TV = logits_TV.detach().float().softmax(dim=-1)
+            labels_T1 = draw_tokens(by_logits_TV, generator) if drawn else ids_S[start + 1 : stop + 1, None]
+            by_logits_TV.scatter_add_(1, labels_T1, by_logits_TV.new_full(labels_T1.shape, -1.0))
+            found_TD = torch.autograd.grad(logits_TV, part_TD, by_logits_TV.to(logits_TV.dtype))[0]
+            gradient_SD[start:stop] = found_TD.float()
+        gradient.write(own, gradient_SD[None].cpu())

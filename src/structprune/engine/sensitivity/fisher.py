@@ -1,0 +1,238 @@
+"""The survey: what each removal would cost the loss, measured on the dense model before anything is pruned.
+
+The streamed backward pass (`backward_pass.py`) recomputes each block and brings the exact gradient of the loss to every
+consumer's output. From the two come the Gram matrix of the consumer's inputs and the output sensitivity F = E[g g^T]
+(labels sampled from the model: the true Fisher), and from those the removal costs that allocators read.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, U units, I consumer inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from structprune.calibration.snapshots import Snapshots
+from structprune.calibration.store import HiddenStore
+from structprune.engine.layerwise.problem import layer_problem
+from structprune.engine.layerwise.statistics import token_scale
+from structprune.engine.run.context import Job
+from structprune.engine.sensitivity.backward_pass import Found, on_host, walk
+from structprune.engine.sensitivity.store import Costs, Findings
+from structprune.engine.streaming.backward import differentiate
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.propagate import Propagator, captured
+from structprune.errors import NumericalError
+from structprune.memory import release_free_memory
+from structprune.observer import Observer
+from structprune.scores import SCORES
+from structprune.scores.selection import ascending, removal_path
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
+
+
+def survey(job: Job, folder: Path, observer: Observer) -> Costs:
+    """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
+
+    def price(
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+    ) -> Callable[[], Found]:
+        with job.meter.phase("survey: backward"):
+            measure = backward(job, block, propagator, border, gradient, owner)
+        # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
+        release_free_memory()
+
+        def found() -> Found:
+            measured = measure()
+            return measured.sensitivity, _costs(job, block, measured)
+
+        return found
+
+    return walk(job, folder, observer, labels="sampled", backward=price)
+
+
+def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
+    """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
+    blocks = job.stock.layout.blocks
+    num_windows = job.windows.ids_NS.shape[0]
+    with contextlib.ExitStack() as stack:
+        findings = stack.enter_context(Findings(folder, observer.note, job.ranks))
+        done = [findings.has(block) for block in blocks]
+        if all(done):
+            return findings.costs(blocks, job.kinds)
+        store = open_store(job, folder / "hidden.bin", num_windows)
+        stack.callback(store.close)
+        propagator = embed(job, {store: num_windows})
+        snapshots = Snapshots(folder / "state", observer.note, job.ranks)
+        kept = snapshots.behind(done)
+        first = 0 if kept is None else kept.position
+        if kept is not None:
+            kept.restore({"hidden": store})
+        observer.start("survey: scores", len(blocks) - first)
+        for block in blocks[first:]:
+            tensors, module = load_block(job, block)
+            owner = block.index % job.ranks.size
+            with job.meter.phase("survey: scores"):
+                sums = _measure(job, block, module, propagator, store, owner)
+            task = owner, partial(_scores, job, block, tensors, sums)
+            findings.save(block, {}, job.ranks.together({block.index: task})[block.index])
+            del task, sums
+            snapshots.keep(block.index + 1, {"hidden": store})
+            release_free_memory()
+            observer.advance(f"block {block.index}")
+        snapshots.discard()
+        return findings.costs(blocks, job.kinds)
+
+
+def _scores(
+    job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], sums: dict[str, GramAccumulator]
+) -> dict[str, Tensor]:
+    """Kind -> scores of the units, ascending. Uses the sums up."""
+    found: dict[str, Tensor] = {}
+    for group in job.groups(block):
+        a = sums.pop(group.name)
+        moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
+        problem = layer_problem(job, block, group, tensors, [moments])
+        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+    return on_host(found)
+
+
+def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
+    """Add what each removal costs to the sum over the half's parts, which lose as many units each."""
+    costs[group.kind] = costs[group.kind] + cost_U if group.kind in costs else cost_U
+
+
+def _measure(
+    job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore, owner: int
+) -> dict[str, GramAccumulator]:
+    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block.
+
+    The sums are those of all ranks at `owner`; elsewhere there are none.
+    """
+    with _summed_inputs(job, block, module) as sums:
+        propagator.run(module, block.index, store)
+    return _added_up(job, sums, owner)
+
+
+def _added_up(job: Job, sums: Mapping[str, GramAccumulator], owner: int) -> dict[str, GramAccumulator]:
+    for accumulator in sums.values():
+        accumulator.add_up(job.ranks, owner)
+    return dict(sums) if owner == job.ranks.rank else {}
+
+
+@contextlib.contextmanager
+def _summed_inputs(job: Job, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
+    """Inside the context every consumer's inputs are added up, before a norm scaled as the problem wants them."""
+    sums = {group.name: job.accumulator(group.num_units * group.width) for group in job.groups(block)}
+
+    def add(group: UnitGroup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            if group.output_norm_eps is not None:
+                x_TI = x_TI.float() / token_scale(output.detach(), group.output_norm_eps)
+            sums[group.name].update(x_TI)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for group in job.groups(block):
+            handle = module.get_submodule(group.consumer_module).register_forward_hook(add(group))
+            stack.callback(handle.remove)
+        yield sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one block's recomputation and its gradient leave."""
+
+    moments: dict[str, Moments]
+    """Name of the group -> sums of its consumer's inputs, over all tokens also where it is sent some of them."""
+    sensitivity: dict[str, Tensor]
+    """Kind -> F = E[g g^T], (O, O), g the gradient of the summed loss by the half's output at one token.
+
+    The experts of a mixture have one F, that of their sum: each adds to it without a factor between. Before a norm it
+    is that of the output over its root mean square.
+    """
+
+
+def backward(
+    job: Job,
+    block: BlockLayout,
+    propagator: Propagator,
+    border: HiddenStore,
+    gradient: HiddenStore,
+    owner: int = 0,
+) -> Callable[[], Measured]:
+    """Move `gradient` from the block's output to its input; the sums of inputs and gradients on the way.
+
+    What is returned makes them of the sums over all ranks, once, at `owner`.
+    """
+    _, module = load_block(job, block)
+    halves = [block.group(kind) for kind in job.kinds if block.has(kind)]
+    hidden_size = job.stock.layout.hidden_size
+    gradients = {half.kind: GramAccumulator(hidden_size, job.device) for half in halves}
+    outputs: dict[str, Tensor] = {}
+
+    def update(found: Sequence[Tensor]) -> None:
+        for half, grad_BSD in zip(halves, found, strict=True):
+            grad_TD = grad_BSD.reshape(-1, hidden_size)
+            if half.output_norm_eps is not None:
+                grad_TD = grad_TD.float() * token_scale(outputs[half.kind].detach(), half.output_norm_eps)
+            gradients[half.kind].update(grad_TD)
+        outputs.clear()
+
+    def wanted() -> list[Tensor]:
+        return [outputs[half.kind] for half in halves]
+
+    with contextlib.ExitStack() as stack:
+        sums = stack.enter_context(_summed_inputs(job, block, module))
+        for half in halves:
+            summed = half.output_module or half.consumer_module
+            stack.enter_context(captured(module, summed, partial(outputs.__setitem__, half.kind)))
+        differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
+    inputs, output_gradients = _added_up(job, sums, owner), _added_up(job, gradients, owner)
+    return lambda: _measured(job, block, inputs, output_gradients)
+
+
+def _measured(
+    job: Job, block: BlockLayout, inputs: dict[str, GramAccumulator], gradients: dict[str, GramAccumulator]
+) -> Measured:
+    """Uses the sums up."""
+    where = f"block {block.index}"
+    return Measured(
+        moments={
+            group.name: _moments(inputs.pop(group.name), f"{where} {group.name}", gradients[group.kind].num_tokens)
+            for group in job.groups(block)
+        },
+        sensitivity={
+            kind: a.finalize(f"gradient of {where} {kind}").div_(a.num_tokens) for kind, a in gradients.items()
+        },
+    )
+
+
+def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Moments:
+    return Moments(sum_I=accumulator.sum_I, num_tokens=num_tokens, gram_II=accumulator.finalize(where))
+
+
+def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
+    """Kind -> loss added by each removal, by greedy removal on the dense statistics, which are used up."""
+    tensors = job.reader.read(block.shapes, block.prefix)
+    result: dict[str, Tensor] = {}
+    for group in job.groups(block):
+        surveyed = Surveyed(sensitivity_OO=measured.sensitivity[group.kind])
+        with job.meter.phase(f"survey: costs ({group.kind})"):
+            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
+            # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
+            try:
+                path = removal_path(replace(problem, shrinkage=0.0), group.num_units)
+            except NumericalError as error:
+                raise error.inside(f"block {block.index} {group.name}") from error
+            add_cost(result, group, path.cost)
+            del problem
+    return result

@@ -1,0 +1,150 @@
+"""The survey of LLM-Pruner: sums of weights times gradients per unit, by the streamed backward pass.
+
+While a block is differentiated the gradients of its prunable weights and their squares are summed over the windows, in
+float32; four sums per unit stay of them. Labels are the text's own.
+
+Shape suffixes: U units, R rows of a weight along the axis that shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from structprune.calibration.store import HiddenStore
+from structprune.engine.layerwise.problem import layer_problem
+from structprune.engine.run.context import Job
+from structprune.engine.sensitivity.backward_pass import Found, walk
+from structprune.engine.sensitivity.fisher import add_cost
+from structprune.engine.sensitivity.store import Costs, load_found
+from structprune.engine.streaming.backward import differentiate
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.propagate import Propagator
+from structprune.errors import NumericalError
+from structprune.observer import Observer
+from structprune.scores import SCORES
+from structprune.scores.selection import ascending
+from structprune.types import BlockLayout, Surveyed, TaylorSums, UnitGroup
+
+_SUMS = tuple(field.name for field in fields(TaylorSums))
+
+
+def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
+    """Measure every block; the sums stay in `folder` for the pruning pass (`load_taylor`).
+
+    The costs are the job's scores, ascending, as the lowest go first.
+    """
+
+    def score(
+        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+    ) -> Callable[[], Found]:
+        tensors, module = load_block(job, block)
+        with job.meter.phase("survey: backward"):
+            sums = weight_sums(job, block, module, propagator, border, gradient, owner)
+        # Elsewhere nothing is made of them.
+        tensors = tensors if owner == job.ranks.rank else {}
+
+        def found() -> Found:
+            costs: dict[str, Tensor] = {}
+            for group in job.groups(block):
+                problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
+                add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+            return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
+
+        return found
+
+    return walk(job, folder, observer, labels="text", backward=score)
+
+
+def weight_sums(
+    job: Job,
+    block: BlockLayout,
+    module: nn.Module,
+    propagator: Propagator,
+    border: HiddenStore,
+    gradient: HiddenStore,
+    owner: int = 0,
+) -> dict[str, TaylorSums]:
+    """Move `gradient`, that of the summed loss, from the block's output to its input; return the sums of each group.
+
+    They are those of all ranks at `owner`; elsewhere there are none.
+    Raises NumericalError where a gradient is not finite.
+    """
+    names = {name: group for group in job.groups(block) for name in weight_names(block, group)}
+    weights = {name: module.get_parameter(name) for name in names}
+    mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    square = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    num_windows, num_labels = job.num_backward, gradient.shape[1] - 1
+
+    def add(found: Sequence[Tensor]) -> None:
+        for name, grad in zip(weights, found, strict=True):
+            window_mean = grad.to(torch.float32) / num_labels
+            mean[name].add_(window_mean, alpha=1 / num_windows)
+            square[name].addcmul_(window_mean, window_mean, value=1 / num_windows)
+
+    differentiate(job, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add)
+    job.ranks.add_up([*mean.values(), *square.values()], owner)
+    if owner != job.ranks.rank:
+        return {}
+    for name in weights:
+        # The sum of squares is not finite where any gradient was not, or where its square overflows.
+        largest = square[name].amax()
+        if largest == 0 and names[name].part is not None:
+            raise NumericalError(
+                f"no token of the backward pass came to {name!r}",
+                where=f"block {block.index}",
+                do="raise --sensitivity-samples or --seq-len",
+            )
+        if not torch.isfinite(largest):
+            raise NumericalError(
+                f"a gradient by {name!r} is NaN or infinite (or overflows when squared)",
+                where=f"block {block.index}",
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+    with torch.no_grad():
+        return {group.name: unit_sums(block, group, weights, mean, square) for group in job.groups(block)}
+
+
+def weight_names(block: BlockLayout, group: UnitGroup) -> list[str]:
+    """The weights that shrink with the group. A bias moves with its row but is no weight of its own."""
+    return list(dict.fromkeys(part.tensor for part in group.slices if len(block.shapes[part.tensor]) > 1))
+
+
+def unit_sums(
+    block: BlockLayout,
+    group: UnitGroup,
+    weights: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    square: Mapping[str, Tensor],
+) -> TaylorSums:
+    """Each unit's sums over its rows of the producers and its columns of the consumer."""
+    totals = {name: torch.zeros(group.num_units, dtype=torch.float64) for name in _SUMS}
+    units_U = torch.arange(group.num_units)
+    for part in group.slices:
+        if part.tensor not in weight_names(block, group):
+            continue
+        weight = weights[part.tensor]
+        others = [axis for axis in range(weight.ndim) if axis != part.axis]
+        first = weight.to(torch.float32) * mean[part.tensor]
+        signed_R, first_R = first.sum(others), first.abs().sum(others)
+        second = weight.to(torch.float32).square().mul_(square[part.tensor])
+        second_R = second.sum(others)
+        mixed_R = first.sub_(second, alpha=0.5).abs_().sum(others)
+        del first, second
+        rows = part.indices(units_U)
+        for total_U, sum_R in zip(totals.values(), (signed_R, first_R, second_R, mixed_R), strict=True):
+            total_U += sum_R.cpu().to(torch.float64)[rows].reshape(group.num_units, -1).sum(dim=1)
+    return TaylorSums(**totals)
+
+
+def load_taylor(folder: Path, block: int) -> dict[str, TaylorSums]:
+    """Group name -> sums of one block, as `survey_taylor` left them."""
+    stored = load_found(folder, block)
+    groups = dict.fromkeys(name.rpartition(".")[0] for name in stored)
+    return {group: TaylorSums(**{name: stored[f"{group}.{name}"] for name in _SUMS}) for group in groups}

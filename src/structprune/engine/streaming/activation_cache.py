@@ -1,0 +1,84 @@
+"""Inputs of a half's consumer, kept from the pass that sums them up until the consumer is solved.
+
+What the half gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
+others' activations are what they were, and attention or gate and up are not computed again. Only for a half that stands
+alone in its stage, has one part, adds its consumer's output to the stream as it is, and keeps its producers.
+
+Shape suffixes: N windows, T tokens, S positions, D hidden size, B windows of a micro-batch, I consumer inputs,
+K kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.stock.model import StockModel
+from structprune.solvers import ITERATIVE
+from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
+
+
+def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tuple[UnitKind, ...]:
+    """Of the halves that are pruned those that can be finished from the inputs of their consumers."""
+
+    def finished_so(kind: UnitKind) -> bool:
+        groups = [group for block in stock.layout.blocks for group in block.parts(kind)]
+        alone = len(stock.stage_of(kind)) == 1 and all(group.part is None for group in groups)
+        moves_producers = kind == "mlp" and solver in ITERATIVE
+        return alone and not moves_producers and not any(group.output_normed for group in groups)
+
+    return tuple(kind for kind in UNIT_KINDS if kind in kinds and finished_so(kind))
+
+
+class ActivationCache:
+    """One half's inputs of all windows, in one piece of memory that every half of every block uses in turn."""
+
+    def __init__(self, num_windows: int, seq_len: int, most_inputs: int, dtype: torch.dtype) -> None:
+        self._shape = (num_windows, seq_len)
+        self._flat = torch.empty(num_windows * seq_len * most_inputs, dtype=dtype)
+
+    def inputs(self, group: UnitGroup) -> Tensor:
+        """(N, S, I), with whatever was written last."""
+        num_inputs = group.num_units * group.width
+        count = self._shape[0] * self._shape[1] * num_inputs
+        return self._flat[:count].view(*self._shape, num_inputs)
+
+
+def put_inputs(inputs_NSI: Tensor, start: int, x_TI: Tensor) -> None:
+    """Write the tokens of whole windows, `start` the first of them."""
+    windows_BSI = x_TI.view(-1, *inputs_NSI.shape[1:])
+    inputs_NSI[start : start + len(windows_BSI)] = windows_BSI
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedConsumer:
+    """A cut consumer that reads what the dense one read."""
+
+    weight_DK: Tensor
+    bias_D: Tensor | None
+    columns_K: Tensor | None
+    """None: all of them."""
+
+    @classmethod
+    def of(
+        cls, group: UnitGroup, tensors: Mapping[str, Tensor], units: Sequence[int], dtype: torch.dtype
+    ) -> SolvedConsumer:
+        """From the block's tensors with the group cut, and the units that it has kept."""
+        consumer = group.consumer
+        bias_D = tensors.get(group.bias_name)
+        columns_K = None
+        if len(units) < group.num_units:
+            columns_K = consumer.indices(torch.tensor(units)).sort().values
+        return cls(
+            weight_DK=tensors[consumer.tensor].movedim(consumer.axis, -1).to(dtype).contiguous(),
+            bias_D=None if bias_D is None else bias_D.to(dtype),
+            columns_K=columns_K,
+        )
+
+    def added(self, stream_BSD: Tensor, x_BSI: Tensor) -> Tensor:
+        """The stream with what the consumer gives, rounded as a block does it."""
+        x_BSK = x_BSI if self.columns_K is None else x_BSI[..., self.columns_K]
+        return stream_BSD + torch.nn.functional.linear(x_BSK, self.weight_DK, self.bias_D)

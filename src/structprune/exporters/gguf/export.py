@@ -1,0 +1,118 @@
+"""Writes a planned GGUF file tensor by tensor: in memory at any time is one tensor, as stored and as written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import source_metadata
+from structprune.errors import InputError, NumericalError
+from structprune.exporters.export import ExportRequest, ExportResult
+from structprune.exporters.gguf.families import Transform
+from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf
+from structprune.files import atomic_path
+from structprune.runs.directory import check_free_disk
+
+
+def export_gguf(request: ExportRequest) -> ExportResult:
+    """Write the checkpoint as one GGUF file, whole or not at all. Nothing is read before all is checked.
+
+    Raises UnsupportedError where no architecture of llama.cpp computes the same, CheckpointError for tensors that do
+    not fit together, NumericalError for a value that is not finite or that the file's dtype cannot hold.
+    """
+    path = request.output
+    if path.suffix != ".gguf":
+        raise InputError("llama.cpp looks for the ending .gguf", got=path.name, wanted=f"{path.name}.gguf")
+    # What transformers makes of a GGUF file's tokenizer is not always that tokenizer.
+    tokenizer_gguf = request.tokenizer_gguf or request.source_gguf
+    if tokenizer_gguf is not None:
+        request.note(f"tokenizer copied from {tokenizer_gguf}")
+    plan = plan_gguf(request.reader, request.dtype, tokenizer_gguf)
+    check_free_disk(path, plan.num_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(plan, request)
+    return ExportResult(
+        format="gguf",
+        path=str(path),
+        architecture=plan.architecture,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        num_tensors=len(plan.tensors),
+        bytes=path.stat().st_size,
+        tokenizer=str(tokenizer_gguf or request.reader.directory / "tokenizer.json"),
+    )
+
+
+def _write(plan: GgufPlan, request: ExportRequest) -> None:
+    import gguf
+
+    kinds = {
+        torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+        torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+        torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    }
+    writer: Any = gguf.GGUFWriter(None, plan.architecture)
+    writer.add_type("model")
+    writer.add_name(request.name)
+    origin = source_metadata(request.reader.directory, request.reader.config)
+    if isinstance(origin.get("license"), str):
+        writer.add_license(origin["license"])
+    writer.add_file_type(int(kinds[plan.dtype][1]))
+    types = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, bool: gguf.GGUFValueType.BOOL}
+    types |= {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}
+    for key, value in plan.hyperparameters.items():
+        writer.add_key_value(f"{plan.architecture}.{key}", value, types[type(value)])
+    for entry in plan.tokenizer:
+        writer.add_key_value(entry.key, entry.value, entry.type, sub_type=entry.sub_type)
+    for tensor in plan.tensors:
+        dtype = plan.dtype_of(tensor)
+        num_bytes = torch.Size(tensor.shape).numel() * dtype.itemsize
+        # numpy knows no bfloat16; the type of the file is what counts.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=kinds[dtype][0])
+    request.start(len(plan.tensors))
+    with atomic_path(request.output) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in plan.tensors:
+                value = _value(tensor, request.reader, plan.dtype_of(tensor))
+                writer.write_tensor_data(value.view(torch.uint8).numpy())
+                del value
+                request.advance(tensor.name)
+        finally:
+            writer.close()
+
+
+def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> Tensor:
+    """The tensor as it lies in the file."""
+    if tensor.values is not None:
+        return tensor.values.to(dtype).contiguous()
+    if not tensor.sources:
+        return torch.zeros(tensor.shape, dtype=dtype)
+    parts: list[Tensor] = []
+    for source, transform, heads in tensor.sources:
+        part = _transformed(reader.read([source])[source], transform, heads).to(dtype)
+        if part.dtype == torch.float16 and not torch.isfinite(part.aminmax()[1] - part.aminmax()[0]):
+            raise NumericalError(
+                f"tensor {source!r} holds values that float16 cannot", wanted="--dtype bfloat16 or float32"
+            )
+        parts.append(part)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+
+def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
+    if transform == "plus-one":
+        return value.float() + 1.0
+    if transform == "transpose":
+        return value.T
+    if transform == "ungroup":
+        return value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+    if transform == "interleave":
+        # Row i of a head's first half and row i of its second half become neighbours.
+        halves = value.reshape(heads, 2, -1, *value.shape[1:])
+        return halves.transpose(1, 2).reshape(value.shape)
+    return value

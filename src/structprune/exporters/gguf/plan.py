@@ -1,0 +1,331 @@
+"""What a GGUF file will hold, planned from headers: architecture, widths, tensors, metadata.
+
+Widths come from the tensors' shapes, so a checkpoint is taken whichever tool made it uneven. Blocks of different widths
+go to an architecture with per-block widths; a block that lost both of its halves is left out, and half a block that the
+architecture cannot leave out is written as a few channels or one group of heads of zeros, which add nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from structprune.architectures.families.common import head_size
+from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
+from structprune.architectures.modeling.sliced import SLICED_ENTRY
+from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import CheckpointError, UnsupportedError
+from structprune.exporters.export import EXPORT_DTYPES
+from structprune.exporters.gguf.families import GGUF_FAMILIES, GgufFamily, Rule, Target, Transform
+from structprune.exporters.gguf.metadata import BlockWidths, GgufModel, Value, hyperparameters, rope_factors
+from structprune.exporters.gguf.tokenizer import Entry, built_tokenizer, copied_tokenizer
+from structprune.types import UNIT_KINDS
+
+# Channels of an MLP of zeros: the narrowest row that llama.cpp's quantisation takes.
+_ZERO_CHANNELS = 32
+# Computed by the stock model, and in old checkpoints all the same.
+_COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+# Entries that say what this module reads from the tensors; without them the config is a stock one.
+_NOT_STOCK = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", REMOVED_ENTRY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, Transform, int], ...] = ()
+    """Checkpoint tensors that it is joined of, what happens to each, and its heads; none: zeros or `values`."""
+    values: Tensor | None = None
+    float32: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufPlan:
+    """Everything about the file but the weights."""
+
+    architecture: str
+    dtype: torch.dtype
+    tensors: tuple[GgufTensor, ...]
+    hyperparameters: Mapping[str, Value]
+    tokenizer: tuple[Entry, ...]
+
+    def dtype_of(self, tensor: GgufTensor) -> torch.dtype:
+        """Vectors are always float32, as llama.cpp wants them."""
+        return torch.float32 if tensor.float32 or len(tensor.shape) < 2 else self.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors, without padding."""
+        return sum(torch.Size(t.shape).numel() * self.dtype_of(t).itemsize for t in self.tensors)
+
+
+def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None) -> GgufPlan:
+    """Check that the checkpoint has a GGUF form and say which; reads headers and the tokenizer only.
+
+    `dtype` is a name of EXPORT_DTYPES or `stored`. Raises UnsupportedError where no architecture of llama.cpp computes
+    the same, CheckpointError for tensors that are missing, left over or of another shape.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UnsupportedError("writing GGUF needs the gguf package", do="pip install 'structprune[gguf]'")
+    family = _family(reader)
+    config = _parsed_config(reader)
+    removed = removed_halves(reader.config, config.num_hidden_layers, str(reader.directory / "config.json"))
+    widths = _widths(reader, family, config, removed)
+    target = _target(reader, family, config, widths, removed)
+    model = GgufModel(
+        config=config,
+        family=family,
+        target=target,
+        head_size=head_size(config),
+        blocks=tuple(_with_stand_ins(widths, removed, target)),
+    )
+    tensors = _tensors(reader, model, removed)
+    vocab_size: int = config.vocab_size
+    tokenizer = (
+        built_tokenizer(reader.directory, vocab_size)
+        if tokenizer_gguf is None
+        else copied_tokenizer(tokenizer_gguf, vocab_size)
+    )
+    return GgufPlan(
+        architecture=target.architecture,
+        dtype=_dtype(reader, dtype),
+        tensors=tuple(tensors),
+        hyperparameters=hyperparameters(model),
+        tokenizer=tuple(tokenizer),
+    )
+
+
+def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
+    if name != "stored":
+        return EXPORT_DTYPES[name]
+    stored = {reader.dtypes[tensor] for tensor, shape in reader.shapes.items() if len(shape) > 1}
+    return next(iter(stored)) if len(stored) == 1 and stored <= set(EXPORT_DTYPES.values()) else torch.float32
+
+
+def _family(reader: CheckpointReader) -> GgufFamily:
+    model_type = reader.config.get("model_type")
+    where = str(reader.directory / "config.json")
+    if model_type not in GGUF_FAMILIES:
+        raise UnsupportedError(
+            "no GGUF form is known for this model family",
+            where=where,
+            got=f"model_type {model_type!r}",
+            wanted=", ".join(GGUF_FAMILIES),
+        )
+    if SLICED_ENTRY in reader.config:
+        raise UnsupportedError(
+            "the residual sums pass through matrices, which no architecture of llama.cpp has",
+            where=where,
+            do="slice with --structure uniform, which needs none",
+        )
+    if has_narrow_values(reader.config):
+        raise UnsupportedError(
+            "heads have fewer value channels than key channels, for which no GGUF form is known",
+            where=where,
+            got="v_head_dim in per_layer_config",
+            do="prune attention with --head-units kv-group, or the MLP only",
+        )
+    if "quantization_config" in reader.config:
+        raise UnsupportedError("the checkpoint is quantised", where=where, do="export the unquantised one")
+    return GGUF_FAMILIES[str(model_type)]
+
+
+def _parsed_config(reader: CheckpointReader) -> Any:
+    stock = {name: value for name, value in reader.config.items() if name not in _NOT_STOCK}
+    try:
+        config: Any = CONFIG_MAPPING[stock["model_type"]].from_dict(stock)
+    except Exception as error:
+        # transformers raises many types for a config that makes no model; all of them are the input's fault.
+        raise CheckpointError(
+            "transformers cannot read this configuration",
+            where=str(reader.directory / "config.json"),
+            got=str(error),
+        ) from error
+    family = GGUF_FAMILIES[stock["model_type"]]
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next(getattr(config, name) for name in names if getattr(config, name, None))
+    wrong = {name: (getattr(config, name), value) for name, value in family.requires.items()}
+    wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
+    if activation not in family.activations:
+        wrong["activation"] = (activation, " or ".join(family.activations))
+    for name, (got, wanted) in wrong.items():
+        raise UnsupportedError(
+            "llama.cpp computes this family otherwise",
+            where=str(reader.directory / "config.json"),
+            got=f"{name} {got}",
+            wanted=wanted,
+        )
+    return config
+
+
+def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedHalves) -> list[BlockWidths]:
+    """What each block of the checkpoint has, by its tensors; zeros for a half that is gone."""
+    size_of_head = head_size(config)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
+    result: list[BlockWidths] = []
+    for index, kinds in enumerate(removed):
+        size = {
+            dim: 0 if (kind := "mlp" if dim == "f" else "attention") in kinds else of_config.get(dim, 0)
+            for dim in ("q", "k", "f")
+        }
+        for dim, (name, axis) in family.widths.items():
+            kind = "mlp" if dim == "f" else "attention"
+            if kind not in kinds:
+                full = _stored(reader, family, f"{family.blocks}{index}.{name}")
+                if full not in reader.shapes:
+                    raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
+                size[dim] = reader.shapes[full][axis]
+        if size["q"] % size_of_head or size["k"] % size_of_head or (size["k"] and size["q"] % size["k"]):
+            raise CheckpointError(
+                "the heads of a block do not divide evenly",
+                where=f"{reader.directory}, block {index}",
+                got=f"{size['q']} query and {size['k']} KV rows, head size {size_of_head}",
+            )
+        result.append(
+            BlockWidths(
+                index=index, heads=size["q"] // size_of_head, kv_heads=size["k"] // size_of_head, channels=size["f"]
+            )
+        )
+    return result
+
+
+def _target(
+    reader: CheckpointReader, family: GgufFamily, config: Any, widths: Sequence[BlockWidths], removed: RemovedHalves
+) -> Target:
+    """The native architecture for equal blocks, else the one with per-block widths. Raises UnsupportedError."""
+    alike = {(block.heads, block.kv_heads, block.channels) for block in widths if len(removed[block.index]) < 2}
+    even = len(alike) == 1 and not any(len(kinds) == 1 for kinds in removed)
+    shared_out = all(block.heads * head_size(config) in (0, config.hidden_size) for block in widths)
+    if even and (shared_out or not family.uniform.even_heads):
+        return family.uniform
+    model_type = reader.config["model_type"]
+    if family.uneven is None:
+        kind = "heads that do not share out the hidden size" if even else "blocks of different widths"
+        raise UnsupportedError(
+            f"no architecture of llama.cpp computes {model_type} with {kind}",
+            where=str(reader.directory),
+            do="prune with --scope mlp" if even else "prune with --structure uniform",
+        )
+    if family.uneven.needs_tied and _untied(reader):
+        raise UnsupportedError(
+            f"llama.cpp's {family.uneven.architecture}, which takes uneven {model_type} blocks, has no head of its own",
+            where=str(reader.directory),
+            got="a head that is not the embedding",
+            do="prune with --structure uniform",
+        )
+    return family.uneven
+
+
+def _stored(reader: CheckpointReader, family: GgufFamily, name: str) -> str:
+    """What the tensor is called in the files."""
+    for old, new in family.renamed.items():
+        older = old + name.removeprefix(new)
+        if name not in reader.shapes and name.startswith(new) and older in reader.shapes:
+            return older
+    return name
+
+
+def _untied(reader: CheckpointReader) -> bool:
+    return "lm_head.weight" in reader.shapes
+
+
+def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedHalves, target: Target) -> list[BlockWidths]:
+    """The blocks of the file: those with something left, zeros in the place of a half that cannot be left out."""
+    whole = next(block for block in widths if block.heads)
+    result: list[BlockWidths] = []
+    for block in widths:
+        if removed[block.index].issuperset(UNIT_KINDS):
+            continue
+        if not block.channels:
+            # Without channels llama.cpp's deci skips the rest of the block, its attention included.
+            block = replace(block, channels=_ZERO_CHANNELS)
+        if not block.heads and not (target.skips_attention and result):
+            block = replace(block, heads=whole.heads // whole.kv_heads, kv_heads=1)
+        result.append(block)
+    return result
+
+
+def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves) -> list[GgufTensor]:
+    """Every tensor of the file, in order. Raises CheckpointError if checkpoint and rules do not match one to one."""
+    target, config = model.target, model.config
+    common = {
+        "d": config.hidden_size,
+        "v": config.vocab_size,
+        "p": config.max_position_embeddings,
+        "h": model.head_size,
+    }
+    used: set[str] = set()
+    result = _joined(reader, model.family, "", "", target.outer, common, (1, 1), frozenset(), used)
+    factors = rope_factors(model)
+    if factors is not None:
+        result.append(GgufTensor(name="rope_freqs.weight", shape=tuple(factors.shape), values=factors))
+    for number, block in enumerate(model.blocks):
+        q, k, f = block.heads * model.head_size, block.kv_heads * model.head_size, block.channels
+        dims = common | {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k}
+        rules = [rule for rule in target.block if rule.half != "attention" or block.heads]
+        gone = removed[block.index]
+        prefix = f"{model.family.blocks}{block.index}."
+        heads = (block.heads, block.kv_heads)
+        result += _joined(reader, model.family, prefix, f"blk.{number}.", rules, dims, heads, gone, used)
+    left = [name for name in reader.shapes if name not in used and not name.endswith(_COMPUTED)]
+    if left:
+        raise UnsupportedError(
+            f"llama.cpp's {target.architecture} has no place for {len(left)} tensor(s), first {sorted(left)[0]!r}",
+            where=str(reader.directory),
+        )
+    return result
+
+
+def _joined(
+    reader: CheckpointReader,
+    family: GgufFamily,
+    prefix: str,
+    target_prefix: str,
+    rules: Sequence[Rule],
+    dims: Mapping[str, int],
+    heads: tuple[int, int],
+    gone: frozenset[str],
+    used: set[str],
+) -> list[GgufTensor]:
+    """The tensors that `rules` make; those of halves in `gone` are zeros."""
+    result: dict[str, GgufTensor] = {}
+    for rule in rules:
+        name = _stored(reader, family, prefix + rule.source)
+        zeros = rule.half in gone
+        if rule.optional and (zeros or name not in reader.shapes):
+            continue
+        shape = tuple(dims[dim] for dim in rule.dims)
+        if not zeros:
+            if reader.shapes.get(name) != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} is missing or has another shape than the rest of the checkpoint says",
+                    where=str(reader.directory),
+                    got=reader.shapes.get(name, "none"),
+                    wanted=shape,
+                )
+            used.add(name)
+        if rule.transform == "transpose":
+            shape = shape[::-1]
+        full = target_prefix + rule.target
+        before = result.get(full)
+        result[full] = GgufTensor(
+            name=full,
+            shape=shape if before is None else (before.shape[0] + shape[0], *shape[1:]),
+            sources=(
+                *(() if before is None else before.sources),
+                *(() if zeros else ((name, rule.transform, heads[1 if rule.dims[0] == "k" else 0]),)),
+            ),
+            float32=rule.float32,
+        )
+    return list(result.values())

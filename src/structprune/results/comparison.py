@@ -1,0 +1,184 @@
+"""The result of a comparison: one row per method and sparsity, all measured the same way on the same texts."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any, Literal
+
+from pydantic import Field
+
+from structprune.memory import format_bytes
+from structprune.results.frozen import Frozen
+
+COMPARISON_VERSION = 1
+RESULT_NAME = "comparison.json"
+
+
+class TextInfo(Frozen):
+    """A text that every model is tested on."""
+
+    label: str
+    sha256: str
+
+
+class TextScore(Frozen):
+    """One model on one text."""
+
+    text: str
+    perplexity: float
+    kl_to_dense: float | None
+    """Mean KL(dense || pruned) per predicted token, in nats; None for the dense model itself."""
+    top1_agreement: float | None
+    num_windows: int
+
+
+class Speed(Frozen):
+    """Tokens per second at batch 1, and the same over the dense model's in the same minute."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    prefill_speedup: float
+    decode_speedup: float
+    prompt_tokens: int
+    decoded_tokens: int
+
+
+class DenseRow(Frozen):
+    """The model that everything is compared with."""
+
+    parameters: int
+    bytes: int
+    texts: list[TextScore]
+
+
+class Cell(Frozen):
+    """One method at one sparsity."""
+
+    key: str
+    """Hash of everything that decides the result: model, recipe, texts, evaluation."""
+    label: str
+    method: str
+    sparsity: float
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""
+    scope: str
+    settings: dict[str, Any]
+    """Recipe fields that differ from the defaults."""
+    parameters: int
+    bytes: int
+    removed_share_of_scope: float
+    removed_share_of_blocks: float
+    removed_share_of_model: float
+    texts: list[TextScore]
+    speed: Speed | None
+    wall_seconds: float
+    """Of pruning, with statistics that another cell had measured already counted in full."""
+    shared_seconds: float
+    """The part of `wall_seconds` that was another cell's work."""
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    calibration_windows: int
+    compute_dtype: str
+    kept: dict[str, list[int]]
+    """Kind of unit -> units kept in each block."""
+    machine: str
+    versions: dict[str, str]
+
+
+COST_COLUMNS = ("wall", "shared", "peak", "planned", "prefill", "decode")
+
+
+def cost_values(cell: Cell) -> tuple[str, ...]:
+    """What a cell took, as text, in the order of COST_COLUMNS; empty where there is nothing to say."""
+    speed = cell.speed
+    return (
+        f"{cell.wall_seconds:.0f} s",
+        f"{cell.shared_seconds:.0f} s" if cell.shared_seconds else "",
+        format_bytes(cell.measured_peak_bytes),
+        format_bytes(cell.planned_peak_bytes),
+        "" if speed is None else f"{speed.prefill_speedup:.2f}x",
+        "" if speed is None else f"{speed.decode_speedup:.2f}x",
+    )
+
+
+class Failure(Frozen):
+    """A cell that did not come to an end; it is tried again when the comparison goes on."""
+
+    label: str
+    sparsity: float
+    error: str
+
+
+class Comparison(Frozen):
+    """All of it, as written to `comparison.json`. `schema_version` rises when a field changes its meaning."""
+
+    schema_version: int = COMPARISON_VERSION
+    model: str
+    source_fingerprint: str
+    calibration: str
+    """Label of the calibration text; perplexities on text of the same domain flatter every method."""
+    texts: list[TextInfo]
+    seq_len: int
+    """Tokens per evaluation window; stride the same."""
+    max_windows: int | None
+    dtype: str
+    device: str
+    dense: DenseRow | None = None
+    cells: list[Cell] = Field(default_factory=list[Cell])
+    failures: list[Failure] = Field(default_factory=list[Failure])
+
+    def ordered(self) -> list[Cell]:
+        """By sparsity, then by perplexity on the first text."""
+        return sorted(self.cells, key=lambda cell: (cell.sparsity, cell.texts[0].perplexity))
+
+    def to_csv(self) -> str:
+        """One line per cell, the dense model first; columns of a text carry its label."""
+        stream = io.StringIO()
+        columns = ["method", "sparsity", "scope", "parameters", "bytes"]
+        for text in self.texts:
+            columns += [f"perplexity {text.label}", f"kl {text.label}", f"top1 {text.label}"]
+        columns += [
+            "wall_seconds",
+            "shared_seconds",
+            "planned_peak_bytes",
+            "measured_peak_bytes",
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s",
+            "prefill_speedup",
+            "decode_speedup",
+        ]
+        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        if self.dense is not None:
+            row = {"method": "dense", "sparsity": 0.0, "parameters": self.dense.parameters, "bytes": self.dense.bytes}
+            writer.writerow(row | _text_columns(self.dense.texts))
+        for cell in self.ordered():
+            row = {
+                "method": cell.label,
+                "sparsity": cell.sparsity,
+                "scope": cell.scope,
+                "parameters": cell.parameters,
+                "bytes": cell.bytes,
+                "wall_seconds": round(cell.wall_seconds, 1),
+                "shared_seconds": round(cell.shared_seconds, 1),
+                "planned_peak_bytes": cell.planned_peak_bytes,
+                "measured_peak_bytes": cell.measured_peak_bytes,
+            }
+            if cell.speed is not None:
+                row |= {
+                    "prefill_tokens_per_s": round(cell.speed.prefill_tokens_per_s, 1),
+                    "decode_tokens_per_s": round(cell.speed.decode_tokens_per_s, 2),
+                    "prefill_speedup": round(cell.speed.prefill_speedup, 3),
+                    "decode_speedup": round(cell.speed.decode_speedup, 3),
+                }
+            writer.writerow(row | _text_columns(cell.texts))
+        return stream.getvalue()
+
+
+def _text_columns(texts: list[TextScore]) -> dict[str, Literal[""] | float]:
+    result: dict[str, Literal[""] | float] = {}
+    for score in texts:
+        result[f"perplexity {score.text}"] = round(score.perplexity, 4)
+        result[f"kl {score.text}"] = "" if score.kl_to_dense is None else round(score.kl_to_dense, 5)
+        result[f"top1 {score.text}"] = "" if score.top1_agreement is None else round(score.top1_agreement, 5)
+    return result

@@ -1,0 +1,121 @@
+"""The report of one recovery, and what the model card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from structprune.results.frozen import Frozen
+from structprune.results.schema import MemoryReport, ReloadReport
+
+RECOVERY_SCHEMA_VERSION = 1
+
+
+class RecoveredBlock(Frozen):
+    """One block of the student, trained alone."""
+
+    block: int
+    """Its number in the student."""
+    target: int
+    """After how many of the teacher's blocks its output is compared."""
+    error_before: float
+    """Mean over the held-out tokens of |output - wanted|^2 / |wanted|^2, on the recovered student's stream."""
+    error_after: float
+    """The same with the weights that were kept."""
+    epochs: int
+    """Passes over the windows, the last one perhaps cut by the clock."""
+    tokens: int
+    """Learned from, each as often as it was seen."""
+    changed: bool
+    """False where no pass met the held-out windows better: the block stays as it was."""
+    seconds: float
+
+
+class TraceStep(Frozen):
+    """One step of the optimiser."""
+
+    step: int
+    """From 1."""
+    seconds: float
+    loss: float
+    """Mean KL divergence from the teacher over the step's tokens, in nats, before the step."""
+
+
+class Evaluation(Frozen):
+    """The held-out windows after so many steps."""
+
+    step: int
+    seconds: float
+    divergence: float
+    """Mean KL divergence from the teacher per token: of all texts, which count alike here, and of each."""
+    by_text: list[float]
+
+
+class TextReport(Frozen):
+    """One text's windows and what became of them."""
+
+    name: str
+    train_windows: int
+    held_out_windows: int
+    share: float
+    """Of the windows that were drawn for training; 0 where none was."""
+
+
+class Quality(Frozen):
+    """Of one model on all held-out windows."""
+
+    perplexity: float
+    divergence: float
+    """Mean KL divergence from the teacher, in nats per token."""
+
+
+class RecoveryReport(Frozen):
+    """Everything that a recovery states about itself."""
+
+    schema_version: int = RECOVERY_SCHEMA_VERSION
+    output: str
+    student: str
+    teacher: str
+    student_fingerprint: str
+    teacher_fingerprint: str
+    settings: dict[str, Any]
+    """Resolved."""
+    device: str
+    compute_dtype: str
+    texts: list[TextReport]
+    description: str
+    fingerprint: str
+    """Of the token windows."""
+    seq_len: int
+    dense_perplexity: float
+    """Of the teacher on the held-out windows."""
+    before: Quality
+    after: Quality
+    tokens: int
+    """Learned from, each as often as it was seen; in mode blocks the mean over the blocks."""
+    blocks: list[RecoveredBlock]
+    trace: list[TraceStep]
+    evaluations: list[Evaluation]
+    memory: MemoryReport
+    reload: ReloadReport
+    train_seconds: float
+    wall_seconds: float
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return self.model_dump(mode="json")
+
+
+def recovery_card(report: RecoveryReport) -> str:
+    """The paragraph that a recovery adds to the model card."""
+    windows = sum(text.held_out_windows for text in report.texts)
+    return (
+        "## Recovery\n\n"
+        f"After pruning the weights learned from `{Path(report.teacher).name}` (mode `{report.settings['mode']}` of "
+        f"structprune {report.versions['structprune']}, {report.tokens:,} tokens, {report.description}). On {windows} "
+        f"held-out windows of {report.seq_len} tokens of that text the KL divergence from it went from "
+        f"{report.before.divergence:.4f} to {report.after.divergence:.4f} nats per token, the perplexity from "
+        f"{report.before.perplexity:.2f} to {report.after.perplexity:.2f} (dense {report.dense_perplexity:.2f}). "
+        "All figures are in `recovery_report.json`.\n"
+    )

@@ -1,0 +1,213 @@
+"""The report of one pruning run. `schema_version` rises when a field changes its meaning or goes away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from structprune.errors import InputError
+from structprune.recipe import Recipe
+from structprune.results.frozen import Frozen
+from structprune.results.summary import html_table, rich_table, summary_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from rich.table import Table
+
+SCHEMA_VERSION = 1
+REPORT_NAME = "pruning_report.json"
+
+
+class CalibrationReport(Frozen):
+    """The text that statistics were taken from."""
+
+    name: str
+    description: str
+    fingerprint: str
+    num_windows: int
+    seq_len: int
+    perplexity_windows: int
+    """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
+    dense_perplexity: float
+    pruned_perplexity: float
+
+
+class BlockReport(Frozen):
+    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one half of it."""
+
+    block: int
+    """Its number in the source."""
+    kind: str
+    num_units: int
+    kept_units: int
+    """Where the stream is sliced: its dimensions before and after."""
+    error_mask_only: float | None
+    """|W x - W_K x_K|^2 / |W x|^2 over the calibration tokens, before any weight update."""
+    error: float | None
+    """The same after the solver. Where the stream is sliced: share of its energy that the cut before the half drops."""
+    status: str
+    statistics: dict[str, float]
+    objective: list[float]
+    """Of an iterative solver, before its first step and after each; empty for the others."""
+    seconds: float
+
+
+class SizeReport(Frozen):
+    """Parameters and bytes, before and after."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    removed_share_of_scope: float
+    """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
+    removed_share_of_blocks: float
+    removed_share_of_model: float
+    """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
+
+
+class MemoryStretch(Frozen):
+    """The highest point of one stretch of the run, from the end of the stretch before it."""
+
+    phase: str
+    """What was going on, as the progress said it."""
+    seconds: float
+    """Of its end, from the start of the run."""
+    peak_bytes: int
+
+
+class DeviceMemoryReport(Frozen):
+    """Bytes on a CUDA device beside what the process had there before the run."""
+
+    budget_bytes: int
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    """Of the process that finished the run."""
+    phases: dict[str, int]
+    """Planned."""
+    sums: Literal["device", "host"]
+    """Where the sums of activations lay while they were taken."""
+    solves: Literal["device", "host"] = "host"
+    """Where units were chosen and consumers solved; before there was a choice, on the host."""
+
+
+class MemoryReport(Frozen):
+    """Bytes above the process's size before the run (libraries imported)."""
+
+    budget_bytes: int
+    planned_peak_bytes: int
+    measured_peak_bytes: int
+    phases: dict[str, int]
+    """Planned."""
+    measured_phases: dict[str, int] = Field(default_factory=dict[str, int])
+    """Those of `phases` that were measured apart."""
+    store: str
+    micro_batch_windows: int
+    cached: list[str] = Field(default_factory=list[str])
+    """Halves whose consumer's inputs were kept in memory until it was solved."""
+    cache_bytes: int = 0
+    timeline: list[MemoryStretch] = Field(default_factory=list[MemoryStretch])
+    """Empty in reports of the first version that had none."""
+    device: DeviceMemoryReport | None = None
+    """None: blocks ran in host memory."""
+
+
+class ReusedStatistics(Frozen):
+    """Measurements of the dense model that an earlier run had taken; not part of this run's seconds and peak."""
+
+    seconds: float
+    peak_bytes: int
+
+
+class ReloadReport(Frozen):
+    """How the finished checkpoint fared in a fresh process with stock code; a mismatch ends the run instead."""
+
+    mode: Literal["whole", "streamed", "impossible", "off"]
+    """whole: `from_pretrained`; streamed: the same classes, each module's weights read when it runs."""
+    reason: str = ""
+    """Why not whole."""
+    num_positions: int = 0
+    relative_difference: float | None = None
+    """|a - b| / |b| over the logits of that process and of the run, each position's mean taken off."""
+    tolerance: float | None = None
+    max_abs_difference: float | None = None
+    same_top1: float | None = None
+    """Share of the positions with the same likeliest token."""
+    planned_bytes: int | None = None
+    """Of both processes, libraries not counted."""
+    peak_bytes: int | None = None
+    """Of that process alone."""
+    seconds: float = 0.0
+
+
+class RuntimeReport(Frozen):
+    """Whether one runtime loads the output, as far as known."""
+
+    runtime: str
+    loads: Literal["yes", "no", "unverified"]
+    basis: Literal["checked", "by its source"] | None
+    reason: str
+
+
+class PruneReport(Frozen):
+    """Everything that a run states about itself."""
+
+    schema_version: int = SCHEMA_VERSION
+    output: str
+    source: str
+    source_fingerprint: str
+    family: str
+    method: str
+    recipe: Recipe
+    """Resolved: no `auto` and no `None` except an unset option that has no effect."""
+    device: str
+    compute_dtype: str
+    calibration: CalibrationReport
+    size: SizeReport
+    memory: MemoryReport
+    blocks: list[BlockReport]
+    reused: ReusedStatistics | None = None
+    reload: ReloadReport
+    num_ranks: int = 1
+    """Processes that shared the work, those of the last start if there were several."""
+    runtimes: list[RuntimeReport]
+    wall_seconds: float
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return self.model_dump(mode="json")
+
+    def to_frame(self) -> DataFrame:
+        """One row per unit group of a block, the statistics as columns. Needs pandas; raises InputError without it."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_frame needs pandas", do="install it with `pip install pandas`") from None
+        rows = [
+            block.model_dump(exclude={"statistics", "objective"})
+            | {"kept_share": block.kept_units / block.num_units}
+            | block.statistics
+            for block in self.blocks
+        ]
+        return pandas.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        size = self.size
+        return (
+            f"PruneReport({self.method!r}, {self.source!r} -> {self.output!r}, {size.parameters_before:,} -> "
+            f"{size.parameters_after:,} parameters, {len(self.blocks)} block entries)"
+        )
+
+    __str__ = __repr__
+
+    def __rich__(self) -> Table:
+        return rich_table(self._title(), summary_rows(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self._title(), summary_rows(self))
+
+    def _title(self) -> str:
+        return f"{self.method}: {self.source} -> {self.output}"

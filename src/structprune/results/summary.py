@@ -1,0 +1,156 @@
+"""A report in a few lines, for the terminal, a notebook and the page: what was done, what it cost, what to look at."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from structprune.memory import format_bytes
+
+if TYPE_CHECKING:
+    from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneReport, ReloadReport
+
+UNITS = {
+    "mlp": "MLP channels",
+    "attention": "attention units",
+    "block": "blocks",
+    "expert": "experts",
+}
+"""Kind of a block report -> what is counted."""
+
+
+def summary_rows(report: PruneReport) -> list[tuple[str, str]]:
+    """(name, value) of what a run did and cost."""
+    size, memory, calibration = report.size, report.memory, report.calibration
+    saved = 1 - size.bytes_after / size.bytes_before
+    return [
+        (
+            f"removed of {report.recipe.scope}",
+            f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
+        ),
+        ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
+        ("removed of the model", f"{size.removed_share_of_model:.2%}"),
+        ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
+        (
+            "bytes on disk",
+            f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} ({saved:.1%} less)",
+        ),
+        (
+            "calibration",
+            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
+        ),
+        (
+            "perplexity of that text",
+            f"{calibration.dense_perplexity:.2f} -> {calibration.pruned_perplexity:.2f} "
+            f"(first {calibration.perplexity_windows} windows, in-sample; use `structprune eval` for unseen text)",
+        ),
+        ("peak memory", _peaks(memory)),
+        *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
+        ("reload check", reload_line(report.reload)),
+        ("forward passes", f"{report.compute_dtype} on {report.device}"),
+        ("wall time", f"{report.wall_seconds:.1f} s"),
+    ]
+
+
+def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:
+    return f"planned {format_bytes(memory.planned_peak_bytes)}, measured {format_bytes(memory.measured_peak_bytes)}"
+
+
+def reload_line(reload: ReloadReport) -> str:
+    """How the finished checkpoint fared in a fresh process."""
+    if reload.relative_difference is None:
+        return f"{'left out' if reload.mode == 'off' else 'not possible'} ({reload.reason})"
+    how = "whole model" if reload.mode == "whole" else f"module by module, because {reload.reason}"
+    return (
+        f"stock transformers, {how}: relative difference {reload.relative_difference:.1e} of the logits at "
+        f"{reload.num_positions} positions ({reload.seconds:.1f} s)"
+    )
+
+
+def warnings(report: PruneReport) -> list[str]:
+    """What a reader should not miss."""
+    found: list[str] = []
+    raised = _places(block for block in report.blocks if block.status == "damping-raised")
+    if raised:
+        found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")
+    low, high = blocks_at_a_bound(report)
+    if low:
+        share = report.recipe.min_retention
+        found.append(f"At the least share that a block keeps ({share:.0%}, --min-retention): {_places(low)}.")
+    if high:
+        share = report.recipe.max_retention
+        found.append(f"At the largest share that a block keeps ({share:.0%}, --max-retention): {_places(high)}.")
+    memory, reload, calibration = report.memory, report.reload, report.calibration
+    for more, place in (("More", memory), ("On the device more", memory.device)):
+        if place is not None and place.measured_peak_bytes > place.planned_peak_bytes:
+            found.append(
+                f"{more} memory was used ({format_bytes(place.measured_peak_bytes)}) than planned "
+                f"({format_bytes(place.planned_peak_bytes)})."
+            )
+    if reload.relative_difference is None:
+        found.append(f"The result was not loaded for a check: {reload.reason}.")
+    re_solves = report.recipe.solver not in (None, "mask-only", "bias")
+    if re_solves and calibration.num_windows * calibration.seq_len < 32_768:
+        found.append(
+            f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
+            "fit so few too closely (docs/footguns.md)."
+        )
+    return found
+
+
+def blocks_at_a_bound(report: PruneReport) -> tuple[list[BlockReport], list[BlockReport]]:
+    """Blocks that an allocator would have cut further, or less, but for a bound; none where all are cut alike."""
+    recipe = report.recipe
+    if recipe.allocator in (None, "uniform"):
+        return [], []
+    units = [block for block in report.blocks if block.kind in ("mlp", "attention") and block.status != "sliced"]
+    multiple = recipe.multiple_of or 1
+    low = [
+        block
+        for block in units
+        if 0 < block.kept_units < block.num_units
+        and block.kept_units < math.ceil(block.num_units * recipe.min_retention) + multiple
+    ]
+    high = [
+        block
+        for block in units
+        if recipe.max_retention < 1 and block.kept_units > math.floor(block.num_units * recipe.max_retention) - multiple
+    ]
+    return low, high
+
+
+def _places(blocks: Iterable[BlockReport]) -> str:
+    """`blocks 3, 4 and 7 (mlp)`, kind after kind."""
+    by_kind: dict[str, list[str]] = {}
+    for block in blocks:
+        by_kind.setdefault(block.kind, []).append(str(block.block))
+    return "; ".join(
+        f"{'block' if len(numbers) == 1 else 'blocks'} {', '.join(numbers)} ({kind})"
+        for kind, numbers in by_kind.items()
+    )
+
+
+def rich_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a header."""
+    # Text, not str: names and paths may hold brackets, which rich would read as markup.
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """The same for a notebook, which brings its own style."""
+    cells = "".join(
+        f'<tr><th style="text-align: left">{html.escape(name)}</th>'
+        f'<td style="text-align: left">{html.escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption><tbody>{cells}</tbody></table>"

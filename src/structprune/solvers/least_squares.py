@@ -1,0 +1,195 @@
+"""Consumer weights on the kept inputs: cut, or re-solved by least squares.
+
+Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units, R mixtures of outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from structprune.linalg.cholesky import damped_cholesky, solved
+from structprune.linalg.gram_products import add_columns, block_of, fitting_error, output_energy, strips, times_gram
+from structprune.types import LayerProblem, SolveResult
+
+# Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
+_LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0)
+_PATH_GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
+SKETCH_ROWS = 128
+NUM_TRIALS = len(_LOCAL_GRID) + len(_PATH_GRID)
+
+
+def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
+    """Drop the removed columns and leave the others as they are."""
+    kept_K = problem.kept_inputs(keep_U)
+    return SolveResult(weight_OK=problem.weight_OI[:, kept_K], status="ok", statistics={})
+
+
+def mean_bias(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
+    """Drop the removed columns and add what they give on average: the bias W_P E[x_P] (FLAP, arXiv 2312.11983)."""
+    assert problem.sum_I is not None
+    removed_P = problem.kept_inputs(~keep_U)
+    mean_P = problem.sum_I[removed_P] / problem.num_tokens
+    bias_O = problem.weight_OI[:, removed_P].to(torch.float64) @ mean_P
+    result = mask_only(problem, keep_U)
+    return replace(result, bias_O=bias_O.to(problem.weight_OI.dtype))
+
+
+def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
+    """min over V of sum_t |V x_K - y|^2 + ridge toward the original weights, solved in float64.
+
+    V = W_K + W_P G_PK (G_KK + delta I)^-1 + R_K (G_KK + delta' I)^-1 with R = C - W G and C = sum y x^T. The first
+    correction makes up for the removed inputs: for the local target y = W x, where R is zero, it is the restoration of
+    FASP (arXiv 2501.09412) with the ridge drawn toward the original weight instead of zero. The second makes up for
+    what earlier blocks got wrong; it fits a residual that is mostly noise to these inputs, and wants a larger ridge.
+
+    Both ridges are `damping` as a share of mean(diag G_KK), or, with `held_out`, whichever of a grid fits the held-out
+    windows best when the others are solved; the answer is then solved on all windows. What was taken is in the
+    statistics.
+    """
+    return _least_squares(problem, keep_U, judged=False)
+
+
+def judged_least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
+    """`least_squares` with a statistic `held_out_error`: relative, of the same ridges when the others are solved."""
+    return _least_squares(problem, keep_U, judged=True)
+
+
+def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> SolveResult:
+    if problem.target_OI is None and bool(keep_U.all()):
+        return SolveResult(weight_OK=problem.weight_OI, status="ok", statistics={})
+    ridges = _Ridges(local=problem.damping, path=problem.damping)
+    statistics: dict[str, float] = {}
+    if problem.held_out is not None:
+        ridges = _choose_ridges(problem, keep_U)
+        if judged:
+            statistics["held_out_error"] = _held_out_error(problem, keep_U, ridges)
+    found = _solved(problem, keep_U, ridges)
+    statistics["damping"] = found.taken.local
+    if problem.target_OI is not None:
+        statistics["path_damping"] = found.taken.path
+    statistics["damping_raises"] = float(found.num_raises)
+    return SolveResult(
+        weight_OK=found.weight_OK.to(problem.weight_OI.dtype),
+        status="damping-raised" if found.num_raises else "ok",
+        statistics=statistics,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ridges:
+    """As shares of mean(diag G_KK)."""
+
+    local: float
+    path: float
+    """Without effect for the local target."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Solution:
+    weight_OK: Tensor
+    """float64."""
+    taken: _Ridges
+    """Where the Gram was not definite with what was asked for, more than that."""
+    num_raises: int
+
+
+def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution:
+    """W_K and both corrections, one after the other: one right side and one factor are there at a time."""
+    kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
+    gram_KK = partial(block_of, problem.gram_II, kept_K, kept_K)
+    # Nothing but the product stays while the square is factored.
+    right_OK = times_gram(problem.weight_OI[:, removed_P], problem.gram_II, removed_P, kept_K)
+    factor = damped_cholesky(gram_KK, ridges.local, "least squares")
+    weight_OK = add_columns(solved(factor.factor_NN, right_OK), problem.weight_OI, kept_K)
+    local, raises = factor.damping, factor.num_raises
+    del factor, right_OK
+    if problem.target_OI is None:
+        return _Solution(weight_OK=weight_OK, taken=_Ridges(local=local, path=ridges.path), num_raises=raises)
+    right_OK = times_gram(problem.weight_OI, problem.gram_II, None, kept_K).neg_()
+    add_columns(right_OK, problem.target_OI, kept_K)
+    factor = damped_cholesky(gram_KK, ridges.path, "least squares")
+    weight_OK += solved(factor.factor_NN, right_OK)
+    taken = _Ridges(local=local, path=factor.damping)
+    return _Solution(weight_OK=weight_OK, taken=taken, num_raises=max(raises, factor.num_raises))
+
+
+def _held_out_error(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> float:
+    held_out = problem.held_out
+    assert held_out is not None
+    weight_OK = _solved(problem.without_held_out(), keep_U, ridges).weight_OK
+    energy = held_out.target_energy
+    if energy is None:
+        energy = output_energy(problem.weight_OI, held_out.gram_II)
+    kept_K = problem.kept_inputs(keep_U)
+    error = fitting_error(weight_OK, kept_K, problem.weight_OI, held_out.gram_II, held_out.target_OI, energy)
+    return error / energy if energy > 0 else 0.0
+
+
+def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
+    """The best local ridge on the held-out windows, the path's at its middle, then the best one of the path.
+
+    Each trial needs one factorisation, and answers for `SKETCH_ROWS` random mixtures of the outputs instead of all:
+    outputs are solved apart and errors are summed over them, so with random signs S the error of S V is that of V in
+    the mean (Hutchinson 1990), and all trials are compared on the same mixtures. Leaving outputs out instead would be
+    a matter of luck: a few carry most of a residual stream's energy.
+    """
+    held_out = problem.held_out
+    assert held_out is not None
+    fit = problem.without_held_out()
+    kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
+    signs_RO = _signs(len(problem.weight_OI), problem.seed, problem.device)
+    weight_RI = _mixed(signs_RO, problem.weight_OI)
+    right_RK = times_gram(weight_RI[:, removed_P], fit.gram_II, removed_P, kept_K)
+    residual_RK: Tensor | None = None
+    wanted_RK: Tensor | None = None
+    if fit.target_OI is not None and held_out.target_OI is not None:
+        residual_RK = times_gram(weight_RI, fit.gram_II, None, kept_K).neg_()
+        residual_RK += _mixed(signs_RO, fit.target_OI)[:, kept_K]
+        wanted_RK = _mixed(signs_RO, held_out.target_OI)[:, kept_K]
+
+    def loss(weight_RK: Tensor) -> float:
+        """Squared error on the held-out windows, for a target less its energy, which all trials share."""
+        if wanted_RK is None:
+            return fitting_error(weight_RK, kept_K, weight_RI, held_out.gram_II, None, 0.0)
+        return output_energy(weight_RK, held_out.gram_II, kept_K) - 2.0 * float((weight_RK * wanted_RK).sum())
+
+    by_local: dict[float, Tensor] = {}
+    by_path: dict[float, Tensor] = {}
+    for damping in sorted({*_LOCAL_GRID, *(() if residual_RK is None else _PATH_GRID)}):
+        factor = damped_cholesky(partial(block_of, fit.gram_II, kept_K, kept_K), damping, "least squares")
+        if damping in _LOCAL_GRID:
+            by_local[damping] = solved(factor.factor_NN, right_RK.clone())
+        if damping in _PATH_GRID and residual_RK is not None:
+            by_path[damping] = solved(factor.factor_NN, residual_RK.clone())
+        # The next trial makes its own.
+        del factor
+    base_RK = weight_RI[:, kept_K]
+    path = _PATH_GRID[len(_PATH_GRID) // 2]
+    middle_RK = base_RK if residual_RK is None else base_RK + by_path[path]
+    local = min(_LOCAL_GRID, key=lambda damping: loss(middle_RK + by_local[damping]))
+    if residual_RK is not None:
+        path = min(_PATH_GRID, key=lambda damping: loss(base_RK + by_local[local] + by_path[damping]))
+    return _Ridges(local=local, path=path)
+
+
+def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:
+    """(R, O) of -1 and 1; None where there are no more outputs than mixtures, which are then the outputs."""
+    if num_outputs <= SKETCH_ROWS:
+        return None
+    # On the host, so that the draw is the same on every device.
+    drawn_RO = torch.randint(0, 2, (SKETCH_ROWS, num_outputs), generator=torch.Generator().manual_seed(seed))
+    return drawn_RO.to(device, torch.float64).mul_(2).sub_(1)
+
+
+def _mixed(signs_RO: Tensor | None, values_OI: Tensor) -> Tensor:
+    """S V in float64, without a float64 copy of V."""
+    if signs_RO is None:
+        return values_OI.to(torch.float64)
+    mixed_RI = signs_RO.new_zeros(len(signs_RO), values_OI.shape[1])
+    for part in strips(len(values_OI), values_OI.shape[1]):
+        mixed_RI.addmm_(signs_RO[:, part], values_OI[part].to(torch.float64))
+    return mixed_RI

@@ -1,0 +1,13 @@
+"""Recovery: a pruned model learns again from the dense one. A mode is one file."""
+
+from structprune.registry import Registry
+from structprune.training.job import Mode
+
+MODES: Registry[Mode] = Registry(
+    "recovery mode",
+    {
+        "stream": "structprune.training.stream:STREAM",
+        "blocks": "structprune.training.blocks:BLOCKS",
+        "lora": "structprune.training.lora:LORA",
+    },
+)

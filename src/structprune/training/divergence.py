@@ -1,0 +1,79 @@
+"""The KL divergence from the teacher's predictions, and its derivative by the student's last hidden states.
+
+With logits z of the student and distributions p (teacher) and q (student), dKL(p || q)/dz = q - p.
+
+Shape suffixes: S positions, D hidden size, V vocabulary, T tokens of one part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structprune.training.job import Side
+
+# More tokens at once make the head's products no faster on a CPU; logits are five float32 matrices of so many rows.
+LOGIT_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Hidden states behind the last block -> logits, of both models; one module where the two are the same."""
+
+    teacher: nn.Module
+    student: nn.Module
+
+
+def load_heads(teacher: Side, student: Side) -> Heads:
+    """Final norm and output projection of both, in the dtype of the forward passes."""
+    first, first_tensors = _head(teacher)
+    names = {teacher.stock.head_weight: student.stock.head_weight}
+    tensors = student.reader.read(student.stock.head_tensors(), dtype=student.dtype)
+    shared = all(torch.equal(tensors[names.get(name, name)], tensor) for name, tensor in first_tensors.items())
+    del first_tensors
+    return Heads(teacher=first, student=first if shared else _module(student, tensors))
+
+
+def _head(side: Side) -> tuple[nn.Module, dict[str, Tensor]]:
+    tensors = side.reader.read(side.stock.head_tensors(), dtype=side.dtype)
+    return _module(side, tensors), tensors
+
+
+def _module(side: Side, tensors: dict[str, Tensor]) -> nn.Module:
+    return side.stock.head({name: tensor.to(side.device) for name, tensor in tensors.items()})
+
+
+def divergence(
+    student_head: nn.Module,
+    teacher_head: nn.Module,
+    hidden_SD: Tensor,
+    wanted_SD: Tensor,
+    gradient_SD: Tensor | None = None,
+) -> float:
+    """Sum over the positions of KL(teacher || student), in nats; its derivative by `hidden_SD` goes to `gradient_SD`.
+
+    `wanted_SD` are the teacher's hidden states. The heads may be any maps to logits.
+    """
+    total = 0.0
+    for start in range(0, len(hidden_SD), LOGIT_TOKENS):
+        part = slice(start, start + LOGIT_TOKENS)
+        with torch.no_grad():
+            wanted_TV = _log_softmax(teacher_head(wanted_SD[part]).float())
+        part_TD = hidden_SD[part].detach().requires_grad_(gradient_SD is not None)
+        with torch.set_grad_enabled(gradient_SD is not None):
+            logits_TV = student_head(part_TD)
+        with torch.no_grad():
+            found_TV = _log_softmax(logits_TV.detach().float().clone())
+            total += float(nn.functional.kl_div(found_TV, wanted_TV, reduction="sum", log_target=True))
+            if gradient_SD is None:
+                continue
+            slope_TV = found_TV.exp_().sub_(wanted_TV.exp_())
+        gradient_SD[part] = torch.autograd.grad(logits_TV, part_TD, slope_TV.to(logits_TV.dtype))[0].float()
+    return total
+
+
+def _log_softmax(logits_TV: Tensor) -> Tensor:
+    """In place."""
+    return logits_TV.sub_(logits_TV.logsumexp(dim=-1, keepdim=True))

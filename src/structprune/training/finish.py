@@ -1,0 +1,208 @@
+"""The end of every recovery: shards, the held-out windows through what was written, reload check, report.
+
+Shape suffixes: N windows, S positions, D hidden size, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from structprune.architectures.stock.loading import has_own_modeling_file
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.select import fingerprint
+from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.readme import README_NAME
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.engine.planning.reload import RELOAD_TOKENS
+from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_loss, versions
+from structprune.engine.run.reload_check import Probe, check_reload
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.errors import NumericalError
+from structprune.exporters.per_layer import write_modeling_file
+from structprune.exporters.uniform import write_companions
+from structprune.files import write_json, write_text
+from structprune.memory import release_free_memory
+from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
+from structprune.results.schema import REPORT_NAME, MemoryReport
+from structprune.runs.directory import RunDirectory
+from structprune.training.divergence import Heads, divergence, load_heads
+from structprune.training.job import Recovered, RecoveryJob, Side, Workplace
+
+RECOVERY_REPORT_NAME = "recovery_report.json"
+
+
+def write_recovered(job: RecoveryJob, recovered: Recovered, directory: Path) -> CheckpointWriter:
+    """All files of the checkpoint in the student's format, the index last."""
+    side = job.student
+    blocks = side.stock.layout.blocks
+    writer = CheckpointWriter(directory, len(blocks) + 2, side.reader.stored_name)
+    for block in blocks:
+        tensors = recovered.tensors(block)
+        writer.write(block.index + 2, {block.prefix + name: tensor for name, tensor in tensors.items()})
+        del tensors
+        release_free_memory()
+    copy_outer(side, writer)
+    if has_own_modeling_file(side.reader.directory):
+        write_modeling_file(directory, side.stock.family, side.reader.config)
+    write_companions(side.reader.directory, directory, side.reader.config)
+    for name in (MANIFEST_NAME, REPORT_NAME):
+        if (side.reader.directory / name).is_file():
+            shutil.copyfile(side.reader.directory / name, directory / name)
+    writer.finish()
+    return writer
+
+
+def last_states(side: Side, path: Path) -> HiddenStore:
+    """The states of all of the side's windows behind the last block, streamed. Raises NumericalError."""
+    num_windows = len(side.windows.ids_NS)
+    store = open_store(side, path, num_windows)
+    propagator = embed(side, {store: num_windows})
+    for block in side.stock.layout.blocks:
+        propagator.run(load_block(side, block)[1], block.index, store)
+        release_free_memory()
+    return store
+
+
+def finish_recovery(
+    job: RecoveryJob,
+    recovered: Recovered,
+    run: RunDirectory,
+    place: Workplace,
+    *,
+    student: str,
+    teacher: str,
+    started: float,
+) -> RecoveryReport:
+    """Write the checkpoint into the run's directory, measure it on the held-out windows, load it, report.
+
+    Raises CheckpointError if the reload check fails, NumericalError for outputs that are not finite.
+    """
+    checkpoint = run.checkpoint
+    writer = write_recovered(job, recovered, checkpoint)
+    # Reads every header back and compares it with the config.
+    written = replace(job.student, stock=StockModel(CheckpointReader(checkpoint)))
+    held_out = job.texts.all_held_out
+    place.observer.start("measure", 3)
+    stores: list[HiddenStore] = []
+    try:
+        for name, side in (("dense", job.teacher), ("before", job.student), ("after", written)):
+            stores.append(last_states(side.on_windows(held_out), place.scratch / f"{name}.bin"))
+            place.observer.advance(name)
+        dense, before, after = stores
+        heads = load_heads(job.teacher, job.student)
+        ids_NS = job.student.windows.ids_NS[list(held_out)]
+        device = job.student.device
+        dense_perplexity = _perplexity(heads.teacher, dense, ids_NS, device, "teacher")
+        qualities = [
+            Quality(
+                perplexity=_perplexity(heads.student, store, ids_NS, device, name),
+                divergence=_divergence(heads, store, dense, device),
+            )
+            for name, store in (("student", before), ("recovered student", after))
+        ]
+        probe = _probe(heads.student, after, ids_NS[0], device) if job.settings.reload_check else None
+        del heads
+    finally:
+        for store in stores:
+            store.close()
+    release_free_memory()
+    measured_peak = place.meter.peak_so_far()
+    if qualities[1].divergence > qualities[0].divergence:
+        place.observer.note("the held-out windows as a whole are met worse than before")
+    reload = check_reload(written, run, writer, probe, place.observer)
+    plan = job.student.plan
+    return RecoveryReport(
+        output=str(run.output),
+        student=student,
+        teacher=teacher,
+        student_fingerprint=job.student.reader.fingerprint(),
+        teacher_fingerprint=job.teacher.reader.fingerprint(),
+        settings=job.settings.model_dump(mode="json"),
+        device=str(device),
+        compute_dtype=str(job.student.dtype).removeprefix("torch."),
+        texts=_text_reports(job, recovered),
+        description=job.texts.windows.description,
+        fingerprint=fingerprint(job.texts.windows),
+        seq_len=job.texts.windows.ids_NS.shape[1],
+        dense_perplexity=dense_perplexity,
+        before=qualities[0],
+        after=qualities[1],
+        tokens=recovered.tokens,
+        blocks=recovered.blocks,
+        trace=recovered.trace,
+        evaluations=recovered.evaluations,
+        memory=MemoryReport(
+            budget_bytes=plan.budget_bytes,
+            planned_peak_bytes=plan.peak_bytes,
+            measured_peak_bytes=measured_peak,
+            phases=plan.phases,
+            measured_phases=place.meter.phases,
+            store=plan.store,
+            micro_batch_windows=plan.micro_batch_windows,
+        ),
+        reload=reload,
+        train_seconds=recovered.train_seconds,
+        wall_seconds=time.perf_counter() - started,
+        versions=versions(),
+    )
+
+
+def write_report(report: RecoveryReport, student: Path, checkpoint: Path) -> None:
+    """The report, and the student's model card with a paragraph more."""
+    write_json(checkpoint / RECOVERY_REPORT_NAME, report.to_dict())
+    path = student / README_NAME
+    card = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.is_file() else ""
+    write_text(checkpoint / README_NAME, card + recovery_card(report))
+
+
+def _text_reports(job: RecoveryJob, recovered: Recovered) -> list[TextReport]:
+    texts = job.texts
+    drawn = recovered.drawn or [len(part) for part in texts.train]
+    total = max(1, sum(drawn))
+    return [
+        TextReport(name=name, train_windows=len(train), held_out_windows=len(held), share=count / total)
+        for name, train, held, count in zip(texts.names, texts.train, texts.held_out, drawn, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _perplexity(head: nn.Module, store: HiddenStore, ids_NS: torch.Tensor, device: torch.device, which: str) -> float:
+    total = 0.0
+    for number in range(len(ids_NS)):
+        hidden_TD = store.read(number, number + 1)[0, :-1].to(device)
+        total += summed_loss(head, hidden_TD, ids_NS[number, 1:].to(device))
+    mean = total / (len(ids_NS) * (ids_NS.shape[1] - 1))
+    if not mean < 700:
+        raise NumericalError(
+            "the model's output on the held-out windows is NaN, infinite or absurdly large",
+            where=which,
+            do="use --dtype float32, or lower --learning-rate",
+        )
+    return math.exp(mean)
+
+
+def _divergence(heads: Heads, found: HiddenStore, wanted: HiddenStore, device: torch.device) -> float:
+    num_windows, seq_len, _ = found.shape
+    total = sum(
+        divergence(
+            heads.student, heads.teacher, found.read(n, n + 1)[0].to(device), wanted.read(n, n + 1)[0].to(device)
+        )
+        for n in range(num_windows)
+    )
+    return total / (num_windows * seq_len)
+
+
+@torch.no_grad()
+def _probe(head: nn.Module, store: HiddenStore, ids_S: torch.Tensor, device: torch.device) -> Probe:
+    """What the reload check compares with: the start of the first held-out window."""
+    logits_SV = head(store.read(0, 1)[0, :RELOAD_TOKENS].to(device))
+    return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV.float().cpu())

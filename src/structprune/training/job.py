@@ -1,0 +1,187 @@
+"""A recovery's inputs, decided and checked before the first weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.architectures.stock.loading import has_own_modeling_file
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.context import CalibrationWindows
+from structprune.calibration.select import fingerprint
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.planning.plan import PrunePlan
+from structprune.engine.run.finalize import MANIFEST_NAME
+from structprune.errors import CheckpointError, InputError, UnsupportedError
+from structprune.memory import PeakMeter
+from structprune.observer import Observer
+from structprune.ranks import ALONE, Ranks
+from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
+from structprune.training.settings import RecoverySettings
+from structprune.training.texts import Texts
+from structprune.types import BlockLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """The teacher or the student, as its blocks are streamed (`engine.job.Streamed`)."""
+
+    stock: StockModel
+    windows: CalibrationWindows
+    plan: PrunePlan
+    device: torch.device
+    dtype: torch.dtype
+    meter: PeakMeter = field(default_factory=PeakMeter)
+    ranks: Ranks = ALONE
+
+    @property
+    def reader(self) -> CheckpointReader:
+        """The checkpoint's tensors, under the names of the stock modules."""
+        return self.stock.reader
+
+    def on_windows(self, numbers: tuple[int, ...]) -> Side:
+        """The same model with these windows only."""
+        windows = replace(self.windows, ids_NS=self.windows.ids_NS[list(numbers)])
+        return replace(self, windows=windows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryJob:
+    """Everything that a mode needs."""
+
+    teacher: Side
+    student: Side
+    settings: RecoverySettings
+    """Resolved."""
+    texts: Texts
+    targets: tuple[int, ...]
+    """Per block of the student, after how many blocks of the teacher its output should be there; () if not known."""
+    resident: bool
+    """Whether what the optimiser keeps between steps stays in memory."""
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a run to go on where another was cut."""
+        return {
+            "settings": self.settings.fingerprint(),
+            "teacher": _files(self.teacher.reader),
+            "student": _files(self.student.reader),
+            "windows": fingerprint(self.student.windows),
+            "dtype": str(self.student.dtype),
+        }
+
+
+def _files(reader: CheckpointReader) -> str:
+    """Which files these are: of one shape there may be many students, so their times count beside the fingerprint."""
+    stats = {path.name: path.stat() for path in sorted(reader.directory.glob("*.safetensors"))}
+    text = json.dumps([reader.fingerprint(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workplace:
+    """The folders of one run."""
+
+    folder: Path
+    """Survives a kill."""
+    scratch: Path
+    """Does not need to."""
+    observer: Observer
+    meter: PeakMeter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What a mode leaves."""
+
+    tensors: Callable[[BlockLayout], Mapping[str, Tensor]]
+    """The new tensors of a block of the student, relative names, in the dtype that they are stored in."""
+    blocks: list[RecoveredBlock]
+    """Of mode blocks; empty for the others."""
+    trace: list[TraceStep]
+    evaluations: list[Evaluation]
+    tokens: int
+    """That were learned from, each as often as it was seen."""
+    drawn: list[int]
+    """Per text, the windows learned from where their shares differ; empty where all are alike."""
+    train_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeBytes:
+    """What a mode needs beside streaming both models."""
+
+    held: int
+    """In memory, whatever happens."""
+    resident: int
+    """Of what may lie in memory or in files between steps."""
+    disk: int
+    """For what a killed run goes on from, and for the result before it is written as a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One way to recover."""
+
+    check: Callable[[tuple[int, ...], StockModel], None]
+    """(target borders, student): raises a StructPruneError for what this mode cannot do."""
+    bytes: Callable[[StockModel, RecoverySettings, int], ModeBytes]
+    """(student, resolved settings, bytes per number of the forward passes)."""
+    run: Callable[[RecoveryJob, Workplace], Recovered]
+    """Raises NumericalError, CheckpointError."""
+
+
+def check_pair(teacher: StockModel, student: StockModel) -> None:
+    """Raise an error unless the student can learn from this teacher and be written: InputError or UnsupportedError.
+
+    Or CheckpointError, where the student has a modelling file that is not ours.
+    """
+    has_own_modeling_file(student.reader.directory)
+    for which, model in (("teacher", teacher), ("student", student)):
+        if model.sliced:
+            raise UnsupportedError(
+                f"the {which} is a sliced model with shortcut matrices, whose stream stock blocks cannot carry",
+                where=str(model.reader.directory),
+                do="recover an output of another method",
+            )
+    for what, got, wanted in (
+        ("vocabulary", student.layout.vocab_size, teacher.layout.vocab_size),
+        ("hidden size", student.layout.hidden_size, teacher.layout.hidden_size),
+    ):
+        if got != wanted:
+            raise InputError(
+                f"teacher and student differ in {what}",
+                where=str(student.reader.directory),
+                got=f"{got} in the student, {wanted} in the teacher",
+                wanted="the dense model that the student was pruned from",
+                do="give that as --teacher",
+            )
+
+
+def target_borders(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
+    """Per block of the student, after how many of the teacher's blocks its output should be there; () if not known.
+
+    A block's output is compared behind the block that it was; the last one's at the teacher's end. Which blocks those
+    were is in the student's manifest where blocks were removed from this teacher. Raises CheckpointError.
+    """
+    num_student, num_teacher = len(student.layout.blocks), len(teacher.layout.blocks)
+    kept: Any = None
+    path = student.reader.directory / MANIFEST_NAME
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError("the manifest cannot be read as JSON", where=str(path), got=str(error)) from None
+        if manifest.get("source_fingerprint") == teacher.reader.fingerprint():
+            kept = (manifest.get("kept_indices") or {}).get("blocks")
+    if kept is None and num_student == num_teacher:
+        kept = list(range(num_student))
+    if kept is None or len(kept) != num_student:
+        return ()
+    return (*(index + 1 for index in kept[:-1]), num_teacher)

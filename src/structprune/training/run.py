@@ -1,0 +1,176 @@
+"""One recovery, from two checkpoints and a text to a finished directory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.run.calibration import source_context
+from structprune.engine.run.device import resolve_device, resolve_dtype
+from structprune.engine.run.identity import check_same
+from structprune.errors import InputError
+from structprune.memory import PeakMeter, format_bytes
+from structprune.observer import Observer
+from structprune.recipe import Recipe
+from structprune.results.recovery import RecoveryReport
+from structprune.runs.directory import RunDirectory, check_free_disk
+from structprune.training import MODES
+from structprune.training.finish import RECOVERY_REPORT_NAME, finish_recovery, write_report
+from structprune.training.job import RecoveryJob, Side, Workplace, check_pair, target_borders
+from structprune.training.plan import RecoveryPlan, plan_recovery
+from structprune.training.settings import RecoverySettings
+from structprune.training.snapshots import DamagedStateError
+from structprune.training.texts import read_texts
+
+_STATE_NAME = "recovery"
+_PARTS = {
+    "settings": "with other settings",
+    "teacher": "with another teacher",
+    "student": "from another student",
+    "windows": "on another calibration text",
+    "dtype": "in another dtype",
+}
+
+
+def recover_model(
+    student: str | Path, teacher: str | Path, settings: RecoverySettings, output: str | Path, observer: Observer
+) -> RecoveryReport:
+    """Recover `student` from `teacher` into the new directory `output`; a run that was cut goes on.
+
+    Raises a subclass of StructPruneError that says what to do; nothing half-written stays behind.
+    """
+    started = time.perf_counter()
+    run = RunDirectory(Path(output), observer.note)
+    run.check()
+    mode = MODES.get(settings.mode)
+    asked, settings = settings, settings.resolved()
+    device = resolve_device(settings.device)
+    pair = [StockModel(CheckpointReader(resolve_model(str(model)))) for model in (teacher, student)]
+    dense, pruned = pair
+    check_pair(dense, pruned)
+    targets = target_borders(dense, pruned)
+    mode.check(targets, pruned)
+    dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
+    most = min(model.layout.max_positions for model in pair)
+    if settings.seq_len > most:
+        raise InputError(
+            "--seq-len is longer than the models' positions", got=settings.seq_len, wanted=f"at most {most}"
+        )
+    settings = settings.model_copy(update={"device": str(device), "dtype": str(dtype).removeprefix("torch.")})
+
+    with PeakMeter() as meter:
+        planned = plan_recovery(dense, pruned, settings, dtype, _most_windows(settings.calibration, settings))
+        context = source_context(
+            dense.reader.directory,
+            num_samples=settings.num_samples,
+            seq_len=settings.seq_len,
+            seed=settings.seed,
+            dtype=dtype,
+            device=device,
+            budget_bytes=planned.plan.budget_bytes,
+        )
+        texts = read_texts(settings, context, observer.note)
+        planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))
+        check_free_disk(run.output, planned.plan.disk_bytes)
+        observer.note(_plan_line(planned))
+        sides = [
+            Side(stock=model, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype, meter=meter)
+            for model in pair
+        ]
+        job = RecoveryJob(
+            teacher=sides[0],
+            student=sides[1],
+            settings=settings.model_copy(update={"calibration": texts.names}),
+            texts=texts,
+            targets=targets,
+            resident=planned.resident,
+        )
+        with run:
+            if run.start is None:
+                run.begin(
+                    **job.identity(),
+                    student_path=str(student),
+                    teacher_path=str(teacher),
+                    asked=asked.model_dump(mode="json", exclude_unset=True),
+                    directory=str(Path.cwd()),
+                )
+            else:
+                check_same(run.start, job.identity(), run.staging, _PARTS)
+                run.go_on()
+            if run.is_committed():
+                run.discard()
+                return load_recovery_report(run.output)
+            folder, scratch = run.staging / _STATE_NAME, run.staging / "scratch"
+            folder.mkdir(exist_ok=True)
+            place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
+            _empty(scratch)
+            try:
+                recovered = mode.run(job, place)
+            except DamagedStateError as error:
+                observer.note(f"{error}; the training begins anew")
+                _empty(folder)
+                _empty(scratch)
+                recovered = mode.run(job, place)
+            report = finish_recovery(
+                job, recovered, run, place, student=str(student), teacher=str(teacher), started=started
+            )
+            write_report(report, pruned.reader.directory, run.checkpoint)
+            run.commit()
+            return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryStart:
+    """What the user asked for."""
+
+    student: str
+    teacher: str
+    asked: RecoverySettings
+    directory: str
+    """Where relative paths count from."""
+
+
+def find_recovery(run: RunDirectory) -> RecoveryStart | None:
+    """What was asked of the recovery that was cut in this directory; None if there is none."""
+    line = run.peek()
+    if line is None or "student_path" not in line:
+        return None
+    return RecoveryStart(
+        student=line["student_path"],
+        teacher=line["teacher_path"],
+        asked=RecoverySettings.build(**line["asked"]),
+        directory=line["directory"],
+    )
+
+
+def load_recovery_report(output: Path) -> RecoveryReport:
+    """That of a finished recovery."""
+    return RecoveryReport.model_validate_json((output / RECOVERY_REPORT_NAME).read_text(encoding="utf-8"))
+
+
+def _empty(folder: Path) -> None:
+    """Make it a folder with nothing in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:
+    """Windows before the texts are read, which may have fewer."""
+    return settings.num_samples * max(1, len(texts))
+
+
+def _plan_line(planned: RecoveryPlan) -> str:
+    plan = planned.plan
+    phase = max(plan.phases, key=lambda name: plan.phases[name])
+    states = "in memory" if plan.store == "memory" else "in a file"
+    optimiser = "in memory" if planned.resident else "in files"
+    return (
+        f"memory: {format_bytes(plan.peak_bytes)} planned ({phase}) of {format_bytes(plan.budget_bytes)}; "
+        f"hidden states {states}, optimiser {optimiser}; disk {format_bytes(plan.disk_bytes)}"
+    )

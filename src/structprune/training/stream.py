@@ -1,0 +1,219 @@
+"""Mode stream: the whole model learns from the teacher's predictions, with one block of it in memory.
+
+A step runs a batch of windows forward and keeps their states at every border; then the head gives the gradient of the
+KL divergence, and block after block is recomputed and differentiated, its weights being updated as the gradient passes
+by. Float32 weights and moments lie in memory or in files.
+
+Shape suffixes: B windows, S positions, D hidden size, P parameters of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock.model import StockModel
+from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.engine.streaming.backward import differentiate
+from structprune.engine.streaming.embed import embed, open_store
+from structprune.memory import release_free_memory
+from structprune.training.adam import adam_step, check_gradient
+from structprune.training.divergence import divergence, load_heads
+from structprune.training.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
+from structprune.training.loop import distil, recovered_by
+from structprune.training.parameters import States, parameters_of
+from structprune.training.settings import RecoverySettings
+from structprune.training.snapshots import load_tensors, save_tensors
+from structprune.training.teacher import Teacher
+from structprune.types import BlockLayout
+
+
+def _check(_: tuple[int, ...], __: StockModel) -> None:
+    """Any pair of models can."""
+
+
+def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
+    layout = student.layout
+    borders = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
+    vectors = 4 * layout.block_parameters
+    # Two snapshots for a moment, the best weights of either, and the result.
+    return ModeBytes(held=0, resident=3 * vectors + borders, disk=(2 * 3 + 2 + 1) * vectors)
+
+
+def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+    """Distil until windows or time are used up."""
+    with contextlib.ExitStack() as stack:
+        student = StreamedStudent(job, place.scratch)
+        stack.callback(student.close)
+        history = distil(job, student, place)
+        unchanged = history.best.step == 0
+        result = place.scratch / "result"
+        result.mkdir()
+        student.save(result, moments=False)
+    release_free_memory()
+
+    def tensors(block: BlockLayout) -> Mapping[str, Tensor]:
+        original = job.student.reader.read(block.shapes, block.prefix)
+        if unchanged:
+            return original
+        new = load_tensors(_path(result, block.index))
+        return parameters_of(job.student, block).stored(original, new["weights"])
+
+    return recovered_by(history, tensors)
+
+
+class StreamedStudent:
+    """The student as its blocks are streamed (`recovery.loop.Student`)."""
+
+    def __init__(self, job: RecoveryJob, folder: Path) -> None:
+        self._job = job
+        self._side = side = job.student
+        self._folder = folder
+        self._blocks = side.stock.layout.blocks
+        self._parameters = [parameters_of(side, block) for block in self._blocks]
+        self._fixed: list[dict[str, Tensor]] = []
+        sizes = [parameters.size for parameters in self._parameters]
+        self._states = States(None if job.resident else folder, sizes, side.device)
+        for block, parameters in zip(self._blocks, self._parameters, strict=True):
+            tensors = side.reader.read(block.shapes, block.prefix)
+            self._fixed.append({n: t for n, t in tensors.items() if n not in parameters.shapes})
+            self._reset(block.index, parameters.packed(tensors, side.device))
+            del tensors
+            release_free_memory()
+        num_windows = len(side.windows.ids_NS)
+        self._inputs = open_store(side, folder / "inputs.bin", num_windows)
+        self._propagator = embed(side, {self._inputs: num_windows})
+        self._teacher = Teacher(job.teacher, folder / "teacher.bin")
+        self._heads = load_heads(job.teacher, side)
+
+    def close(self) -> None:
+        self._states.close()
+        self._inputs.close()
+        self._teacher.close()
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        self._teacher.prepare(windows)
+
+    def step(self, windows: Sequence[int], rate: float, number: int) -> float:
+        self._teacher.ensure(windows)
+        num_tokens = len(windows) * self._inputs.shape[1]
+        with contextlib.ExitStack() as stack:
+            borders = [self._border(stack, index, len(windows)) for index in range(len(self._blocks))]
+            final = self._forward(windows, borders)
+            gradient = MemoryStore(final.shape, torch.float32)
+            loss = self._head_gradient(windows, final, gradient) / num_tokens
+            for block in reversed(self._blocks):
+                gradient_P = self._backward(block, borders[block.index], gradient)
+                # Summed over the batch first: divided before, half precision would lose the small ones.
+                self._update(block.index, gradient_P.div_(num_tokens), rate, number)
+                del gradient_P
+                release_free_memory()
+        return loss
+
+    def measure(self, windows: Sequence[int]) -> list[float]:
+        self._teacher.ensure(windows)
+        final = self._forward(windows, None)
+        heads, seq_len = self._heads, final.shape[1]
+        return [
+            divergence(heads.student, heads.teacher, self._state(final, place), self._teacher.hidden_SD(number))
+            / seq_len
+            for place, number in enumerate(windows)
+        ]
+
+    def save(self, folder: Path, *, moments: bool) -> None:
+        for block in self._blocks:
+            names = ("weights", "first", "second") if moments else ("weights",)
+            state_3P = self._states.read_3P(block.index)
+            save_tensors(_path(folder, block.index), {n: state_3P[row].cpu() for row, n in enumerate(names)})
+            del state_3P
+            release_free_memory()
+
+    def load(self, folder: Path, *, moments: bool) -> None:
+        for block in self._blocks:
+            found = load_tensors(_path(folder, block.index))
+            if moments:
+                rows = [found[name].to(self._side.device) for name in ("weights", "first", "second")]
+                self._states.write(block.index, torch.stack(rows))
+            else:
+                self._reset(block.index, found["weights"].to(self._side.device))
+
+    def _reset(self, index: int, weights_P: Tensor) -> None:
+        """These weights, and moments of zero."""
+        state_3P = torch.zeros((3, len(weights_P)), device=weights_P.device)
+        state_3P[0] = weights_P
+        self._states.write(index, state_3P)
+
+    def _module(self, index: int) -> nn.Module:
+        weights_P = self._states.weights_P(index)
+        return self._parameters[index].module(self._side, self._blocks[index], weights_P, self._fixed[index])
+
+    def _border(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
+        shape = (num_windows, *self._inputs.shape[1:])
+        if self._job.resident:
+            return MemoryStore(shape, self._side.dtype)
+        store = FileStore(self._folder / f"border-{index}.bin", shape, self._side.dtype)
+        stack.callback(store.close)
+        return store
+
+    def _state(self, store: HiddenStore, place: int) -> Tensor:
+        return store.read(place, place + 1)[0].to(self._side.device)
+
+    def _forward(self, windows: Sequence[int], borders: Sequence[HiddenStore] | None) -> HiddenStore:
+        """The states behind the last block; those in front of each go to `borders`."""
+        current = MemoryStore((len(windows), *self._inputs.shape[1:]), self._side.dtype)
+        for place, number in enumerate(windows):
+            current.write(place, self._inputs.read(number, number + 1))
+        for block in self._blocks:
+            module = self._module(block.index)
+            with self._propagator.writing(current) as put:
+                for place, hidden_BSD in self._propagator.read_each(current):
+                    if borders is not None:
+                        borders[block.index].write(place, hidden_BSD.cpu())
+                    put(place, self._propagator.apply(module, block.index, hidden_BSD))
+            del module
+        return current
+
+    def _head_gradient(self, windows: Sequence[int], final: HiddenStore, gradient: HiddenStore) -> float:
+        """Fill `gradient` with the derivative of the summed divergence by the last states; that sum."""
+        total = 0.0
+        for place, number in enumerate(windows):
+            hidden_SD = self._state(final, place)
+            gradient_SD = torch.empty(hidden_SD.shape, device=hidden_SD.device)
+            wanted_SD = self._teacher.hidden_SD(number)
+            total += divergence(self._heads.student, self._heads.teacher, hidden_SD, wanted_SD, gradient_SD)
+            gradient.write(place, gradient_SD[None].cpu())
+        return total
+
+    def _backward(self, block: BlockLayout, border: HiddenStore, gradient: HiddenStore) -> Tensor:
+        """Move `gradient` from the block's output to its input; the summed gradient by the block's weights (P)."""
+        parameters = self._parameters[block.index]
+        module = self._module(block.index)
+        sum_P = parameters.gradient_P(self._side.device)
+        sums = parameters.views(sum_P)
+        weights = [module.get_parameter(name) for name in parameters.shapes]
+
+        def add(found: Sequence[Tensor]) -> None:
+            for into, grad in zip(sums.values(), found, strict=True):
+                into.add_(grad)
+
+        differentiate(
+            self._side, block, module, self._propagator, border, gradient, wanted=lambda: weights, receive=add
+        )
+        return sum_P
+
+    def _update(self, index: int, gradient_P: Tensor, rate: float, number: int) -> None:
+        check_gradient(gradient_P, f"block {index}")
+        state_3P = self._states.read_3P(index)
+        adam_step(state_3P, gradient_P, rate=rate, number=number)
+        self._states.write(index, state_3P)
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+STREAM = Mode(check=_check, bytes=_bytes, run=_recover)
