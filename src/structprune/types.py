@@ -19,7 +19,8 @@ KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """In the order of a block's forward pass."""
 Stage = tuple[UnitKind, ...]
-"""Halves of a block that read the same state of the residual stream: one of them, or both where they are parallel."""
+"""Sublayers of a block that read the same state of the residual stream: one of them, or both where they are parallel.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class UnitGroup:
 
     kind: UnitKind
     part: int | None = None
-    """Which one, where the half has several groups of as many units each: the experts of a mixture."""
+    """Which one, where the sublayer has several groups of as many units each: the experts of a mixture."""
     num_units: int
     width: int
     """Consumer inputs per unit (1 for an MLP channel, query heads per unit times head_dim for heads, query heads of the
@@ -76,7 +77,7 @@ class UnitGroup:
     module_prefix: str = ""
     """Tensors of the block that start with this make the denominator of `--sparsity`."""
     norm_modules: tuple[str, ...] = ()
-    """Norms that only this half of the block has, before it, and behind it where it is normed; they go with it."""
+    """Norms that only this sublayer of the block has, before it, and behind it where it is normed; they go with it."""
     multiple_of: int = 1
     """What stock kernels want the number of kept units to be a multiple of."""
     output_module: str | None = None
@@ -127,33 +128,33 @@ class BlockLayout:
     shapes: Mapping[str, tuple[int, ...]]
     """Relative tensor name -> shape."""
     groups: tuple[UnitGroup, ...]
-    """Those of the halves that the block still has."""
+    """Those of the sublayers that the block still has."""
 
     @property
     def num_parameters(self) -> int:
         return sum(_numel(shape) for shape in self.shapes.values())
 
     def group(self, kind: str) -> UnitGroup:
-        """The half's group, the first of several."""
+        """The sublayer's group, the first of several."""
         return next(group for group in self.groups if group.kind == kind)
 
     def parts(self, kind: str) -> tuple[UnitGroup, ...]:
-        """All groups of the half: one, or as many as there are experts."""
+        """All groups of the sublayer: one, or as many as there are experts."""
         return tuple(group for group in self.groups if group.kind == kind)
 
     def has(self, kind: str) -> bool:
-        """Whether the block still has its half of this kind."""
+        """Whether the block still has its sublayer of this kind."""
         return any(group.kind == kind for group in self.groups)
 
-    def half_tensors(self, kind: str) -> list[str]:
-        """Relative names of the tensors that go when no unit of `kind` is kept: the half's modules and its norms."""
+    def sublayer_tensors(self, kind: str) -> list[str]:
+        """Relative names of the tensors that go when no unit of `kind` is kept: its modules and its norms."""
         group = self.group(kind)
         norms = tuple(f"{module}." for module in group.norm_modules)
         return [name for name in self.shapes if name.startswith((group.module_prefix, *norms))]
 
-    def half_parameters(self, kind: str) -> int:
-        """Parameters that leave with the whole half: its units, its norms, and the biases that belong to no unit."""
-        return sum(_numel(self.shapes[name]) for name in self.half_tensors(kind))
+    def sublayer_parameters(self, kind: str) -> int:
+        """Parameters that leave with the whole sublayer: units, norms, and the biases that belong to no unit."""
+        return sum(_numel(self.shapes[name]) for name in self.sublayer_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:
         """Parameters of the module that holds `group`: the denominator of `--sparsity`."""
@@ -268,7 +269,7 @@ class TaylorSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surveyed:
-    """What the survey of the dense model leaves for one half of a block, beside the price of its removals."""
+    """What the survey of the dense model leaves for one sublayer of a block, beside the price of its removals."""
 
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""

@@ -1,4 +1,4 @@
-"""What the halves of a block are fitted to on the dense path, by hand: halves in turn, beside each other, normed."""
+"""What sublayers are fitted to on the dense path, by hand: in turn, beside each other, normed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
 
     found: dict[str, Moments] = {}
     for stage in job.stock.stages:
-        groups = [block.group(half) for half in stage]
+        groups = [block.group(sublayer) for sublayer in stage]
         reference = follow_dense(job, block, stage, groups, module, streams)
         for group in groups:
             found |= measure(job, block, [group], module, streams, (0, NUM_WINDOWS), reference)

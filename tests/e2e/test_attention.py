@@ -174,7 +174,7 @@ def test_opt_refuses_heads(tiny_opt: Path, text_file: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def idle_halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def idle_sublayers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA of three blocks; the attention of block 0 and the MLP of block 1 add next to nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY_MODELS, "three", lambda: LlamaForCausalLM(llama_config(num_hidden_layers=3)))
@@ -188,10 +188,12 @@ def idle_halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("target", ["local", "dense-path"])
-def test_halves_that_add_nothing_are_removed(target: str, idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
+def test_sublayers_that_add_nothing_are_removed(
+    target: str, idle_sublayers: Path, text_file: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     report = pruned(
-        idle_halves, output, text_file, scope="all", sparsity=0.3333, target=target, allow_block_removal=True
+        idle_sublayers, output, text_file, scope="all", sparsity=0.3333, target=target, allow_block_removal=True
     )
     assert read_config(output)["structprune_removed"] == {"0": ["attention"], "1": ["mlp"]}
     assert [(b.block, b.kind) for b in report.blocks if b.status == "removed"] == [(0, "attention"), (1, "mlp")]
@@ -209,15 +211,15 @@ def test_halves_that_add_nothing_are_removed(target: str, idle_halves: Path, tex
     assert perplexity == pytest.approx(again.calibration.pruned_perplexity, rel=1e-4)
 
 
-def test_without_the_flag_every_half_keeps_something(idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
-    report = pruned(idle_halves, tmp_path / "out", text_file, scope="all", sparsity=0.2)
+def test_without_the_flag_every_sublayer_keeps_something(idle_sublayers: Path, text_file: Path, tmp_path: Path) -> None:
+    report = pruned(idle_sublayers, tmp_path / "out", text_file, scope="all", sparsity=0.2)
     assert min(b.kept_units for b in report.blocks) >= 1
     assert "structprune_removed" not in read_config(tmp_path / "out")
 
 
-def test_uniform_removes_no_half(idle_halves: Path, text_file: Path, tmp_path: Path) -> None:
+def test_uniform_removes_no_sublayer(idle_sublayers: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="takes the same share of every block"):
-        pruned(idle_halves, tmp_path / "out", text_file, structure="uniform", allow_block_removal=True)
+        pruned(idle_sublayers, tmp_path / "out", text_file, structure="uniform", allow_block_removal=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

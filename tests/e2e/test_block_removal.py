@@ -18,7 +18,7 @@ from structprune.architectures.modeling.per_layer import MODELING_NAME, accepted
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel, output_tensor
-from structprune.architectures.units import compact, remove_half
+from structprune.architectures.units import compact, remove_sublayer
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.units_settings import unit_settings
@@ -60,7 +60,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
         for group in block.groups:
             count = kept[group.kind][block.index] if group.kind in kept else group.num_units
             if count == 0:
-                tensors = remove_half(tensors, block, group.kind)
+                tensors = remove_sublayer(tensors, block, group.kind)
             else:
                 tensors = compact(tensors, group, torch.arange(group.num_units - count, group.num_units))
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
@@ -74,7 +74,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
 
 @torch.no_grad()
 def masked_dense_logits(source: Path, attention: str) -> Tensor:
-    """The dense stock model with zeros where a consumer would read removed units; a whole half loses its bias too."""
+    """The dense stock model with zeros where a consumer would read removed units; a whole sublayer loses its bias."""
     stock = StockModel(CheckpointReader(source))
     model: Any = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention).eval()
     kept = KEPT_FIXED if stock.family.name in FIXED_HEADS else KEPT
@@ -135,11 +135,11 @@ def test_layout_knows_what_is_gone(source: Path, pruned: Path) -> None:
         gone = REMOVED.get(str(block.index), [])
         assert [kind for kind in UNIT_KINDS if not block.has(kind)] == gone
         assert [group.kind for group in block.groups] == [g.kind for g in whole.groups if g.kind not in gone]
-        lost = {name for kind in gone for name in whole.half_tensors(kind)}
+        lost = {name for kind in gone for name in whole.sublayer_tensors(kind)}
         assert set(block.shapes) == set(whole.shapes) - lost
         for kind in gone:
             group = whole.group(kind)
-            assert whole.half_parameters(kind) > group.num_units * whole.unit_parameters(group), "the norm goes too"
+            assert whole.sublayer_parameters(kind) > group.num_units * whole.unit_parameters(group), "the norm goes too"
     assert not stock.layout.blocks[2].shapes
     model = load(pruned)
     assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())
@@ -149,7 +149,7 @@ def test_layout_knows_what_is_gone(source: Path, pruned: Path) -> None:
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: Path) -> None:
-    """Of the checkpoint's own removed halves and of one that `block` is told to leave out."""
+    """Of the checkpoint's own removed sublayers and of one that `block` is told to leave out."""
     stock, dense = StockModel(CheckpointReader(pruned)), StockModel(CheckpointReader(source))
     reader, dense_reader = stock.reader, dense.reader
     hidden_BSD, inputs = stock.embed(IDS_BS, reader.read(stock.embedding_tensors()))
@@ -159,7 +159,7 @@ def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: 
     tensors = dense_reader.read(whole.shapes, whole.prefix)
     modules = [
         stock.block(index, reader.read(block.shapes, block.prefix)),
-        dense.block(index, remove_half(tensors, whole, kind), removed=[kind]),
+        dense.block(index, remove_sublayer(tensors, whole, kind), removed=[kind]),
         stock.block(2, {}),
         dense.block(2, {}, removed=UNIT_KINDS),
     ]
@@ -272,12 +272,12 @@ def test_pruned_again_stays_removed(pruned: Path, tmp_path: Path) -> None:
         ({"00": ["attention"]}, "names a block that is none"),
         ({"0.0": ["attention"]}, "names a block that is none"),
         ({"\u0661": ["mlp"]}, "names a block that is none"),
-        ({"0": "attention"}, "names halves that are none"),
-        ({"0": []}, "names halves that are none"),
-        ({"0": ["norm"]}, "names halves that are none"),
-        ({"0": [["mlp"]]}, "names halves that are none"),
-        ({"0": {"mlp": 1}}, "names halves that are none"),
-        ({"0": ["mlp", "mlp"]}, "names a half twice"),
+        ({"0": "attention"}, "names sublayers that are none"),
+        ({"0": []}, "names sublayers that are none"),
+        ({"0": ["norm"]}, "names sublayers that are none"),
+        ({"0": [["mlp"]]}, "names sublayers that are none"),
+        ({"0": {"mlp": 1}}, "names sublayers that are none"),
+        ({"0": ["mlp", "mlp"]}, "names a sublayer twice"),
         # Well formed, but not what the tensors say.
         ({"0": ["attention"]}, "the checkpoint lacks"),
         (REMOVED | {"3": ["mlp"]}, "that the configuration does not"),
@@ -298,7 +298,7 @@ def test_some_attention_must_stay(source: Path, pruned: Path, tmp_path: Path) ->
         StockModel(CheckpointReader(edited(pruned, tmp_path / "copy", **{REMOVED_ENTRY: every})))
 
 
-def test_the_uniform_format_refuses_removed_halves(source: Path, pruned: Path) -> None:
+def test_the_uniform_format_refuses_removed_sublayers(source: Path, pruned: Path) -> None:
     stock = StockModel(CheckpointReader(source))
     for kind in UNIT_KINDS:
         with pytest.raises(UnsupportedError, match="uniform format cannot leave out"):

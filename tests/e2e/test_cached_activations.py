@@ -1,4 +1,4 @@
-"""Halves that are finished from kept inputs of their consumers: the same result as when they are computed again."""
+"""Sublayers that are finished from kept inputs of their consumers: the same result as when they are computed again."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_same_model_with_fewer_passes(name: str, text_file: Path, tmp_path: 
     assert not recomputed.memory.cached
     assert report.memory.cached
     assert report.memory.cache_bytes > 0
-    # Of each half in the cache one pass less over the windows, which are one micro-batch, in each of three blocks.
+    # Of each sublayer in the cache one pass less over the windows, which are one micro-batch, in each of three blocks.
     assert num_again - num_once == 3 * len(report.memory.cached)
     assert once.keys() == again.keys()
     for key, tensor in again.items():
@@ -82,20 +82,20 @@ def test_the_same_model_with_fewer_passes(name: str, text_file: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
-def test_only_halves_that_are_finished_by_their_consumer_alone(kind: str, tmp_path: Path) -> None:
+def test_only_sublayers_that_are_finished_by_their_consumer_alone(kind: str, tmp_path: Path) -> None:
     stock = StockModel(CheckpointReader(save_tiny(kind, tmp_path / "model")))
     found = cacheable(stock, UNIT_KINDS, "least-squares")
-    for half in found:
-        assert stock.stage_of(half) == (half,)
+    for sublayer in found:
+        assert stock.stage_of(sublayer) == (sublayer,)
         for block in stock.layout.blocks:
-            (group,) = block.parts(half)
+            (group,) = block.parts(sublayer)
             assert group.part is None
             assert not group.output_normed
     assert "mlp" not in cacheable(stock, UNIT_KINDS, "admm")
-    assert cacheable(stock, ["mlp"], "least-squares") == tuple(half for half in found if half == "mlp")
+    assert cacheable(stock, ["mlp"], "least-squares") == tuple(sublayer for sublayer in found if sublayer == "mlp")
 
 
-def test_which_families_have_such_halves(tmp_path: Path) -> None:
+def test_which_families_have_such_sublayers(tmp_path: Path) -> None:
     found = {
         kind: cacheable(StockModel(CheckpointReader(save_tiny(kind, tmp_path / kind))), UNIT_KINDS, "bias")
         for kind in ("llama", "gemma2", "gpt_neox", "qwen3_moe")

@@ -235,7 +235,7 @@ UNEVEN: dict[str, Callable[[], Any]] = {
 REMOVED: dict[str, dict[str, list[str]]] = {
     "nothing": {},
     # The first block's attention, the last block's MLP, one of either between.
-    "halves": {"0": ["attention"], "1": ["mlp"], "2": ["attention"], "4": ["mlp"]},
+    "sublayers": {"0": ["attention"], "1": ["mlp"], "2": ["attention"], "4": ["mlp"]},
     "blocks": {"0": ["attention", "mlp"], "2": ["mlp"], "3": ["attention"], "4": ["attention", "mlp"]},
 }
 HALVES = {
@@ -245,7 +245,7 @@ HALVES = {
 
 
 def uneven_checkpoint(config: Any, directory: Path, removed: Mapping[str, list[str]]) -> tuple[Path, Any]:
-    """Stock layers of different widths; a half that is removed adds nothing in the model and is not in the files."""
+    """Stock layers of different widths; a removed sublayer adds nothing in the model and is not in the files."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for index, changes in enumerate(WIDTHS):

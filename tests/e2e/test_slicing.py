@@ -247,7 +247,7 @@ def test_deterministic(structure: str, sources: Callable[[str], Path], text_file
 def test_each_cut_is_measured_behind_the_cuts_before_it(
     sources: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """The first basis is that of the embeddings; the second is that of the half which saw the first cut."""
+    """The first basis is that of the embeddings; the second is that of the sublayer which saw the first cut."""
     source = sources("llama-untied")
     text = tmp_path / "text.txt"
     text.write_bytes(text_file.read_bytes()[: 8 * 32])

@@ -140,28 +140,28 @@ def test_fasp_prunes_pairs(kind: str, text_file: Path, tmp_path: Path) -> None:
     assert report.reload.relative_difference is not None
     assert report.reload.relative_difference < 1e-5
     layout = StockModel(CheckpointReader(source), "value-channel").layout
-    halves = {b.kind: b for b in report.blocks}
+    sublayers = {b.kind: b for b in report.blocks}
     owned = {
         kind: sum(p.num_units * layout.blocks[0].unit_parameters(p) for p in layout.blocks[0].parts(kind))
-        for kind in halves
+        for kind in sublayers
     }
-    in_scope = sum(layout.blocks[0].module_parameters(layout.blocks[0].group(kind)) for kind in halves)
+    in_scope = sum(layout.blocks[0].module_parameters(layout.blocks[0].group(kind)) for kind in sublayers)
     share = 0.3 * in_scope / sum(owned.values())
-    for half in report.blocks:
-        group = layout.blocks[half.block].group(half.kind)
-        step = multiple if half.kind == "mlp" else max(2, multiple)
-        # The same share of what units own goes of both halves, to the next step.
-        assert half.kept_units % step == 0
-        assert 0 <= (1 - share) * group.num_units - half.kept_units < step
-        assert half.error is not None
-        assert half.error <= (half.error_mask_only or 0)
+    for sublayer in report.blocks:
+        group = layout.blocks[sublayer.block].group(sublayer.kind)
+        step = multiple if sublayer.kind == "mlp" else max(2, multiple)
+        # The same share of what units own goes of both sublayers, to the next step.
+        assert sublayer.kept_units % step == 0
+        assert 0 <= (1 - share) * group.num_units - sublayer.kept_units < step
+        assert sublayer.error is not None
+        assert sublayer.error <= (sublayer.error_mask_only or 0)
     assert report.size.removed_share_of_scope >= 0.3
     kept = kept_of(tmp_path / "out")
-    for half in report.blocks:
-        if half.kind == "attention":
-            size = half.num_units // 2
-            first = [unit for unit in kept[str(half.block)]["attention"] if unit < size]
-            assert len(first) == half.kept_units // 2
+    for sublayer in report.blocks:
+        if sublayer.kind == "attention":
+            size = sublayer.num_units // 2
+            first = [unit for unit in kept[str(sublayer.block)]["attention"] if unit < size]
+            assert len(first) == sublayer.kept_units // 2
 
 
 def test_the_kept_channels_are_the_best_of_each_head(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_the_same_run_twice_gives_the_same_bytes(tiny_llama: Path, text_file: Pa
 
 OTHERS: dict[str, dict[str, Any]] = {
     "structprune": {"method": "structprune"},
-    "whole halves": {"method": "structprune", "sparsity": 0.4, "allow_block_removal": True},
+    "whole sublayers": {"method": "structprune", "sparsity": 0.4, "allow_block_removal": True},
     "prices for fasp": {"allocator": "closed-form"},
     "scores compared": {"method": "flap"},
     "greedy": {"method": "osscar", "score": "greedy"},
@@ -228,10 +228,10 @@ def test_other_methods_take_pairs(name: str, tiny_llama: Path, text_file: Path, 
     assert report.reload.relative_difference is not None
     assert report.reload.relative_difference < 1e-5
     kept = kept_of(tmp_path / "out")
-    for half in report.blocks:
-        if half.kind == "attention":
-            units = kept[str(half.block)]["attention"]
-            assert len([unit for unit in units if unit < 8]) * 2 == len(units) == half.kept_units
+    for sublayer in report.blocks:
+        if sublayer.kind == "attention":
+            units = kept[str(sublayer.block)]["attention"]
+            assert len([unit for unit in units if unit < 8]) * 2 == len(units) == sublayer.kept_units
     if name == "nothing":
         assert report.size.parameters_after == report.size.parameters_before
 

@@ -239,17 +239,17 @@ def test_bytes_of_results_and_peak(at_start: int) -> None:
     total = (x + 1).square().sum()
     assert fake_device.peak_bytes() - at_start == 1200
     assert fake_device.allocated_bytes() - at_start == 404
-    half = x.to(torch.bfloat16)
+    narrow = x.to(torch.bfloat16)
     assert fake_device.allocated_bytes() - at_start == 604
     grown = torch.empty(0, device="fake")
     torch.add(x, x, out=grown)
     assert fake_device.allocated_bytes() - at_start == 1004
     x.cpu().add(1)
-    x.data = half.float()
+    x.data = narrow.float()
     assert fake_device.allocated_bytes() - at_start == 1004
     with pytest.raises(RuntimeError, match="host"):
         x.add_(torch.ones(100))
-    del x, total, half, grown
+    del x, total, narrow, grown
     assert fake_device.allocated_bytes() == at_start
 
 

@@ -35,7 +35,7 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"model_type": "phi3", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO_READ)),
     ({"structure": "per-layer"}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "opt"}, (YES, NO_READ, READ, NO_READ, NO)),
-    ({"structure": "per-layer", "removed_halves": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
+    ({"structure": "per-layer", "removed_sublayers": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "qwen3", "tied": True}, (YES, NO_READ, READ, NO_READ, YES)),
     ({"structure": "per-layer", "model_type": "qwen3"}, (YES, NO_READ, READ, NO_READ, NO_READ)),
     ({"structure": "per-layer", "model_type": "gemma2", "tied": True}, (YES, NO_READ, READ, NO_READ, NO)),
@@ -87,7 +87,7 @@ def test_sharing_is_named_in_the_reason() -> None:
         ),
         (
             {"model_type": "llama", "structprune_removed": {"1": ["mlp"]}},
-            {"structure": "per-layer", "removed_halves": True},
+            {"structure": "per-layer", "removed_sublayers": True},
         ),
         (
             {"model_type": "llama", "v_head_dim": 16, "per_layer_config": {"0": {"v_head_dim": 8}}},

@@ -35,8 +35,8 @@ def one_after_the_other(_: Any) -> tuple[Stage, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamHalf:
-    """How one half of a block reads and writes the residual stream: h += writer(... reader(norm(h)) ...)."""
+class StreamSublayer:
+    """How one sublayer of a block reads and writes the residual stream: h += writer(... reader(norm(h)) ...)."""
 
     kind: UnitKind
     norm: str
@@ -54,7 +54,7 @@ class Stream:
     Such a stream can be rotated: an RMSNorm without a weight commutes with orthogonal maps.
     """
 
-    halves: tuple[StreamHalf, ...]
+    sublayers: tuple[StreamSublayer, ...]
     """In the order of the forward pass."""
     eps_field: str
     """Config entry of the norms' epsilon."""
@@ -106,11 +106,11 @@ class Family:
     embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
     """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
     attention_module: str
-    """Attention inside a block; with zeros in its place the MLP half is left."""
+    """Attention inside a block; with zeros in its place the MLP sublayer is left."""
     mlp_modules: tuple[str, ...]
-    """Modules of the MLP inside a block; with zeros in their place the attention half is left."""
+    """Modules of the MLP inside a block; with zeros in their place the attention sublayer is left."""
     norms: Mapping[UnitKind, tuple[str, ...]]
-    """The norms of each half, as in its unit group."""
+    """The norms of each sublayer, as in its unit group."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -122,7 +122,7 @@ class Family:
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
-    """In which order the halves read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    """In which order the sublayers read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
     unstack: Callable[[nn.Module, PretrainedConfig], None] = _as_it_is
     """Exchanges modules of a stock layer that hold several of the checkpoint's tensors as one, in place.
 
@@ -147,6 +147,6 @@ class Family:
         entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
         return entries | ({VALUES_ENTRY} if self.value_maps else set())
 
-    def half_modules(self, kind: UnitKind) -> tuple[str, ...]:
-        """Modules of one half of a block, without its norms."""
+    def sublayer_modules(self, kind: UnitKind) -> tuple[str, ...]:
+        """Modules of one sublayer of a block, without its norms."""
         return (self.attention_module,) if kind == "attention" else self.mlp_modules

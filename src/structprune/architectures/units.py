@@ -30,7 +30,8 @@ def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor)
 
 
 def add_bias(tensors: Mapping[str, Tensor], group: UnitGroup, bias_O: Tensor) -> dict[str, Tensor]:
-    """`tensors` with `bias_O` added to the consumer's bias; where there is none, the half's other maps get zeros too.
+    """`tensors` with `bias_O` added to the consumer's bias; where there is none, the sublayer's other maps get zeros
+    too.
 
     Raises UnsupportedError if the family has no config entry for such biases.
     """
@@ -55,9 +56,9 @@ def check_bias(group: UnitGroup) -> None:
         )
 
 
-def remove_half(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
-    """`tensors` of `block` (relative names) without those of one half and its norm."""
-    gone = set(block.half_tensors(kind))
+def remove_sublayer(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
+    """`tensors` of `block` (relative names) without those of one sublayer and its norm."""
+    gone = set(block.sublayer_tensors(kind))
     return {name: tensor for name, tensor in tensors.items() if name not in gone}
 
 

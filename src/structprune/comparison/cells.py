@@ -58,7 +58,7 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
 
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
-    """The recipe for a method that knows no halves: as many parameters as asked, taken from all of the blocks."""
+    """The recipe for a method that knows no sublayers: as many parameters as asked, taken from all of the blocks."""
     if method.walk in ("units", "experts"):
         return recipe
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)

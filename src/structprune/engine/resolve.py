@@ -139,7 +139,7 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
-        # Where blocks are pruned half by half, from sums of every half's inputs.
+        # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, checked.kinds, recipe.solver or "")
         if checked.method.walk == "units" and checked.method.needs_statistics
         else (),

@@ -16,7 +16,7 @@ from structprune.architectures.modeling.removed import (
     REMOVED_ENTRY,
     check_attention_is_left,
     removed_entry,
-    removed_halves,
+    removed_sublayers,
 )
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
@@ -30,13 +30,13 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
 
     The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
     kinds that are not in `kept` stay as they are, also where the source is per-layer itself. Where nothing of a kind is
-    kept, that half of the block is named as removed and its widths stay too: LlamaConfig divides by them.
+    kept, that sublayer is named as removed and its widths stay too: LlamaConfig divides by them.
     Raises UnsupportedError for a kind without a per-layer form, or if no block would have attention.
     """
     classes = stock.family.classes[config["model_type"]]
     source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
     layers = [dict(source_layers.get(index, {})) for index in range(len(stock.layout.blocks))]
-    removed = list(removed_halves(config, len(layers), "config.json"))
+    removed = list(removed_sublayers(config, len(layers), "config.json"))
     result = {name: value for name, value in config.items() if name != REMOVED_ENTRY}
     for block in stock.layout.blocks:
         for kind in UNIT_KINDS:
@@ -47,7 +47,7 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
             if count == 0:
                 removed[block.index] = removed[block.index].union((kind,))
                 continue
-            assert block.has(kind), "a removed half keeps no units"
+            assert block.has(kind), "a removed sublayer keeps no units"
             # Its own: blocks of an uneven source differ in what a unit of theirs is.
             group = block.group(kind)
             if count != group.num_units and not group.config_fields:

@@ -36,7 +36,7 @@ class ResultShape:
     """Whether the head is the embedding."""
     other_heads: bool = False
     """Heads times head size is not the hidden size, in a family where it always is."""
-    removed_halves: bool = False
+    removed_sublayers: bool = False
     """Some block lacks its attention or its MLP, but not both."""
     narrow_values: bool = False
     """Heads have fewer value channels than key channels, and maps around them that pad."""
@@ -74,7 +74,7 @@ def result_shape(
         tied=tied,
         other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
         narrow_values=has_narrow_values(config),
-        removed_halves=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
+        removed_sublayers=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
         tensor_parallel=tensor_parallel,
         indivisible=indivisible,
     )
@@ -114,7 +114,7 @@ def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, Transformers backend"
     if shape.narrow_values:
         return _no(name, "it exchanges linear maps for its own, which do not pad the values of a head", "by its source")
-    if shape.structure == "per-layer" and not shape.removed_halves:
+    if shape.structure == "per-layer" and not shape.removed_sublayers:
         return RuntimeSupport(
             runtime=name,
             loads="yes",

@@ -69,8 +69,8 @@ def fit_charts(report: PruneReport) -> list[Chart]:
         if any(block.error is not None for block in blocks):
             charts.append(_error_chart(kind, blocks))
         for name, title, caption in (
-            ("residual_energy", "Energy of the stream", "Mean squared length of a token before this half's sum."),
-            ("sensitivity", "Sensitivity of the loss", "Trace of the loss's curvature by this half's output."),
+            ("residual_energy", "Energy of the stream", "Mean squared length of a token before this sublayer's sum."),
+            ("sensitivity", "Sensitivity of the loss", "Trace of the loss's curvature by this sublayer's output."),
         ):
             if any(name in block.statistics for block in blocks):
                 charts.append(_by_block(f"{title}, {PLACES.get(kind, kind)}", blocks, name, caption))
@@ -86,9 +86,9 @@ def _error_chart(kind: str, blocks: Sequence[BlockReport]) -> Chart:
         Series(label="after the solver", points=[(float(block.block), block.error) for block in blocks]),
     ]
     series = [one for one in series if any(value is not None for _, value in one.points)]
-    caption = "Squared error of the half's output over the calibration tokens, relative to the wanted output."
+    caption = "Squared error of the sublayer's output over the calibration tokens, relative to the wanted output."
     if sliced:
-        caption = "Share of the stream's energy that the cut before the half drops."
+        caption = "Share of the stream's energy that the cut before the sublayer drops."
     values = [value for one in series for _, value in one.points if value]
     log = bool(values) and max(values) > 30 * min(values)
     if log and any(value == 0 for one in series for _, value in one.points):

@@ -34,7 +34,7 @@ class CalibrationReport(Frozen):
 
 
 class BlockReport(Frozen):
-    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one half of it."""
+    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one sublayer of it."""
 
     block: int
     """Its number in the source."""
@@ -45,7 +45,9 @@ class BlockReport(Frozen):
     error_mask_only: float | None
     """|W x - W_K x_K|^2 / |W x|^2 over the calibration tokens, before any weight update."""
     error: float | None
-    """The same after the solver. Where the stream is sliced: share of its energy that the cut before the half drops."""
+    """The same after the solver. Where the stream is sliced: share of its energy that the cut before the sublayer
+    drops.
+    """
     status: str
     statistics: dict[str, float]
     objective: list[float]
@@ -105,7 +107,7 @@ class MemoryReport(Frozen):
     store: str
     micro_batch_windows: int
     cached: list[str] = Field(default_factory=list[str])
-    """Halves whose consumer's inputs were kept in memory until it was solved."""
+    """Sublayers whose consumer's inputs were kept in memory until it was solved."""
     cache_bytes: int = 0
     timeline: list[MemoryStretch] = Field(default_factory=list[MemoryStretch])
     """Empty in reports of the first version that had none."""

@@ -1,8 +1,8 @@
-"""Gemma 2 and 3 (text): LLaMA's maps, norms before and behind each half, scaled embeddings, windows in some blocks.
+"""Gemma 2 and 3 (text): LLaMA's maps, norms before and behind each sublayer, scaled embeddings, windows in some blocks.
 
-What a half adds to the stream is the norm of its consumer's output. Gemma 2 caps its logits, those of attention too,
-which SDPA cannot; Gemma 3 norms queries and keys over the dimensions of a head and turns windowed blocks with another
-frequency. Norms multiply by 1 + weight; nothing here folds them.
+What a sublayer adds to the stream is the norm of its consumer's output. Gemma 2 caps its logits, those of attention
+too, which SDPA cannot; Gemma 3 norms queries and keys over the dimensions of a head and turns windowed blocks with
+another frequency. Norms multiply by 1 + weight; nothing here folds them.
 """
 
 from __future__ import annotations

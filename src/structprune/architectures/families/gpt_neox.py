@@ -1,7 +1,7 @@
-"""GPT-NeoX and Pythia: LayerNorm, partial rotary positions, both halves of a block beside each other.
+"""GPT-NeoX and Pythia: LayerNorm, partial rotary positions, both sublayers of a block beside each other.
 
 The fused map holds query, key and value of one head after the other, so a head is one run of rows. With
-`use_parallel_residual` a block is `h += attention(norm(h)) + mlp(norm'(h))`, else one half follows the other.
+`use_parallel_residual` a block is `h += attention(norm(h)) + mlp(norm'(h))`, else one sublayer follows the other.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from structprune.architectures.families.common import gated_mlp, grouped_attention
-from structprune.architectures.family import Family, StockClasses, Stream, StreamHalf
+from structprune.architectures.family import Family, StockClasses, Stream, StreamSublayer
 from structprune.errors import UnsupportedError
 from structprune.types import HeadUnits, UnitGroup, UnitKind
 
@@ -19,14 +19,14 @@ NORMS: Mapping[UnitKind, tuple[str, ...]] = {
     "mlp": ("post_attention_layernorm",),
 }
 STREAM = Stream(
-    halves=(
-        StreamHalf(
+    sublayers=(
+        StreamSublayer(
             kind="attention",
             norm="input_layernorm",
             readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             writer="self_attn.o_proj",
         ),
-        StreamHalf(
+        StreamSublayer(
             kind="mlp",
             norm="post_attention_layernorm",
             readers=("mlp.gate_proj", "mlp.up_proj"),

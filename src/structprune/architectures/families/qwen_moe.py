@@ -1,8 +1,8 @@
 """Qwen 3 with a mixture of experts: a router sends each token to some of many small gated MLPs.
 
-A unit is a channel of one expert; every expert of a block keeps as many, its own choice. What a half adds is the sum of
-its experts' outputs times the router's weights. transformers stacks the experts' weights in memory; checkpoints have
-one tensor for each map of each expert, and so have the blocks here.
+A unit is a channel of one expert; every expert of a block keeps as many, its own choice. What a sublayer adds is the
+sum of its experts' outputs times the router's weights. transformers stacks the experts' weights in memory; checkpoints
+have one tensor for each map of each expert, and so have the blocks here.
 """
 
 from __future__ import annotations

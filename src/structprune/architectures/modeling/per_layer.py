@@ -2,7 +2,7 @@
 
 Stock configs carry `per_layer_config`, but stock models build every layer from the global numbers. These files
 subclass the stock classes and hand each layer its own copy of the config; since the second version they also put
-modules that add nothing where half of a block is gone. Checkpoints with fewer value channels get a longer text. A text
+modules that add nothing where a sublayer is gone. Checkpoints with fewer value channels get a longer text. A text
 that has been released must stay loadable: `load_model` runs a file only if it equals one of `accepted_sources`, so keep
 the old text there when one changes.
 """
@@ -50,7 +50,7 @@ def _layers(layer_class, config):
     return layers
 """
 
-_NO_HALVES = '''
+_NO_SUBLAYERS = '''
 
 # `set_attn_implementation` does nothing in a module whose text has a class of its own named `...Attention`.
 class _NoAttn(nn.Module):
@@ -174,12 +174,12 @@ register_checkpoint_conversion_mapping(
     )
 
 
-def _halves(family: Family) -> str:
+def _sublayers(family: Family) -> str:
     text = "\n\n_HALVES = {\n"
     for kind in UNIT_KINDS:
         stand_in = "_NoAttn" if kind == "attention" else "_NoMlp"
         names = dict.fromkeys(family.norms[kind], "nn.Identity")
-        names |= dict.fromkeys(family.half_modules(kind), stand_in)
+        names |= dict.fromkeys(family.sublayer_modules(kind), stand_in)
         text += f'    "{kind}": {{' + ", ".join(f'"{name}": {made}' for name, made in names.items()) + "},\n"
     return text + "}\n"
 
@@ -217,7 +217,7 @@ def modeling_source(family: Family, *, narrow: bool = False) -> str:
         layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
     if narrow:
         layers = _with_narrow_values(family, layers)
-    helpers = _registration(family) + WITHOUT_LAYERS + _NO_HALVES + _halves(family) + layers
+    helpers = _registration(family) + WITHOUT_LAYERS + _NO_SUBLAYERS + _sublayers(family) + layers
     return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
 
 

@@ -1,4 +1,4 @@
-"""The entry of config.json that names the halves which blocks of a per-layer checkpoint no longer have.
+"""The entry of config.json that names the sublayers which blocks of a per-layer checkpoint no longer have.
 
 `"structprune_removed": {"7": ["attention"], "9": ["attention", "mlp"]}`: block 7 is `h += mlp(h)`, block 9 passes the
 residual stream on. A block that is not named is whole.
@@ -14,11 +14,11 @@ from structprune.types import UNIT_KINDS, UnitKind
 
 REMOVED_ENTRY = "structprune_removed"
 
-RemovedHalves = tuple[frozenset[UnitKind], ...]
-"""The kinds of the halves that each block lacks."""
+RemovedSublayers = tuple[frozenset[UnitKind], ...]
+"""The kinds of the sublayers that each block lacks."""
 
 
-def removed_halves(config: Mapping[str, Any], num_blocks: int, where: str) -> RemovedHalves:
+def removed_sublayers(config: Mapping[str, Any], num_blocks: int, where: str) -> RemovedSublayers:
     """What config.json, read as JSON, says about each block.
 
     Raises CheckpointError for an entry of another form, UnsupportedError if no block has attention.
@@ -43,14 +43,14 @@ def removed_halves(config: Mapping[str, Any], num_blocks: int, where: str) -> Re
             )
         if not isinstance(kinds, list) or not kinds or any(kind not in UNIT_KINDS for kind in kinds):
             raise CheckpointError(
-                f"{REMOVED_ENTRY} names halves that are none",
+                f"{REMOVED_ENTRY} names sublayers that are none",
                 where=f"{where}, block {key}",
                 got=repr(kinds),
                 wanted=f"a list of {', '.join(UNIT_KINDS)} or both",
             )
         if len(set(kinds)) != len(kinds):
             raise CheckpointError(
-                f"{REMOVED_ENTRY} names a half twice",
+                f"{REMOVED_ENTRY} names a sublayer twice",
                 where=f"{where}, block {key}",
                 got=repr(kinds),
                 wanted="each once",
@@ -76,7 +76,7 @@ def check_attention_can_go(config: Any) -> None:
             "blocks with and without an attention window cannot lose their attention",
             got=f"layer_types {', '.join(sorted(set(types)))}",
             wanted="one type in all blocks",
-            do="remove whole halves with --scope mlp only",
+            do="remove whole sublayers with --scope mlp only",
         )
 
 

@@ -88,4 +88,4 @@ def accepted_sliced_sources(family: Family) -> tuple[str, ...]:
 
 
 SHORTCUTS: Mapping[str, str] = {"attention": "attention_shortcut", "mlp": "mlp_shortcut"}
-"""Kind of a block's half -> the module that its residual sum passes through."""
+"""Kind of a block's sublayer -> the module that its residual sum passes through."""

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
-from structprune.architectures.modeling.removed import RemovedHalves, check_attention_can_go, removed_halves
+from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
 from structprune.architectures.stock.counts import check_counts
@@ -44,11 +44,10 @@ class StockModel:
 
     `reader` gives the checkpoint's tensors the names of the stock modules. `config` and `groups` are those of the
     global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
-    block may lack a half (`removed`). The halves of a block read the stream in `stages`. A sliced checkpoint (`sliced`)
-    can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in the
-    checkpoint is never run here.
-    Raises UnsupportedError for an unknown family or variant, CheckpointError when tensors are missing or of
-    another shape than the configuration says.
+    block may lack a sublayer (`removed`). The sublayers of a block read the stream in `stages`. A sliced checkpoint
+    (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
+    the checkpoint is never run here. Raises UnsupportedError for an unknown family or variant, CheckpointError when
+    tensors are missing or of another shape than the configuration says.
     """
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
@@ -81,7 +80,7 @@ class StockModel:
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self.head_units)
             self.stages: tuple[Stage, ...] = self.family.stages(self.config)
-            self.removed: RemovedHalves = self._read_removed(reader)
+            self.removed: RemovedSublayers = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
                 self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
@@ -119,21 +118,21 @@ class StockModel:
         check_values(self.config, per_block, where)
         return per_block
 
-    def _read_removed(self, reader: CheckpointReader) -> RemovedHalves:
+    def _read_removed(self, reader: CheckpointReader) -> RemovedSublayers:
         where = str(reader.directory / "config.json")
-        removed = removed_halves(reader.config, self.config.num_hidden_layers, where)
+        removed = removed_sublayers(reader.config, self.config.num_hidden_layers, where)
         if any("attention" in kinds for kinds in removed):
             check_attention_can_go(self.config)
         return removed
 
     def _fit_skeleton(self) -> None:
-        """Rebuild the skeleton's layers: with each block's own widths, halves and names."""
+        """Rebuild the skeleton's layers: with each block's own widths, sublayers and names."""
         layers: Any = self.skeleton.get_submodule(self.family.blocks_module)
         for index, config in enumerate(self.block_configs):
             layers[index] = self._empty_layer(index, config, ())
 
     def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
-        """Layer `index` on `meta`, with modules that add nothing for the halves that are gone."""
+        """Layer `index` on `meta`, with modules that add nothing for the sublayers that are gone."""
         layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
@@ -141,7 +140,7 @@ class StockModel:
         narrow_values(layer, config, self.family)
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
-                for name in self.family.half_modules(group.kind):
+                for name in self.family.sublayer_modules(group.kind):
                     layer.set_submodule(name, STAND_INS[group.kind]())
                 for name in group.norm_modules:
                     layer.set_submodule(name, nn.Identity())
@@ -210,11 +209,12 @@ class StockModel:
     def resized_config(
         self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
     ) -> PretrainedConfig:
-        """The config of block `index`, or of every block, with `kept` units per kind; the halves `biased` get biases.
+        """The config of block `index`, or of every block, with `kept` units per kind; the sublayers `biased` get
+        biases.
 
         For one block, a kind of which nothing is kept keeps its numbers: stock classes divide by some of them, and
         what is gone is said to `block`. Raises UnsupportedError if the config cannot say so, or for every block if
-        the source's blocks differ or a half would go.
+        the source's blocks differ or a sublayer would go.
         """
         if index is None and any(block.groups != self.groups for block in self.layout.blocks):
             raise UnsupportedError(
@@ -248,7 +248,7 @@ class StockModel:
     ) -> nn.Module:
         """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's.
 
-        `config` is the block's own unless given. The halves in `removed`, and those that the checkpoint lacks, add
+        `config` is the block's own unless given. The sublayers in `removed`, and those that the checkpoint lacks, add
         nothing and take no tensors.
         """
         assert not self.sliced, "the stock layer would ignore the shortcuts"
@@ -260,20 +260,21 @@ class StockModel:
         return layer.requires_grad_(False)
 
     def stage_of(self, kind: UnitKind) -> Stage:
-        """The stage that the half belongs to."""
+        """The stage that the sublayer belongs to."""
         return next(stage for stage in self.stages if kind in stage)
 
     @contextmanager
     def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
-        """Inside the context `block(h)` is `h` plus what the halves of `stage` add; all stages in turn are the block.
+        """Inside the context `block(h)` is `h` plus what the sublayers of `stage` add; all stages in turn are the
+        block.
 
-        A half that is removed from the block adds nothing.
+        A sublayer that is removed from the block adds nothing.
         """
         outside: dict[str, nn.Module] = {}
         for kind in UNIT_KINDS:
             if kind not in stage:
-                # The half's norms would be computed for nothing: they are half as dear as its products.
-                stand_ins = dict.fromkeys(self.family.half_modules(kind), STAND_INS[kind])
+                # The sublayer's norms would be computed for nothing: they are half as dear as its products.
+                stand_ins = dict.fromkeys(self.family.sublayer_modules(kind), STAND_INS[kind])
                 stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
                 for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.units import remove_half
+from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import Part, solve_cost, solve_part, with_part
 from structprune.engine.layerwise.statistics import Reference, Streams, follow_dense, measure
@@ -43,7 +43,7 @@ class BlockOutcome:
     """The pruned block, relative names, stored dtype."""
     reports: list[BlockReport]
     kept: dict[str, list[int]]
-    """Name of the group -> units; of a half that is gone, its kind -> none."""
+    """Name of the group -> units; of a sublayer that is gone, its kind -> none."""
     costs: dict[str, Tensor]
     """Kind -> loss that each removal adds, (units,), where it was asked for."""
 
@@ -57,11 +57,11 @@ def prune_block(
     *,
     reprice: bool = False,
 ) -> BlockOutcome:
-    """Measure, decide and solve one half of the block after the other; both streams move on to the block's output.
+    """Measure, decide and solve one sublayer of the block after the other; both streams move on to the block's output.
 
-    Halves that read the same state of the stream are solved against the same output, each with the others as they are
-    by then; the streams move once for all of them. With `reprice` the removals of each half are priced again, on the
-    pruned model's stream.
+    Sublayers that read the same state of the stream are solved against the same output, each with the others as they
+    are by then; the streams move once for all of them. With `reprice` the removals of each sublayer are priced again,
+    on the pruned model's stream.
     """
     with job.meter.phase("read block"):
         tensors = job.reader.read(block.shapes, block.prefix)
@@ -73,17 +73,17 @@ def prune_block(
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
-    for stage, halves in _stages(job, block):
+    for stage, sublayers in _stages(job, block):
         reference, inputs_NSI = None, _cached_inputs(job, block, stage, num_keep, streams)
         if job.follows_dense:
             with job.meter.phase("propagate"):
-                measured = _measured(block, halves, num_keep)
+                measured = _measured(block, sublayers, num_keep)
                 reference = follow_dense(job, block, stage, measured, module, streams)
-        for kind in halves:
+        for kind in sublayers:
             if kind not in num_keep:
                 continue
             if num_keep[kind] == 0:
-                half = _remove(block, kind, tensors)
+                sublayer = _remove(block, kind, tensors)
             else:
                 place = _Place(
                     job=job,
@@ -94,14 +94,14 @@ def prune_block(
                     widths=widths,
                     inputs_NSI=inputs_NSI,
                 )
-                half = _prune_half(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
-            tensors, widths[kind] = half.tensors, num_keep[kind]
-            kept |= half.kept
-            reports.append(half.report)
-            if half.cost_U is not None:
-                costs[kind] = half.cost_U
+                sublayer = _prune_sublayer(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
+            tensors, widths[kind] = sublayer.tensors, num_keep[kind]
+            kept |= sublayer.kept
+            reports.append(sublayer.report)
+            if sublayer.cost_U is not None:
+                costs[kind] = sublayer.cost_U
             module = _module(job, block, tensors, widths)
-            # What a half leaves in the heap would otherwise add to the next one's peak.
+            # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
         with job.meter.phase("propagate"):
             _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
@@ -118,9 +118,9 @@ def _advance(
     streams: Streams,
     inputs_NSI: Tensor | None,
 ) -> None:
-    """Move the pruned stream over a stage of which every half is cut: `module` has what is left of the block.
+    """Move the pruned stream over a stage of which every sublayer is cut: `module` has what is left of the block.
 
-    With `inputs_NSI` the stage is one half, and these are the inputs of its consumer before the cut.
+    With `inputs_NSI` the stage is one sublayer, and these are the inputs of its consumer before the cut.
     """
     propagator, store = streams.propagator, streams.pruned
     if inputs_NSI is not None:
@@ -138,7 +138,7 @@ def _advance(
 def _cached_inputs(
     job: Job, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
 ) -> Tensor | None:
-    """Room for the consumer's inputs of a half that is measured and then finished from them; None for all others."""
+    """Room for the consumer's inputs of a sublayer that is finished from them; None for all others."""
     kind = stage[0]
     if streams.cache is None or kind not in job.plan.cached or not num_keep.get(kind) or not block.has(kind):
         return None
@@ -158,8 +158,8 @@ def pass_block(
     if not job.follows_dense:
         streams.propagator.run(module, block.index, streams.dense)
     else:
-        for stage, halves in _stages(job, block):
-            groups = _measured(block, halves, num_keep)
+        for stage, sublayers in _stages(job, block):
+            groups = _measured(block, sublayers, num_keep)
             reference = follow_dense(job, block, stage, groups, module, streams)
             if any(group.output_normed for group in groups):
                 # There the stream moves as it is asked.
@@ -180,7 +180,7 @@ def pass_block(
 def _fill(
     inputs_NSI: Tensor, job: Job, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
 ) -> None:
-    """With what `measure` leaves there: inputs of the uncut half in the pruned stream, in the same micro-batches."""
+    """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
     received: list[Tensor] = []
     for windows in job.window_parts:
         for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
@@ -193,39 +193,39 @@ def _fill(
 
 
 def _stages(job: Job, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
-    """The stages that the block has something of, and the halves that it has."""
+    """The stages that the block has something of, and the sublayers that it has."""
     stages: list[tuple[Stage, list[UnitKind]]] = []
     for stage in job.stock.stages:
-        halves: list[UnitKind] = [kind for kind in stage if block.has(kind)]
-        if halves:
-            stages.append((stage, halves))
+        sublayers: list[UnitKind] = [kind for kind in stage if block.has(kind)]
+        if sublayers:
+            stages.append((stage, sublayers))
     return stages
 
 
-def _measured(block: BlockLayout, halves: Sequence[UnitKind], num_keep: Mapping[str, int]) -> list[UnitGroup]:
-    """One group of each half that is to keep some of its units."""
-    return [block.group(kind) for kind in halves if num_keep.get(kind, 0) > 0]
+def _measured(block: BlockLayout, sublayers: Sequence[UnitKind], num_keep: Mapping[str, int]) -> list[UnitGroup]:
+    """One group of each sublayer that is to keep some of its units."""
+    return [block.group(kind) for kind in sublayers if num_keep.get(kind, 0) > 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
-    """Where a half is pruned. The pruned stream is at its input and stays there."""
+    """Where a sublayer is pruned. The pruned stream is at its input and stays there."""
 
     job: Job
     block: BlockLayout
     module: nn.Module
-    """The block as it is before the half is cut."""
+    """The block as it is before the sublayer is cut."""
     streams: Streams
     reference: Reference | None
     widths: Mapping[str, int]
-    """Kind -> units per group, of the halves that came first."""
+    """Kind -> units per group, of the sublayers that came first."""
     inputs_NSI: Tensor | None
     """Where the consumer's inputs are to be kept; None: they are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Half:
-    """One half of a block, decided and solved."""
+class _Sublayer:
+    """One sublayer of a block, decided and solved."""
 
     tensors: dict[str, Tensor]
     """All of the block's."""
@@ -234,8 +234,8 @@ class _Half:
     cost_U: Tensor | None = None
 
 
-def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Half:
-    """The whole half goes."""
+def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Sublayer:
+    """The whole sublayer goes."""
     report = BlockReport(
         block=block.index,
         kind=kind,
@@ -248,10 +248,10 @@ def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -
         objective=[],
         seconds=0.0,
     )
-    return _Half(tensors=remove_half(tensors, block, kind), kept={kind: []}, report=report)
+    return _Sublayer(tensors=remove_sublayer(tensors, block, kind), kept={kind: []}, report=report)
 
 
-def _prune_half(
+def _prune_sublayer(
     place: _Place,
     kind: UnitKind,
     tensors: Mapping[str, Tensor],
@@ -259,8 +259,8 @@ def _prune_half(
     surveyed: Mapping[str, Surveyed],
     *,
     reprice: bool,
-) -> _Half:
-    """Some units of each group go: the half's only one, or every expert's own choice of as many."""
+) -> _Sublayer:
+    """Some units of each group go: the sublayer's only one, or every expert's own choice of as many."""
     job, block, streams = place.job, place.block, place.streams
     started = time.perf_counter()
     groups = {group.name: group for group in block.parts(kind)}
@@ -334,7 +334,7 @@ def _prune_half(
         objective=objective,
         seconds=time.perf_counter() - started,
     )
-    return _Half(
+    return _Sublayer(
         tensors=cut,
         kept={name: part.keep_units.tolist() for name, part in parts.items()},
         report=report,
@@ -352,7 +352,7 @@ def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> nn.Module:
     """The stock layer with the units that are left, in the dtype of the forward passes."""
-    # Before a half is solved its tensors are the source's, and so is its bias or the lack of one.
+    # Before a sublayer is solved its tensors are the source's, and so is its bias or the lack of one.
     biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and job.adds_bias]
     config = job.stock.resized_config(widths, block.index, biased)
     # In rows, as one that was read from a file: products with another layout differ in their last bits.

@@ -1,4 +1,4 @@
-"""One half of a block as all that scores and solvers may see.
+"""One sublayer of a block as all that scores and solvers may see.
 
 Shape suffixes: I consumer inputs, O outputs.
 """

@@ -115,7 +115,7 @@ def _tokens(
     job: Job,
     block: BlockLayout,
     group: UnitGroup,
-    half: nn.Module,
+    sublayer: nn.Module,
     streams: Streams,
     reference: Reference,
     num_windows: int,
@@ -129,12 +129,12 @@ def _tokens(
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, 0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
-            job.stock.stage(half, job.stock.stage_of("mlp")),
-            observed(half, group.up_module, inputs.append),
-            tapped(half, group.consumer_module, lambda _: None),
+            job.stock.stage(sublayer, job.stock.stage_of("mlp")),
+            observed(sublayer, group.up_module, inputs.append),
+            tapped(sublayer, group.consumer_module, lambda _: None),
         ):
-            residual_BSD = streams.propagator.apply(half, block.index, hidden_BSD)
-        targets.append(consumer_target(group, half, wanted_BSD, residual_BSD))
+            residual_BSD = streams.propagator.apply(sublayer, block.index, hidden_BSD)
+        targets.append(consumer_target(group, sublayer, wanted_BSD, residual_BSD))
     return MlpTokens(
         x_TD=torch.cat(inputs).float(),
         y_TD=torch.cat(targets),

@@ -26,7 +26,7 @@ from structprune.types import BlockLayout, LayerProblem, Moments, SolveResult, S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One group of a half, decided and solved."""
+    """One group of a sublayer, decided and solved."""
 
     keep_units: Tensor
     result: SolveResult

@@ -1,4 +1,4 @@
-"""Sums over calibration windows that one half of a block is solved from.
+"""Sums over calibration windows that one sublayer of a block is solved from.
 
 Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inputs.
 """
@@ -36,7 +36,7 @@ class Streams:
     dense: HiddenStore
     """The dense model's: all windows where the target is the dense path, else the few whose perplexity is reported."""
     cache: ActivationCache | None = None
-    """Where the plan has room for the inputs of a half."""
+    """Where the plan has room for the inputs of a sublayer."""
 
 
 def measure(
@@ -52,12 +52,12 @@ def measure(
 ) -> dict[str, Moments]:
     """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
-    Over some of this rank's windows, for all parts of one half at once, and over the ranks: each part at the rank that
-    `owners` names (the first without it), and only there among the results. The stage runs without the consumers, which
-    leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is moved,
-    unless the reference does it. The inputs themselves are written to `inputs_NSI`, if it is given. An expert gets the
-    tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided by the
-    root mean square of the wanted output: what is added is linear in them then.
+    Over some of this rank's windows, for all parts of one sublayer at once, and over the ranks: each part at the rank
+    that `owners` names (the first without it), and only there among the results. The stage runs without the consumers,
+    which leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is
+    moved, unless the reference does it. The inputs themselves are written to `inputs_NSI`, if it is given. An expert
+    gets the tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided
+    by the root mean square of the wanted output: what is added is linear in them then.
     """
     owners = owners or {}
     inputs: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ def measure(
             if wanted_BSD is not None:
                 target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
             if (eps := parts[0].output_norm_eps) is not None:
-                # A normed half has one part, so the tap is gone and the consumer in its place again.
+                # A normed sublayer has one part, so the tap is gone and the consumer in its place again.
                 output_BSD = module.get_submodule(parts[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
                 scale_T1 = token_scale(output_BSD, eps)
                 x_TI = x_TI / scale_T1
@@ -123,7 +123,7 @@ def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, res
 def follow_dense(
     job: Job, block: BlockLayout, stage: Stage, groups: Sequence[UnitGroup], module: nn.Module, streams: Streams
 ) -> Reference:
-    """Move the dense stream behind `stage` of the uncut block `module`: what its halves in `groups` are to meet.
+    """Move the dense stream behind `stage` of the uncut block `module`: what its sublayers in `groups` are to meet.
 
     The output of a normed consumer is not in the stream: there the stream moves as the reference is asked, which must
     be once for each window.

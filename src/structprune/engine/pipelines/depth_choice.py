@@ -107,7 +107,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
     """One block after the other, each time the one without which the loss of the first windows is smallest.
 
     In one round each block is read once. The stream of the model as it is moves along; before each block that may go
-    it is copied, and the copy passes that block by. So candidates share what comes before their block, which halves
+    it is copied, and the copy passes that block by. So candidates share what comes before their block, which sublayers
     the work, and as many borders' hidden states are kept as there are candidates, and one more.
     """
     num_windows = job.num_backward

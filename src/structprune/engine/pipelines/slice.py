@@ -1,8 +1,8 @@
 """The slicing walk: one block in memory at a time, the residual stream cut at every position.
 
 The stream stays in the model's own coordinates while it is measured: a cut replaces x by B B^T x, B the (D, K) basis of
-the position, and the stock half then runs on it unchanged. That is what the written half of width K computes, since
-the norm's sum of squares is the same and everything it reads is W B B^T x. Only the written weights are rotated.
+the position, and the stock sublayer then runs on it unchanged. That is what the written sublayer of width K computes,
+since the norm's sum of squares is the same and everything it reads is W B B^T x. Only the written weights are rotated.
 
 Shape suffixes: B windows, S positions, N windows, D hidden size, K kept dimensions.
 """
@@ -141,9 +141,9 @@ def _slice_blocks(
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
             propagator.run(module, block.index, dense)
             cuts = [here]
-            for half in _stream(job).halves:
-                where = f"after block {block.index} {half.kind}"
-                with job.stock.stage(module, (half.kind,)):
+            for sublayer in _stream(job).sublayers:
+                where = f"after block {block.index} {sublayer.kind}"
+                with job.stock.stage(module, (sublayer.kind,)):
                     moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
                     gram_DD = _gram(job, moved, where)
                 cuts.append(_cut(job, gram_DD, width, common_DK, where))
@@ -192,8 +192,8 @@ def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None],
 def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
     """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
 
-    The halves read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens are
-    longer than all others; without the division the last positions and those tokens would decide alone.
+    The sublayers read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens
+    are longer than all others; without the division the last positions and those tokens would decide alone.
     """
     path = run.staging / "basis.safetensors"
     if run.journal.find("basis") is not None:
@@ -218,10 +218,10 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
             tensors = job.reader.read(block.shapes, block.prefix)
             module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
             del tensors
-            for half in _stream(job).halves:
-                with job.stock.stage(module, (half.kind,)):
+            for sublayer in _stream(job).sublayers:
+                with job.stock.stage(module, (sublayer.kind,)):
                     moved = _moved(propagator, module, block.index, store)
-                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {half.kind}")
+                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
             del module
             snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
             release_free_memory()
@@ -239,7 +239,7 @@ def _directions(hidden_BSD: Tensor) -> Tensor:
 
 
 class _CutBefore(nn.Module):
-    """A block, or half of one, on the cut stream."""
+    """A block, or sublayer of one, on the cut stream."""
 
     def __init__(self, job: Job, block: nn.Module, cut: Cut) -> None:
         super().__init__()
@@ -281,12 +281,12 @@ def _cut(job: Job, gram_DD: Tensor, width: int, common_DK: Tensor | None, where:
 
 
 def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
-    """One line per half, with the cut at its input; the statistics have the one at its output."""
+    """One line per sublayer, with the cut at its input; the statistics have the one at its output."""
     hidden, width = cuts[0].basis_DK.shape
     return [
         BlockReport(
             block=block.index,
-            kind=half.kind,
+            kind=sublayer.kind,
             num_units=hidden,
             kept_units=width,
             error_mask_only=None,
@@ -296,7 +296,7 @@ def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> l
             objective=[],
             seconds=seconds / (len(cuts) - 1),
         )
-        for half, before, after in zip(_stream(job).halves, cuts[:-1], cuts[1:], strict=True)
+        for sublayer, before, after in zip(_stream(job).sublayers, cuts[:-1], cuts[1:], strict=True)
     ]
 
 

@@ -69,7 +69,7 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
         )
     if any(block.groups != stock.groups for block in stock.layout.blocks):
         raise UnsupportedError(
-            "the source's blocks have different widths, or some lack a half",
+            "the source's blocks have different widths, or some lack a sublayer",
             wanted="blocks of one width",
             do="slice the dense model instead",
         )
@@ -103,12 +103,12 @@ def foresee_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Fo
 def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: int, *, shortcuts: bool) -> int:
     """Parameters of a block whose stream has `width` of `hidden` dimensions, its shortcut matrices counted."""
     total = block.num_parameters
-    for half in stream.halves:
-        touched = [half.norm, *half.readers, half.writer]
+    for sublayer in stream.sublayers:
+        touched = [sublayer.norm, *sublayer.readers, sublayer.writer]
         for name, shape in block.shapes.items():
             module, _, part = name.rpartition(".")
             # A reader's bias is as long as its output, which stays.
-            if module in touched and not (part == "bias" and module in half.readers):
+            if module in touched and not (part == "bias" and module in sublayer.readers):
                 total -= math.prod(shape) // hidden * (hidden - width)
         total += width * width if shortcuts else 0
     return total

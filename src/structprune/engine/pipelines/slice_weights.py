@@ -20,27 +20,27 @@ from structprune.linalg.rotation import rotated, rows_per_chunk
 def rotated_block(
     tensors: Mapping[str, Tensor], stream: Stream, bases: Sequence[Tensor], *, shortcuts: bool
 ) -> dict[str, Tensor]:
-    """The block (relative names) between the positions of `bases`, one more than it has halves.
+    """The block (relative names) between the positions of `bases`, one more than it has sublayers.
 
     A reader is W diag(norm weight) B sqrt(D / K), a writer B'^T W, the shortcut between them B'^T B; the norms' weights
     become ones. The root makes a norm that divides by the mean over K equal to one over D; it goes into the readers,
     because in a norm's weight bfloat16 would round it for all maps alike.
     """
     result = dict(tensors)
-    for half, basis_DK, next_DK in zip(stream.halves, bases[:-1], bases[1:], strict=True):
-        norm = f"{half.norm}.weight"
+    for sublayer, basis_DK, next_DK in zip(stream.sublayers, bases[:-1], bases[1:], strict=True):
+        norm = f"{sublayer.norm}.weight"
         scale_D = folded_scale(tensors[norm], basis_DK)
-        for name in half.readers:
+        for name in sublayer.readers:
             result[f"{name}.weight"] = rotated(tensors[f"{name}.weight"], basis_DK, 1, scale_D)
         for part in ("weight", "bias"):
-            name = f"{half.writer}.{part}"
+            name = f"{sublayer.writer}.{part}"
             if name in tensors:
                 result[name] = rotated(tensors[name], next_DK, 0)
         result[norm] = ones_like_norm(tensors[norm], basis_DK)
         if shortcuts:
             shortcut_KK = next_DK.T @ basis_DK
-            like = tensors[f"{half.writer}.weight"]
-            result[f"{SHORTCUTS[half.kind]}.weight"] = shortcut_KK.to(like.device, like.dtype).contiguous()
+            like = tensors[f"{sublayer.writer}.weight"]
+            result[f"{SHORTCUTS[sublayer.kind]}.weight"] = shortcut_KK.to(like.device, like.dtype).contiguous()
     return result
 
 

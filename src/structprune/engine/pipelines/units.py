@@ -77,8 +77,8 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
         pruned_NSD=result.ends["pruned"],
         reused=None if found is None else found.reused,
     )
-    halves = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
-    scope = sum(block.module_parameters(block.group(kind)) for block, kind in halves)
+    sublayers = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
+    scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
     return ranks.from_first(lambda: finish(job, run, writer, meter, observer, config, outcome, scope))
 
 
@@ -202,7 +202,7 @@ def _prune_blocks(
 
 
 def _open_cache(job: Job) -> ActivationCache | None:
-    """Room for the inputs of any half that the plan lets stay in memory; none is touched yet."""
+    """Room for the inputs of any sublayer that the plan lets stay in memory; none is touched yet."""
     if not job.plan.cached:
         return None
     num_windows, seq_len = job.windows.ids_NS.shape
@@ -220,7 +220,7 @@ def _first_windows(job: Job, store: HiddenStore) -> Tensor:
 
 
 def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
-    """The newest price of every half; one that was removed in the rehearsal keeps its old one."""
+    """The newest price of every sublayer; one that was removed in the rehearsal keeps its old one."""
     return {
         kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
     }

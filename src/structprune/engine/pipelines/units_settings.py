@@ -30,7 +30,7 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
             check_bias(group)
             if group.output_normed:
                 raise UnsupportedError(
-                    f"solver 'bias' adds one constant, and {stock.family.name} norms what a half adds token by token",
+                    f"solver 'bias' adds one constant, and {stock.family.name} norms what a sublayer adds per token",
                     wanted="--solver least-squares or mask-only",
                 )
     if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):

@@ -112,7 +112,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
 def _solve_phases(
     request: PlanRequest, block: BlockLayout, kind: str, parts: Sequence[UnitGroup], beside: int
 ) -> dict[str, int]:
-    """Deciding and solving one part of a half, with the sums of the others and one sensitivity beside it."""
+    """Deciding and solving one part of a sublayer, with the sums of the others and one sensitivity beside it."""
     problem = group_problem(request, block, parts[0])
     sensitivity = request.layout.hidden_size**2 * 4 if request.needs_survey else 0
     # CUDA makes an inverse beside its factor (at::native cholesky_inverse), and libraries copy what is not laid out as

@@ -37,7 +37,7 @@ def foresee_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Fo
             tied=stock.layout.tied_embeddings,
             narrow_values=("attention" in kinds and recipe.head_units == "value-channel")
             or has_narrow_values(stock.layout.config),
-            removed_halves=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
+            removed_sublayers=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
             tensor_parallel=recipe.tensor_parallel,
         )
         return Foresight(shape=shape, kept=None, num_parameters=None)

@@ -81,7 +81,7 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     moved = device_budget is not None
     smallest: PrunePlan | None = None
     smallest_device: DevicePlan | None = None
-    # A smaller micro-batch costs less than a half that is computed again, or a Gram that is moved for each.
+    # A smaller micro-batch costs less than a sublayer that is computed again, or a Gram that is moved for each.
     for store, cached in _stores(request, moved=moved):
         for sums, solves in PLACES if moved else PLACES[:1]:
             for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
@@ -122,7 +122,7 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
 
 
 def _stores(request: PlanRequest, *, moved: bool) -> list[tuple[str, tuple[UnitKind, ...]]]:
-    """Where hidden states can be and which halves' inputs are kept beside them, what is fastest first.
+    """Where hidden states can be and which sublayers' inputs are kept beside them, what is fastest first.
 
     Attention's inputs are the narrower ones and save more. A device computes them again sooner than they come back.
     """
@@ -157,7 +157,7 @@ def _plan_with(
     small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
     # While blocks run those states are in a store like the others.
     resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
-    # Only while blocks are pruned, one half's at a time.
+    # Only while blocks are pruned, one sublayer's at a time.
     cache_bytes = request.num_windows * request.seq_len * item * most_inputs(request.layout, cached)
     pruning = resident + cache_bytes
 
@@ -241,7 +241,7 @@ def _plan_with(
             gram = problem.gram
             # Of other parts, whose sums are taken in the same pass.
             kept_apart = others * problem.sums
-            # What the gradient left of each half in scope.
+            # What the gradient left of each sublayer in scope.
             sensitivities = len(by_kind(request.groups)) * hidden * hidden * 4 if request.needs_survey else 0
             batch = max(activations, statistics_bytes(request, group, micro_batch))
             if item != 4:

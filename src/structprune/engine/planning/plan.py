@@ -58,7 +58,7 @@ class PrunePlan:
     disk_bytes: int
     """Free disk that the run needs at its peak."""
     cached: tuple[UnitKind, ...] = ()
-    """Halves whose consumer's inputs are kept in memory until it is solved, so that they are computed once."""
+    """Sublayers whose consumer's inputs are kept in memory until it is solved, so that they are computed once."""
     cache_bytes: int = 0
     device: DevicePlan | None = None
     """None: blocks run in host memory."""
@@ -145,6 +145,6 @@ class PlanRequest:
     num_ranks: int = 1
     """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
     cacheable: tuple[UnitKind, ...] = ()
-    """Halves whose consumer's inputs could be kept until it is solved."""
+    """Sublayers whose consumer's inputs could be kept until it is solved."""
     held_bytes: int = 0
     """What the caller itself holds, whatever the phase."""

@@ -130,7 +130,7 @@ def numel(block: BlockLayout, name: str) -> int:
 
 
 def most_inputs(layout: ModelLayout, kinds: Collection[UnitKind]) -> int:
-    """Of any consumer of these halves in any block; 0 where there is none."""
+    """Of any consumer of these sublayers in any block; 0 where there is none."""
     groups = [group for block in layout.blocks for kind in kinds for group in block.parts(kind)]
     return max((group.num_units * group.width for group in groups), default=0)
 
@@ -141,7 +141,7 @@ def gram_bytes(group: UnitGroup) -> int:
 
 
 def by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
-    """The parts of each half."""
+    """The parts of each sublayer."""
     parts: dict[str, list[UnitGroup]] = {}
     for group in groups:
         parts.setdefault(group.kind, []).append(group)

@@ -30,7 +30,7 @@ def slice_phases(
     """
     square = hidden * hidden
     basis = hidden * width * 8
-    # Those before and after the block and between its halves, and the one at work in the forward passes' dtype.
+    # Those before and after the block and between its sublayers, and the one at work in the forward passes' dtype.
     bases = (3 if several else 1) * basis + hidden * width * item
     states = batch_tokens * hidden
     # Of a micro-batch: the cut one, its coordinates, the buffer; float32 needs no copy, but for the directions.

@@ -15,7 +15,7 @@ from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
 
 Kept = dict[str, list[int]]
-"""Kind -> units of each block; zero where the block has no such half, or is to lose it."""
+"""Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
 
 
 def allot(
@@ -90,7 +90,7 @@ def indivisible(stock: StockModel, processes: int, kept: Mapping[str, Sequence[i
 
 
 def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Config entry -> number that the block will have. Halves that are gone have none."""
+    """Config entry -> number that the block will have. Sublayers that are gone have none."""
     sizes: dict[str, int] = {}
     # Units of query heads leave the KV heads as they are, and say nothing of them.
     for group in stock.family.groups(stock.block_configs[block.index], "kv-group"):

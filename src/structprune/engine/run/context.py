@@ -80,7 +80,7 @@ class Job:
     """Those that share the windows. Numbers of windows here are the run's; stores and loops have this rank's."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
-        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a half."""
+        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a sublayer."""
         return tuple(group for kind in self.kinds for group in block.parts(kind))
 
     @property

@@ -104,7 +104,7 @@ def _scores(
 
 
 def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None:
-    """Add what each removal costs to the sum over the half's parts, which lose as many units each."""
+    """Add what each removal costs to the sum over the sublayer's parts, which lose as many units each."""
     costs[group.kind] = costs[group.kind] + cost_U if group.kind in costs else cost_U
 
 
@@ -154,7 +154,7 @@ class Measured:
     moments: dict[str, Moments]
     """Name of the group -> sums of its consumer's inputs, over all tokens also where it is sent some of them."""
     sensitivity: dict[str, Tensor]
-    """Kind -> F = E[g g^T], (O, O), g the gradient of the summed loss by the half's output at one token.
+    """Kind -> F = E[g g^T], (O, O), g the gradient of the summed loss by the sublayer's output at one token.
 
     The experts of a mixture have one F, that of their sum: each adds to it without a factor between. Before a norm it
     is that of the output over its root mean square.
@@ -174,27 +174,27 @@ def backward(
     What is returned makes them of the sums over all ranks, once, at `owner`.
     """
     _, module = load_block(job, block)
-    halves = [block.group(kind) for kind in job.kinds if block.has(kind)]
+    sublayers = [block.group(kind) for kind in job.kinds if block.has(kind)]
     hidden_size = job.stock.layout.hidden_size
-    gradients = {half.kind: GramAccumulator(hidden_size, job.device) for half in halves}
+    gradients = {sublayer.kind: GramAccumulator(hidden_size, job.device) for sublayer in sublayers}
     outputs: dict[str, Tensor] = {}
 
     def update(found: Sequence[Tensor]) -> None:
-        for half, grad_BSD in zip(halves, found, strict=True):
+        for sublayer, grad_BSD in zip(sublayers, found, strict=True):
             grad_TD = grad_BSD.reshape(-1, hidden_size)
-            if half.output_norm_eps is not None:
-                grad_TD = grad_TD.float() * token_scale(outputs[half.kind].detach(), half.output_norm_eps)
-            gradients[half.kind].update(grad_TD)
+            if sublayer.output_norm_eps is not None:
+                grad_TD = grad_TD.float() * token_scale(outputs[sublayer.kind].detach(), sublayer.output_norm_eps)
+            gradients[sublayer.kind].update(grad_TD)
         outputs.clear()
 
     def wanted() -> list[Tensor]:
-        return [outputs[half.kind] for half in halves]
+        return [outputs[sublayer.kind] for sublayer in sublayers]
 
     with contextlib.ExitStack() as stack:
         sums = stack.enter_context(_summed_inputs(job, block, module))
-        for half in halves:
-            summed = half.output_module or half.consumer_module
-            stack.enter_context(captured(module, summed, partial(outputs.__setitem__, half.kind)))
+        for sublayer in sublayers:
+            summed = sublayer.output_module or sublayer.consumer_module
+            stack.enter_context(captured(module, summed, partial(outputs.__setitem__, sublayer.kind)))
         differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
     inputs, output_gradients = _added_up(job, sums, owner), _added_up(job, gradients, owner)
     return lambda: _measured(job, block, inputs, output_gradients)

@@ -1,8 +1,8 @@
-"""Inputs of a half's consumer, kept from the pass that sums them up until the consumer is solved.
+"""Inputs of a sublayer's consumer, kept from the pass that sums them up until the consumer is solved.
 
-What the half gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
-others' activations are what they were, and attention or gate and up are not computed again. Only for a half that stands
-alone in its stage, has one part, adds its consumer's output to the stream as it is, and keeps its producers.
+What the sublayer gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
+others' activations are what they were, and attention or gate and up are not computed again. Only for a sublayer that
+stands alone in its stage, has one part, adds its consumer's output to the stream as it is, and keeps its producers.
 
 Shape suffixes: N windows, T tokens, S positions, D hidden size, B windows of a micro-batch, I consumer inputs,
 K kept ones.
@@ -22,7 +22,7 @@ from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 
 def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tuple[UnitKind, ...]:
-    """Of the halves that are pruned those that can be finished from the inputs of their consumers."""
+    """Of the sublayers that are pruned those that can be finished from the inputs of their consumers."""
 
     def finished_so(kind: UnitKind) -> bool:
         groups = [group for block in stock.layout.blocks for group in block.parts(kind)]
@@ -34,7 +34,7 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
 
 
 class ActivationCache:
-    """One half's inputs of all windows, in one piece of memory that every half of every block uses in turn."""
+    """One sublayer's inputs of all windows, in one piece of memory that every sublayer of every block uses in turn."""
 
     def __init__(self, num_windows: int, seq_len: int, most_inputs: int, dtype: torch.dtype) -> None:
         self._shape = (num_windows, seq_len)

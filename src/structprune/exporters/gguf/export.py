@@ -113,6 +113,6 @@ def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
         return value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
     if transform == "interleave":
         # Row i of a head's first half and row i of its second half become neighbours.
-        halves = value.reshape(heads, 2, -1, *value.shape[1:])
-        return halves.transpose(1, 2).reshape(value.shape)
+        sublayers = value.reshape(heads, 2, -1, *value.shape[1:])
+        return sublayers.transpose(1, 2).reshape(value.shape)
     return value

@@ -17,7 +17,7 @@ from typing import Literal
 from structprune.types import UnitKind
 
 Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup"]
-"""interleave: rows of a head from (first halves, second halves) to pairs, as llama.cpp's NORM rotary positions want
+"""interleave: rows of a head from (first half, second half) to pairs, as llama.cpp's NORM rotary positions want
 them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from query, key and value of
 one head after the other to those of all heads."""
 
@@ -32,7 +32,7 @@ class Rule:
     """Name in the file, relative to `blk.N.` or whole."""
     dims: tuple[str, ...]
     """As stored in the checkpoint."""
-    half: UnitKind | None = None
+    sublayer: UnitKind | None = None
     transform: Transform = "copy"
     optional: bool = False
     """Biases that not every model has."""
@@ -82,23 +82,31 @@ class GgufFamily:
 
 
 def _linear(
-    half: UnitKind, source: str, target: str, out: str, inputs: str, transform: Transform = "copy"
+    sublayer: UnitKind, source: str, target: str, out: str, inputs: str, transform: Transform = "copy"
 ) -> tuple[Rule, Rule]:
     return (
-        Rule(source=f"{source}.weight", target=f"{target}.weight", dims=(out, inputs), half=half, transform=transform),
+        Rule(
+            source=f"{source}.weight",
+            target=f"{target}.weight",
+            dims=(out, inputs),
+            sublayer=sublayer,
+            transform=transform,
+        ),
         Rule(
             source=f"{source}.bias",
             target=f"{target}.bias",
             dims=(out,),
-            half=half,
+            sublayer=sublayer,
             transform=transform,
             optional=True,
         ),
     )
 
 
-def _norm(half: UnitKind | None, source: str, target: str, dim: str = "d", transform: Transform = "copy") -> Rule:
-    return Rule(source=f"{source}.weight", target=f"{target}.weight", dims=(dim,), half=half, transform=transform)
+def _norm(sublayer: UnitKind | None, source: str, target: str, dim: str = "d", transform: Transform = "copy") -> Rule:
+    return Rule(
+        source=f"{source}.weight", target=f"{target}.weight", dims=(dim,), sublayer=sublayer, transform=transform
+    )
 
 
 def _outer(norm: Transform = "copy") -> tuple[Rule, ...]:
@@ -195,23 +203,23 @@ _PHI3 = Target(
     outer=_outer(),
     block=(
         _norm("attention", "input_layernorm", "attn_norm"),
-        Rule(source="self_attn.qkv_proj.weight", target="attn_qkv.weight", dims=("q+2k", "d"), half="attention"),
-        Rule(source="self_attn.o_proj.weight", target="attn_output.weight", dims=("d", "q"), half="attention"),
+        Rule(source="self_attn.qkv_proj.weight", target="attn_qkv.weight", dims=("q+2k", "d"), sublayer="attention"),
+        Rule(source="self_attn.o_proj.weight", target="attn_output.weight", dims=("d", "q"), sublayer="attention"),
         _norm("mlp", "post_attention_layernorm", "ffn_norm"),
-        Rule(source="mlp.gate_up_proj.weight", target="ffn_up.weight", dims=("2f", "d"), half="mlp"),
-        Rule(source="mlp.down_proj.weight", target="ffn_down.weight", dims=("d", "f"), half="mlp"),
+        Rule(source="mlp.gate_up_proj.weight", target="ffn_up.weight", dims=("2f", "d"), sublayer="mlp"),
+        Rule(source="mlp.down_proj.weight", target="ffn_down.weight", dims=("d", "f"), sublayer="mlp"),
     ),
     metadata=("rms_epsilon", "rotary", "original_context", "sliding_window"),
 )
 
 
-def _conv1d(half: UnitKind, source: str, target: str, out: str, inputs: str) -> tuple[Rule, Rule]:
-    weight, bias = _linear(half, source, target, out, inputs)
+def _conv1d(sublayer: UnitKind, source: str, target: str, out: str, inputs: str) -> tuple[Rule, Rule]:
+    weight, bias = _linear(sublayer, source, target, out, inputs)
     return replace(weight, dims=(inputs, out), transform="transpose"), replace(bias, optional=False)
 
 
-def _layer_norm(half: UnitKind | None, source: str, target: str) -> tuple[Rule, Rule]:
-    weight = _norm(half, source, target)
+def _layer_norm(sublayer: UnitKind | None, source: str, target: str) -> tuple[Rule, Rule]:
+    weight = _norm(sublayer, source, target)
     return weight, replace(weight, source=f"{source}.bias", target=f"{target}.bias")
 
 

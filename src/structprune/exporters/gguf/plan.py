@@ -1,8 +1,8 @@
 """What a GGUF file will hold, planned from headers: architecture, widths, tensors, metadata.
 
 Widths come from the tensors' shapes, so a checkpoint is taken whichever tool made it uneven. Blocks of different widths
-go to an architecture with per-block widths; a block that lost both of its halves is left out, and half a block that the
-architecture cannot leave out is written as a few channels or one group of heads of zeros, which add nothing.
+go to an architecture with per-block widths; a block that lost both of its sublayers is left out, and a sublayer that
+the architecture cannot leave out is written as a few channels or one group of heads of zeros, which add nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from structprune.architectures.families.common import head_size
-from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedHalves, removed_halves
+from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedSublayers, removed_sublayers
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.checkpoint.reader import CheckpointReader
@@ -79,7 +79,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
         raise UnsupportedError("writing GGUF needs the gguf package", do="pip install 'structprune[gguf]'")
     family = _family(reader)
     config = _parsed_config(reader)
-    removed = removed_halves(reader.config, config.num_hidden_layers, str(reader.directory / "config.json"))
+    removed = removed_sublayers(reader.config, config.num_hidden_layers, str(reader.directory / "config.json"))
     widths = _widths(reader, family, config, removed)
     target = _target(reader, family, config, widths, removed)
     model = GgufModel(
@@ -168,8 +168,8 @@ def _parsed_config(reader: CheckpointReader) -> Any:
     return config
 
 
-def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedHalves) -> list[BlockWidths]:
-    """What each block of the checkpoint has, by its tensors; zeros for a half that is gone."""
+def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedSublayers) -> list[BlockWidths]:
+    """What each block of the checkpoint has, by its tensors; zeros for a sublayer that is gone."""
     size_of_head = head_size(config)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
@@ -201,7 +201,7 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
 
 
 def _target(
-    reader: CheckpointReader, family: GgufFamily, config: Any, widths: Sequence[BlockWidths], removed: RemovedHalves
+    reader: CheckpointReader, family: GgufFamily, config: Any, widths: Sequence[BlockWidths], removed: RemovedSublayers
 ) -> Target:
     """The native architecture for equal blocks, else the one with per-block widths. Raises UnsupportedError."""
     alike = {(block.heads, block.kv_heads, block.channels) for block in widths if len(removed[block.index]) < 2}
@@ -240,8 +240,8 @@ def _untied(reader: CheckpointReader) -> bool:
     return "lm_head.weight" in reader.shapes
 
 
-def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedHalves, target: Target) -> list[BlockWidths]:
-    """The blocks of the file: those with something left, zeros in the place of a half that cannot be left out."""
+def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedSublayers, target: Target) -> list[BlockWidths]:
+    """The blocks of the file: those with something left, zeros in the place of a sublayer that cannot be left out."""
     whole = next(block for block in widths if block.heads)
     result: list[BlockWidths] = []
     for block in widths:
@@ -256,7 +256,7 @@ def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedHalves, targe
     return result
 
 
-def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves) -> list[GgufTensor]:
+def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublayers) -> list[GgufTensor]:
     """Every tensor of the file, in order. Raises CheckpointError if checkpoint and rules do not match one to one."""
     target, config = model.target, model.config
     common = {
@@ -273,7 +273,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedHalves)
     for number, block in enumerate(model.blocks):
         q, k, f = block.heads * model.head_size, block.kv_heads * model.head_size, block.channels
         dims = common | {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k}
-        rules = [rule for rule in target.block if rule.half != "attention" or block.heads]
+        rules = [rule for rule in target.block if rule.sublayer != "attention" or block.heads]
         gone = removed[block.index]
         prefix = f"{model.family.blocks}{block.index}."
         heads = (block.heads, block.kv_heads)
@@ -298,11 +298,11 @@ def _joined(
     gone: frozenset[str],
     used: set[str],
 ) -> list[GgufTensor]:
-    """The tensors that `rules` make; those of halves in `gone` are zeros."""
+    """The tensors that `rules` make; those of sublayers in `gone` are zeros."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
         name = _stored(reader, family, prefix + rule.source)
-        zeros = rule.half in gone
+        zeros = rule.sublayer in gone
         if rule.optional and (zeros or name not in reader.shapes):
             continue
         shape = tuple(dims[dim] for dim in rule.dims)
