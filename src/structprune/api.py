@@ -14,7 +14,7 @@ from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.pipelines.registry import WALKS
+from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Foresight, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import CheckedRun, num_probe, plan_run
@@ -113,7 +113,7 @@ def prune(
             if ranks.from_first(run.is_committed):
                 return ranks.from_first(lambda: _left_to_tidy(run))
             with job.device_meter:
-                return WALKS[checked.method.walk].execute(job, run, meter, MarkingObserver(observer, meter))
+                return PIPELINES[checked.method.pipeline].execute(job, run, meter, MarkingObserver(observer, meter))
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -131,9 +131,9 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
     method = METHODS.get(recipe.method)
     run.check()
-    if ranks.size > 1 and (shared is not None or not WALKS[method.walk].shares_windows):
+    if ranks.size > 1 and (shared is not None or not PIPELINES[method.pipeline].shares_windows):
         what = "a place for the measurements of other runs" if shared else f"method {method.name!r}"
-        alike = [name for name in METHODS if WALKS[METHODS.get(name).walk].shares_windows]
+        alike = [name for name in METHODS if PIPELINES[METHODS.get(name).pipeline].shares_windows]
         raise UnsupportedError(
             f"{what} is not for several ranks",
             got=f"{ranks.size} ranks",

@@ -35,7 +35,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
-UNIT_METHODS = [name for name in METHODS if METHODS.get(name).walk == "units"]
+UNIT_METHODS = [name for name in METHODS if METHODS.get(name).pipeline == "units"]
 
 
 @pytest.mark.parametrize("name", UNIT_METHODS)
@@ -53,19 +53,19 @@ def test_parts_are_registered(name: str) -> None:
 
 def test_depth_scores_blocks() -> None:
     method = METHODS.get("depth")
-    assert method.walk == "depth"
+    assert method.pipeline == "depth"
     assert callable(BLOCK_SCORES.get(method.score))
 
 
 def test_experts_have_a_score_of_their_own() -> None:
     method = METHODS.get("reap")
-    assert method.walk == "experts"
+    assert method.pipeline == "experts"
     assert (method.score, method.allocator, method.solver) == ("router-weighted", "uniform", "mask-only")
 
 
 def test_slicing_has_no_parts() -> None:
     method = METHODS.get("slicegpt")
-    assert method.walk == "slice"
+    assert method.pipeline == "slice"
     assert (method.score, method.allocator, method.solver, method.survey) == ("", "", "", "none")
 
 
@@ -77,7 +77,7 @@ def test_says_what_it_is_and_where_it_was_published(name: str) -> None:
     hints = get_type_hints(Method)
     assert method.provenance in get_args(hints["provenance"])
     assert method.target in get_args(hints["target"])
-    assert method.walk in get_args(hints["walk"])
+    assert method.pipeline in get_args(hints["pipeline"])
     assert method.damping == "auto" or 0 < method.damping <= 1
 
 
@@ -99,7 +99,7 @@ def test_its_file_explains_it(name: str) -> None:
 def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
     """Without statistics the engine hands over an identity for the Gram; the parts must then not look at it."""
     method = METHODS.get(name)
-    if method.walk != "units":
+    if method.pipeline != "units":
         pytest.skip("no part of it sees a layer's problem")
     generator = torch.Generator().manual_seed(0)
     # The Gram prefers the first units, the weights the last ones.

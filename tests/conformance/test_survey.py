@@ -125,7 +125,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
 
 
 def test_gradient_by_the_embedding_output(tiny: Path) -> None:
-    """The last thing that the backward walk reaches: the derivative by the first block's input."""
+    """The last thing that the backward pass reaches: the derivative by the first block's input."""
     job = job_for(tiny)
     store = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
     propagator = embed(job, {store: NUM_WINDOWS})

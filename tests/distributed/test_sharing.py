@@ -1,4 +1,4 @@
-"""Every method and walk on 2 and 4 ranks: the masks of one process, its weights but for sums in another order."""
+"""Every method and pipeline on 2 and 4 ranks: the masks of one process, its weights but for sums in another order."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_unknown_method_unlike_any(refused: Refused, tiny_llama: Path) -> None:
 @pytest.mark.parametrize("scope", ["attention", "all"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_unsupported_scope(method: str, scope: str, refused: Refused, tiny_llama: Path) -> None:
-    if METHODS.get(method).kinds != ("mlp",) or METHODS.get(method).walk != "units":
+    if METHODS.get(method).kinds != ("mlp",) or METHODS.get(method).pipeline != "units":
         pytest.skip(f"{method} prunes more than the MLP, or no units")
     message = refused(tiny_llama, "--method", method, "--scope", scope)
     assert message == f"method '{method}' does not prune attention; got --scope {scope}, wanted --scope mlp."

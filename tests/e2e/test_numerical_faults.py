@@ -193,7 +193,7 @@ def test_the_first_place_is_named(
 def test_a_tensor_that_is_not_finite_is_named(
     bad: float, method: str, tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By every walk through the blocks, with exit code 2 and nothing left behind."""
+    """By every pipeline, with exit code 2 and nothing left behind."""
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         mlp(tensors, 1, "gate")[3, 4] = bad

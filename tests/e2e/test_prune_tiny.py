@@ -113,7 +113,7 @@ def test_the_sources_have_one_and_many_shards(sources: dict[tuple[str, str], Pat
 
 
 # `flap` adds biases, which the dense model of the comparison has no place for; see test_attention.py.
-UNIT_METHODS = [name for name in METHODS if METHODS.get(name).walk == "units"]
+UNIT_METHODS = [name for name in METHODS if METHODS.get(name).pipeline == "units"]
 UNBIASED = [name for name in UNIT_METHODS if METHODS.get(name).solver != "bias"]
 
 

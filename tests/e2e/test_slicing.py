@@ -129,7 +129,7 @@ def test_rotation_in_float64_is_exact_to_its_digits(
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_the_walk_measures_what_the_output_computes(
+def test_the_pass_measures_what_the_output_computes(
     kind: str,
     structure: str,
     sources: Callable[[str], Path],
@@ -137,7 +137,7 @@ def test_the_walk_measures_what_the_output_computes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last hidden states of the streamed walk, in the last basis, are those of the model that is loaded back."""
+    """The last hidden states of the streamed pass, in the last basis, are those of the model that is loaded back."""
     seen: dict[str, Any] = {}
     inner = slice_pipeline._slice_blocks  # pyright: ignore[reportPrivateUsage]
 
@@ -273,7 +273,7 @@ def test_each_cut_is_measured_behind_the_cuts_before_it(
     lost = (y_TD - y_TD @ next_DK @ next_DK.T).square().sum() / y_TD.square().sum()
     assert report.blocks[1].error == pytest.approx(float(lost), rel=1e-2)
     shortcut = after["model.layers.0.attention_shortcut.weight"].double()
-    # Signs and order are the walk's own; singular values are those of the two subspaces.
+    # Signs and order are the pipeline's own; singular values are those of the two subspaces.
     torch.testing.assert_close(
         torch.linalg.svdvals(shortcut), torch.linalg.svdvals(next_DK.T @ basis_DK), rtol=1e-3, atol=1e-3
     )

@@ -21,8 +21,8 @@ GOLDEN = Path(__file__).with_name("tiny.json")
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_masks_and_errors(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    walk = METHODS.get(method).walk
-    source = save_tiny("qwen3_moe", tmp_path / "mixture") if walk == "experts" else tiny_llama
+    pipeline = METHODS.get(method).pipeline
+    source = save_tiny("qwen3_moe", tmp_path / "mixture") if pipeline == "experts" else tiny_llama
     recipe = Recipe(
         method=method,
         sparsity=0.4,
@@ -30,7 +30,7 @@ def test_masks_and_errors(method: str, tiny_llama: Path, text_file: Path, tmp_pa
         num_samples=8,
         seq_len=64,
         # Whole blocks and experts have no width.
-        multiple_of=4 if walk == "units" else 1,
+        multiple_of=4 if pipeline == "units" else 1,
         dtype="float32",
     )
     report = prune(source, recipe, tmp_path / "out")

@@ -8,7 +8,7 @@ from typing import Any
 
 from structprune import Recipe
 
-# Every walk, every survey, and what moves the streams in another way.
+# Every pipeline, every sensitivity pass, and what moves the streams in another way.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "structprune": ("llama", {"method": "structprune", "scope": "all", "outer_iterations": 1}),
     "normed": ("gemma2", {"method": "structprune"}),

@@ -455,7 +455,7 @@ def test_the_host_is_refused_for_its_own_reasons() -> None:
         plan_for(LLAMA_7B, 2**60, 2**20)
 
 
-def test_every_phase_of_a_walk_that_uses_the_device_is_there() -> None:
+def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     plain: dict[str, Any] = {"needs_statistics": False}
     assert "survey: scores" in on_device(2**40, needs_scores=True).phases
     assert "measured losses" in on_device(2**40, compares="losses", **plain).phases

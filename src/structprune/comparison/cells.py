@@ -59,7 +59,7 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     """The recipe for a method that knows no sublayers: as many parameters as asked, taken from all of the blocks."""
-    if method.walk in ("units", "experts"):
+    if method.pipeline in ("units", "experts"):
         return recipe
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     in_scope = sum(

@@ -11,7 +11,7 @@ from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.pipelines.registry import WALKS
+from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Foresight
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
@@ -85,8 +85,8 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
             "sensitivity_samples": recipe.sensitivity_samples or default_sensitivity_samples(seq_len),
         }
     )
-    walk, asked = WALKS[method.walk], recipe
-    recipe, groups = ranks.from_first(lambda: walk.resolve(asked, method, stock))
+    pipeline, asked = PIPELINES[method.pipeline], recipe
+    recipe, groups = ranks.from_first(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return CheckedRun(
         directory=directory,
@@ -97,7 +97,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
         device=device,
         dtype=dtype,
         kinds=kinds,
-        foresight=ranks.from_first(lambda: walk.foresee(stock, recipe, kinds)),
+        foresight=ranks.from_first(lambda: pipeline.foresee(stock, recipe, kinds)),
         ranks=ranks,
     )
 
@@ -141,10 +141,10 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, checked.kinds, recipe.solver or "")
-        if checked.method.walk == "units" and checked.method.needs_statistics
+        if checked.method.pipeline == "units" and checked.method.needs_statistics
         else (),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
     )
     on_device = device_budget(checked.device, recipe.device_memory)
-    return make_plan(WALKS[checked.method.walk].request(request, recipe, stock), memory, on_device)
+    return make_plan(PIPELINES[checked.method.pipeline].request(request, recipe, stock), memory, on_device)

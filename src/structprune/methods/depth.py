@@ -20,5 +20,5 @@ DEPTH = Method(
     solver="mask-only",
     needs_statistics=True,
     kinds=("attention", "mlp"),
-    walk="depth",
+    pipeline="depth",
 )

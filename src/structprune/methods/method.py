@@ -14,22 +14,22 @@ gradient of the loss by its weights."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A composition; the engine runs all those of one walk in the same block loop."""
+    """A composition; the engine runs all those of one pipeline in the same block loop."""
 
     name: str
     title: str
     paper: str
     summary: str
     provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
-    walk: Literal["units", "depth", "experts", "slice"] = "units"
+    pipeline: Literal["units", "depth", "experts", "slice"] = "units"
     """Which loop of the engine runs it: units of every block go, whole blocks or experts go, or the stream is cut.
 
     Score, allocator and solver are empty for `slice`, which has none.
     """
     score: str = ""
-    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth walk, one of `BLOCK_SCORES`.
+    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth pipeline, one of `BLOCK_SCORES`.
 
-    The walk over experts has one score of its own.
+    The pipeline over experts has one score of its own.
     """
     allocator: str = ""
     solver: str = ""

@@ -19,5 +19,5 @@ REAP = Method(
     solver="mask-only",
     needs_statistics=True,
     kinds=("mlp",),
-    walk="experts",
+    pipeline="experts",
 )

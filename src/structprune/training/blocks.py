@@ -56,7 +56,7 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
 
 
 def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
-    """Walk over the student's blocks in order.
+    """Go over the student's blocks in order.
 
     A block whose file and report are there already, from a run that was cut, is only run again.
     """

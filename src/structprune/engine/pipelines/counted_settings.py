@@ -1,4 +1,4 @@
-"""What walks over whole blocks and whole experts have in common: how many go, and settings that mean nothing there."""
+"""What pipelines over whole blocks and whole experts have in common: how many go, and settings that mean nothing there."""
 
 from __future__ import annotations
 

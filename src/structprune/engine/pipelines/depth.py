@@ -1,4 +1,4 @@
-"""The walk that removes whole blocks: measure, choose, then copy the rest under new numbers; one block at a time.
+"""The pipeline that removes whole blocks: measure, choose, then copy the rest under new numbers; one block at a time.
 
 Nothing here belongs to units: a block is taken or left, so there is no allocation and nothing to solve.
 """
@@ -85,7 +85,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
 
 
 def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
-    """The bytes' side of the walk: how many borders' hidden states are kept, and of how many windows."""
+    """The bytes' side of the pipeline: how many borders' hidden states are kept, and of how many windows."""
     remove = num_removed(recipe.sparsity, request.layout)
     free = len(request.layout.blocks) - (recipe.protect_first or 0) - (recipe.protect_last or 0)
     request = replace(request, needs_statistics=False)

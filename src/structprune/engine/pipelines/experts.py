@@ -1,4 +1,4 @@
-"""The walk that removes whole experts of a mixture: measure a block, choose, write it with those that stay.
+"""The pipeline that removes whole experts of a mixture: measure a block, choose, write it with those that stay.
 
 An expert is taken or left, and every block keeps as many, so there is no allocation and nothing to solve. The dense
 model's stream is measured, as in the paper; the pruned one passes along for the reported windows only.
@@ -87,7 +87,7 @@ def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[
 
 
 def expert_request(request: PlanRequest) -> PlanRequest:
-    """The bytes' side of the walk: one stream of all windows, and no sums but two numbers per expert."""
+    """The bytes' side of the pipeline: one stream of all windows, and no sums but two numbers per expert."""
     return replace(request, needs_statistics=False)
 
 

@@ -25,18 +25,18 @@ from structprune.types import UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
-    """One way through the blocks; `Method.walk` names it."""
+class Pipeline:
+    """One loop over the blocks; `Method.pipeline` names it."""
 
     resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
     """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
     foresee: Callable[[StockModel, Recipe, Sequence[str]], Foresight]
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
-    """What the planner has to know beside what all walks have in common."""
+    """What the planner has to know beside what all pipelines have in common."""
     execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
     shares_windows: bool = False
-    """Whether several ranks can walk it together."""
+    """Whether several ranks can share its windows."""
 
 
 def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
@@ -53,25 +53,25 @@ def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> P
     return replace(request, slices="one basis" if recipe.structure == "uniform" else "bases", sliced_hidden=width)
 
 
-WALKS: Mapping[str, Walk] = {
-    "units": Walk(
+PIPELINES: Mapping[str, Pipeline] = {
+    "units": Pipeline(
         resolve=unit_settings,
         foresee=foresee_units,
         request=lambda request, recipe, stock: request,
         execute=execute,
         shares_windows=True,
     ),
-    "depth": Walk(
+    "depth": Pipeline(
         resolve=_resolve_depth,
         foresee=foresee_depth,
         request=lambda request, recipe, stock: depth_request(request, recipe),
         execute=execute_depth,
     ),
-    "experts": Walk(
+    "experts": Pipeline(
         resolve=expert_settings,
         foresee=foresee_experts,
         request=lambda request, recipe, stock: expert_request(request),
         execute=execute_experts,
     ),
-    "slice": Walk(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
+    "slice": Pipeline(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
 }

@@ -1,4 +1,4 @@
-"""The slicing walk: one block in memory at a time, the residual stream cut at every position.
+"""The slicing pipeline: one block in memory at a time, the residual stream cut at every position.
 
 The stream stays in the model's own coordinates while it is measured: a cut replaces x by B B^T x, B the (D, K) basis of
 the position, and the stock sublayer then runs on it unchanged. That is what the written sublayer of width K computes,

@@ -1,8 +1,8 @@
-"""Bytes of the phases of the slicing walk that the common ones do not bound, from shapes."""
+"""Bytes of the phases of the slicing pipeline that the common ones do not bound, from shapes."""
 
 from __future__ import annotations
 
-# What the reader copies at once, and the walk rotates at once.
+# What the reader copies at once, and the pipeline rotates at once.
 _CHUNK_BYTES = 16 * 2**20
 
 

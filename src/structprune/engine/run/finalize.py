@@ -61,7 +61,7 @@ def load_report(output: Path) -> PruneReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a walk over the blocks left, beside the shards."""
+    """What a pass over the blocks left, beside the shards."""
 
     reports: list[BlockReport]
     kept_indices: Mapping[str, Any]

@@ -43,11 +43,11 @@ All ranks give their sums to the owner. Returns what makes the findings of them;
 """
 
 
-def walk(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward: Backward) -> Costs:
+def backward_pass(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward: Backward) -> Costs:
     """Visit every block forward, then in reverse with the gradient of the loss.
 
     Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
-    (`findings.py`); the hidden states at the borders are gone at the end. A walk that was cut goes on where it was:
+    (`findings.py`); the hidden states at the borders are gone at the end. An interrupted pass resumes where it was:
     forward behind the borders that are there, in reverse at the newest gradient that was kept.
     """
     blocks = job.stock.layout.blocks

@@ -22,7 +22,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.layerwise.statistics import token_scale
 from structprune.engine.run.context import Job
-from structprune.engine.sensitivity.backward_pass import Found, on_host, walk
+from structprune.engine.sensitivity.backward_pass import Found, backward_pass, on_host
 from structprune.engine.sensitivity.store import Costs, Findings
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
@@ -54,7 +54,7 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
 
         return found
 
-    return walk(job, folder, observer, labels="sampled", backward=price)
+    return backward_pass(job, folder, observer, labels="sampled", backward=price)
 
 
 def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:

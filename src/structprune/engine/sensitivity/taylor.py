@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.run.context import Job
-from structprune.engine.sensitivity.backward_pass import Found, walk
+from structprune.engine.sensitivity.backward_pass import Found, backward_pass
 from structprune.engine.sensitivity.fisher import add_cost
 from structprune.engine.sensitivity.store import Costs, load_found
 from structprune.engine.streaming.backward import differentiate
@@ -57,7 +57,7 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
 
         return found
 
-    return walk(job, folder, observer, labels="text", backward=score)
+    return backward_pass(job, folder, observer, labels="text", backward=score)
 
 
 def weight_sums(

@@ -1,4 +1,4 @@
-"""The last hidden states of the reported windows: all that the end of a run needs of the walk over the blocks."""
+"""The last hidden states of the reported windows: all that the end of a run needs of the pass over the blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEP = "ends"
 
 
 def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
-    """Record that the walk is over, with what it left."""
+    """Record that the pass is over, with what it left."""
 
     def keep() -> None:
         path = _path(folder)
@@ -26,7 +26,7 @@ def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ran
 
 
 def find_ends(journal: Journal, folder: Path) -> dict[str, Tensor] | None:
-    """What a walk that is over left; None if it is not, or if that is damaged."""
+    """Return what a finished pass left; None if it is not finished, or if that is damaged."""
     return None if journal.find(_STEP) is None else load_file(_path(folder))
 
 
