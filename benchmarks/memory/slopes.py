@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 # What a reader of the paper means by statistics, backward and solve.
-PHASES = {"statistics": "statistics (mlp)", "backward": "survey: backward", "solve": "solve (mlp)"}
+PHASES = {"statistics": "statistics (mlp)", "backward": "sensitivity: backward", "solve": "solve (mlp)"}
 FAMILIES = ("opt", "llama")
 METHODS = ("fasp", "structprune")
 # A line through fewer is no finding.

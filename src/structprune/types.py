@@ -268,17 +268,19 @@ class TaylorSums:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surveyed:
-    """What the survey of the dense model leaves for one sublayer of a block, beside the price of its removals."""
+class Sensitivity:
+    """What the sensitivity pass of the dense model leaves for one sublayer of a block, beside the price of its
+    removals.
+    """
 
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token."""
     taylor: TaylorSums | None = None
 
-    def to(self, device: torch.device) -> Surveyed:
+    def to(self, device: torch.device) -> Sensitivity:
         """The same there."""
         sums = self.taylor
-        return Surveyed(
+        return Sensitivity(
             sensitivity_OO=None if self.sensitivity_OO is None else self.sensitivity_OO.to(device),
             taylor=None
             if sums is None

@@ -66,7 +66,7 @@ def test_experts_have_a_score_of_their_own() -> None:
 def test_slicing_has_no_parts() -> None:
     method = METHODS.get("slicegpt")
     assert method.pipeline == "slice"
-    assert (method.score, method.allocator, method.solver, method.survey) == ("", "", "", "none")
+    assert (method.score, method.allocator, method.solver, method.sensitivity) == ("", "", "", "none")
 
 
 @pytest.mark.parametrize("name", list(METHODS))

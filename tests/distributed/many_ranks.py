@@ -45,7 +45,7 @@ def _at(block: int, work: Callable[[], None]) -> None:
     units.prune_block = wrapped
 
 
-def _die_in_survey(block: int) -> None:
+def _die_in_sensitivity_pass(block: int) -> None:
     backward = fisher.backward
 
     def wrapped(job: Any, layout: Any, *values: Any) -> Any:
@@ -62,7 +62,7 @@ def _fail() -> None:
 
 _DEEDS: dict[str, Callable[[Any], None]] = {
     "die": lambda block: _at(block, lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    "die-in-survey": _die_in_survey,
+    "die-in-survey": _die_in_sensitivity_pass,
     "stop": lambda block: _at(block, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "hang": lambda block: _at(block, lambda: time.sleep(3600)),
     "fail": lambda block: _at(block, _fail),
@@ -93,17 +93,17 @@ def _watch_blocks() -> None:
     units.prune_block = wrapped
 
 
-def _watch_survey() -> None:
+def _watch_sensitivity() -> None:
     """The bytes of the measurements that come first."""
-    survey_dense = units.survey_dense
+    measure_sensitivity = units.measure_sensitivity
 
     def wrapped(job: Any, *values: Any) -> Any:
         before = dict(getattr(job.ranks, "counted", {}))
-        found = survey_dense(job, *values)
+        found = measure_sensitivity(job, *values)
         _seen["survey"] = {name: number - before[name] for name, number in getattr(job.ranks, "counted", {}).items()}
         return found
 
-    units.survey_dense = wrapped
+    units.measure_sensitivity = wrapped
 
 
 def work(spec: dict[str, Any], rank: int) -> None:
@@ -113,13 +113,13 @@ def work(spec: dict[str, Any], rank: int) -> None:
     reload.reload_in_a_process = lambda checked, _: reload.reload_here(checked)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["size"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spec["port"])}
-    usual = units.prune_block, units.survey_dense, fisher.backward, snapshots.SHARE, api.versions
+    usual = units.prune_block, units.measure_sensitivity, fisher.backward, snapshots.SHARE, api.versions
     for number, run in enumerate(spec["runs"]):
-        units.prune_block, units.survey_dense, fisher.backward, snapshots.SHARE, api.versions = usual
+        units.prune_block, units.measure_sensitivity, fisher.backward, snapshots.SHARE, api.versions = usual
         _seen.clear()
         _seen.update(blocks=[], bytes=[])
         _watch_blocks()
-        _watch_survey()
+        _watch_sensitivity()
         for deed, argument in run.get("deeds", {}).get(str(rank), []):
             _DEEDS[deed](argument)
         told: dict[str, Any] = {}

@@ -77,10 +77,10 @@ def test_a_rank_that_is_killed(goes_on_with: int, place: Place, tmp_path: Path) 
 def test_a_rank_that_is_killed_in_the_survey(goes_on_with: int, place: Place, tmp_path: Path) -> None:
     ended = run(place, tmp_path, 2, {1: [["die-in-survey", 0]]})
     assert ended.codes == {0: 2, 1: -9}, ended
-    survey = tmp_path / "out.partial" / "survey"
+    sensitivity = tmp_path / "out.partial" / "survey"
     # Behind the first two of three blocks, in one file for all windows.
-    assert (survey / "gradient" / "1.gradient").stat().st_size == 3 * 32 * 32 * 4
-    assert (survey / "border-3.bin").stat().st_size == 3 * 32 * 32 * 4
+    assert (sensitivity / "gradient" / "1.gradient").stat().st_size == 3 * 32 * 32 * 4
+    assert (sensitivity / "border-3.bin").stat().st_size == 3 * 32 * 32 * 4
     check_goes_on(place, tmp_path, goes_on_with)
 
 

@@ -10,7 +10,7 @@ import pytest
 from launch import Ended, largest_difference, masks, run_ranks
 
 from structprune.api import inspect
-from structprune.engine.planning.exchange import survey_exchange
+from structprune.engine.planning.exchange import sensitivity_exchange
 from support import pipeline_cases
 from support.models import save_tiny
 
@@ -82,7 +82,7 @@ def test_bytes_of_the_survey(shared: Shared) -> None:
     """Those of two ranks and of four, by the formula."""
     layout = inspect(shared.models["llama"])
     number = list(RUNS).index("structprune")
-    expected = [survey_exchange(block.groups, layout.hidden_size) for block in layout.blocks]
+    expected = [sensitivity_exchange(block.groups, layout.hidden_size) for block in layout.blocks]
     for size in (2, 4):
         counted = shared.ended[size].said[number][0]["survey"]
         assert counted["sums"] == sum(exchange.sums for exchange in expected)

@@ -1,4 +1,4 @@
-"""Allocators that compare blocks take their prices from a survey, whatever method then chooses the units."""
+"""Allocators that compare blocks take their prices from a sensitivity pass, whatever method then chooses the units."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_widths_are_those_of_structprune(
 
 
 def test_the_method_chooses_without_the_survey(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """Greedy removal in osscar stays in units of the output, though the survey's sensitivities are there."""
+    """Greedy removal in osscar stays in units of the output, though the sensitivity pass's sensitivities are there."""
     settings: dict[str, Any] = {"damping": 1e-2, "target": "local", "shrinkage": 0.0, "score": "greedy"}
     pruned(tiny_llama, tmp_path / "uniform", text_file, "osscar", **settings)
     low, high = 0.6, 0.7

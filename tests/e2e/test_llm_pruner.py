@@ -203,10 +203,10 @@ def test_gradients_by_the_weights_are_in_the_plan(text_file: Path, tmp_path: Pat
         source = save_tiny("wide", tmp_path / "model", dtype=torch.bfloat16)
     changes = {"dtype": "bfloat16", "num_samples": 3, "sensitivity_samples": 3, "multiple_of": 32}
     memory = pruned(source, tmp_path / "out", text_file, **changes).memory
-    others = [num_bytes for phase, num_bytes in memory.phases.items() if phase != "survey: backward"]
+    others = [num_bytes for phase, num_bytes in memory.phases.items() if phase != "sensitivity: backward"]
     # 12 million weights: two float32 sums and one window's gradients.
     assert memory.planned_peak_bytes > max(others) + 12 * 10**6 * (4 + 4 + 2)
     assert max(others) < memory.measured_peak_bytes <= memory.planned_peak_bytes
     tight = changes | {"memory": memory.planned_peak_bytes - 2**20}
-    with pytest.raises(MemoryBudgetError, match="phase 'survey: backward'"):
+    with pytest.raises(MemoryBudgetError, match="phase 'sensitivity: backward'"):
         pruned(source, tmp_path / "tight", text_file, **tight)

@@ -62,7 +62,9 @@ class _Text(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Output of a run with all that a page can show: both kinds, uneven widths, an iterative solver, a survey."""
+    """Output of a run with all that a page can show: both kinds, uneven widths, an iterative solver, a sensitivity
+    pass.
+    """
     folder = tmp_path_factory.mktemp("pages")
     source = save_tiny("llama", folder / "source", num_blocks=4)
     fields: dict[str, Any] = {"scope": "all", "solver": "admm", "sparsity": 0.4, "multiple_of": 1, "dtype": "float32"}
@@ -170,7 +172,7 @@ def test_the_page_says_what_the_report_says(run: Path) -> None:
 def test_memory_over_time(run: Path) -> None:
     memory = report_of(run).memory
     phases = list(dict.fromkeys(stretch.phase for stretch in memory.timeline))
-    assert phases == ["set-up", "survey: forward", "survey: backward", "prune", "finish"]
+    assert phases == ["set-up", "sensitivity: forward", "sensitivity: backward", "prune", "finish"]
     seconds = [stretch.seconds for stretch in memory.timeline]
     assert seconds == sorted(seconds)
     assert max(stretch.peak_bytes for stretch in memory.timeline) == memory.measured_peak_bytes

@@ -83,7 +83,7 @@ def test_command_line(
     assert [runtime["runtime"] for runtime in found["runtimes"]][-1] == "llama.cpp"
     code, out, err = run_cli(capsys, "plan", tiny_llama, *flags, "--no-reload-check", "--method", "structprune")
     assert (code, err) == (0, "")
-    for text in ("the calibration text decides", "survey: backward", "left out", "architecture deci"):
+    for text in ("the calibration text decides", "sensitivity: backward", "left out", "architecture deci"):
         assert text in out
     # Nothing was written, and no calibration text was looked for.
     assert list(tmp_path.iterdir()) == []

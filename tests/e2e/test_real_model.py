@@ -62,7 +62,7 @@ def test_memory_stays_under_a_plan_below_half_of_the_model(
 def test_structprune_stays_under_its_plan_and_beats_fasp(
     smollm2: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The survey, its backward pass and greedy removal included; both methods on the same 8,192 tokens."""
+    """The sensitivity pass, its backward pass and greedy removal included; both methods on the same 8,192 tokens."""
     found: dict[str, float] = {}
     for method in ("fasp", "structprune"):
         command = [sys.executable, "-m", "structprune", "prune", str(smollm2), "-o", str(tmp_path / method), "--json"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from structprune.engine.planning.exchange import gram_bytes, pruning_exchange, survey_exchange
+from structprune.engine.planning.exchange import gram_bytes, pruning_exchange, sensitivity_exchange
 from structprune.types import AxisSlice, UnitGroup, UnitKind
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
@@ -33,19 +33,19 @@ def test_one_block_by_hand() -> None:
     assert (local.sums, local.tensors) == (gram_bytes(8) + 8, 6 * 8 + 6 * 4 * 2)
     dense = pruning_exchange([mlp], {"mlp": 6}, 4, 2, parts=2, follows_dense=True)
     assert (dense.sums, dense.tensors) == (2 * (gram_bytes(8) + 16 + 8 * 4 * 4), local.tensors)
-    survey = survey_exchange([mlp, group("attention", 2, 4)], 4)
-    assert survey.sums == 2 * gram_bytes(8) + 2 * gram_bytes(4)
-    assert survey.tensors == 2 * 4 * 4 * 4 + (8 + 2) * 8
+    sensitivity = sensitivity_exchange([mlp, group("attention", 2, 4)], 4)
+    assert sensitivity.sums == 2 * gram_bytes(8) + 2 * gram_bytes(4)
+    assert sensitivity.tensors == 2 * 4 * 4 * 4 + (8 + 2) * 8
 
 
 def test_figures_of_the_page() -> None:
     """Llama 70B: hidden size 8192, 28,672 channels, 8 KV groups of 8 heads of 128, bfloat16, 30% removed."""
     groups = [group("attention", 8, 1024), group("mlp", 28672, 1)]
     kept = {"attention": 6, "mlp": 20096}
-    survey = survey_exchange(groups, 8192)
+    sensitivity = sensitivity_exchange(groups, 8192)
     structprune = pruning_exchange(groups, kept, 8192, 2, parts=2, follows_dense=True)
     fasp = pruning_exchange(groups, kept, 8192, 2, parts=1, follows_dense=False)
-    rows = (("survey", survey), ("`structprune`", structprune), ("`fasp`", fasp))
+    rows = (("survey", sensitivity), ("`structprune`", structprune), ("`fasp`", fasp))
     text = PAGE.read_text(encoding="utf-8")
     for name, exchange in rows:
         assert f"| {name} | {exchange.sums / GIB:.2f} GiB | {exchange.tensors / GIB:.2f} GiB |" in text

@@ -218,9 +218,9 @@ def test_statistics_have_their_phases() -> None:
 
 def test_an_iterative_solver_has_its_phase() -> None:
     plan = plan_for(
-        LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4, num_latents=2
+        LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4, num_latents=2
     )
-    without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_survey=True, sensitivity_windows=4)
+    without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4)
     assert set(plan.phases) - set(without.phases) == {"iterate"}
     # z and s of 32 windows of 256 tokens, at the least.
     assert plan.phases["iterate"] > 2 * 32 * 256 * 11008 * 4
@@ -230,12 +230,12 @@ def test_an_iterative_solver_has_its_phase() -> None:
 def test_gradients_by_the_weights_are_counted() -> None:
     plan = plan_for(LLAMA_7B, needs_statistics=False, needs_weight_gradients=True, sensitivity_windows=12)
     without = plan_for(LLAMA_7B, needs_statistics=False)
-    assert set(plan.phases) - set(without.phases) == {"survey: backward", "survey: loss"}
+    assert set(plan.phases) - set(without.phases) == {"sensitivity: backward", "sensitivity: loss"}
     # The block, one window's gradients and two sums of the three matrices of the MLP, in float32.
     block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
-    assert plan.phases["survey: backward"] > (block + 3 * mlp) * 4
+    assert plan.phases["sensitivity: backward"] > (block + 3 * mlp) * 4
     # Attention is not in scope, and no Gram is.
-    assert plan.phases["survey: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
+    assert plan.phases["sensitivity: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
     assert all(plan.phases[name] == without.phases[name] for name in without.phases)
     # The windows at every border, and two generations of the gradient at one.
     assert plan.disk_bytes - without.disk_bytes == (33 + 2) * 12 * 256 * 4096 * 4
@@ -292,8 +292,8 @@ def test_a_cast_to_another_dtype_of_the_same_size_is_counted() -> None:
 
 def test_embedding_and_head_are_cast_as_they_are_read() -> None:
     """A checkpoint in bfloat16 computed in float32: there is no copy as stored beside the one that is computed with."""
-    same = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True)
-    cast = plan_for(LLAMA_7B, needs_statistics=False, needs_survey=True, stored=torch.bfloat16)
+    same = plan_for(LLAMA_7B, needs_statistics=False, needs_sensitivity=True)
+    cast = plan_for(LLAMA_7B, needs_statistics=False, needs_sensitivity=True, stored=torch.bfloat16)
     for phase in ("embed", "perplexity of the calibration text"):
         assert cast.phases[phase] == same.phases[phase]
     assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
@@ -399,17 +399,17 @@ def test_without_a_device_there_is_no_budget_for_one() -> None:
 
 
 def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
-    found = on_device(2**40, follows_dense=True, needs_survey=True, sensitivity_windows=12)
+    found = on_device(2**40, follows_dense=True, needs_sensitivity=True, sensitivity_windows=12)
     assert set(found.phases) == {
         "embed",
         "read block",
         "propagate",
         "perplexity of the calibration text",
-        "survey: backward",
-        "survey: loss",
+        "sensitivity: backward",
+        "sensitivity: loss",
         "statistics (mlp)",
         "solve (mlp)",
-        "survey: costs (mlp)",
+        "sensitivity: costs (mlp)",
     }
     assert (found.sums, found.solves) == ("device", "device")
     # One inverse in float64 at least, beside the sums.
@@ -457,7 +457,7 @@ def test_the_host_is_refused_for_its_own_reasons() -> None:
 
 def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     plain: dict[str, Any] = {"needs_statistics": False}
-    assert "survey: scores" in on_device(2**40, needs_scores=True).phases
+    assert "sensitivity: scores" in on_device(2**40, needs_scores=True).phases
     assert "measured losses" in on_device(2**40, compares="losses", **plain).phases
     assert "angular distances" in on_device(2**40, compares="borders", **plain).phases
     assert "eigenvectors" in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
@@ -465,4 +465,4 @@ def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     gradients = on_device(2**40, needs_weight_gradients=True, sensitivity_windows=4, **plain)
     # The block, two sums of the MLP's three matrices in float32, and their gradients in bfloat16.
     block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
-    assert gradients.phases["survey: backward"] > 2 * block + (2 * 4 + 2) * mlp
+    assert gradients.phases["sensitivity: backward"] > 2 * block + (2 * 4 + 2) * mlp

@@ -115,7 +115,7 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         # Of the machine; the ranks on it share what is free.
         memory = available_bytes() * 8 // 10 // ranks_here()
     assert recipe.sensitivity_samples is not None
-    survey = checked.method.survey_for(recipe.allocator or "uniform")
+    sensitivity = checked.method.sensitivity_for(recipe.allocator or "uniform")
     request = PlanRequest(
         layout=stock.layout,
         groups=checked.groups,
@@ -125,10 +125,10 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         num_windows=-(-num_windows // num_ranks),
         seq_len=recipe.seq_len,
         num_probe=min(num_probe(recipe), num_windows),
-        needs_statistics=checked.method.needs_statistics or survey in ("loss", "scores"),
-        needs_survey=survey == "loss",
-        needs_scores=survey == "scores",
-        needs_weight_gradients=survey == "taylor",
+        needs_statistics=checked.method.needs_statistics or sensitivity in ("loss", "scores"),
+        needs_sensitivity=sensitivity == "loss",
+        needs_scores=sensitivity == "scores",
+        needs_weight_gradients=sensitivity == "taylor",
         follows_dense=recipe.target == "dense-path",
         rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",

@@ -18,6 +18,6 @@ FLAP = Method(
     allocator="standardised",
     solver="bias",
     needs_statistics=True,
-    survey="scores",
+    sensitivity="scores",
     kinds=("attention", "mlp"),
 )

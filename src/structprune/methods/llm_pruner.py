@@ -19,7 +19,7 @@ LLM_PRUNER = Method(
     allocator="uniform",
     solver="mask-only",
     needs_statistics=False,
-    survey="taylor",
+    sensitivity="taylor",
     protect=(1 / 8, 1 / 16),
     kinds=("attention", "mlp"),
 )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from structprune.types import HeadUnits, UnitKind
 
-Survey = Literal["none", "scores", "loss", "taylor"]
+SensitivityKind = Literal["none", "scores", "loss", "taylor"]
 """What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
 gradient of the loss by its weights."""
 
@@ -35,7 +35,7 @@ class Method:
     solver: str = ""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
-    survey: Survey = "none"
+    sensitivity: SensitivityKind = "none"
     """What it needs of the dense model with its own allocator."""
     protect: tuple[float, float] = (0.0, 0.0)
     """Shares of the blocks, at the start and at the end, that lose nothing unless the recipe says how many."""
@@ -50,13 +50,13 @@ class Method:
     head_units: HeadUnits = "kv-group"
     """What attention loses unless the recipe says otherwise."""
 
-    def survey_for(self, allocator: str) -> Survey:
+    def sensitivity_for(self, allocator: str) -> SensitivityKind:
         """What `allocator` reads and the method itself does not measure: widths by prices in loss, units by the method.
 
         `standardised` compares the method's own scores.
         """
-        if allocator == "uniform" or self.survey in ("loss", "taylor"):
-            return self.survey
+        if allocator == "uniform" or self.sensitivity in ("loss", "taylor"):
+            return self.sensitivity
         return "scores" if allocator == "standardised" else "loss"
 
     def protected_blocks(self, num_blocks: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """StructPrune: global structured pruning split into block-sized problems (arXiv 2510.03246).
 
-A survey of the dense model gives every removal a price in units of the loss; one Lagrangian threshold on price per
-parameter sets all widths at once; then each block is solved in order against the dense model's residual stream. What is
-published, what was read in the authors' code and what is derived here: docs/methods/structprune.md.
+A sensitivity pass of the dense model gives every removal a price in units of the loss; one Lagrangian threshold on
+price per parameter sets all widths at once; then each block is solved in order against the dense model's residual
+stream. What is published, what was read in the authors' code and what is derived here: docs/methods/structprune.md.
 """
 
 from structprune.methods.method import Method
@@ -17,7 +17,7 @@ STRUCTPRUNE = Method(
     allocator="closed-form",
     solver="least-squares",
     needs_statistics=True,
-    survey="loss",
+    sensitivity="loss",
     target="dense-path",
     damping="auto",
     shrinkage=0.3,

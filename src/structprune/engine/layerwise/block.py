@@ -28,8 +28,8 @@ from structprune.types import (
     UNIT_KINDS,
     BlockLayout,
     Moments,
+    Sensitivity,
     Stage,
-    Surveyed,
     UnitGroup,
     UnitKind,
 )
@@ -53,7 +53,7 @@ def prune_block(
     block: BlockLayout,
     num_keep: Mapping[str, int],
     streams: Streams,
-    surveyed: Mapping[str, Surveyed],
+    sensitivity: Mapping[str, Sensitivity],
     *,
     reprice: bool = False,
 ) -> BlockOutcome:
@@ -94,7 +94,7 @@ def prune_block(
                     widths=widths,
                     inputs_NSI=inputs_NSI,
                 )
-                sublayer = _prune_sublayer(place, kind, tensors, num_keep[kind], surveyed, reprice=reprice)
+                sublayer = _prune_sublayer(place, kind, tensors, num_keep[kind], sensitivity, reprice=reprice)
             tensors, widths[kind] = sublayer.tensors, num_keep[kind]
             kept |= sublayer.kept
             reports.append(sublayer.report)
@@ -256,7 +256,7 @@ def _prune_sublayer(
     kind: UnitKind,
     tensors: Mapping[str, Tensor],
     num_keep: int,
-    surveyed: Mapping[str, Surveyed],
+    sensitivity: Mapping[str, Sensitivity],
     *,
     reprice: bool,
 ) -> _Sublayer:
@@ -300,7 +300,7 @@ def _prune_sublayer(
                         cut,
                         num_keep,
                         [moments.pop(name) for moments in measured if name in moments],
-                        surveyed.get(name, surveyed.get(kind)),
+                        sensitivity.get(name, sensitivity.get(kind)),
                         reprice=reprice,
                     ),
                 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structprune.architectures.units import producer_norms
 from structprune.engine.run.context import Job
-from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Surveyed, UnitGroup
+from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Sensitivity, UnitGroup
 
 
 def layer_problem(
@@ -21,14 +21,14 @@ def layer_problem(
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
     measured: Sequence[Moments],
-    surveyed: Surveyed | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> LayerProblem:
     """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit.
 
     All of it lies where the plan has it solved.
     """
     where = job.solve_device
-    surveyed = (surveyed or Surveyed()).to(where)
+    sensitivity = (sensitivity or Sensitivity()).to(where)
     order_I = group.consumer.indices(torch.arange(group.num_units))
     weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I].to(where)
     measured = [part.to(where) for part in measured]
@@ -55,6 +55,6 @@ def layer_problem(
         + block.index * len(UNIT_KINDS)
         + UNIT_KINDS.index(group.kind),
         held_out=measured[1] if len(measured) > 1 else None,
-        sensitivity_OO=surveyed.sensitivity_OO,
-        taylor=surveyed.taylor,
+        sensitivity_OO=sensitivity.sensitivity_OO,
+        taylor=sensitivity.taylor,
     )

@@ -21,7 +21,7 @@ from structprune.memory import release_free_memory
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best, removal_path
 from structprune.solvers import SOLVERS
-from structprune.types import BlockLayout, LayerProblem, Moments, SolveResult, Surveyed, UnitGroup
+from structprune.types import BlockLayout, LayerProblem, Moments, Sensitivity, SolveResult, UnitGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def solve_part(
     tensors: Mapping[str, Tensor],
     num_keep: int,
     measured: list[Moments],
-    surveyed: Surveyed | None,
+    sensitivity: Sensitivity | None,
     *,
     reprice: bool,
 ) -> Part:
@@ -58,7 +58,7 @@ def solve_part(
         raise NumericalError(
             "no calibration token is sent to this expert", where=where, do="raise --num-samples or --seq-len"
         )
-    problem = layer_problem(job, block, group, tensors, measured, surveyed)
+    problem = layer_problem(job, block, group, tensors, measured, sensitivity)
     statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()

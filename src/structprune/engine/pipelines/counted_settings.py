@@ -1,4 +1,4 @@
-"""What pipelines over whole blocks and whole experts have in common: how many go, and settings that mean nothing there."""
+"""Settings of the pipelines that remove whole blocks or experts: how many go, and what has no meaning there."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
         store = open_store(job, run.staging / "hidden.bin", len(job.windows.ids_NS))
         stack.callback(store.close)
         propagator = embed(job, {store: len(job.windows.ids_NS)})
-        observer.start("survey: stream", len(blocks) - first)
+        observer.start("sensitivity: stream", len(blocks) - first)
         if kept is not None:
             kept.restore({"hidden": store})
             total_DD += kept.tensors["total"].to(job.device)

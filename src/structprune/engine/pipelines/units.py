@@ -26,7 +26,7 @@ from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Kept, allot
 from structprune.engine.run.context import Job
 from structprune.engine.run.finalize import Outcome, finish
-from structprune.engine.sensitivity.cache import Survey, survey_dense
+from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.embed import embed, open_store
@@ -54,7 +54,7 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     """
     layout = job.stock.layout
     ranks = job.ranks
-    found = survey_dense(job, run.staging / SURVEY, meter, observer)
+    found = measure_sensitivity(job, run.staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
     kept_units = ranks.from_first(lambda: allocate(job, costs))
     # Before the long pass: what cannot be written is refused here.
@@ -123,7 +123,13 @@ class _Pass:
 
 
 def _rehearse(
-    job: Job, folder: Path, found: Survey | None, kept_units: Kept, meter: PeakMeter, observer: Observer, number: int
+    job: Job,
+    folder: Path,
+    found: SensitivityPass | None,
+    kept_units: Kept,
+    meter: PeakMeter,
+    observer: Observer,
+    number: int,
 ) -> list[dict[str, Tensor]]:
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = job.stock.layout.blocks
@@ -142,7 +148,7 @@ def _rehearse(
 def _prune_blocks(
     job: Job,
     trail: _Trail,
-    found: Survey | None,
+    found: SensitivityPass | None,
     kept_units: Kept,
     meter: PeakMeter,
     observer: Observer,
@@ -186,8 +192,8 @@ def _prune_blocks(
                 pass_block(job, block, relative, num_keep[block.index], line["kept"], streams)
                 del tensors, relative
             else:
-                surveyed = {} if found is None else found.of_block(block.index)
-                outcome = prune_block(job, block, num_keep[block.index], streams, surveyed, reprice=trail.reprices)
+                sensitivity = {} if found is None else found.of_block(block.index)
+                outcome = prune_block(job, block, num_keep[block.index], streams, sensitivity, reprice=trail.reprices)
                 peak_bytes = ranks.largest(meter.peak_so_far())
                 line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
                 lines[block.index] = line

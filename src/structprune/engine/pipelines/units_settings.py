@@ -81,7 +81,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
     attention = any(group.kind == "attention" for group in groups)
     narrows = attention and stock.head_units == "value-channel"
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
-    survey = method.survey_for(allocator)
+    sensitivity = method.sensitivity_for(allocator)
     temperature = recipe.temperature
     if temperature is None:
         temperature = method.temperature if allocator == method.allocator else 0.0
@@ -119,7 +119,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
-    if recipe.shrinkage and score not in SELECTORS and survey != "loss":
+    if recipe.shrinkage and score not in SELECTORS and sensitivity != "loss":
         raise UnsupportedError(
             f"score {score!r} does not remove units one after the other, so it counts on no correlations",
             got=f"--shrinkage {recipe.shrinkage:g}",
@@ -140,7 +140,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
     if num_protected and recipe.structure == "uniform":
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
-    if survey == "scores" and score in SELECTORS:
+    if sensitivity == "scores" and score in SELECTORS:
         raise UnsupportedError(
             f"{score!r} gives no number per unit that blocks could be compared by",
             got=f"--allocator {allocator}",
@@ -163,7 +163,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="an allocator that weighs blocks, such as closed-form",
         )
-    if recipe.outer_iterations and survey != "loss":
+    if recipe.outer_iterations and sensitivity != "loss":
         raise UnsupportedError(
             f"outer iterations price removals again by greedy removal, in another unit than {method.name!r} does",
             got=f"--outer-iterations {recipe.outer_iterations}",
@@ -225,21 +225,21 @@ def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[
 def _check_score(score: str, method: Method) -> str:
     """`score` if `method` measures what it reads. Raises InputError for an unknown name, UnsupportedError else."""
     (SCORES | SELECTORS).check(score)
-    if score in TAYLOR and method.survey != "taylor":
+    if score in TAYLOR and method.sensitivity != "taylor":
         raise UnsupportedError(
             f"score {score!r} needs gradients by the weights, which {method.name!r} does not measure",
             wanted="another --score, or --method llm-pruner",
         )
-    if method.survey == "taylor" and score not in TAYLOR:
+    if method.sensitivity == "taylor" and score not in TAYLOR:
         raise UnsupportedError(
             f"method {method.name!r} measures gradients by the weights, which score {score!r} does not read",
             wanted=f"--score {', '.join(TAYLOR)}",
         )
-    if score != method.score and not method.needs_statistics and method.survey == "none":
+    if score != method.score and not method.needs_statistics and method.sensitivity == "none":
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
         )
-    if score == "loss" and method.survey != "loss":
+    if score == "loss" and method.sensitivity != "loss":
         raise UnsupportedError(
             f"score 'loss' needs the output sensitivity, which {method.name!r} does not measure",
             wanted="another --score, or --method structprune",

@@ -64,17 +64,19 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
         phases["angular distances"] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
     if request.compares == "losses":
         phases["measured losses"] = loss + request.other_head_bytes + 2 * seq_len * hidden * item
-    surveyed = sum(_sum_bytes(request, group, sums) + hidden * hidden * 4 for group in request.groups)
-    if request.needs_survey or request.needs_weight_gradients:
+    sensitivity = sum(_sum_bytes(request, group, sums) + hidden * hidden * 4 for group in request.groups)
+    if request.needs_sensitivity or request.needs_weight_gradients:
         kept = kept_for_backward(request, block)
         # Of three windows: one computed with, one before and one after it.
         moving = 3 * (gradient + seq_len * hidden * item)
-        phases["survey: backward"] = base + weights + moving + kept + (surveyed if request.needs_survey else 0)
-        phases["survey: loss"] = loss + 2 * gradient
+        phases["sensitivity: backward"] = (
+            base + weights + moving + kept + (sensitivity if request.needs_sensitivity else 0)
+        )
+        phases["sensitivity: loss"] = loss + 2 * gradient
     if request.needs_scores:
-        phases["survey: scores"] = running + surveyed
+        phases["sensitivity: scores"] = running + sensitivity
     if request.needs_weight_gradients:
-        phases["survey: backward"] += weight_gradient_bytes(request, block)
+        phases["sensitivity: backward"] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,
@@ -114,17 +116,17 @@ def _solve_phases(
 ) -> dict[str, int]:
     """Deciding and solving one part of a sublayer, with the sums of the others and one sensitivity beside it."""
     problem = group_problem(request, block, parts[0])
-    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_survey else 0
+    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_sensitivity else 0
     # CUDA makes an inverse beside its factor (at::native cholesky_inverse), and libraries copy what is not laid out as
     # they want it.
     copied = problem.inputs**2 * 8
     rest = (len(parts) - 1) * problem.sums
     phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}
-    if request.needs_survey:
+    if request.needs_sensitivity:
         # With all sums of the block there.
         others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
         sensitivities = len(by_kind(request.groups)) * sensitivity
-        phases[f"survey: costs ({kind})"] = beside + problem.gram + problem.price + others + sensitivities + copied
+        phases[f"sensitivity: costs ({kind})"] = beside + problem.gram + problem.price + others + sensitivities + copied
     return phases
 
 

@@ -62,8 +62,8 @@ def pruning_exchange(
     return total
 
 
-def survey_exchange(groups: Sequence[UnitGroup], hidden: int) -> Exchange:
-    """Of one block of the survey in units of loss: Grams and sensitivities in, sensitivities and prices out."""
+def sensitivity_exchange(groups: Sequence[UnitGroup], hidden: int) -> Exchange:
+    """Bytes of one block of the sensitivity pass: Grams and sensitivities in, sensitivities and costs out."""
     kinds = {group.kind: group for group in groups}
     sums = sum(gram_bytes(group.num_units * group.width) for group in groups) + len(kinds) * gram_bytes(hidden)
     # Prices are float64; each kind's parts add theirs up.

@@ -60,7 +60,7 @@ _CHARACTER_BYTES = 8
 # 304 and 335 MiB in eight runs of one shape, for which 331 were planned without the second figure, and 751 on a CPU
 # with AVX-512 but no AMX, for which 727 were.
 _KERNEL_CACHE_BYTES = 48 * 2**20
-_SURVEY_KERNEL_BYTES = 40 * 2**20
+_SENSITIVITY_KERNEL_BYTES = 40 * 2**20
 # Of the exchange between ranks: a piece (engine/ranks/group.py), the library's copy of it, sockets and threads.
 _EXCHANGE_BYTES = 64 * 2**20
 # Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
@@ -146,7 +146,7 @@ def _plan_with(
     num_stores = request.num_stores or (2 if request.follows_dense else 1)
     runtime = _RUNTIME_BYTES + HEAP_END_BYTES
     if item != 4:
-        runtime += _KERNEL_CACHE_BYTES + (_SURVEY_KERNEL_BYTES if request.needs_survey else 0)
+        runtime += _KERNEL_CACHE_BYTES + (_SENSITIVITY_KERNEL_BYTES if request.needs_sensitivity else 0)
     runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
     base = runtime + mask_bytes(request, micro_batch) + request.held_bytes
     base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
@@ -205,19 +205,21 @@ def _plan_with(
         phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
     # Of the windows of the backward pass, at one block border.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
-    if request.needs_survey or request.needs_weight_gradients:
+    if request.needs_sensitivity or request.needs_weight_gradients:
         kept = kept_for_backward(request, block)
-        sums = sum(gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_survey else 0
+        sums = (
+            sum(gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_sensitivity else 0
+        )
         # A block's sums wait at their owner while other blocks are differentiated.
         waiting = sums if request.num_ranks > 1 else 0
-        phases["survey: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
-        phases["survey: loss"] = small + gradient + head + _CHUNK_BYTES + logits
+        phases["sensitivity: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
+        phases["sensitivity: loss"] = small + gradient + head + _CHUNK_BYTES + logits
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
         sums = sum(gram_bytes(group) for group in request.groups)
-        phases["survey: scores"] = phases["propagate"] - cache_bytes + sums
+        phases["sensitivity: scores"] = phases["propagate"] - cache_bytes + sums
     if request.needs_weight_gradients:
-        phases["survey: backward"] += weight_gradient_bytes(request, block)
+        phases["sensitivity: backward"] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,
@@ -242,7 +244,7 @@ def _plan_with(
             # Of other parts, whose sums are taken in the same pass.
             kept_apart = others * problem.sums
             # What the gradient left of each sublayer in scope.
-            sensitivities = len(by_kind(request.groups)) * hidden * hidden * 4 if request.needs_survey else 0
+            sensitivities = len(by_kind(request.groups)) * hidden * hidden * 4 if request.needs_sensitivity else 0
             batch = max(activations, statistics_bytes(request, group, micro_batch))
             if item != 4:
                 # The same input in float32, where it is too large for the holes that the activations left in the heap,
@@ -254,10 +256,10 @@ def _plan_with(
                 pruning + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
             )
             phases[f"solve ({kind})"] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
-            if request.needs_survey:
+            if request.needs_sensitivity:
                 rest = sum(gram_bytes(other) for other in request.groups if other is not group)
                 ordered = inputs * hidden * problem.stored_item
-                phases[f"survey: costs ({kind})"] = (
+                phases[f"sensitivity: costs ({kind})"] = (
                     small + gradient + weights + gram + ordered + problem.price + rest + sensitivities
                 )
             if request.num_latents and kind == "mlp":
@@ -296,10 +298,10 @@ def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int)
     window = request.seq_len * hidden * request.compute_dtype.itemsize
     # Of all ranks: they share one disk.
     total = 2 * stores_bytes * request.num_ranks + 4 * request.num_probe * window
-    if request.needs_survey or request.needs_weight_gradients:
+    if request.needs_sensitivity or request.needs_weight_gradients:
         kept = (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
         total += kept * request.num_ranks
-    if request.needs_survey:
+    if request.needs_sensitivity:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":
         total += 2 * hidden * hidden * 8

@@ -106,12 +106,12 @@ class PlanRequest:
     num_probe: int
     """Windows whose perplexity is reported."""
     needs_statistics: bool
-    needs_survey: bool = False
-    """Whether the survey brings the gradient of the loss to the consumers' outputs."""
+    needs_sensitivity: bool = False
+    """Whether the sensitivity pass brings the gradient of the loss to the consumers' outputs."""
     needs_scores: bool = False
-    """Whether the survey scores every unit of the dense model, in one forward pass."""
+    """Whether the sensitivity pass scores every unit of the dense model, in one forward pass."""
     needs_weight_gradients: bool = False
-    """Whether the survey sums the gradients by a block's weights."""
+    """Whether the sensitivity pass sums the gradients by a block's weights."""
     follows_dense: bool = False
     sensitivity_windows: int = 0
     rehearses: bool = False

@@ -14,7 +14,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.run.device import DeviceMeter
 from structprune.memory import PeakMeter
-from structprune.methods.method import Method, Survey
+from structprune.methods.method import Method, SensitivityKind
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe
 from structprune.statistics import GramAccumulator
@@ -132,10 +132,10 @@ class Job:
         return self.recipe.solver
 
     @property
-    def survey(self) -> Survey:
+    def sensitivity(self) -> SensitivityKind:
         """What is measured on the dense model first."""
         assert self.recipe.allocator is not None
-        return self.method.survey_for(self.recipe.allocator)
+        return self.method.sensitivity_for(self.recipe.allocator)
 
     @property
     def adds_bias(self) -> bool:

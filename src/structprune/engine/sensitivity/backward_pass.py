@@ -76,7 +76,7 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             borders.append(FileStore(path, shape, job.dtype, lasting=True, ranks=job.ranks))
             stack.callback(borders[-1].close)
         propagator = embed(job, {borders[0]: job.num_backward})
-        observer.start("survey: forward", len(blocks))
+        observer.start("sensitivity: forward", len(blocks))
         for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
             step = f"border {block.index + 1}"
             if findings.journal.find(step) is None:
@@ -93,11 +93,11 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             left = blocks[: kept.position]
         else:
             snapshots.discard()
-            with job.meter.phase("survey: loss"):
+            with job.meter.phase("sensitivity: loss"):
                 loss_gradient(job, borders[-1], gradient, labels)
             left = blocks
         release_free_memory()
-        observer.start("survey: backward", len(left))
+        observer.start("sensitivity: backward", len(left))
         behind_first = list(reversed(left))
         # What follows from a block's sums does not hold the gradient up: each rank does it for one of so many blocks.
         for first in range(0, len(behind_first), job.ranks.size):

@@ -9,25 +9,25 @@ from pathlib import Path
 
 from structprune.calibration.select import fingerprint
 from structprune.engine.run.context import Job
-from structprune.engine.sensitivity.fisher import survey, survey_scores
+from structprune.engine.sensitivity.fisher import fisher_pass, score_pass
 from structprune.engine.sensitivity.store import Costs, load_costs, load_found
-from structprune.engine.sensitivity.taylor import load_taylor, survey_taylor
+from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass
 from structprune.files import write_text
 from structprune.memory import PeakMeter
 from structprune.observer import Observer
 from structprune.results.schema import ReusedStatistics
 from structprune.runs.journal import JOURNAL_NAME, read_journal
-from structprune.types import Surveyed
+from structprune.types import Sensitivity
 
 _DONE_NAME = "survey.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class SensitivityPass:
     """What was found, and where the rest of it lies."""
 
     kind: str
-    """As in `Method.survey`."""
+    """As in `Method.sensitivity`."""
     costs: Costs
     folder: Path
     for_widths: bool
@@ -35,36 +35,36 @@ class Survey:
     reused: ReusedStatistics | None = None
     """What it took the run that measured it; None if this one did."""
 
-    def of_block(self, block: int) -> dict[str, Surveyed]:
+    def of_block(self, block: int) -> dict[str, Sensitivity]:
         """Kind of unit, or name of the group where each has its own -> what the decision in one block reads."""
         if self.for_widths:
             return {}
         match self.kind:
             case "loss":
                 found = load_found(self.folder, block)
-                return {kind: Surveyed(sensitivity_OO=F_OO) for kind, F_OO in found.items()}
+                return {kind: Sensitivity(sensitivity_OO=F_OO) for kind, F_OO in found.items()}
             case "taylor":
-                return {kind: Surveyed(taylor=sums) for kind, sums in load_taylor(self.folder, block).items()}
+                return {kind: Sensitivity(taylor=sums) for kind, sums in load_taylor(self.folder, block).items()}
             case _:
                 return {}
 
 
-def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> Survey | None:
+def measure_sensitivity(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> SensitivityPass | None:
     """Measure into `folder`, or with `job.shared` into a place where later runs of the same question find it."""
-    kind = job.survey
+    kind = job.sensitivity
     if kind == "none":
         return None
-    for_widths = kind != job.method.survey
+    for_widths = kind != job.method.sensitivity
     if job.shared is None:
-        return Survey(kind=kind, costs=_measure(job, folder, observer), folder=folder, for_widths=for_widths)
+        return SensitivityPass(kind=kind, costs=_measure(job, folder, observer), folder=folder, for_widths=for_widths)
     folder = job.shared / _key(job)
     done = folder / _DONE_NAME
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
         observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
         costs = load_costs(folder, job.stock.layout.blocks, job.kinds)
-        return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
-    # What an interrupted run left there is an answer to the same question: the survey goes on with it.
+        return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
+    # What an interrupted run left there is an answer to the same question: the sensitivity pass goes on with it.
     partial = folder.with_name(f"{folder.name}.partial")
     job.shared.mkdir(parents=True, exist_ok=True)
     costs = _measure(job, partial, observer)
@@ -72,29 +72,29 @@ def survey_dense(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -
     spent = ReusedStatistics(seconds=seconds, peak_bytes=meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
-    return Survey(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
+    return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
 
 
 def _measure(job: Job, folder: Path, observer: Observer) -> Costs:
-    match job.survey:
+    match job.sensitivity:
         case "none":
             raise AssertionError("nothing to measure")
         case "scores":
-            return survey_scores(job, folder, observer)
+            return score_pass(job, folder, observer)
         case "loss":
-            return survey(job, folder, observer)
+            return fisher_pass(job, folder, observer)
         case "taylor":
-            return survey_taylor(job, folder, observer)
+            return taylor_pass(job, folder, observer)
 
 
 def _key(job: Job) -> str:
-    """Hash of everything that the survey depends on."""
+    """Hash of everything that the sensitivity pass depends on."""
     recipe = job.recipe
     question = {
         "source": job.reader.fingerprint(),
         "windows": fingerprint(job.windows),
-        "survey": job.survey,
-        "score": None if job.survey == "loss" else job.score,
+        "sensitivity": job.sensitivity,
+        "score": None if job.sensitivity == "loss" else job.score,
         "kinds": job.kinds,
         "head_units": recipe.head_units,
         "damping": job.damping,

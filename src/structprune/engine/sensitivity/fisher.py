@@ -1,4 +1,4 @@
-"""The survey: what each removal would cost the loss, measured on the dense model before anything is pruned.
+"""The sensitivity pass: what each removal would cost the loss, measured on the dense model before anything is pruned.
 
 The streamed backward pass (`backward_pass.py`) recomputes each block and brings the exact gradient of the loss to every
 consumer's output. From the two come the Gram matrix of the consumer's inputs and the output sensitivity F = E[g g^T]
@@ -34,16 +34,16 @@ from structprune.observer import Observer
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending, removal_path
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, Moments, Surveyed, UnitGroup
+from structprune.types import BlockLayout, Moments, Sensitivity, UnitGroup
 
 
-def survey(job: Job, folder: Path, observer: Observer) -> Costs:
+def fisher_pass(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
     def price(
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
-        with job.meter.phase("survey: backward"):
+        with job.meter.phase("sensitivity: backward"):
             measure = backward(job, block, propagator, border, gradient, owner)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
@@ -57,7 +57,7 @@ def survey(job: Job, folder: Path, observer: Observer) -> Costs:
     return backward_pass(job, folder, observer, labels="sampled", backward=price)
 
 
-def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
+def score_pass(job: Job, folder: Path, observer: Observer) -> Costs:
     """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
     blocks = job.stock.layout.blocks
     num_windows = job.windows.ids_NS.shape[0]
@@ -74,11 +74,11 @@ def survey_scores(job: Job, folder: Path, observer: Observer) -> Costs:
         first = 0 if kept is None else kept.position
         if kept is not None:
             kept.restore({"hidden": store})
-        observer.start("survey: scores", len(blocks) - first)
+        observer.start("sensitivity: scores", len(blocks) - first)
         for block in blocks[first:]:
             tensors, module = load_block(job, block)
             owner = block.index % job.ranks.size
-            with job.meter.phase("survey: scores"):
+            with job.meter.phase("sensitivity: scores"):
                 sums = _measure(job, block, module, propagator, store, owner)
             task = owner, partial(_scores, job, block, tensors, sums)
             findings.save(block, {}, job.ranks.together({block.index: task})[block.index])
@@ -225,9 +225,9 @@ def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor
     tensors = job.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in job.groups(block):
-        surveyed = Surveyed(sensitivity_OO=measured.sensitivity[group.kind])
-        with job.meter.phase(f"survey: costs ({group.kind})"):
-            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], surveyed)
+        sensitivity = Sensitivity(sensitivity_OO=measured.sensitivity[group.kind])
+        with job.meter.phase(f"sensitivity: costs ({group.kind})"):
+            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], sensitivity)
             # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
             try:
                 path = removal_path(replace(problem, shrinkage=0.0), group.num_units)

@@ -1,4 +1,4 @@
-"""What a survey finds of each block, in files: in memory it would be lost with the process.
+"""What a sensitivity pass finds of each block, in files: in memory it would be lost with the process.
 
 Shape suffixes: U units.
 """
@@ -22,7 +22,7 @@ Costs = dict[str, list[Tensor]]
 
 
 class Findings:
-    """One survey's folder and its journal, which is open inside the context."""
+    """One sensitivity pass's folder and its journal, which is open inside the context."""
 
     def __init__(self, folder: Path, notify: Callable[[str], None], ranks: Ranks = ALONE) -> None:
         self.folder = folder

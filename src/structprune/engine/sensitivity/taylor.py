@@ -1,4 +1,4 @@
-"""The survey of LLM-Pruner: sums of weights times gradients per unit, by the streamed backward pass.
+"""The sensitivity pass of LLM-Pruner: sums of weights times gradients per unit, by the streamed backward pass.
 
 While a block is differentiated the gradients of its prunable weights and their squares are summed over the windows, in
 float32; four sums per unit stay of them. Labels are the text's own.
@@ -28,12 +28,12 @@ from structprune.errors import NumericalError
 from structprune.observer import Observer
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending
-from structprune.types import BlockLayout, Surveyed, TaylorSums, UnitGroup
+from structprune.types import BlockLayout, Sensitivity, TaylorSums, UnitGroup
 
 _SUMS = tuple(field.name for field in fields(TaylorSums))
 
 
-def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
+def taylor_pass(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; the sums stay in `folder` for the pruning pass (`load_taylor`).
 
     The costs are the job's scores, ascending, as the lowest go first.
@@ -43,7 +43,7 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         tensors, module = load_block(job, block)
-        with job.meter.phase("survey: backward"):
+        with job.meter.phase("sensitivity: backward"):
             sums = weight_sums(job, block, module, propagator, border, gradient, owner)
         # Elsewhere nothing is made of them.
         tensors = tensors if owner == job.ranks.rank else {}
@@ -51,7 +51,7 @@ def survey_taylor(job: Job, folder: Path, observer: Observer) -> Costs:
         def found() -> Found:
             costs: dict[str, Tensor] = {}
             for group in job.groups(block):
-                problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.name]))
+                problem = layer_problem(job, block, group, tensors, [], Sensitivity(taylor=sums[group.name]))
                 add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
             return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
 
@@ -144,7 +144,7 @@ def unit_sums(
 
 
 def load_taylor(folder: Path, block: int) -> dict[str, TaylorSums]:
-    """Group name -> sums of one block, as `survey_taylor` left them."""
+    """Group name -> sums of one block, as `taylor_pass` left them."""
     stored = load_found(folder, block)
     groups = dict.fromkeys(name.rpartition(".")[0] for name in stored)
     return {group: TaylorSums(**{name: stored[f"{group}.{name}"] for name in _SUMS}) for group in groups}

@@ -27,9 +27,9 @@ from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.run.context import Job
 from structprune.engine.sensitivity.backward_pass import loss_gradient
-from structprune.engine.sensitivity.fisher import backward, survey
+from structprune.engine.sensitivity.fisher import backward, fisher_pass
 from structprune.engine.sensitivity.store import load_found
-from structprune.engine.sensitivity.taylor import load_taylor, survey_taylor, weight_sums
+from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass, weight_sums
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
 from structprune.errors import NumericalError
@@ -37,7 +37,7 @@ from structprune.methods import METHODS
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
 from structprune.scores import SCORES
-from structprune.types import HeadUnits, Surveyed, TaylorSums
+from structprune.types import HeadUnits, Sensitivity, TaylorSums
 from support.models import TINY_MODELS, save_tiny
 
 NUM_WINDOWS, SEQ_LEN = 3, 24
@@ -116,7 +116,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
             if (eps := job.stock.layout.blocks[0].group(key[1]).output_norm_eps) is not None:
                 grad_TO = grad_TO * (output.detach().reshape(-1, 32).square().mean(dim=1, keepdim=True) + eps).sqrt()
             expected[key] += grad_TO.T @ grad_TO / (NUM_WINDOWS * SEQ_LEN)
-    survey(job, tmp_path / "survey", SilentObserver())
+    fisher_pass(job, tmp_path / "survey", SilentObserver())
     for block in job.stock.layout.blocks:
         found = load_found(tmp_path / "survey", block.index)
         for group in job.stock.groups:
@@ -224,7 +224,7 @@ def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int
 
 
 def assert_sums_are_those_of_autograd(job: Job, folder: Path) -> None:
-    survey_taylor(job, folder, SilentObserver())
+    taylor_pass(job, folder, SilentObserver())
     for (index, group), expected in sums_by_autograd(job, job.recipe.sensitivity_samples).items():
         found = load_taylor(folder, index)[group]
         for name in SUMS:
@@ -248,12 +248,12 @@ def test_taylor_sums_are_of_the_first_windows(tiny_llama: Path, tmp_path: Path) 
 @pytest.mark.parametrize("score", ["taylor-first", "taylor-mix"])
 def test_taylor_costs_are_the_scores_in_ascending_order(score: str, tiny_llama: Path, tmp_path: Path) -> None:
     job = job_for(tiny_llama, "llm-pruner", score=score)
-    costs = survey_taylor(job, tmp_path / "survey", SilentObserver())
+    costs = taylor_pass(job, tmp_path / "survey", SilentObserver())
     for block in job.stock.layout.blocks:
         sums = load_taylor(tmp_path / "survey", block.index)
         for group in block.groups:
             tensors, _ = load_block(job, block)
-            problem = layer_problem(job, block, group, tensors, [], Surveyed(taylor=sums[group.kind]))
+            problem = layer_problem(job, block, group, tensors, [], Sensitivity(taylor=sums[group.kind]))
             score_U = SCORES.get(score)(problem)
             assert costs[group.kind][block.index].tolist() == sorted(score_U.tolist())
 
@@ -262,7 +262,7 @@ def test_closed_form_is_one_ranking_of_all_blocks(tiny_llama: Path, tmp_path: Pa
     changes = {"allocator": "closed-form", "temperature": 0.0, "sparsity": 0.25, "min_retention": 0.01}
     job = job_for(tiny_llama, "llm-pruner", score="taylor-first", protect_first=0, protect_last=0, **changes)
     job = replace(job, kinds=("mlp",))
-    costs = survey_taylor(job, tmp_path / "survey", SilentObserver())
+    costs = taylor_pass(job, tmp_path / "survey", SilentObserver())
     lowest = torch.cat(costs["mlp"]).sort(stable=True).indices[:24]
     assert allocate(job, costs) == {"mlp": [48 - int((lowest // 48 == block).sum()) for block in range(2)]}
 
