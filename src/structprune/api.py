@@ -15,7 +15,7 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import CheckedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
@@ -53,7 +53,7 @@ class RunPlan:
     """Resolved but for what the calibration text decides."""
     layout: ModelLayout
     plan: PrunePlan
-    foresight: Foresight
+    forecast: Forecast
     runtimes: list[RuntimeSupport]
     """Who will load the result."""
 
@@ -70,8 +70,8 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         recipe=checked.recipe,
         layout=checked.stock.layout,
         plan=plan_run(checked, checked.recipe.num_samples),
-        foresight=checked.foresight,
-        runtimes=runtimes(checked.foresight.shape),
+        forecast=checked.forecast,
+        runtimes=runtimes(checked.forecast.shape),
     )
 
 

@@ -93,7 +93,9 @@ class Recipe(BaseModel):
     min_retention: float = Field(default=0.1, gt=0, le=1, description="least share of its units that a block keeps")
     max_retention: float = Field(default=1.0, gt=0, le=1, description="largest share of its units that a block keeps")
     outer_iterations: int = Field(
-        default=0, ge=0, description="times that prices are measured again on the pruned model and shared out anew"
+        default=0,
+        ge=0,
+        description="times that removal costs are measured again on the pruned model and shared out anew",
     )
     allow_block_removal: bool = Field(default=False, description="a block may lose its whole attention or MLP")
     protect_first: int | None = Field(

@@ -1,4 +1,6 @@
-"""Allocators that compare blocks take their prices from a sensitivity pass, whatever method then chooses the units."""
+"""Allocators that compare blocks take their removal costs from a sensitivity pass, whatever method then chooses the
+units.
+"""
 
 from __future__ import annotations
 

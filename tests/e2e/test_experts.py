@@ -115,12 +115,12 @@ def test_the_output_is_the_stock_model_whose_router_cannot_choose_the_others(
 
 
 @pytest.mark.parametrize(("sparsity", "left"), [(0.0, 4), (0.25, 3), (0.3, 2), (0.5, 2)])
-def test_what_is_left_was_foreseen(sparsity: float, left: int, source: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_is_left_was_forecast(sparsity: float, left: int, source: Path, text_file: Path, tmp_path: Path) -> None:
     asked = recipe(text_file, sparsity=sparsity)
     foreseen = plan(source, asked)
     report = prune(source, asked, tmp_path / "out")
     assert [block.kept_units for block in report.blocks] == [left] * NUM_BLOCKS
-    assert foreseen.foresight.num_parameters == report.size.parameters_after
+    assert foreseen.forecast.num_parameters == report.size.parameters_after
     assert StockModel(CheckpointReader(tmp_path / "out")).layout.num_parameters == report.size.parameters_after
     assert report.size.removed_share_of_scope == pytest.approx(1 - left / NUM_EXPERTS)
     assert report.reload.mode == "whole"

@@ -347,7 +347,7 @@ def test_outer_iterations_price_the_pruned_model(tiny_llama: Path, text_file: Pa
     once, again = run("once"), run("again", outer_iterations=1)
     repeated = run("repeated", outer_iterations=1)
     assert again.size.removed_share_of_scope >= 0.4
-    # The first block sees the same input either way, the second a pruned one: its price, and so the widths, change.
+    # The first block sees the same input either way, the second a pruned one: its cost, and so the widths, change.
     assert [b.kept_units for b in again.blocks] != [b.kept_units for b in once.blocks]
     assert [b.kept_units for b in again.blocks] == [b.kept_units for b in repeated.blocks]
     assert again.memory.measured_peak_bytes <= again.memory.planned_peak_bytes

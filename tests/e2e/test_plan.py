@@ -37,14 +37,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_foreseen_comes_true(name: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_is_forecast_comes_true(name: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     settings = recipe(text_file, **RUNS[name])
     found = plan(tiny_llama, settings)
     report = prune(tiny_llama, settings, tmp_path / "out")
-    if found.foresight.num_parameters is not None:
-        assert found.foresight.num_parameters == report.size.parameters_after
-    assert (found.foresight.num_parameters is None) == (name in ("flap", "closed form", "block removal"))
-    for kind, counts in (found.foresight.kept or {}).items():
+    if found.forecast.num_parameters is not None:
+        assert found.forecast.num_parameters == report.size.parameters_after
+    assert (found.forecast.num_parameters is None) == (name in ("flap", "closed form", "block removal"))
+    for kind, counts in (found.forecast.kept or {}).items():
         assert counts == [block.kept_units for block in report.blocks if block.kind == kind]
     assert found.plan.peak_bytes == report.memory.planned_peak_bytes
     assert found.plan.store == report.memory.store

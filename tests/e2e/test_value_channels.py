@@ -312,7 +312,7 @@ def test_plan_and_inspect_name_the_runtimes(narrow: Path, tiny_llama: Path) -> N
 def test_processes_share_whole_heads(processes: int, kept: int, tiny_llama: Path) -> None:
     """Widths of values need not divide; with two processes the rows of each are a multiple."""
     recipe = Recipe.build(scope="all", sparsity=0.3, multiple_of=2, tensor_parallel=processes, dtype="float32")
-    found = check(tiny_llama, recipe).foresight
+    found = check(tiny_llama, recipe).forecast
     assert found.kept is not None
     assert found.kept["attention"] == [kept, kept]
     assert found.shape.indivisible is None

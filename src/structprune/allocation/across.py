@@ -91,17 +91,17 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     return round_to_budget(budgets, removals(-found), options)
 
 
-def _threshold(budgets: Sequence[BlockBudget], price: list[Tensor], options: AllocationOptions) -> list[int]:
-    """Units to keep when all removals whose price is at most lambda go; prices ascend within a group."""
+def _threshold(budgets: Sequence[BlockBudget], costs: list[Tensor], options: AllocationOptions) -> list[int]:
+    """Units to keep when all removals whose cost is at most lambda go; costs ascend within a group."""
 
     def removals(threshold: float) -> list[float]:
         return [
             bounded(float(torch.searchsorted(p, threshold, right=True)), b, options)
-            for p, b in zip(price, budgets, strict=True)
+            for p, b in zip(costs, budgets, strict=True)
         ]
 
-    # Bisection over the prices that occur; units of the price at the threshold go only as far as the target asks.
-    levels = [-math.inf, *torch.cat(price).unique().tolist()]
+    # Bisection over the costs that occur; units of the cost at the threshold go only as far as the target asks.
+    levels = [-math.inf, *torch.cat(costs).unique().tolist()]
     target = removal_target(budgets, options)
     reached = bisect.bisect_left(levels, target, key=lambda x: _parameters(budgets, removals(x)))
     beyond = removals(levels[min(reached, len(levels) - 1)])

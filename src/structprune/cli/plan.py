@@ -36,13 +36,13 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     from structprune.memory import format_bytes
 
     memory = found.plan
-    before, after = found.layout.num_parameters, found.foresight.num_parameters
+    before, after = found.layout.num_parameters, found.forecast.num_parameters
     size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
     rows = [
         ("method", f"{found.recipe.method}, {found.recipe.structure} widths"),
         ("parameters", f"{before:,} -> {size}"),
     ]
-    for kind, counts in (found.foresight.kept or {}).items():
+    for kind, counts in (found.forecast.kept or {}).items():
         low, high = min(counts), max(counts)
         rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
     rows += [
@@ -86,8 +86,8 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "model": found.source,
         "recipe": found.recipe.model_dump(mode="json"),
         "parameters_before": found.layout.num_parameters,
-        "parameters_after": found.foresight.num_parameters,
-        "kept_units": found.foresight.kept,
+        "parameters_after": found.forecast.num_parameters,
+        "kept_units": found.forecast.kept,
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

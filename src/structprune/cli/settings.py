@@ -77,7 +77,8 @@ def recipe_from_flags(
         float | None, typer.Option(help="Largest share of its units that a block keeps.  [default: 1]")
     ] = None,
     outer_iterations: Annotated[
-        int | None, typer.Option(help="Times that removals are priced again on the pruned model.  [default: 0]")
+        int | None,
+        typer.Option(help="Times that removal costs are measured again on the pruned model.  [default: 0]"),
     ] = None,
     allow_block_removal: Annotated[
         bool | None,

@@ -12,7 +12,7 @@ from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.engine.planning.forecast import Foresight
+from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.device import device_budget, resolve_device, resolve_dtype
@@ -45,7 +45,7 @@ class CheckedRun:
     dtype: torch.dtype
     kinds: tuple[UnitKind, ...]
     """Of the units in scope, in the order of the forward pass."""
-    foresight: Foresight
+    forecast: Forecast
     ranks: Ranks = ALONE
 
 
@@ -97,7 +97,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
         device=device,
         dtype=dtype,
         kinds=kinds,
-        foresight=ranks.from_first(lambda: pipeline.foresee(stock, recipe, kinds)),
+        forecast=ranks.from_first(lambda: pipeline.forecast(stock, recipe, kinds)),
         ranks=ranks,
     )
 
@@ -134,7 +134,7 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         holds_out=recipe.damping == "auto",
         score=recipe.score or "",
         solves=recipe.solver not in ("mask-only", "bias"),
-        kept={kind: max(counts) for kind, counts in (checked.foresight.kept or {}).items()},
+        kept={kind: max(counts) for kind, counts in (checked.forecast.kept or {}).items()},
         tokenizer_bytes=tokenizer_bytes(checked.directory),
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),

@@ -174,7 +174,7 @@ def swap_units(
 
     A move adds the t removed units whose return lowers f the most and removes the t cheapest units again, half of those
     outstanding at a time with exact updates in between. A move that does not lower f is undone, and t halves. At t = 1
-    all pairs are priced and the best is taken, so the end is a local optimum for single exchanges unless `max_rounds`
+    all pairs are costed and the best is taken, so the end is a local optimum for single exchanges unless `max_rounds`
     comes first. Never worse than the start; ties go to the lower unit number. Local search over exchanges with low-rank
     updates as in OSSCAR (arXiv 2403.12983); the table of all pairs is not from there.
 
@@ -279,9 +279,9 @@ def _exchange_many(
 
 def _exchange_best_pair(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int) -> tuple[Tensor, float]:
     """Make the best exchange of one removed for one kept unit; the new mask, the change (which may be positive)."""
-    prices = _pair_prices(values_MI, table_II, keep_U, width)
+    costs = _pair_costs(values_MI, table_II, keep_U, width)
     # argmin may return any of equal minima.
-    removed_unit, kept_unit = torch.nonzero(prices == prices.min())[0].tolist()
+    removed_unit, kept_unit = torch.nonzero(costs == costs.min())[0].tolist()
     units = torch.arange(len(keep_U), device=keep_U.device)
     enters_U = units == torch.nonzero(~keep_U)[removed_unit]
     leaves_U = units == torch.nonzero(keep_U)[kept_unit]
@@ -290,11 +290,11 @@ def _exchange_best_pair(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, wid
     return (keep_U | enters_U) & ~leaves_U, change
 
 
-def _pair_prices(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int) -> Tensor:
+def _pair_costs(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int) -> Tensor:
     """Change of the objective by every exchange: one row per removed unit r, one column per kept unit k, ascending.
 
     With r back, V_k becomes V_k - c_r S_r^-1 B_rk and [H^-1]_kk grows by B_kr S_r^-1 B_rk, B = H_RK [H_KK]^-1; the
-    price is the cost of k then, less the gain of r.
+    pair cost is the cost of k then, less the gain of r.
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
     values_MK, values_MR = values_MI[:, kept], values_MI[:, removed]

@@ -51,7 +51,8 @@ class Method:
     """What attention loses unless the recipe says otherwise."""
 
     def sensitivity_for(self, allocator: str) -> SensitivityKind:
-        """What `allocator` reads and the method itself does not measure: widths by prices in loss, units by the method.
+        """What `allocator` reads and the method itself does not measure: widths by removal costs in loss, units by the
+        method.
 
         `standardised` compares the method's own scores.
         """

@@ -55,13 +55,13 @@ def prune_block(
     streams: Streams,
     sensitivity: Mapping[str, Sensitivity],
     *,
-    reprice: bool = False,
+    measure_costs: bool = False,
 ) -> BlockOutcome:
     """Measure, decide and solve one sublayer of the block after the other; both streams move on to the block's output.
 
     Sublayers that read the same state of the stream are solved against the same output, each with the others as they
-    are by then; the streams move once for all of them. With `reprice` the removals of each sublayer are priced again,
-    on the pruned model's stream.
+    are by then; the streams move once for all of them. With `measure_costs` the removals of each sublayer have their
+    costs measured again, on the pruned model's stream.
     """
     with job.meter.phase("read block"):
         tensors = job.reader.read(block.shapes, block.prefix)
@@ -94,7 +94,9 @@ def prune_block(
                     widths=widths,
                     inputs_NSI=inputs_NSI,
                 )
-                sublayer = _prune_sublayer(place, kind, tensors, num_keep[kind], sensitivity, reprice=reprice)
+                sublayer = _prune_sublayer(
+                    place, kind, tensors, num_keep[kind], sensitivity, measure_costs=measure_costs
+                )
             tensors, widths[kind] = sublayer.tensors, num_keep[kind]
             kept |= sublayer.kept
             reports.append(sublayer.report)
@@ -258,7 +260,7 @@ def _prune_sublayer(
     num_keep: int,
     sensitivity: Mapping[str, Sensitivity],
     *,
-    reprice: bool,
+    measure_costs: bool,
 ) -> _Sublayer:
     """Some units of each group go: the sublayer's only one, or every expert's own choice of as many."""
     job, block, streams = place.job, place.block, place.streams
@@ -301,7 +303,7 @@ def _prune_sublayer(
                         num_keep,
                         [moments.pop(name) for moments in measured if name in moments],
                         sensitivity.get(name, sensitivity.get(kind)),
-                        reprice=reprice,
+                        measure_costs=measure_costs,
                     ),
                 )
                 for name in turn

@@ -50,7 +50,7 @@ def solve_part(
     measured: list[Moments],
     sensitivity: Sensitivity | None,
     *,
-    reprice: bool,
+    measure_costs: bool,
 ) -> Part:
     """Decide and solve one group, on one rank. Takes what was measured: the list is empty afterwards."""
     where = f"block {block.index} {group.name}"
@@ -69,7 +69,7 @@ def solve_part(
         # Scores and solvers see a matrix, not where it is from.
         raise error.inside(where) from error
     errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
-    cost_U = removal_path(problem, group.num_units).cost.cpu() if reprice else None
+    cost_U = removal_path(problem, group.num_units).cost.cpu() if measure_costs else None
     # Wherever it was solved, it is written from the host.
     return Part(
         keep_units=torch.nonzero(keep_U).flatten().cpu(),

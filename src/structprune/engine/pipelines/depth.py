@@ -19,7 +19,7 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
-from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import Job
@@ -96,13 +96,13 @@ def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
     return replace(request, num_stores=remove + 1, compares="borders")
 
 
-def foresee_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
     """All of it: blocks are alike. Raises UnsupportedError where `tensor_parallel` processes could not share them."""
     check_shared_out(stock, recipe, {})
     layout = stock.layout
     remove = num_removed(recipe.sparsity, layout)
     config = shallower_config(layout.config, stock.config, range(len(layout.blocks) - remove))
-    return Foresight(
+    return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
         num_parameters=layout.num_parameters - remove * layout.blocks[0].num_parameters,

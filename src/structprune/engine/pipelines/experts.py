@@ -25,7 +25,7 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
-from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import Job
@@ -91,7 +91,7 @@ def expert_request(request: PlanRequest) -> PlanRequest:
     return replace(request, needs_statistics=False)
 
 
-def foresee_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+def forecast_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
     """All of it: every block keeps as many. Raises UnsupportedError where processes could not share them."""
     check_shared_out(stock, recipe, {})
     layout, experts = stock.layout, _experts(stock)
@@ -103,7 +103,7 @@ def foresee_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> 
         for name, shape in layout.blocks[0].shapes.items()
         if name == experts.router or name.startswith(f"{experts.module}.0.")
     )
-    return Foresight(
+    return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
         num_parameters=layout.num_parameters - remove * each * len(layout.blocks),

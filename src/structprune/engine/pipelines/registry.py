@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, foresee_depth
-from structprune.engine.pipelines.experts import execute_experts, expert_request, expert_settings, foresee_experts
+from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, forecast_depth
+from structprune.engine.pipelines.experts import execute_experts, expert_request, expert_settings, forecast_experts
 from structprune.engine.pipelines.slice import execute_slice
-from structprune.engine.pipelines.slice_settings import foresee_slice, kept_width, resolve_slice_settings
+from structprune.engine.pipelines.slice_settings import forecast_slice, kept_width, resolve_slice_settings
 from structprune.engine.pipelines.units import execute
 from structprune.engine.pipelines.units_settings import unit_settings
-from structprune.engine.planning.forecast import Foresight, foresee_units
+from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.run.context import Job
 from structprune.memory import PeakMeter
@@ -30,7 +30,7 @@ class Pipeline:
 
     resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
     """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
-    foresee: Callable[[StockModel, Recipe, Sequence[str]], Foresight]
+    forecast: Callable[[StockModel, Recipe, Sequence[str]], Forecast]
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
@@ -56,22 +56,22 @@ def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> P
 PIPELINES: Mapping[str, Pipeline] = {
     "units": Pipeline(
         resolve=unit_settings,
-        foresee=foresee_units,
+        forecast=forecast_units,
         request=lambda request, recipe, stock: request,
         execute=execute,
         shares_windows=True,
     ),
     "depth": Pipeline(
         resolve=_resolve_depth,
-        foresee=foresee_depth,
+        forecast=forecast_depth,
         request=lambda request, recipe, stock: depth_request(request, recipe),
         execute=execute_depth,
     ),
     "experts": Pipeline(
         resolve=expert_settings,
-        foresee=foresee_experts,
+        forecast=forecast_experts,
         request=lambda request, recipe, stock: expert_request(request),
         execute=execute_experts,
     ),
-    "slice": Pipeline(resolve=_resolve_slice, foresee=foresee_slice, request=_request_slice, execute=execute_slice),
+    "slice": Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_request_slice, execute=execute_slice),
 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from structprune.architectures.family import Stream
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.forecast import Foresight, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config
@@ -83,7 +83,7 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
     )
 
 
-def foresee_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+def forecast_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
     """All of it. Raises InputError if no width removes as much, UnsupportedError if it cannot be written or shared."""
     check_shared_out(stock, recipe, {})
     stream, layout = stock.family.stream, stock.layout
@@ -95,7 +95,7 @@ def foresee_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Fo
     # The head has a basis of its own.
     head = layout.vocab_size * width if layout.tied_embeddings else 0
     config = sliced_config(layout.config, stock.config, stock.family, width, shortcuts=shortcuts)
-    return Foresight(
+    return Forecast(
         shape=shape_of(stock, recipe, config), kept=None, num_parameters=blocks + sum(outer.values()) + head
     )
 

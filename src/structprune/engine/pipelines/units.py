@@ -23,7 +23,7 @@ from structprune.engine.layerwise.block import BlockOutcome, pass_block, prune_b
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
-from structprune.engine.planning.widths import Kept, allot
+from structprune.engine.planning.widths import Widths, choose_widths
 from structprune.engine.run.context import Job
 from structprune.engine.run.finalize import Outcome, finish
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
@@ -39,12 +39,12 @@ from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
 SURVEY = "survey"
-_PRICES = "prices"
+_COSTS_STEP = "prices"
 
 
-def allocate(job: Job, costs: Costs | None) -> Kept:
+def allocate(job: Job, costs: Costs | None) -> Widths:
     """Units to keep per block, for each kind in scope."""
-    return allot(job.stock, job.recipe, job.kinds, costs)
+    return choose_widths(job.stock, job.recipe, job.kinds, costs)
 
 
 def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
@@ -63,12 +63,12 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
     for iteration in range(job.recipe.outer_iterations):
         assert costs is not None
         folder = run.staging / f"outer-{iteration + 1}"
-        costs = _repriced(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
+        costs = _updated_costs(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
         kept_units = ranks.from_first(partial(allocate, job, costs))
         config = output_config(job.stock, job.recipe, job.kinds, kept_units)
 
     writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
-    trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, reprices=False)
+    trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, measures_costs=False)
     result = _prune_blocks(job, trail, found, kept_units, meter, observer, "prune")
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
@@ -89,8 +89,8 @@ class _Trail:
     folder: Path
     journal: Journal
     writer: CheckpointWriter
-    reprices: bool
-    """Whether removals are priced again, on the pruned model's stream."""
+    measures_costs: bool
+    """Whether removals have their costs measured again, on the pruned model's stream."""
 
     def leave(
         self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], peak_bytes: int
@@ -99,7 +99,7 @@ class _Trail:
         number = _shard_number(block)
         name = self.writer.write(number, {block.prefix + n: t for n, t in outcome.tensors.items()})
         files = [self.writer.directory / name]
-        if self.reprices:
+        if self.measures_costs:
             files.append(costs_path(self.folder, block.index))
             save_file({kind: cost_U.contiguous() for kind, cost_U in outcome.costs.items()}, files[-1])
         return self.journal.record(
@@ -126,7 +126,7 @@ def _rehearse(
     job: Job,
     folder: Path,
     found: SensitivityPass | None,
-    kept_units: Kept,
+    kept_units: Widths,
     meter: PeakMeter,
     observer: Observer,
     number: int,
@@ -134,11 +134,11 @@ def _rehearse(
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = job.stock.layout.blocks
     with contextlib.closing(Journal(folder, observer.note, job.ranks)) as journal:
-        if journal.find(_PRICES) is None:
+        if journal.find(_COSTS_STEP) is None:
             writer = CheckpointWriter(folder, len(blocks) + 2)
-            trail = _Trail(folder=folder, journal=journal, writer=writer, reprices=True)
+            trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
             _prune_blocks(job, trail, found, kept_units, meter, observer, f"outer iteration {number}")
-            journal.record(_PRICES, [costs_path(folder, block.index) for block in blocks])
+            journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
         if job.ranks.is_first:
             for shard in folder.glob("model-*.safetensors"):
                 shard.unlink()
@@ -149,7 +149,7 @@ def _prune_blocks(
     job: Job,
     trail: _Trail,
     found: SensitivityPass | None,
-    kept_units: Kept,
+    kept_units: Widths,
     meter: PeakMeter,
     observer: Observer,
     phase: str,
@@ -193,7 +193,9 @@ def _prune_blocks(
                 del tensors, relative
             else:
                 sensitivity = {} if found is None else found.of_block(block.index)
-                outcome = prune_block(job, block, num_keep[block.index], streams, sensitivity, reprice=trail.reprices)
+                outcome = prune_block(
+                    job, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
+                )
                 peak_bytes = ranks.largest(meter.peak_so_far())
                 line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
                 lines[block.index] = line
@@ -225,8 +227,8 @@ def _first_windows(job: Job, store: HiddenStore) -> Tensor:
     return torch.cat(windows)
 
 
-def _repriced(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
-    """The newest price of every sublayer; one that was removed in the rehearsal keeps its old one."""
+def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
+    """The newest removal costs of every sublayer; one that was removed in the rehearsal keeps its old ones."""
     return {
         kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
     }

@@ -159,13 +159,13 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
         raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
     if recipe.outer_iterations and allocator == "uniform":
         raise UnsupportedError(
-            "the uniform allocator reads no prices, so an outer iteration changes nothing",
+            "the uniform allocator reads no removal costs, so an outer iteration changes nothing",
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="an allocator that weighs blocks, such as closed-form",
         )
     if recipe.outer_iterations and sensitivity != "loss":
         raise UnsupportedError(
-            f"outer iterations price removals again by greedy removal, in another unit than {method.name!r} does",
+            f"outer iterations measure costs by greedy removal, in another unit than {method.name!r} does",
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="--outer-iterations 0, or --method structprune",
         )

@@ -126,7 +126,9 @@ def _solve_phases(
         # With all sums of the block there.
         others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
         sensitivities = len(by_kind(request.groups)) * sensitivity
-        phases[f"sensitivity: costs ({kind})"] = beside + problem.gram + problem.price + others + sensitivities + copied
+        phases[f"sensitivity: costs ({kind})"] = (
+            beside + problem.gram + problem.removal_costs + others + sensitivities + copied
+        )
     return phases
 
 

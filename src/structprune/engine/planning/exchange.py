@@ -50,7 +50,7 @@ def pruning_exchange(
     """Of one block of the pruning pass: Grams in, kept units and consumers out.
 
     `kept`: kind -> units that stay; `parts`: 2 where windows are held out, else 1; `stored_item`: bytes of a weight.
-    Without iterative solver, added bias and second pricing.
+    Without iterative solver, added bias and second measurement of costs.
     """
     total = NOTHING
     for group in groups:

@@ -8,7 +8,7 @@ from typing import Any
 
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.widths import Kept, allot, check_shared_out, indivisible
+from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
@@ -16,17 +16,17 @@ from structprune.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Foresight:
+class Forecast:
     """The result as far as the recipe alone decides it."""
 
     shape: ResultShape
-    kept: Kept | None
+    kept: Widths | None
     """None where the calibration text decides, or where no units are removed."""
     num_parameters: int | None
     """None where the calibration text decides, or where biases are added."""
 
 
-def foresee_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Foresight:
+def forecast_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
     """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
     if recipe.allocator != "uniform":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
@@ -40,15 +40,15 @@ def foresee_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Fo
             removed_sublayers=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
             tensor_parallel=recipe.tensor_parallel,
         )
-        return Foresight(shape=shape, kept=None, num_parameters=None)
-    kept = allot(stock, recipe, kinds, None)
+        return Forecast(shape=shape, kept=None, num_parameters=None)
+    kept = choose_widths(stock, recipe, kinds, None)
     removed = sum(
         (group.num_units - kept[group.kind][block.index]) * block.unit_parameters(group)
         for block in stock.layout.blocks
         for group in block.groups
         if group.kind in kept
     )
-    return Foresight(
+    return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
         kept=kept,
         num_parameters=None if recipe.solver == "bias" else stock.layout.num_parameters - removed,

@@ -260,7 +260,7 @@ def _plan_with(
                 rest = sum(gram_bytes(other) for other in request.groups if other is not group)
                 ordered = inputs * hidden * problem.stored_item
                 phases[f"sensitivity: costs ({kind})"] = (
-                    small + gradient + weights + gram + ordered + problem.price + rest + sensitivities
+                    small + gradient + weights + gram + ordered + problem.removal_costs + rest + sensitivities
                 )
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len

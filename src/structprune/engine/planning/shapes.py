@@ -119,7 +119,7 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
         holds_out=request.holds_out,
         judged=group.kind == "mlp" and request.num_latents > 0,
         follows_dense=request.follows_dense,
-        priced=request.needs_sensitivity,
+        costed=request.needs_sensitivity,
         reordered=group.consumer.repeat > 1,
     )
 

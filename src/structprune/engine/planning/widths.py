@@ -14,13 +14,13 @@ from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, UnitGroup
 
-Kept = dict[str, list[int]]
+Widths = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
 
 
-def allot(
+def choose_widths(
     stock: StockModel, recipe: Recipe, kinds: Sequence[str], costs: Mapping[str, Sequence[Tensor]] | None
-) -> Kept:
+) -> Widths:
     """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
 
     Without costs for an allocator that compares nothing. Raises InputError if the sparsity cannot be reached,
@@ -56,7 +56,7 @@ def allot(
         protected=frozenset(range(recipe.protect_first))
         | frozenset(range(num_blocks - recipe.protect_last, num_blocks)),
     )
-    kept: Kept = {kind: [0] * num_blocks for kind in kinds}
+    kept: Widths = {kind: [0] * num_blocks for kind in kinds}
     for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator)(budgets, options), strict=True):
         kept[budget.kind][budget.block] = num_keep
     check_shared_out(stock, recipe, kept)

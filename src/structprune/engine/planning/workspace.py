@@ -33,7 +33,7 @@ class GroupProblem:
     judged: bool
     """Whether the answer is also solved without the held-out windows."""
     follows_dense: bool
-    priced: bool
+    costed: bool
     """Whether the sensitivity of the consumer's output is part of the problem."""
     reordered: bool
     """Whether the inputs of a unit lie apart, so that the sums are brought into another order."""
@@ -62,7 +62,7 @@ class GroupProblem:
     @property
     def _metric(self) -> int:
         """Sensitivity in float64 and its factor."""
-        return 2 * self.outputs**2 * 8 if self.priced else 0
+        return 2 * self.outputs**2 * 8 if self.costed else 0
 
     @property
     def sums(self) -> int:
@@ -76,7 +76,7 @@ class GroupProblem:
         return grams * 2 * self.gram + weights * self._weight + self._metric + self._strip
 
     @property
-    def price(self) -> int:
+    def removal_costs(self) -> int:
         """Pricing its removals on the dense model, one after the other, whatever decides later; beside the sums."""
         return replace(self, score="greedy", holds_out=False, follows_dense=False).decide
 

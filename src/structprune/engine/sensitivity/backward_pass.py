@@ -23,7 +23,7 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.run.context import Job
-from structprune.engine.sensitivity.store import Costs, Findings
+from structprune.engine.sensitivity.store import Costs, SensitivityStore
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
 from structprune.engine.streaming.propagate import Propagator
@@ -39,7 +39,7 @@ Found = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 Backward = Callable[[BlockLayout, Propagator, HiddenStore, HiddenStore, int], Callable[[], Found]]
 """(block, micro-batch loop, the block's stored input, gradient, owner): moves the gradient to the block's input.
 
-All ranks give their sums to the owner. Returns what makes the findings of them; it is called there only.
+All ranks give their sums to the owner. Returns what makes the sensitivities of them; it is called there only.
 """
 
 
@@ -47,48 +47,48 @@ def backward_pass(job: Job, folder: Path, observer: Observer, *, labels: Labels,
     """Visit every block forward, then in reverse with the gradient of the loss.
 
     Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
-    (`findings.py`); the hidden states at the borders are gone at the end. An interrupted pass resumes where it was:
+    (`store.py`); the hidden states at the borders are gone at the end. An interrupted pass resumes where it was:
     forward behind the borders that are there, in reverse at the newest gradient that was kept.
     """
     blocks = job.stock.layout.blocks
-    with Findings(folder, observer.note, job.ranks) as findings:
-        if not _all_found(findings, blocks):
-            _visit(job, findings, observer, labels, backward)
+    with SensitivityStore(folder, observer.note, job.ranks) as sensitivities:
+        if not _all_found(sensitivities, blocks):
+            _visit(job, sensitivities, observer, labels, backward)
         if job.ranks.is_first:
             for index in range(len(blocks) + 1):
                 _border_path(folder, index).unlink(missing_ok=True)
-        return findings.costs(blocks, job.kinds)
+        return sensitivities.costs(blocks, job.kinds)
 
 
-def _all_found(findings: Findings, blocks: Sequence[BlockLayout]) -> bool:
+def _all_found(sensitivities: SensitivityStore, blocks: Sequence[BlockLayout]) -> bool:
     # Every rank asks for each.
-    found = [findings.has(block) for block in blocks]
+    found = [sensitivities.has(block) for block in blocks]
     return all(found)
 
 
-def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, backward: Backward) -> None:
+def _visit(job: Job, sensitivities: SensitivityStore, observer: Observer, labels: Labels, backward: Backward) -> None:
     blocks = job.stock.layout.blocks
     shape = (job.ranks.num_own(job.num_backward), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
     with contextlib.ExitStack() as stack:
         borders: list[FileStore] = []
         for index in range(len(blocks) + 1):
-            path = _border_path(findings.folder, index)
+            path = _border_path(sensitivities.folder, index)
             borders.append(FileStore(path, shape, job.dtype, lasting=True, ranks=job.ranks))
             stack.callback(borders[-1].close)
         propagator = embed(job, {borders[0]: job.num_backward})
         observer.start("sensitivity: forward", len(blocks))
         for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
             step = f"border {block.index + 1}"
-            if findings.journal.find(step) is None:
+            if sensitivities.journal.find(step) is None:
                 propagator.carry(load_block(job, block)[1], block.index, before, after)
                 after.flush()
-                findings.journal.record(step, [after.path])
+                sensitivities.journal.record(step, [after.path])
                 release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        snapshots = Snapshots(findings.folder / "gradient", observer.note, job.ranks)
+        snapshots = Snapshots(sensitivities.folder / "gradient", observer.note, job.ranks)
         kept = snapshots.load()
-        if kept is not None and _all_found(findings, blocks[kept.position :]):
+        if kept is not None and _all_found(sensitivities, blocks[kept.position :]):
             kept.restore({"gradient": gradient})
             left = blocks[: kept.position]
         else:
@@ -111,7 +111,7 @@ def _visit(job: Job, findings: Findings, observer: Observer, labels: Labels, bac
             # The closures hold the sums.
             del tasks
             for block in turn:
-                findings.save(block, *found.pop(block.index))
+                sensitivities.save(block, *found.pop(block.index))
             snapshots.keep(turn[-1].index, {"gradient": gradient})
             release_free_memory()
             for block in turn:

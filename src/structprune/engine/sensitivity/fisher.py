@@ -23,7 +23,7 @@ from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.layerwise.statistics import token_scale
 from structprune.engine.run.context import Job
 from structprune.engine.sensitivity.backward_pass import Found, backward_pass, on_host
-from structprune.engine.sensitivity.store import Costs, Findings
+from structprune.engine.sensitivity.store import Costs, SensitivityStore
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
@@ -40,7 +40,7 @@ from structprune.types import BlockLayout, Moments, Sensitivity, UnitGroup
 def fisher_pass(job: Job, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
-    def price(
+    def removal_costs(
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         with job.meter.phase("sensitivity: backward"):
@@ -54,7 +54,7 @@ def fisher_pass(job: Job, folder: Path, observer: Observer) -> Costs:
 
         return found
 
-    return backward_pass(job, folder, observer, labels="sampled", backward=price)
+    return backward_pass(job, folder, observer, labels="sampled", backward=removal_costs)
 
 
 def score_pass(job: Job, folder: Path, observer: Observer) -> Costs:
@@ -62,10 +62,10 @@ def score_pass(job: Job, folder: Path, observer: Observer) -> Costs:
     blocks = job.stock.layout.blocks
     num_windows = job.windows.ids_NS.shape[0]
     with contextlib.ExitStack() as stack:
-        findings = stack.enter_context(Findings(folder, observer.note, job.ranks))
-        done = [findings.has(block) for block in blocks]
+        sensitivities = stack.enter_context(SensitivityStore(folder, observer.note, job.ranks))
+        done = [sensitivities.has(block) for block in blocks]
         if all(done):
-            return findings.costs(blocks, job.kinds)
+            return sensitivities.costs(blocks, job.kinds)
         store = open_store(job, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
         propagator = embed(job, {store: num_windows})
@@ -81,13 +81,13 @@ def score_pass(job: Job, folder: Path, observer: Observer) -> Costs:
             with job.meter.phase("sensitivity: scores"):
                 sums = _measure(job, block, module, propagator, store, owner)
             task = owner, partial(_scores, job, block, tensors, sums)
-            findings.save(block, {}, job.ranks.together({block.index: task})[block.index])
+            sensitivities.save(block, {}, job.ranks.together({block.index: task})[block.index])
             del task, sums
             snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
             observer.advance(f"block {block.index}")
         snapshots.discard()
-        return findings.costs(blocks, job.kinds)
+        return sensitivities.costs(blocks, job.kinds)
 
 
 def _scores(

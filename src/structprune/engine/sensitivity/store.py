@@ -21,7 +21,7 @@ Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
 
 
-class Findings:
+class SensitivityStore:
     """One sensitivity pass's folder and its journal, which is open inside the context."""
 
     def __init__(self, folder: Path, notify: Callable[[str], None], ranks: Ranks = ALONE) -> None:
@@ -29,7 +29,7 @@ class Findings:
         self._notify = notify
         self._ranks = ranks
 
-    def __enter__(self) -> Findings:
+    def __enter__(self) -> SensitivityStore:
         self.journal = Journal(self.folder, self._notify, self._ranks)
         return self
 
