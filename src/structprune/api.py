@@ -20,7 +20,7 @@ from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import CheckedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
 from structprune.engine.run.calibration import source_context
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
 from structprune.engine.run.identity import Start, begin_or_go_on, find_start
@@ -38,7 +38,7 @@ from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.results.schema import REPORT_NAME, PruneReport
 from structprune.runs.directory import RunDirectory, check_absent
-from structprune.training.finish import RECOVERY_REPORT_NAME
+from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
 from structprune.training.settings import RecoverySettings
 from structprune.types import ModelLayout
@@ -109,11 +109,11 @@ def prune(
         ranks.from_first(lambda: _check_asked(recipe, run, ranks, shared))
         checked = check(model, recipe, ranks)
         with PeakMeter() as meter, run:
-            job = _job(checked, run, meter, observer, str(model), recipe, started, shared)
+            context = _context(checked, run, meter, observer, str(model), recipe, started, shared)
             if ranks.from_first(run.is_committed):
                 return ranks.from_first(lambda: _left_to_tidy(run))
-            with job.device_meter:
-                return PIPELINES[checked.method.pipeline].execute(job, run, meter, MarkingObserver(observer, meter))
+            with context.device_meter:
+                return PIPELINES[checked.method.pipeline].execute(context, run, meter, MarkingObserver(observer, meter))
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -173,7 +173,7 @@ def resume(
         return prune(start.model, start.asked, directory.output, observer, rank_timeout=rank_timeout)
 
 
-def _job(
+def _context(
     checked: CheckedRun,
     run: RunDirectory,
     meter: PeakMeter,
@@ -182,7 +182,7 @@ def _job(
     asked: Recipe,
     started: float,
     shared: Path | None,
-) -> Job:
+) -> RunContext:
     """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
 
     def plan(budgets: Budgets, num_windows: int) -> PrunePlan:
@@ -200,7 +200,7 @@ def _job(
         )
     )
     num_windows = len(begun.windows.ids_NS)
-    return Job(
+    return RunContext(
         source=model,
         stock=checked.stock,
         recipe=checked.recipe.model_copy(
@@ -230,7 +230,7 @@ def _job(
 def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = checked.recipe
-    context = source_context(
+    source = source_context(
         checked.directory,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
@@ -240,7 +240,7 @@ def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
     )
-    return load_windows(recipe.calibration, context, observer.note)
+    return load_windows(recipe.calibration, source, observer.note)
 
 
 def recover(

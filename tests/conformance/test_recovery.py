@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from structprune.training.context import RecoveryContext, StreamedSide
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from structprune.engine.planning.plan import PrunePlan
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
 from structprune.training.divergence import LOGIT_TOKENS, divergence
-from structprune.training.job import RecoveryJob, Side
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of
 from structprune.training.settings import RecoverySettings
@@ -41,14 +41,14 @@ def texts_of(windows: CalibrationWindows) -> Texts:
     return Texts(names=("tiny",), windows=windows, train=(TRAIN,), held_out=(HELD_OUT,))
 
 
-def job_for(teacher: Path, student: Path, *, resident: bool = True, **settings: Any) -> RecoveryJob:
+def context_for(teacher: Path, student: Path, *, resident: bool = True, **settings: Any) -> RecoveryContext:
     ids_NS = torch.randint(0, 250, (4, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     windows = CalibrationWindows(ids_NS=ids_NS, description="random")
     plan = PrunePlan(
         budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     sides = [
-        Side(
+        StreamedSide(
             stock=StockModel(CheckpointReader(directory)),
             windows=windows,
             plan=plan,
@@ -57,7 +57,7 @@ def job_for(teacher: Path, student: Path, *, resident: bool = True, **settings: 
         )
         for directory in (teacher, student)
     ]
-    return RecoveryJob(
+    return RecoveryContext(
         teacher=sides[0],
         student=sides[1],
         settings=RecoverySettings.build(seq_len=SEQ_LEN, **settings).resolved(),
@@ -106,14 +106,14 @@ def whole_gradients(dense: Path, student: Path, windows: Sequence[Tensor]) -> tu
     return gradients, float(loss.detach())
 
 
-def saved(student: StreamedStudent, job: RecoveryJob, folder: Path, what: str = "weights") -> dict[str, Tensor]:
+def saved(student: StreamedStudent, context: RecoveryContext, folder: Path, what: str = "weights") -> dict[str, Tensor]:
     """Name -> weights or first moment of all blocks, as a checkpoint would have them."""
     folder.mkdir()
     student.save(folder, moments=True)
     result: dict[str, Tensor] = {}
-    for block in job.student.stock.layout.blocks:
+    for block in context.student.stock.layout.blocks:
         flat_P = load_file(folder / f"block-{block.index:05d}.safetensors")[what]
-        views = parameters_of(job.student, block).views(flat_P)
+        views = parameters_of(context.student, block).views(flat_P)
         result |= {block.prefix + name: view for name, view in views.items()}
     return result
 
@@ -121,14 +121,16 @@ def saved(student: StreamedStudent, job: RecoveryJob, folder: Path, what: str = 
 @pytest.mark.parametrize("kind", TINY_MODELS)
 def test_streamed_gradient_is_autograd_s(kind: str, tmp_path: Path) -> None:
     dense, directory = perturbed(kind, tmp_path)
-    job = job_for(dense, directory)
-    student = StreamedStudent(job, tmp_path)
-    ids_NS = job.student.windows.ids_NS
+    context = context_for(dense, directory)
+    student = StreamedStudent(context, tmp_path)
+    ids_NS = context.student.windows.ids_NS
     expected, loss = whole_gradients(dense, directory, (ids_NS[0], ids_NS[2]))
     assert student.step((0, 2), 1e-3, 1) == pytest.approx(loss, rel=1e-4)
     # The first moment starts at zero, so after one step it is a tenth of the gradient.
-    found = saved(student, job, tmp_path / "first", "first")
-    assert set(found) == {name for name in expected if name.startswith(f"{job.student.stock.layout.blocks_module}.")}
+    found = saved(student, context, tmp_path / "first", "first")
+    assert set(found) == {
+        name for name in expected if name.startswith(f"{context.student.stock.layout.blocks_module}.")
+    }
     largest = max(float(gradient.abs().amax()) for gradient in expected.values())
     for name, tensor in found.items():
         torch.testing.assert_close(tensor / (1 - BETAS[0]), expected[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
@@ -139,21 +141,21 @@ def test_files_and_memory_give_the_same_steps(tmp_path: Path) -> None:
     dense, directory = perturbed("llama", tmp_path)
     results: list[dict[str, Tensor]] = []
     for resident in (True, False):
-        job = job_for(dense, directory, resident=resident)
+        context = context_for(dense, directory, resident=resident)
         folder = tmp_path / f"resident-{resident}"
         folder.mkdir()
-        student = StreamedStudent(job, folder)
+        student = StreamedStudent(context, folder)
         for number in (1, 2):
             student.step((0, 1), 1e-3, number)
-        results.append(saved(student, job, folder / "weights"))
+        results.append(saved(student, context, folder / "weights"))
         # Both moments survive a snapshot, so that the next step is the same.
         (folder / "snapshot").mkdir()
         student.save(folder / "snapshot", moments=True)
         (folder / "again").mkdir()
-        again = StreamedStudent(job, folder / "again")
+        again = StreamedStudent(context, folder / "again")
         again.load(folder / "snapshot", moments=True)
         assert student.step((2,), 1e-3, 3) == again.step((2,), 1e-3, 3)
-        first, second = (saved(s, job, folder / n) for s, n in ((student, "a"), (again, "b")))
+        first, second = (saved(s, context, folder / n) for s, n in ((student, "a"), (again, "b")))
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert not torch.equal(
             first["model.layers.0.mlp.up_proj.weight"], results[-1]["model.layers.0.mlp.up_proj.weight"]

@@ -25,7 +25,7 @@ from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.pipelines.units import allocate
 from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.planning.shapes import LOGIT_TOKENS
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.backward_pass import loss_gradient
 from structprune.engine.sensitivity.fisher import backward, fisher_pass
 from structprune.engine.sensitivity.store import load_found
@@ -43,13 +43,15 @@ from support.models import TINY_MODELS, save_tiny
 NUM_WINDOWS, SEQ_LEN = 3, 24
 
 
-def job_for(directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any) -> Job:
+def context_for(
+    directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any
+) -> RunContext:
     stock = StockModel(CheckpointReader(directory), head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
         budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
-    return Job(
+    return RunContext(
         source="tiny",
         stock=stock,
         recipe=Recipe.build(
@@ -81,9 +83,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Path) -> None:
-    job = job_for(tiny)
+    context = context_for(tiny)
     model = AutoModelForCausalLM.from_pretrained(
-        tiny, attn_implementation=job.stock.family.attention_implementation
+        tiny, attn_implementation=context.stock.family.attention_implementation
     ).eval()
     outputs: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -94,17 +96,19 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
 
         return hook
 
-    blocks = model.get_submodule(job.stock.family.blocks_module)
+    blocks = model.get_submodule(context.stock.family.blocks_module)
     for index, block in enumerate(blocks):
-        for group in job.stock.groups:
+        for group in context.stock.groups:
             # The experts of a mixture have one sum.
             consumer = block.get_submodule(group.output_module or group.consumer_module)
             if group.part in (None, 0):
                 consumer.register_forward_hook(keep((index, group.kind)))
-    generator = torch.Generator().manual_seed(job.recipe.seed)
-    expected = {(b.index, g.kind): torch.zeros(32, 32) for b in job.stock.layout.blocks for g in job.stock.groups}
+    generator = torch.Generator().manual_seed(context.recipe.seed)
+    expected = {
+        (b.index, g.kind): torch.zeros(32, 32) for b in context.stock.layout.blocks for g in context.stock.groups
+    }
     for window in range(NUM_WINDOWS):
-        logits_SV = model(input_ids=job.windows.ids_NS[window : window + 1]).logits[0, :-1]
+        logits_SV = model(input_ids=context.windows.ids_NS[window : window + 1]).logits[0, :-1]
         labels_S = torch.cat(
             [draw_tokens(part.detach().softmax(dim=-1), generator)[:, 0] for part in logits_SV.split(LOGIT_TOKENS)]
         )
@@ -113,35 +117,35 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
         for key, output in outputs.items():
             assert output.grad is not None
             grad_TO = output.grad.reshape(-1, 32)
-            if (eps := job.stock.layout.blocks[0].group(key[1]).output_norm_eps) is not None:
+            if (eps := context.stock.layout.blocks[0].group(key[1]).output_norm_eps) is not None:
                 grad_TO = grad_TO * (output.detach().reshape(-1, 32).square().mean(dim=1, keepdim=True) + eps).sqrt()
             expected[key] += grad_TO.T @ grad_TO / (NUM_WINDOWS * SEQ_LEN)
-    fisher_pass(job, tmp_path / "survey", SilentObserver())
-    for block in job.stock.layout.blocks:
+    fisher_pass(context, tmp_path / "survey", SilentObserver())
+    for block in context.stock.layout.blocks:
         found = load_found(tmp_path / "survey", block.index)
-        for group in job.stock.groups:
+        for group in context.stock.groups:
             difference = (found[group.kind] - expected[block.index, group.kind]).norm()
             assert float(difference / expected[block.index, group.kind].norm()) < 1e-5
 
 
 def test_gradient_by_the_embedding_output(tiny: Path) -> None:
     """The last thing that the backward pass reaches: the derivative by the first block's input."""
-    job = job_for(tiny)
+    context = context_for(tiny)
     store = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
-    propagator = embed(job, {store: NUM_WINDOWS})
+    propagator = embed(context, {store: NUM_WINDOWS})
     borders: list[MemoryStore] = []
-    for block in job.stock.layout.blocks:
+    for block in context.stock.layout.blocks:
         borders.append(MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32))
         borders[-1].write(0, store.read(0, NUM_WINDOWS))
-        module = job.stock.block(block.index, job.reader.read(block.shapes, block.prefix))
+        module = context.stock.block(block.index, context.reader.read(block.shapes, block.prefix))
         propagator.run(module, block.index, store)
     gradient = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
-    loss_gradient(job, store, gradient, "sampled")
-    for block in reversed(job.stock.layout.blocks):
-        backward(job, block, propagator, borders[block.index], gradient)
+    loss_gradient(context, store, gradient, "sampled")
+    for block in reversed(context.stock.layout.blocks):
+        backward(context, block, propagator, borders[block.index], gradient)
 
     model = AutoModelForCausalLM.from_pretrained(
-        tiny, attn_implementation=job.stock.family.attention_implementation
+        tiny, attn_implementation=context.stock.family.attention_implementation
     ).eval()
     embedded: list[torch.Tensor] = []
 
@@ -150,9 +154,9 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
         embedded.append(output)
 
     model.get_input_embeddings().register_forward_hook(keep)
-    generator = torch.Generator().manual_seed(job.recipe.seed)
+    generator = torch.Generator().manual_seed(context.recipe.seed)
     for window in range(NUM_WINDOWS):
-        logits_SV = model(input_ids=job.windows.ids_NS[window : window + 1]).logits[0, :-1]
+        logits_SV = model(input_ids=context.windows.ids_NS[window : window + 1]).logits[0, :-1]
         labels_S = draw_tokens(logits_SV.detach().softmax(dim=-1), generator)[:, 0]
         nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").backward()
         expected = embedded[-1].grad
@@ -179,11 +183,13 @@ def unstacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 SUMS = [field.name for field in fields(TaylorSums)]
 
 
-def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+def sums_by_autograd(
+    context: RunContext, num_windows: int = NUM_WINDOWS
+) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     """(block, group name) -> the sums of every unit, weight by weight from whole-model gradients of the stock loss."""
     model = (
         AutoModelForCausalLM.from_pretrained(
-            job.reader.directory, attn_implementation=job.stock.family.attention_implementation
+            context.reader.directory, attn_implementation=context.stock.family.attention_implementation
         )
         .eval()
         .double()
@@ -193,7 +199,7 @@ def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int
     mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     square = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for window in range(num_windows):
-        ids_BS = job.windows.ids_NS[window : window + 1]
+        ids_BS = context.windows.ids_NS[window : window + 1]
         model.zero_grad()
         model(input_ids=ids_BS, labels=ids_BS).loss.backward()
         for name, parameter in model.named_parameters():
@@ -202,7 +208,7 @@ def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int
             square[name] += parameter.grad.square() / num_windows
     weights, mean, square = unstacked(dict(model.named_parameters())), unstacked(mean), unstacked(square)
     found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    for block in job.stock.layout.blocks:
+    for block in context.stock.layout.blocks:
         for group in block.groups:
             sums = {name: torch.zeros(group.num_units, dtype=torch.float64) for name in SUMS}
             for unit in range(group.num_units):
@@ -223,9 +229,9 @@ def sums_by_autograd(job: Job, num_windows: int = NUM_WINDOWS) -> dict[tuple[int
     return found
 
 
-def assert_sums_are_those_of_autograd(job: Job, folder: Path) -> None:
-    taylor_pass(job, folder, SilentObserver())
-    for (index, group), expected in sums_by_autograd(job, job.recipe.sensitivity_samples).items():
+def assert_sums_are_those_of_autograd(context: RunContext, folder: Path) -> None:
+    taylor_pass(context, folder, SilentObserver())
+    for (index, group), expected in sums_by_autograd(context, context.recipe.sensitivity_samples).items():
         found = load_taylor(folder, index)[group]
         for name in SUMS:
             difference = (getattr(found, name) - expected[name]).norm()
@@ -233,45 +239,45 @@ def assert_sums_are_those_of_autograd(job: Job, folder: Path) -> None:
 
 
 def test_taylor_sums_equal_whole_model_autograd(tiny: Path, tmp_path: Path) -> None:
-    assert_sums_are_those_of_autograd(job_for(tiny, "llm-pruner"), tmp_path / "survey")
+    assert_sums_are_those_of_autograd(context_for(tiny, "llm-pruner"), tmp_path / "survey")
 
 
 def test_taylor_sums_of_query_heads(tiny_llama: Path, tmp_path: Path) -> None:
     """One query head of every KV group: its q rows and o columns, not the shared keys and values."""
-    assert_sums_are_those_of_autograd(job_for(tiny_llama, "llm-pruner", "query-head"), tmp_path / "survey")
+    assert_sums_are_those_of_autograd(context_for(tiny_llama, "llm-pruner", "query-head"), tmp_path / "survey")
 
 
 def test_taylor_sums_are_of_the_first_windows(tiny_llama: Path, tmp_path: Path) -> None:
-    assert_sums_are_those_of_autograd(job_for(tiny_llama, "llm-pruner", sensitivity_samples=1), tmp_path / "survey")
+    assert_sums_are_those_of_autograd(context_for(tiny_llama, "llm-pruner", sensitivity_samples=1), tmp_path / "survey")
 
 
 @pytest.mark.parametrize("score", ["taylor-first", "taylor-mix"])
 def test_taylor_costs_are_the_scores_in_ascending_order(score: str, tiny_llama: Path, tmp_path: Path) -> None:
-    job = job_for(tiny_llama, "llm-pruner", score=score)
-    costs = taylor_pass(job, tmp_path / "survey", SilentObserver())
-    for block in job.stock.layout.blocks:
+    context = context_for(tiny_llama, "llm-pruner", score=score)
+    costs = taylor_pass(context, tmp_path / "survey", SilentObserver())
+    for block in context.stock.layout.blocks:
         sums = load_taylor(tmp_path / "survey", block.index)
         for group in block.groups:
-            tensors, _ = load_block(job, block)
-            problem = layer_problem(job, block, group, tensors, [], Sensitivity(taylor=sums[group.kind]))
+            tensors, _ = load_block(context, block)
+            problem = layer_problem(context, block, group, tensors, [], Sensitivity(taylor=sums[group.kind]))
             score_U = SCORES.get(score)(problem)
             assert costs[group.kind][block.index].tolist() == sorted(score_U.tolist())
 
 
 def test_closed_form_is_one_ranking_of_all_blocks(tiny_llama: Path, tmp_path: Path) -> None:
     changes = {"allocator": "closed-form", "temperature": 0.0, "sparsity": 0.25, "min_retention": 0.01}
-    job = job_for(tiny_llama, "llm-pruner", score="taylor-first", protect_first=0, protect_last=0, **changes)
-    job = replace(job, kinds=("mlp",))
-    costs = taylor_pass(job, tmp_path / "survey", SilentObserver())
+    context = context_for(tiny_llama, "llm-pruner", score="taylor-first", protect_first=0, protect_last=0, **changes)
+    context = replace(context, kinds=("mlp",))
+    costs = taylor_pass(context, tmp_path / "survey", SilentObserver())
     lowest = torch.cat(costs["mlp"]).sort(stable=True).indices[:24]
-    assert allocate(job, costs) == {"mlp": [48 - int((lowest // 48 == block).sum()) for block in range(2)]}
+    assert allocate(context, costs) == {"mlp": [48 - int((lowest // 48 == block).sum()) for block in range(2)]}
 
 
 def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
-    job = job_for(tiny_llama, "llm-pruner", "query-head")
-    block = job.stock.layout.blocks[0]
+    context = context_for(tiny_llama, "llm-pruner", "query-head")
+    block = context.stock.layout.blocks[0]
     for group in block.groups:
-        problem = layer_problem(job, block, group, load_block(job, block)[0], [])
+        problem = layer_problem(context, block, group, load_block(context, block)[0], [])
         assert problem.gram_II.shape == (problem.weight_OI.shape[1],) * 2
         assert problem.gram_II.untyped_storage().nbytes() <= 8
 
@@ -279,10 +285,10 @@ def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_gradients_that_are_not_finite_are_an_error(value: float, tiny_llama: Path) -> None:
     """Also those whose square overflows."""
-    job = job_for(tiny_llama, "llm-pruner")
+    context = context_for(tiny_llama, "llm-pruner")
     border, gradient = (MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32) for _ in range(2))
-    propagator = embed(job, {border: NUM_WINDOWS})
+    propagator = embed(context, {border: NUM_WINDOWS})
     gradient.write(0, torch.full((NUM_WINDOWS, SEQ_LEN, 32), value))
-    block = job.stock.layout.blocks[0]
+    block = context.stock.layout.blocks[0]
     with pytest.raises(NumericalError, match=r"block 0: a gradient by '.*weight' is NaN or infinite"):
-        weight_sums(job, block, load_block(job, block)[1], propagator, border, gradient)
+        weight_sums(context, block, load_block(context, block)[1], propagator, border, gradient)

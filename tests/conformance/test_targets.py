@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_survey import NUM_WINDOWS, SEQ_LEN, job_for
+from test_survey import NUM_WINDOWS, SEQ_LEN, context_for
 from torch import Tensor, nn
 
 from structprune.architectures.stock.model import output_tensor
 from structprune.calibration.store import MemoryStore
 from structprune.engine.layerwise.statistics import Streams, follow_dense, measure
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.embed import embed
 from structprune.types import Moments
 from support.models import save_tiny
@@ -23,7 +23,7 @@ from support.models import save_tiny
 KINDS = ["llama", "opt", "gpt2", "gpt_neox", "gpt_neox-sequential", "phi3", "gemma2", "gemma3_text-biased"]
 
 
-def traced(job: Job, module: nn.Module, hidden_BSD: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def traced(context: RunContext, module: nn.Module, hidden_BSD: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The block's output, and of each consumer its input and its output, on a plain forward pass."""
     found: dict[str, Tensor] = {}
 
@@ -34,7 +34,7 @@ def traced(job: Job, module: nn.Module, hidden_BSD: Tensor, kwargs: dict[str, An
         return hook
 
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for group in job.stock.groups:
+        for group in context.stock.groups:
             handle = module.get_submodule(group.consumer_module).register_forward_hook(keep(group.kind))
             stack.callback(handle.remove)
         found["block"] = output_tensor(module(hidden_BSD, **kwargs))
@@ -43,34 +43,36 @@ def traced(job: Job, module: nn.Module, hidden_BSD: Tensor, kwargs: dict[str, An
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets(kind: str, tmp_path: Path) -> None:
-    job = job_for(save_tiny(kind, tmp_path / "model"), target="dense-path")
+    context = context_for(save_tiny(kind, tmp_path / "model"), target="dense-path")
     shape = (NUM_WINDOWS, SEQ_LEN, 32)
     dense, pruned = MemoryStore(shape, torch.float32), MemoryStore(shape, torch.float32)
-    streams = Streams(propagator=embed(job, {dense: NUM_WINDOWS}), pruned=pruned, dense=dense)
+    streams = Streams(propagator=embed(context, {dense: NUM_WINDOWS}), pruned=pruned, dense=dense)
     start = {"dense": dense.read(0, NUM_WINDOWS).clone()}
     start["pruned"] = start["dense"] + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
     pruned.write(0, start["pruned"])
-    block = job.stock.layout.blocks[0]
-    module = job.stock.block(0, job.reader.read(block.shapes, block.prefix))
-    kwargs = job.stock.embed(job.windows.ids_NS, job.reader.read(job.stock.embedding_tensors()))[1].kwargs[0]
-    truth = {name: traced(job, module, hidden, kwargs) for name, hidden in start.items()}
+    block = context.stock.layout.blocks[0]
+    module = context.stock.block(0, context.reader.read(block.shapes, block.prefix))
+    kwargs = context.stock.embed(context.windows.ids_NS, context.reader.read(context.stock.embedding_tensors()))[
+        1
+    ].kwargs[0]
+    truth = {name: traced(context, module, hidden, kwargs) for name, hidden in start.items()}
 
     found: dict[str, Moments] = {}
-    for stage in job.stock.stages:
+    for stage in context.stock.stages:
         groups = [block.group(sublayer) for sublayer in stage]
-        reference = follow_dense(job, block, stage, groups, module, streams)
+        reference = follow_dense(context, block, stage, groups, module, streams)
         for group in groups:
-            found |= measure(job, block, [group], module, streams, (0, NUM_WINDOWS), reference)
-        with job.stock.stage(module, stage):
+            found |= measure(context, block, [group], module, streams, (0, NUM_WINDOWS), reference)
+        with context.stock.stage(module, stage):
             streams.propagator.run(module, 0, pruned)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pruned.read(0, NUM_WINDOWS), truth["pruned"]["block"], rtol=1e-5, atol=1e-5)
 
-    for group in job.stock.groups:
+    for group in context.stock.groups:
         own, wanted = truth["pruned"], truth["dense"]
         if group.output_normed:
             target = wanted[f"{group.kind} out"]
-        elif len(job.stock.stages) == 1:
+        elif len(context.stock.stages) == 1:
             target = wanted["block"] - (own["block"] - own[f"{group.kind} out"])
         elif group.kind == "attention":
             target = start["dense"] + wanted["attention out"] - start["pruned"]
@@ -86,7 +88,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         moments = found[group.kind]
         if group.output_norm_eps is not None and group.kind == "attention":
             pruned.write(0, start["pruned"])
-            local = measure(job, block, [group], module, streams, (0, NUM_WINDOWS), None)[group.kind]
+            local = measure(context, block, [group], module, streams, (0, NUM_WINDOWS), None)[group.kind]
             z_TD = own["attention out"].flatten(0, -2)
             local_TI = own["attention in"].flatten(0, -2) / (z_TD.square().mean(1, keepdim=True) + 1e-6).sqrt()
             torch.testing.assert_close(local.gram_II, local_TI.T @ local_TI, rtol=1e-4, atol=1e-3)

@@ -37,10 +37,10 @@ def _at(block: int, work: Callable[[], None]) -> None:
     """Do `work` in this process when it comes to `block`."""
     prune_block = units.prune_block
 
-    def wrapped(job: Any, layout: Any, *values: Any, **named: Any) -> Any:
+    def wrapped(context: Any, layout: Any, *values: Any, **named: Any) -> Any:
         if layout.index == block:
             work()
-        return prune_block(job, layout, *values, **named)
+        return prune_block(context, layout, *values, **named)
 
     units.prune_block = wrapped
 
@@ -48,10 +48,10 @@ def _at(block: int, work: Callable[[], None]) -> None:
 def _die_in_sensitivity_pass(block: int) -> None:
     backward = fisher.backward
 
-    def wrapped(job: Any, layout: Any, *values: Any) -> Any:
+    def wrapped(context: Any, layout: Any, *values: Any) -> Any:
         if layout.index == block:
             os.kill(os.getpid(), signal.SIGKILL)
-        return backward(job, layout, *values)
+        return backward(context, layout, *values)
 
     fisher.backward = wrapped
 
@@ -78,15 +78,15 @@ def _watch_blocks() -> None:
     """Take the sums of what every rank makes of each block, and the bytes that it took."""
     prune_block = units.prune_block
 
-    def wrapped(job: Any, layout: Any, *values: Any, **named: Any) -> Any:
-        before = dict(getattr(job.ranks, "counted", {}))
-        outcome = prune_block(job, layout, *values, **named)
+    def wrapped(context: Any, layout: Any, *values: Any, **named: Any) -> Any:
+        before = dict(getattr(context.ranks, "counted", {}))
+        outcome = prune_block(context, layout, *values, **named)
         digest = hashlib.sha256()
         for name, tensor in outcome.tensors.items():
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         _seen["blocks"].append(digest.hexdigest())
-        counted = getattr(job.ranks, "counted", {})
+        counted = getattr(context.ranks, "counted", {})
         _seen["bytes"].append({name: counted[name] - before[name] for name in counted})
         return outcome
 
@@ -97,10 +97,12 @@ def _watch_sensitivity() -> None:
     """The bytes of the measurements that come first."""
     measure_sensitivity = units.measure_sensitivity
 
-    def wrapped(job: Any, *values: Any) -> Any:
-        before = dict(getattr(job.ranks, "counted", {}))
-        found = measure_sensitivity(job, *values)
-        _seen["survey"] = {name: number - before[name] for name, number in getattr(job.ranks, "counted", {}).items()}
+    def wrapped(context: Any, *values: Any) -> Any:
+        before = dict(getattr(context.ranks, "counted", {}))
+        found = measure_sensitivity(context, *values)
+        _seen["survey"] = {
+            name: number - before[name] for name, number in getattr(context.ranks, "counted", {}).items()
+        }
         return found
 
     units.measure_sensitivity = wrapped

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structprune.training.context import target_borders
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +28,6 @@ from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.training import blocks as blocks_mode
 from structprune.training import loop, run
-from structprune.training.job import target_borders
 from structprune.training.plan import RecoveryPlan
 from structprune.training.settings import RecoverySettings
 from support.models import save_tiny

@@ -253,9 +253,9 @@ def test_a_snapshot_is_gone_on_from(halted: Halted, monkeypatch: pytest.MonkeyPa
     pruned: list[int] = []
     real = units.prune_block
 
-    def count(job: Any, block: Any, *values: Any, **named: Any) -> Any:
+    def count(context: Any, block: Any, *values: Any, **named: Any) -> Any:
         pruned.append(block.index)
-        return real(job, block, *values, **named)
+        return real(context, block, *values, **named)
 
     monkeypatch.setattr(units, "prune_block", count)
     monkeypatch.setattr(units, "pass_block", None)

@@ -23,7 +23,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
 from structprune.engine.pipelines import slice as slice_pipeline
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.results.schema import PruneReport
@@ -141,8 +141,8 @@ def test_the_pass_measures_what_the_output_computes(
     seen: dict[str, Any] = {}
     inner = slice_pipeline._slice_blocks  # pyright: ignore[reportPrivateUsage]
 
-    def spy(job: Job, *arguments: Any) -> Any:
-        seen["ids"], seen["result"] = job.windows.ids_NS[: job.num_probe], inner(job, *arguments)
+    def spy(context: RunContext, *arguments: Any) -> Any:
+        seen["ids"], seen["result"] = context.windows.ids_NS[: context.num_probe], inner(context, *arguments)
         return seen["result"]
 
     monkeypatch.setattr(slice_pipeline, "_slice_blocks", spy)

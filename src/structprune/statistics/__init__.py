@@ -1,4 +1,4 @@
-"""Streamed statistics: update with a batch, merge two, finalize. Sums and counts, never means."""
+"""StreamedModel statistics: update with a batch, merge two, finalize. Sums and counts, never means."""
 
 from structprune.statistics.gram import GramAccumulator
 

@@ -1,7 +1,7 @@
 """Recovery: a pruned model learns again from the dense one. A mode is one file."""
 
 from structprune.registry import Registry
-from structprune.training.job import Mode
+from structprune.training.context import Mode
 
 MODES: Registry[Mode] = Registry(
     "recovery mode",

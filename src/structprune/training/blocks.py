@@ -28,7 +28,7 @@ from structprune.files import write_text
 from structprune.memory import format_bytes, release_free_memory
 from structprune.results.recovery import RecoveredBlock
 from structprune.training.adam import adam_step, check_gradient, course
-from structprune.training.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
+from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
 from structprune.training.parameters import BlockParameters, parameters_of
 from structprune.training.settings import RecoverySettings
 from structprune.training.snapshots import load_tensors, load_text, save_tensors
@@ -55,36 +55,36 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
     return ModeBytes(held=0, resident=0, disk=stored)
 
 
-def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
     """Go over the student's blocks in order.
 
     A block whose file and report are there already, from a run that was cut, is only run again.
     """
-    blocks = job.student.stock.layout.blocks
-    num_windows = len(job.texts.windows.ids_NS)
+    blocks = context.student.stock.layout.blocks
+    num_windows = len(context.texts.windows.ids_NS)
     reports: list[RecoveredBlock] = []
-    started, limit = time.perf_counter(), job.settings.limit_s
+    started, limit = time.perf_counter(), context.settings.limit_s
     with contextlib.ExitStack() as stack:
         stores: list[HiddenStore] = []
-        for name, side in (("student", job.student), ("teacher", job.teacher)):
+        for name, side in (("student", context.student), ("teacher", context.teacher)):
             store = open_store(side, place.scratch / f"{name}.bin", num_windows)
             stack.callback(store.close)
             stores.append(store)
         student, teacher = stores
-        propagator = embed(job.student, {student: num_windows})
-        dense = embed(job.teacher, {teacher: num_windows})
+        propagator = embed(context.student, {student: num_windows})
+        dense = embed(context.teacher, {teacher: num_windows})
         passed = 0
         place.observer.start("recover", len(blocks))
-        for block, target in zip(blocks, job.targets, strict=True):
-            for other in job.teacher.stock.layout.blocks[passed:target]:
-                dense.run(load_block(job.teacher, other)[1], other.index, teacher)
+        for block, target in zip(blocks, context.targets, strict=True):
+            for other in context.teacher.stock.layout.blocks[passed:target]:
+                dense.run(load_block(context.teacher, other)[1], other.index, teacher)
                 release_free_memory()
             passed = target
             report = _saved_report(place.folder, block.index)
             if report is None:
                 left = None if limit is None else limit - (time.perf_counter() - started)
                 share = None if left is None else left / (len(blocks) - block.index)
-                trainer = BlockTrainer(job, block, propagator, student, teacher)
+                trainer = BlockTrainer(context, block, propagator, student, teacher)
                 tensors, report = trainer.train(target, share)
                 save_tensors(_path(place.folder, block.index), tensors)
                 write_text(_path(place.folder, block.index, ".json"), report.model_dump_json())
@@ -92,9 +92,9 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
             else:
                 tensors = load_tensors(_path(place.folder, block.index))
             reports.append(report)
-            cast = {n: t.to(job.student.device, job.student.dtype) for n, t in tensors.items()}
+            cast = {n: t.to(context.student.device, context.student.dtype) for n, t in tensors.items()}
             del tensors
-            propagator.run(job.student.stock.block(block.index, cast), block.index, student)
+            propagator.run(context.student.stock.block(block.index, cast), block.index, student)
             del cast
             release_free_memory()
             place.observer.advance(
@@ -127,7 +127,7 @@ def token_error(output_BSD: Tensor, wanted_BSD: Tensor) -> Tensor:
 class BlockTrainer:
     """One block, its two streams and its optimiser."""
 
-    job: RecoveryJob
+    context: RecoveryContext
     block: BlockLayout
     propagator: Propagator
     student: HiddenStore
@@ -141,7 +141,7 @@ class BlockTrainer:
         They are the original ones unless the held-out windows are met better. Raises NumericalError.
         """
         started = time.perf_counter()
-        settings, side = self.job.settings, self.job.student
+        settings, side = self.context.settings, self.context.student
         original = side.reader.read(self.block.shapes, self.block.prefix)
         parameters = parameters_of(side, self.block)
         fixed = {n: t for n, t in original.items() if n not in parameters.shapes}
@@ -150,7 +150,7 @@ class BlockTrainer:
         module = parameters.module(side, self.block, state_3P[0], fixed)
         before = best = self.error(module)
         best_P: Tensor | None = None
-        windows = self.job.texts.all_train
+        windows = self.context.texts.all_train
         per_pass = -(-len(windows) // settings.batch)
         step = epochs = seen = in_vain = 0
         while epochs < settings.passes and parameters.size and (share_s is None or share_s > 0):
@@ -197,18 +197,18 @@ class BlockTrainer:
     @torch.no_grad()
     def error(self, module: nn.Module) -> float:
         """Mean error of the held-out tokens."""
-        held_out = self.job.texts.all_held_out
+        held_out = self.context.texts.all_held_out
         total = sum(float(self._loss(module, number)) for number in held_out)
         return total / (len(held_out) * self.student.shape[1])
 
     def _loss(self, module: nn.Module, number: int) -> Tensor:
-        hidden_BSD = self.student.read(number, number + 1).to(self.job.student.device)
+        hidden_BSD = self.student.read(number, number + 1).to(self.context.student.device)
         output_BSD = output_tensor(module(hidden_BSD, **self.propagator.kwargs(1, self.block.index)))
-        return token_error(output_BSD, self.teacher.read(number, number + 1).to(self.job.student.device))
+        return token_error(output_BSD, self.teacher.read(number, number + 1).to(self.context.student.device))
 
     def _gradient(self, module: nn.Module, parameters: BlockParameters, windows: list[int]) -> Tensor:
         """Of the mean error of these windows' tokens."""
-        gradient_P = parameters.gradient_P(self.job.student.device)
+        gradient_P = parameters.gradient_P(self.context.student.device)
         sums = parameters.views(gradient_P)
         weights = [module.get_parameter(name) for name in parameters.shapes]
         for number in windows:

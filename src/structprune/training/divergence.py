@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.training.job import Side
+from structprune.training.context import StreamedSide
 
 # More tokens at once make the head's products no faster on a CPU; logits are five float32 matrices of so many rows.
 LOGIT_TOKENS = 128
@@ -26,7 +26,7 @@ class Heads:
     student: nn.Module
 
 
-def load_heads(teacher: Side, student: Side) -> Heads:
+def load_heads(teacher: StreamedSide, student: StreamedSide) -> Heads:
     """Final norm and output projection of both, in the dtype of the forward passes."""
     first, first_tensors = _head(teacher)
     names = {teacher.stock.head_weight: student.stock.head_weight}
@@ -36,12 +36,12 @@ def load_heads(teacher: Side, student: Side) -> Heads:
     return Heads(teacher=first, student=first if shared else _module(student, tensors))
 
 
-def _head(side: Side) -> tuple[nn.Module, dict[str, Tensor]]:
+def _head(side: StreamedSide) -> tuple[nn.Module, dict[str, Tensor]]:
     tensors = side.reader.read(side.stock.head_tensors(), dtype=side.dtype)
     return _module(side, tensors), tensors
 
 
-def _module(side: Side, tensors: dict[str, Tensor]) -> nn.Module:
+def _module(side: StreamedSide, tensors: dict[str, Tensor]) -> nn.Module:
     return side.stock.head({name: tensor.to(side.device) for name, tensor in tensors.items()})
 
 

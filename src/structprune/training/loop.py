@@ -19,7 +19,7 @@ from torch import Tensor
 from structprune.memory import format_bytes
 from structprune.results.recovery import Evaluation, TraceStep
 from structprune.training.adam import course
-from structprune.training.job import Recovered, RecoveryJob, Workplace
+from structprune.training.context import Recovered, RecoveryContext, Workplace
 from structprune.training.mix import Mix, MixState
 from structprune.training.snapshots import Snapshots
 from structprune.types import BlockLayout
@@ -71,21 +71,21 @@ class History(BaseModel):
         return min(self.evaluations, key=lambda entry: (entry.divergence, entry.step))
 
 
-def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
+def distil(context: RecoveryContext, student: Student, place: Workplace) -> History:
     """Train until the windows or the time are used up; `student` then is the best state of all evaluations.
 
     Those are at the start, whenever the windows have been passed once, and at the end. Raises NumericalError.
     """
-    settings = job.settings
+    settings = context.settings
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
     history = History()
-    mix = Mix(job.texts, robust=settings.mix == "robust", radius=settings.mix_radius, seed=settings.seed)
+    mix = Mix(context.texts, robust=settings.mix == "robust", radius=settings.mix_radius, seed=settings.seed)
     if (newest := snapshots.newest(History)) is not None:
         student.load(newest[0], moments=True)
         history = newest[1]
         _link(newest[0] / _BEST_NAME, best)
         place.observer.note(f"going on after step {history.step} of an earlier run")
-    per_pass = -(-len(job.texts.all_train) // settings.batch)
+    per_pass = -(-len(context.texts.all_train) // settings.batch)
     total = settings.passes * per_pass
     # The shares of the texts follow the measurements.
     interval = max(1, per_pass // 8) if settings.mix == "robust" else per_pass
@@ -102,7 +102,7 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
     def evaluate() -> None:
         if history.evaluations and history.evaluations[-1].step == history.step:
             return
-        by_text = [_mean(student.measure(part)) for part in job.texts.held_out]
+        by_text = [_mean(student.measure(part)) for part in context.texts.held_out]
         found = Evaluation(step=history.step, seconds=clock(), divergence=_mean(by_text), by_text=by_text)
         history.evaluations.append(found)
         history.mix = mix.judged(history.mix, by_text)
@@ -139,7 +139,7 @@ def distil(job: RecoveryJob, student: Student, place: Workplace) -> History:
         loss = student.step(windows, rate, history.step + 1)
         history.mix = mix.drawn(history.mix, windows)
         history.step += 1
-        history.tokens += len(windows) * job.student.windows.ids_NS.shape[1]
+        history.tokens += len(windows) * context.student.windows.ids_NS.shape[1]
         history.trace.append(TraceStep(step=history.step, seconds=clock(), loss=loss))
         if history.step % interval == 0:
             evaluate()

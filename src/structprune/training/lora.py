@@ -24,8 +24,8 @@ from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.memory import release_free_memory
 from structprune.training.adam import adam_step, check_gradient
+from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import divergence, load_heads
-from structprune.training.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
 from structprune.training.loop import distil, recovered_by
 from structprune.training.parameters import BlockParameters
 from structprune.training.settings import RecoverySettings
@@ -58,12 +58,12 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
     return ModeBytes(held=held, resident=0, disk=3 * 3 * 4 * updates)
 
 
-def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
     """Distil until windows or time are used up. Raises NumericalError, CheckpointError."""
     with contextlib.ExitStack() as stack:
-        student = LoraStudent(job, place.scratch)
+        student = LoraStudent(context, place.scratch)
         stack.callback(student.close)
-        history = distil(job, student, place)
+        history = distil(context, student, place)
         deltas = place.scratch / "deltas"
         deltas.mkdir()
         student.save_deltas(deltas)
@@ -71,7 +71,7 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
     release_free_memory()
 
     def tensors(block: BlockLayout) -> Mapping[str, Tensor]:
-        original = job.student.reader.read(block.shapes, block.prefix)
+        original = context.student.reader.read(block.shapes, block.prefix)
         if history.best.step == 0:
             return original
         return merged(original, load_tensors(deltas / f"block-{block.index:05d}.safetensors"))
@@ -87,24 +87,24 @@ def merged(original: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> dict
 class LoraStudent:
     """The whole student with its updates (`recovery.loop.Student`)."""
 
-    def __init__(self, job: RecoveryJob, folder: Path) -> None:
+    def __init__(self, context: RecoveryContext, folder: Path) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        self._job = job
-        self._side = side = job.student
-        self._teacher = Teacher(job.teacher, folder / "teacher.bin")
-        self._teacher_head = load_heads(job.teacher, side).teacher
+        self._context = context
+        self._side = side = context.student
+        self._teacher = Teacher(context.teacher, folder / "teacher.bin")
+        self._teacher_head = load_heads(context.teacher, side).teacher
         model = load_model(side.reader.directory, side.device, side.dtype).requires_grad_(False)
         maps = linear_maps(model, side.stock.layout.blocks_module)
         self._maps = [name for name in maps.names if f"{name}.weight" in side.reader.shapes]
         config = LoraConfig(
-            r=job.settings.rank,
-            lora_alpha=job.settings.rank,
+            r=context.settings.rank,
+            lora_alpha=context.settings.rank,
             target_modules=self._maps,
             fan_in_fan_out=maps.transposed,
         )
         with torch.random.fork_rng():
-            torch.manual_seed(job.settings.seed)
+            torch.manual_seed(context.settings.seed)
             self._model: Any = inject_adapter_in_model(config, model, adapter_name=_ADAPTER).eval()
         self._head = output_head(self._model)
         self._updates: dict[str, torch.nn.Parameter] = {}

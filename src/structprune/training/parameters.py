@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.calibration.store import FileStore, MemoryStore
-from structprune.engine.run.context import Streamed
+from structprune.engine.run.context import StreamedModel
 from structprune.types import BlockLayout
 
 
@@ -45,7 +45,7 @@ class BlockParameters:
         views = self.views(flat_P)
         return {n: views[n].cpu().to(t.dtype, copy=True) if n in views else t for n, t in tensors.items()}
 
-    def module(self, side: Streamed, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]) -> nn.Module:
+    def module(self, side: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]) -> nn.Module:
         """The stock layer with the vector's values and the `fixed` other tensors of the block.
 
         Its parameters are copies in the dtype of the forward passes, and take gradients.
@@ -61,7 +61,7 @@ class BlockParameters:
         return torch.zeros(self.size, device=device)
 
 
-def parameters_of(side: Streamed, block: BlockLayout) -> BlockParameters:
+def parameters_of(side: StreamedModel, block: BlockLayout) -> BlockParameters:
     """The parameters of the stock layer; buffers that a checkpoint may carry are none."""
     layer = side.stock.skeleton.get_submodule(f"{side.stock.layout.blocks_module}.{block.index}")
     names = [name for name, _ in layer.named_parameters() if name in block.shapes]

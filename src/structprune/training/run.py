@@ -21,8 +21,8 @@ from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
-from structprune.training.finish import RECOVERY_REPORT_NAME, finish_recovery, write_report
-from structprune.training.job import RecoveryJob, Side, Workplace, check_pair, target_borders
+from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_borders
+from structprune.training.finalize import RECOVERY_REPORT_NAME, finish_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.settings import RecoverySettings
 from structprune.training.snapshots import DamagedStateError
@@ -66,7 +66,7 @@ def recover_model(
 
     with PeakMeter() as meter:
         planned = plan_recovery(dense, pruned, settings, dtype, _most_windows(settings.calibration, settings))
-        context = source_context(
+        source = source_context(
             dense.reader.directory,
             num_samples=settings.num_samples,
             seq_len=settings.seq_len,
@@ -75,15 +75,15 @@ def recover_model(
             device=device,
             budget_bytes=planned.plan.budget_bytes,
         )
-        texts = read_texts(settings, context, observer.note)
+        texts = read_texts(settings, source, observer.note)
         planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))
         check_free_disk(run.output, planned.plan.disk_bytes)
         observer.note(_plan_line(planned))
         sides = [
-            Side(stock=model, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype, meter=meter)
+            StreamedSide(stock=model, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype, meter=meter)
             for model in pair
         ]
-        job = RecoveryJob(
+        context = RecoveryContext(
             teacher=sides[0],
             student=sides[1],
             settings=settings.model_copy(update={"calibration": texts.names}),
@@ -94,14 +94,14 @@ def recover_model(
         with run:
             if run.start is None:
                 run.begin(
-                    **job.identity(),
+                    **context.identity(),
                     student_path=str(student),
                     teacher_path=str(teacher),
                     asked=asked.model_dump(mode="json", exclude_unset=True),
                     directory=str(Path.cwd()),
                 )
             else:
-                check_same(run.start, job.identity(), run.staging, _PARTS)
+                check_same(run.start, context.identity(), run.staging, _PARTS)
                 run.go_on()
             if run.is_committed():
                 run.discard()
@@ -111,14 +111,14 @@ def recover_model(
             place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
             _empty(scratch)
             try:
-                recovered = mode.run(job, place)
+                recovered = mode.run(context, place)
             except DamagedStateError as error:
                 observer.note(f"{error}; the training begins anew")
                 _empty(folder)
                 _empty(scratch)
-                recovered = mode.run(job, place)
+                recovered = mode.run(context, place)
             report = finish_recovery(
-                job, recovered, run, place, student=str(student), teacher=str(teacher), started=started
+                context, recovered, run, place, student=str(student), teacher=str(teacher), started=started
             )
             write_report(report, pruned.reader.directory, run.checkpoint)
             run.commit()

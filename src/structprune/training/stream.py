@@ -22,8 +22,8 @@ from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.memory import release_free_memory
 from structprune.training.adam import adam_step, check_gradient
+from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import divergence, load_heads
-from structprune.training.job import Mode, ModeBytes, Recovered, RecoveryJob, Workplace
 from structprune.training.loop import distil, recovered_by
 from structprune.training.parameters import States, parameters_of
 from structprune.training.settings import RecoverySettings
@@ -44,12 +44,12 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
     return ModeBytes(held=0, resident=3 * vectors + borders, disk=(2 * 3 + 2 + 1) * vectors)
 
 
-def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
+def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
     """Distil until windows or time are used up."""
     with contextlib.ExitStack() as stack:
-        student = StreamedStudent(job, place.scratch)
+        student = StreamedStudent(context, place.scratch)
         stack.callback(student.close)
-        history = distil(job, student, place)
+        history = distil(context, student, place)
         unchanged = history.best.step == 0
         result = place.scratch / "result"
         result.mkdir()
@@ -57,11 +57,11 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
     release_free_memory()
 
     def tensors(block: BlockLayout) -> Mapping[str, Tensor]:
-        original = job.student.reader.read(block.shapes, block.prefix)
+        original = context.student.reader.read(block.shapes, block.prefix)
         if unchanged:
             return original
         new = load_tensors(_path(result, block.index))
-        return parameters_of(job.student, block).stored(original, new["weights"])
+        return parameters_of(context.student, block).stored(original, new["weights"])
 
     return recovered_by(history, tensors)
 
@@ -69,15 +69,15 @@ def _recover(job: RecoveryJob, place: Workplace) -> Recovered:
 class StreamedStudent:
     """The student as its blocks are streamed (`recovery.loop.Student`)."""
 
-    def __init__(self, job: RecoveryJob, folder: Path) -> None:
-        self._job = job
-        self._side = side = job.student
+    def __init__(self, context: RecoveryContext, folder: Path) -> None:
+        self._context = context
+        self._side = side = context.student
         self._folder = folder
         self._blocks = side.stock.layout.blocks
         self._parameters = [parameters_of(side, block) for block in self._blocks]
         self._fixed: list[dict[str, Tensor]] = []
         sizes = [parameters.size for parameters in self._parameters]
-        self._states = States(None if job.resident else folder, sizes, side.device)
+        self._states = States(None if context.resident else folder, sizes, side.device)
         for block, parameters in zip(self._blocks, self._parameters, strict=True):
             tensors = side.reader.read(block.shapes, block.prefix)
             self._fixed.append({n: t for n, t in tensors.items() if n not in parameters.shapes})
@@ -87,8 +87,8 @@ class StreamedStudent:
         num_windows = len(side.windows.ids_NS)
         self._inputs = open_store(side, folder / "inputs.bin", num_windows)
         self._propagator = embed(side, {self._inputs: num_windows})
-        self._teacher = Teacher(job.teacher, folder / "teacher.bin")
-        self._heads = load_heads(job.teacher, side)
+        self._teacher = Teacher(context.teacher, folder / "teacher.bin")
+        self._heads = load_heads(context.teacher, side)
 
     def close(self) -> None:
         self._states.close()
@@ -153,7 +153,7 @@ class StreamedStudent:
 
     def _border(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
         shape = (num_windows, *self._inputs.shape[1:])
-        if self._job.resident:
+        if self._context.resident:
             return MemoryStore(shape, self._side.dtype)
         store = FileStore(self._folder / f"border-{index}.bin", shape, self._side.dtype)
         stack.callback(store.close)

@@ -14,7 +14,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.memory import release_free_memory
-from structprune.training.job import Side
+from structprune.training.context import StreamedSide
 
 
 class Teacher:
@@ -23,7 +23,7 @@ class Teacher:
     Window by window, so that a window's states do not depend on which others were asked for with it.
     """
 
-    def __init__(self, side: Side, path: Path) -> None:
+    def __init__(self, side: StreamedSide, path: Path) -> None:
         num_windows = len(side.windows.ids_NS)
         self._side = side
         self._store: HiddenStore = open_store(side, path, num_windows)

@@ -17,7 +17,7 @@ from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import Part, solve_cost, solve_part, with_part
 from structprune.engine.layerwise.statistics import Reference, Streams, follow_dense, measure
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
 from structprune.engine.streaming.propagate import check_finite, tapped
 from structprune.memory import release_free_memory
@@ -49,7 +49,7 @@ class BlockOutcome:
 
 
 def prune_block(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     num_keep: Mapping[str, int],
     streams: Streams,
@@ -63,22 +63,22 @@ def prune_block(
     are by then; the streams move once for all of them. With `measure_costs` the removals of each sublayer have their
     costs measured again, on the pruned model's stream.
     """
-    with job.meter.phase("read block"):
-        tensors = job.reader.read(block.shapes, block.prefix)
+    with context.meter.phase("read block"):
+        tensors = context.reader.read(block.shapes, block.prefix)
     widths: dict[str, int] = {}
-    module = _module(job, block, tensors, widths)
-    if not job.follows_dense:
-        with job.meter.phase("propagate"):
+    module = _module(context, block, tensors, widths)
+    if not context.follows_dense:
+        with context.meter.phase("propagate"):
             streams.propagator.run(module, block.index, streams.dense)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
     costs: dict[str, Tensor] = {}
-    for stage, sublayers in _stages(job, block):
-        reference, inputs_NSI = None, _cached_inputs(job, block, stage, num_keep, streams)
-        if job.follows_dense:
-            with job.meter.phase("propagate"):
+    for stage, sublayers in _stages(context, block):
+        reference, inputs_NSI = None, _cached_inputs(context, block, stage, num_keep, streams)
+        if context.follows_dense:
+            with context.meter.phase("propagate"):
                 measured = _measured(block, sublayers, num_keep)
-                reference = follow_dense(job, block, stage, measured, module, streams)
+                reference = follow_dense(context, block, stage, measured, module, streams)
         for kind in sublayers:
             if kind not in num_keep:
                 continue
@@ -86,7 +86,7 @@ def prune_block(
                 sublayer = _remove(block, kind, tensors)
             else:
                 place = _Place(
-                    job=job,
+                    context=context,
                     block=block,
                     module=module,
                     streams=streams,
@@ -102,16 +102,16 @@ def prune_block(
             reports.append(sublayer.report)
             if sublayer.cost_U is not None:
                 costs[kind] = sublayer.cost_U
-            module = _module(job, block, tensors, widths)
+            module = _module(context, block, tensors, widths)
             # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
-        with job.meter.phase("propagate"):
-            _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
+        with context.meter.phase("propagate"):
+            _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
 
 def _advance(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     stage: Stage,
     module: nn.Module,
@@ -127,28 +127,28 @@ def _advance(
     propagator, store = streams.propagator, streams.pruned
     if inputs_NSI is not None:
         group = block.group(stage[0])
-        consumer = SolvedConsumer.of(group, tensors, kept[group.name], job.dtype)
+        consumer = SolvedConsumer.of(group, tensors, kept[group.name], context.dtype)
         for start, stop in propagator.batches(0, store.shape[0]):
             output_BSD = consumer.added(store.read(start, stop), inputs_NSI[start:stop])
             check_finite(output_BSD, block.index)
             store.write(start, output_BSD)
     else:
-        with job.stock.stage(module, stage):
+        with context.stock.stage(module, stage):
             propagator.run(module, block.index, store)
 
 
 def _cached_inputs(
-    job: Job, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
+    context: RunContext, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
 ) -> Tensor | None:
     """Room for the consumer's inputs of a sublayer that is finished from them; None for all others."""
     kind = stage[0]
-    if streams.cache is None or kind not in job.plan.cached or not num_keep.get(kind) or not block.has(kind):
+    if streams.cache is None or kind not in context.plan.cached or not num_keep.get(kind) or not block.has(kind):
         return None
     return streams.cache.inputs(block.group(kind))
 
 
 def pass_block(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     tensors: Mapping[str, Tensor],
     num_keep: Mapping[str, int],
@@ -156,48 +156,48 @@ def pass_block(
     streams: Streams,
 ) -> None:
     """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
-    module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
-    if not job.follows_dense:
+    module = _module(context, block, context.reader.read(block.shapes, block.prefix), {})
+    if not context.follows_dense:
         streams.propagator.run(module, block.index, streams.dense)
     else:
-        for stage, sublayers in _stages(job, block):
+        for stage, sublayers in _stages(context, block):
             groups = _measured(block, sublayers, num_keep)
-            reference = follow_dense(job, block, stage, groups, module, streams)
+            reference = follow_dense(context, block, stage, groups, module, streams)
             if any(group.output_normed for group in groups):
                 # There the stream moves as it is asked.
-                for windows in job.window_parts:
+                for windows in context.window_parts:
                     for start, stop in streams.propagator.batches(*windows):
                         reference(start, stop)
     widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
-    for stage, _ in _stages(job, block):
-        inputs_NSI = _cached_inputs(job, block, stage, num_keep, streams)
+    for stage, _ in _stages(context, block):
+        inputs_NSI = _cached_inputs(context, block, stage, num_keep, streams)
         if inputs_NSI is None:
-            module = _module(job, block, tensors, widths)
+            module = _module(context, block, tensors, widths)
         else:
-            module = _module(job, block, job.reader.read(block.shapes, block.prefix), {})
-            _fill(inputs_NSI, job, block, block.group(stage[0]), module, streams)
-        _advance(job, block, stage, module, tensors, kept, streams, inputs_NSI)
+            module = _module(context, block, context.reader.read(block.shapes, block.prefix), {})
+            _fill(inputs_NSI, context, block, block.group(stage[0]), module, streams)
+        _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
 
 
 def _fill(
-    inputs_NSI: Tensor, job: Job, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
+    inputs_NSI: Tensor, context: RunContext, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
 ) -> None:
     """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
     received: list[Tensor] = []
-    for windows in job.window_parts:
+    for windows in context.window_parts:
         for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
             with (
-                job.stock.stage(module, job.stock.stage_of(group.kind)),
+                context.stock.stage(module, context.stock.stage_of(group.kind)),
                 tapped(module, group.consumer_module, received.append),
             ):
                 streams.propagator.apply(module, block.index, hidden_BSD)
             put_inputs(inputs_NSI, start, received.pop())
 
 
-def _stages(job: Job, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
+def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
     """The stages that the block has something of, and the sublayers that it has."""
     stages: list[tuple[Stage, list[UnitKind]]] = []
-    for stage in job.stock.stages:
+    for stage in context.stock.stages:
         sublayers: list[UnitKind] = [kind for kind in stage if block.has(kind)]
         if sublayers:
             stages.append((stage, sublayers))
@@ -213,7 +213,7 @@ def _measured(block: BlockLayout, sublayers: Sequence[UnitKind], num_keep: Mappi
 class _Place:
     """Where a sublayer is pruned. The pruned stream is at its input and stays there."""
 
-    job: Job
+    context: RunContext
     block: BlockLayout
     module: nn.Module
     """The block as it is before the sublayer is cut."""
@@ -263,17 +263,17 @@ def _prune_sublayer(
     measure_costs: bool,
 ) -> _Sublayer:
     """Some units of each group go: the sublayer's only one, or every expert's own choice of as many."""
-    job, block, streams = place.job, place.block, place.streams
+    context, block, streams = place.context, place.block, place.streams
     started = time.perf_counter()
     groups = {group.name: group for group in block.parts(kind)}
     # Which rank decides and solves which group.
-    owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, job.ranks.size)
+    owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, context.ranks.size)
     measured: list[dict[str, Moments]] = []
-    if job.method.needs_statistics:
-        with job.meter.phase(f"statistics ({kind})"):
+    if context.method.needs_statistics:
+        with context.meter.phase(f"statistics ({kind})"):
             measured = [
                 measure(
-                    job,
+                    context,
                     block,
                     list(groups.values()),
                     place.module,
@@ -283,20 +283,20 @@ def _prune_sublayer(
                     owners,
                     place.inputs_NSI,
                 )
-                for windows in job.window_parts
+                for windows in context.window_parts
             ]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
     parts: dict[str, Part] = {}
     cut = dict(tensors)
     for turn in turns(owners):
-        with job.meter.phase(f"solve ({kind})"):
+        with context.meter.phase(f"solve ({kind})"):
             tasks = {
                 name: (
                     owners[name],
                     partial(
                         solve_part,
-                        job,
+                        context,
                         block,
                         groups[name],
                         cut,
@@ -308,7 +308,7 @@ def _prune_sublayer(
                 )
                 for name in turn
             }
-            parts |= job.ranks.together(tasks)
+            parts |= context.ranks.together(tasks)
             del tasks
             for name in turn:
                 cut = with_part(cut, groups[name], parts[name])
@@ -316,10 +316,10 @@ def _prune_sublayer(
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []
     group, first = next(iter(groups.values())), next(iter(parts.values()))
-    if kind == "mlp" and job.solver in ITERATIVE and 0 < num_keep < group.num_units:
-        pruned = _module(job, block, cut, {**place.widths, kind: num_keep})
-        with job.meter.phase("iterate"):
-            refined = refine(job, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+    if kind == "mlp" and context.solver in ITERATIVE and 0 < num_keep < group.num_units:
+        pruned = _module(context, block, cut, {**place.widths, kind: num_keep})
+        with context.meter.phase("iterate"):
+            refined = refine(context, block, group, pruned, place.module, streams, place.reference, cut, first.result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics
     before, after = _relative([part.errors for part in parts.values() if part.errors is not None])
@@ -352,15 +352,17 @@ def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return means | {"parts": float(len(statistics))}
 
 
-def _module(job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]) -> nn.Module:
+def _module(
+    context: RunContext, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> nn.Module:
     """The stock layer with the units that are left, in the dtype of the forward passes."""
     # Before a sublayer is solved its tensors are the source's, and so is its bias or the lack of one.
-    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and job.adds_bias]
-    config = job.stock.resized_config(widths, block.index, biased)
+    biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and context.adds_bias]
+    config = context.stock.resized_config(widths, block.index, biased)
     # In rows, as one that was read from a file: products with another layout differ in their last bits.
-    cast = {name: tensor.to(job.device, job.dtype).contiguous() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(context.device, context.dtype).contiguous() for name, tensor in tensors.items()}
     removed: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) == 0]
-    return job.stock.block(block.index, cast, config, removed)
+    return context.stock.block(block.index, cast, config, removed)
 
 
 def _relative(errors: Sequence[tuple[float, float, float]]) -> tuple[float | None, float | None]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.units import producer_norms
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.types import UNIT_KINDS, BlockLayout, LayerProblem, Moments, Sensitivity, UnitGroup
 
 
 def layer_problem(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
@@ -27,7 +27,7 @@ def layer_problem(
 
     All of it lies where the plan has it solved.
     """
-    where = job.solve_device
+    where = context.solve_device
     sensitivity = (sensitivity or Sensitivity()).to(where)
     order_I = group.consumer.indices(torch.arange(group.num_units))
     weight_OI = tensors[group.consumer.tensor].movedim(group.consumer.axis, -1)[:, order_I].to(where)
@@ -44,13 +44,13 @@ def layer_problem(
         num_tokens=total.num_tokens,
         width=group.width,
         partitions=group.partitions,
-        damping=job.damping,
-        shrinkage=job.shrinkage,
+        damping=context.damping,
+        shrinkage=context.shrinkage,
         sum_I=total.sum_I,
         producer_norm_U=producer_norms(tensors, group).to(where),
         target_OI=total.target_OI,
         target_energy=total.target_energy,
-        seed=job.recipe.seed * 1_000_003
+        seed=context.recipe.seed * 1_000_003
         + (group.part or 0) * 10_007
         + block.index * len(UNIT_KINDS)
         + UNIT_KINDS.index(group.kind),

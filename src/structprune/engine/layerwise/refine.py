@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.layerwise.statistics import Reference, Streams, consumer_target, measure, stage_output
 from structprune.engine.planning.shapes import solver_windows
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.propagate import observed, tapped
 from structprune.solvers import ITERATIVE, SOLVERS
 from structprune.solvers.mlp.block import MlpSolution, MlpTokens, MlpWeights
@@ -37,7 +37,7 @@ class Refined:
 
 
 def refine(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
     start: nn.Module,
@@ -47,19 +47,20 @@ def refine(
     tensors: Mapping[str, Tensor],
     solved: SolveResult,
 ) -> Refined:
-    """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the job's iterative solver, and judge them.
+    """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the context's iterative solver, and judge
+    them.
 
     Both are judged by the relative error on the held-out windows with the consumer solved on the others. The pruned
     stream is at the MLP's input. What it is to meet is `dense`, the dense stream behind the MLP, or without one what
     `original` makes of the pruned stream, the block before units of the MLP were removed.
     """
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
-    num_solved = job.ranks.num_own(solver_windows(job.num_fitted, job.windows.ids_NS.shape[1]))
-    reference = dense or stage_output(job, block, group, original, streams, streams.pruned, write=False)
-    tokens = _tokens(job, block, group, start, streams, reference, num_solved)
+    num_solved = context.ranks.num_own(solver_windows(context.num_fitted, context.windows.ids_NS.shape[1]))
+    reference = dense or stage_output(context, block, group, original, streams, streams.pruned, write=False)
+    tokens = _tokens(context, block, group, start, streams, reference, num_solved)
     # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
-    proposed = _Proposal.of(ITERATIVE.get(job.solver)(tokens, _weights(job, group, tensors)))
-    proposal = job.ranks.from_first(lambda: proposed)
+    proposed = _Proposal.of(ITERATIVE.get(context.solver)(tokens, _weights(context, group, tensors)))
+    proposal = context.ranks.from_first(lambda: proposed)
     del tokens
     candidate = dict(tensors)
     for name, affine in ((group.up_module, proposal.up), (group.gate_module, proposal.gate)):
@@ -70,20 +71,25 @@ def refine(
         if affine.bias_O is not None:
             candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
     for name, tensor in candidate.items():
-        start.get_parameter(name).data = tensor.to(job.device, job.dtype)
+        start.get_parameter(name).data = tensor.to(context.device, context.dtype)
     measured = [
-        measure(job, block, [group], start, streams, windows, reference).get(group.name) for windows in job.window_parts
+        measure(context, block, [group], start, streams, windows, reference).get(group.name)
+        for windows in context.window_parts
     ]
-    result = job.ranks.from_first(lambda: _refitted(job, block, group, tensors, measured))
+    result = context.ranks.from_first(lambda: _refitted(context, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before
     if accepted:
         candidate[group.consumer.tensor] = result.weight_OK.movedim(-1, group.consumer.axis).contiguous()
-    statistics = {f"{job.solver}_{name}": value for name, value in proposal.statistics.items()}
+    statistics = {f"{context.solver}_{name}": value for name, value in proposal.statistics.items()}
     return Refined(
         tensors=candidate if accepted else dict(tensors),
         objective=proposal.history,
-        statistics={**statistics, f"{job.solver}_held_out_error": after, f"{job.solver}_accepted": float(accepted)},
+        statistics={
+            **statistics,
+            f"{context.solver}_held_out_error": after,
+            f"{context.solver}_accepted": float(accepted),
+        },
     )
 
 
@@ -103,16 +109,20 @@ class _Proposal:
 
 
 def _refitted(
-    job: Job, block: BlockLayout, group: UnitGroup, tensors: Mapping[str, Tensor], measured: Sequence[Moments | None]
+    context: RunContext,
+    block: BlockLayout,
+    group: UnitGroup,
+    tensors: Mapping[str, Tensor],
+    measured: Sequence[Moments | None],
 ) -> SolveResult:
     """The consumer behind the proposal, on the rank that has the sums."""
-    problem = layer_problem(job, block, group, tensors, [part for part in measured if part is not None])
+    problem = layer_problem(context, block, group, tensors, [part for part in measured if part is not None])
     keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
-    return SOLVERS.get(job.solver)(problem, keep_U).to(torch.device("cpu"))
+    return SOLVERS.get(context.solver)(problem, keep_U).to(torch.device("cpu"))
 
 
 def _tokens(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
     sublayer: nn.Module,
@@ -123,13 +133,13 @@ def _tokens(
     """Inputs and targets of the MLP for this rank's first windows."""
     assert group.up_module is not None
     # A rank may have none.
-    none_TD = torch.empty(0, job.stock.layout.hidden_size, device=job.device)
+    none_TD = torch.empty(0, context.stock.layout.hidden_size, device=context.device)
     inputs: list[Tensor] = [] if num_windows else [none_TD]
     targets: list[Tensor] = [] if num_windows else [none_TD]
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, 0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
-            job.stock.stage(sublayer, job.stock.stage_of("mlp")),
+            context.stock.stage(sublayer, context.stock.stage_of("mlp")),
             observed(sublayer, group.up_module, inputs.append),
             tapped(sublayer, group.consumer_module, lambda _: None),
         ):
@@ -138,8 +148,8 @@ def _tokens(
     return MlpTokens(
         x_TD=torch.cat(inputs).float(),
         y_TD=torch.cat(targets),
-        add_up=job.ranks.add_up_everywhere,
-        num_holders=job.ranks.size,
+        add_up=context.ranks.add_up_everywhere,
+        num_holders=context.ranks.size,
     )
 
 
@@ -148,13 +158,13 @@ def _output_axis(group: UnitGroup, module: str) -> int:
     return next(part.axis for part in group.producers if part.tensor == f"{module}.weight")
 
 
-def _weights(job: Job, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
+def _weights(context: RunContext, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
     """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
     assert group.up_module is not None
     assert group.activation is not None
 
     def values(name: str) -> Tensor:
-        return tensors[name].to(job.device, torch.float32)
+        return tensors[name].to(context.device, torch.float32)
 
     def affine(module: str) -> Affine:
         bias = f"{module}.bias"

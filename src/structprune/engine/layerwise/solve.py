@@ -14,7 +14,7 @@ from torch import Tensor
 
 from structprune.architectures.units import add_bias, compact
 from structprune.engine.layerwise.problem import layer_problem
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.errors import NumericalError
 from structprune.linalg.gram_products import fitting_error, output_energy
 from structprune.memory import release_free_memory
@@ -42,7 +42,7 @@ def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
 
 
 def solve_part(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
@@ -58,17 +58,17 @@ def solve_part(
         raise NumericalError(
             "no calibration token is sent to this expert", where=where, do="raise --num-samples or --seq-len"
         )
-    problem = layer_problem(job, block, group, tensors, measured, sensitivity)
+    problem = layer_problem(context, block, group, tensors, measured, sensitivity)
     statistics = _context(problem, measured)
     # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
     measured.clear()
     try:
-        keep_U, result = _decide(job, problem, num_keep)
-        statistics |= _decision_objectives(job, problem, keep_U)
+        keep_U, result = _decide(context, problem, num_keep)
+        statistics |= _decision_objectives(context, problem, keep_U)
     except NumericalError as error:
         # Scores and solvers see a matrix, not where it is from.
         raise error.inside(where) from error
-    errors = _squared_errors(problem, keep_U, result) if job.method.needs_statistics else None
+    errors = _squared_errors(problem, keep_U, result) if context.method.needs_statistics else None
     cost_U = removal_path(problem, group.num_units).cost.cpu() if measure_costs else None
     # Wherever it was solved, it is written from the host.
     return Part(
@@ -101,28 +101,28 @@ def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, fl
     return found
 
 
-def _decide(job: Job, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
+def _decide(context: RunContext, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
     """Choose the units, solve the consumer."""
-    if job.score in SELECTORS:
-        keep_U = SELECTORS.get(job.score)(problem, num_keep)
+    if context.score in SELECTORS:
+        keep_U = SELECTORS.get(context.score)(problem, num_keep)
     else:
-        score_U = SCORES.get(job.score)(problem)
+        score_U = SCORES.get(context.score)(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep, problem.partitions)
     release_free_memory()
-    result = SOLVERS.get(job.solver)(problem, keep_U)
+    result = SOLVERS.get(context.solver)(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", do="raise --damping")
     return keep_U, result
 
 
-def _decision_objectives(job: Job, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
+def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
     """What a search for the units was worth: its objective, and that of as many units by their own output energy.
 
     A search in units of the loss has another objective, and two factorisations are too dear for a remark.
     """
-    if job.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
+    if context.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
         return {}
     ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
     return {

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import ActivationCache, put_inputs
 from structprune.engine.streaming.propagate import Propagator, captured, tapped
 from structprune.linalg.gram_products import energy
@@ -40,7 +40,7 @@ class Streams:
 
 
 def measure(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     parts: Sequence[UnitGroup],
     module: nn.Module,
@@ -62,13 +62,15 @@ def measure(
     owners = owners or {}
     inputs: dict[str, Tensor] = {}
     assert reference is None or len(parts) == 1, "what one of several parts is to add is not known"
-    num_outputs = 0 if reference is None else job.stock.layout.hidden_size
-    accumulators = {part.name: job.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts}
+    num_outputs = 0 if reference is None else context.stock.layout.hidden_size
+    accumulators = {
+        part.name: context.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts
+    }
     residual_energy = 0.0
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(job.stock.stage(module, job.stock.stage_of(parts[0].kind)))
+            stack.enter_context(context.stock.stage(module, context.stock.stage_of(parts[0].kind)))
             for part in parts:
                 stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
             residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
@@ -90,9 +92,9 @@ def measure(
     found: dict[str, Moments] = {}
     for name, accumulator in accumulators.items():
         owner = owners.get(name, 0)
-        accumulator.add_up(job.ranks, owner)
-        (total_residual,) = add_numbers(job.ranks, [residual_energy], owner)
-        if owner == job.ranks.rank:
+        accumulator.add_up(context.ranks, owner)
+        (total_residual,) = add_numbers(context.ranks, [residual_energy], owner)
+        if owner == context.ranks.rank:
             found[name] = Moments(
                 sum_I=accumulator.sum_I,
                 num_tokens=accumulator.num_tokens,
@@ -121,7 +123,12 @@ def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, res
 
 
 def follow_dense(
-    job: Job, block: BlockLayout, stage: Stage, groups: Sequence[UnitGroup], module: nn.Module, streams: Streams
+    context: RunContext,
+    block: BlockLayout,
+    stage: Stage,
+    groups: Sequence[UnitGroup],
+    module: nn.Module,
+    streams: Streams,
 ) -> Reference:
     """Move the dense stream behind `stage` of the uncut block `module`: what its sublayers in `groups` are to meet.
 
@@ -130,15 +137,15 @@ def follow_dense(
     """
     if any(group.output_normed for group in groups):
         (group,) = groups
-        return stage_output(job, block, group, module, streams, streams.dense, write=True)
-    with job.stock.stage(module, stage):
+        return stage_output(context, block, group, module, streams, streams.dense, write=True)
+    with context.stock.stage(module, stage):
         streams.propagator.run(module, block.index, streams.dense)
 
     return partial(streams.propagator.fetch, streams.dense)
 
 
 def stage_output(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
     module: nn.Module,
@@ -151,8 +158,8 @@ def stage_output(
     outputs: list[Tensor] = []
 
     def output(start: int, stop: int) -> Tensor:
-        stage = job.stock.stage_of(group.kind)
-        with job.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
+        stage = context.stock.stage_of(group.kind)
+        with context.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
             hidden_BSD = streams.propagator.fetch(store, start, stop)
             stream_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         if write:

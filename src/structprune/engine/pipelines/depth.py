@@ -22,7 +22,7 @@ from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finish
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
@@ -109,27 +109,27 @@ def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> F
     )
 
 
-def execute_depth(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+def execute_depth(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Choose the blocks that go and write the others into `run`'s staging directory.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
-    layout = job.stock.layout
-    choice = _choose(job, run, num_removed(job.recipe.sparsity, layout), observer)
+    layout = context.stock.layout
+    choice = _choose(context, run, num_removed(context.recipe.sparsity, layout), observer)
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = CheckpointWriter(run.checkpoint, len(kept) + 2, job.stored_name)
-    outcome = _write_blocks(job, run, writer, kept, choice, meter, observer)
-    config = shallower_config(job.reader.config, job.stock.config, kept)
-    return finish(job, run, writer, meter, observer, config, outcome, layout.block_parameters)
+    writer = CheckpointWriter(run.checkpoint, len(kept) + 2, context.stored_name)
+    outcome = _write_blocks(context, run, writer, kept, choice, meter, observer)
+    config = shallower_config(context.reader.config, context.stock.config, kept)
+    return finish(context, run, writer, meter, observer, config, outcome, layout.block_parameters)
 
 
-def _choose(job: Job, run: RunDirectory, remove: int, observer: Observer) -> Choice:
+def _choose(context: RunContext, run: RunDirectory, remove: int, observer: Observer) -> Choice:
     """The blocks that go, from the journal where a process before this one had chosen them."""
     line = run.journal.find("choice")
     if line is None:
         choice = Choice(removed=frozenset(), statistics={})
         if remove:
-            choice = BLOCK_SCORES.get(job.score)(job, remove, run.staging, observer)
+            choice = BLOCK_SCORES.get(context.score)(context, remove, run.staging, observer)
             assert len(choice.removed) == remove
             release_free_memory()
         line = run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))
@@ -140,7 +140,7 @@ def _choose(job: Job, run: RunDirectory, remove: int, observer: Observer) -> Cho
 
 
 def _write_blocks(
-    job: Job,
+    context: RunContext,
     run: RunDirectory,
     writer: CheckpointWriter,
     kept: list[int],
@@ -152,7 +152,7 @@ def _write_blocks(
 
     What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
     """
-    blocks = job.stock.layout.blocks
+    blocks = context.stock.layout.blocks
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None and block.index in kept:
@@ -164,18 +164,18 @@ def _write_blocks(
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
     with contextlib.ExitStack() as stack:
-        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        dense = open_store(context, run.staging / "dense.bin", context.num_probe)
         stack.callback(dense.close)
-        pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
+        pruned = open_store(context, run.staging / "pruned.bin", context.num_probe)
         stack.callback(pruned.close)
-        propagator = embed(job, {dense: job.num_probe, pruned: job.num_probe})
+        propagator = embed(context, {dense: context.num_probe, pruned: context.num_probe})
         streams = {"dense": dense, "pruned": pruned}
         if snapshot is not None:
             snapshot.restore(streams)
         observer.start("write", len(blocks) - first)
         for block in blocks[first:]:
             started = time.perf_counter()
-            tensors, module = load_block(job, block)
+            tensors, module = load_block(context, block)
             propagator.run(module, block.index, dense)
             stays = block.index in kept
             if stays:
@@ -184,7 +184,7 @@ def _write_blocks(
                 files: list[Path] = []
                 if stays:
                     number = kept.index(block.index)
-                    prefix = f"{job.stock.layout.blocks_module}.{number}."
+                    prefix = f"{context.stock.layout.blocks_module}.{number}."
                     shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
                     files.append(writer.directory / shard)
                 report = BlockReport(
@@ -210,7 +210,7 @@ def _write_blocks(
             release_free_memory()
             state = "kept" if stays else "removed"
             observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {"dense": dense.read(0, job.num_probe).clone(), "pruned": pruned.read(0, job.num_probe).clone()}
+        ends = {"dense": dense.read(0, context.num_probe).clone(), "pruned": pruned.read(0, context.num_probe).clone()}
         keep_ends(run.journal, run.staging, ends)
     snapshots.discard()
     return _outcome(lines, kept, ends)

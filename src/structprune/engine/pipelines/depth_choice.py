@@ -15,7 +15,7 @@ import torch
 
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import summed_loss
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
@@ -35,8 +35,8 @@ class Choice:
     """Block -> what was measured of it, for the report."""
 
 
-Choose = Callable[[Job, int, Path, Observer], Choice]
-"""(job, blocks to remove, folder for hidden states, observer) -> the blocks."""
+Choose = Callable[[RunContext, int, Path, Observer], Choice]
+"""(context, blocks to remove, folder for hidden states, observer) -> the blocks."""
 
 BLOCK_SCORES: Registry[Choose] = Registry(
     "block score",
@@ -48,24 +48,24 @@ BLOCK_SCORES: Registry[Choose] = Registry(
 
 
 @torch.no_grad()
-def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) -> Choice:
+def choose_angular(context: RunContext, num_remove: int, folder: Path, observer: Observer) -> Choice:
     """The run of `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
 
     Of all windows the hidden states at the last `num_remove` + 1 borders are kept, in a ring of stores. What is
     measured is the residual stream itself, also behind the last block (stock `output_hidden_states` gives that one
     behind the final norm).
     """
-    blocks = job.stock.layout.blocks
-    num_windows = len(job.windows.ids_NS)
-    protect_first, protect_last = job.protected
+    blocks = context.stock.layout.blocks
+    num_windows = len(context.windows.ids_NS)
+    protect_first, protect_last = context.protected
     last = len(blocks) - protect_last
     distances: dict[int, float] = {}
     with contextlib.ExitStack() as stack:
         ring: list[HiddenStore] = []
         for slot in range(num_remove + 1):
-            ring.append(open_store(job, folder / f"border-{slot}.bin", num_windows))
+            ring.append(open_store(context, folder / f"border-{slot}.bin", num_windows))
             stack.callback(ring[-1].close)
-        propagator = embed(job, {ring[0]: num_windows})
+        propagator = embed(context, {ring[0]: num_windows})
         streams = {f"border-{slot}": store for slot, store in enumerate(ring)}
         snapshots = Snapshots(folder / "choice", observer.note)
         reached = 0
@@ -77,7 +77,7 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
         for block in blocks[reached:last]:
             before, after = ring[block.index % len(ring)], ring[(block.index + 1) % len(ring)]
             first = block.index + 1 - num_remove
-            module = load_block(job, block)[1]
+            module = load_block(context, block)[1]
             total = 0.0
             with propagator.writing(after) as put:
                 for start, stop, hidden_BSD in propagator.read(before, 0, num_windows):
@@ -88,7 +88,7 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
                         total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
             detail = f"block {block.index}"
             if first >= protect_first:
-                distances[first] = total / job.windows.ids_NS.numel()
+                distances[first] = total / context.windows.ids_NS.numel()
                 detail = f"blocks {first} to {block.index}  distance {distances[first]:.4f}"
             del module
             snapshots.keep(block.index + 1, streams, values={"distances": distances})
@@ -103,23 +103,23 @@ def choose_angular(job: Job, num_remove: int, folder: Path, observer: Observer) 
 
 
 @torch.no_grad()
-def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Observer) -> Choice:
+def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, observer: Observer) -> Choice:
     """One block after the other, each time the one without which the loss of the first windows is smallest.
 
     In one round each block is read once. The stream of the model as it is moves along; before each block that may go
     it is copied, and the copy passes that block by. So candidates share what comes before their block, which sublayers
     the work, and as many borders' hidden states are kept as there are candidates, and one more.
     """
-    num_windows = job.num_backward
-    blocks = job.stock.layout.blocks
-    protect_first, protect_last = job.protected
+    num_windows = context.num_backward
+    blocks = context.stock.layout.blocks
+    protect_first, protect_last = context.protected
     may_go = range(protect_first, len(blocks) - protect_last)
     removed: list[int] = []
     statistics: dict[int, dict[str, float]] = {}
     with contextlib.ExitStack() as stack:
         streams: list[HiddenStore] = []
         for slot in range(len(may_go) + 1):
-            streams.append(open_store(job, folder / f"candidate-{slot}.bin", num_windows))
+            streams.append(open_store(context, folder / f"candidate-{slot}.bin", num_windows))
             stack.callback(streams[-1].close)
         current, spare = streams[0], streams[1:]
         snapshots = Snapshots(folder / "choice", observer.note)
@@ -130,7 +130,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
         for number in range(len(removed) + 1, num_remove + 1):
             left = [block for block in blocks if block.index not in removed]
             without: dict[int, HiddenStore] = {}
-            propagator = embed(job, {current: num_windows})
+            propagator = embed(context, {current: num_windows})
             if kept is not None:
                 # Of this round, since all blocks that go before it are removed.
                 without = dict(zip(kept.values["without"], spare, strict=False))
@@ -139,7 +139,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
                 kept = None
             observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
             for block in left:
-                module = load_block(job, block)[1]
+                module = load_block(context, block)[1]
                 for store in without.values():
                     propagator.run(module, block.index, store)
                 if block.index in may_go:
@@ -160,7 +160,7 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
                 )
                 release_free_memory()
                 observer.advance(f"block {block.index}")
-            losses = _losses(job, without, num_windows)
+            losses = _losses(context, without, num_windows)
             removed.append(min(losses, key=lambda index: losses[index]))
             for index, loss in losses.items():
                 statistics[index] = {"loss_without": loss, "removal": float(number)}
@@ -168,15 +168,15 @@ def choose_measured_loss(job: Job, num_remove: int, folder: Path, observer: Obse
     return Choice(removed=frozenset(removed), statistics=statistics)
 
 
-def _losses(job: Job, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
+def _losses(context: RunContext, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
     """Mean negative log-likelihood of the windows whose last hidden states are in each store."""
-    head = job.stock.load_head(job.device, job.dtype)
-    labels_NS = job.windows.ids_NS[:num_windows, 1:].to(job.device)
+    head = context.stock.load_head(context.device, context.dtype)
+    labels_NS = context.windows.ids_NS[:num_windows, 1:].to(context.device)
     losses: dict[int, float] = {}
     for index, store in streams.items():
         total = 0.0
         for window in range(num_windows):
-            hidden_SD = store.read(window, window + 1)[0, :-1].to(job.device)
+            hidden_SD = store.read(window, window + 1)[0, :-1].to(context.device)
             total += summed_loss(head, hidden_SD, labels_NS[window])
         losses[index] = total / labels_NS.numel()
         if not math.isfinite(losses[index]):

@@ -28,7 +28,7 @@ from structprune.engine.pipelines.counted_settings import num_to_remove, without
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finish
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
@@ -110,17 +110,17 @@ def forecast_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) ->
     )
 
 
-def execute_experts(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+def execute_experts(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Measure, choose and write block after block into `run`'s staging directory.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
-    layout, experts = job.stock.layout, _experts(job.stock)
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
-    outcome = _prune_blocks(job, experts, run, writer, meter, observer)
-    config = _with_fewer(job.reader.config, job.stock, _num_kept(job, experts))
+    layout, experts = context.stock.layout, _experts(context.stock)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
+    outcome = _prune_blocks(context, experts, run, writer, meter, observer)
+    config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
-    return finish(job, run, writer, meter, observer, config, outcome, in_scope)
+    return finish(context, run, writer, meter, observer, config, outcome, in_scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,10 +181,15 @@ def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence
 
 
 def _prune_blocks(
-    job: Job, experts: Experts, run: RunDirectory, writer: CheckpointWriter, meter: PeakMeter, observer: Observer
+    context: RunContext,
+    experts: Experts,
+    run: RunDirectory,
+    writer: CheckpointWriter,
+    meter: PeakMeter,
+    observer: Observer,
 ) -> Outcome:
     """The loop itself. What a process before this one wrote is taken over, and only passed by the streams."""
-    blocks = job.stock.layout.blocks
+    blocks = context.stock.layout.blocks
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
@@ -192,33 +197,33 @@ def _prune_blocks(
     ends = find_ends(run.journal, run.staging)
     if ends is not None and None not in lines:
         return _outcome(lines, ends)
-    total = getattr(job.stock.config, experts.count_field)
+    total = getattr(context.stock.config, experts.count_field)
     snapshots = Snapshots(run.staging / "state", observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
     with contextlib.ExitStack() as stack:
-        dense = open_store(job, run.staging / "dense.bin", len(job.windows.ids_NS))
+        dense = open_store(context, run.staging / "dense.bin", len(context.windows.ids_NS))
         stack.callback(dense.close)
-        pruned = open_store(job, run.staging / "pruned.bin", job.num_probe)
+        pruned = open_store(context, run.staging / "pruned.bin", context.num_probe)
         stack.callback(pruned.close)
-        propagator = embed(job, {dense: len(job.windows.ids_NS), pruned: job.num_probe})
+        propagator = embed(context, {dense: len(context.windows.ids_NS), pruned: context.num_probe})
         streams = {"dense": dense, "pruned": pruned}
         if snapshot is not None:
             snapshot.restore(streams)
         observer.start("experts", len(blocks) - first)
         for block in blocks[first:]:
             started = time.perf_counter()
-            tensors, module = load_block(job, block)
+            tensors, module = load_block(context, block)
             line = lines[block.index]
-            with job.meter.phase("propagate"):
+            with context.meter.phase("propagate"):
                 found = measure_experts(module, experts, total, propagator, block.index, dense)
             del module
-            kept: list[int] = line["kept"] if line is not None else found.keep(_num_kept(job, experts)).tolist()
+            kept: list[int] = line["kept"] if line is not None else found.keep(_num_kept(context, experts)).tolist()
             smaller = keep_experts(tensors, experts, kept)
             del tensors
-            cast = {name: tensor.to(job.device, job.dtype) for name, tensor in smaller.items()}
-            module = job.stock.block(block.index, cast, _config(job, experts, block.index))
-            with job.meter.phase("propagate"):
+            cast = {name: tensor.to(context.device, context.dtype) for name, tensor in smaller.items()}
+            module = context.stock.block(block.index, cast, _config(context, experts, block.index))
+            with context.meter.phase("propagate"):
                 propagator.run(module, block.index, pruned)
             if line is None:
                 shard = writer.write(block.index + 2, {block.prefix + n: tensor for n, tensor in smaller.items()})
@@ -245,7 +250,7 @@ def _prune_blocks(
             snapshots.keep(block.index + 1, streams)
             release_free_memory()
             observer.advance(f"block {block.index} {len(kept)}/{total}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {name: store.read(0, job.num_probe).clone() for name, store in streams.items()}
+        ends = {name: store.read(0, context.num_probe).clone() for name, store in streams.items()}
         keep_ends(run.journal, run.staging, ends)
     snapshots.discard()
     return _outcome(lines, ends)
@@ -266,9 +271,9 @@ def _experts(stock: StockModel) -> Experts:
     return experts
 
 
-def _num_kept(job: Job, experts: Experts) -> int:
-    total: int = getattr(job.stock.config, experts.count_field)
-    return total - num_to_remove(job.recipe.sparsity, total)
+def _num_kept(context: RunContext, experts: Experts) -> int:
+    total: int = getattr(context.stock.config, experts.count_field)
+    return total - num_to_remove(context.recipe.sparsity, total)
 
 
 def _with_fewer(config: Mapping[str, Any], stock: StockModel, num_experts: int) -> dict[str, Any]:
@@ -278,10 +283,10 @@ def _with_fewer(config: Mapping[str, Any], stock: StockModel, num_experts: int) 
     return dict(config) | {name: num_experts}
 
 
-def _config(job: Job, experts: Experts, index: int) -> Any:
+def _config(context: RunContext, experts: Experts, index: int) -> Any:
     """The stock config of the block with the experts that stay."""
-    config = copy.deepcopy(job.stock.block_configs[index])
-    setattr(config, experts.count_field, _num_kept(job, experts))
+    config = copy.deepcopy(context.stock.block_configs[index])
+    setattr(config, experts.count_field, _num_kept(context, experts))
     return config
 
 

@@ -14,7 +14,7 @@ from structprune.engine.pipelines.units import execute
 from structprune.engine.pipelines.units_settings import unit_settings
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.memory import PeakMeter
 from structprune.methods.method import Method
 from structprune.observer import Observer
@@ -34,7 +34,7 @@ class Pipeline:
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
-    execute: Callable[[Job, RunDirectory, PeakMeter, Observer], PruneReport]
+    execute: Callable[[RunContext, RunDirectory, PeakMeter, Observer], PruneReport]
     shares_windows: bool = False
     """Whether several ranks can share its windows."""
 

@@ -25,7 +25,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.slice_settings import kept_width
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, commit, judge, size_report
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.final_states import find_ends, keep_ends
@@ -50,33 +50,33 @@ class Cut:
     """Share of the energy of the measured stream that lies outside the basis."""
 
 
-def execute_slice(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+def execute_slice(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Slice block after block into `run`'s staging directory and turn it into the output.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
-    width = kept_width(job.stock.layout, _stream(job), job.recipe)
-    return slice_to(job, run, meter, observer, width)
+    width = kept_width(context.stock.layout, _stream(context), context.recipe)
+    return slice_to(context, run, meter, observer, width)
 
 
-def slice_to(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
+def slice_to(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
     """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
-    stock, layout = job.stock, job.stock.layout
-    shortcuts = job.recipe.structure == "per-layer"
+    stock, layout = context.stock, context.stock.layout
+    shortcuts = context.recipe.structure == "per-layer"
     # Before the long pass: what cannot be written is refused here.
-    config = sliced_config(job.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
-    common_DK = None if shortcuts else _common_basis(job, run, observer, width)
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
-    result = _slice_blocks(job, run, writer, width, common_DK, meter, observer)
+    config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
+    common_DK = None if shortcuts else _common_basis(context, run, observer, width)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
+    result = _slice_blocks(context, run, writer, width, common_DK, meter, observer)
     release_free_memory()
-    judged = judge(job, result.outcome)
+    judged = judge(context, result.outcome)
     release_free_memory()
-    writer.write(writer.num_shards, rotated_head(job, result.last_DK))
+    writer.write(writer.num_shards, rotated_head(context, result.last_DK))
     if shortcuts:
         write_sliced_modeling_file(writer.directory, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
-    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(job, run, writer, meter, observer, config, result.outcome, size, judged)
+    size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
+    return commit(context, run, writer, meter, observer, config, result.outcome, size, judged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class _Pass:
 
 
 def _slice_blocks(
-    job: Job,
+    context: RunContext,
     run: RunDirectory,
     writer: CheckpointWriter,
     width: int,
@@ -104,7 +104,7 @@ def _slice_blocks(
     What a process before this one did is taken over up to the newest snapshot, and the blocks behind that are cut
     again: rotated weights do not show where the stream was cut.
     """
-    blocks = job.stock.layout.blocks
+    blocks = context.stock.layout.blocks
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     embedded = run.journal.find("embedding") is not None
     ends = find_ends(run.journal, run.staging)
@@ -112,47 +112,51 @@ def _slice_blocks(
         for number in range(1, len(blocks) + 2):
             writer.adopt(number)
         return _passed(writer, lines, ends)
-    num_windows = len(job.windows.ids_NS) if common_DK is None else job.num_probe
+    num_windows = len(context.windows.ids_NS) if common_DK is None else context.num_probe
     snapshots = Snapshots(run.staging / "state", observer.note)
     kept = snapshots.behind([embedded and line is not None for line in lines])
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(job, run.staging / "hidden.bin", num_windows)
+        store = open_store(context, run.staging / "hidden.bin", num_windows)
         stack.callback(store.close)
-        dense = open_store(job, run.staging / "dense.bin", job.num_probe)
+        dense = open_store(context, run.staging / "dense.bin", context.num_probe)
         stack.callback(dense.close)
-        propagator = embed(job, {store: num_windows, dense: job.num_probe})
+        propagator = embed(context, {store: num_windows, dense: context.num_probe})
         streams = {"cut": store, "dense": dense}
         observer.start("slice", len(blocks) - first)
         if kept is not None:
             kept.restore(streams)
-            here = Cut(basis_DK=kept.tensors["basis"].to(job.device), dropped=kept.values["dropped"])
+            here = Cut(basis_DK=kept.tensors["basis"].to(context.device), dropped=kept.values["dropped"])
             for number in range(1, first + 2):
                 writer.adopt(number)
             del kept
         else:
-            here = _cut(job, _gram(job, _content(propagator, store), "embedding"), width, common_DK, "embedding")
-            shard = writer.write(1, rotated_embeddings(job, here.basis_DK))
+            here = _cut(
+                context, _gram(context, _content(propagator, store), "embedding"), width, common_DK, "embedding"
+            )
+            shard = writer.write(1, rotated_embeddings(context, here.basis_DK))
             run.journal.record("embedding", [writer.directory / shard])
         release_free_memory()
         for block in blocks[first:]:
             started = time.perf_counter()
-            tensors = job.reader.read(block.shapes, block.prefix)
-            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            tensors = context.reader.read(block.shapes, block.prefix)
+            module = context.stock.block(
+                block.index, {n: t.to(context.device, context.dtype) for n, t in tensors.items()}
+            )
             propagator.run(module, block.index, dense)
             cuts = [here]
-            for sublayer in _stream(job).sublayers:
+            for sublayer in _stream(context).sublayers:
                 where = f"after block {block.index} {sublayer.kind}"
-                with job.stock.stage(module, (sublayer.kind,)):
-                    moved = _moved(propagator, _CutBefore(job, module, cuts[-1]), block.index, store)
-                    gram_DD = _gram(job, moved, where)
-                cuts.append(_cut(job, gram_DD, width, common_DK, where))
+                with context.stock.stage(module, (sublayer.kind,)):
+                    moved = _moved(propagator, _CutBefore(context, module, cuts[-1]), block.index, store)
+                    gram_DD = _gram(context, moved, where)
+                cuts.append(_cut(context, gram_DD, width, common_DK, where))
                 del gram_DD
             del module
             bases = [cut.basis_DK for cut in cuts]
-            written = rotated_block(tensors, _stream(job), bases, shortcuts=common_DK is None)
+            written = rotated_block(tensors, _stream(context), bases, shortcuts=common_DK is None)
             shard = writer.write(block.index + 2, {block.prefix + name: t for name, t in written.items()})
-            reports = _reports(job, block, cuts, time.perf_counter() - started)
+            reports = _reports(context, block, cuts, time.perf_counter() - started)
             lines[block.index] = run.journal.record(
                 f"block {block.index}",
                 [writer.directory / shard],
@@ -166,8 +170,10 @@ def _slice_blocks(
             line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
             observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
         ends = {
-            "dense": dense.read(0, job.num_probe).clone(),
-            "pruned": _projected(store.read(0, job.num_probe).to(job.device), here.basis_DK.to(job.dtype)).cpu(),
+            "dense": dense.read(0, context.num_probe).clone(),
+            "pruned": _projected(
+                store.read(0, context.num_probe).to(context.device), here.basis_DK.to(context.dtype)
+            ).cpu(),
             "basis": here.basis_DK.cpu(),
         }
         keep_ends(run.journal, run.staging, ends)
@@ -189,7 +195,7 @@ def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None],
     )
 
 
-def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -> Tensor:
+def _common_basis(context: RunContext, run: RunDirectory, observer: Observer, width: int) -> Tensor:
     """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
 
     The sublayers read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens
@@ -197,36 +203,38 @@ def _common_basis(job: Job, run: RunDirectory, observer: Observer, width: int) -
     """
     path = run.staging / "basis.safetensors"
     if run.journal.find("basis") is not None:
-        return load_file(path)["basis"].to(job.device)
-    hidden, blocks = job.stock.layout.hidden_size, job.stock.layout.blocks
-    total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=job.device)
+        return load_file(path)["basis"].to(context.device)
+    hidden, blocks = context.stock.layout.hidden_size, context.stock.layout.blocks
+    total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=context.device)
     snapshots = Snapshots(run.staging / "stream", observer.note)
     kept = snapshots.load()
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(job, run.staging / "hidden.bin", len(job.windows.ids_NS))
+        store = open_store(context, run.staging / "hidden.bin", len(context.windows.ids_NS))
         stack.callback(store.close)
-        propagator = embed(job, {store: len(job.windows.ids_NS)})
+        propagator = embed(context, {store: len(context.windows.ids_NS)})
         observer.start("sensitivity: stream", len(blocks) - first)
         if kept is not None:
             kept.restore({"hidden": store})
-            total_DD += kept.tensors["total"].to(job.device)
+            total_DD += kept.tensors["total"].to(context.device)
             del kept
         else:
-            total_DD += _gram(job, map(_directions, _content(propagator, store)), "embedding")
+            total_DD += _gram(context, map(_directions, _content(propagator, store)), "embedding")
         for block in blocks[first:]:
-            tensors = job.reader.read(block.shapes, block.prefix)
-            module = job.stock.block(block.index, {n: t.to(job.device, job.dtype) for n, t in tensors.items()})
+            tensors = context.reader.read(block.shapes, block.prefix)
+            module = context.stock.block(
+                block.index, {n: t.to(context.device, context.dtype) for n, t in tensors.items()}
+            )
             del tensors
-            for sublayer in _stream(job).sublayers:
-                with job.stock.stage(module, (sublayer.kind,)):
+            for sublayer in _stream(context).sublayers:
+                with context.stock.stage(module, (sublayer.kind,)):
                     moved = _moved(propagator, module, block.index, store)
-                    total_DD += _gram(job, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
+                    total_DD += _gram(context, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
             del module
             snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
             release_free_memory()
             observer.advance(f"block {block.index}")
-    basis_DK = principal_basis(total_DD, width, job.damping, "all positions")
+    basis_DK = principal_basis(total_DD, width, context.damping, "all positions")
     save_file({"basis": basis_DK.cpu().contiguous()}, path)
     run.journal.record("basis", [path])
     snapshots.discard()
@@ -241,10 +249,10 @@ def _directions(hidden_BSD: Tensor) -> Tensor:
 class _CutBefore(nn.Module):
     """A block, or sublayer of one, on the cut stream."""
 
-    def __init__(self, job: Job, block: nn.Module, cut: Cut) -> None:
+    def __init__(self, context: RunContext, block: nn.Module, cut: Cut) -> None:
         super().__init__()
         self.block = block
-        self.basis_DK = cut.basis_DK.to(job.dtype)
+        self.basis_DK = cut.basis_DK.to(context.dtype)
 
     def forward(self, hidden_BSD: Tensor, **kwargs: Any) -> Any:
         return self.block(_projected(hidden_BSD, self.basis_DK), **kwargs)
@@ -267,20 +275,20 @@ def _content(propagator: Propagator, store: HiddenStore) -> Iterator[Tensor]:
     return (hidden_BSD for *_, hidden_BSD in propagator.read(store, 0, store.shape[0]))
 
 
-def _gram(job: Job, batches: Iterable[Tensor], where: str) -> Tensor:
+def _gram(context: RunContext, batches: Iterable[Tensor], where: str) -> Tensor:
     """Sum of x x^T over the batches' tokens, (D, D), float32."""
-    accumulator = GramAccumulator(job.stock.layout.hidden_size, job.device)
+    accumulator = GramAccumulator(context.stock.layout.hidden_size, context.device)
     for hidden_BSD in batches:
         accumulator.update(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]))
     return accumulator.finalize(where)
 
 
-def _cut(job: Job, gram_DD: Tensor, width: int, common_DK: Tensor | None, where: str) -> Cut:
-    basis_DK = principal_basis(gram_DD, width, job.damping, where) if common_DK is None else common_DK
+def _cut(context: RunContext, gram_DD: Tensor, width: int, common_DK: Tensor | None, where: str) -> Cut:
+    basis_DK = principal_basis(gram_DD, width, context.damping, where) if common_DK is None else common_DK
     return Cut(basis_DK=basis_DK, dropped=dropped_share(gram_DD, basis_DK))
 
 
-def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
+def _reports(context: RunContext, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
     """One line per sublayer, with the cut at its input; the statistics have the one at its output."""
     hidden, width = cuts[0].basis_DK.shape
     return [
@@ -296,11 +304,11 @@ def _reports(job: Job, block: BlockLayout, cuts: list[Cut], seconds: float) -> l
             objective=[],
             seconds=seconds / (len(cuts) - 1),
         )
-        for sublayer, before, after in zip(_stream(job).sublayers, cuts[:-1], cuts[1:], strict=True)
+        for sublayer, before, after in zip(_stream(context).sublayers, cuts[:-1], cuts[1:], strict=True)
     ]
 
 
-def _stream(job: Job) -> Stream:
-    stream = job.stock.family.stream
+def _stream(context: RunContext) -> Stream:
+    stream = context.stock.family.stream
     assert stream is not None, "refused before the run"
     return stream

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structprune.architectures.family import Stream
 from structprune.architectures.modeling.sliced import SHORTCUTS
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.linalg.rotation import rotated, rows_per_chunk
 
 
@@ -44,17 +44,17 @@ def rotated_block(
     return result
 
 
-def rotated_embeddings(job: Job, basis_DK: Tensor) -> dict[str, Tensor]:
+def rotated_embeddings(context: RunContext, basis_DK: Tensor) -> dict[str, Tensor]:
     """E B of every embedding, read in row chunks."""
-    return {name: _rotated_rows(job, name, basis_DK) for name in job.stock.embedding_tensors()}
+    return {name: _rotated_rows(context, name, basis_DK) for name in context.stock.embedding_tensors()}
 
 
-def rotated_head(job: Job, basis_DK: Tensor) -> dict[str, Tensor]:
+def rotated_head(context: RunContext, basis_DK: Tensor) -> dict[str, Tensor]:
     """Final norm and head: W diag(norm weight) B sqrt(D / K) from the tied embedding or the head, in row chunks."""
-    family = job.stock.family
+    family = context.stock.family
     norm = f"{family.final_norm_module}.weight"
-    weight_D = job.reader.read([norm])[norm]
-    head_VK = _rotated_rows(job, job.stock.head_weight, basis_DK, folded_scale(weight_D, basis_DK))
+    weight_D = context.reader.read([norm])[norm]
+    head_VK = _rotated_rows(context, context.stock.head_weight, basis_DK, folded_scale(weight_D, basis_DK))
     return {norm: ones_like_norm(weight_D, basis_DK), f"{family.head_module}.weight": head_VK}
 
 
@@ -69,9 +69,9 @@ def ones_like_norm(norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
     return norm_weight_D.new_ones(basis_DK.shape[1])
 
 
-def _rotated_rows(job: Job, name: str, basis_DK: Tensor, scale_D: Tensor | None = None) -> Tensor:
-    num_rows, hidden = job.reader.shapes[name]
-    result_VK = torch.empty(num_rows, basis_DK.shape[1], dtype=job.reader.dtypes[name])
-    for start, rows_VD in job.reader.read_rows(name, rows_per_chunk(hidden)):
+def _rotated_rows(context: RunContext, name: str, basis_DK: Tensor, scale_D: Tensor | None = None) -> Tensor:
+    num_rows, hidden = context.reader.shapes[name]
+    result_VK = torch.empty(num_rows, basis_DK.shape[1], dtype=context.reader.dtypes[name])
+    for start, rows_VD in context.reader.read_rows(name, rows_per_chunk(hidden)):
         result_VK[start : start + len(rows_VD)] = rotated(rows_VD, basis_DK, 1, scale_D)
     return result_VK

@@ -24,7 +24,7 @@ from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finish
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_path
@@ -42,34 +42,34 @@ SURVEY = "survey"
 _COSTS_STEP = "prices"
 
 
-def allocate(job: Job, costs: Costs | None) -> Widths:
+def allocate(context: RunContext, costs: Costs | None) -> Widths:
     """Units to keep per block, for each kind in scope."""
-    return choose_widths(job.stock, job.recipe, job.kinds, costs)
+    return choose_widths(context.stock, context.recipe, context.kinds, costs)
 
 
-def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
+def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
     """Prune block after block into `run`'s staging directory and turn it into the output.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
-    layout = job.stock.layout
-    ranks = job.ranks
-    found = measure_sensitivity(job, run.staging / SURVEY, meter, observer)
+    layout = context.stock.layout
+    ranks = context.ranks
+    found = measure_sensitivity(context, run.staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
-    kept_units = ranks.from_first(lambda: allocate(job, costs))
+    kept_units = ranks.from_first(lambda: allocate(context, costs))
     # Before the long pass: what cannot be written is refused here.
-    config = output_config(job.stock, job.recipe, job.kinds, kept_units)
+    config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
-    for iteration in range(job.recipe.outer_iterations):
+    for iteration in range(context.recipe.outer_iterations):
         assert costs is not None
         folder = run.staging / f"outer-{iteration + 1}"
-        costs = _updated_costs(costs, _rehearse(job, folder, found, kept_units, meter, observer, iteration + 1))
-        kept_units = ranks.from_first(partial(allocate, job, costs))
-        config = output_config(job.stock, job.recipe, job.kinds, kept_units)
+        costs = _updated_costs(costs, _rehearse(context, folder, found, kept_units, meter, observer, iteration + 1))
+        kept_units = ranks.from_first(partial(allocate, context, costs))
+        config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, job.stored_name)
+    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
     trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, measures_costs=False)
-    result = _prune_blocks(job, trail, found, kept_units, meter, observer, "prune")
+    result = _prune_blocks(context, trail, found, kept_units, meter, observer, "prune")
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
@@ -77,9 +77,9 @@ def execute(job: Job, run: RunDirectory, meter: PeakMeter, observer: Observer) -
         pruned_NSD=result.ends["pruned"],
         reused=None if found is None else found.reused,
     )
-    sublayers = [(block, kind) for block in layout.blocks for kind in job.kinds if block.has(kind)]
+    sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
-    return ranks.from_first(lambda: finish(job, run, writer, meter, observer, config, outcome, scope))
+    return ranks.from_first(lambda: finish(context, run, writer, meter, observer, config, outcome, scope))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ class _Pass:
 
 
 def _rehearse(
-    job: Job,
+    context: RunContext,
     folder: Path,
     found: SensitivityPass | None,
     kept_units: Widths,
@@ -132,21 +132,21 @@ def _rehearse(
     number: int,
 ) -> list[dict[str, Tensor]]:
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
-    blocks = job.stock.layout.blocks
-    with contextlib.closing(Journal(folder, observer.note, job.ranks)) as journal:
+    blocks = context.stock.layout.blocks
+    with contextlib.closing(Journal(folder, observer.note, context.ranks)) as journal:
         if journal.find(_COSTS_STEP) is None:
             writer = CheckpointWriter(folder, len(blocks) + 2)
             trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
-            _prune_blocks(job, trail, found, kept_units, meter, observer, f"outer iteration {number}")
+            _prune_blocks(context, trail, found, kept_units, meter, observer, f"outer iteration {number}")
             journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
-        if job.ranks.is_first:
+        if context.ranks.is_first:
             for shard in folder.glob("model-*.safetensors"):
                 shard.unlink()
         return [load_file(costs_path(folder, block.index)) for block in blocks]
 
 
 def _prune_blocks(
-    job: Job,
+    context: RunContext,
     trail: _Trail,
     found: SensitivityPass | None,
     kept_units: Widths,
@@ -159,7 +159,7 @@ def _prune_blocks(
     What a process before this one did is taken over: up to the newest snapshot as it is; from there the streams pass
     the blocks that are written, and the first that is not is pruned.
     """
-    blocks = job.stock.layout.blocks
+    blocks = context.stock.layout.blocks
     num_keep = [{kind: counts[block.index] for kind, counts in kept_units.items()} for block in blocks]
     lines = [trail.journal.find(_step(block), num_keep[block.index]) for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
@@ -168,33 +168,33 @@ def _prune_blocks(
     ends = find_ends(trail.journal, trail.folder)
     if ends is not None and None not in lines:
         return _Pass(lines=[line for line in lines if line is not None], ends=ends)
-    num_windows = len(job.windows.ids_NS)
-    num_dense = num_windows if job.follows_dense else job.num_probe
-    ranks = job.ranks
+    num_windows = len(context.windows.ids_NS)
+    num_dense = num_windows if context.follows_dense else context.num_probe
+    ranks = context.ranks
     snapshots = Snapshots(trail.folder / "state", observer.note, ranks)
     kept = snapshots.behind([line is not None for line in lines])
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(job, trail.folder / "hidden.bin", num_windows)
+        store = open_store(context, trail.folder / "hidden.bin", num_windows)
         stack.callback(store.close)
-        dense = open_store(job, trail.folder / "dense.bin", num_dense)
+        dense = open_store(context, trail.folder / "dense.bin", num_dense)
         stack.callback(dense.close)
-        propagator = embed(job, {store: num_windows, dense: num_dense})
+        propagator = embed(context, {store: num_windows, dense: num_dense})
         if kept is not None:
             kept.restore({"pruned": store, "dense": dense})
-        streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(job))
+        streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(context))
         observer.start(phase, len(blocks) - first)
         for block in blocks[first:]:
             line = lines[block.index]
             if line is not None:
                 tensors = trail.writer.read(_shard_number(block), [block.prefix + name for name in line["tensors"]])
                 relative = {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()}
-                pass_block(job, block, relative, num_keep[block.index], line["kept"], streams)
+                pass_block(context, block, relative, num_keep[block.index], line["kept"], streams)
                 del tensors, relative
             else:
                 sensitivity = {} if found is None else found.of_block(block.index)
                 outcome = prune_block(
-                    job, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
+                    context, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
                 )
                 peak_bytes = ranks.largest(meter.peak_so_far())
                 line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
@@ -203,26 +203,30 @@ def _prune_blocks(
             snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
             release_free_memory()
             observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {"dense": _first_windows(job, dense), "pruned": _first_windows(job, store)}
+        ends = {"dense": _first_windows(context, dense), "pruned": _first_windows(context, store)}
         keep_ends(trail.journal, trail.folder, ends, ranks)
     snapshots.discard()
     return _Pass(lines=[line for line in lines if line is not None], ends=ends)
 
 
-def _open_cache(job: Job) -> ActivationCache | None:
+def _open_cache(context: RunContext) -> ActivationCache | None:
     """Room for the inputs of any sublayer that the plan lets stay in memory; none is touched yet."""
-    if not job.plan.cached:
+    if not context.plan.cached:
         return None
-    num_windows, seq_len = job.windows.ids_NS.shape
+    num_windows, seq_len = context.windows.ids_NS.shape
     return ActivationCache(
-        job.ranks.num_own(num_windows), seq_len, most_inputs(job.stock.layout, job.plan.cached), job.dtype
+        context.ranks.num_own(num_windows),
+        seq_len,
+        most_inputs(context.stock.layout, context.plan.cached),
+        context.dtype,
     )
 
 
-def _first_windows(job: Job, store: HiddenStore) -> Tensor:
+def _first_windows(context: RunContext, store: HiddenStore) -> Tensor:
     """The hidden states of the reported windows, on every rank."""
     windows = [
-        job.ranks.window(number, lambda own: store.read(own, own + 1).clone()) for number in range(job.num_probe)
+        context.ranks.window(number, lambda own: store.read(own, own + 1).clone())
+        for number in range(context.num_probe)
     ]
     return torch.cat(windows)
 

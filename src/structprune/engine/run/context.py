@@ -24,7 +24,7 @@ from structprune.types import BlockLayout, UnitGroup
 _DECISION_DAMPING = 1e-2
 
 
-class Streamed(Protocol):
+class StreamedModel(Protocol):
     """A model whose blocks are streamed over token windows: what embedding, propagation and writing need of a run."""
 
     @property
@@ -53,7 +53,7 @@ class Streamed(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class RunContext:
     """Everything that a run needs. The recipe is resolved: no entry that has an effect is None."""
 
     source: str

@@ -25,7 +25,7 @@ from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.planning.forecast import shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
-from structprune.engine.run.context import Job, Streamed
+from structprune.engine.run.context import RunContext, StreamedModel
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
@@ -74,7 +74,7 @@ class Outcome:
 
 
 def finish(
-    job: Job,
+    context: RunContext,
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
@@ -88,26 +88,26 @@ def finish(
     `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
     """
     release_free_memory()
-    with job.meter.phase("perplexity of the calibration text"):
-        judged = judge(job, outcome)
+    with context.meter.phase("perplexity of the calibration text"):
+        judged = judge(context, outcome)
     # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
     release_free_memory()
-    with job.meter.phase("copy embeddings and head"):
-        copy_outer(job, writer)
-    if job.recipe.structure == "per-layer":
-        write_modeling_file(writer.directory, job.stock.family, config)
-    removed = job.stock.layout.num_parameters - writer.num_parameters
-    size = size_report(job, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(job, run, writer, meter, observer, config, outcome, size, judged)
+    with context.meter.phase("copy embeddings and head"):
+        copy_outer(context, writer)
+    if context.recipe.structure == "per-layer":
+        write_modeling_file(writer.directory, context.stock.family, config)
+    removed = context.stock.layout.num_parameters - writer.num_parameters
+    size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
+    return commit(context, run, writer, meter, observer, config, outcome, size, judged)
 
 
-def copy_outer(job: Streamed, writer: CheckpointWriter) -> None:
+def copy_outer(context: StreamedModel, writer: CheckpointWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
-    outer = job.stock.layout.outer_tensors
-    embeddings = job.stock.embedding_tensors()
-    writer.write(1, job.reader.read(embeddings))
+    outer = context.stock.layout.outer_tensors
+    embeddings = context.stock.embedding_tensors()
+    writer.write(1, context.reader.read(embeddings))
     release_free_memory()
-    writer.write(writer.num_shards, job.reader.read([name for name in outer if name not in embeddings]))
+    writer.write(writer.num_shards, context.reader.read([name for name in outer if name not in embeddings]))
 
 
 @torch.no_grad()
@@ -131,13 +131,13 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(job: Job, outcome: Outcome) -> Judged:
+def judge(context: RunContext, outcome: Outcome) -> Judged:
     """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
-    head = job.stock.load_head(job.device, job.dtype)
-    labels_T = job.windows.ids_NS[: job.num_probe, 1:].reshape(-1).to(job.device)
+    head = context.stock.load_head(context.device, context.dtype)
+    labels_T = context.windows.ids_NS[: context.num_probe, 1:].reshape(-1).to(context.device)
     result: list[float] = []
     for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):
-        hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(job.device)
+        hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(context.device)
         mean = summed_loss(head, hidden_TD, labels_T) / len(hidden_TD)
         if not mean < 700:
             raise NumericalError(
@@ -146,21 +146,23 @@ def judge(job: Job, outcome: Outcome) -> Judged:
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
         result.append(math.exp(mean))
-    first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(job.device)
+    first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(context.device)
     return Judged(
         dense_perplexity=result[0],
         pruned_perplexity=result[1],
-        probe=take_probe(job, job.windows.ids_NS[0], head(first_SD)),
+        probe=take_probe(context, context.windows.ids_NS[0], head(first_SD)),
     )
 
 
-def size_report(job: Job, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int) -> SizeReport:
+def size_report(
+    context: RunContext, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int
+) -> SizeReport:
     """Sizes before and after; the two parts of what was removed may differ in sign."""
-    layout = job.stock.layout
+    layout = context.stock.layout
     return SizeReport(
         parameters_before=layout.num_parameters,
         parameters_after=writer.num_parameters,
-        bytes_before=job.reader.file_bytes,
+        bytes_before=context.reader.file_bytes,
         bytes_after=writer.file_bytes,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
@@ -169,7 +171,7 @@ def size_report(job: Job, writer: CheckpointWriter, *, removed_in_blocks: int, s
 
 
 def commit(
-    job: Job,
+    context: RunContext,
     run: RunDirectory,
     writer: CheckpointWriter,
     meter: PeakMeter,
@@ -181,12 +183,12 @@ def commit(
 ) -> PruneReport:
     """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
     checkpoint = writer.directory
-    write_companions(job.reader.directory, checkpoint, config)
-    calibration = _calibration_report(job, judged)
+    write_companions(context.reader.directory, checkpoint, config)
+    calibration = _calibration_report(context, judged)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
-        "recipe": job.recipe.model_dump(mode="json"),
-        "source_fingerprint": job.reader.fingerprint(),
+        "recipe": context.recipe.model_dump(mode="json"),
+        "source_fingerprint": context.reader.fingerprint(),
         "calibration": calibration.model_dump(mode="json"),
         "kept_indices": outcome.kept_indices,
         "versions": versions(),
@@ -197,51 +199,51 @@ def commit(
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
     meter.mark("finish")
-    memory = _memory_report(job, run, meter)
+    memory = _memory_report(context, run, meter)
 
-    reload = check_reload(job, run, writer, judged.probe, observer)
+    reload = check_reload(context, run, writer, judged.probe, observer)
     # The shape of what lies there, not of what was planned.
-    shape = shape_of(written, job.recipe, config)
-    report = _report(job, run, memory, outcome, size, calibration, reload, runtimes(shape))
+    shape = shape_of(written, context.recipe, config)
+    report = _report(context, run, memory, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     write_text(checkpoint / PAGE_NAME, prune_page(report))
-    source = source_metadata(job.reader.directory, job.reader.config)
-    write_text(checkpoint / README_NAME, model_card(report, source, hub_id(job.source)))
+    source = source_metadata(context.reader.directory, context.reader.config)
+    write_text(checkpoint / README_NAME, model_card(report, source, hub_id(context.source)))
     run.commit()
     return report
 
 
-def _calibration_report(job: Job, judged: Judged) -> CalibrationReport:
+def _calibration_report(context: RunContext, judged: Judged) -> CalibrationReport:
     return CalibrationReport(
-        name=job.calibration_name,
-        description=job.windows.description,
-        fingerprint=fingerprint(job.windows),
-        num_windows=job.windows.ids_NS.shape[0],
-        seq_len=job.windows.ids_NS.shape[1],
-        perplexity_windows=job.num_probe,
+        name=context.calibration_name,
+        description=context.windows.description,
+        fingerprint=fingerprint(context.windows),
+        num_windows=context.windows.ids_NS.shape[0],
+        seq_len=context.windows.ids_NS.shape[1],
+        perplexity_windows=context.num_probe,
         dense_perplexity=judged.dense_perplexity,
         pruned_perplexity=judged.pruned_perplexity,
     )
 
 
-def _memory_report(job: Job, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
+def _memory_report(context: RunContext, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
     return MemoryReport(
-        budget_bytes=job.plan.budget_bytes,
-        planned_peak_bytes=job.plan.peak_bytes,
+        budget_bytes=context.plan.budget_bytes,
+        planned_peak_bytes=context.plan.peak_bytes,
         measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
-        phases=job.plan.phases,
+        phases=context.plan.phases,
         measured_phases=meter.phases,
-        store=job.plan.store,
-        micro_batch_windows=job.plan.micro_batch_windows,
-        cached=list(job.plan.cached),
-        cache_bytes=job.plan.cache_bytes,
+        store=context.plan.store,
+        micro_batch_windows=context.plan.micro_batch_windows,
+        cached=list(context.plan.cached),
+        cache_bytes=context.plan.cache_bytes,
         timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
         device=None
-        if (plan := job.plan.device) is None
+        if (plan := context.plan.device) is None
         else DeviceMemoryReport(
             budget_bytes=plan.budget_bytes,
             planned_peak_bytes=plan.peak_bytes,
-            measured_peak_bytes=job.device_meter.peak_bytes(),
+            measured_peak_bytes=context.device_meter.peak_bytes(),
             phases=plan.phases,
             sums=plan.sums,
             solves=plan.solves,
@@ -261,7 +263,7 @@ def versions() -> dict[str, str]:
 
 
 def _report(
-    job: Job,
+    context: RunContext,
     run: RunDirectory,
     memory: MemoryReport,
     outcome: Outcome,
@@ -270,24 +272,24 @@ def _report(
     reload: ReloadReport,
     supports: Sequence[RuntimeSupport],
 ) -> PruneReport:
-    layout = job.stock.layout
+    layout = context.stock.layout
     return PruneReport(
         output=str(run.output),
-        source=job.source,
-        source_fingerprint=job.reader.fingerprint(),
+        source=context.source,
+        source_fingerprint=context.reader.fingerprint(),
         family=layout.family,
-        method=job.method.name,
-        recipe=job.recipe,
-        device=str(job.device),
-        compute_dtype=str(job.dtype).removeprefix("torch."),
+        method=context.method.name,
+        recipe=context.recipe,
+        device=str(context.device),
+        compute_dtype=str(context.dtype).removeprefix("torch."),
         calibration=calibration,
         size=size,
         memory=memory,
         blocks=outcome.reports,
         reused=outcome.reused,
         reload=reload,
-        num_ranks=job.ranks.size,
+        num_ranks=context.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
-        wall_seconds=time.perf_counter() - job.started,
+        wall_seconds=time.perf_counter() - context.started,
         versions=versions(),
     )

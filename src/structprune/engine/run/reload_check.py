@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS, ReloadMode
-from structprune.engine.run.context import Job, Streamed
+from structprune.engine.run.context import RunContext, StreamedModel
 from structprune.errors import CheckpointError
 from structprune.evaluation import reload as stock_reload
 from structprune.observer import Observer
@@ -34,7 +34,7 @@ class Probe:
 
 
 def check_reload(
-    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+    context: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
 ) -> ReloadReport:
     """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
 
@@ -43,18 +43,18 @@ def check_reload(
     if probe is None:
         return ReloadReport(mode="off", reason="--no-reload-check")
     started = time.perf_counter()
-    bound = job.plan.reload
+    bound = context.plan.reload
     assert bound is not None, "planned wherever a probe is taken"
-    mode = bound.mode(writer.num_parameters, writer.file_bytes, job.plan.budget_bytes)
+    mode = bound.mode(writer.num_parameters, writer.file_bytes, context.plan.budget_bytes)
     reason = "" if mode == "whole" else "the whole model does not fit in what is left of --memory"
     observer.start("reload check", 1)
-    result, mode, ended = _ask(job, run, writer, probe, mode)
+    result, mode, ended = _ask(context, run, writer, probe, mode)
     if ended:
         reason = f"loading the whole model ended with {ended}"
     if result.impossible is not None:
         observer.advance(f"not possible: {result.impossible}")
         return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
-    tolerance = _tolerance(job)
+    tolerance = _tolerance(context)
     if result.error is not None:
         raise _rejected(run, writer, result.error, "a checkpoint that loads")
     if not result.relative_difference <= tolerance:
@@ -81,7 +81,7 @@ def check_reload(
 
 
 def _ask(
-    job: Streamed, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+    context: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
     """The result, how it was got, and by what the first try was ended if there were two.
 
@@ -95,7 +95,7 @@ def _ask(
         directory=writer.directory,
         probe=work / "probe.safetensors",
         mode=mode,
-        dtype=str(job.dtype).removeprefix("torch."),
+        dtype=str(context.dtype).removeprefix("torch."),
     )
     tries: list[ReloadMode] = ["whole", "streamed"] if mode == "whole" else ["streamed"]
     ended = ""
@@ -108,15 +108,15 @@ def _ask(
     raise _rejected(run, writer, f"a process that ended with {ended}", "its logits")
 
 
-def take_probe(job: Job, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
+def take_probe(context: RunContext, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
     """The first positions of a window, or None if the recipe wants no check."""
-    if not job.recipe.reload_check:
+    if not context.recipe.reload_check:
         return None
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())
 
 
-def _tolerance(job: Streamed) -> float:
-    dtypes = {job.dtype, *job.reader.dtypes.values()}
+def _tolerance(context: StreamedModel) -> float:
+    dtypes = {context.dtype, *context.reader.dtypes.values()}
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
 

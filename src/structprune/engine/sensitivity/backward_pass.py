@@ -22,7 +22,7 @@ from structprune.architectures.stock.sampler import draw_tokens, skip_tokens
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.planning.shapes import LOGIT_TOKENS
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.store import Costs, SensitivityStore
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
@@ -43,21 +43,23 @@ All ranks give their sums to the owner. Returns what makes the sensitivities of 
 """
 
 
-def backward_pass(job: Job, folder: Path, observer: Observer, *, labels: Labels, backward: Backward) -> Costs:
+def backward_pass(
+    context: RunContext, folder: Path, observer: Observer, *, labels: Labels, backward: Backward
+) -> Costs:
     """Visit every block forward, then in reverse with the gradient of the loss.
 
     Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
     (`store.py`); the hidden states at the borders are gone at the end. An interrupted pass resumes where it was:
     forward behind the borders that are there, in reverse at the newest gradient that was kept.
     """
-    blocks = job.stock.layout.blocks
-    with SensitivityStore(folder, observer.note, job.ranks) as sensitivities:
+    blocks = context.stock.layout.blocks
+    with SensitivityStore(folder, observer.note, context.ranks) as sensitivities:
         if not _all_found(sensitivities, blocks):
-            _visit(job, sensitivities, observer, labels, backward)
-        if job.ranks.is_first:
+            _visit(context, sensitivities, observer, labels, backward)
+        if context.ranks.is_first:
             for index in range(len(blocks) + 1):
                 _border_path(folder, index).unlink(missing_ok=True)
-        return sensitivities.costs(blocks, job.kinds)
+        return sensitivities.costs(blocks, context.kinds)
 
 
 def _all_found(sensitivities: SensitivityStore, blocks: Sequence[BlockLayout]) -> bool:
@@ -66,48 +68,54 @@ def _all_found(sensitivities: SensitivityStore, blocks: Sequence[BlockLayout]) -
     return all(found)
 
 
-def _visit(job: Job, sensitivities: SensitivityStore, observer: Observer, labels: Labels, backward: Backward) -> None:
-    blocks = job.stock.layout.blocks
-    shape = (job.ranks.num_own(job.num_backward), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
+def _visit(
+    context: RunContext, sensitivities: SensitivityStore, observer: Observer, labels: Labels, backward: Backward
+) -> None:
+    blocks = context.stock.layout.blocks
+    shape = (
+        context.ranks.num_own(context.num_backward),
+        context.windows.ids_NS.shape[1],
+        context.stock.layout.hidden_size,
+    )
     with contextlib.ExitStack() as stack:
         borders: list[FileStore] = []
         for index in range(len(blocks) + 1):
             path = _border_path(sensitivities.folder, index)
-            borders.append(FileStore(path, shape, job.dtype, lasting=True, ranks=job.ranks))
+            borders.append(FileStore(path, shape, context.dtype, lasting=True, ranks=context.ranks))
             stack.callback(borders[-1].close)
-        propagator = embed(job, {borders[0]: job.num_backward})
+        propagator = embed(context, {borders[0]: context.num_backward})
         observer.start("sensitivity: forward", len(blocks))
         for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
             step = f"border {block.index + 1}"
             if sensitivities.journal.find(step) is None:
-                propagator.carry(load_block(job, block)[1], block.index, before, after)
+                propagator.carry(load_block(context, block)[1], block.index, before, after)
                 after.flush()
                 sensitivities.journal.record(step, [after.path])
                 release_free_memory()
             observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        snapshots = Snapshots(sensitivities.folder / "gradient", observer.note, job.ranks)
+        snapshots = Snapshots(sensitivities.folder / "gradient", observer.note, context.ranks)
         kept = snapshots.load()
         if kept is not None and _all_found(sensitivities, blocks[kept.position :]):
             kept.restore({"gradient": gradient})
             left = blocks[: kept.position]
         else:
             snapshots.discard()
-            with job.meter.phase("sensitivity: loss"):
-                loss_gradient(job, borders[-1], gradient, labels)
+            with context.meter.phase("sensitivity: loss"):
+                loss_gradient(context, borders[-1], gradient, labels)
             left = blocks
         release_free_memory()
         observer.start("sensitivity: backward", len(left))
         behind_first = list(reversed(left))
         # What follows from a block's sums does not hold the gradient up: each rank does it for one of so many blocks.
-        for first in range(0, len(behind_first), job.ranks.size):
+        for first in range(0, len(behind_first), context.ranks.size):
             tasks: dict[int, Task[Found]] = {}
-            turn = behind_first[first : first + job.ranks.size]
+            turn = behind_first[first : first + context.ranks.size]
             for owner, block in enumerate(turn):
                 find = backward(block, propagator, borders[block.index], gradient, owner)
                 tasks[block.index] = owner, partial(_on_host, find)
                 del find
-            found = job.ranks.together(tasks)
+            found = context.ranks.together(tasks)
             # The closures hold the sums.
             del tasks
             for block in turn:
@@ -134,27 +142,27 @@ def _border_path(folder: Path, index: int) -> Path:
     return folder / f"border-{index}.bin"
 
 
-def loss_gradient(job: Job, final: HiddenStore, gradient: HiddenStore, labels: Labels) -> None:
+def loss_gradient(context: RunContext, final: HiddenStore, gradient: HiddenStore, labels: Labels) -> None:
     """Fill `gradient` with the derivative of the summed loss by the last hidden states of its windows.
 
     With labels drawn from the model's own prediction at each position E[g g^T] is the true Fisher information.
     """
-    head = job.stock.load_head(job.device, job.dtype)
-    generator = torch.Generator().manual_seed(job.recipe.seed)
+    head = context.stock.load_head(context.device, context.dtype)
+    generator = torch.Generator().manual_seed(context.recipe.seed)
     _, seq_len, hidden = gradient.shape
     drawn = labels == "sampled"
     # The last position predicts a token outside the window and takes no part, as in the perplexity.
     parts = [(start, min(start + LOGIT_TOKENS, seq_len - 1)) for start in range(0, seq_len - 1, LOGIT_TOKENS)]
-    for number in range(job.num_backward):
-        own, last = job.ranks.own(number, number + 1)
+    for number in range(context.num_backward):
+        own, last = context.ranks.own(number, number + 1)
         if own == last:
             # Another rank's: labels are the same on any number of ranks.
             for start, stop in parts if drawn else ():
                 skip_tokens(stop - start, generator)
             continue
-        hidden_SD = final.read(own, last)[0].to(job.device)
-        ids_S = job.windows.ids_NS[number].to(job.device)
-        gradient_SD = torch.zeros(seq_len, hidden, device=job.device)
+        hidden_SD = final.read(own, last)[0].to(context.device)
+        ids_S = context.windows.ids_NS[number].to(context.device)
+        gradient_SD = torch.zeros(seq_len, hidden, device=context.device)
         for start, stop in parts:
             part_TD = hidden_SD[start:stop].detach().requires_grad_(True)
             logits_TV = head(part_TD)

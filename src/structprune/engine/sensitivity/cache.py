@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from structprune.calibration.select import fingerprint
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.fisher import fisher_pass, score_pass
 from structprune.engine.sensitivity.store import Costs, load_costs, load_found
 from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass
@@ -49,25 +49,29 @@ class SensitivityPass:
                 return {}
 
 
-def measure_sensitivity(job: Job, folder: Path, meter: PeakMeter, observer: Observer) -> SensitivityPass | None:
+def measure_sensitivity(
+    context: RunContext, folder: Path, meter: PeakMeter, observer: Observer
+) -> SensitivityPass | None:
     """Measure into `folder`, or with `job.shared` into a place where later runs of the same question find it."""
-    kind = job.sensitivity
+    kind = context.sensitivity
     if kind == "none":
         return None
-    for_widths = kind != job.method.sensitivity
-    if job.shared is None:
-        return SensitivityPass(kind=kind, costs=_measure(job, folder, observer), folder=folder, for_widths=for_widths)
-    folder = job.shared / _key(job)
+    for_widths = kind != context.method.sensitivity
+    if context.shared is None:
+        return SensitivityPass(
+            kind=kind, costs=_measure(context, folder, observer), folder=folder, for_widths=for_widths
+        )
+    folder = context.shared / _key(context)
     done = folder / _DONE_NAME
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
         observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
-        costs = load_costs(folder, job.stock.layout.blocks, job.kinds)
+        costs = load_costs(folder, context.stock.layout.blocks, context.kinds)
         return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
     # What an interrupted run left there is an answer to the same question: the sensitivity pass goes on with it.
     partial = folder.with_name(f"{folder.name}.partial")
-    job.shared.mkdir(parents=True, exist_ok=True)
-    costs = _measure(job, partial, observer)
+    context.shared.mkdir(parents=True, exist_ok=True)
+    costs = _measure(context, partial, observer)
     seconds = max(float(line["seconds"]) for line in read_journal(partial / JOURNAL_NAME).values())
     spent = ReusedStatistics(seconds=seconds, peak_bytes=meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
@@ -75,32 +79,32 @@ def measure_sensitivity(job: Job, folder: Path, meter: PeakMeter, observer: Obse
     return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
 
 
-def _measure(job: Job, folder: Path, observer: Observer) -> Costs:
-    match job.sensitivity:
+def _measure(context: RunContext, folder: Path, observer: Observer) -> Costs:
+    match context.sensitivity:
         case "none":
             raise AssertionError("nothing to measure")
         case "scores":
-            return score_pass(job, folder, observer)
+            return score_pass(context, folder, observer)
         case "loss":
-            return fisher_pass(job, folder, observer)
+            return fisher_pass(context, folder, observer)
         case "taylor":
-            return taylor_pass(job, folder, observer)
+            return taylor_pass(context, folder, observer)
 
 
-def _key(job: Job) -> str:
+def _key(context: RunContext) -> str:
     """Hash of everything that the sensitivity pass depends on."""
-    recipe = job.recipe
+    recipe = context.recipe
     question = {
-        "source": job.reader.fingerprint(),
-        "windows": fingerprint(job.windows),
-        "sensitivity": job.sensitivity,
-        "score": None if job.sensitivity == "loss" else job.score,
-        "kinds": job.kinds,
+        "source": context.reader.fingerprint(),
+        "windows": fingerprint(context.windows),
+        "sensitivity": context.sensitivity,
+        "score": None if context.sensitivity == "loss" else context.score,
+        "kinds": context.kinds,
         "head_units": recipe.head_units,
-        "damping": job.damping,
+        "damping": context.damping,
         "sensitivity_samples": recipe.sensitivity_samples,
         "seed": recipe.seed,
-        "dtype": str(job.dtype),
-        "device": str(job.device),
+        "dtype": str(context.dtype),
+        "device": str(context.device),
     }
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.layerwise.statistics import token_scale
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.backward_pass import Found, backward_pass, on_host
 from structprune.engine.sensitivity.store import Costs, SensitivityStore
 from structprune.engine.streaming.backward import differentiate
@@ -37,69 +37,69 @@ from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Sensitivity, UnitGroup
 
 
-def fisher_pass(job: Job, folder: Path, observer: Observer) -> Costs:
+def fisher_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
     def removal_costs(
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
-        with job.meter.phase("sensitivity: backward"):
-            measure = backward(job, block, propagator, border, gradient, owner)
+        with context.meter.phase("sensitivity: backward"):
+            measure = backward(context, block, propagator, border, gradient, owner)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
 
         def found() -> Found:
             measured = measure()
-            return measured.sensitivity, _costs(job, block, measured)
+            return measured.sensitivity, _costs(context, block, measured)
 
         return found
 
-    return backward_pass(job, folder, observer, labels="sampled", backward=removal_costs)
+    return backward_pass(context, folder, observer, labels="sampled", backward=removal_costs)
 
 
-def score_pass(job: Job, folder: Path, observer: Observer) -> Costs:
+def score_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
-    blocks = job.stock.layout.blocks
-    num_windows = job.windows.ids_NS.shape[0]
+    blocks = context.stock.layout.blocks
+    num_windows = context.windows.ids_NS.shape[0]
     with contextlib.ExitStack() as stack:
-        sensitivities = stack.enter_context(SensitivityStore(folder, observer.note, job.ranks))
+        sensitivities = stack.enter_context(SensitivityStore(folder, observer.note, context.ranks))
         done = [sensitivities.has(block) for block in blocks]
         if all(done):
-            return sensitivities.costs(blocks, job.kinds)
-        store = open_store(job, folder / "hidden.bin", num_windows)
+            return sensitivities.costs(blocks, context.kinds)
+        store = open_store(context, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
-        propagator = embed(job, {store: num_windows})
-        snapshots = Snapshots(folder / "state", observer.note, job.ranks)
+        propagator = embed(context, {store: num_windows})
+        snapshots = Snapshots(folder / "state", observer.note, context.ranks)
         kept = snapshots.behind(done)
         first = 0 if kept is None else kept.position
         if kept is not None:
             kept.restore({"hidden": store})
         observer.start("sensitivity: scores", len(blocks) - first)
         for block in blocks[first:]:
-            tensors, module = load_block(job, block)
-            owner = block.index % job.ranks.size
-            with job.meter.phase("sensitivity: scores"):
-                sums = _measure(job, block, module, propagator, store, owner)
-            task = owner, partial(_scores, job, block, tensors, sums)
-            sensitivities.save(block, {}, job.ranks.together({block.index: task})[block.index])
+            tensors, module = load_block(context, block)
+            owner = block.index % context.ranks.size
+            with context.meter.phase("sensitivity: scores"):
+                sums = _measure(context, block, module, propagator, store, owner)
+            task = owner, partial(_scores, context, block, tensors, sums)
+            sensitivities.save(block, {}, context.ranks.together({block.index: task})[block.index])
             del task, sums
             snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
             observer.advance(f"block {block.index}")
         snapshots.discard()
-        return sensitivities.costs(blocks, job.kinds)
+        return sensitivities.costs(blocks, context.kinds)
 
 
 def _scores(
-    job: Job, block: BlockLayout, tensors: Mapping[str, Tensor], sums: dict[str, GramAccumulator]
+    context: RunContext, block: BlockLayout, tensors: Mapping[str, Tensor], sums: dict[str, GramAccumulator]
 ) -> dict[str, Tensor]:
     """Kind -> scores of the units, ascending. Uses the sums up."""
     found: dict[str, Tensor] = {}
-    for group in job.groups(block):
+    for group in context.groups(block):
         a = sums.pop(group.name)
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
-        problem = layer_problem(job, block, group, tensors, [moments])
-        add_cost(found, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+        problem = layer_problem(context, block, group, tensors, [moments])
+        add_cost(found, group, ascending(SCORES.get(context.score)(problem), group.partitions))
     return on_host(found)
 
 
@@ -109,27 +109,27 @@ def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None
 
 
 def _measure(
-    job: Job, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore, owner: int
+    context: RunContext, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore, owner: int
 ) -> dict[str, GramAccumulator]:
     """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block.
 
     The sums are those of all ranks at `owner`; elsewhere there are none.
     """
-    with _summed_inputs(job, block, module) as sums:
+    with _summed_inputs(context, block, module) as sums:
         propagator.run(module, block.index, store)
-    return _added_up(job, sums, owner)
+    return _added_up(context, sums, owner)
 
 
-def _added_up(job: Job, sums: Mapping[str, GramAccumulator], owner: int) -> dict[str, GramAccumulator]:
+def _added_up(context: RunContext, sums: Mapping[str, GramAccumulator], owner: int) -> dict[str, GramAccumulator]:
     for accumulator in sums.values():
-        accumulator.add_up(job.ranks, owner)
-    return dict(sums) if owner == job.ranks.rank else {}
+        accumulator.add_up(context.ranks, owner)
+    return dict(sums) if owner == context.ranks.rank else {}
 
 
 @contextlib.contextmanager
-def _summed_inputs(job: Job, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
+def _summed_inputs(context: RunContext, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
     """Inside the context every consumer's inputs are added up, before a norm scaled as the problem wants them."""
-    sums = {group.name: job.accumulator(group.num_units * group.width) for group in job.groups(block)}
+    sums = {group.name: context.accumulator(group.num_units * group.width) for group in context.groups(block)}
 
     def add(group: UnitGroup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -141,7 +141,7 @@ def _summed_inputs(job: Job, block: BlockLayout, module: nn.Module) -> Generator
         return hook
 
     with contextlib.ExitStack() as stack:
-        for group in job.groups(block):
+        for group in context.groups(block):
             handle = module.get_submodule(group.consumer_module).register_forward_hook(add(group))
             stack.callback(handle.remove)
         yield sums
@@ -162,7 +162,7 @@ class Measured:
 
 
 def backward(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     propagator: Propagator,
     border: HiddenStore,
@@ -173,10 +173,10 @@ def backward(
 
     What is returned makes them of the sums over all ranks, once, at `owner`.
     """
-    _, module = load_block(job, block)
-    sublayers = [block.group(kind) for kind in job.kinds if block.has(kind)]
-    hidden_size = job.stock.layout.hidden_size
-    gradients = {sublayer.kind: GramAccumulator(hidden_size, job.device) for sublayer in sublayers}
+    _, module = load_block(context, block)
+    sublayers = [block.group(kind) for kind in context.kinds if block.has(kind)]
+    hidden_size = context.stock.layout.hidden_size
+    gradients = {sublayer.kind: GramAccumulator(hidden_size, context.device) for sublayer in sublayers}
     outputs: dict[str, Tensor] = {}
 
     def update(found: Sequence[Tensor]) -> None:
@@ -191,24 +191,24 @@ def backward(
         return [outputs[sublayer.kind] for sublayer in sublayers]
 
     with contextlib.ExitStack() as stack:
-        sums = stack.enter_context(_summed_inputs(job, block, module))
+        sums = stack.enter_context(_summed_inputs(context, block, module))
         for sublayer in sublayers:
             summed = sublayer.output_module or sublayer.consumer_module
             stack.enter_context(captured(module, summed, partial(outputs.__setitem__, sublayer.kind)))
-        differentiate(job, block, module, propagator, border, gradient, wanted=wanted, receive=update)
-    inputs, output_gradients = _added_up(job, sums, owner), _added_up(job, gradients, owner)
-    return lambda: _measured(job, block, inputs, output_gradients)
+        differentiate(context, block, module, propagator, border, gradient, wanted=wanted, receive=update)
+    inputs, output_gradients = _added_up(context, sums, owner), _added_up(context, gradients, owner)
+    return lambda: _measured(context, block, inputs, output_gradients)
 
 
 def _measured(
-    job: Job, block: BlockLayout, inputs: dict[str, GramAccumulator], gradients: dict[str, GramAccumulator]
+    context: RunContext, block: BlockLayout, inputs: dict[str, GramAccumulator], gradients: dict[str, GramAccumulator]
 ) -> Measured:
     """Uses the sums up."""
     where = f"block {block.index}"
     return Measured(
         moments={
             group.name: _moments(inputs.pop(group.name), f"{where} {group.name}", gradients[group.kind].num_tokens)
-            for group in job.groups(block)
+            for group in context.groups(block)
         },
         sensitivity={
             kind: a.finalize(f"gradient of {where} {kind}").div_(a.num_tokens) for kind, a in gradients.items()
@@ -220,14 +220,14 @@ def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Momen
     return Moments(sum_I=accumulator.sum_I, num_tokens=num_tokens, gram_II=accumulator.finalize(where))
 
 
-def _costs(job: Job, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
+def _costs(context: RunContext, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
     """Kind -> loss added by each removal, by greedy removal on the dense statistics, which are used up."""
-    tensors = job.reader.read(block.shapes, block.prefix)
+    tensors = context.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
-    for group in job.groups(block):
+    for group in context.groups(block):
         sensitivity = Sensitivity(sensitivity_OO=measured.sensitivity[group.kind])
-        with job.meter.phase(f"sensitivity: costs ({group.kind})"):
-            problem = layer_problem(job, block, group, tensors, [measured.moments.pop(group.name)], sensitivity)
+        with context.meter.phase(f"sensitivity: costs ({group.kind})"):
+            problem = layer_problem(context, block, group, tensors, [measured.moments.pop(group.name)], sensitivity)
             # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
             try:
                 path = removal_path(replace(problem, shrinkage=0.0), group.num_units)

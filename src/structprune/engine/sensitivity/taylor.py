@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.problem import layer_problem
-from structprune.engine.run.context import Job
+from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.backward_pass import Found, backward_pass
 from structprune.engine.sensitivity.fisher import add_cost
 from structprune.engine.sensitivity.store import Costs, load_found
@@ -33,35 +33,35 @@ from structprune.types import BlockLayout, Sensitivity, TaylorSums, UnitGroup
 _SUMS = tuple(field.name for field in fields(TaylorSums))
 
 
-def taylor_pass(job: Job, folder: Path, observer: Observer) -> Costs:
+def taylor_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     """Measure every block; the sums stay in `folder` for the pruning pass (`load_taylor`).
 
-    The costs are the job's scores, ascending, as the lowest go first.
+    The costs are the context's scores, ascending, as the lowest go first.
     """
 
     def score(
         block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
-        tensors, module = load_block(job, block)
-        with job.meter.phase("sensitivity: backward"):
-            sums = weight_sums(job, block, module, propagator, border, gradient, owner)
+        tensors, module = load_block(context, block)
+        with context.meter.phase("sensitivity: backward"):
+            sums = weight_sums(context, block, module, propagator, border, gradient, owner)
         # Elsewhere nothing is made of them.
-        tensors = tensors if owner == job.ranks.rank else {}
+        tensors = tensors if owner == context.ranks.rank else {}
 
         def found() -> Found:
             costs: dict[str, Tensor] = {}
-            for group in job.groups(block):
-                problem = layer_problem(job, block, group, tensors, [], Sensitivity(taylor=sums[group.name]))
-                add_cost(costs, group, ascending(SCORES.get(job.score)(problem), group.partitions))
+            for group in context.groups(block):
+                problem = layer_problem(context, block, group, tensors, [], Sensitivity(taylor=sums[group.name]))
+                add_cost(costs, group, ascending(SCORES.get(context.score)(problem), group.partitions))
             return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
 
         return found
 
-    return backward_pass(job, folder, observer, labels="text", backward=score)
+    return backward_pass(context, folder, observer, labels="text", backward=score)
 
 
 def weight_sums(
-    job: Job,
+    context: RunContext,
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,
@@ -74,13 +74,13 @@ def weight_sums(
     They are those of all ranks at `owner`; elsewhere there are none.
     Raises NumericalError where a gradient is not finite.
     """
-    names = {name: group for group in job.groups(block) for name in weight_names(block, group)}
+    names = {name: group for group in context.groups(block) for name in weight_names(block, group)}
     weights = {name: module.get_parameter(name) for name in names}
     mean = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     square = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    num_windows, num_labels = job.num_backward, gradient.shape[1] - 1
+    num_windows, num_labels = context.num_backward, gradient.shape[1] - 1
 
     def add(found: Sequence[Tensor]) -> None:
         for name, grad in zip(weights, found, strict=True):
@@ -88,9 +88,11 @@ def weight_sums(
             mean[name].add_(window_mean, alpha=1 / num_windows)
             square[name].addcmul_(window_mean, window_mean, value=1 / num_windows)
 
-    differentiate(job, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add)
-    job.ranks.add_up([*mean.values(), *square.values()], owner)
-    if owner != job.ranks.rank:
+    differentiate(
+        context, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add
+    )
+    context.ranks.add_up([*mean.values(), *square.values()], owner)
+    if owner != context.ranks.rank:
         return {}
     for name in weights:
         # The sum of squares is not finite where any gradient was not, or where its square overflows.
@@ -108,7 +110,7 @@ def weight_sums(
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
     with torch.no_grad():
-        return {group.name: unit_sums(block, group, weights, mean, square) for group in job.groups(block)}
+        return {group.name: unit_sums(block, group, weights, mean, square) for group in context.groups(block)}
 
 
 def weight_names(block: BlockLayout, group: UnitGroup) -> list[str]:

@@ -10,35 +10,35 @@ from torch import Tensor
 
 from structprune.architectures.stock.model import BlockInputs, StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.run.context import Streamed
+from structprune.engine.run.context import StreamedModel
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
 
 
-def open_store(job: Streamed, path: Path, num_windows: int) -> HiddenStore:
+def open_store(context: StreamedModel, path: Path, num_windows: int) -> HiddenStore:
     """Room for the hidden states of the run's first `num_windows` windows, as far as they are this rank's.
 
     In memory or in the file `path`, as the plan says; with several ranks each has its own file.
     """
-    ranks = job.ranks
-    shape = (ranks.num_own(num_windows), job.windows.ids_NS.shape[1], job.stock.layout.hidden_size)
-    if job.plan.store == "memory":
-        return MemoryStore(shape, job.dtype)
+    ranks = context.ranks
+    shape = (ranks.num_own(num_windows), context.windows.ids_NS.shape[1], context.stock.layout.hidden_size)
+    if context.plan.store == "memory":
+        return MemoryStore(shape, context.dtype)
     own = path if ranks.size == 1 else path.with_name(f"{path.name}.{ranks.rank}")
-    return FileStore(own, shape, job.dtype)
+    return FileStore(own, shape, context.dtype)
 
 
-def embed(job: Streamed, targets: Mapping[HiddenStore, int]) -> Propagator:
+def embed(context: StreamedModel, targets: Mapping[HiddenStore, int]) -> Propagator:
     """Embed this rank's of the run's first so many windows into each store; see `embed_windows`."""
-    ranks = job.ranks
-    with job.meter.phase("embed"):
+    ranks = context.ranks
+    with context.meter.phase("embed"):
         return embed_windows(
-            job.stock,
-            job.windows.ids_NS[ranks.rank :: ranks.size],
+            context.stock,
+            context.windows.ids_NS[ranks.rank :: ranks.size],
             {store: ranks.num_own(num_windows) for store, num_windows in targets.items()},
-            job.plan.micro_batch_windows,
-            device=job.device,
-            dtype=job.dtype,
+            context.plan.micro_batch_windows,
+            device=context.device,
+            dtype=context.dtype,
         )
 
 

@@ -30,8 +30,8 @@ from structprune.types import BlockLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """The teacher or the student, as its blocks are streamed (`engine.job.Streamed`)."""
+class StreamedSide:
+    """The teacher or the student, as its blocks are streamed (`engine.context.StreamedModel`)."""
 
     stock: StockModel
     windows: CalibrationWindows
@@ -46,18 +46,18 @@ class Side:
         """The checkpoint's tensors, under the names of the stock modules."""
         return self.stock.reader
 
-    def on_windows(self, numbers: tuple[int, ...]) -> Side:
+    def on_windows(self, numbers: tuple[int, ...]) -> StreamedSide:
         """The same model with these windows only."""
         windows = replace(self.windows, ids_NS=self.windows.ids_NS[list(numbers)])
         return replace(self, windows=windows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecoveryJob:
+class RecoveryContext:
     """Everything that a mode needs."""
 
-    teacher: Side
-    student: Side
+    teacher: StreamedSide
+    student: StreamedSide
     settings: RecoverySettings
     """Resolved."""
     texts: Texts
@@ -133,7 +133,7 @@ class Mode:
     """(target borders, student): raises a StructPruneError for what this mode cannot do."""
     bytes: Callable[[StockModel, RecoverySettings, int], ModeBytes]
     """(student, resolved settings, bytes per number of the forward passes)."""
-    run: Callable[[RecoveryJob, Workplace], Recovered]
+    run: Callable[[RecoveryContext, Workplace], Recovered]
     """Raises NumericalError, CheckpointError."""
 
 

@@ -34,15 +34,15 @@ from structprune.memory import release_free_memory
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
 from structprune.results.schema import REPORT_NAME, MemoryReport
 from structprune.runs.directory import RunDirectory
+from structprune.training.context import Recovered, RecoveryContext, StreamedSide, Workplace
 from structprune.training.divergence import Heads, divergence, load_heads
-from structprune.training.job import Recovered, RecoveryJob, Side, Workplace
 
 RECOVERY_REPORT_NAME = "recovery_report.json"
 
 
-def write_recovered(job: RecoveryJob, recovered: Recovered, directory: Path) -> CheckpointWriter:
+def write_recovered(context: RecoveryContext, recovered: Recovered, directory: Path) -> CheckpointWriter:
     """All files of the checkpoint in the student's format, the index last."""
-    side = job.student
+    side = context.student
     blocks = side.stock.layout.blocks
     writer = CheckpointWriter(directory, len(blocks) + 2, side.reader.stored_name)
     for block in blocks:
@@ -61,7 +61,7 @@ def write_recovered(job: RecoveryJob, recovered: Recovered, directory: Path) -> 
     return writer
 
 
-def last_states(side: Side, path: Path) -> HiddenStore:
+def last_states(side: StreamedSide, path: Path) -> HiddenStore:
     """The states of all of the side's windows behind the last block, streamed. Raises NumericalError."""
     num_windows = len(side.windows.ids_NS)
     store = open_store(side, path, num_windows)
@@ -73,7 +73,7 @@ def last_states(side: Side, path: Path) -> HiddenStore:
 
 
 def finish_recovery(
-    job: RecoveryJob,
+    context: RecoveryContext,
     recovered: Recovered,
     run: RunDirectory,
     place: Workplace,
@@ -87,20 +87,20 @@ def finish_recovery(
     Raises CheckpointError if the reload check fails, NumericalError for outputs that are not finite.
     """
     checkpoint = run.checkpoint
-    writer = write_recovered(job, recovered, checkpoint)
+    writer = write_recovered(context, recovered, checkpoint)
     # Reads every header back and compares it with the config.
-    written = replace(job.student, stock=StockModel(CheckpointReader(checkpoint)))
-    held_out = job.texts.all_held_out
+    written = replace(context.student, stock=StockModel(CheckpointReader(checkpoint)))
+    held_out = context.texts.all_held_out
     place.observer.start("measure", 3)
     stores: list[HiddenStore] = []
     try:
-        for name, side in (("dense", job.teacher), ("before", job.student), ("after", written)):
+        for name, side in (("dense", context.teacher), ("before", context.student), ("after", written)):
             stores.append(last_states(side.on_windows(held_out), place.scratch / f"{name}.bin"))
             place.observer.advance(name)
         dense, before, after = stores
-        heads = load_heads(job.teacher, job.student)
-        ids_NS = job.student.windows.ids_NS[list(held_out)]
-        device = job.student.device
+        heads = load_heads(context.teacher, context.student)
+        ids_NS = context.student.windows.ids_NS[list(held_out)]
+        device = context.student.device
         dense_perplexity = _perplexity(heads.teacher, dense, ids_NS, device, "teacher")
         qualities = [
             Quality(
@@ -109,7 +109,7 @@ def finish_recovery(
             )
             for name, store in (("student", before), ("recovered student", after))
         ]
-        probe = _probe(heads.student, after, ids_NS[0], device) if job.settings.reload_check else None
+        probe = _probe(heads.student, after, ids_NS[0], device) if context.settings.reload_check else None
         del heads
     finally:
         for store in stores:
@@ -119,20 +119,20 @@ def finish_recovery(
     if qualities[1].divergence > qualities[0].divergence:
         place.observer.note("the held-out windows as a whole are met worse than before")
     reload = check_reload(written, run, writer, probe, place.observer)
-    plan = job.student.plan
+    plan = context.student.plan
     return RecoveryReport(
         output=str(run.output),
         student=student,
         teacher=teacher,
-        student_fingerprint=job.student.reader.fingerprint(),
-        teacher_fingerprint=job.teacher.reader.fingerprint(),
-        settings=job.settings.model_dump(mode="json"),
+        student_fingerprint=context.student.reader.fingerprint(),
+        teacher_fingerprint=context.teacher.reader.fingerprint(),
+        settings=context.settings.model_dump(mode="json"),
         device=str(device),
-        compute_dtype=str(job.student.dtype).removeprefix("torch."),
-        texts=_text_reports(job, recovered),
-        description=job.texts.windows.description,
-        fingerprint=fingerprint(job.texts.windows),
-        seq_len=job.texts.windows.ids_NS.shape[1],
+        compute_dtype=str(context.student.dtype).removeprefix("torch."),
+        texts=_text_reports(context, recovered),
+        description=context.texts.windows.description,
+        fingerprint=fingerprint(context.texts.windows),
+        seq_len=context.texts.windows.ids_NS.shape[1],
         dense_perplexity=dense_perplexity,
         before=qualities[0],
         after=qualities[1],
@@ -164,8 +164,8 @@ def write_report(report: RecoveryReport, student: Path, checkpoint: Path) -> Non
     write_text(checkpoint / README_NAME, card + recovery_card(report))
 
 
-def _text_reports(job: RecoveryJob, recovered: Recovered) -> list[TextReport]:
-    texts = job.texts
+def _text_reports(context: RecoveryContext, recovered: Recovered) -> list[TextReport]:
+    texts = context.texts
     drawn = recovered.drawn or [len(part) for part in texts.train]
     total = max(1, sum(drawn))
     return [
