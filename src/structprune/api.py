@@ -17,13 +17,13 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
-from structprune.engine.resolve import CheckedRun, num_probe, plan_run
+from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
-from structprune.engine.run.identity import Start, begin_or_go_on, find_start
+from structprune.engine.run.identity import RunRequest, begin_or_go_on, find_request
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
@@ -64,14 +64,14 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
     Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
     """
     bound_hidden_memory()
-    checked = check(model, recipe)
+    resolved = check(model, recipe)
     return RunPlan(
         source=str(model),
-        recipe=checked.recipe,
-        layout=checked.stock.layout,
-        plan=plan_run(checked, checked.recipe.num_samples),
-        forecast=checked.forecast,
-        runtimes=runtimes(checked.forecast.shape),
+        recipe=resolved.recipe,
+        layout=resolved.stock.layout,
+        plan=plan_run(resolved, resolved.recipe.num_samples),
+        forecast=resolved.forecast,
+        runtimes=runtimes(resolved.forecast.shape),
     )
 
 
@@ -107,13 +107,15 @@ def prune(
             | {"output": str(run.output)}
         )
         ranks.from_first(lambda: _check_asked(recipe, run, ranks, shared))
-        checked = check(model, recipe, ranks)
+        resolved = check(model, recipe, ranks)
         with PeakMeter() as meter, run:
-            context = _context(checked, run, meter, observer, str(model), recipe, started, shared)
+            context = _context(resolved, run, meter, observer, str(model), recipe, started, shared)
             if ranks.from_first(run.is_committed):
                 return ranks.from_first(lambda: _left_to_tidy(run))
             with context.device_meter:
-                return PIPELINES[checked.method.pipeline].execute(context, run, meter, MarkingObserver(observer, meter))
+                return PIPELINES[resolved.method.pipeline].execute(
+                    context, run, meter, MarkingObserver(observer, meter)
+                )
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -160,7 +162,7 @@ def resume(
     if (begun := find_recovery(directory)) is not None:
         with contextlib.chdir(begun.directory):
             return recover(begun.student, begun.teacher, begun.asked, directory.output, observer)
-    start = find_start(directory)
+    start = find_request(directory)
     if start is None:
         if (directory.output / RECOVERY_REPORT_NAME).is_file():
             return load_recovery_report(directory.output)
@@ -174,7 +176,7 @@ def resume(
 
 
 def _context(
-    checked: CheckedRun,
+    resolved: ResolvedRun,
     run: RunDirectory,
     meter: PeakMeter,
     observer: Observer,
@@ -187,23 +189,23 @@ def _context(
 
     def plan(budgets: Budgets, num_windows: int) -> PrunePlan:
         update = {"memory": budgets.host, "device_memory": budgets.device}
-        return plan_run(replace(checked, recipe=checked.recipe.model_copy(update=update)), num_windows)
+        return plan_run(replace(resolved, recipe=resolved.recipe.model_copy(update=update)), num_windows)
 
-    begun = checked.ranks.from_first(
+    begun = resolved.ranks.from_first(
         lambda: begin_or_go_on(
             run,
-            checked.stock.reader,
-            checked.recipe,
-            Start(model=model, asked=asked),
+            resolved.stock.reader,
+            resolved.recipe,
+            RunRequest(model=model, asked=asked),
             plan,
-            lambda plan: _windows(checked, plan, observer),
+            lambda plan: _windows(resolved, plan, observer),
         )
     )
     num_windows = len(begun.windows.ids_NS)
     return RunContext(
         source=model,
-        stock=checked.stock,
-        recipe=checked.recipe.model_copy(
+        stock=resolved.stock,
+        recipe=resolved.recipe.model_copy(
             update={
                 "calibration": begun.name,
                 "num_samples": num_windows,
@@ -211,32 +213,32 @@ def _context(
                 "device_memory": begun.plan.budgets.device,
             }
         ),
-        method=checked.method,
-        kinds=checked.kinds,
+        method=resolved.method,
+        kinds=resolved.kinds,
         plan=begun.plan,
         calibration_name=begun.name,
         windows=begun.windows,
-        num_probe=min(num_probe(checked.recipe), num_windows),
-        device=checked.device,
-        dtype=checked.dtype,
+        num_probe=min(num_probe(resolved.recipe), num_windows),
+        device=resolved.device,
+        dtype=resolved.dtype,
         started=started - run.journal.earlier_s,
         shared=shared,
-        device_meter=DeviceMeter(device=checked.device, plan=begun.plan.device),
+        device_meter=DeviceMeter(device=resolved.device, plan=begun.plan.device),
         meter=meter,
-        ranks=checked.ranks,
+        ranks=resolved.ranks,
     )
 
 
-def _windows(checked: CheckedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
+def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
-    recipe = checked.recipe
+    recipe = resolved.recipe
     source = source_context(
-        checked.directory,
+        resolved.directory,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
-        dtype=checked.dtype,
-        device=checked.device,
+        dtype=resolved.dtype,
+        device=resolved.device,
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
     )

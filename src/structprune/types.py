@@ -57,7 +57,7 @@ class UnitGroup:
     """
 
     kind: UnitKind
-    part: int | None = None
+    expert: int | None = None
     """Which one, where the sublayer has several groups of as many units each: the experts of a mixture."""
     num_units: int
     width: int
@@ -96,7 +96,7 @@ class UnitGroup:
     @property
     def name(self) -> str:
         """The kind, and with several parts the part's number: `mlp.3`."""
-        return self.kind if self.part is None else f"{self.kind}.{self.part}"
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
     @property
     def bias_name(self) -> str:
@@ -138,7 +138,7 @@ class BlockLayout:
         """The sublayer's group, the first of several."""
         return next(group for group in self.groups if group.kind == kind)
 
-    def parts(self, kind: str) -> tuple[UnitGroup, ...]:
+    def groups_of(self, kind: str) -> tuple[UnitGroup, ...]:
         """All groups of the sublayer: one, or as many as there are experts."""
         return tuple(group for group in self.groups if group.kind == kind)
 

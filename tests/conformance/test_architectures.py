@@ -61,9 +61,9 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
     for block in layout.blocks:
         for kind in UNIT_KINDS:
             group = block.group(kind)
-            removable = sum(part.num_units * block.unit_parameters(part) for part in block.parts(kind))
+            removable = sum(part.num_units * block.unit_parameters(part) for part in block.groups_of(kind))
             # A module is its units, and what belongs to none: the consumer's bias, norms that heads share, a router.
-            owned = {piece.tensor for part in block.parts(kind) for piece in part.slices}
+            owned = {piece.tensor for part in block.groups_of(kind) for piece in part.slices}
             others = [n for n in block.shapes if n.startswith(group.module_prefix) and n not in owned]
             shared = sum(torch.Size(block.shapes[name]).numel() for name in others)
             assert removable + shared == block.module_parameters(group)
@@ -81,7 +81,7 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     tensors = reader.read(block.shapes, block.prefix)
     masked, cut = dict(tensors), dict(tensors)
     num_keep = group.num_units // 2
-    for part in block.parts(kind):
+    for part in block.groups_of(kind):
         # Another choice in each.
         keep_units = torch.randperm(part.num_units, generator=torch.Generator().manual_seed(part.part or 0))
         keep_units = keep_units[:num_keep].sort().values
@@ -97,7 +97,7 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
         actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     after = sum(p.numel() for p in smaller.parameters())
-    unit_parameters = sum(block.unit_parameters(part) for part in block.parts(kind))
+    unit_parameters = sum(block.unit_parameters(part) for part in block.groups_of(kind))
     assert after == block.num_parameters - (group.num_units - num_keep) * unit_parameters
 
 
@@ -190,7 +190,7 @@ def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind, head
     block = stock.layout.blocks[1]
     tensors = reader.read(block.shapes, block.prefix)
     silent, masked = dict(tensors), dict(tensors)
-    for group in block.parts(kind):
+    for group in block.groups_of(kind):
         units = torch.arange(group.num_units)[::2]
         for cut, pieces in ((silent, group.producers), (masked, (group.consumer,))):
             for piece in pieces:
@@ -234,7 +234,7 @@ def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKi
     stage = stock.stage_of(kind)
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(stock.stage(module, stage))
-        for group in block.parts(kind):
+        for group in block.groups_of(kind):
             stack.enter_context(tapped(module, group.consumer_module, seen.append))
         residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
     others = tuple(other for other in stage if other != kind)
@@ -245,4 +245,4 @@ def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKi
     group = block.group(kind)
     assert all(x_TI.shape[1] == group.num_units * group.width for x_TI in seen)
     # Each token once, or of a mixture twice: it is sent to two experts.
-    assert sum(map(len, seen)) == 60 * (1 if group.part is None else 2)
+    assert sum(map(len, seen)) == 60 * (1 if group.expert is None else 2)

@@ -101,7 +101,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
         for group in context.stock.groups:
             # The experts of a mixture have one sum.
             consumer = block.get_submodule(group.output_module or group.consumer_module)
-            if group.part in (None, 0):
+            if group.expert in (None, 0):
                 consumer.register_forward_hook(keep((index, group.kind)))
     generator = torch.Generator().manual_seed(context.recipe.seed)
     expected = {

@@ -112,7 +112,7 @@ def work(spec: dict[str, Any], rank: int) -> None:
     """All runs, as one rank."""
     torch.set_num_threads(1)
     # Tests of the reload check are elsewhere; it costs a process.
-    reload.reload_in_a_process = lambda checked, _: reload.reload_here(checked)
+    reload.reload_in_a_process = lambda resolved, _: reload.reload_here(resolved)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(spec["size"])}
     os.environ |= {"LOCAL_WORLD_SIZE": str(spec["size"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(spec["port"])}
     usual = units.prune_block, units.measure_sensitivity, fisher.backward, snapshots.SHARE, api.versions

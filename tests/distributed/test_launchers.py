@@ -229,7 +229,7 @@ def cut_off() -> Generator[Callable[[], None]]:
 
 
 def test_a_link_that_is_cut(cut_off: Callable[[], None], model: Path, text_file: Path, tmp_path: Path) -> None:
-    """Neither side hears of the other any more: each ends, and says whom it misses."""
+    """Neither side hears of the other any more: each final_states, and says whom it misses."""
     port = free_port()
     asked = [*flags(settings(text_file)), "--rank-timeout", "8"]
     ranks = [

@@ -88,8 +88,8 @@ def test_only_sublayers_that_are_finished_by_their_consumer_alone(kind: str, tmp
     for sublayer in found:
         assert stock.stage_of(sublayer) == (sublayer,)
         for block in stock.layout.blocks:
-            (group,) = block.parts(sublayer)
-            assert group.part is None
+            (group,) = block.groups_of(sublayer)
+            assert group.expert is None
             assert not group.output_normed
     assert "mlp" not in cacheable(stock, UNIT_KINDS, "admm")
     assert cacheable(stock, ["mlp"], "least-squares") == tuple(sublayer for sublayer in found if sublayer == "mlp")

@@ -147,7 +147,7 @@ def test_a_ridge_too_small_is_raised_and_reported(tiny_llama: Path, text_file: P
 
 @pytest.mark.parametrize("method", ["fasp", "structprune"])
 def test_a_ridge_is_not_raised_for_ever(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """After six raises the run ends, and says in which block."""
+    """After six raises the run final_states, and says in which block."""
     with pytest.raises(NumericalError, match="stays indefinite") as caught:
         prune(
             tiny_llama,

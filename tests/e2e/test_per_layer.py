@@ -64,7 +64,7 @@ def compacted(stock: StockModel, block: BlockLayout, kept: dict[str, list[int]])
     """The block's tensors with the last units only, or the last of each partition."""
     tensors = stock.reader.read(block.shapes, block.prefix)
     for kind, counts in kept.items():
-        for group in block.parts(kind):
+        for group in block.groups_of(kind):
             units = torch.arange(group.num_units).reshape(group.partitions, -1)
             tensors = compact(tensors, group, units[:, -(counts[block.index] // group.partitions) :].flatten())
     return tensors
@@ -189,7 +189,9 @@ def test_every_layer_has_its_widths_and_index(pruned: Path) -> None:
     for block, layer in zip(stock.layout.blocks, layers, strict=True):
         if kind_of(pruned) != "qwen3_moe":  # stacked in memory, so that names differ
             assert block.shapes == {name: tuple(p.shape) for name, p in layer.named_parameters()}
-        assert {group.num_units for group in block.parts("mlp")} == {kept_units(kind_of(pruned))["mlp"][block.index]}
+        assert {group.num_units for group in block.groups_of("mlp")} == {
+            kept_units(kind_of(pruned))["mlp"][block.index]
+        }
         if stock.family.name not in FIXED_HEADS:
             assert block.group("attention").num_units == KEPT["attention"][block.index]
     assert stock.layout.num_parameters == sum(p.numel() for p in model.parameters())

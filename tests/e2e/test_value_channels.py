@@ -142,7 +142,7 @@ def test_fasp_prunes_pairs(kind: str, text_file: Path, tmp_path: Path) -> None:
     layout = StockModel(CheckpointReader(source), "value-channel").layout
     sublayers = {b.kind: b for b in report.blocks}
     owned = {
-        kind: sum(p.num_units * layout.blocks[0].unit_parameters(p) for p in layout.blocks[0].parts(kind))
+        kind: sum(p.num_units * layout.blocks[0].unit_parameters(p) for p in layout.blocks[0].groups_of(kind))
         for kind in sublayers
     }
     in_scope = sum(layout.blocks[0].module_parameters(layout.blocks[0].group(kind)) for kind in sublayers)

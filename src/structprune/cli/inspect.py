@@ -22,7 +22,7 @@ def inspect(
     groups = [
         {
             "kind": kind,
-            "units_per_block": sum(part.num_units for part in block.parts(kind)),
+            "units_per_block": sum(part.num_units for part in block.groups_of(kind)),
             "parameters_per_unit": block.unit_parameters(block.group(kind)),
             "share_of_block": block.module_parameters(block.group(kind)) / block.num_parameters,
             "share_of_model": sum(b.module_parameters(b.group(kind)) for b in layout.blocks if b.has(kind))

@@ -20,7 +20,7 @@ from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
-from structprune.engine.resolve import CheckedRun, check
+from structprune.engine.resolve import ResolvedRun, check
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
@@ -92,7 +92,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
 
 
 def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
-    """The empty table and its cells, all of them checked. Raises StructPruneError."""
+    """The empty table and its cells, all of them resolved. Raises StructPruneError."""
     device = resolve_device(request.base.device)
     dtype = str(resolve_dtype(request.base, device)).removeprefix("torch.")
     # Measured once: cells whose forward passes differ in precision would not be comparable.
@@ -152,7 +152,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     return comparison, cells
 
 
-def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> CheckedRun:
+def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> ResolvedRun:
     try:
         return check(model, recipe)
     except StructPruneError as error:

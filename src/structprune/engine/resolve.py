@@ -31,7 +31,7 @@ _PROBE_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedRun:
+class ResolvedRun:
     """A model and a recipe that go together; no weight has been read."""
 
     directory: Path
@@ -49,7 +49,7 @@ class CheckedRun:
     ranks: Ranks = ALONE
 
 
-def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun:
+def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRun:
     """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
@@ -88,7 +88,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> CheckedRun
     pipeline, asked = PIPELINES[method.pipeline], recipe
     recipe, groups = ranks.from_first(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
-    return CheckedRun(
+    return ResolvedRun(
         directory=directory,
         stock=stock,
         method=method,
@@ -107,25 +107,25 @@ def num_probe(recipe: Recipe) -> int:
     return max(1, _PROBE_TOKENS // recipe.seq_len)
 
 
-def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
+def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     """How a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
-    recipe, stock, num_ranks = checked.recipe, checked.stock, checked.ranks.size
+    recipe, stock, num_ranks = resolved.recipe, resolved.stock, resolved.ranks.size
     memory = recipe.memory
     if memory is None and num_ranks > 1:
         # Of the machine; the ranks on it share what is free.
         memory = available_bytes() * 8 // 10 // ranks_here()
     assert recipe.sensitivity_samples is not None
-    sensitivity = checked.method.sensitivity_for(recipe.allocator or "uniform")
+    sensitivity = resolved.method.sensitivity_for(recipe.allocator or "uniform")
     request = PlanRequest(
         layout=stock.layout,
-        groups=checked.groups,
+        groups=resolved.groups,
         stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
         stored_dtypes=stock.reader.dtypes,
-        compute_dtype=checked.dtype,
+        compute_dtype=resolved.dtype,
         num_windows=-(-num_windows // num_ranks),
         seq_len=recipe.seq_len,
         num_probe=min(num_probe(recipe), num_windows),
-        needs_statistics=checked.method.needs_statistics or sensitivity in ("loss", "scores"),
+        needs_statistics=resolved.method.needs_statistics or sensitivity in ("loss", "scores"),
         needs_sensitivity=sensitivity == "loss",
         needs_scores=sensitivity == "scores",
         needs_weight_gradients=sensitivity == "taylor",
@@ -134,17 +134,17 @@ def plan_run(checked: CheckedRun, num_windows: int) -> PrunePlan:
         holds_out=recipe.damping == "auto",
         score=recipe.score or "",
         solves=recipe.solver not in ("mask-only", "bias"),
-        kept={kind: max(counts) for kind, counts in (checked.forecast.kept or {}).items()},
-        tokenizer_bytes=tokenizer_bytes(checked.directory),
+        kept={kind: max(counts) for kind, counts in (resolved.forecast.kept or {}).items()},
+        tokenizer_bytes=tokenizer_bytes(resolved.directory),
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
         num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
         sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
-        cacheable=cacheable(stock, checked.kinds, recipe.solver or "")
-        if checked.method.pipeline == "units" and checked.method.needs_statistics
+        cacheable=cacheable(stock, resolved.kinds, recipe.solver or "")
+        if resolved.method.pipeline == "units" and resolved.method.needs_statistics
         else (),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
     )
-    on_device = device_budget(checked.device, recipe.device_memory)
-    return make_plan(PIPELINES[checked.method.pipeline].request(request, recipe, stock), memory, on_device)
+    on_device = device_budget(resolved.device, recipe.device_memory)
+    return make_plan(PIPELINES[resolved.method.pipeline].request(request, recipe, stock), memory, on_device)

@@ -72,7 +72,7 @@ def last_states(side: StreamedSide, path: Path) -> HiddenStore:
     return store
 
 
-def finish_recovery(
+def finalize_recovery(
     context: RecoveryContext,
     recovered: Recovered,
     run: RunDirectory,

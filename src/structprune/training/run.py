@@ -22,7 +22,7 @@ from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
 from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_borders
-from structprune.training.finalize import RECOVERY_REPORT_NAME, finish_recovery, write_report
+from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.settings import RecoverySettings
 from structprune.training.snapshots import DamagedStateError
@@ -117,7 +117,7 @@ def recover_model(
                 _empty(folder)
                 _empty(scratch)
                 recovered = mode.run(context, place)
-            report = finish_recovery(
+            report = finalize_recovery(
                 context, recovered, run, place, student=str(student), teacher=str(teacher), started=started
             )
             write_report(report, pruned.reader.directory, run.checkpoint)

@@ -56,7 +56,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
     experts = tuple(
         UnitGroup(
             kind="mlp",
-            part=number,
+            expert=number,
             num_units=config.moe_intermediate_size,
             width=1,
             producers=tuple(

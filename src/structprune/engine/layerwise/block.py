@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.refine import refine
-from structprune.engine.layerwise.solve import Part, solve_cost, solve_part, with_part
+from structprune.engine.layerwise.solve import SolvedGroup, solve_cost, solve_group, with_group
 from structprune.engine.layerwise.statistics import Reference, Streams, follow_dense, measure
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
@@ -165,7 +165,7 @@ def pass_block(
             reference = follow_dense(context, block, stage, groups, module, streams)
             if any(group.output_normed for group in groups):
                 # There the stream moves as it is asked.
-                for windows in context.window_parts:
+                for windows in context.window_ranges:
                     for start, stop in streams.propagator.batches(*windows):
                         reference(start, stop)
     widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
@@ -184,7 +184,7 @@ def _fill(
 ) -> None:
     """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
     received: list[Tensor] = []
-    for windows in context.window_parts:
+    for windows in context.window_ranges:
         for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
             with (
                 context.stock.stage(module, context.stock.stage_of(group.kind)),
@@ -265,7 +265,7 @@ def _prune_sublayer(
     """Some units of each group go: the sublayer's only one, or every expert's own choice of as many."""
     context, block, streams = place.context, place.block, place.streams
     started = time.perf_counter()
-    groups = {group.name: group for group in block.parts(kind)}
+    groups = {group.name: group for group in block.groups_of(kind)}
     # Which rank decides and solves which group.
     owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, context.ranks.size)
     measured: list[dict[str, Moments]] = []
@@ -283,11 +283,11 @@ def _prune_sublayer(
                     owners,
                     place.inputs_NSI,
                 )
-                for windows in context.window_parts
+                for windows in context.window_ranges
             ]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
-    parts: dict[str, Part] = {}
+    parts: dict[str, SolvedGroup] = {}
     cut = dict(tensors)
     for turn in turns(owners):
         with context.meter.phase(f"solve ({kind})"):
@@ -295,7 +295,7 @@ def _prune_sublayer(
                 name: (
                     owners[name],
                     partial(
-                        solve_part,
+                        solve_group,
                         context,
                         block,
                         groups[name],
@@ -311,7 +311,7 @@ def _prune_sublayer(
             parts |= context.ranks.together(tasks)
             del tasks
             for name in turn:
-                cut = with_part(cut, groups[name], parts[name])
+                cut = with_group(cut, groups[name], parts[name])
     parts = {name: parts[name] for name in groups}
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []

@@ -51,7 +51,7 @@ def layer_problem(
         target_OI=total.target_OI,
         target_energy=total.target_energy,
         seed=context.recipe.seed * 1_000_003
-        + (group.part or 0) * 10_007
+        + (group.expert or 0) * 10_007
         + block.index * len(UNIT_KINDS)
         + UNIT_KINDS.index(group.kind),
         held_out=measured[1] if len(measured) > 1 else None,

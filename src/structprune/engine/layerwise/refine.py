@@ -74,7 +74,7 @@ def refine(
         start.get_parameter(name).data = tensor.to(context.device, context.dtype)
     measured = [
         measure(context, block, [group], start, streams, windows, reference).get(group.name)
-        for windows in context.window_parts
+        for windows in context.window_ranges
     ]
     result = context.ranks.from_first(lambda: _refitted(context, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]

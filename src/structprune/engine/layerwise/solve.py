@@ -25,7 +25,7 @@ from structprune.types import BlockLayout, LayerProblem, Moments, Sensitivity, S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class SolvedGroup:
     """One group of a sublayer, decided and solved."""
 
     keep_units: Tensor
@@ -41,7 +41,7 @@ def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
     return inputs**3 + inputs * math.prod(block.shapes[group.consumer.tensor])
 
 
-def solve_part(
+def solve_group(
     context: RunContext,
     block: BlockLayout,
     group: UnitGroup,
@@ -51,7 +51,7 @@ def solve_part(
     sensitivity: Sensitivity | None,
     *,
     measure_costs: bool,
-) -> Part:
+) -> SolvedGroup:
     """Decide and solve one group, on one rank. Takes what was measured: the list is empty afterwards."""
     where = f"block {block.index} {group.name}"
     if any(moments.num_tokens == 0 for moments in measured[:1]):
@@ -71,7 +71,7 @@ def solve_part(
     errors = _squared_errors(problem, keep_U, result) if context.method.needs_statistics else None
     cost_U = removal_path(problem, group.num_units).cost.cpu() if measure_costs else None
     # Wherever it was solved, it is written from the host.
-    return Part(
+    return SolvedGroup(
         keep_units=torch.nonzero(keep_U).flatten().cpu(),
         result=result.to(torch.device("cpu")),
         errors=errors,
@@ -80,7 +80,7 @@ def solve_part(
     )
 
 
-def with_part(tensors: Mapping[str, Tensor], group: UnitGroup, part: Part) -> dict[str, Tensor]:
+def with_group(tensors: Mapping[str, Tensor], group: UnitGroup, part: SolvedGroup) -> dict[str, Tensor]:
     """The block's tensors with the group cut, and its consumer as it was solved."""
     cut = compact(tensors, group, part.keep_units)
     # Solved unit after unit; in the tensor the kept inputs keep their order.

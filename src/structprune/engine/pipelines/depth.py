@@ -23,10 +23,10 @@ from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
@@ -120,7 +120,7 @@ def execute_depth(context: RunContext, run: RunDirectory, meter: PeakMeter, obse
     writer = CheckpointWriter(run.checkpoint, len(kept) + 2, context.stored_name)
     outcome = _write_blocks(context, run, writer, kept, choice, meter, observer)
     config = shallower_config(context.reader.config, context.stock.config, kept)
-    return finish(context, run, writer, meter, observer, config, outcome, layout.block_parameters)
+    return finalize(context, run, writer, meter, observer, config, outcome, layout.block_parameters)
 
 
 def _choose(context: RunContext, run: RunDirectory, remove: int, observer: Observer) -> Choice:
@@ -157,9 +157,9 @@ def _write_blocks(
     for block, line in zip(blocks, lines, strict=True):
         if line is not None and block.index in kept:
             writer.adopt(kept.index(block.index) + 2)
-    ends = find_ends(run.journal, run.staging)
-    if ends is not None and None not in lines:
-        return _outcome(lines, kept, ends)
+    final_states = load_final_states(run.journal, run.staging)
+    if final_states is not None and None not in lines:
+        return _outcome(lines, kept, final_states)
     snapshots = Snapshots(run.staging / "state", observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
@@ -210,17 +210,20 @@ def _write_blocks(
             release_free_memory()
             state = "kept" if stays else "removed"
             observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {"dense": dense.read(0, context.num_probe).clone(), "pruned": pruned.read(0, context.num_probe).clone()}
-        keep_ends(run.journal, run.staging, ends)
+        final_states = {
+            "dense": dense.read(0, context.num_probe).clone(),
+            "pruned": pruned.read(0, context.num_probe).clone(),
+        }
+        save_final_states(run.journal, run.staging, final_states)
     snapshots.discard()
-    return _outcome(lines, kept, ends)
+    return _outcome(lines, kept, final_states)
 
 
-def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], ends: Mapping[str, Tensor]) -> Outcome:
+def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], final_states: Mapping[str, Tensor]) -> Outcome:
     """From the journal's line of every block."""
     return Outcome(
         reports=[BlockReport(**line["report"]) for line in lines if line is not None],
         kept_indices={"blocks": kept},
-        dense_NSD=ends["dense"],
-        pruned_NSD=ends["pruned"],
+        dense_NSD=final_states["dense"],
+        pruned_NSD=final_states["pruned"],
     )

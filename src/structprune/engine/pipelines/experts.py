@@ -29,10 +29,10 @@ from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import InputError, UnsupportedError
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
@@ -120,7 +120,7 @@ def execute_experts(context: RunContext, run: RunDirectory, meter: PeakMeter, ob
     outcome = _prune_blocks(context, experts, run, writer, meter, observer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
-    return finish(context, run, writer, meter, observer, config, outcome, in_scope)
+    return finalize(context, run, writer, meter, observer, config, outcome, in_scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +194,9 @@ def _prune_blocks(
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
             writer.adopt(block.index + 2)
-    ends = find_ends(run.journal, run.staging)
-    if ends is not None and None not in lines:
-        return _outcome(lines, ends)
+    final_states = load_final_states(run.journal, run.staging)
+    if final_states is not None and None not in lines:
+        return _outcome(lines, final_states)
     total = getattr(context.stock.config, experts.count_field)
     snapshots = Snapshots(run.staging / "state", observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
@@ -250,10 +250,10 @@ def _prune_blocks(
             snapshots.keep(block.index + 1, streams)
             release_free_memory()
             observer.advance(f"block {block.index} {len(kept)}/{total}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {name: store.read(0, context.num_probe).clone() for name, store in streams.items()}
-        keep_ends(run.journal, run.staging, ends)
+        final_states = {name: store.read(0, context.num_probe).clone() for name, store in streams.items()}
+        save_final_states(run.journal, run.staging, final_states)
     snapshots.discard()
-    return _outcome(lines, ends)
+    return _outcome(lines, final_states)
 
 
 def _statistics(found: Saliency, kept: Sequence[int]) -> dict[str, float]:
@@ -290,12 +290,12 @@ def _config(context: RunContext, experts: Experts, index: int) -> Any:
     return config
 
 
-def _outcome(lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> Outcome:
+def _outcome(lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]) -> Outcome:
     """From the journal's line of every block."""
     found = [line for line in lines if line is not None]
     return Outcome(
         reports=[BlockReport(**line["report"]) for line in found],
         kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in found},
-        dense_NSD=ends["dense"],
-        pruned_NSD=ends["pruned"],
+        dense_NSD=final_states["dense"],
+        pruned_NSD=final_states["pruned"],
     )

@@ -26,9 +26,9 @@ from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.slice_settings import kept_width
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, commit, judge, size_report
+from structprune.engine.run.finalize import Outcome, commit, final_metrics, size_report
 from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.engine.streaming.propagate import Propagator
 from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
 from structprune.linalg.rotation import dropped_share, principal_basis
@@ -69,14 +69,14 @@ def slice_to(context: RunContext, run: RunDirectory, meter: PeakMeter, observer:
     writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
     result = _slice_blocks(context, run, writer, width, common_DK, meter, observer)
     release_free_memory()
-    judged = judge(context, result.outcome)
+    metrics = final_metrics(context, result.outcome)
     release_free_memory()
     writer.write(writer.num_shards, rotated_head(context, result.last_DK))
     if shortcuts:
         write_sliced_modeling_file(writer.directory, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(context, run, writer, meter, observer, config, result.outcome, size, judged)
+    return commit(context, run, writer, meter, observer, config, result.outcome, size, metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +107,11 @@ def _slice_blocks(
     blocks = context.stock.layout.blocks
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     embedded = run.journal.find("embedding") is not None
-    ends = find_ends(run.journal, run.staging)
-    if ends is not None and embedded and None not in lines:
+    final_states = load_final_states(run.journal, run.staging)
+    if final_states is not None and embedded and None not in lines:
         for number in range(1, len(blocks) + 2):
             writer.adopt(number)
-        return _passed(writer, lines, ends)
+        return _passed(writer, lines, final_states)
     num_windows = len(context.windows.ids_NS) if common_DK is None else context.num_probe
     snapshots = Snapshots(run.staging / "state", observer.note)
     kept = snapshots.behind([embedded and line is not None for line in lines])
@@ -169,29 +169,31 @@ def _slice_blocks(
             release_free_memory()
             line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
             observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {
+        final_states = {
             "dense": dense.read(0, context.num_probe).clone(),
             "pruned": _projected(
                 store.read(0, context.num_probe).to(context.device), here.basis_DK.to(context.dtype)
             ).cpu(),
             "basis": here.basis_DK.cpu(),
         }
-        keep_ends(run.journal, run.staging, ends)
+        save_final_states(run.journal, run.staging, final_states)
     snapshots.discard()
-    return _passed(writer, lines, ends)
+    return _passed(writer, lines, final_states)
 
 
-def _passed(writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], ends: Mapping[str, Tensor]) -> _Pass:
+def _passed(
+    writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]
+) -> _Pass:
     """From the journal's line of every block."""
     return _Pass(
         outcome=Outcome(
             reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
             kept_indices={},
-            dense_NSD=ends["dense"],
-            pruned_NSD=ends["pruned"],
+            dense_NSD=final_states["dense"],
+            pruned_NSD=final_states["pruned"],
         ),
         num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
-        last_DK=ends["basis"],
+        last_DK=final_states["basis"],
     )
 
 

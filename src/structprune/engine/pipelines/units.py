@@ -25,12 +25,12 @@ from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, finish
+from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import find_ends, keep_ends
+from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.observer import Observer
 from structprune.results.schema import BlockReport, PruneReport
@@ -73,13 +73,13 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
-        dense_NSD=result.ends["dense"],
-        pruned_NSD=result.ends["pruned"],
+        dense_NSD=result.final_states["dense"],
+        pruned_NSD=result.final_states["pruned"],
         reused=None if found is None else found.reused,
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
-    return ranks.from_first(lambda: finish(context, run, writer, meter, observer, config, outcome, scope))
+    return ranks.from_first(lambda: finalize(context, run, writer, meter, observer, config, outcome, scope))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class _Pass:
 
     lines: list[Mapping[str, Any]]
     """The journal's, of every block."""
-    ends: Mapping[str, Tensor]
+    final_states: Mapping[str, Tensor]
 
 
 def _rehearse(
@@ -165,9 +165,9 @@ def _prune_blocks(
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
             trail.writer.adopt(_shard_number(block))
-    ends = find_ends(trail.journal, trail.folder)
-    if ends is not None and None not in lines:
-        return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+    final_states = load_final_states(trail.journal, trail.folder)
+    if final_states is not None and None not in lines:
+        return _Pass(lines=[line for line in lines if line is not None], final_states=final_states)
     num_windows = len(context.windows.ids_NS)
     num_dense = num_windows if context.follows_dense else context.num_probe
     ranks = context.ranks
@@ -203,10 +203,10 @@ def _prune_blocks(
             snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
             release_free_memory()
             observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
-        ends = {"dense": _first_windows(context, dense), "pruned": _first_windows(context, store)}
-        keep_ends(trail.journal, trail.folder, ends, ranks)
+        final_states = {"dense": _first_windows(context, dense), "pruned": _first_windows(context, store)}
+        save_final_states(trail.journal, trail.folder, final_states, ranks)
     snapshots.discard()
-    return _Pass(lines=[line for line in lines if line is not None], ends=ends)
+    return _Pass(lines=[line for line in lines if line is not None], final_states=final_states)
 
 
 def _open_cache(context: RunContext) -> ActivationCache | None:

@@ -77,7 +77,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
 
     `groups` are those in scope.
     """
-    mixture = any(group.part is not None for group in groups)
+    mixture = any(group.expert is not None for group in groups)
     attention = any(group.kind == "attention" for group in groups)
     narrows = attention and stock.head_units == "value-channel"
     allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))

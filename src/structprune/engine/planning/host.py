@@ -153,10 +153,10 @@ def _plan_with(
     # On their way to a device and back: states, or in the backward pass those of one window and gradients.
     base += NUM_STAGED * max(micro_batch * item, item + 2 * 4) * request.seq_len * hidden if moved else 0
     # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
-    ends = 2 * request.num_probe * request.seq_len * hidden * item
-    small = base + ends + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
+    final_states = 2 * request.num_probe * request.seq_len * hidden * item
+    small = base + final_states + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
     # While blocks run those states are in a store like the others.
-    resident = base + (num_stores * store_bytes + ends if store == "memory" else 0)
+    resident = base + (num_stores * store_bytes + final_states if store == "memory" else 0)
     # Only while blocks are pruned, one sublayer's at a time.
     cache_bytes = request.num_windows * request.seq_len * item * most_inputs(request.layout, cached)
     pruning = resident + cache_bytes

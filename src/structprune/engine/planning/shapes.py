@@ -131,7 +131,7 @@ def numel(block: BlockLayout, name: str) -> int:
 
 def most_inputs(layout: ModelLayout, kinds: Collection[UnitKind]) -> int:
     """Of any consumer of these sublayers in any block; 0 where there is none."""
-    groups = [group for block in layout.blocks for kind in kinds for group in block.parts(kind)]
+    groups = [group for block in layout.blocks for kind in kinds for group in block.groups_of(kind)]
     return max((group.num_units * group.width for group in groups), default=0)
 
 

@@ -37,7 +37,7 @@ def choose_widths(
             block=block.index,
             kind=group.kind,
             num_units=group.num_units,
-            unit_parameters=sum(block.unit_parameters(part) for part in block.parts(kind)),
+            unit_parameters=sum(block.unit_parameters(part) for part in block.groups_of(kind)),
             module_parameters=block.module_parameters(group),
             multiple_of=_multiple(recipe, group),
             cost_U=None if costs is None else costs[group.kind][block.index],

@@ -165,7 +165,7 @@ class Group(Ranks):
             self._run(lambda p=part: dist.broadcast(p, owner, group=self._group, async_op=True))
 
     def _run(self, start: Callable[[], Any]) -> None:
-        """Start an exchange and wait for its end. Raises RankError if the run is to end."""
+        """RunRequest an exchange and wait for its end. Raises RankError if the run is to end."""
         self._watch.check()
         self._watch.enter()
         try:

@@ -81,7 +81,7 @@ class RunContext:
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a sublayer."""
-        return tuple(group for kind in self.kinds for group in block.parts(kind))
+        return tuple(group for kind in self.kinds for group in block.groups_of(kind))
 
     @property
     def reader(self) -> CheckpointReader:
@@ -155,7 +155,7 @@ class RunContext:
         return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0
 
     @property
-    def window_parts(self) -> tuple[tuple[int, int], ...]:
+    def window_ranges(self) -> tuple[tuple[int, int], ...]:
         """(first, last) of this rank's windows that are fitted, and of those held out if there are any."""
         num_windows = len(self.windows.ids_NS)
         fitted, held_out = self.ranks.own(0, self.num_fitted), self.ranks.own(self.num_fitted, num_windows)

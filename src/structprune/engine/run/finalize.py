@@ -73,7 +73,7 @@ class Outcome:
     """What an earlier run had measured for this one."""
 
 
-def finish(
+def finalize(
     context: RunContext,
     run: RunDirectory,
     writer: CheckpointWriter,
@@ -89,7 +89,7 @@ def finish(
     """
     release_free_memory()
     with context.meter.phase("perplexity of the calibration text"):
-        judged = judge(context, outcome)
+        metrics = final_metrics(context, outcome)
     # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
     release_free_memory()
     with context.meter.phase("copy embeddings and head"):
@@ -98,7 +98,7 @@ def finish(
         write_modeling_file(writer.directory, context.stock.family, config)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(context, run, writer, meter, observer, config, outcome, size, judged)
+    return commit(context, run, writer, meter, observer, config, outcome, size, metrics)
 
 
 def copy_outer(context: StreamedModel, writer: CheckpointWriter) -> None:
@@ -121,7 +121,7 @@ def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class FinalMetrics:
     """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
 
     dense_perplexity: float
@@ -131,7 +131,7 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(context: RunContext, outcome: Outcome) -> Judged:
+def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
     """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
     head = context.stock.load_head(context.device, context.dtype)
     labels_T = context.windows.ids_NS[: context.num_probe, 1:].reshape(-1).to(context.device)
@@ -147,7 +147,7 @@ def judge(context: RunContext, outcome: Outcome) -> Judged:
             )
         result.append(math.exp(mean))
     first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(context.device)
-    return Judged(
+    return FinalMetrics(
         dense_perplexity=result[0],
         pruned_perplexity=result[1],
         probe=take_probe(context, context.windows.ids_NS[0], head(first_SD)),
@@ -179,12 +179,12 @@ def commit(
     config: Mapping[str, Any],
     outcome: Outcome,
     size: SizeReport,
-    judged: Judged,
+    metrics: FinalMetrics,
 ) -> PruneReport:
     """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
     checkpoint = writer.directory
     write_companions(context.reader.directory, checkpoint, config)
-    calibration = _calibration_report(context, judged)
+    calibration = _calibration_report(context, metrics)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": context.recipe.model_dump(mode="json"),
@@ -201,7 +201,7 @@ def commit(
     meter.mark("finish")
     memory = _memory_report(context, run, meter)
 
-    reload = check_reload(context, run, writer, judged.probe, observer)
+    reload = check_reload(context, run, writer, metrics.probe, observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, context.recipe, config)
     report = _report(context, run, memory, outcome, size, calibration, reload, runtimes(shape))
@@ -213,7 +213,7 @@ def commit(
     return report
 
 
-def _calibration_report(context: RunContext, judged: Judged) -> CalibrationReport:
+def _calibration_report(context: RunContext, metrics: FinalMetrics) -> CalibrationReport:
     return CalibrationReport(
         name=context.calibration_name,
         description=context.windows.description,
@@ -221,8 +221,8 @@ def _calibration_report(context: RunContext, judged: Judged) -> CalibrationRepor
         num_windows=context.windows.ids_NS.shape[0],
         seq_len=context.windows.ids_NS.shape[1],
         perplexity_windows=context.num_probe,
-        dense_perplexity=judged.dense_perplexity,
-        pruned_perplexity=judged.pruned_perplexity,
+        dense_perplexity=metrics.dense_perplexity,
+        pruned_perplexity=metrics.pruned_perplexity,
     )
 
 

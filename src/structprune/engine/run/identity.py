@@ -73,7 +73,7 @@ def _difference(shown: Any, other: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class RunRequest:
     """What the user asked for."""
 
     model: str
@@ -83,7 +83,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class StartedRun:
     """What a run works by from its first step on."""
 
     plan: PrunePlan
@@ -92,22 +92,22 @@ class Begun:
     windows: CalibrationWindows
 
 
-def find_start(run: RunDirectory) -> Start | None:
+def find_request(run: RunDirectory) -> RunRequest | None:
     """What was asked of the run that was cut in this directory."""
     line = run.peek()
     if line is None:
         return None
-    return Start(model=line["model"], asked=Recipe.build(**line["asked"]), directory=line["directory"])
+    return RunRequest(model=line["model"], asked=Recipe.build(**line["asked"]), directory=line["directory"])
 
 
 def begin_or_go_on(
     run: RunDirectory,
     reader: CheckpointReader,
     recipe: Recipe,
-    start: Start,
+    start: RunRequest,
     plan: Callable[[Budgets, int], PrunePlan],
     read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
-) -> Begun:
+) -> StartedRun:
     """Take the first step of a run, or that of the run which was cut here.
 
     `recipe` is resolved but for what text and memory decide; `plan` is called with (budgets, windows). Raises
@@ -142,7 +142,7 @@ def begin_or_go_on(
             asked=start.asked.model_dump(mode="json", exclude_unset=True),
             directory=start.directory,
         )
-    return Begun(plan=chosen, name=name, windows=windows)
+    return StartedRun(plan=chosen, name=name, windows=windows)
 
 
 def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:

@@ -25,8 +25,8 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
     """Of the sublayers that are pruned those that can be finished from the inputs of their consumers."""
 
     def finished_so(kind: UnitKind) -> bool:
-        groups = [group for block in stock.layout.blocks for group in block.parts(kind)]
-        alone = len(stock.stage_of(kind)) == 1 and all(group.part is None for group in groups)
+        groups = [group for block in stock.layout.blocks for group in block.groups_of(kind)]
+        alone = len(stock.stage_of(kind)) == 1 and all(group.expert is None for group in groups)
         moves_producers = kind == "mlp" and solver in ITERATIVE
         return alone and not moves_producers and not any(group.output_normed for group in groups)
 

@@ -14,7 +14,7 @@ from structprune.runs.journal import Journal
 _STEP = "ends"
 
 
-def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
+def save_final_states(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
     """Record that the pass is over, with what it left."""
 
     def keep() -> None:
@@ -25,7 +25,7 @@ def keep_ends(journal: Journal, folder: Path, tensors: Mapping[str, Tensor], ran
     ranks.from_first(keep)
 
 
-def find_ends(journal: Journal, folder: Path) -> dict[str, Tensor] | None:
+def load_final_states(journal: Journal, folder: Path) -> dict[str, Tensor] | None:
     """Return what a finished pass left; None if it is not finished, or if that is damaged."""
     return None if journal.find(_STEP) is None else load_file(_path(folder))
 

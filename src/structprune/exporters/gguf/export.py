@@ -19,7 +19,7 @@ from structprune.runs.directory import check_free_disk
 
 
 def export_gguf(request: ExportRequest) -> ExportResult:
-    """Write the checkpoint as one GGUF file, whole or not at all. Nothing is read before all is checked.
+    """Write the checkpoint as one GGUF file, whole or not at all. Nothing is read before all is resolved.
 
     Raises UnsupportedError where no architecture of llama.cpp computes the same, CheckpointError for tensors that do
     not fit together, NumericalError for a value that is not finite or that the file's dtype cannot hold.
