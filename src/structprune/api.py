@@ -101,17 +101,17 @@ def prune(
     with _ranks(rank_timeout) as ranks:
         observer = observer if observer is not None and ranks.is_first else SilentObserver()
         run = RunDirectory(Path(output), observer.note, ranks)
-        ranks.agree(
+        ranks.check_equal(
             {f"version of {name}": version for name, version in versions().items()}
             | {f"--{name.replace('_', '-')}": str(value) for name, value in recipe}
             | {"output": str(run.output)}
         )
-        ranks.from_first(lambda: _check_asked(recipe, run, ranks, shared))
+        ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
         resolved = check(model, recipe, ranks)
         with PeakMeter() as meter, run:
             context = _context(resolved, run, meter, observer, str(model), recipe, started, shared)
-            if ranks.from_first(run.is_committed):
-                return ranks.from_first(lambda: _left_to_tidy(run))
+            if ranks.broadcast(run.is_committed):
+                return ranks.broadcast(lambda: _left_to_tidy(run))
             with context.device_meter:
                 return PIPELINES[resolved.method.pipeline].execute(
                     context, run, meter, MarkingObserver(observer, meter)
@@ -191,7 +191,7 @@ def _context(
         update = {"memory": budgets.host, "device_memory": budgets.device}
         return plan_run(replace(resolved, recipe=resolved.recipe.model_copy(update=update)), num_windows)
 
-    begun = resolved.ranks.from_first(
+    begun = resolved.ranks.broadcast(
         lambda: begin_or_go_on(
             run,
             resolved.stock.reader,

@@ -28,7 +28,7 @@ RANK_TIMEOUT_S = 600.0
 class Ranks:
     """One process that does everything; subclasses share the work. All ranks call the same methods in the same order.
 
-    A call inside of `from_first` or of a task is that rank's own: it exchanges nothing there.
+    A call inside of `broadcast` or of a task is that rank's own: it exchanges nothing there.
     """
 
     rank = 0
@@ -39,41 +39,41 @@ class Ranks:
         """Whether this is the rank that writes files and tells the user."""
         return self.rank == 0
 
-    def own(self, first: int, last: int) -> tuple[int, int]:
+    def local_range(self, first: int, last: int) -> tuple[int, int]:
         """Which of this rank's windows, counted among its own, are the run's windows first..last."""
         return _upward(first - self.rank, self.size), _upward(last - self.rank, self.size)
 
-    def num_own(self, num_windows: int) -> int:
+    def num_local(self, num_windows: int) -> int:
         """How many of the run's first `num_windows` windows are this rank's."""
-        return self.own(0, num_windows)[1]
+        return self.local_range(0, num_windows)[1]
 
-    def from_first(self, work: Callable[[], Result]) -> Result:
+    def broadcast(self, work: Callable[[], Result]) -> Result:
         """What `work` gives or raises on the first rank, on every rank. Elsewhere it is not called."""
         return work()
 
-    def together(self, tasks: Mapping[Key, Task[Result]]) -> dict[Key, Result]:
+    def all_gather(self, tasks: Mapping[Key, Task[Result]]) -> dict[Key, Result]:
         """Each rank does its tasks, all at the same time; the results of all, or the first error, on every rank."""
         return {key: work() for key, (_, work) in tasks.items()}
 
-    def add_up(self, tensors: Iterable[Tensor], owner: int) -> None:
+    def reduce(self, tensors: Iterable[Tensor], owner: int) -> None:
         """Sum each tensor over the ranks, in place at `owner`. Elsewhere the content is of no use afterwards."""
 
-    def add_up_everywhere(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place; the same bits on every rank."""
         return tensor
 
-    def window(self, number: int, read: Callable[[int], Tensor]) -> Tensor:
+    def broadcast_window(self, number: int, read: Callable[[int], Tensor]) -> Tensor:
         """The run's window `number` of what `read` finds under a rank's own count, from the rank that has it."""
         return read(number)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Over the ranks."""
         return value
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return once every rank is here: what the others wrote before can be read."""
 
-    def agree(self, described: Mapping[str, str]) -> None:
+    def check_equal(self, described: Mapping[str, str]) -> None:
         """Raise InputError that names the rank, on every rank, if one describes itself otherwise than the first."""
 
 
@@ -85,7 +85,7 @@ def add_numbers(ranks: Ranks, values: Sequence[float], owner: int) -> list[float
     import torch
 
     total = torch.tensor(values, dtype=torch.float64)
-    ranks.add_up([total], owner)
+    ranks.reduce([total], owner)
     return total.tolist()
 
 

@@ -133,16 +133,16 @@ def test_gradient_by_the_embedding_output(tiny: Path) -> None:
     context = context_for(tiny)
     store = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
     propagator = embed(context, {store: NUM_WINDOWS})
-    borders: list[MemoryStore] = []
+    boundaries: list[MemoryStore] = []
     for block in context.stock.layout.blocks:
-        borders.append(MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32))
-        borders[-1].write(0, store.read(0, NUM_WINDOWS))
+        boundaries.append(MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32))
+        boundaries[-1].write(0, store.read(0, NUM_WINDOWS))
         module = context.stock.block(block.index, context.reader.read(block.shapes, block.prefix))
         propagator.run(module, block.index, store)
     gradient = MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32)
     loss_gradient(context, store, gradient, "sampled")
     for block in reversed(context.stock.layout.blocks):
-        backward(context, block, propagator, borders[block.index], gradient)
+        backward(context, block, propagator, boundaries[block.index], gradient)
 
     model = AutoModelForCausalLM.from_pretrained(
         tiny, attn_implementation=context.stock.family.attention_implementation
@@ -286,9 +286,9 @@ def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
 def test_gradients_that_are_not_finite_are_an_error(value: float, tiny_llama: Path) -> None:
     """Also those whose square overflows."""
     context = context_for(tiny_llama, "llm-pruner")
-    border, gradient = (MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32) for _ in range(2))
-    propagator = embed(context, {border: NUM_WINDOWS})
+    boundary, gradient = (MemoryStore((NUM_WINDOWS, SEQ_LEN, 32), torch.float32) for _ in range(2))
+    propagator = embed(context, {boundary: NUM_WINDOWS})
     gradient.write(0, torch.full((NUM_WINDOWS, SEQ_LEN, 32), value))
     block = context.stock.layout.blocks[0]
     with pytest.raises(NumericalError, match=r"block 0: a gradient by '.*weight' is NaN or infinite"):
-        weight_sums(context, block, load_block(context, block)[1], propagator, border, gradient)
+        weight_sums(context, block, load_block(context, block)[1], propagator, boundary, gradient)

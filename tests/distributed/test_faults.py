@@ -104,7 +104,7 @@ def test_a_rank_that_stands_still(place: Place, tmp_path: Path) -> None:
 
 def test_a_rank_that_lives_and_does_not_come(place: Place, tmp_path: Path) -> None:
     ended = run(place, tmp_path, 2, {1: [["hang", 1]]})
-    # The one that hangs is ended by its own watch.
+    # The one that hangs is ended by its own heartbeat.
     assert ended.codes == {0: 2, 1: 2}, ended
     assert "rank 1 is alive but has not come to step" in error_of(ended, 0)["text"]
     assert "rank 1 is alive but has not come to step" in ended.errors

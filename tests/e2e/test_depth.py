@@ -108,11 +108,11 @@ def test_angular_distances_are_the_stock_models(source: Path, text_file: Path, t
     with torch.no_grad():
         stock = model(input_ids=windows(source, text_file), output_hidden_states=True).hidden_states
     # Stock puts the final norm on the last one.
-    borders = [hidden.double() for hidden in (*stock[:-1], last[0])]
-    assert len(borders) == NUM_BLOCKS + 1
+    boundaries = [hidden.double() for hidden in (*stock[:-1], last[0])]
+    assert len(boundaries) == NUM_BLOCKS + 1
     expected: dict[int, float] = {}
     for first in range(NUM_BLOCKS - 1):
-        cosine_NS = nn.functional.cosine_similarity(borders[first], borders[first + 2], dim=-1)
+        cosine_NS = nn.functional.cosine_similarity(boundaries[first], boundaries[first + 2], dim=-1)
         expected[first] = float(cosine_NS.clamp(-1, 1).arccos().mean() / math.pi)
     found = {block.block: block.statistics["angular_distance"] for block in report.blocks if block.statistics}
     assert found == {first: pytest.approx(value, rel=1e-5) for first, value in expected.items()}

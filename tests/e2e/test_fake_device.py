@@ -20,7 +20,7 @@ from structprune.engine.planning import host as host_plan
 from structprune.engine.planning.device import LIBRARY_BYTES
 from structprune.engine.planning.host import PLACES
 from structprune.engine.streaming import propagate
-from structprune.engine.streaming.transfer import DeviceMover, Mover
+from structprune.engine.streaming.transfer import DeviceTransfer, WindowTransfer
 from structprune.training import run
 from structprune.training.settings import RecoverySettings
 from support import fake_device, pipeline_cases
@@ -51,8 +51,8 @@ def recipe(name: str, text_file: Path) -> Recipe:
 class FakeCopyStream(DeferredCopyStream):
     """The fake device computes when it is asked to, so what it computes with has to be there."""
 
-    def receive(self, brought: Tensor, arrival: Event) -> None:
-        arrival.synchronize()
+    def receive(self, brought: Tensor, event: Event) -> None:
+        event.synchronize()
 
 
 class Board(FakeGpu):
@@ -66,11 +66,11 @@ class Board(FakeGpu):
         for module in (resolve, assess, run):
             patch.setattr(module, "resolve_device", lambda _: torch.device(fake_device.NAME, 0))
         patch.setattr(resolve, "device_budget", lambda _, asked: GIB if asked is None else asked)
-        patch.setattr(propagate, "mover_for", self.mover_for)
+        patch.setattr(propagate, "transfer_for", self.transfer_for)
 
-    def mover_for(self, device: torch.device) -> Mover:
+    def transfer_for(self, device: torch.device) -> WindowTransfer:
         assert device.type == fake_device.NAME
-        return DeviceMover(FakeCopyStream(fake_device.NAME))
+        return DeviceTransfer(FakeCopyStream(fake_device.NAME))
 
 
 def on_the_host(source: Path, settings: Recipe, output: Path) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from structprune.training.context import target_borders
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +27,7 @@ from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.training import blocks as blocks_mode
 from structprune.training import loop, run
+from structprune.training.context import target_boundaries
 from structprune.training.plan import RecoveryPlan
 from structprune.training.settings import RecoverySettings
 from support.models import save_tiny
@@ -253,7 +253,7 @@ def test_depth_pruned_students_follow_the_manifest(text_file: Path, tmp_path: Pa
     prune(dense, recipe.model_copy(update={"dtype": "float32", "reload_check": False}), tmp_path / "student")
     kept = json.loads((tmp_path / "student" / "pruning_manifest.json").read_text())["kept_indices"]["blocks"]
     teacher, student = (StockModel(CheckpointReader(tmp_path / name)) for name in ("dense", "student"))
-    assert target_borders(teacher, student) == (kept[0] + 1, 4)
+    assert target_boundaries(teacher, student) == (kept[0] + 1, 4)
     report = recover(tmp_path / "student", dense, settings(text_file, "blocks"), tmp_path / "out")
     assert [block.target for block in report.blocks] == [kept[0] + 1, 4]
     assert report.blocks[1].error_after < report.blocks[1].error_before

@@ -12,7 +12,7 @@ import torch
 from structprune import Recipe, prune
 from structprune.api import plan
 from structprune.calibration.store import FileStore, MemoryStore
-from structprune.engine.streaming.transfer import DeviceMover, mover_for
+from structprune.engine.streaming.transfer import DeviceTransfer, transfer_for
 from structprune.errors import MemoryBudgetError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -47,12 +47,12 @@ def test_windows_move_beside_the_computation(in_file: bool, tmp_path: Path) -> N
     generator = torch.Generator().manual_seed(0)
     wanted = torch.randn(shape, generator=generator)
     store.write(0, wanted)
-    mover = mover_for(torch.device("cuda"))
-    assert isinstance(mover, DeviceMover)
+    transfer = transfer_for(torch.device("cuda"))
+    assert isinstance(transfer, DeviceTransfer)
     weight_DD = torch.eye(2048, device="cuda")
     for _ in range(3):
-        with mover.writing(store) as put:
-            for start, _, hidden_BSD in mover.read(store, [(first, first + 4) for first in range(0, 40, 4)]):
+        with transfer.writing(store) as put:
+            for start, _, hidden_BSD in transfer.read(store, [(first, first + 4) for first in range(0, 40, 4)]):
                 for _ in range(20):
                     hidden_BSD = hidden_BSD @ weight_DD
                 put(start, hidden_BSD + 1)

@@ -1,4 +1,4 @@
-"""A device's copies and computations (`structprune.engine.streaming.transfer.Lane`), as late as they may be."""
+"""A device's copies and computations (`structprune.engine.streaming.transfer.CopyStream`), as late as they may be."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class DeferredCopyStream:
         brought = torch.full_like(staged, torch.nan, device=self.device)
         return brought, Event(lambda: brought.copy_(staged))
 
-    def receive(self, brought: Tensor, arrival: Event) -> None:
-        self.queue.append(arrival)
+    def receive(self, brought: Tensor, event: Event) -> None:
+        self.queue.append(event)
 
     def compute(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         result = torch.full_like(x, torch.nan)

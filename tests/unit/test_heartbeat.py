@@ -1,4 +1,4 @@
-"""The watch over other ranks, on a store in this process: who is named, and why. It waits for seconds each time."""
+"""The heartbeat over other ranks, on a store in this process: who is named, and why. It waits for seconds each time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 
 import pytest
 
-from structprune.engine.ranks.heartbeat import BEAT_S, Watch, prepare
+from structprune.engine.ranks.heartbeat import BEAT_S, Heartbeat, prepare
 from structprune.errors import RankError
 
 LIMIT_S = 6 * BEAT_S
@@ -51,11 +51,11 @@ class Ranks:
     def __init__(self) -> None:
         self.store = DictStore()
         prepare(self.store)
-        self.watches = [Watch(self.store, "host:1 (rank 0)", rank, 3, LIMIT_S) for rank in range(3)]
-        for watch in self.watches:
-            watch.first_sign()
-        for watch in self.watches:
-            watch.start()
+        self.watches = [Heartbeat(self.store, "host:1 (rank 0)", rank, 3, LIMIT_S) for rank in range(3)]
+        for heartbeat in self.watches:
+            heartbeat.first_sign()
+        for heartbeat in self.watches:
+            heartbeat.start()
 
     def said(self, rank: int) -> str:
         """What ends the run there; waits for it."""
@@ -74,15 +74,15 @@ def ranks() -> Generator[Ranks]:
     ranks = Ranks()
     yield ranks
     ranks.store.answers = True
-    for watch in ranks.watches:
-        watch.stop()
+    for heartbeat in ranks.watches:
+        heartbeat.stop()
 
 
 @pytest.mark.distributed
 def test_nothing_is_said_of_a_run_without_faults(ranks: Ranks) -> None:
     time.sleep(LIMIT_S + 2 * BEAT_S)
-    for watch in ranks.watches:
-        watch.check()
+    for heartbeat in ranks.watches:
+        heartbeat.check()
 
 
 def test_silence_is_told_to_all(ranks: Ranks) -> None:
@@ -122,15 +122,15 @@ def test_a_task_may_take_longer(ranks: Ranks) -> None:
     time.sleep(LIMIT_S + 4 * BEAT_S)
     ranks.watches[0].check()
     ranks.watches[1].enter()
-    for watch in ranks.watches:
-        watch.leave()
+    for heartbeat in ranks.watches:
+        heartbeat.leave()
 
 
 @pytest.mark.distributed
 def test_a_link_between_ranks(ranks: Ranks) -> None:
     """All have come, and nothing ends."""
-    for watch in ranks.watches:
-        watch.enter()
+    for heartbeat in ranks.watches:
+        heartbeat.enter()
     assert f"step 1 has not ended for {LIMIT_S:g} s: is a link between ranks cut?" in ranks.said(0)
 
 

@@ -237,7 +237,7 @@ def test_gradients_by_the_weights_are_counted() -> None:
     # Attention is not in scope, and no Gram is.
     assert plan.phases["sensitivity: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
     assert all(plan.phases[name] == without.phases[name] for name in without.phases)
-    # The windows at every border, and two generations of the gradient at one.
+    # The windows at every boundary, and two generations of the gradient at one.
     assert plan.disk_bytes - without.disk_bytes == (33 + 2) * 12 * 256 * 4096 * 4
 
 
@@ -299,18 +299,18 @@ def test_embedding_and_head_are_cast_as_they_are_read() -> None:
     assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
 
 
-def test_every_border_that_is_kept_is_counted() -> None:
+def test_every_boundary_that_is_kept_is_counted() -> None:
     """Whole blocks: no Gram, and as many stores as the choice needs, in memory or on disk."""
     options: dict[str, Any] = {"needs_statistics": False, "num_stores": 5}
     one = plan_for(SMALL, needs_statistics=False)
-    borders, losses = (plan_for(SMALL, compares=kind, **options) for kind in ("borders", "losses"))
-    assert set(borders.phases) - set(one.phases) == {"angular distances"}
+    boundaries, losses = (plan_for(SMALL, compares=kind, **options) for kind in ("boundaries", "losses"))
+    assert set(boundaries.phases) - set(one.phases) == {"angular distances"}
     assert set(losses.phases) - set(one.phases) == {"measured losses"}
-    assert borders.phases["read block"] - one.phases["read block"] == 4 * one.store_bytes
+    assert boundaries.phases["read block"] - one.phases["read block"] == 4 * one.store_bytes
     # The head is held beside all of them.
     head_bytes = 1000 * 64 * 4
     assert losses.phases["measured losses"] - losses.phases["read block"] > head_bytes - 2**20
-    many: dict[str, Any] = {**options, "compares": "borders", "num_windows": 4096}
+    many: dict[str, Any] = {**options, "compares": "boundaries", "num_windows": 4096}
     ample = plan_for(SMALL, **many)
     tight = plan_for(SMALL, ample.peak_bytes - ample.store_bytes, **many)
     assert (ample.store, tight.store) == ("memory", "file")
@@ -459,7 +459,7 @@ def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     plain: dict[str, Any] = {"needs_statistics": False}
     assert "sensitivity: scores" in on_device(2**40, needs_scores=True).phases
     assert "measured losses" in on_device(2**40, compares="losses", **plain).phases
-    assert "angular distances" in on_device(2**40, compares="borders", **plain).phases
+    assert "angular distances" in on_device(2**40, compares="boundaries", **plain).phases
     assert "eigenvectors" in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
     assert "iterate" in on_device(2**40, num_latents=2, holds_out=True).phases
     gradients = on_device(2**40, needs_weight_gradients=True, sensitivity_windows=4, **plain)

@@ -35,7 +35,7 @@ def test_each_window_is_one_rank_s(size: int, first: int, length: int) -> None:
     found: list[int] = []
     counts: list[int] = []
     for rank in range(size):
-        start, stop = One(rank, size).own(first, first + length)
+        start, stop = One(rank, size).local_range(first, first + length)
         found += [rank + own * size for own in range(start, stop)]
         counts.append(stop - start)
     assert sorted(found) == list(range(first, first + length))
@@ -43,9 +43,9 @@ def test_each_window_is_one_rank_s(size: int, first: int, length: int) -> None:
 
 
 def test_alone() -> None:
-    assert ALONE.own(3, 9) == (3, 9)
-    assert ALONE.from_first(lambda: 7) == 7
-    assert ALONE.together({"a": (0, lambda: 1), "b": (0, lambda: 2)}) == {"a": 1, "b": 2}
+    assert ALONE.local_range(3, 9) == (3, 9)
+    assert ALONE.broadcast(lambda: 7) == 7
+    assert ALONE.all_gather({"a": (0, lambda: 1), "b": (0, lambda: 2)}) == {"a": 1, "b": 2}
     assert add_numbers(ALONE, [1.5, 2.0], 0) == [1.5, 2.0]
 
 

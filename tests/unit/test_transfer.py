@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.streaming.transfer import CudaLane, DeviceMover, DirectMover, Mover
+from structprune.engine.streaming.transfer import CudaCopyStream, DeviceTransfer, DirectTransfer, WindowTransfer
 from support.deferred_copies import DeferredCopyStream
 
 CPU = torch.device("cpu")
@@ -58,16 +58,16 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HiddenStor
 
 
 def move_all(
-    lane: DeferredCopyStream,
+    stream: DeferredCopyStream,
     store: HiddenStore,
     compute: Callable[[Tensor], Tensor] = lambda x: x,
-    mover: Mover | None = None,
+    transfer: WindowTransfer | None = None,
 ) -> None:
-    mover = mover or DeviceMover(lane)
-    with mover.writing(store) as put:
-        for start, stop, hidden_BSD in mover.read(store, BATCHES):
+    transfer = transfer or DeviceTransfer(stream)
+    with transfer.writing(store) as put:
+        for start, stop, hidden_BSD in transfer.read(store, BATCHES):
             assert len(hidden_BSD) == stop - start
-            put(start, lane.compute(compute, hidden_BSD))
+            put(start, stream.compute(compute, hidden_BSD))
 
 
 def test_in_place_over_all_windows(store: HiddenStore) -> None:
@@ -77,19 +77,19 @@ def test_in_place_over_all_windows(store: HiddenStore) -> None:
 
 def test_a_host_that_runs_ahead_of_the_device(store: HiddenStore) -> None:
     """Nothing is computed before all batches were asked for."""
-    lane = DeferredCopyStream()
-    mover = DeviceMover(lane)
-    found = [lane.compute(torch.neg, hidden_BSD) for *_, hidden_BSD in mover.read(store, BATCHES)]
-    lane.finish()
+    stream = DeferredCopyStream()
+    transfer = DeviceTransfer(stream)
+    found = [stream.compute(torch.neg, hidden_BSD) for *_, hidden_BSD in transfer.read(store, BATCHES)]
+    stream.finish()
     assert torch.equal(torch.cat(found), -torch.arange(84.0).reshape(SHAPE))
 
 
 def test_results_faster_than_the_store() -> None:
-    lane, store = DeferredCopyStream(), SlowStore()
+    stream, store = DeferredCopyStream(), SlowStore()
     values = torch.randn(SHAPE)
-    with DeviceMover(lane).writing(store) as put:
+    with DeviceTransfer(stream).writing(store) as put:
         for start, stop in BATCHES:
-            put(start, lane.compute(torch.neg, values[start:stop]))
+            put(start, stream.compute(torch.neg, values[start:stop]))
             # The store is at the first of them by now.
             time.sleep(0.005)
     assert torch.equal(store.read(0, 7), -values)
@@ -103,7 +103,7 @@ def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore
             asked.append(batch[0])
             yield batch
 
-    found = DeviceMover(DeferredCopyStream()).read(store, batches())
+    found = DeviceTransfer(DeferredCopyStream()).read(store, batches())
     assert next(found)[0] == 0
     assert asked == [0, 2]
     assert next(found)[0] == 2
@@ -111,19 +111,19 @@ def test_the_next_windows_are_asked_for_before_these_are_used(store: HiddenStore
 
 
 def test_two_pieces_of_page_locked_memory_each_way(store: HiddenStore) -> None:
-    lane = DeferredCopyStream()
-    move_all(lane, store)
-    assert len(lane.pieces) == 4
-    assert {len(piece) for piece in lane.pieces} == {2 * 12 * 4}
+    stream = DeferredCopyStream()
+    move_all(stream, store)
+    assert len(stream.pieces) == 4
+    assert {len(piece) for piece in stream.pieces} == {2 * 12 * 4}
 
 
 def test_two_loops_at_once(store: HiddenStore) -> None:
-    lane = DeferredCopyStream()
-    mover = DeviceMover(lane)
-    pairs = zip(mover.read(store, BATCHES), mover.read(store, reversed(BATCHES)), strict=True)
+    stream = DeferredCopyStream()
+    transfer = DeviceTransfer(stream)
+    pairs = zip(transfer.read(store, BATCHES), transfer.read(store, reversed(BATCHES)), strict=True)
     for (start, stop, hidden_BSD), (first, last, other_BSD) in pairs:
-        again_BSD = mover.fetch(store, start, stop)
-        lane.finish()
+        again_BSD = transfer.fetch(store, start, stop)
+        stream.finish()
         assert torch.equal(hidden_BSD, store.read(start, stop))
         assert torch.equal(again_BSD, store.read(start, stop))
         assert torch.equal(other_BSD, store.read(first, last))
@@ -131,9 +131,9 @@ def test_two_loops_at_once(store: HiddenStore) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_numbers_of_another_width(dtype: torch.dtype) -> None:
-    lane, store = DeferredCopyStream(), MemoryStore(SHAPE, dtype)
+    stream, store = DeferredCopyStream(), MemoryStore(SHAPE, dtype)
     store.write(0, torch.arange(84.0).reshape(SHAPE).to(dtype))
-    move_all(lane, store, torch.neg)
+    move_all(stream, store, torch.neg)
     assert torch.equal(store.read(0, 7), -torch.arange(84.0).reshape(SHAPE).to(dtype))
 
 
@@ -153,17 +153,17 @@ def test_a_write_that_fails_is_an_error(store: HiddenStore, fails: int, monkeypa
 
 @pytest.mark.parametrize("batch", range(4))
 def test_an_error_between_leaves_nothing_running(batch: int) -> None:
-    lane, store = DeferredCopyStream(), SlowStore()
-    mover = DeviceMover(lane)
+    stream, store = DeferredCopyStream(), SlowStore()
+    transfer = DeviceTransfer(stream)
 
     def stop(start: int) -> None:
         if start == BATCHES[batch][0]:
             raise ValueError("stop")
 
     def move() -> None:
-        with mover.writing(store) as put:
-            for start, _, hidden_BSD in mover.read(store, BATCHES):
-                put(start, lane.compute(torch.neg, hidden_BSD))
+        with transfer.writing(store) as put:
+            for start, _, hidden_BSD in transfer.read(store, BATCHES):
+                put(start, stream.compute(torch.neg, hidden_BSD))
                 stop(start)
 
     with pytest.raises(ValueError, match="stop") as caught:
@@ -180,7 +180,7 @@ def test_an_error_between_leaves_nothing_running(batch: int) -> None:
 
 def test_a_loop_that_is_left_reads_no_more() -> None:
     store = SlowStore()
-    found = DeviceMover(DeferredCopyStream()).read(store, BATCHES)
+    found = DeviceTransfer(DeferredCopyStream()).read(store, BATCHES)
     next(found)
     time.sleep(0.005)
     found.close()
@@ -190,16 +190,16 @@ def test_a_loop_that_is_left_reads_no_more() -> None:
 def test_the_host_has_nothing_to_move() -> None:
     store = MemoryStore(SHAPE, torch.float32)
     store.write(0, torch.ones(SHAPE))
-    mover = DirectMover(CPU)
-    with mover.writing(store) as put:
-        for start, _, hidden_BSD in mover.read(store, BATCHES):
+    transfer = DirectTransfer(CPU)
+    with transfer.writing(store) as put:
+        for start, _, hidden_BSD in transfer.read(store, BATCHES):
             assert hidden_BSD.data_ptr() == store.read(start, start + 1).data_ptr()
             put(start, hidden_BSD + 1)
     assert torch.equal(store.read(0, 7), torch.full(SHAPE, 2.0))
 
 
 class FakeStreams:
-    """`torch.cuda` as far as the lane uses it: what happened, and on which stream."""
+    """`torch.cuda` as far as the stream uses it: what happened, and on which stream."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, ...]] = []
@@ -231,7 +231,7 @@ def test_the_order_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = FakeStreams(monkeypatch)
     log = streams.log
 
-    class Watched(Tensor):
+    class WithHeartbeat(Tensor):
         def to(self, *_: Any, **options: bool) -> Any:
             log.append(("copy", streams.now.name, str(options["non_blocking"])))
             return self
@@ -243,15 +243,15 @@ def test_the_order_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         def record_stream(self, stream: Any) -> None:
             log.append(("hold", stream.name))
 
-    lane = CudaLane(CPU)
-    x = torch.zeros(2).as_subclass(Watched)
-    brought, arrival = lane.bring(x)
+    stream = CudaCopyStream(CPU)
+    x = torch.zeros(2).as_subclass(WithHeartbeat)
+    brought, event = stream.bring(x)
     assert log == [("copy", "there", "True"), ("record", "there")]
     log.clear()
-    lane.receive(brought, arrival)
+    stream.receive(brought, event)
     assert log == [("wait", "computing", "event of there"), ("hold", "computing")]
     log.clear()
-    assert str(lane.send(x, x)) == "event of back"
+    assert str(stream.send(x, x)) == "event of back"
     assert log == [
         ("record", "computing"),
         ("wait", "back", "event of computing"),

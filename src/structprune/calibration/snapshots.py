@@ -69,11 +69,11 @@ class Snapshots:
         """Keep all that `position` needs, if the time has come."""
         started = time.monotonic()
         paths = {name: self._folder / _file_name(position, name) for name in stores}
-        if not self._ranks.from_first(lambda: self._begin(stores.values(), paths.values(), started)):
+        if not self._ranks.broadcast(lambda: self._begin(stores.values(), paths.values(), started)):
             return
         files = {paths[name].name: dump(store, paths[name], self._ranks) for name, store in stores.items()}
-        self._ranks.wait_for_all()
-        self._ranks.from_first(lambda: self._end(position, files, tensors, values, started))
+        self._ranks.barrier()
+        self._ranks.broadcast(lambda: self._end(position, files, tensors, values, started))
 
     def _begin(self, stores: Iterable[HiddenStore], paths: Iterable[Path], started: float) -> bool:
         """Whether the time has come; if so, the files are there, empty."""
@@ -112,7 +112,7 @@ class Snapshots:
 
     def load(self) -> Snapshot | None:
         """The newest one, if there is one and all of it is as it was written."""
-        found = self._ranks.from_first(self._load)
+        found = self._ranks.broadcast(self._load)
         return None if found is None else replace(found, ranks=self._ranks)
 
     def _load(self) -> Snapshot | None:
@@ -146,7 +146,7 @@ class Snapshots:
 
     def discard(self) -> None:
         """Remove what was kept."""
-        self._ranks.from_first(self._discard)
+        self._ranks.broadcast(self._discard)
 
     def _discard(self) -> None:
         # First: the rest means nothing without it.

@@ -1,4 +1,4 @@
-"""Hidden states of all calibration windows at the current block border, in memory or in a file.
+"""Hidden states of all calibration windows at the current block boundary, in memory or in a file.
 
 Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-batch.
 

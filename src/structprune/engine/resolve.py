@@ -69,13 +69,13 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
         opened.append((directory, stock))
 
     # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
-    ranks.from_first(open_source)
+    ranks.broadcast(open_source)
     if not ranks.is_first:
         open_source()
     directory, stock = opened[0]
-    ranks.agree({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
+    ranks.check_equal({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
     # Measured where it is not said, so the ranks might find different ones.
-    dtype = ranks.from_first(lambda: resolve_dtype(recipe, device))
+    dtype = ranks.broadcast(lambda: resolve_dtype(recipe, device))
     seq_len = min(recipe.seq_len, stock.layout.max_positions)
     recipe = recipe.model_copy(
         update={
@@ -86,7 +86,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
         }
     )
     pipeline, asked = PIPELINES[method.pipeline], recipe
-    recipe, groups = ranks.from_first(lambda: pipeline.resolve(asked, method, stock))
+    recipe, groups = ranks.broadcast(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return ResolvedRun(
         directory=directory,
@@ -97,7 +97,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
         device=device,
         dtype=dtype,
         kinds=kinds,
-        forecast=ranks.from_first(lambda: pipeline.forecast(stock, recipe, kinds)),
+        forecast=ranks.broadcast(lambda: pipeline.forecast(stock, recipe, kinds)),
         ranks=ranks,
     )
 

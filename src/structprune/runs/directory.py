@@ -88,7 +88,7 @@ class RunDirectory:
         return _COMMIT in read_journal(self.staging / JOURNAL_NAME)
 
     def __enter__(self) -> RunDirectory:
-        self._ranks.from_first(self._enter)
+        self._ranks.broadcast(self._enter)
         if not self._ranks.is_first:
             self._join()
         return self

@@ -67,7 +67,7 @@ class Journal:
 
     def find(self, step: str, given: Any = None) -> Mapping[str, Any] | None:
         """What was recorded of `step`, if it depended on the same `given` and all of its files are as they were."""
-        return self._ranks.from_first(lambda: self._find(step, given))
+        return self._ranks.broadcast(lambda: self._find(step, given))
 
     def _find(self, step: str, given: Any) -> Mapping[str, Any] | None:
         line = self._lines.get(step)
@@ -85,8 +85,8 @@ class Journal:
 
     def record(self, step: str, files: Iterable[Path] = (), given: Any = None, **values: Any) -> Mapping[str, Any]:
         """Append the step and sync the line, which is returned. Each rank must have written its part of the files."""
-        self._ranks.wait_for_all()
-        return self._ranks.from_first(lambda: self._record(step, files, given, values))
+        self._ranks.barrier()
+        return self._ranks.broadcast(lambda: self._record(step, files, given, values))
 
     def _record(self, step: str, files: Iterable[Path], given: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
         line: dict[str, Any] = {"step": step, **values, "seconds": round(self.seconds, 3)}

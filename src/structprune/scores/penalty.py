@@ -27,7 +27,7 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     """Mask of the units that are left when the penalty has driven the others to zero, shape (U,).
 
     min over V of 1/2 |V x - W x|^2 + rho/2 sum_j s_j w_j |V_j|^2 with w_j = G_jj, while rho grows:
-    V = W H (H + rho diag(s w))^-1. With e_j = w_j |V_j|^2 the energy of a unit and e that of the unit at the border
+    V = W H (H + rho diag(s w))^-1. With e_j = w_j |V_j|^2 the energy of a unit and e that of the unit at the boundary
     between those that go and those that stay, s_j = e / e_j. SPAP (arXiv 2505.03373) names a penalty method for a
     mixed-integer model; all else here is reconstructed. With s in {0, 1}, as that model has it, the first decision is
     the last: what is penalised shrinks, and stays among the smallest (docs/log.md). With relaxed s units change sides.

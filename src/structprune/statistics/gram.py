@@ -84,14 +84,14 @@ class GramAccumulator:
             self.target_energy += other.target_energy
         self.num_tokens += other.num_tokens
 
-    def add_up(self, ranks: Ranks, owner: int) -> None:
+    def reduce(self, ranks: Ranks, owner: int) -> None:
         """The sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
         strips = range(0, len(self._gram_II), self._strip)
-        ranks.add_up([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
-        ranks.add_up([self.sum_I], owner)
+        ranks.reduce([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
+        ranks.reduce([self.sum_I], owner)
         self.num_tokens = int(add_numbers(ranks, [self.num_tokens], owner)[0])
         if self.target_OI is not None:
-            ranks.add_up([self.target_OI], owner)
+            ranks.reduce([self.target_OI], owner)
             (self.target_energy,) = add_numbers(ranks, [self.target_energy], owner)
 
     def finalize(self, where: str) -> Tensor:

@@ -1,4 +1,5 @@
-"""Mode blocks: each block alone learns to give the teacher's stream at its border, from the recovered student's stream.
+"""Mode blocks: each block alone learns to give the teacher's stream at its boundary, from the recovered student's
+stream.
 
 The loss is the mean over tokens of |output - wanted|^2 / |wanted|^2: a few tokens' states are a thousand times longer
 than the others', and a plain sum would be theirs alone.

@@ -130,7 +130,7 @@ class Mode:
     """One way to recover."""
 
     check: Callable[[tuple[int, ...], StockModel], None]
-    """(target borders, student): raises a StructPruneError for what this mode cannot do."""
+    """(target boundaries, student): raises a StructPruneError for what this mode cannot do."""
     bytes: Callable[[StockModel, RecoverySettings, int], ModeBytes]
     """(student, resolved settings, bytes per number of the forward passes)."""
     run: Callable[[RecoveryContext, Workplace], Recovered]
@@ -164,7 +164,7 @@ def check_pair(teacher: StockModel, student: StockModel) -> None:
             )
 
 
-def target_borders(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
+def target_boundaries(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
     """Per block of the student, after how many of the teacher's blocks its output should be there; () if not known.
 
     A block's output is compared behind the block that it was; the last one's at the teacher's end. Which blocks those

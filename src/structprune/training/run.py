@@ -21,7 +21,7 @@ from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
-from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_borders
+from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_boundaries
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.settings import RecoverySettings
@@ -54,7 +54,7 @@ def recover_model(
     pair = [StockModel(CheckpointReader(resolve_model(str(model)))) for model in (teacher, student)]
     dense, pruned = pair
     check_pair(dense, pruned)
-    targets = target_borders(dense, pruned)
+    targets = target_boundaries(dense, pruned)
     mode.check(targets, pruned)
     dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
     most = min(model.layout.max_positions for model in pair)

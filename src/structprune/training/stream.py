@@ -1,6 +1,6 @@
 """Mode stream: the whole model learns from the teacher's predictions, with one block of it in memory.
 
-A step runs a batch of windows forward and keeps their states at every border; then the head gives the gradient of the
+A step runs a batch of windows forward and keeps their states at every boundary; then the head gives the gradient of the
 KL divergence, and block after block is recomputed and differentiated, its weights being updated as the gradient passes
 by. Float32 weights and moments lie in memory or in files.
 
@@ -38,10 +38,10 @@ def _check(_: tuple[int, ...], __: StockModel) -> None:
 
 def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
     layout = student.layout
-    borders = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
+    boundaries = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
     vectors = 4 * layout.block_parameters
     # Two snapshots for a moment, the best weights of either, and the result.
-    return ModeBytes(held=0, resident=3 * vectors + borders, disk=(2 * 3 + 2 + 1) * vectors)
+    return ModeBytes(held=0, resident=3 * vectors + boundaries, disk=(2 * 3 + 2 + 1) * vectors)
 
 
 def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
@@ -102,12 +102,12 @@ class StreamedStudent:
         self._teacher.ensure(windows)
         num_tokens = len(windows) * self._inputs.shape[1]
         with contextlib.ExitStack() as stack:
-            borders = [self._border(stack, index, len(windows)) for index in range(len(self._blocks))]
-            final = self._forward(windows, borders)
+            boundaries = [self._boundary(stack, index, len(windows)) for index in range(len(self._blocks))]
+            final = self._forward(windows, boundaries)
             gradient = MemoryStore(final.shape, torch.float32)
             loss = self._head_gradient(windows, final, gradient) / num_tokens
             for block in reversed(self._blocks):
-                gradient_P = self._backward(block, borders[block.index], gradient)
+                gradient_P = self._backward(block, boundaries[block.index], gradient)
                 # Summed over the batch first: divided before, half precision would lose the small ones.
                 self._update(block.index, gradient_P.div_(num_tokens), rate, number)
                 del gradient_P
@@ -151,7 +151,7 @@ class StreamedStudent:
         weights_P = self._states.weights_P(index)
         return self._parameters[index].module(self._side, self._blocks[index], weights_P, self._fixed[index])
 
-    def _border(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
+    def _boundary(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
         shape = (num_windows, *self._inputs.shape[1:])
         if self._context.resident:
             return MemoryStore(shape, self._side.dtype)
@@ -162,8 +162,8 @@ class StreamedStudent:
     def _state(self, store: HiddenStore, place: int) -> Tensor:
         return store.read(place, place + 1)[0].to(self._side.device)
 
-    def _forward(self, windows: Sequence[int], borders: Sequence[HiddenStore] | None) -> HiddenStore:
-        """The states behind the last block; those in front of each go to `borders`."""
+    def _forward(self, windows: Sequence[int], boundaries: Sequence[HiddenStore] | None) -> HiddenStore:
+        """The states behind the last block; those in front of each go to `boundaries`."""
         current = MemoryStore((len(windows), *self._inputs.shape[1:]), self._side.dtype)
         for place, number in enumerate(windows):
             current.write(place, self._inputs.read(number, number + 1))
@@ -171,8 +171,8 @@ class StreamedStudent:
             module = self._module(block.index)
             with self._propagator.writing(current) as put:
                 for place, hidden_BSD in self._propagator.read_each(current):
-                    if borders is not None:
-                        borders[block.index].write(place, hidden_BSD.cpu())
+                    if boundaries is not None:
+                        boundaries[block.index].write(place, hidden_BSD.cpu())
                     put(place, self._propagator.apply(module, block.index, hidden_BSD))
             del module
         return current
@@ -188,7 +188,7 @@ class StreamedStudent:
             gradient.write(place, gradient_SD[None].cpu())
         return total
 
-    def _backward(self, block: BlockLayout, border: HiddenStore, gradient: HiddenStore) -> Tensor:
+    def _backward(self, block: BlockLayout, boundary: HiddenStore, gradient: HiddenStore) -> Tensor:
         """Move `gradient` from the block's output to its input; the summed gradient by the block's weights (P)."""
         parameters = self._parameters[block.index]
         module = self._module(block.index)
@@ -201,7 +201,7 @@ class StreamedStudent:
                 into.add_(grad)
 
         differentiate(
-            self._side, block, module, self._propagator, border, gradient, wanted=lambda: weights, receive=add
+            self._side, block, module, self._propagator, boundary, gradient, wanted=lambda: weights, receive=add
         )
         return sum_P
 

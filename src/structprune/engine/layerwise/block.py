@@ -308,7 +308,7 @@ def _prune_sublayer(
                 )
                 for name in turn
             }
-            parts |= context.ranks.together(tasks)
+            parts |= context.ranks.all_gather(tasks)
             del tasks
             for name in turn:
                 cut = with_group(cut, groups[name], parts[name])

@@ -55,12 +55,12 @@ def refine(
     `original` makes of the pruned stream, the block before units of the MLP were removed.
     """
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
-    num_solved = context.ranks.num_own(solver_windows(context.num_fitted, context.windows.ids_NS.shape[1]))
+    num_solved = context.ranks.num_local(solver_windows(context.num_fitted, context.windows.ids_NS.shape[1]))
     reference = dense or stage_output(context, block, group, original, streams, streams.pruned, write=False)
     tokens = _tokens(context, block, group, start, streams, reference, num_solved)
     # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
     proposed = _Proposal.of(ITERATIVE.get(context.solver)(tokens, _weights(context, group, tensors)))
-    proposal = context.ranks.from_first(lambda: proposed)
+    proposal = context.ranks.broadcast(lambda: proposed)
     del tokens
     candidate = dict(tensors)
     for name, affine in ((group.up_module, proposal.up), (group.gate_module, proposal.gate)):
@@ -76,7 +76,7 @@ def refine(
         measure(context, block, [group], start, streams, windows, reference).get(group.name)
         for windows in context.window_ranges
     ]
-    result = context.ranks.from_first(lambda: _refitted(context, block, group, tensors, measured))
+    result = context.ranks.broadcast(lambda: _refitted(context, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before
     if accepted:
@@ -148,7 +148,7 @@ def _tokens(
     return MlpTokens(
         x_TD=torch.cat(inputs).float(),
         y_TD=torch.cat(targets),
-        add_up=context.ranks.add_up_everywhere,
+        add_up=context.ranks.all_reduce,
         num_holders=context.ranks.size,
     )
 

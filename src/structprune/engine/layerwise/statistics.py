@@ -92,7 +92,7 @@ def measure(
     found: dict[str, Moments] = {}
     for name, accumulator in accumulators.items():
         owner = owners.get(name, 0)
-        accumulator.add_up(context.ranks, owner)
+        accumulator.reduce(context.ranks, owner)
         (total_residual,) = add_numbers(context.ranks, [residual_energy], owner)
         if owner == context.ranks.rank:
             found[name] = Moments(

@@ -85,7 +85,7 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
 
 
 def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
-    """The bytes' side of the pipeline: how many borders' hidden states are kept, and of how many windows."""
+    """The bytes' side of the pipeline: how many boundaries' hidden states are kept, and of how many windows."""
     remove = num_removed(recipe.sparsity, request.layout)
     free = len(request.layout.blocks) - (recipe.protect_first or 0) - (recipe.protect_last or 0)
     request = replace(request, needs_statistics=False)
@@ -93,7 +93,7 @@ def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
         return replace(request, num_windows=request.num_probe)
     if recipe.score == "measured-loss":
         return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares="losses")
-    return replace(request, num_stores=remove + 1, compares="borders")
+    return replace(request, num_stores=remove + 1, compares="boundaries")
 
 
 def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:

@@ -51,7 +51,7 @@ BLOCK_SCORES: Registry[Choose] = Registry(
 def choose_angular(context: RunContext, num_remove: int, folder: Path, observer: Observer) -> Choice:
     """The run of `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
 
-    Of all windows the hidden states at the last `num_remove` + 1 borders are kept, in a ring of stores. What is
+    Of all windows the hidden states at the last `num_remove` + 1 boundaries are kept, in a ring of stores. What is
     measured is the residual stream itself, also behind the last block (stock `output_hidden_states` gives that one
     behind the final norm).
     """
@@ -108,7 +108,7 @@ def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, obs
 
     In one round each block is read once. The stream of the model as it is moves along; before each block that may go
     it is copied, and the copy passes that block by. So candidates share what comes before their block, which sublayers
-    the work, and as many borders' hidden states are kept as there are candidates, and one more.
+    the work, and as many boundaries' hidden states are kept as there are candidates, and one more.
     """
     num_windows = context.num_backward
     blocks = context.stock.layout.blocks

@@ -56,7 +56,7 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
     ranks = context.ranks
     found = measure_sensitivity(context, run.staging / SURVEY, meter, observer)
     costs = None if found is None else found.costs
-    kept_units = ranks.from_first(lambda: allocate(context, costs))
+    kept_units = ranks.broadcast(lambda: allocate(context, costs))
     # Before the long pass: what cannot be written is refused here.
     config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
@@ -64,7 +64,7 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
         assert costs is not None
         folder = run.staging / f"outer-{iteration + 1}"
         costs = _updated_costs(costs, _rehearse(context, folder, found, kept_units, meter, observer, iteration + 1))
-        kept_units = ranks.from_first(partial(allocate, context, costs))
+        kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
     writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
@@ -79,7 +79,7 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
-    return ranks.from_first(lambda: finalize(context, run, writer, meter, observer, config, outcome, scope))
+    return ranks.broadcast(lambda: finalize(context, run, writer, meter, observer, config, outcome, scope))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +196,8 @@ def _prune_blocks(
                 outcome = prune_block(
                     context, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
                 )
-                peak_bytes = ranks.largest(meter.peak_so_far())
-                line = ranks.from_first(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
+                peak_bytes = ranks.all_reduce_max(meter.peak_so_far())
+                line = ranks.broadcast(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
                 lines[block.index] = line
                 del outcome
             snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
@@ -215,7 +215,7 @@ def _open_cache(context: RunContext) -> ActivationCache | None:
         return None
     num_windows, seq_len = context.windows.ids_NS.shape
     return ActivationCache(
-        context.ranks.num_own(num_windows),
+        context.ranks.num_local(num_windows),
         seq_len,
         most_inputs(context.stock.layout, context.plan.cached),
         context.dtype,
@@ -225,7 +225,7 @@ def _open_cache(context: RunContext) -> ActivationCache | None:
 def _first_windows(context: RunContext, store: HiddenStore) -> Tensor:
     """The hidden states of the reported windows, on every rank."""
     windows = [
-        context.ranks.window(number, lambda own: store.read(own, own + 1).clone())
+        context.ranks.broadcast_window(number, lambda own: store.read(own, own + 1).clone())
         for number in range(context.num_probe)
     ]
     return torch.cat(windows)

@@ -60,7 +60,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
         "propagate": running,
         "perplexity of the calibration text": loss + 2 * request.num_probe * seq_len * hidden * item,
     }
-    if request.compares == "borders":
+    if request.compares == "boundaries":
         phases["angular distances"] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
     if request.compares == "losses":
         phases["measured losses"] = loss + request.other_head_bytes + 2 * seq_len * hidden * item

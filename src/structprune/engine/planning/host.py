@@ -197,13 +197,13 @@ def _plan_with(
         "copy embeddings and head": small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
         "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
     }
-    if request.compares == "borders":
+    if request.compares == "boundaries":
         # Both states, their unit vectors and one difference in float32.
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
         phases["angular distances"] = resident + 2 * weights + cast + states
     if request.compares == "losses":
         phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
-    # Of the windows of the backward pass, at one block border.
+    # Of the windows of the backward pass, at one block boundary.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_sensitivity or request.needs_weight_gradients:
         kept = kept_for_backward(request, block)

@@ -132,8 +132,8 @@ class PlanRequest:
     """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None
     """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
-    compares: Literal["nothing", "borders", "losses"] = "nothing"
-    """What whole blocks are chosen by: hidden states at two borders, or the losses that follow from them."""
+    compares: Literal["nothing", "boundaries", "losses"] = "nothing"
+    """What whole blocks are chosen by: hidden states at two boundaries, or the losses that follow from them."""
     slices: Literal["no", "bases", "one basis"] = "no"
     """Whether the residual stream is cut, with a basis for every position or with one for all."""
     sliced_hidden: int = 0

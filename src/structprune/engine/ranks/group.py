@@ -1,6 +1,6 @@
 """Several ranks on torch.distributed: NCCL between GPUs, gloo between CPUs. The only file that imports it.
 
-What is exchanged: sums to one rank (`add_up`), and Python values with tensors in them from one rank to all. Every wait
+What is exchanged: sums to one rank (`reduce`), and Python values with tensors in them from one rank to all. Every wait
 is polled, so that the end of the run, which another rank may declare at any time (`heartbeat.py`), is noticed in it.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from structprune.engine.ranks.heartbeat import BEAT_S, Fault, Watch, prepare
+from structprune.engine.ranks.heartbeat import BEAT_S, Fault, Heartbeat, prepare
 from structprune.errors import InputError, RankError, StructPruneError, first_line
 from structprune.ranks import Key, Ranks, Result, Task, launched
 
@@ -40,26 +40,26 @@ _JOINS = itertools.count()
 class Group(Ranks):
     """The ranks that a launcher started. `counted`: bytes that were given to the library, by kind of exchange."""
 
-    def __init__(self, rank: int, size: int, watch: Watch, group: Any) -> None:
+    def __init__(self, rank: int, size: int, heartbeat: Heartbeat, group: Any) -> None:
         self.rank, self.size = rank, size
         self.counted = {"sums": 0, "tensors": 0, "messages": 0}
-        self._watch, self._group = watch, group
+        self._heartbeat, self._group = heartbeat, group
         self._inside = False
         self.told: Exception | None = None
         """What this rank has told all others, and raised."""
 
-    def from_first(self, work: Callable[[], Result]) -> Result:
+    def broadcast(self, work: Callable[[], Result]) -> Result:
         if self._inside:
             return work()
         return self._share(0, self._attempt(work) if self.is_first else None)
 
-    def together(self, tasks: Mapping[Key, Task[Result]]) -> dict[Key, Result]:
+    def all_gather(self, tasks: Mapping[Key, Task[Result]]) -> dict[Key, Result]:
         if self._inside:
-            return super().together(tasks)
+            return super().all_gather(tasks)
         own = {key: self._attempt(work) for key, (owner, work) in tasks.items() if owner == self.rank}
         return {key: self._share(owner, own.pop(key, None)) for key, (owner, _) in tasks.items()}
 
-    def add_up(self, tensors: Iterable[Tensor], owner: int) -> None:
+    def reduce(self, tensors: Iterable[Tensor], owner: int) -> None:
         if self._inside:
             return
         for tensor in tensors:
@@ -70,44 +70,44 @@ class Group(Ranks):
                 if owner == self.rank and buffer.data_ptr() != part.data_ptr():
                     part.copy_(buffer)
 
-    def add_up_everywhere(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         if self._inside:
             return tensor
         # Not an all-reduce: how that adds up is the library's choice, and may be another one on each rank.
-        self.add_up([tensor], 0)
+        self.reduce([tensor], 0)
         self._broadcast(tensor, 0, "sums")
         return tensor
 
-    def window(self, number: int, read: Callable[[int], Tensor]) -> Tensor:
+    def broadcast_window(self, number: int, read: Callable[[int], Tensor]) -> Tensor:
         if self._inside:
             return read(number)
         owner, place = number % self.size, number // self.size
         return self._share(owner, self._attempt(lambda: read(place)) if owner == self.rank else None)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         if self._inside:
             return value
         found = torch.tensor([value], dtype=torch.int64)
         self._run(lambda: dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group, async_op=True))
         return int(found)
 
-    def wait_for_all(self) -> None:
-        self.largest(0)
+    def barrier(self) -> None:
+        self.all_reduce_max(0)
 
-    def agree(self, described: Mapping[str, str]) -> None:
+    def check_equal(self, described: Mapping[str, str]) -> None:
         everyone = [
             self._share(rank, (dict(described), None) if rank == self.rank else None) for rank in range(self.size)
         ]
         raise_difference(everyone, self.rank)
 
     def _attempt(self, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-        self._inside = self._watch.busy = True
+        self._inside = self._heartbeat.busy = True
         try:
             return work(), None
         except Exception as error:
             return None, error
         finally:
-            self._inside = self._watch.busy = False
+            self._inside = self._heartbeat.busy = False
 
     def _share(self, owner: int, outcome: tuple[Any, Exception | None] | None) -> Any:
         """What `owner` has found, or raise its error, everywhere."""
@@ -166,22 +166,22 @@ class Group(Ranks):
 
     def _run(self, start: Callable[[], Any]) -> None:
         """RunRequest an exchange and wait for its end. Raises RankError if the run is to end."""
-        self._watch.check()
-        self._watch.enter()
+        self._heartbeat.check()
+        self._heartbeat.enter()
         try:
             work = start()
             poll_s = _SHORTEST_POLL_S
             while not work.is_completed():
-                self._watch.check()
+                self._heartbeat.check()
                 time.sleep(poll_s)
                 poll_s = min(2 * poll_s, _LONGEST_POLL_S)
             work.wait()
         except RuntimeError as error:
-            fault = self._watch.lost(self._watch.silence_s)
+            fault = self._heartbeat.lost(self._heartbeat.silence_s)
             text = f"the connection between the ranks broke ({first_line(error)})"
             raise (fault or Fault(culprit=None, text=text)).error() from error
         finally:
-            self._watch.leave()
+            self._heartbeat.leave()
 
 
 @contextlib.contextmanager
@@ -211,39 +211,39 @@ def joined(timeout_s: float) -> Generator[Group]:
         )
     except RuntimeError as error:
         raise _unreachable(place, error) from error
-    watch = Watch(watched, place, rank, size, timeout_s)
+    heartbeat = Heartbeat(watched, place, rank, size, timeout_s)
     if rank == 0:
         prepare(store)
-    watch.first_sign()
+    heartbeat.first_sign()
     _meet(store, place, rank, size, timeout_s)
-    watch.start()
+    heartbeat.start()
     ranks: Group | None = None
     try:
         group = _connect(store, rank, size, timeout_s)
-        ranks = Group(rank, size, watch, group)
+        ranks = Group(rank, size, heartbeat, group)
         yield ranks
-        ranks.wait_for_all()
+        ranks.barrier()
         # The one that keeps the store stays until all have left.
         store.set(f"left/{rank}", "")
-        watch.stop()
+        heartbeat.stop()
         if rank == 0:
             with contextlib.suppress(RuntimeError):
                 store.wait([f"left/{r}" for r in range(size)], timedelta(seconds=timeout_s))
         dist.destroy_process_group(group)
     except KeyboardInterrupt:
         # A launcher interrupts all that are left when one dies.
-        fault = watch.interrupted()
+        fault = heartbeat.interrupted()
         if fault is None:
-            watch.report("was interrupted")
+            heartbeat.report("was interrupted")
             raise
         raise fault.error() from None
     except BaseException as error:
-        # A fault that this rank has found is told by its watch.
+        # A fault that this rank has found is told by its heartbeat.
         if not getattr(error, "elsewhere", False) and (ranks is None or error is not ranks.told):
-            watch.report(f"ended with {type(error).__name__}: {first_line(error)}")
+            heartbeat.report(f"ended with {type(error).__name__}: {first_line(error)}")
         raise
     finally:
-        watch.end()
+        heartbeat.end()
 
 
 def _connect(store: Any, rank: int, size: int, timeout_s: float) -> Any:

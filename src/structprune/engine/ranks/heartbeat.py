@@ -1,4 +1,4 @@
-"""Watches over the ranks of a shared run: one that dies, hangs or fails ends the run everywhere, and is named.
+"""Guards the ranks of a shared run: one that dies, hangs or fails ends the run everywhere, and is named.
 
 Every rank gives signs of life through a store that all of them reach, twice a second, from a thread; another thread
 judges what came, so that a store that does not answer is noticed as well. The main thread asks (`check`) whenever it
@@ -58,7 +58,7 @@ class Fault:
         )
 
 
-class Watch:
+class Heartbeat:
     """Of one rank over the others. `store` is this object's own; `timeout_s` as in `--rank-timeout`."""
 
     def __init__(self, store: Store, place: str, rank: int, size: int, timeout_s: float) -> None:
@@ -92,7 +92,7 @@ class Watch:
         self._store.set(_beat(self.rank), self._sign(0))
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Heartbeat no longer."""
         self._stop.set()
 
     def stop(self) -> None:

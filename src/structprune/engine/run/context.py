@@ -158,7 +158,10 @@ class RunContext:
     def window_ranges(self) -> tuple[tuple[int, int], ...]:
         """(first, last) of this rank's windows that are fitted, and of those held out if there are any."""
         num_windows = len(self.windows.ids_NS)
-        fitted, held_out = self.ranks.own(0, self.num_fitted), self.ranks.own(self.num_fitted, num_windows)
+        fitted, held_out = (
+            self.ranks.local_range(0, self.num_fitted),
+            self.ranks.local_range(self.num_fitted, num_windows),
+        )
         return (fitted, held_out) if self.num_held_out else (fitted,)
 
     @property

@@ -1,7 +1,7 @@
-"""The streamed backward pass: the gradient of the loss at every block border, one block in memory at a time.
+"""The streamed backward pass: the gradient of the loss at every block boundary, one block in memory at a time.
 
-Forward, the hidden states of some windows are kept on disk at every border. Then the blocks are visited in reverse:
-each is recomputed from its stored input and differentiated, so the exact gradient moves on by one border. What is
+Forward, the hidden states of some windows are kept on disk at every boundary. Then the blocks are visited in reverse:
+each is recomputed from its stored input and differentiated, so the exact gradient moves on by one boundary. What is
 measured on the way back is the caller's.
 
 Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
@@ -49,8 +49,8 @@ def backward_pass(
     """Visit every block forward, then in reverse with the gradient of the loss.
 
     Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
-    (`store.py`); the hidden states at the borders are gone at the end. An interrupted pass resumes where it was:
-    forward behind the borders that are there, in reverse at the newest gradient that was kept.
+    (`store.py`); the hidden states at the boundaries are gone at the end. An interrupted pass resumes where it was:
+    forward behind the boundaries that are there, in reverse at the newest gradient that was kept.
     """
     blocks = context.stock.layout.blocks
     with SensitivityStore(folder, observer.note, context.ranks) as sensitivities:
@@ -58,7 +58,7 @@ def backward_pass(
             _visit(context, sensitivities, observer, labels, backward)
         if context.ranks.is_first:
             for index in range(len(blocks) + 1):
-                _border_path(folder, index).unlink(missing_ok=True)
+                _boundary_path(folder, index).unlink(missing_ok=True)
         return sensitivities.costs(blocks, context.kinds)
 
 
@@ -73,19 +73,19 @@ def _visit(
 ) -> None:
     blocks = context.stock.layout.blocks
     shape = (
-        context.ranks.num_own(context.num_backward),
+        context.ranks.num_local(context.num_backward),
         context.windows.ids_NS.shape[1],
         context.stock.layout.hidden_size,
     )
     with contextlib.ExitStack() as stack:
-        borders: list[FileStore] = []
+        boundaries: list[FileStore] = []
         for index in range(len(blocks) + 1):
-            path = _border_path(sensitivities.folder, index)
-            borders.append(FileStore(path, shape, context.dtype, lasting=True, ranks=context.ranks))
-            stack.callback(borders[-1].close)
-        propagator = embed(context, {borders[0]: context.num_backward})
+            path = _boundary_path(sensitivities.folder, index)
+            boundaries.append(FileStore(path, shape, context.dtype, lasting=True, ranks=context.ranks))
+            stack.callback(boundaries[-1].close)
+        propagator = embed(context, {boundaries[0]: context.num_backward})
         observer.start("sensitivity: forward", len(blocks))
-        for block, before, after in zip(blocks, borders[:-1], borders[1:], strict=True):
+        for block, before, after in zip(blocks, boundaries[:-1], boundaries[1:], strict=True):
             step = f"border {block.index + 1}"
             if sensitivities.journal.find(step) is None:
                 propagator.carry(load_block(context, block)[1], block.index, before, after)
@@ -102,7 +102,7 @@ def _visit(
         else:
             snapshots.discard()
             with context.meter.phase("sensitivity: loss"):
-                loss_gradient(context, borders[-1], gradient, labels)
+                loss_gradient(context, boundaries[-1], gradient, labels)
             left = blocks
         release_free_memory()
         observer.start("sensitivity: backward", len(left))
@@ -112,10 +112,10 @@ def _visit(
             tasks: dict[int, Task[Found]] = {}
             turn = behind_first[first : first + context.ranks.size]
             for owner, block in enumerate(turn):
-                find = backward(block, propagator, borders[block.index], gradient, owner)
+                find = backward(block, propagator, boundaries[block.index], gradient, owner)
                 tasks[block.index] = owner, partial(_on_host, find)
                 del find
-            found = context.ranks.together(tasks)
+            found = context.ranks.all_gather(tasks)
             # The closures hold the sums.
             del tasks
             for block in turn:
@@ -137,7 +137,7 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _border_path(folder: Path, index: int) -> Path:
+def _boundary_path(folder: Path, index: int) -> Path:
     """Of the hidden states in front of block `index`."""
     return folder / f"border-{index}.bin"
 
@@ -154,7 +154,7 @@ def loss_gradient(context: RunContext, final: HiddenStore, gradient: HiddenStore
     # The last position predicts a token outside the window and takes no part, as in the perplexity.
     parts = [(start, min(start + LOGIT_TOKENS, seq_len - 1)) for start in range(0, seq_len - 1, LOGIT_TOKENS)]
     for number in range(context.num_backward):
-        own, last = context.ranks.own(number, number + 1)
+        own, last = context.ranks.local_range(number, number + 1)
         if own == last:
             # Another rank's: labels are the same on any number of ranks.
             for start, stop in parts if drawn else ():

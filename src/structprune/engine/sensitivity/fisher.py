@@ -41,10 +41,10 @@ def fisher_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
     def removal_costs(
-        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+        block: BlockLayout, propagator: Propagator, boundary: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         with context.meter.phase("sensitivity: backward"):
-            measure = backward(context, block, propagator, border, gradient, owner)
+            measure = backward(context, block, propagator, boundary, gradient, owner)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
 
@@ -81,7 +81,7 @@ def score_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
             with context.meter.phase("sensitivity: scores"):
                 sums = _measure(context, block, module, propagator, store, owner)
             task = owner, partial(_scores, context, block, tensors, sums)
-            sensitivities.save(block, {}, context.ranks.together({block.index: task})[block.index])
+            sensitivities.save(block, {}, context.ranks.all_gather({block.index: task})[block.index])
             del task, sums
             snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
@@ -122,7 +122,7 @@ def _measure(
 
 def _added_up(context: RunContext, sums: Mapping[str, GramAccumulator], owner: int) -> dict[str, GramAccumulator]:
     for accumulator in sums.values():
-        accumulator.add_up(context.ranks, owner)
+        accumulator.reduce(context.ranks, owner)
     return dict(sums) if owner == context.ranks.rank else {}
 
 
@@ -165,7 +165,7 @@ def backward(
     context: RunContext,
     block: BlockLayout,
     propagator: Propagator,
-    border: HiddenStore,
+    boundary: HiddenStore,
     gradient: HiddenStore,
     owner: int = 0,
 ) -> Callable[[], Measured]:
@@ -195,7 +195,7 @@ def backward(
         for sublayer in sublayers:
             summed = sublayer.output_module or sublayer.consumer_module
             stack.enter_context(captured(module, summed, partial(outputs.__setitem__, sublayer.kind)))
-        differentiate(context, block, module, propagator, border, gradient, wanted=wanted, receive=update)
+        differentiate(context, block, module, propagator, boundary, gradient, wanted=wanted, receive=update)
     inputs, output_gradients = _added_up(context, sums, owner), _added_up(context, gradients, owner)
     return lambda: _measured(context, block, inputs, output_gradients)
 

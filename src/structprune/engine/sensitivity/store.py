@@ -44,7 +44,7 @@ class SensitivityStore:
 
     def save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         """Keep what the pruning pass will read of the block, and kind -> the cost of each removal."""
-        self._ranks.from_first(lambda: self._save(block, found, costs))
+        self._ranks.broadcast(lambda: self._save(block, found, costs))
 
     def _save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
         paths = _found(self.folder, block.index), costs_path(self.folder, block.index)

@@ -40,11 +40,11 @@ def taylor_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     """
 
     def score(
-        block: BlockLayout, propagator: Propagator, border: HiddenStore, gradient: HiddenStore, owner: int
+        block: BlockLayout, propagator: Propagator, boundary: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         tensors, module = load_block(context, block)
         with context.meter.phase("sensitivity: backward"):
-            sums = weight_sums(context, block, module, propagator, border, gradient, owner)
+            sums = weight_sums(context, block, module, propagator, boundary, gradient, owner)
         # Elsewhere nothing is made of them.
         tensors = tensors if owner == context.ranks.rank else {}
 
@@ -65,7 +65,7 @@ def weight_sums(
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,
-    border: HiddenStore,
+    boundary: HiddenStore,
     gradient: HiddenStore,
     owner: int = 0,
 ) -> dict[str, TaylorSums]:
@@ -89,9 +89,9 @@ def weight_sums(
             square[name].addcmul_(window_mean, window_mean, value=1 / num_windows)
 
     differentiate(
-        context, block, module, propagator, border, gradient, wanted=lambda: list(weights.values()), receive=add
+        context, block, module, propagator, boundary, gradient, wanted=lambda: list(weights.values()), receive=add
     )
-    context.ranks.add_up([*mean.values(), *square.values()], owner)
+    context.ranks.reduce([*mean.values(), *square.values()], owner)
     if owner != context.ranks.rank:
         return {}
     for name in weights:

@@ -22,7 +22,7 @@ def differentiate(
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,
-    border: HiddenStore,
+    boundary: HiddenStore,
     gradient: HiddenStore,
     *,
     wanted: Callable[[], Sequence[Tensor]],
@@ -33,7 +33,7 @@ def differentiate(
     `wanted` is asked after each window's forward pass; the loss's derivatives by these tensors go to `receive`, which
     may not keep them: one may be a view of what is overwritten next.
     """
-    inputs, gradients = propagator.read_each(border), propagator.read_each(gradient)
+    inputs, gradients = propagator.read_each(boundary), propagator.read_each(gradient)
     with propagator.writing(gradient) as put:
         for (window, hidden_BSD), (_, gradient_BSD) in zip(inputs, gradients, strict=True):
             hidden_BSD.requires_grad_(True)

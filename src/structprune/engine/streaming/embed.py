@@ -21,7 +21,7 @@ def open_store(context: StreamedModel, path: Path, num_windows: int) -> HiddenSt
     In memory or in the file `path`, as the plan says; with several ranks each has its own file.
     """
     ranks = context.ranks
-    shape = (ranks.num_own(num_windows), context.windows.ids_NS.shape[1], context.stock.layout.hidden_size)
+    shape = (ranks.num_local(num_windows), context.windows.ids_NS.shape[1], context.stock.layout.hidden_size)
     if context.plan.store == "memory":
         return MemoryStore(shape, context.dtype)
     own = path if ranks.size == 1 else path.with_name(f"{path.name}.{ranks.rank}")
@@ -35,7 +35,7 @@ def embed(context: StreamedModel, targets: Mapping[HiddenStore, int]) -> Propaga
         return embed_windows(
             context.stock,
             context.windows.ids_NS[ranks.rank :: ranks.size],
-            {store: ranks.num_own(num_windows) for store, num_windows in targets.items()},
+            {store: ranks.num_local(num_windows) for store, num_windows in targets.items()},
             context.plan.micro_batch_windows,
             device=context.device,
             dtype=context.dtype,

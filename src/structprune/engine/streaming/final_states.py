@@ -22,7 +22,7 @@ def save_final_states(journal: Journal, folder: Path, tensors: Mapping[str, Tens
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         journal.record(_STEP, [path])
 
-    ranks.from_first(keep)
+    ranks.broadcast(keep)
 
 
 def load_final_states(journal: Journal, folder: Path) -> dict[str, Tensor] | None:

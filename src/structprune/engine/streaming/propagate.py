@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import BlockInputs, output_tensor
 from structprune.calibration.store import HiddenStore
-from structprune.engine.streaming.transfer import Put, mover_for
+from structprune.engine.streaming.transfer import Put, transfer_for
 from structprune.errors import NumericalError
 
 
@@ -90,7 +90,7 @@ class Propagator:
     def __init__(self, inputs: dict[int, BlockInputs], micro_batch: int, device: torch.device) -> None:
         self._inputs = inputs
         self._micro_batch = micro_batch
-        self._mover = mover_for(device)
+        self._transfer = transfer_for(device)
 
     def kwargs(self, num_windows: int, index: int) -> dict[str, Any]:
         """What the stock model passes to block `index` for a batch of `num_windows`."""
@@ -110,21 +110,21 @@ class Propagator:
 
         The next one may be on its way already: what the loop writes is behind it, or in another store.
         """
-        return self._mover.read(store, self.batches(first, last))
+        return self._transfer.read(store, self.batches(first, last))
 
     def read_each(self, store: HiddenStore, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
         """As `read`: the number of each window, of all or of these, and the window by itself, (1, S, D)."""
         chosen = range(store.shape[0]) if numbers is None else numbers
-        found = self._mover.read(store, ((number, number + 1) for number in chosen))
+        found = self._transfer.read(store, ((number, number + 1) for number in chosen))
         return ((number, hidden_BSD) for number, _, hidden_BSD in found)
 
     def writing(self, store: HiddenStore) -> AbstractContextManager[Put]:
         """What is put inside the context, by first window and from the device, is in the store at its end."""
-        return self._mover.writing(store)
+        return self._transfer.writing(store)
 
     def fetch(self, store: HiddenStore, start: int, stop: int) -> Tensor:
         """Some windows on the device, at once."""
-        return self._mover.fetch(store, start, stop)
+        return self._transfer.fetch(store, start, stop)
 
     @torch.no_grad()
     def apply(self, block: nn.Module, index: int, hidden_BSD: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ NUM_STAGED = 4
 """Micro-batches in page-locked memory at once."""
 
 
-class Mover(Protocol):
+class WindowTransfer(Protocol):
     """How the windows of stores come to the device and back."""
 
     def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
@@ -45,7 +45,7 @@ class Mover(Protocol):
         ...
 
 
-class Arrival(Protocol):
+class CopyEvent(Protocol):
     """The end of one copy."""
 
     def synchronize(self) -> None:
@@ -53,7 +53,7 @@ class Arrival(Protocol):
         ...
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """What a device does beside its computation."""
 
     def page_locked(self, num_bytes: int) -> Tensor:
@@ -61,24 +61,24 @@ class Lane(Protocol):
         ...
 
     def bring(self, staged: Tensor) -> tuple[Tensor, Any]:
-        """Begin to copy to the device; the copy, and its arrival for `receive` and `synchronize`."""
+        """Begin to copy to the device; the copy, and its event for `receive` and `synchronize`."""
         ...
 
-    def receive(self, brought: Tensor, arrival: Any) -> None:
+    def receive(self, brought: Tensor, event: Any) -> None:
         """Let what is computed from now on wait for it."""
         ...
 
-    def send(self, computed: Tensor, staged: Tensor) -> Arrival:
-        """Begin to copy to `staged` what is being computed; its arrival there."""
+    def send(self, computed: Tensor, staged: Tensor) -> CopyEvent:
+        """Begin to copy to `staged` what is being computed; its event there."""
         ...
 
 
-def mover_for(device: torch.device) -> Mover:
+def transfer_for(device: torch.device) -> WindowTransfer:
     """The one that suits the device."""
-    return DeviceMover(CudaLane(device)) if device.type == "cuda" else DirectMover(device)
+    return DeviceTransfer(CudaCopyStream(device)) if device.type == "cuda" else DirectTransfer(device)
 
 
-class DirectMover:
+class DirectTransfer:
     """Reads and writes when it is asked to."""
 
     def __init__(self, device: torch.device) -> None:
@@ -99,8 +99,8 @@ class DirectMover:
 class _Staging:
     """Two pieces of page-locked memory that are used in turn, each when what it was used for is over."""
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, stream: CopyStream) -> None:
+        self._stream = stream
         self._pieces: list[Tensor | None] = [None, None]
         self._users: list[Callable[[], object] | None] = [None, None]
         self._turn = 0
@@ -114,7 +114,7 @@ class _Staging:
         num_bytes = like.numel() * like.element_size()
         piece = self._pieces[self._turn]
         if piece is None or len(piece) < num_bytes:
-            piece = self._pieces[self._turn] = self._lane.page_locked(num_bytes)
+            piece = self._pieces[self._turn] = self._stream.page_locked(num_bytes)
         return piece[:num_bytes].view(like.dtype).view(like.shape)
 
     def used_until(self, over: Callable[[], object]) -> None:
@@ -122,15 +122,15 @@ class _Staging:
         self._users[self._turn] = over
 
 
-class DeviceMover:
+class DeviceTransfer:
     """Copies beside the computation. All stores are read and written by one thread, so they need no locks."""
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, stream: CopyStream) -> None:
+        self._stream = stream
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transfer")
 
     def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
-        staging, left = _Staging(self._lane), iter(batches)
+        staging, left = _Staging(self._stream), iter(batches)
         asked: deque[tuple[int, int, Future[tuple[Tensor, Any]]]] = deque()
 
         def ask() -> None:
@@ -141,9 +141,9 @@ class DeviceMover:
             ask()
             while asked:
                 start, stop, coming = asked.popleft()
-                brought, arrival = coming.result()
+                brought, event = coming.result()
                 ask()
-                self._lane.receive(brought, arrival)
+                self._stream.receive(brought, event)
                 yield start, stop, brought
                 del brought, coming
         finally:
@@ -154,21 +154,21 @@ class DeviceMover:
         hidden_BSD = store.read(start, stop)
         staged_BSD = staging.next(hidden_BSD)
         staged_BSD.copy_(hidden_BSD)
-        brought, arrival = self._lane.bring(staged_BSD)
-        staging.used_until(arrival.synchronize)
-        return brought, arrival
+        brought, event = self._stream.bring(staged_BSD)
+        staging.used_until(event.synchronize)
+        return brought, event
 
     @contextmanager
     def writing(self, store: HiddenStore) -> Generator[Put]:
-        staging = _Staging(self._lane)
+        staging = _Staging(self._stream)
         written: deque[Future[None]] = deque()
 
         def put(start: int, output_BSD: Tensor) -> None:
             while written and written[0].done():
                 written.popleft().result()
             staged_BSD = staging.next(output_BSD)
-            arrival = self._lane.send(output_BSD, staged_BSD)
-            written.append(self._worker.submit(self._write, store, start, staged_BSD, arrival))
+            event = self._stream.send(output_BSD, staged_BSD)
+            written.append(self._worker.submit(self._write, store, start, staged_BSD, event))
             staging.used_until(written[-1].result)
 
         try:
@@ -179,8 +179,8 @@ class DeviceMover:
         for done in written:
             done.result()
 
-    def _write(self, store: HiddenStore, start: int, staged_BSD: Tensor, arrival: Arrival) -> None:
-        arrival.synchronize()
+    def _write(self, store: HiddenStore, start: int, staged_BSD: Tensor, event: CopyEvent) -> None:
+        event.synchronize()
         store.write(start, staged_BSD)
 
     def fetch(self, store: HiddenStore, start: int, stop: int) -> Tensor:
@@ -188,7 +188,7 @@ class DeviceMover:
         return hidden_BSD
 
 
-class CudaLane:
+class CudaCopyStream:
     """A stream each way beside the one that computes (CUDA Programming Guide, "Asynchronous Concurrent Execution")."""
 
     def __init__(self, device: torch.device) -> None:
@@ -200,21 +200,21 @@ class CudaLane:
         with torch.cuda.device(self._there.device):
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def bring(self, staged: Tensor) -> tuple[Tensor, Arrival]:
+    def bring(self, staged: Tensor) -> tuple[Tensor, CopyEvent]:
         with torch.cuda.stream(self._there):
             brought = staged.to(self._device, non_blocking=True)
             return brought, self._there.record_event()
 
-    def receive(self, brought: Tensor, arrival: torch.cuda.Event) -> None:
+    def receive(self, brought: Tensor, event: torch.cuda.Event) -> None:
         computing = torch.cuda.current_stream(self._device)
-        computing.wait_event(arrival)
+        computing.wait_event(event)
         # Its memory belongs to the other stream, which may not have it back before this one is through with it.
         brought.record_stream(computing)
 
-    def send(self, computed: Tensor, staged: Tensor) -> Arrival:
+    def send(self, computed: Tensor, staged: Tensor) -> CopyEvent:
         self._back.wait_event(torch.cuda.current_stream(self._device).record_event())
         with torch.cuda.stream(self._back):
             staged.copy_(computed, non_blocking=True)
-            arrival = self._back.record_event()
+            event = self._back.record_event()
         computed.record_stream(self._back)
-        return arrival
+        return event
