@@ -60,6 +60,6 @@ class DeferredCopyStream:
 
         return Event(happen)
 
-    def finalize(self, events: Iterable[Event] | None = None) -> None:
+    def finish(self, events: Iterable[Event] | None = None) -> None:
         for event in self.queue if events is None else events:
             event.synchronize()
