@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 PEERS := .venv-peers
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: setup run test quick lint bench zero-shot peers-setup docs clean
+.PHONY: setup run test fast quick lint bench zero-shot peers-setup docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ run: setup
 
 test: setup lint
 	$(PYTEST)
+
+# For the edit loop: no run of a whole pipeline, well under two minutes.
+fast: setup
+	$(PYTEST) tests/unit tests/conformance tests/golden
 
 quick: setup
 	$(PYTEST) -m 'not slow and not gpu and not distributed and not realmodel'
