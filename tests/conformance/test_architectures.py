@@ -83,7 +83,7 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
     num_keep = group.num_units // 2
     for part in block.groups_of(kind):
         # Another choice in each.
-        keep_units = torch.randperm(part.num_units, generator=torch.Generator().manual_seed(part.part or 0))
+        keep_units = torch.randperm(part.num_units, generator=torch.Generator().manual_seed(part.expert or 0))
         keep_units = keep_units[:num_keep].sort().values
         removed = torch.ones(part.num_units, dtype=torch.bool).index_fill(0, keep_units, False)
         consumer = tensors[part.consumer.tensor].clone().movedim(part.consumer.axis, -1)
