@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_survey import NUM_WINDOWS, SEQ_LEN, context_for
+from test_sensitivity import NUM_WINDOWS, SEQ_LEN, context_for
 from torch import Tensor, nn
 
 from structprune.architectures.stock.model import output_tensor
