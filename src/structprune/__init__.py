@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from structprune.api import prune, recover
     from structprune.recipe import Recipe
     from structprune.results.recovery import RecoveryReport
-    from structprune.results.schema import PruneReport
+    from structprune.results.report import PruneReport
     from structprune.training.settings import RecoverySettings
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _LAZY = {
     "recover": "structprune.api",
     "Recipe": "structprune.recipe",
     "RecoverySettings": "structprune.training.settings",
-    "PruneReport": "structprune.results.schema",
+    "PruneReport": "structprune.results.report",
     "RecoveryReport": "structprune.results.recovery",
 }
 

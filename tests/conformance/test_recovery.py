@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from structprune.training.context import RecoveryContext, StreamedSide
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
+from structprune.training.context import RecoveryContext, StreamedSide
 from structprune.training.divergence import LOGIT_TOKENS, divergence
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of

@@ -13,7 +13,7 @@ import pytest
 import structprune
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from structprune.architectures.stock.loading import load_model
 from structprune.calibration.context import consecutive_windows
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from structprune.cli import main
 from structprune.engine.planning import host as host_plan
 from structprune.errors import InputError, MemoryBudgetError, UnsupportedError
 from structprune.memory import parse_bytes
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

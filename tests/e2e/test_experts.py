@@ -19,7 +19,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, StructPruneError, UnsupportedError
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,7 +22,7 @@ from structprune.calibration.context import consecutive_windows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import NumericalError, UnsupportedError
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import TINY_MODELS, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")

@@ -10,7 +10,7 @@ import torch
 
 from structprune import Recipe, prune
 from structprune.errors import UnsupportedError
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from structprune.calibration.context import consecutive_windows
 from structprune.cli import main
 from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from structprune.scores import TAYLOR
 from support.models import TINY_MODELS, llama_config, save_tiny
 

@@ -17,7 +17,7 @@ from structprune.api import export
 from structprune.architectures.sources.resolve import hub_id
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.report.card import model_card
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from structprune import Recipe, prune
 from structprune.cli import main
 from structprune.errors import NumericalError
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

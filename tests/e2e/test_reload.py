@@ -22,7 +22,7 @@ from structprune.cli import main
 from structprune.engine.planning.reload import ReloadBound
 from structprune.errors import CheckpointError, InputError
 from structprune.evaluation import reload
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from structprune.runs.directory import REJECTED_NAME
 from support.models import save_tiny
 

@@ -26,7 +26,7 @@ from structprune.engine.pipelines import slice as slice_pipeline
 from structprune.engine.run.context import RunContext
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import TINY_MODELS, llama_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")

@@ -38,7 +38,7 @@ from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.evaluation.reload import ReloadSpec, reload_here
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

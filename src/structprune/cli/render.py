@@ -12,7 +12,8 @@ from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
 from structprune.results.comparison import COST_COLUMNS, Comparison, cost_values
 from structprune.results.measured import Bench, Rate
-from structprune.results.schema import PruneReport, RuntimeReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import RuntimeReport
 from structprune.results.summary import rich_table, summary_rows, warnings
 
 

@@ -24,7 +24,7 @@ def resume(
     from structprune.cli.interrupt import run_or_say_how_to_resume
     from structprune.cli.recover import recovery_table
     from structprune.cli.render import report_table
-    from structprune.results.schema import PruneReport
+    from structprune.results.report import PruneReport
 
     report = run_or_say_how_to_resume(
         lambda observer: resume_run(run, observer, rank_timeout=rank_timeout), run, quiet=quiet

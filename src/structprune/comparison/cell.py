@@ -25,7 +25,7 @@ from structprune.evaluation.speed import SpeedResult, speed_pair
 from structprune.observer import Observer
 from structprune.recipe import Recipe
 from structprune.results.comparison import Cell, DenseRow, Failure, Speed, TextScore
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 
 
 class CellSpec(BaseModel):

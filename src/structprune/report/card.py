@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from structprune.memory import format_bytes
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.

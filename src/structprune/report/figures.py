@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from structprune.memory import format_bytes
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 from structprune.results.summary import UNITS, blocks_at_a_bound
 
 PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}

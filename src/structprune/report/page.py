@@ -20,7 +20,8 @@ from structprune.report.figures import (
     short,
 )
 from structprune.results.measured import Bench, Evaluation
-from structprune.results.schema import DeviceMemoryReport, MemoryReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import DeviceMemoryReport, MemoryReport
 from structprune.results.summary import reload_line, warnings
 
 PAGE_NAME = "pruning_report.html"

@@ -8,7 +8,7 @@ from pathlib import Path
 from structprune.errors import InputError
 from structprune.files import atomic_path
 from structprune.results.comparison import Cell, Comparison
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 
 
 def check_matplotlib() -> None:

@@ -16,7 +16,8 @@ from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.plots import check_matplotlib, plot_comparison, plot_report
 from structprune.results.comparison import COMPARISON_VERSION, RESULT_NAME, Comparison
 from structprune.results.measured import MEASURED_VERSION, Bench, Evaluation
-from structprune.results.schema import REPORT_NAME, SCHEMA_VERSION, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import REPORT_NAME, SCHEMA_VERSION
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

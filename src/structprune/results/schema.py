@@ -9,11 +9,9 @@ from pydantic import Field
 from structprune.errors import InputError
 from structprune.recipe import Recipe
 from structprune.results.frozen import Frozen
-from structprune.results.summary import html_table, rich_table, summary_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.table import Table
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "pruning_report.json"
@@ -152,7 +150,7 @@ class RuntimeReport(Frozen):
     reason: str
 
 
-class PruneReport(Frozen):
+class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
     schema_version: int = SCHEMA_VERSION
@@ -194,22 +192,3 @@ class PruneReport(Frozen):
             for block in self.blocks
         ]
         return pandas.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        size = self.size
-        return (
-            f"PruneReport({self.method!r}, {self.source!r} -> {self.output!r}, {size.parameters_before:,} -> "
-            f"{size.parameters_after:,} parameters, {len(self.blocks)} block entries)"
-        )
-
-    __str__ = __repr__
-
-    def __rich__(self) -> Table:
-        return rich_table(self._title(), summary_rows(self))
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        return html_table(self._title(), summary_rows(self))
-
-    def _title(self) -> str:
-        return f"{self.method}: {self.source} -> {self.output}"

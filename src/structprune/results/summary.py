@@ -5,15 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from structprune.memory import format_bytes
-
-if TYPE_CHECKING:
-    from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneReport, ReloadReport
+from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
 
 UNITS = {
     "mlp": "MLP channels",
@@ -24,7 +21,7 @@ UNITS = {
 """Kind of a block report -> what is counted."""
 
 
-def summary_rows(report: PruneReport) -> list[tuple[str, str]]:
+def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     """(name, value) of what a run did and cost."""
     size, memory, calibration = report.size, report.memory, report.calibration
     saved = 1 - size.bytes_after / size.bytes_before
@@ -72,7 +69,7 @@ def reload_line(reload: ReloadReport) -> str:
     )
 
 
-def warnings(report: PruneReport) -> list[str]:
+def warnings(report: PruneFacts) -> list[str]:
     """What a reader should not miss."""
     found: list[str] = []
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
@@ -103,7 +100,7 @@ def warnings(report: PruneReport) -> list[str]:
     return found
 
 
-def blocks_at_a_bound(report: PruneReport) -> tuple[list[BlockReport], list[BlockReport]]:
+def blocks_at_a_bound(report: PruneFacts) -> tuple[list[BlockReport], list[BlockReport]]:
     """Blocks that an allocator would have cut further, or less, but for a bound; none where all are cut alike."""
     recipe = report.recipe
     if recipe.allocator in (None, "uniform"):

@@ -33,7 +33,8 @@ from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.methods.method import Method
 from structprune.observer import Observer
 from structprune.recipe import Recipe, default_sensitivity_samples
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 from structprune.runs.directory import RunDirectory
 from structprune.types import ModelLayout
 

@@ -19,7 +19,7 @@ from structprune.memory import PeakMeter
 from structprune.methods.method import Method
 from structprune.observer import Observer
 from structprune.recipe import Recipe
-from structprune.results.schema import PruneReport
+from structprune.results.report import PruneReport
 from structprune.runs.directory import RunDirectory
 from structprune.types import UnitGroup
 

@@ -34,7 +34,8 @@ from structprune.exporters.sliced import sliced_config, write_sliced_modeling_fi
 from structprune.linalg.rotation import dropped_share, principal_basis
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.observer import Observer
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 from structprune.runs.directory import RunDirectory
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout

@@ -33,7 +33,8 @@ from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.observer import Observer
-from structprune.results.schema import BlockReport, PruneReport
+from structprune.results.report import PruneReport
+from structprune.results.schema import BlockReport
 from structprune.runs.directory import RunDirectory
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout

@@ -36,6 +36,7 @@ from structprune.memory import PeakMeter, release_free_memory
 from structprune.observer import Observer
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
+from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
     BlockReport,
@@ -43,7 +44,6 @@ from structprune.results.schema import (
     DeviceMemoryReport,
     MemoryReport,
     MemoryStretch,
-    PruneReport,
     ReloadReport,
     ReusedStatistics,
     RuntimeReport,
