@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structprune.checkpoint.reader import INDEX_NAME, CheckpointReader
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import CheckpointWriter, ModelWriter
 from structprune.errors import CheckpointError
 
 
@@ -117,3 +117,33 @@ def test_shards_are_as_readable_as_the_rest(directory: Path) -> None:
     writer.finish()
     modes = {stat.S_IMODE((directory / file_name).stat().st_mode) for file_name in (name, INDEX_NAME)}
     assert len(modes) == 1
+
+
+def model_writer(directory: Path) -> ModelWriter:
+    return ModelWriter(directory, 2, "layers", stored_name=lambda name: name.replace("layers", "h"))
+
+
+def test_blocks_are_written_read_and_adopted_by_their_index(directory: Path) -> None:
+    writer = model_writer(directory)
+    written = [
+        writer.write_block(1, {"up.weight": torch.ones(6)}),
+        writer.write_embeddings({"embed.weight": torch.ones(10)}),
+        writer.write_block(0, {"up.weight": torch.zeros(5)}),
+        writer.write_rest({"norm.weight": torch.ones(4)}),
+    ]
+    assert [path.name[6:11] for path in written] == ["00003", "00001", "00002", "00004"]
+    assert all(path.is_file() and path.name.endswith("-of-00004.safetensors") for path in written)
+    assert torch.equal(writer.read_block(1, ["up.weight"])["up.weight"], torch.ones(6))
+    assert (writer.num_block_parameters, writer.num_parameters) == (11, 25)
+    writer.finish()
+    index = (directory / INDEX_NAME).read_bytes()
+    assert json.loads(index)["weight_map"]["h.1.up.weight"] == written[0].name
+
+    adopted = model_writer(directory)
+    adopted.adopt_embeddings()
+    adopted.adopt_block(0)
+    assert (adopted.num_block_parameters, adopted.num_parameters) == (5, 15)
+    adopted.adopt_block(1)
+    adopted.write_rest({"norm.weight": torch.ones(4)})
+    adopted.finish()
+    assert (directory / INDEX_NAME).read_bytes() == index

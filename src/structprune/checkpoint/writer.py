@@ -65,10 +65,6 @@ class CheckpointWriter:
         self._total_bytes += num_bytes
         self._num_parameters[shard] = self._num_parameters.get(shard, 0) + num_parameters
 
-    def shard_parameters(self, number: int) -> int:
-        """Parameters in one shard."""
-        return self._num_parameters[self.shard_name(number)]
-
     @property
     def num_parameters(self) -> int:
         """Parameters in all shards so far."""
@@ -92,3 +88,56 @@ class CheckpointWriter:
                 "weight_map": dict(sorted(self._weight_map.items())),
             },
         )
+
+
+class ModelWriter(CheckpointWriter):
+    """A checkpoint with one shard of its embeddings, one of each block, and one of what lies behind the blocks.
+
+    `blocks_module` is the name of the list of blocks; the tensors of a block are given and read by their names in it.
+    """
+
+    def __init__(
+        self, directory: Path, num_blocks: int, blocks_module: str, stored_name: Callable[[str], str] = str
+    ) -> None:
+        super().__init__(directory, num_blocks + 2, stored_name)
+        self._blocks_module = blocks_module
+
+    def write_embeddings(self, tensors: Mapping[str, Tensor]) -> Path:
+        """Write what lies in front of the blocks, under the model's names; the file."""
+        return self.directory / self.write(1, tensors)
+
+    def adopt_embeddings(self) -> None:
+        """Count what lies in front of the blocks, which an earlier process wrote whole."""
+        self.adopt(1)
+
+    def write_block(self, index: int, tensors: Mapping[str, Tensor]) -> Path:
+        """Write block `index` (from 0, in this checkpoint); the file."""
+        prefix = self._prefix(index)
+        return self.directory / self.write(_of_block(index), {prefix + name: t for name, t in tensors.items()})
+
+    def adopt_block(self, index: int) -> None:
+        """Count a block that an earlier process wrote whole."""
+        self.adopt(_of_block(index))
+
+    def read_block(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the tensors `names` of a block that was written."""
+        prefix = self._prefix(index)
+        tensors = self.read(_of_block(index), [prefix + name for name in names])
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def write_rest(self, tensors: Mapping[str, Tensor]) -> Path:
+        """Write what lies behind the blocks, under the model's names; the file."""
+        return self.directory / self.write(self.num_shards, tensors)
+
+    @property
+    def num_block_parameters(self) -> int:
+        """Parameters in the blocks so far."""
+        return sum(self._num_parameters.get(self.shard_name(number), 0) for number in range(2, self.num_shards))
+
+    def _prefix(self, index: int) -> str:
+        return f"{self._blocks_module}.{index}."
+
+
+def _of_block(index: int) -> int:
+    """The shard of a block: the embeddings' is the first."""
+    return index + 2

@@ -20,7 +20,7 @@ from structprune.calibration.select import fingerprint
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
 from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_loss, versions
 from structprune.engine.run.reload_check import Probe, check_reload
@@ -40,14 +40,14 @@ from structprune.training.divergence import Heads, divergence, load_heads
 RECOVERY_REPORT_NAME = "recovery_report.json"
 
 
-def write_recovered(context: RecoveryContext, recovered: Recovered, directory: Path) -> CheckpointWriter:
+def write_recovered(context: RecoveryContext, recovered: Recovered, directory: Path) -> ModelWriter:
     """All files of the checkpoint in the student's format, the index last."""
     side = context.student
     blocks = side.stock.layout.blocks
-    writer = CheckpointWriter(directory, len(blocks) + 2, side.reader.stored_name)
+    writer = ModelWriter(directory, len(blocks), side.stock.layout.blocks_module, side.reader.stored_name)
     for block in blocks:
         tensors = recovered.tensors(block)
-        writer.write(block.index + 2, {block.prefix + name: tensor for name, tensor in tensors.items()})
+        writer.write_block(block.index, tensors)
         del tensors
         release_free_memory()
     copy_outer(side, writer)

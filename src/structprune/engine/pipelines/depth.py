@@ -16,7 +16,7 @@ from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.snapshots import Snapshots
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, shape_of
@@ -118,7 +118,7 @@ def execute_depth(context: RunContext, run: RunDirectory, meter: PeakMeter, obse
     layout = context.stock.layout
     choice = _choose(context, run, num_removed(context.recipe.sparsity, layout), observer)
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = CheckpointWriter(run.checkpoint, len(kept) + 2, context.stored_name)
+    writer = ModelWriter(run.checkpoint, len(kept), layout.blocks_module, context.stored_name)
     outcome = _write_blocks(context, run, writer, kept, choice, meter, observer)
     config = shallower_config(context.reader.config, context.stock.config, kept)
     return finalize(context, run, writer, meter, observer, config, outcome, layout.block_parameters)
@@ -143,7 +143,7 @@ def _choose(context: RunContext, run: RunDirectory, remove: int, observer: Obser
 def _write_blocks(
     context: RunContext,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     kept: list[int],
     choice: Choice,
     meter: PeakMeter,
@@ -157,7 +157,7 @@ def _write_blocks(
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None and block.index in kept:
-            writer.adopt(kept.index(block.index) + 2)
+            writer.adopt_block(kept.index(block.index))
     final_states = load_final_states(run.journal, run.staging)
     if final_states is not None and None not in lines:
         return _outcome(lines, kept, final_states)
@@ -184,10 +184,7 @@ def _write_blocks(
             if lines[block.index] is None:
                 files: list[Path] = []
                 if stays:
-                    number = kept.index(block.index)
-                    prefix = f"{context.stock.layout.blocks_module}.{number}."
-                    shard = writer.write(number + 2, {prefix + name: tensor for name, tensor in tensors.items()})
-                    files.append(writer.directory / shard)
+                    files.append(writer.write_block(kept.index(block.index), tensors))
                 report = BlockReport(
                     block=block.index,
                     kind="block",

@@ -23,7 +23,7 @@ from structprune.architectures.family import Experts
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
@@ -117,7 +117,7 @@ def execute_experts(context: RunContext, run: RunDirectory, meter: PeakMeter, ob
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout, experts = context.stock.layout, _experts(context.stock)
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
+    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
     outcome = _prune_blocks(context, experts, run, writer, meter, observer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
@@ -185,7 +185,7 @@ def _prune_blocks(
     context: RunContext,
     experts: Experts,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     meter: PeakMeter,
     observer: Observer,
 ) -> Outcome:
@@ -194,7 +194,7 @@ def _prune_blocks(
     lines = [run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
-            writer.adopt(block.index + 2)
+            writer.adopt_block(block.index)
     final_states = load_final_states(run.journal, run.staging)
     if final_states is not None and None not in lines:
         return _outcome(lines, final_states)
@@ -227,7 +227,7 @@ def _prune_blocks(
             with context.meter.phase("propagate"):
                 propagator.run(module, block.index, pruned)
             if line is None:
-                shard = writer.write(block.index + 2, {block.prefix + n: tensor for n, tensor in smaller.items()})
+                shard = writer.write_block(block.index, smaller)
                 report = BlockReport(
                     block=block.index,
                     kind=KIND,
@@ -242,7 +242,7 @@ def _prune_blocks(
                 )
                 lines[block.index] = run.journal.record(
                     f"block {block.index}",
-                    [writer.directory / shard],
+                    [shard],
                     report=report.model_dump(mode="json"),
                     kept=kept,
                     peak_bytes=meter.peak_so_far(),

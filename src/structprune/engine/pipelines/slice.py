@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from structprune.architectures.family import Stream
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.pipelines.slice_settings import kept_width
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
@@ -67,12 +67,12 @@ def slice_to(context: RunContext, run: RunDirectory, meter: PeakMeter, observer:
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, run, observer, width)
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
+    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
     result = _slice_blocks(context, run, writer, width, common_DK, meter, observer)
     release_free_memory()
     metrics = final_metrics(context, result.outcome)
     release_free_memory()
-    writer.write(writer.num_shards, rotated_head(context, result.last_DK))
+    writer.write_rest(rotated_head(context, result.last_DK))
     if shortcuts:
         write_sliced_modeling_file(writer.directory, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
@@ -94,7 +94,7 @@ class _Pass:
 def _slice_blocks(
     context: RunContext,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     width: int,
     common_DK: Tensor | None,
     meter: PeakMeter,
@@ -110,8 +110,7 @@ def _slice_blocks(
     embedded = run.journal.find("embedding") is not None
     final_states = load_final_states(run.journal, run.staging)
     if final_states is not None and embedded and None not in lines:
-        for number in range(1, len(blocks) + 2):
-            writer.adopt(number)
+        _adopt(writer, len(blocks))
         return _passed(writer, lines, final_states)
     num_windows = len(context.windows.ids_NS) if common_DK is None else context.num_probe
     snapshots = Snapshots(run.staging / "state", observer.note)
@@ -128,15 +127,14 @@ def _slice_blocks(
         if kept is not None:
             kept.restore(streams)
             here = Cut(basis_DK=kept.tensors["basis"].to(context.device), dropped=kept.values["dropped"])
-            for number in range(1, first + 2):
-                writer.adopt(number)
+            _adopt(writer, first)
             del kept
         else:
             here = _cut(
                 context, _gram(context, _content(propagator, store), "embedding"), width, common_DK, "embedding"
             )
-            shard = writer.write(1, rotated_embeddings(context, here.basis_DK))
-            run.journal.record("embedding", [writer.directory / shard])
+            shard = writer.write_embeddings(rotated_embeddings(context, here.basis_DK))
+            run.journal.record("embedding", [shard])
         release_free_memory()
         for block in blocks[first:]:
             started = time.perf_counter()
@@ -156,11 +154,11 @@ def _slice_blocks(
             del module
             bases = [cut.basis_DK for cut in cuts]
             written = rotated_block(tensors, _stream(context), bases, shortcuts=common_DK is None)
-            shard = writer.write(block.index + 2, {block.prefix + name: t for name, t in written.items()})
+            shard = writer.write_block(block.index, written)
             reports = _reports(context, block, cuts, time.perf_counter() - started)
             lines[block.index] = run.journal.record(
                 f"block {block.index}",
-                [writer.directory / shard],
+                [shard],
                 reports=[report.model_dump(mode="json") for report in reports],
                 peak_bytes=meter.peak_so_far(),
             )
@@ -182,8 +180,15 @@ def _slice_blocks(
     return _passed(writer, lines, final_states)
 
 
+def _adopt(writer: ModelWriter, num_blocks: int) -> None:
+    """The embeddings and the first blocks, from a process before this one."""
+    writer.adopt_embeddings()
+    for index in range(num_blocks):
+        writer.adopt_block(index)
+
+
 def _passed(
-    writer: CheckpointWriter, lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]
+    writer: ModelWriter, lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]
 ) -> _Pass:
     """From the journal's line of every block."""
     return _Pass(
@@ -193,7 +198,7 @@ def _passed(
             dense_NSD=final_states["dense"],
             pruned_NSD=final_states["pruned"],
         ),
-        num_block_parameters=writer.num_parameters - writer.shard_parameters(1),
+        num_block_parameters=writer.num_block_parameters,
         last_DK=final_states["basis"],
     )
 

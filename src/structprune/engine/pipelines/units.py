@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.block import BlockOutcome, pass_block, prune_block
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.planning.forecast import output_config
@@ -68,7 +68,7 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
-    writer = CheckpointWriter(run.checkpoint, len(layout.blocks) + 2, context.stored_name)
+    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
     trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, measures_costs=False)
     result = _prune_blocks(context, trail, found, kept_units, meter, observer, "prune")
     outcome = Outcome(
@@ -89,7 +89,7 @@ class _Trail:
 
     folder: Path
     journal: Journal
-    writer: CheckpointWriter
+    writer: ModelWriter
     measures_costs: bool
     """Whether removals have their costs measured again, on the pruned model's stream."""
 
@@ -97,9 +97,7 @@ class _Trail:
         self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], peak_bytes: int
     ) -> Mapping[str, Any]:
         """Write the pruned block and record it, on the first rank. Returns the journal's line."""
-        number = _shard_number(block)
-        name = self.writer.write(number, {block.prefix + n: t for n, t in outcome.tensors.items()})
-        files = [self.writer.directory / name]
+        files = [self.writer.write_block(block.index, outcome.tensors)]
         if self.measures_costs:
             files.append(costs_path(self.folder, block.index))
             save_file({kind: cost_U.contiguous() for kind, cost_U in outcome.costs.items()}, files[-1])
@@ -136,7 +134,7 @@ def _rehearse(
     blocks = context.stock.layout.blocks
     with contextlib.closing(Journal(folder, observer.note, context.ranks)) as journal:
         if journal.find(_COSTS_STEP) is None:
-            writer = CheckpointWriter(folder, len(blocks) + 2)
+            writer = ModelWriter(folder, len(blocks), context.stock.layout.blocks_module)
             trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
             _prune_blocks(context, trail, found, kept_units, meter, observer, f"outer iteration {number}")
             journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
@@ -165,7 +163,7 @@ def _prune_blocks(
     lines = [trail.journal.find(_step(block), num_keep[block.index]) for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
-            trail.writer.adopt(_shard_number(block))
+            trail.writer.adopt_block(block.index)
     final_states = load_final_states(trail.journal, trail.folder)
     if final_states is not None and None not in lines:
         return _Pass(lines=[line for line in lines if line is not None], final_states=final_states)
@@ -188,10 +186,9 @@ def _prune_blocks(
         for block in blocks[first:]:
             line = lines[block.index]
             if line is not None:
-                tensors = trail.writer.read(_shard_number(block), [block.prefix + name for name in line["tensors"]])
-                relative = {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()}
-                pass_block(context, block, relative, num_keep[block.index], line["kept"], streams)
-                del tensors, relative
+                tensors = trail.writer.read_block(block.index, line["tensors"])
+                pass_block(context, block, tensors, num_keep[block.index], line["kept"], streams)
+                del tensors
             else:
                 sensitivity = {} if found is None else found.of_block(block.index)
                 outcome = prune_block(
@@ -241,10 +238,6 @@ def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs
 
 def _step(block: BlockLayout) -> str:
     return f"block {block.index}"
-
-
-def _shard_number(block: BlockLayout) -> int:
-    return block.index + 2
 
 
 def _block_line(block: BlockLayout, line: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.run.context import RunContext, StreamedModel
@@ -76,7 +76,7 @@ class Outcome:
 def finalize(
     context: RunContext,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     meter: PeakMeter,
     observer: Observer,
     config: Mapping[str, Any],
@@ -101,13 +101,13 @@ def finalize(
     return commit(context, run, writer, meter, observer, config, outcome, size, metrics)
 
 
-def copy_outer(context: StreamedModel, writer: CheckpointWriter) -> None:
+def copy_outer(context: StreamedModel, writer: ModelWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
     outer = context.stock.layout.outer_tensors
     embeddings = context.stock.embedding_tensors()
-    writer.write(1, context.reader.read(embeddings))
+    writer.write_embeddings(context.reader.read(embeddings))
     release_free_memory()
-    writer.write(writer.num_shards, context.reader.read([name for name in outer if name not in embeddings]))
+    writer.write_rest(context.reader.read([name for name in outer if name not in embeddings]))
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
 
 
 def size_report(
-    context: RunContext, writer: CheckpointWriter, *, removed_in_blocks: int, scope_parameters: int
+    context: RunContext, writer: ModelWriter, *, removed_in_blocks: int, scope_parameters: int
 ) -> SizeReport:
     """Sizes before and after; the two parts of what was removed may differ in sign."""
     layout = context.stock.layout
@@ -173,7 +173,7 @@ def size_report(
 def commit(
     context: RunContext,
     run: RunDirectory,
-    writer: CheckpointWriter,
+    writer: ModelWriter,
     meter: PeakMeter,
     observer: Observer,
     config: Mapping[str, Any],
