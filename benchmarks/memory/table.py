@@ -22,6 +22,7 @@ from structprune import Recipe
 from structprune.api import RunPlan, plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
+from structprune.phases import by_name
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def _row(shape: Shape, method: str) -> dict[str, Any]:
         source = write_source(shape, shape.num_blocks, Path(work) / "source", filled=False)
         (Path(work) / "text.txt").write_text("No text is read for a plan.")
         found = _smallest_plan(source, method, Path(work) / "text.txt")
-    phases = found.plan.phases
+    phases = by_name(found.plan.phases)
     return {
         "model": shape.name,
         "method": method,

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from structprune.errors import InputError
+from structprune.phases import PhaseBytes, PhaseName
 
 # From malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -139,7 +140,7 @@ class PeakMeter:
         self._stretch_peak = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
-        self.phases: dict[str, int] = {}
+        self.phases: PhaseBytes = {}
         """Phase -> its peak above the baseline, the highest where it came several times."""
         self.samples: list[MemorySample] = []
 
@@ -160,13 +161,13 @@ class PeakMeter:
         self._stop.set()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Generator[None]:
-        """Inside the context the peak is also counted for the phase `name`. Phases may not be nested."""
+    def phase(self, phase: PhaseName) -> Generator[None]:
+        """Inside the context the peak is also counted for `phase`. Phases may not be nested."""
         self._take_mark()
         try:
             yield
         finally:
-            self.phases[name] = max(self.phases.get(name, 0), self._take_mark())
+            self.phases[phase] = max(self.phases.get(phase, 0), self._take_mark())
 
     def peak_so_far(self) -> int:
         """Bytes above the baseline at the highest point since entry."""

@@ -20,6 +20,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
+from structprune.phases import Phase
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
 from structprune.training.context import RecoveryContext, StreamedSide
@@ -45,7 +46,7 @@ def context_for(teacher: Path, student: Path, *, resident: bool = True, **settin
     ids_NS = torch.randint(0, 250, (4, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     windows = CalibrationWindows(ids_NS=ids_NS, description="random")
     plan = PrunePlan(
-        budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
+        budget_bytes=2**30, phases={Phase.EMBED: 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     sides = [
         StreamedSide(

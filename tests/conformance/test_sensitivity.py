@@ -35,6 +35,7 @@ from structprune.engine.streaming.embed import embed
 from structprune.errors import NumericalError
 from structprune.methods import METHODS
 from structprune.observer import SilentObserver
+from structprune.phases import Phase
 from structprune.recipe import Recipe
 from structprune.scores import SCORES
 from structprune.types import HeadUnits, Sensitivity, TaylorSums
@@ -49,7 +50,7 @@ def context_for(
     stock = StockModel(CheckpointReader(directory), head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
-        budget_bytes=2**30, phases={"all": 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
+        budget_bytes=2**30, phases={Phase.EMBED: 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     return RunContext(
         source="tiny",

@@ -10,6 +10,7 @@ import torch
 from structprune.engine.planning.plan import DevicePlan
 from structprune.engine.run.device import DeviceMeter, device_budget
 from structprune.errors import InputError, MemoryBudgetError
+from structprune.phases import Phase
 from support.fake_gpu import GIB, FakeGpu
 
 CUDA = torch.device("cuda")
@@ -24,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Generator[FakeGpu]:
 
 
 def plan(budget: int) -> DevicePlan:
-    return DevicePlan(budget_bytes=budget, phases={"propagate": budget // 2}, sums="device", solves="device")
+    return DevicePlan(budget_bytes=budget, phases={Phase.PROPAGATE: budget // 2}, sums="device", solves="device")
 
 
 def test_by_default_most_of_what_is_free(gpu: FakeGpu) -> None:

@@ -14,6 +14,7 @@ from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import Budgets, DevicePlan, PlanRequest, PrunePlan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import available_bytes, parse_bytes
+from structprune.phases import Phase, SublayerPhase
 from structprune.types import AxisSlice, BlockLayout, ModelLayout, UnitGroup
 
 
@@ -83,6 +84,7 @@ def plan_for(
     return make_plan(request, memory, device)
 
 
+STATISTICS_MLP, SOLVE_MLP = SublayerPhase.STATISTICS.of("mlp"), SublayerPhase.SOLVE.of("mlp")
 SMALL = layout_of(hidden=64, channels=176)
 # Activations decide: few weights, a wide MLP, and no Gram.
 WIDE = {"layout": layout_of(hidden=16, channels=8192, num_blocks=1), "needs_statistics": False, "num_windows": 256}
@@ -126,9 +128,15 @@ def test_activations_are_kept_as_long_as_there_is_room() -> None:
     assert ample.cached == ("mlp",)
     assert ample.cache_bytes == 4096 * 256 * 176 * 4
     without = plan_for(SMALL, num_windows=4096)
-    for phase in ("read block", "propagate", "write block", "statistics (mlp)", "solve (mlp)"):
+    for phase in (
+        Phase.READ_BLOCK,
+        Phase.PROPAGATE,
+        Phase.WRITE_BLOCK,
+        STATISTICS_MLP,
+        SOLVE_MLP,
+    ):
         assert ample.phases[phase] == without.phases[phase] + ample.cache_bytes
-    assert ample.phases["embed"] == without.phases["embed"]
+    assert ample.phases[Phase.EMBED] == without.phases[Phase.EMBED]
     # A smaller micro-batch is given up first, and the cache before the hidden states go to a file.
     tighter = plan_for(SMALL, ample.peak_bytes - 1, **changes)
     assert tighter.cached == ("mlp",)
@@ -209,10 +217,13 @@ def test_refusal_names_a_budget_that_works(hidden: int, channels: int, seq_len: 
 
 def test_statistics_have_their_phases() -> None:
     blind = plan_for(SMALL, needs_statistics=False)
-    assert set(plan_for(SMALL).phases) - set(blind.phases) == {"statistics (mlp)", "solve (mlp)"}
+    assert set(plan_for(SMALL).phases) - set(blind.phases) == {
+        STATISTICS_MLP,
+        SOLVE_MLP,
+    }
     # Gram and the solver's squares, at the least.
     gram_bytes = 11008**2 * 4
-    assert plan_for(LLAMA_7B).phases["solve (mlp)"] > 3 * gram_bytes
+    assert plan_for(LLAMA_7B).phases[SOLVE_MLP] > 3 * gram_bytes
     assert plan_for(LLAMA_7B, needs_statistics=False).peak_bytes < plan_for(LLAMA_7B).peak_bytes
 
 
@@ -221,21 +232,21 @@ def test_an_iterative_solver_has_its_phase() -> None:
         LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4, num_latents=2
     )
     without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4)
-    assert set(plan.phases) - set(without.phases) == {"iterate"}
+    assert set(plan.phases) - set(without.phases) == {Phase.ITERATE}
     # z and s of 32 windows of 256 tokens, at the least.
-    assert plan.phases["iterate"] > 2 * 32 * 256 * 11008 * 4
+    assert plan.phases[Phase.ITERATE] > 2 * 32 * 256 * 11008 * 4
     assert all(plan.phases[name] >= without.phases[name] for name in without.phases)
 
 
 def test_gradients_by_the_weights_are_counted() -> None:
     plan = plan_for(LLAMA_7B, needs_statistics=False, needs_weight_gradients=True, sensitivity_windows=12)
     without = plan_for(LLAMA_7B, needs_statistics=False)
-    assert set(plan.phases) - set(without.phases) == {"sensitivity: backward", "sensitivity: loss"}
+    assert set(plan.phases) - set(without.phases) == {Phase.SENSITIVITY_BACKWARD, Phase.SENSITIVITY_LOSS}
     # The block, one window's gradients and two sums of the three matrices of the MLP, in float32.
     block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
-    assert plan.phases["sensitivity: backward"] > (block + 3 * mlp) * 4
+    assert plan.phases[Phase.SENSITIVITY_BACKWARD] > (block + 3 * mlp) * 4
     # Attention is not in scope, and no Gram is.
-    assert plan.phases["sensitivity: backward"] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
+    assert plan.phases[Phase.SENSITIVITY_BACKWARD] < (3 * block + 3 * mlp + 3 * 4096 * 11008) * 4 + 2**30
     assert all(plan.phases[name] == without.phases[name] for name in without.phases)
     # The windows at every boundary, and two generations of the gradient at one.
     assert plan.disk_bytes - without.disk_bytes == (33 + 2) * 12 * 256 * 4096 * 4
@@ -252,12 +263,12 @@ def test_what_a_cut_run_goes_on_from_is_counted() -> None:
 def test_duals_are_counted() -> None:
     options: dict[str, Any] = {"holds_out": True, "num_windows": 8}
     plain, duals = (plan_for(LLAMA_7B, num_latents=count, **options) for count in (2, 5))
-    assert duals.phases["iterate"] - plain.phases["iterate"] == 3 * 8 * 256 * 11008 * 4
+    assert duals.phases[Phase.ITERATE] - plain.phases[Phase.ITERATE] == 3 * 8 * 256 * 11008 * 4
 
 
 def test_held_out_sums_are_counted() -> None:
     plain, held_out = plan_for(LLAMA_7B), plan_for(LLAMA_7B, holds_out=True)
-    assert held_out.phases["statistics (mlp)"] - plain.phases["statistics (mlp)"] == 11008**2 * 4
+    assert held_out.phases[STATISTICS_MLP] - plain.phases[STATISTICS_MLP] == 11008**2 * 4
 
 
 def test_peak_does_not_grow_with_the_number_of_blocks() -> None:
@@ -270,7 +281,7 @@ def test_peak_does_not_grow_with_the_number_of_blocks() -> None:
 def test_a_cast_copy_of_the_block_is_counted() -> None:
     same = plan_for(LLAMA_7B, stored=torch.bfloat16, compute_dtype=torch.bfloat16, needs_statistics=False)
     cast = plan_for(LLAMA_7B, stored=torch.bfloat16, compute_dtype=torch.float32, needs_statistics=False)
-    difference = cast.phases["read block"] - same.phases["read block"]
+    difference = cast.phases[Phase.READ_BLOCK] - same.phases[Phase.READ_BLOCK]
     # The hidden states of the store and of the two probes are twice as wide too.
     states = (128 + 2 * 8) * 256 * 4096 * 2
     # In bfloat16 the CPU library keeps what it prepared for its last products.
@@ -282,7 +293,7 @@ def test_a_cast_to_another_dtype_of_the_same_size_is_counted() -> None:
     options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "reload_check": True}
     same = plan_for(LLAMA_7B, stored=torch.bfloat16, **options)
     cast = plan_for(LLAMA_7B, stored=torch.float16, **options)
-    for phase in ("read block", "propagate", "statistics (mlp)", "solve (mlp)"):
+    for phase in (Phase.READ_BLOCK, Phase.PROPAGATE, STATISTICS_MLP, SOLVE_MLP):
         assert cast.phases[phase] - same.phases[phase] == LLAMA_7B.blocks[0].num_parameters * 2
     assert cast.reload is not None
     assert cast.reload.casts
@@ -294,9 +305,9 @@ def test_embedding_and_head_are_cast_as_they_are_read() -> None:
     """A checkpoint in bfloat16 computed in float32: there is no copy as stored beside the one that is computed with."""
     same = plan_for(LLAMA_7B, needs_statistics=False, needs_sensitivity=True)
     cast = plan_for(LLAMA_7B, needs_statistics=False, needs_sensitivity=True, stored=torch.bfloat16)
-    for phase in ("embed", "perplexity of the calibration text"):
+    for phase in (Phase.EMBED, Phase.PERPLEXITY):
         assert cast.phases[phase] == same.phases[phase]
-    assert cast.phases["copy embeddings and head"] < same.phases["copy embeddings and head"]
+    assert cast.phases[Phase.COPY_OUTER] < same.phases[Phase.COPY_OUTER]
 
 
 def test_every_boundary_that_is_kept_is_counted() -> None:
@@ -304,19 +315,19 @@ def test_every_boundary_that_is_kept_is_counted() -> None:
     options: dict[str, Any] = {"needs_statistics": False, "num_stores": 5}
     one = plan_for(SMALL, needs_statistics=False)
     boundaries, losses = (plan_for(SMALL, compares=kind, **options) for kind in ("boundaries", "losses"))
-    assert set(boundaries.phases) - set(one.phases) == {"angular distances"}
-    assert set(losses.phases) - set(one.phases) == {"measured losses"}
-    assert boundaries.phases["read block"] - one.phases["read block"] == 4 * one.store_bytes
+    assert set(boundaries.phases) - set(one.phases) == {Phase.ANGULAR_DISTANCES}
+    assert set(losses.phases) - set(one.phases) == {Phase.MEASURED_LOSSES}
+    assert boundaries.phases[Phase.READ_BLOCK] - one.phases[Phase.READ_BLOCK] == 4 * one.store_bytes
     # The head is held beside all of them.
     head_bytes = 1000 * 64 * 4
-    assert losses.phases["measured losses"] - losses.phases["read block"] > head_bytes - 2**20
+    assert losses.phases[Phase.MEASURED_LOSSES] - losses.phases[Phase.READ_BLOCK] > head_bytes - 2**20
     many: dict[str, Any] = {**options, "compares": "boundaries", "num_windows": 4096}
     ample = plan_for(SMALL, **many)
     tight = plan_for(SMALL, ample.peak_bytes - ample.store_bytes, **many)
     assert (ample.store, tight.store) == ("memory", "file")
     assert tight.disk_bytes - ample.disk_bytes == 5 * tight.store_bytes
     reported = 2 * 8 * 256 * 64 * 4
-    assert ample.phases["embed"] - tight.phases["embed"] == 5 * tight.store_bytes + reported
+    assert ample.phases[Phase.EMBED] - tight.phases[Phase.EMBED] == 5 * tight.store_bytes + reported
 
 
 def test_what_only_the_end_holds_is_counted_there_alone() -> None:
@@ -324,8 +335,8 @@ def test_what_only_the_end_holds_is_counted_there_alone() -> None:
     few, many = (plan_for(LLAMA_7B, 2**33, num_windows=4096, num_probe=num, reload_check=num > 1) for num in (1, 101))
     assert few.store == many.store == "file"
     states = 2 * 100 * 256 * 4096 * 4
-    assert few.phases["solve (mlp)"] == many.phases["solve (mlp)"]
-    end = "perplexity of the calibration text"
+    assert few.phases[SOLVE_MLP] == many.phases[SOLVE_MLP]
+    end = Phase.PERPLEXITY
     assert many.phases[end] - few.phases[end] == states + 32 * 32000 * 4
 
 
@@ -337,9 +348,7 @@ def test_embeddings_are_copied_together() -> None:
         embedding_modules=("model.embed_tokens", "model.embed_positions"),
         outer_tensors=LLAMA_7B.outer_tensors | positions,
     )
-    difference = (
-        plan_for(both).phases["copy embeddings and head"] - plan_for(LLAMA_7B).phases["copy embeddings and head"]
-    )
+    difference = plan_for(both).phases[Phase.COPY_OUTER] - plan_for(LLAMA_7B).phases[Phase.COPY_OUTER]
     assert difference == 2050 * 4096 * 4
 
 
@@ -349,18 +358,24 @@ def sliced(layout: ModelLayout, width: int, kind: str = "bases", **changes: Any)
 
 def test_slicing_has_its_phases_and_no_units() -> None:
     plan = sliced(LLAMA_7B, 3072)
-    own = {"statistics", "eigenvectors", "rotate block", "rotate embeddings", "rotate head"}
+    own = {
+        Phase.SLICE_STATISTICS,
+        Phase.SLICE_EIGENVECTORS,
+        Phase.ROTATE_BLOCK,
+        Phase.ROTATE_EMBEDDINGS,
+        Phase.ROTATE_HEAD,
+    }
     common = set(plan_for(LLAMA_7B, needs_statistics=False).phases)
     assert set(plan.phases) == common | own
     square = 4096**2
     # Gram in float32; shifted, eigenvectors and workspace in float64; the bases before, between and after.
-    assert plan.phases["eigenvectors"] > 4 * square + 4 * 8 * square + 3 * 8 * 4096 * 3072
+    assert plan.phases[Phase.SLICE_EIGENVECTORS] > 4 * square + 4 * 8 * square + 3 * 8 * 4096 * 3072
     one = sliced(LLAMA_7B, 3072, "one basis")
     assert set(one.phases) == set(plan.phases)
     # The sum over all positions instead of two more bases.
-    difference = plan.phases["eigenvectors"] - one.phases["eigenvectors"]
+    difference = plan.phases[Phase.SLICE_EIGENVECTORS] - one.phases[Phase.SLICE_EIGENVECTORS]
     assert difference == 2 * 8 * 4096 * 3072 - 8 * square
-    assert one.phases["rotate block"] < plan.phases["rotate block"]
+    assert one.phases[Phase.ROTATE_BLOCK] < plan.phases[Phase.ROTATE_BLOCK]
     # The model, a head of its own, and where there are several bases, two shortcuts per block.
     dense = plan_for(LLAMA_7B, needs_statistics=False).disk_bytes
     assert one.disk_bytes == dense + 32000 * 4096 * 4 + 2 * 8 * square
@@ -382,7 +397,7 @@ def test_slicing_peak_grows_with_the_width_not_with_the_blocks() -> None:
     assert deep.phases == shallow.phases
     narrow, wide = sliced(LLAMA_7B, 2048), sliced(LLAMA_7B, 4096)
     assert all(narrow.phases[name] <= wide.phases[name] for name in wide.phases)
-    assert narrow.phases["eigenvectors"] < wide.phases["eigenvectors"]
+    assert narrow.phases[Phase.SLICE_EIGENVECTORS] < wide.phases[Phase.SLICE_EIGENVECTORS]
 
 
 def on_device(device: int, layout: ModelLayout = LLAMA_7B, **changes: Any) -> DevicePlan:
@@ -401,22 +416,22 @@ def test_without_a_device_there_is_no_budget_for_one() -> None:
 def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
     found = on_device(2**40, follows_dense=True, needs_sensitivity=True, sensitivity_windows=12)
     assert set(found.phases) == {
-        "embed",
-        "read block",
-        "propagate",
-        "perplexity of the calibration text",
-        "sensitivity: backward",
-        "sensitivity: loss",
-        "statistics (mlp)",
-        "solve (mlp)",
-        "sensitivity: costs (mlp)",
+        Phase.EMBED,
+        Phase.READ_BLOCK,
+        Phase.PROPAGATE,
+        Phase.PERPLEXITY,
+        Phase.SENSITIVITY_BACKWARD,
+        Phase.SENSITIVITY_LOSS,
+        STATISTICS_MLP,
+        SOLVE_MLP,
+        SublayerPhase.REMOVAL_COSTS.of("mlp"),
     }
     assert (found.sums, found.solves) == ("device", "device")
     # One inverse in float64 at least, beside the sums.
-    assert found.phases["solve (mlp)"] > 11008**2 * (8 + 4)
+    assert found.phases[SOLVE_MLP] > 11008**2 * (8 + 4)
     block, gram, cross = LLAMA_7B.blocks[0].num_parameters * 2, 11008**2 * 4, 4096 * 11008 * 4
-    assert found.phases["statistics (mlp)"] > block + gram + cross
-    assert found.phases["read block"] > 2 * block
+    assert found.phases[STATISTICS_MLP] > block + gram + cross
+    assert found.phases[Phase.READ_BLOCK] > 2 * block
     # The stores stay on the host.
     assert on_device(2**40, num_windows=4096).phases == on_device(2**40).phases
 
@@ -457,12 +472,12 @@ def test_the_host_is_refused_for_its_own_reasons() -> None:
 
 def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     plain: dict[str, Any] = {"needs_statistics": False}
-    assert "sensitivity: scores" in on_device(2**40, needs_scores=True).phases
-    assert "measured losses" in on_device(2**40, compares="losses", **plain).phases
-    assert "angular distances" in on_device(2**40, compares="boundaries", **plain).phases
-    assert "eigenvectors" in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
-    assert "iterate" in on_device(2**40, num_latents=2, holds_out=True).phases
+    assert Phase.SENSITIVITY_SCORES in on_device(2**40, needs_scores=True).phases
+    assert Phase.MEASURED_LOSSES in on_device(2**40, compares="losses", **plain).phases
+    assert Phase.ANGULAR_DISTANCES in on_device(2**40, compares="boundaries", **plain).phases
+    assert Phase.SLICE_EIGENVECTORS in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
+    assert Phase.ITERATE in on_device(2**40, num_latents=2, holds_out=True).phases
     gradients = on_device(2**40, needs_weight_gradients=True, sensitivity_windows=4, **plain)
     # The block, two sums of the MLP's three matrices in float32, and their gradients in bfloat16.
     block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008
-    assert gradients.phases["sensitivity: backward"] > 2 * block + (2 * 4 + 2) * mlp
+    assert gradients.phases[Phase.SENSITIVITY_BACKWARD] > 2 * block + (2 * 4 + 2) * mlp

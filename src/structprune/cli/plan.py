@@ -106,4 +106,6 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
 
 
 def _peak_dict(plan: PrunePlan | DevicePlan) -> dict[str, Any]:
-    return {"budget_bytes": plan.budget_bytes, "planned_peak_bytes": plan.peak_bytes, "phases": plan.phases}
+    from structprune.phases import by_name
+
+    return {"budget_bytes": plan.budget_bytes, "planned_peak_bytes": plan.peak_bytes, "phases": by_name(plan.phases)}

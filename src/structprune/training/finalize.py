@@ -31,6 +31,7 @@ from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
+from structprune.phases import by_name
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
 from structprune.results.schema import REPORT_NAME, MemoryReport
 from structprune.runs.directory import RunDirectory
@@ -144,8 +145,8 @@ def finalize_recovery(
             budget_bytes=plan.budget_bytes,
             planned_peak_bytes=plan.peak_bytes,
             measured_peak_bytes=measured_peak,
-            phases=plan.phases,
-            measured_phases=place.meter.phases,
+            phases=by_name(plan.phases),
+            measured_phases=by_name(place.meter.phases),
             store=plan.store,
             micro_batch_windows=plan.micro_batch_windows,
         ),

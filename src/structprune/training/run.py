@@ -17,6 +17,7 @@ from structprune.engine.run.identity import check_same
 from structprune.errors import InputError
 from structprune.memory import PeakMeter, format_bytes
 from structprune.observer import Observer
+from structprune.phases import fullest
 from structprune.recipe import Recipe
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
@@ -167,10 +168,10 @@ def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:
 
 def _plan_line(planned: RecoveryPlan) -> str:
     plan = planned.plan
-    phase = max(plan.phases, key=lambda name: plan.phases[name])
     states = "in memory" if plan.store == "memory" else "in a file"
     optimiser = "in memory" if planned.resident else "in files"
     return (
-        f"memory: {format_bytes(plan.peak_bytes)} planned ({phase}) of {format_bytes(plan.budget_bytes)}; "
+        f"memory: {format_bytes(plan.peak_bytes)} planned ({fullest(plan.phases)}) of "
+        f"{format_bytes(plan.budget_bytes)}; "
         f"hidden states {states}, optimiser {optimiser}; disk {format_bytes(plan.disk_bytes)}"
     )

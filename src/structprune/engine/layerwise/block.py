@@ -21,6 +21,7 @@ from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
 from structprune.engine.streaming.propagate import check_finite, tapped
 from structprune.memory import release_free_memory
+from structprune.phases import Phase, SublayerPhase
 from structprune.ranks import deal, turns
 from structprune.results.schema import BlockReport
 from structprune.solvers import ITERATIVE
@@ -63,12 +64,12 @@ def prune_block(
     are by then; the streams move once for all of them. With `measure_costs` the removals of each sublayer have their
     costs measured again, on the pruned model's stream.
     """
-    with context.meter.phase("read block"):
+    with context.meter.phase(Phase.READ_BLOCK):
         tensors = context.reader.read(block.shapes, block.prefix)
     widths: dict[str, int] = {}
     module = _module(context, block, tensors, widths)
     if not context.follows_dense:
-        with context.meter.phase("propagate"):
+        with context.meter.phase(Phase.PROPAGATE):
             streams.propagator.run(module, block.index, streams.dense)
     reports: list[BlockReport] = []
     kept: dict[str, list[int]] = {}
@@ -76,7 +77,7 @@ def prune_block(
     for stage, sublayers in _stages(context, block):
         reference, inputs_NSI = None, _cached_inputs(context, block, stage, num_keep, streams)
         if context.follows_dense:
-            with context.meter.phase("propagate"):
+            with context.meter.phase(Phase.PROPAGATE):
                 measured = _measured(block, sublayers, num_keep)
                 reference = follow_dense(context, block, stage, measured, module, streams)
         for kind in sublayers:
@@ -105,7 +106,7 @@ def prune_block(
             module = _module(context, block, tensors, widths)
             # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
-        with context.meter.phase("propagate"):
+        with context.meter.phase(Phase.PROPAGATE):
             _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
     return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
 
@@ -270,7 +271,7 @@ def _prune_sublayer(
     owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, context.ranks.size)
     measured: list[dict[str, Moments]] = []
     if context.method.needs_statistics:
-        with context.meter.phase(f"statistics ({kind})"):
+        with context.meter.phase(SublayerPhase.STATISTICS.of(kind)):
             measured = [
                 measure(
                     context,
@@ -290,7 +291,7 @@ def _prune_sublayer(
     parts: dict[str, SolvedGroup] = {}
     cut = dict(tensors)
     for turn in turns(owners):
-        with context.meter.phase(f"solve ({kind})"):
+        with context.meter.phase(SublayerPhase.SOLVE.of(kind)):
             tasks = {
                 name: (
                     owners[name],
@@ -318,7 +319,7 @@ def _prune_sublayer(
     group, first = next(iter(groups.values())), next(iter(parts.values()))
     if kind == "mlp" and context.solver in ITERATIVE and 0 < num_keep < group.num_units:
         pruned = _module(context, block, cut, {**place.widths, kind: num_keep})
-        with context.meter.phase("iterate"):
+        with context.meter.phase(Phase.ITERATE):
             refined = refine(context, block, group, pruned, place.module, streams, place.reference, cut, first.result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics

@@ -38,6 +38,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.memory import PeakMeter, format_bytes, release_free_memory
 from structprune.methods.method import Method
 from structprune.observer import Observer
+from structprune.phases import Phase
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
@@ -216,7 +217,7 @@ def _prune_blocks(
             started = time.perf_counter()
             tensors, module = load_block(context, block)
             line = lines[block.index]
-            with context.meter.phase("propagate"):
+            with context.meter.phase(Phase.PROPAGATE):
                 found = measure_experts(module, experts, total, propagator, block.index, dense)
             del module
             kept: list[int] = line["kept"] if line is not None else found.keep(_num_kept(context, experts)).tolist()
@@ -224,7 +225,7 @@ def _prune_blocks(
             del tensors
             cast = {name: tensor.to(context.device, context.dtype) for name, tensor in smaller.items()}
             module = context.stock.block(block.index, cast, _config(context, experts, block.index))
-            with context.meter.phase("propagate"):
+            with context.meter.phase(Phase.PROPAGATE):
                 propagator.run(module, block.index, pruned)
             if line is None:
                 shard = writer.write_block(block.index, smaller)

@@ -30,8 +30,9 @@ from structprune.engine.planning.shapes import (
 )
 from structprune.engine.planning.slices import slice_phases
 from structprune.engine.planning.workspace import iteration_bytes
+from structprune.phases import Phase, PhaseBytes, SublayerPhase
 from structprune.statistics.gram import NUM_STRIPS
-from structprune.types import BlockLayout, UnitGroup
+from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 # What cuBLAS works in (32 MiB on the newest), and half-used blocks of the allocator.
 LIBRARY_BYTES = 64 * 2**20
@@ -53,30 +54,30 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
     # Of one window in float32, where a loss is differentiated.
     gradient = seq_len * hidden * 4
     loss = base + max(outer.values()) + logit_bytes(vocab_size, request.compute_dtype)
-    phases = {
-        "embed": base + sum(outer[name] for name in embedding_names(request)) + 2 * hidden * one_each,
+    phases: PhaseBytes = {
+        Phase.EMBED: base + sum(outer[name] for name in embedding_names(request)) + 2 * hidden * one_each,
         # The block as it was is there until its cut successor is.
-        "read block": base + 2 * weights,
-        "propagate": running,
-        "perplexity of the calibration text": loss + 2 * request.num_probe * seq_len * hidden * item,
+        Phase.READ_BLOCK: base + 2 * weights,
+        Phase.PROPAGATE: running,
+        Phase.PERPLEXITY: loss + 2 * request.num_probe * seq_len * hidden * item,
     }
     if request.compares == "boundaries":
-        phases["angular distances"] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
+        phases[Phase.ANGULAR_DISTANCES] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
     if request.compares == "losses":
-        phases["measured losses"] = loss + request.other_head_bytes + 2 * seq_len * hidden * item
+        phases[Phase.MEASURED_LOSSES] = loss + request.other_head_bytes + 2 * seq_len * hidden * item
     sensitivity = sum(_sum_bytes(request, group, sums) + hidden * hidden * 4 for group in request.groups)
     if request.needs_sensitivity or request.needs_weight_gradients:
         kept = kept_for_backward(request, block)
         # Of three windows: one computed with, one before and one after it.
         moving = 3 * (gradient + seq_len * hidden * item)
-        phases["sensitivity: backward"] = (
+        phases[Phase.SENSITIVITY_BACKWARD] = (
             base + weights + moving + kept + (sensitivity if request.needs_sensitivity else 0)
         )
-        phases["sensitivity: loss"] = loss + 2 * gradient
+        phases[Phase.SENSITIVITY_LOSS] = loss + 2 * gradient
     if request.needs_scores:
-        phases["sensitivity: scores"] = running + sensitivity
+        phases[Phase.SENSITIVITY_SCORES] = running + sensitivity
     if request.needs_weight_gradients:
-        phases["sensitivity: backward"] += weight_gradient_bytes(request, block)
+        phases[Phase.SENSITIVITY_BACKWARD] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,
@@ -99,7 +100,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
             if request.holds_out and sums == "device":
                 # Those of the windows that are fitted, while the others' are taken.
                 taken += sum(group_problem(request, block, part).sums // 2 for part in parts)
-            phases[f"statistics ({kind})"] = base + weights + batch + taken
+            phases[SublayerPhase.STATISTICS.of(kind)] = base + weights + batch + taken
             if solves == "device":
                 phases |= _solve_phases(request, block, kind, parts, base + weights)
             if request.num_latents and kind == "mlp":
@@ -107,13 +108,13 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
                 inputs = parts[0].num_units * parts[0].width
                 # With the block as it was, which says what is to be met.
                 proposal = iteration_bytes(tokens, hidden, inputs, request.num_latents)
-                phases["iterate"] = running + weights + proposal
+                phases[Phase.ITERATE] = running + weights + proposal
     return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
 
 
 def _solve_phases(
-    request: PlanRequest, block: BlockLayout, kind: str, parts: Sequence[UnitGroup], beside: int
-) -> dict[str, int]:
+    request: PlanRequest, block: BlockLayout, kind: UnitKind, parts: Sequence[UnitGroup], beside: int
+) -> PhaseBytes:
     """Deciding and solving one part of a sublayer, with the sums of the others and one sensitivity beside it."""
     problem = group_problem(request, block, parts[0])
     sensitivity = request.layout.hidden_size**2 * 4 if request.needs_sensitivity else 0
@@ -121,12 +122,12 @@ def _solve_phases(
     # they want it.
     copied = problem.inputs**2 * 8
     rest = (len(parts) - 1) * problem.sums
-    phases = {f"solve ({kind})": beside + problem.solve + rest + sensitivity + copied}
+    phases: PhaseBytes = {SublayerPhase.SOLVE.of(kind): beside + problem.solve + rest + sensitivity + copied}
     if request.needs_sensitivity:
         # With all sums of the block there.
         others = sum(gram_bytes(other) for other in request.groups if other is not parts[0])
         sensitivities = len(by_kind(request.groups)) * sensitivity
-        phases[f"sensitivity: costs ({kind})"] = (
+        phases[SublayerPhase.REMOVAL_COSTS.of(kind)] = (
             beside + problem.gram + problem.removal_costs + others + sensitivities + copied
         )
     return phases

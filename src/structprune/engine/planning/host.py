@@ -8,7 +8,6 @@ compute two perplexities. What a device with memory of its own holds is bounded 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -40,6 +39,7 @@ from structprune.engine.planning.workspace import iteration_bytes
 from structprune.engine.streaming.transfer import NUM_STAGED
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
+from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest
 from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitKind
 
@@ -99,7 +99,7 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     if smallest_device is not None and smallest_device.peak_bytes > smallest_device.budget_bytes:
         raise MemoryBudgetError(
             "does not fit in the device's memory budget",
-            where=f"phase {_fullest(smallest_device.phases)!r}",
+            where=f"phase {str(fullest(smallest_device.phases))!r}",
             got=format_bytes(smallest_device.budget_bytes),
             wanted=f"at least {format_budget(smallest_device.peak_bytes)}",
             do="raise --device-memory, lower --seq-len, or leave the device out with --device cpu",
@@ -114,7 +114,7 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
         )
     raise MemoryBudgetError(
         "does not fit in the memory budget",
-        where=f"phase {_fullest(smallest.phases)!r}",
+        where=f"phase {str(fullest(smallest.phases))!r}",
         got=format_bytes(budget),
         wanted=f"at least {format_budget(smallest.peak_bytes)}",
         do="raise --memory or lower --seq-len",
@@ -131,10 +131,6 @@ def _stores(request: PlanRequest, *, moved: bool) -> list[tuple[str, tuple[UnitK
         for count in range(1, len(request.cacheable) + 1):
             choices.insert(0, ("memory", request.cacheable[:count]))
     return choices
-
-
-def _fullest(phases: Mapping[str, int]) -> str:
-    return max(phases, key=lambda name: phases[name])
 
 
 def _plan_with(
@@ -184,25 +180,25 @@ def _plan_with(
     embeddings, embedding = sum(outer[name] for name in first), sum(in_use[name] for name in first)
     head = max(in_use.values())
     logits = logit_bytes(request.layout.vocab_size, request.compute_dtype)
-    phases = {
-        "calibration text": runtime
+    phases: PhaseBytes = {
+        Phase.CALIBRATION_TEXT: runtime
         + _TEXT_BYTES
         + _TOKENIZER_SHARE * request.tokenizer_bytes
         + _CHARACTER_BYTES * (request.text_bytes or 0),
-        "embed": resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
-        "read block": pruning + 2 * weights + cast,
-        "propagate": pruning + weights + cast + activations,
-        "write block": pruning + 2 * weights + cast,
+        Phase.EMBED: resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
+        Phase.READ_BLOCK: pruning + 2 * weights + cast,
+        Phase.PROPAGATE: pruning + weights + cast + activations,
+        Phase.WRITE_BLOCK: pruning + 2 * weights + cast,
         # By now the hidden states are gone, but for the few windows of the perplexity.
-        "copy embeddings and head": small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
-        "perplexity of the calibration text": small + head + _CHUNK_BYTES + logits,
+        Phase.COPY_OUTER: small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
+        Phase.PERPLEXITY: small + head + _CHUNK_BYTES + logits,
     }
     if request.compares == "boundaries":
         # Both states, their unit vectors and one difference in float32.
         states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
-        phases["angular distances"] = resident + 2 * weights + cast + states
+        phases[Phase.ANGULAR_DISTANCES] = resident + 2 * weights + cast + states
     if request.compares == "losses":
-        phases["measured losses"] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
+        phases[Phase.MEASURED_LOSSES] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
     # Of the windows of the backward pass, at one block boundary.
     gradient = request.sensitivity_windows * request.seq_len * hidden * 4
     if request.needs_sensitivity or request.needs_weight_gradients:
@@ -212,14 +208,14 @@ def _plan_with(
         )
         # A block's sums wait at their owner while other blocks are differentiated.
         waiting = sums if request.num_ranks > 1 else 0
-        phases["sensitivity: backward"] = small + gradient + weights + cast + kept + widened + sums + waiting
-        phases["sensitivity: loss"] = small + gradient + head + _CHUNK_BYTES + logits
+        phases[Phase.SENSITIVITY_BACKWARD] = small + gradient + weights + cast + kept + widened + sums + waiting
+        phases[Phase.SENSITIVITY_LOSS] = small + gradient + head + _CHUNK_BYTES + logits
     if request.needs_scores:
         # All consumers' sums are taken while the whole block runs.
         sums = sum(gram_bytes(group) for group in request.groups)
-        phases["sensitivity: scores"] = phases["propagate"] - cache_bytes + sums
+        phases[Phase.SENSITIVITY_SCORES] = phases[Phase.PROPAGATE] - cache_bytes + sums
     if request.needs_weight_gradients:
-        phases["sensitivity: backward"] += weight_gradient_bytes(request, block)
+        phases[Phase.SENSITIVITY_BACKWARD] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
             hidden=hidden,
@@ -252,22 +248,23 @@ def _plan_with(
                 wide = micro_batch * request.seq_len * inputs * 4
                 batch += (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
             # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
-            phases[f"statistics ({kind})"] = (
+            phases[SublayerPhase.STATISTICS.of(kind)] = (
                 pruning + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
             )
-            phases[f"solve ({kind})"] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
+            phases[SublayerPhase.SOLVE.of(kind)] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
             if request.needs_sensitivity:
                 rest = sum(gram_bytes(other) for other in request.groups if other is not group)
                 ordered = inputs * hidden * problem.stored_item
-                phases[f"sensitivity: costs ({kind})"] = (
+                phases[SublayerPhase.REMOVAL_COSTS.of(kind)] = (
                     small + gradient + weights + gram + ordered + problem.removal_costs + rest + sensitivities
                 )
             if request.num_latents and kind == "mlp":
                 tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
                 # Behind the proposal the consumer is measured and solved again; meanwhile there is the original block.
-                again = max(phases[f"statistics ({kind})"], phases[f"solve ({kind})"]) + weights + cast
+                measured = max(phases[SublayerPhase.STATISTICS.of(kind)], phases[SublayerPhase.SOLVE.of(kind)])
+                again = measured + weights + cast
                 proposal = iteration_bytes(tokens, hidden, problem.kept or inputs, request.num_latents)
-                phases["iterate"] = max(again, pruning + 2 * weights + 2 * cast + proposal)
+                phases[Phase.ITERATE] = max(again, pruning + 2 * weights + 2 * cast + proposal)
     model_bytes = sum(request.stored_bytes.values())
     added = 0
     if request.slices != "no":

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
+from structprune.phases import PhaseBytes
 from structprune.types import ModelLayout, UnitGroup, UnitKind
 
 Place = Literal["device", "host"]
@@ -28,7 +29,7 @@ class DevicePlan:
     """What a run will hold on a device with memory of its own."""
 
     budget_bytes: int
-    phases: dict[str, int]
+    phases: PhaseBytes
     """Phase -> peak bytes."""
     sums: Place
     """Where the sums of activations lie while they are taken; on the host every product is moved there."""
@@ -46,7 +47,7 @@ class PrunePlan:
     """What a run will hold and how it will go about it."""
 
     budget_bytes: int
-    phases: dict[str, int]
+    phases: PhaseBytes
     """Phase -> peak host bytes, the hidden-state store included where it is in memory.
 
     Where there is a device these are still what a run without one would hold.

@@ -140,9 +140,9 @@ def gram_bytes(group: UnitGroup) -> int:
     return (group.num_units * group.width) ** 2 * 4
 
 
-def by_kind(groups: tuple[UnitGroup, ...]) -> dict[str, list[UnitGroup]]:
+def by_kind(groups: tuple[UnitGroup, ...]) -> dict[UnitKind, list[UnitGroup]]:
     """The parts of each sublayer."""
-    parts: dict[str, list[UnitGroup]] = {}
+    parts: dict[UnitKind, list[UnitGroup]] = {}
     for group in groups:
         parts.setdefault(group.kind, []).append(group)
     return parts

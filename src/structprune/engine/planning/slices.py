@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from structprune.phases import Phase, PhaseBytes
+
 # What the reader copies at once, and the pipeline rotates at once.
 _CHUNK_BYTES = 16 * 2**20
 
@@ -20,7 +22,7 @@ def slice_phases(
     activations: int,
     batch_tokens: int,
     largest_outer: int,
-) -> dict[str, int]:
+) -> PhaseBytes:
     """Phase -> peak bytes.
 
     `hidden` dimensions become `width`, with `several` bases or one; `item` bytes per number of the forward passes.
@@ -40,16 +42,16 @@ def slice_phases(
     # A row chunk in float64, scaled basis, product; what is written beside what was read.
     chunk = 3 * _CHUNK_BYTES + basis
     growth = 2 * width * width * (8 + 4) if several else 0
-    phases = {
+    phases: PhaseBytes = {
         # The basis behind the block comes when its sums are gone.
-        "statistics": stream + weights + cast + activations + square * 4 + bases - basis * several + batch,
-        "eigenvectors": stream + weights + cast + square * 4 + bases + eigen,
-        "rotate block": stream + 2 * weights + cast + bases + chunk + growth,
-        "rotate embeddings": stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
-        "rotate head": outside + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
+        Phase.SLICE_STATISTICS: stream + weights + cast + activations + square * 4 + bases - basis * several + batch,
+        Phase.SLICE_EIGENVECTORS: stream + weights + cast + square * 4 + bases + eigen,
+        Phase.ROTATE_BLOCK: stream + 2 * weights + cast + bases + chunk + growth,
+        Phase.ROTATE_EMBEDDINGS: stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
+        Phase.ROTATE_HEAD: outside + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
     }
     if not several:
         # The sum over the positions.
-        phases["statistics"] += square * 8
-        phases["eigenvectors"] += square * 8
+        phases[Phase.SLICE_STATISTICS] += square * 8
+        phases[Phase.SLICE_EIGENVECTORS] += square * 8
     return phases

@@ -34,6 +34,7 @@ from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import PeakMeter, release_free_memory
 from structprune.observer import Observer
+from structprune.phases import Phase, by_name
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.results.report import PruneReport
@@ -88,11 +89,11 @@ def finalize(
     `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
     """
     release_free_memory()
-    with context.meter.phase("perplexity of the calibration text"):
+    with context.meter.phase(Phase.PERPLEXITY):
         metrics = final_metrics(context, outcome)
     # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
     release_free_memory()
-    with context.meter.phase("copy embeddings and head"):
+    with context.meter.phase(Phase.COPY_OUTER):
         copy_outer(context, writer)
     if context.recipe.structure == "per-layer":
         write_modeling_file(writer.directory, context.stock.family, config)
@@ -231,8 +232,8 @@ def _memory_report(context: RunContext, run: RunDirectory, meter: PeakMeter) -> 
         budget_bytes=context.plan.budget_bytes,
         planned_peak_bytes=context.plan.peak_bytes,
         measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
-        phases=context.plan.phases,
-        measured_phases=meter.phases,
+        phases=by_name(context.plan.phases),
+        measured_phases=by_name(meter.phases),
         store=context.plan.store,
         micro_batch_windows=context.plan.micro_batch_windows,
         cached=list(context.plan.cached),
@@ -244,7 +245,7 @@ def _memory_report(context: RunContext, run: RunDirectory, meter: PeakMeter) -> 
             budget_bytes=plan.budget_bytes,
             planned_peak_bytes=plan.peak_bytes,
             measured_peak_bytes=context.device_meter.peak_bytes(),
-            phases=plan.phases,
+            phases=by_name(plan.phases),
             sums=plan.sums,
             solves=plan.solves,
         ),

@@ -29,6 +29,7 @@ from structprune.engine.streaming.embed import embed
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
+from structprune.phases import Phase
 from structprune.ranks import Task
 from structprune.types import BlockLayout
 
@@ -101,7 +102,7 @@ def _visit(
             left = blocks[: kept.position]
         else:
             snapshots.discard()
-            with context.meter.phase("sensitivity: loss"):
+            with context.meter.phase(Phase.SENSITIVITY_LOSS):
                 loss_gradient(context, boundaries[-1], gradient, labels)
             left = blocks
         release_free_memory()

@@ -31,6 +31,7 @@ from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
+from structprune.phases import Phase, SublayerPhase
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending, removal_path
 from structprune.statistics import GramAccumulator
@@ -43,7 +44,7 @@ def fisher_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
     def removal_costs(
         block: BlockLayout, propagator: Propagator, boundary: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
-        with context.meter.phase("sensitivity: backward"):
+        with context.meter.phase(Phase.SENSITIVITY_BACKWARD):
             measure = backward(context, block, propagator, boundary, gradient, owner)
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
@@ -78,7 +79,7 @@ def score_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
         for block in blocks[first:]:
             tensors, module = load_block(context, block)
             owner = block.index % context.ranks.size
-            with context.meter.phase("sensitivity: scores"):
+            with context.meter.phase(Phase.SENSITIVITY_SCORES):
                 sums = _measure(context, block, module, propagator, store, owner)
             task = owner, partial(_scores, context, block, tensors, sums)
             sensitivities.save(block, {}, context.ranks.all_gather({block.index: task})[block.index])
@@ -226,7 +227,7 @@ def _costs(context: RunContext, block: BlockLayout, measured: Measured) -> dict[
     result: dict[str, Tensor] = {}
     for group in context.groups(block):
         sensitivity = Sensitivity(sensitivity_OO=measured.sensitivity[group.kind])
-        with context.meter.phase(f"sensitivity: costs ({group.kind})"):
+        with context.meter.phase(SublayerPhase.REMOVAL_COSTS.of(group.kind)):
             problem = layer_problem(context, block, group, tensors, [measured.moments.pop(group.name)], sensitivity)
             # Prices are what this text says: shrinkage is for the choice of units, and makes the allocation worse.
             try:

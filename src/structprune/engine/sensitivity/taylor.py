@@ -26,6 +26,7 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import NumericalError
 from structprune.observer import Observer
+from structprune.phases import Phase
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending
 from structprune.types import BlockLayout, Sensitivity, TaylorSums, UnitGroup
@@ -43,7 +44,7 @@ def taylor_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
         block: BlockLayout, propagator: Propagator, boundary: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         tensors, module = load_block(context, block)
-        with context.meter.phase("sensitivity: backward"):
+        with context.meter.phase(Phase.SENSITIVITY_BACKWARD):
             sums = weight_sums(context, block, module, propagator, boundary, gradient, owner)
         # Elsewhere nothing is made of them.
         tensors = tensors if owner == context.ranks.rank else {}

@@ -13,6 +13,7 @@ from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.run.context import StreamedModel
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
+from structprune.phases import Phase
 
 
 def open_store(context: StreamedModel, path: Path, num_windows: int) -> HiddenStore:
@@ -31,7 +32,7 @@ def open_store(context: StreamedModel, path: Path, num_windows: int) -> HiddenSt
 def embed(context: StreamedModel, targets: Mapping[HiddenStore, int]) -> Propagator:
     """Embed this rank's of the run's first so many windows into each store; see `embed_windows`."""
     ranks = context.ranks
-    with context.meter.phase("embed"):
+    with context.meter.phase(Phase.EMBED):
         return embed_windows(
             context.stock,
             context.windows.ids_NS[ranks.rank :: ranks.size],
