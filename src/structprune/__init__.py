@@ -2,6 +2,8 @@
 
 >>> from structprune import Recipe, prune
 >>> report = prune("smollm2", Recipe(sparsity=0.3), "out/smaller")  # doctest: +SKIP
+
+Read first: `api.py`, the entry points; then docs/architecture.md, which names eight files that show how a run works.
 """
 
 from __future__ import annotations

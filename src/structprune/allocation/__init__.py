@@ -1,4 +1,7 @@
-"""Allocators: unit counts, costs and scores of all blocks -> how many units each block keeps."""
+"""Allocators: from unit counts, costs and scores of all blocks to the number of units that each block keeps.
+
+Read first: `budget.py`, what an allocator sees and how counts are rounded; then `uniform.py` and `across.py`.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,8 @@
-"""Model families as data. A family is one file and one line here; see docs/add-an-architecture.md."""
+"""Model families as data: which tensors of a block shrink together, and which stock classes run the block.
+
+A family is one file and one line here (docs/add-an-architecture.md). Read first: `family.py`, what a family states;
+then `families/llama.py`, an example; then `units.py`, what a removal does to the tensors.
+"""
 
 from structprune.architectures.family import Family
 from structprune.registry import Registry

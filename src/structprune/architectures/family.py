@@ -133,7 +133,7 @@ class Family:
     registers_names: bool = False
     """Whether stock code loads the checkpoint's names by a translation, which our modelling file must ask for."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])
-    """RunRequest of a tensor's name in older checkpoints -> in the stock class."""
+    """Start of a tensor's name in older checkpoints -> in the stock class."""
     check: Callable[[PretrainedConfig], None] = _accept
     """Raises UnsupportedError for variants that the family file does not describe."""
     stream: Stream | None = None

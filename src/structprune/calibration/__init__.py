@@ -1,4 +1,7 @@
-"""Calibration text: where it comes from, which windows of it are used, and where their hidden states live."""
+"""Calibration text: its sources, the token windows that a run takes from it, and the stores of their hidden states.
+
+Read first: `context.py`, what a source is given and returns; then `store.py`, hidden states in memory or in a file.
+"""
 
 from structprune.calibration.context import Source
 from structprune.registry import Registry

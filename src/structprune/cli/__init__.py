@@ -1,4 +1,7 @@
-"""The command line: each verb parses, calls the API and renders. Errors of the input exit with 2."""
+"""The command line: each command parses its arguments, calls the API and prints. Errors of the input exit with 2.
+
+One file per command. Read first: `prune.py`; then `settings.py`, the flags of a run.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,7 @@
+"""A run, from recipe and headers to the finished checkpoint, with one decoder block in memory at a time.
+
+Rooms, lowest first: `ranks/` processes that share a run; `planning/` bytes before work; `run/` a run's inputs,
+identity and end; `streaming/` hidden states through one block; `layerwise/` one block's problem, decided and solved;
+`sensitivity/` what a removal costs the loss; `pipelines/` the loops. Read first: `resolve.py`, what is decided before a
+weight is read; then `pipelines/units.py`, the loop that most methods use.
+"""

@@ -68,7 +68,7 @@ class ProcessEndedError(Exception):
 
 
 def reload_in_a_process(spec: ReloadSpec, work: Path) -> ReloadResult:
-    """RunRequest the process and wait for it; `work` takes its files. Raises ProcessEndedError, KeyboardInterrupt."""
+    """Start the process and wait for it; `work` takes its files. Raises ProcessEndedError, KeyboardInterrupt."""
     spec_path, result_path = work / "reload.json", work / _RESULT_NAME
     write_text(spec_path, spec.model_dump_json())
     # Modules of an earlier checkpoint of this name must not be taken for this one's.

@@ -1,4 +1,7 @@
-"""Methods: a score, an allocator and a solver under the name that a paper gave them."""
+"""Methods: a score, an allocator and a solver under the name that a paper gave them. One file per method.
+
+Read first: `method.py`, what a method states; then `structprune.py`.
+"""
 
 from structprune.methods.method import Method
 from structprune.registry import Registry

@@ -1,4 +1,7 @@
-"""Scores: one block's problem -> one number per removable unit; the lowest go first."""
+"""Scores: from one block's problem to one number per removable unit; the units with the lowest go first.
+
+Selectors choose the kept set as a whole. Read first: `activations.py`; then `selection.py`, greedy removal.
+"""
 
 from collections.abc import Callable
 

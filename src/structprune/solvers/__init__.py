@@ -1,4 +1,7 @@
-"""Solvers: one problem and the kept units -> the consumer's new weight; iterative ones move the producers too."""
+"""Solvers: from one problem and the kept units to the consumer's new weight.
+
+Iterative ones change the producers too. Read first: `least_squares.py`; then `mlp/iterate.py`.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""StreamedModel statistics: update with a batch, merge two, finalize. Sums and counts, never means."""
+"""Statistics of activations, added up batch by batch: sums and counts, never means, so that two can be merged.
+
+Read first: `gram.py`.
+"""
 
 from structprune.statistics.gram import GramAccumulator
 

@@ -1,4 +1,7 @@
-"""Recovery: a pruned model learns again from the dense one. A mode is one file."""
+"""Recovery: a pruned model learns again from the dense one. A mode is one file.
+
+Read first: `run.py`, a recovery from start to end; then `stream.py`, the default mode.
+"""
 
 from structprune.registry import Registry
 from structprune.training.context import Mode

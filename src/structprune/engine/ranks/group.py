@@ -165,7 +165,7 @@ class Group(Ranks):
             self._run(lambda p=part: dist.broadcast(p, owner, group=self._group, async_op=True))
 
     def _run(self, start: Callable[[], Any]) -> None:
-        """RunRequest an exchange and wait for its end. Raises RankError if the run is to end."""
+        """Start an exchange and wait for its end. Raises RankError if the run is to end."""
         self._heartbeat.check()
         self._heartbeat.enter()
         try:

@@ -92,7 +92,7 @@ class Heartbeat:
         self._store.set(_beat(self.rank), self._sign(0))
 
     def end(self) -> None:
-        """Heartbeat no longer."""
+        """Stop the thread that watches the other ranks."""
         self._stop.set()
 
     def stop(self) -> None:

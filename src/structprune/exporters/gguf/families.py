@@ -76,7 +76,7 @@ class GgufFamily:
     window: Literal["none", "caps-context", "alternating", "five-of-six"] = "none"
     """How a sliding window is treated: the target has none and is right within one window, or has this pattern."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])
-    """RunRequest of a tensor's name in older checkpoints -> in the rules."""
+    """Start of a tensor's name in older checkpoints -> in the rules."""
     requires: Mapping[str, object] = field(default_factory=dict[str, object])
     """Config entries that the architectures take for granted -> value."""
 
