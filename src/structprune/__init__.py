@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from structprune.api import prune, recover
     from structprune.recipe import Recipe
+    from structprune.recipe.training import RecoverySettings
     from structprune.results.recovery import RecoveryReport
     from structprune.results.report import PruneReport
-    from structprune.training.settings import RecoverySettings
 
 __version__ = "0.1.0"
 __all__ = ["PruneReport", "Recipe", "RecoveryReport", "RecoverySettings", "__version__", "prune", "recover"]
@@ -24,7 +24,7 @@ _LAZY = {
     "prune": "structprune.api",
     "recover": "structprune.api",
     "Recipe": "structprune.recipe",
-    "RecoverySettings": "structprune.training.settings",
+    "RecoverySettings": "structprune.recipe.training",
     "PruneReport": "structprune.results.report",
     "RecoveryReport": "structprune.results.recovery",
 }

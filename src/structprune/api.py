@@ -35,13 +35,13 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe
+from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
 from structprune.results.schema import REPORT_NAME
 from structprune.runs.directory import RunDirectory, check_absent
 from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
-from structprune.training.settings import RecoverySettings
 from structprune.types import ModelLayout
 
 

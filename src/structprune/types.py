@@ -12,12 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-UnitKind = Literal["attention", "mlp"]
-HeadUnits = Literal["kv-group", "query-head", "value-channel"]
-"""What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a
-KV head's values (a V/O pair)."""
-UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
-"""In the order of a block's forward pass."""
+from structprune.kinds import UNIT_KINDS as UNIT_KINDS
+from structprune.kinds import HeadUnits as HeadUnits
+from structprune.kinds import UnitKind
+
 Stage = tuple[UnitKind, ...]
 """Sublayers of a block that read the same state of the residual stream: one of them, or both where they are parallel.
 """

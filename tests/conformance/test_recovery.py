@@ -21,13 +21,13 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
 from structprune.phases import Phase
+from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
 from structprune.training.context import RecoveryContext, StreamedSide
 from structprune.training.divergence import LOGIT_TOKENS, divergence
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of
-from structprune.training.settings import RecoverySettings
 from structprune.training.stream import StreamedStudent
 from structprune.training.texts import Texts
 from support.models import TINY_MODELS, save_tiny

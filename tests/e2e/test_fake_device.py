@@ -21,8 +21,8 @@ from structprune.engine.planning.device import LIBRARY_BYTES
 from structprune.engine.planning.host import PLACES
 from structprune.engine.streaming import propagate
 from structprune.engine.streaming.transfer import DeviceTransfer, WindowTransfer
+from structprune.recipe.training import RecoverySettings
 from structprune.training import run
-from structprune.training.settings import RecoverySettings
 from support import fake_device, pipeline_cases
 from support.deferred_copies import DeferredCopyStream, Event
 from support.fake_gpu import GIB, FakeGpu

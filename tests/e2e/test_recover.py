@@ -24,12 +24,12 @@ from structprune.cli import main
 from structprune.errors import CheckpointError, InputError, MemoryBudgetError, StructPruneError, UnsupportedError
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
+from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.training import blocks as blocks_mode
 from structprune.training import loop, run
 from structprune.training.context import target_boundaries
 from structprune.training.plan import RecoveryPlan
-from structprune.training.settings import RecoverySettings
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")

@@ -157,6 +157,16 @@ def test_sparsity_in_bounds(sparsity: float) -> None:
     assert Recipe.build(sparsity=sparsity).sparsity == sparsity
 
 
+def test_sparsity_as_a_percentage() -> None:
+    assert Recipe.build(sparsity="30%").sparsity == 0.3
+    assert Recipe.build(sparsity=" 12.5 % ").sparsity == 0.125
+    assert Recipe.build(sparsity="0.25").sparsity == 0.25
+    with pytest.raises(InputError, match=r"got 30, wanted a share.*Did you mean 0\.3\?$"):
+        Recipe.build(sparsity=30)
+    with pytest.raises(InputError, match=r"got 1\.2, wanted input should be less than 1\.$"):
+        Recipe.build(sparsity="120%")
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf"), "half", None, True])
 def test_sparsity_out_of_bounds(sparsity: Any) -> None:
     with pytest.raises(InputError, match=r"^--sparsity is not usable; got ") as caught:

@@ -27,6 +27,7 @@ from structprune.cli import push as push_verb
 from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
+from structprune.cli.command import Command, Group
 from structprune.errors import StructPruneError
 from structprune.ranks import launched, refuse_ranks
 
@@ -34,23 +35,24 @@ _TELLING_S = 5.0
 
 app = typer.Typer(
     name="structprune",
+    cls=Group,
     help="Structured pruning of large language models in bounded memory.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("prune")(prune_verb.prune)
-app.command("resume")(resume_verb.resume)
-app.command("recover")(recover_verb.recover)
-app.command("plan")(plan_verb.plan)
-app.command("inspect")(inspect_verb.inspect)
-app.command("methods")(methods_verb.methods)
+app.command("prune", cls=Command, epilog=prune_verb.EXAMPLES)(prune_verb.prune)
+app.command("resume", cls=Command)(resume_verb.resume)
+app.command("recover", cls=Command)(recover_verb.recover)
+app.command("plan", cls=Command)(plan_verb.plan)
+app.command("inspect", cls=Command)(inspect_verb.inspect)
+app.command("methods", cls=Command)(methods_verb.methods)
 app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
 app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)
 app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
-app.command("export")(export_verb.export)
-app.command("push")(push_verb.push)
+app.command("export", cls=Command)(export_verb.export)
+app.command("push", cls=Command)(push_verb.push)
 app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from structprune.cli.command import many_values
 from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
-from structprune.cli.many import many_values
 
 BenchCommand = many_values("--batch", "--prompt")
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from structprune.cli.command import many_values
 from structprune.cli.flags import ModelArgument, QuietFlag
-from structprune.cli.many import many_values
+from structprune.cli.settings import given, takes_fields
+from structprune.recipe import Recipe
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
+_SPARSITIES = (0.1, 0.2, 0.3, 0.5)
+_SHARED = ("calibration", "num_samples", "seq_len")
+
+
+@takes_fields({name: Recipe.model_fields[name] for name in _SHARED}, given)
 def compare(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],
@@ -22,15 +29,12 @@ def compare(
         typer.Option(help="One or more, each NAME or NAME:FIELD=VALUE,FIELD=VALUE, e.g. fasp:target=dense-path."),
     ],
     text: Annotated[list[Path], typer.Option("--text", help="One or more texts to test on.")],
-    sparsities: Annotated[list[float] | None, typer.Option(help="One or more.  [default: 0.1 0.2 0.3 0.5]")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text of all methods, as in `prune`.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Calibration windows.  [default: 128]")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window, of calibration and of tests.  [default: 2048]")
-    ] = None,
+    # Fields of a recipe, from the options that `takes_fields` adds.
+    settings: Any,
+    sparsities: Annotated[list[str] | None, typer.Option(help="One or more.  [default: 0.1 0.2 0.3 0.5]")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows of each text.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file of settings that all methods share.")] = None,
-    settings: Annotated[
+    set_fields: Annotated[
         list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, for all methods.")
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time prefill and decoding.")] = True,
@@ -41,14 +45,11 @@ def compare(
 ) -> None:
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
     from structprune.comparison.cells import parse_settings, parse_variant
-    from structprune.recipe import Recipe
 
-    flags = {"calibration": calibration, "num_samples": num_samples, "seq_len": seq_len}
-    given = {name: value for name, value in flags.items() if value is not None} | parse_settings(
-        settings or [], "--set"
-    )
-    base = Recipe.from_yaml(recipe, **given) if recipe is not None else Recipe.build(**given)
+    shared = {**settings, **parse_settings(set_fields or [], "--set")}
+    base = Recipe.from_yaml(recipe, **shared) if recipe is not None else Recipe.build(**shared)
     variants = [parse_variant(name) for name in methods]
+    shares = [Recipe.build(sparsity=share).sparsity for share in sparsities or _SPARSITIES]
 
     from structprune.cli.interrupt import exit_code, interruptible
     from structprune.cli.progress import plain_observer
@@ -60,7 +61,7 @@ def compare(
         model=model,
         base=base,
         variants=variants,
-        sparsities=sparsities or [0.1, 0.2, 0.3, 0.5],
+        sparsities=shares,
         texts=text,
         seq_len=base.seq_len,
         max_windows=max_windows,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from structprune.cli.command import many_values
 from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
-from structprune.cli.many import many_values
 
 if TYPE_CHECKING:
     from structprune.results.measured import Evaluation, TextResult

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @takes_recipe
 def plan(
     model: ModelArgument,
-    # A Recipe, of the flags that stand here on the command line.
+    # A Recipe, from the options that `takes_recipe` adds.
     settings: Any,
     as_json: JsonFlag = False,
 ) -> None:

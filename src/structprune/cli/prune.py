@@ -12,12 +12,19 @@ from structprune.cli.flags import ModelArgument, QuietFlag, RankTimeoutFlag, Rep
 from structprune.cli.settings import takes_recipe
 from structprune.ranks import RANK_TIMEOUT_S, launched
 
+EXAMPLES = """\
+Examples:
+  structprune prune Qwen/Qwen2.5-0.5B -o smaller --sparsity 30%
+  structprune prune smollm2 -o fewer-blocks --method depth --sparsity 0.2
+  structprune prune my-model -o small --recipe recipe.yaml --memory 8GiB
+"""
+
 
 @takes_recipe
 def prune(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
-    # A Recipe, of the flags that stand here on the command line.
+    # A Recipe, from the options that `takes_recipe` adds.
     settings: Any,
     as_json: ReportJsonFlag = False,
     quiet: QuietFlag = False,

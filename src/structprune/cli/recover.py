@@ -4,67 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from structprune.cli.flags import DeviceFlag, DtypeFlag, MemoryFlag, QuietFlag, ReportJsonFlag, SeedFlag
+from structprune.cli.flags import QuietFlag, ReportJsonFlag
+from structprune.cli.settings import given, takes_fields
+from structprune.recipe.training import RecoverySettings
 
 if TYPE_CHECKING:
     from structprune.results.recovery import RecoveryReport
 
 
+def _settings(values: dict[str, Any]) -> RecoverySettings:
+    return RecoverySettings.build(**{**given(values), "calibration": tuple(values["calibration"] or ())})
+
+
+@takes_fields(RecoverySettings.model_fields, _settings)
 def recover(
     student: Annotated[str, typer.Argument(help="The pruned model: a directory that `prune` wrote, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     teacher: Annotated[str, typer.Option(help="The dense model that it was pruned from.")],
-    mode: Annotated[
-        str | None,
-        typer.Option(help="stream: all blocks together; blocks: one after the other; lora.  [default: stream]"),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to learn from, as in `prune`; may be given several times.  [default: as in `prune`]"),
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time limit of the training.  [default: none]")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the windows.  [default: 1; blocks at most 4, lora 1]")
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Windows of each text.  [default: 512]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.  [default: 1024]")] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Windows of each text to measure on.  [default: an eighth, at most 8]")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows per step.  [default: 2]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its highest value.  [default: the mode's]")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps over which it rises.  [default: 5]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of mode lora.  [default: 16]")] = None,
-    mix: Annotated[
-        str | None,
-        typer.Option(help="given, or robust: texts that are further from the teacher count more.  [default: given]"),
-    ] = None,
-    mix_radius: Annotated[float | None, typer.Option(help="How far robust may go.  [default: 0.5]")] = None,
-    memory: MemoryFlag = None,
-    device: DeviceFlag = None,
-    dtype: DtypeFlag = None,
-    seed: SeedFlag = None,
-    reload_check: Annotated[
-        bool | None,
-        typer.Option("--reload-check/--no-reload-check", help="As in `prune`.  [default: yes]"),
-    ] = None,
+    # RecoverySettings, from the options that `takes_fields` adds.
+    settings: Any,
     as_json: ReportJsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Let the pruned model STUDENT learn again from the dense one; `structprune resume` goes on if it was cut."""
-    values = dict(locals())
     # Only now: these load torch and transformers, and a wrong flag should not wait for that.
-    from structprune.training.settings import RecoverySettings
-
-    given = {n: values[n] for n in RecoverySettings.model_fields if n != "calibration" and values[n] is not None}
     from structprune.api import recover as run_recover
     from structprune.cli.interrupt import run_or_say_how_to_resume
 
-    settings = RecoverySettings.build(calibration=tuple(calibration or ()), **given)
     report = run_or_say_how_to_resume(
         lambda observer: run_recover(student, teacher, settings, output, observer), output, quiet=quiet
     )

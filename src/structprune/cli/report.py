@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from structprune.cli.many import many_values
+from structprune.cli.command import many_values
 
 ReportCommand = many_values("--with")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from structprune.types import HeadUnits, UnitKind
+from structprune.kinds import HeadUnits, UnitKind
 
 SensitivityKind = Literal["none", "scores", "loss", "taylor"]
 """What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the

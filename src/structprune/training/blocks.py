@@ -27,11 +27,11 @@ from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import InputError
 from structprune.files import write_text
 from structprune.memory import format_bytes, release_free_memory
+from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveredBlock
 from structprune.training.adam import adam_step, check_gradient, course
 from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
 from structprune.training.parameters import BlockParameters, parameters_of
-from structprune.training.settings import RecoverySettings
 from structprune.training.snapshots import load_tensors, load_text, save_tensors
 from structprune.types import BlockLayout
 

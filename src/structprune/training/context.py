@@ -23,8 +23,8 @@ from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.memory import PeakMeter
 from structprune.observer import Observer
 from structprune.ranks import ALONE, Ranks
+from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
-from structprune.training.settings import RecoverySettings
 from structprune.training.texts import Texts
 from structprune.types import BlockLayout
 

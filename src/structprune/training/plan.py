@@ -9,9 +9,9 @@ import torch
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
+from structprune.recipe.training import RecoverySettings
 from structprune.training import MODES
 from structprune.training.divergence import LOGIT_TOKENS
-from structprune.training.settings import RecoverySettings
 
 # Weights, two moments, gradient; the best weights so far and a copy for the update.
 _FLAT_VECTORS = 6

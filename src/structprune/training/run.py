@@ -19,13 +19,13 @@ from structprune.memory import PeakMeter, format_bytes
 from structprune.observer import Observer
 from structprune.phases import fullest
 from structprune.recipe import Recipe
+from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
 from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_boundaries
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
-from structprune.training.settings import RecoverySettings
 from structprune.training.snapshots import DamagedStateError
 from structprune.training.texts import read_texts
 

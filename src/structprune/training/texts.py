@@ -13,7 +13,7 @@ import torch
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.errors import InputError
-from structprune.training.settings import RecoverySettings
+from structprune.recipe.training import RecoverySettings
 
 _MOST_HELD_OUT = 8
 

@@ -1,0 +1,12 @@
+"""Kinds of units, by name. Without torch: the command line is ready before that is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+UnitKind = Literal["attention", "mlp"]
+HeadUnits = Literal["kv-group", "query-head", "value-channel"]
+"""What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a
+KV head's values (a V/O pair)."""
+UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
+"""In the order of a block's forward pass."""

@@ -1,0 +1,15 @@
+"""Recipes: what a run is to do, from flags, YAML or Python. Read `common.py` first, then `fields.py`."""
+
+from structprune.recipe.common import Recipe, Scope, default_sensitivity_samples
+from structprune.recipe.fields import ByteCount, Flag, Group, settings_fingerprint, validated
+
+__all__ = [
+    "ByteCount",
+    "Flag",
+    "Group",
+    "Recipe",
+    "Scope",
+    "default_sensitivity_samples",
+    "settings_fingerprint",
+    "validated",
+]

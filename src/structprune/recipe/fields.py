@@ -1,0 +1,87 @@
+"""How a setting is declared: a type with bounds, a description, and its place on the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
+from structprune.errors import InputError
+from structprune.memory import parse_bytes
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class Group(StrEnum):
+    """A heading of the command line's help."""
+
+    WHAT = "What to remove"
+    HOW = "How"
+    CALIBRATION = "Calibration"
+    RESOURCES = "Resources"
+    ADVANCED = "Advanced"
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A field's place on the command line, as metadata of its type: `Annotated[int, Flag(Group.HOW)]`."""
+
+    group: Group
+    unset: str = ""
+    """What is taken where nothing is given, in words, for a field whose default does not say it."""
+    names: str = ""
+    """Both names of a switch, `--on/--off`; empty: the field's name, and `--no-` before it."""
+
+
+ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+"""A number, or a text such as `4GiB`."""
+
+
+def _read_share(value: Any) -> Any:
+    """Read `30%` as 0.3. Raises InputError for a number that was meant as a percentage."""
+    given = value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        try:
+            if value.strip().endswith("%"):
+                return float(value.strip().removesuffix("%")) / 100
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
+        raise InputError(
+            "--sparsity is not usable",
+            got=given,
+            wanted="a share, at least 0 and less than 1",
+            do=f"did you mean {value / 100:g}?",
+        )
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_read_share)]
+"""A number from 0 to below 1, or a text such as `30%`."""
+
+
+def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Build the settings `kind`. Raises InputError that names the flag, what it got and what it takes."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Only the field: a union's errors go on with the name of the alternative.
+        name = str(first["loc"][0]) if first["loc"] else "recipe"
+        flag = "--" + name.replace("_", "-")
+        raise InputError(
+            f"{flag} is not usable", got=reprlib.repr(first.get("input")), wanted=first["msg"].lower()
+        ) from None
+
+
+def settings_fingerprint(settings: BaseModel) -> str:
+    """Hash the canonical JSON of every field with SHA-256."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""What decides a recovery, as one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from structprune.recipe.fields import ByteCount, Flag, Group, settings_fingerprint, validated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Defaults:
+    learning_rate: float
+    epochs: int
+
+
+# Tried on SmolLM2-135M at 30% (docs/recover.md).
+_DEFAULTS = {
+    "stream": _Defaults(learning_rate=1e-4, epochs=1),
+    "blocks": _Defaults(learning_rate=3e-4, epochs=4),
+    "lora": _Defaults(learning_rate=1e-3, epochs=1),
+}
+
+
+class RecoverySettings(BaseModel):
+    """How to recover, on what, and for how long. `None` means: the mode's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Annotated[Literal["stream", "blocks", "lora"], Flag(Group.HOW)] = Field(
+        default="stream",
+        description="how it learns. stream: all blocks together; blocks: one after the other; lora: low-rank updates",
+    )
+    calibration: Annotated[tuple[str, ...], Flag(Group.CALIBRATION, unset="as in `prune`")] = Field(
+        default=(), description="text to learn from, as in `prune`; given several times, each is a domain of its own"
+    )
+    num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(
+        default=512, ge=2, description="windows of each text, held-out ones included"
+    )
+    seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=1024, ge=2, description="tokens per window")
+    held_out: Annotated[int | None, Flag(Group.CALIBRATION, unset="an eighth, at most 8")] = Field(
+        default=None, ge=1, description="windows of each text that are only measured on"
+    )
+    epochs: Annotated[int | None, Flag(Group.HOW, unset="1; mode blocks 4")] = Field(
+        default=None, ge=1, description="passes over the windows; of mode blocks at most"
+    )
+    minutes: Annotated[float | None, Flag(Group.HOW, unset="none")] = Field(
+        default=None, gt=0, description="time limit of the training, in minutes"
+    )
+    batch: Annotated[int, Flag(Group.ADVANCED)] = Field(
+        default=2, ge=1, description="windows per step of the optimiser"
+    )
+    learning_rate: Annotated[float | None, Flag(Group.ADVANCED, unset="the mode's")] = Field(
+        default=None, gt=0, description="highest learning rate"
+    )
+    warmup: Annotated[int, Flag(Group.ADVANCED)] = Field(
+        default=5, ge=0, description="steps over which the learning rate rises"
+    )
+    rank: Annotated[int, Flag(Group.ADVANCED)] = Field(default=16, ge=1, description="rank of mode lora's updates")
+    mix: Annotated[Literal["given", "robust"], Flag(Group.HOW)] = Field(
+        default="given",
+        description="weights of the texts. given: all windows alike; robust: texts that are furthest from the teacher "
+        "count more",
+    )
+    mix_radius: Annotated[float, Flag(Group.ADVANCED)] = Field(
+        default=0.5, gt=0, description="chi-square distance that mix robust may move"
+    )
+    memory: Annotated[ByteCount | None, Flag(Group.RESOURCES, unset="80% of what is free")] = Field(
+        default=None, ge=1, description="host bytes that the run may add, such as 4GiB"
+    )
+    device: Annotated[str, Flag(Group.RESOURCES)] = Field(
+        default="auto", description="where blocks run: auto, cpu or cuda"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
+        default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
+    )
+    seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=0, ge=0, description="seed of the draw of windows")
+    reload_check: Annotated[bool, Flag(Group.RESOURCES)] = Field(
+        default=True, description="load the result with stock code, in a process of its own, and compare its logits"
+    )
+
+    @classmethod
+    def build(cls, **values: Any) -> RecoverySettings:
+        """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
+        return validated(cls, values)
+
+    def resolved(self) -> RecoverySettings:
+        """With the mode's own learning rate and number of passes where none were given."""
+        own = _DEFAULTS[self.mode]
+        return self.model_copy(
+            update={
+                "learning_rate": own.learning_rate if self.learning_rate is None else self.learning_rate,
+                "epochs": own.epochs if self.epochs is None else self.epochs,
+            }
+        )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of resolved settings."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    @property
+    def passes(self) -> int:
+        """The number of epochs of resolved settings."""
+        assert self.epochs is not None
+        return self.epochs
+
+    @property
+    def limit_s(self) -> float | None:
+        """The time limit in seconds."""
+        return None if self.minutes is None else 60 * self.minutes
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of every field."""
+        return settings_fingerprint(self)
