@@ -28,7 +28,7 @@ from structprune.engine.planning.shapes import (
     weight_gradient_bytes,
     widest_block,
 )
-from structprune.engine.planning.slices import slice_phases
+from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.workspace import iteration_bytes
 from structprune.phases import Phase, PhaseBytes, SublayerPhase
 from structprune.statistics.gram import NUM_STRIPS
@@ -80,18 +80,17 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
         phases[Phase.SENSITIVITY_BACKWARD] += weight_gradient_bytes(request, block)
     if request.slices != "no":
         phases |= slice_phases(
-            hidden=hidden,
-            width=request.sliced_hidden,
-            item=item,
-            several=request.slices == "bases",
-            buffered=True,
-            stream=base,
-            outside=base,
-            weights=weights,
-            cast=weights,
-            activations=activations,
-            batch_tokens=micro_batch * seq_len,
-            largest_outer=max(outer.values()),
+            request,
+            SliceMemory(
+                micro_batch=micro_batch,
+                buffered=True,
+                stores_open=base,
+                stores_closed=base,
+                weights=weights,
+                cast=weights,
+                activations=activations,
+                largest_outer=max(outer.values()),
+            ),
         )
     elif request.needs_statistics:
         for kind, parts in by_kind(request.groups).items():

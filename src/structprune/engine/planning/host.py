@@ -3,70 +3,47 @@
 The figures are upper bounds from shapes. They count what this process adds to its size after the libraries are
 imported: one block, one micro-batch of activations, one Gram matrix, the solver's workspace, the hidden states.
 Embeddings and head are each held once, alone: at the start to embed the windows, at the end to copy them and to
-compute two perplexities. What a device with memory of its own holds is bounded in `device_plan.py`.
+compute two perplexities. One function bounds each stretch of a run; what they add up is in `sizes.py`. What a device
+with memory of its own holds is bounded in `device.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from structprune.architectures.stock.tiled_attention import scratch_bytes
 from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
-from structprune.engine.planning.reload import RELOAD_TOKENS, ReloadBound
+from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
-    SCORE_BYTES,
-    activation_bytes,
     by_kind,
-    embedding_names,
     gram_bytes,
     group_problem,
     kept_for_backward,
-    logit_bytes,
-    mask_bytes,
-    most_inputs,
-    num_scores,
-    numel,
     solver_windows,
     statistics_bytes,
     weight_gradient_bytes,
-    widest_block,
 )
-from structprune.engine.planning.slices import slice_phases
+from structprune.engine.planning.sizes import CHUNK_BYTES, HostChoice, HostSizes
+from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.workspace import iteration_bytes
-from structprune.engine.streaming.transfer import NUM_STAGED
 from structprune.errors import MemoryBudgetError
-from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES, available_bytes, format_budget, format_bytes
+from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
 from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest
 from structprune.statistics.gram import NUM_STRIPS
-from structprune.types import UnitKind
+from structprune.types import UnitGroup, UnitKind
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
-_HEAP_STATES = 8
-# Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
-_RUNTIME_BYTES = 40 * 2**20
-_TEXT_READER_BYTES = 48 * 2**20
 # Reading the text: what is loaded for it, and a tokenizer, 14 times as large as its file.
 _TEXT_BYTES = 64 * 2**20
 _TOKENIZER_SHARE = 15
 # The text as bytes, as text, in pieces, and joined; its tokens of four characters in pieces and joined.
 _CHARACTER_BYTES = 8
-# What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number), and its
-# code for them. Measured, not derived: on SmolLM2 `fasp` stays 37 MiB under its plan with that. Where a backward pass
-# and a search came first, more of the libraries' code is resident and the heap is fuller: `structprune` took between
-# 304 and 335 MiB in eight runs of one shape, for which 331 were planned without the second figure, and 751 on a CPU
-# with AVX-512 but no AMX, for which 727 were.
-_KERNEL_CACHE_BYTES = 48 * 2**20
-_SENSITIVITY_KERNEL_BYTES = 40 * 2**20
-# Of the exchange between ranks: a piece (engine/ranks/group.py), the library's copy of it, sockets and threads.
-_EXCHANGE_BYTES = 64 * 2**20
 # Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
 PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
-# The reader copies large tensors out of the file's mapping in chunks of this size.
-_CHUNK_BYTES = 16 * 2**20
 
 
 def make_plan(request: PlanRequest, memory: int | None, device_budget: int | None = None) -> PrunePlan:
@@ -77,42 +54,58 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     hidden states on disk, and the sums on the host, does not fit.
     """
     budget = memory if memory is not None else available_bytes() * 8 // 10
-    largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
-    moved = device_budget is not None
     smallest: PrunePlan | None = None
     smallest_device: DevicePlan | None = None
-    # A smaller micro-batch costs less than a sublayer that is computed again, or a Gram that is moved for each.
-    for store, cached in _stores(request, moved=moved):
+    for choice, sums, solves in _candidates(request, moved=device_budget is not None):
+        plan, device = _plan_with(request, budget, choice), None
+        if device_budget is not None:
+            device = device_plan(request, device_budget, choice.micro_batch, sums, solves)
+            if smallest_device is None or device.peak_bytes < smallest_device.peak_bytes:
+                smallest_device = device
+        fits = device is None or device.peak_bytes <= device.budget_bytes
+        if fits and max(plan.peak_bytes, plan.reload_bytes) <= budget:
+            return replace(plan, device=device)
+        if smallest is None or plan.peak_bytes < smallest.peak_bytes:
+            smallest = plan
+    assert smallest is not None
+    raise _refusal(smallest, smallest_device, budget)
+
+
+def _candidates(request: PlanRequest, *, moved: bool) -> Iterator[tuple[HostChoice, Place, Place]]:
+    """Settings with the places of sums and solves, what is fastest first.
+
+    A smaller micro-batch costs less than a sublayer that is computed again, or a Gram that is moved for each. Of kept
+    inputs attention's are the narrower ones and save more; a device computes them again sooner than they come back.
+    """
+    largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
+    in_memory = HostChoice(store="memory", cached=(), micro_batch=largest, moved=moved)
+    numbers_cached = [] if moved else range(len(request.cacheable), 0, -1)
+    stores = [replace(in_memory, cached=request.cacheable[:count]) for count in numbers_cached]
+    for choice in (*stores, in_memory, replace(in_memory, store="file")):
         for sums, solves in PLACES if moved else PLACES[:1]:
             for micro_batch in sorted({largest, max(1, largest // 2), 1}, reverse=True):
-                plan, device = _plan_with(request, budget, store, cached, micro_batch, moved=moved), None
-                if device_budget is not None:
-                    device = device_plan(request, device_budget, micro_batch, sums, solves)
-                    if smallest_device is None or device.peak_bytes < smallest_device.peak_bytes:
-                        smallest_device = device
-                fits = device is None or device.peak_bytes <= device.budget_bytes
-                if fits and max(plan.peak_bytes, plan.reload_bytes) <= budget:
-                    return replace(plan, device=device)
-                if smallest is None or plan.peak_bytes < smallest.peak_bytes:
-                    smallest = plan
-    assert smallest is not None
-    if smallest_device is not None and smallest_device.peak_bytes > smallest_device.budget_bytes:
-        raise MemoryBudgetError(
+                yield replace(choice, micro_batch=micro_batch), sums, solves
+
+
+def _refusal(smallest: PrunePlan, device: DevicePlan | None, budget: int) -> MemoryBudgetError:
+    """The error for the candidates that come nearest to their budgets: the first budget that none of them fits."""
+    if device is not None and device.peak_bytes > device.budget_bytes:
+        return MemoryBudgetError(
             "does not fit in the device's memory budget",
-            where=f"phase {str(fullest(smallest_device.phases))!r}",
-            got=format_bytes(smallest_device.budget_bytes),
-            wanted=f"at least {format_budget(smallest_device.peak_bytes)}",
+            where=f"phase {str(fullest(device.phases))!r}",
+            got=format_bytes(device.budget_bytes),
+            wanted=f"at least {format_budget(device.peak_bytes)}",
             do="raise --device-memory, lower --seq-len, or leave the device out with --device cpu",
         )
     if smallest.reload_bytes > max(budget, smallest.peak_bytes):
-        raise MemoryBudgetError(
+        return MemoryBudgetError(
             "does not fit in the memory budget",
             where="the process that loads the result to check it",
             got=format_bytes(budget),
             wanted=f"at least {format_budget(smallest.reload_bytes)}",
             do="raise --memory, or leave the check out with --no-reload-check",
         )
-    raise MemoryBudgetError(
+    return MemoryBudgetError(
         "does not fit in the memory budget",
         where=f"phase {str(fullest(smallest.phases))!r}",
         got=format_bytes(budget),
@@ -121,182 +114,178 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
     )
 
 
-def _stores(request: PlanRequest, *, moved: bool) -> list[tuple[str, tuple[UnitKind, ...]]]:
-    """Where hidden states can be and which sublayers' inputs are kept beside them, what is fastest first.
-
-    Attention's inputs are the narrower ones and save more. A device computes them again sooner than they come back.
-    """
-    choices: list[tuple[str, tuple[UnitKind, ...]]] = [("memory", ()), ("file", ())]
-    if not moved:
-        for count in range(1, len(request.cacheable) + 1):
-            choices.insert(0, ("memory", request.cacheable[:count]))
-    return choices
-
-
-def _plan_with(
-    request: PlanRequest, budget: int, store: str, cached: tuple[UnitKind, ...], micro_batch: int, *, moved: bool
-) -> PrunePlan:
-    item = request.compute_dtype.itemsize
-    hidden = request.layout.hidden_size
-    store_bytes = request.num_windows * request.seq_len * hidden * item
-    num_stores = request.num_stores or (2 if request.follows_dense else 1)
-    runtime = _RUNTIME_BYTES + HEAP_END_BYTES
-    if item != 4:
-        runtime += _KERNEL_CACHE_BYTES + (_SENSITIVITY_KERNEL_BYTES if request.needs_sensitivity else 0)
-    runtime += _TEXT_READER_BYTES if request.text_bytes is None else 0
-    base = runtime + mask_bytes(request, micro_batch) + request.held_bytes
-    base += _EXCHANGE_BYTES if request.num_ranks > 1 else 0
-    # On their way to a device and back: states, or in the backward pass those of one window and gradients.
-    base += NUM_STAGED * max(micro_batch * item, item + 2 * 4) * request.seq_len * hidden if moved else 0
-    # Behind the last block: both models' last states of the reported windows, and the logits of the reload check.
-    final_states = 2 * request.num_probe * request.seq_len * hidden * item
-    small = base + final_states + (RELOAD_TOKENS * request.layout.vocab_size * 4 if request.reload_check else 0)
-    # While blocks run those states are in a store like the others.
-    resident = base + (num_stores * store_bytes + final_states if store == "memory" else 0)
-    # Only while blocks are pruned, one sublayer's at a time.
-    cache_bytes = request.num_windows * request.seq_len * item * most_inputs(request.layout, cached)
-    pruning = resident + cache_bytes
-
-    block = widest_block(request)
-    names = [block.prefix + name for name in block.shapes]
-    weights = sum(request.stored_bytes[name] for name in names)
-    cast = sum(numel(block, name) * item for name in names if request.stored_dtypes[name] != request.compute_dtype)
-    scores = num_scores(request)
-    tiles = scratch_bytes(request.seq_len) if request.compute_dtype == torch.bfloat16 and not scores else 0
-    activations = activation_bytes(block, hidden, micro_batch * request.seq_len * item, tiles)
-    activations += micro_batch * scores * SCORE_BYTES
-    # As wide as the stream: small ones leave holes in the heap.
-    if (states := micro_batch * request.seq_len * hidden * item) < HEAP_BLOCK_BYTES:
-        activations += _HEAP_STATES * states
-    # A CPU without units for a narrow dtype multiplies by a float32 copy of the weight.
-    widened = 0 if item == 4 else 4 * max(torch.Size(shape).numel() for shape in block.shapes.values())
-    activations += widened
-
-    outer = {name: request.stored_bytes[name] for name in request.layout.outer_tensors}
-    # What is computed with is cast as it is read.
-    in_use = {name: torch.Size(shape).numel() * item for name, shape in request.layout.outer_tensors.items()}
-    first = embedding_names(request)
-    # As they are copied, and as they are computed with.
-    embeddings, embedding = sum(outer[name] for name in first), sum(in_use[name] for name in first)
-    head = max(in_use.values())
-    logits = logit_bytes(request.layout.vocab_size, request.compute_dtype)
-    phases: PhaseBytes = {
-        Phase.CALIBRATION_TEXT: runtime
-        + _TEXT_BYTES
-        + _TOKENIZER_SHARE * request.tokenizer_bytes
-        + _CHARACTER_BYTES * (request.text_bytes or 0),
-        Phase.EMBED: resident + embedding + _CHUNK_BYTES + 2 * micro_batch * request.seq_len * hidden * item,
-        Phase.READ_BLOCK: pruning + 2 * weights + cast,
-        Phase.PROPAGATE: pruning + weights + cast + activations,
-        Phase.WRITE_BLOCK: pruning + 2 * weights + cast,
-        # By now the hidden states are gone, but for the few windows of the perplexity.
-        Phase.COPY_OUTER: small + max(embeddings, sum(outer.values()) - embeddings) + _CHUNK_BYTES,
-        Phase.PERPLEXITY: small + head + _CHUNK_BYTES + logits,
-    }
-    if request.compares == "boundaries":
-        # Both states, their unit vectors and one difference in float32.
-        states = micro_batch * request.seq_len * hidden * (2 * item + 5 * 4)
-        phases[Phase.ANGULAR_DISTANCES] = resident + 2 * weights + cast + states
-    if request.compares == "losses":
-        phases[Phase.MEASURED_LOSSES] = resident + head + _CHUNK_BYTES + logits + request.other_head_bytes
-    # Of the windows of the backward pass, at one block boundary.
-    gradient = request.sensitivity_windows * request.seq_len * hidden * 4
-    if request.needs_sensitivity or request.needs_weight_gradients:
-        kept = kept_for_backward(request, block)
-        sums = (
-            sum(gram_bytes(group) + hidden * hidden * 4 for group in request.groups) if request.needs_sensitivity else 0
-        )
-        # A block's sums wait at their owner while other blocks are differentiated.
-        waiting = sums if request.num_ranks > 1 else 0
-        phases[Phase.SENSITIVITY_BACKWARD] = small + gradient + weights + cast + kept + widened + sums + waiting
-        phases[Phase.SENSITIVITY_LOSS] = small + gradient + head + _CHUNK_BYTES + logits
-    if request.needs_scores:
-        # All consumers' sums are taken while the whole block runs.
-        sums = sum(gram_bytes(group) for group in request.groups)
-        phases[Phase.SENSITIVITY_SCORES] = phases[Phase.PROPAGATE] - cache_bytes + sums
-    if request.needs_weight_gradients:
-        phases[Phase.SENSITIVITY_BACKWARD] += weight_gradient_bytes(request, block)
+def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePlan:
+    """The plan with these settings, whether it fits or not. Phases in the order in which reports list them."""
+    sizes = HostSizes(request=request, choice=choice)
+    phases = _reading(sizes) | _blocks(sizes) | _ends(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     if request.slices != "no":
-        phases |= slice_phases(
-            hidden=hidden,
-            width=request.sliced_hidden,
-            item=item,
-            several=request.slices == "bases",
-            buffered=store == "file",
-            stream=resident,
-            outside=small,
-            weights=weights,
-            cast=cast,
-            activations=activations,
-            batch_tokens=micro_batch * request.seq_len,
-            largest_outer=max(outer.values()),
-        )
+        phases |= _slicing(sizes)
     elif request.needs_statistics:
-        for kind, parts in by_kind(request.groups).items():
-            group, others = parts[0], len(parts) - 1
-            inputs = group.num_units * group.width
-            problem = group_problem(request, block, group)
-            gram = problem.gram
-            # Of other parts, whose sums are taken in the same pass.
-            kept_apart = others * problem.sums
-            # What the gradient left of each sublayer in scope.
-            sensitivities = len(by_kind(request.groups)) * hidden * hidden * 4 if request.needs_sensitivity else 0
-            batch = max(activations, statistics_bytes(request, group, micro_batch))
-            if item != 4:
-                # The same input in float32, where it is too large for the holes that the activations left in the heap,
-                # and what the library makes of it and of one strip to multiply them in bfloat16.
-                wide = micro_batch * request.seq_len * inputs * 4
-                batch += (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
-            # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
-            phases[SublayerPhase.STATISTICS.of(kind)] = (
-                pruning + weights + cast + problem.sums + kept_apart + max(batch, 3 * gram // 16)
-            )
-            phases[SublayerPhase.SOLVE.of(kind)] = pruning + weights + cast + problem.solve + kept_apart + sensitivities
-            if request.needs_sensitivity:
-                rest = sum(gram_bytes(other) for other in request.groups if other is not group)
-                ordered = inputs * hidden * problem.stored_item
-                phases[SublayerPhase.REMOVAL_COSTS.of(kind)] = (
-                    small + gradient + weights + gram + ordered + problem.removal_costs + rest + sensitivities
-                )
-            if request.num_latents and kind == "mlp":
-                tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
-                # Behind the proposal the consumer is measured and solved again; meanwhile there is the original block.
-                measured = max(phases[SublayerPhase.STATISTICS.of(kind)], phases[SublayerPhase.SOLVE.of(kind)])
-                again = measured + weights + cast
-                proposal = iteration_bytes(tokens, hidden, problem.kept or inputs, request.num_latents)
-                phases[Phase.ITERATE] = max(again, pruning + 2 * weights + 2 * cast + proposal)
-    model_bytes = sum(request.stored_bytes.values())
-    added = 0
-    if request.slices != "no":
-        # An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number.
-        added = max(outer.values()) if request.layout.tied_embeddings else 0
-        if request.slices == "bases":
-            added += 2 * request.sliced_hidden**2 * 8 * len(request.layout.blocks)
+        for kind, groups in by_kind(request.groups).items():
+            phases |= _pruning(sizes, kind, groups)
+    model_bytes, added = sum(request.stored_bytes.values()), _added_by_slicing(sizes)
     return PrunePlan(
         budget_bytes=budget,
         phases=phases,
-        store=store,
-        store_bytes=store_bytes,
-        micro_batch_windows=micro_batch,
-        cached=cached,
-        cache_bytes=cache_bytes,
+        store=choice.store,
+        store_bytes=sizes.store,
+        micro_batch_windows=choice.micro_batch,
+        cached=choice.cached,
+        cache_bytes=sizes.cache,
         disk_bytes=model_bytes
         + added
-        + _disk_to_go_on(request, num_stores * store_bytes, gradient)
-        + (num_stores * store_bytes * request.num_ranks if store == "file" else 0),
-        reload=_reload_bound(request, small, item) if request.reload_check else None,
+        + _disk_to_go_on(sizes)
+        + (sizes.num_stores * sizes.store * request.num_ranks if choice.store == "file" else 0),
+        reload=_reload_bound(sizes) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
     )
 
 
-def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int) -> int:
-    """Disk of what a run that is cut goes on from. A snapshot is there twice while its successor is written."""
-    hidden, num_blocks = request.layout.hidden_size, len(request.layout.blocks)
-    window = request.seq_len * hidden * request.compute_dtype.itemsize
-    # Of all ranks: they share one disk.
-    total = 2 * stores_bytes * request.num_ranks + 4 * request.num_probe * window
+def _reading(sizes: HostSizes) -> PhaseBytes:
+    """Reading the calibration text, and embedding its windows, with the embeddings alone."""
+    request = sizes.request
+    text = _TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * (request.text_bytes or 0)
+    return {
+        Phase.CALIBRATION_TEXT: sizes.runtime + _TEXT_BYTES + text,
+        Phase.EMBED: sizes.stores_open + sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states,
+    }
+
+
+def _blocks(sizes: HostSizes) -> PhaseBytes:
+    """Reading a block, running all windows through it, writing it: twice the block, or once and activations."""
+    beside = sizes.pruning + sizes.weights + sizes.cast
+    return {
+        Phase.READ_BLOCK: beside + sizes.weights,
+        Phase.PROPAGATE: beside + sizes.activations,
+        Phase.WRITE_BLOCK: beside + sizes.weights,
+    }
+
+
+def _ends(sizes: HostSizes) -> PhaseBytes:
+    """Behind the last block, where the hidden states are gone but for the few windows of the perplexity."""
+    others = sum(sizes.outer.values()) - sizes.stored_embeddings
+    return {
+        Phase.COPY_OUTER: sizes.stores_closed + max(sizes.stored_embeddings, others) + CHUNK_BYTES,
+        Phase.PERPLEXITY: sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits,
+    }
+
+
+def _comparisons(sizes: HostSizes) -> PhaseBytes:
+    """Choosing whole blocks, by the states at two boundaries or by the losses that follow from them."""
+    phases: PhaseBytes = {}
+    if sizes.request.compares == "boundaries":
+        # Both states, their unit vectors and one difference in float32.
+        states = sizes.micro_batch_tokens * sizes.hidden * (2 * sizes.item + 5 * 4)
+        phases[Phase.ANGULAR_DISTANCES] = sizes.stores_open + 2 * sizes.weights + sizes.cast + states
+    if sizes.request.compares == "losses":
+        head = sizes.head + CHUNK_BYTES + sizes.logits
+        phases[Phase.MEASURED_LOSSES] = sizes.stores_open + head + sizes.request.other_head_bytes
+    return phases
+
+
+def _sensitivity(sizes: HostSizes) -> PhaseBytes:
+    """Measuring the dense model: backward through one block after the other from the loss, or forward for scores."""
+    request, block = sizes.request, sizes.block
+    phases: PhaseBytes = {}
     if request.needs_sensitivity or request.needs_weight_gradients:
-        kept = (num_blocks + 1) * request.sensitivity_windows * window + 2 * gradient_bytes
+        beside = sizes.stores_closed + sizes.gradient
+        kept = kept_for_backward(request, block) + sizes.widened
+        if request.needs_sensitivity:
+            sums = sum(gram_bytes(group) + sizes.hidden**2 * 4 for group in request.groups)
+            # A block's sums wait at their owner while other blocks are differentiated.
+            kept += sums * (2 if request.num_ranks > 1 else 1)
+        if request.needs_weight_gradients:
+            kept += weight_gradient_bytes(request, block)
+        phases[Phase.SENSITIVITY_BACKWARD] = beside + sizes.weights + sizes.cast + kept
+        phases[Phase.SENSITIVITY_LOSS] = beside + sizes.head + CHUNK_BYTES + sizes.logits
+    if request.needs_scores:
+        # All consumers' sums are taken while the whole block runs.
+        sums = sum(gram_bytes(group) for group in request.groups)
+        running = sizes.weights + sizes.cast + sizes.activations
+        phases[Phase.SENSITIVITY_SCORES] = sizes.stores_open + running + sums
+    return phases
+
+
+def _slicing(sizes: HostSizes) -> PhaseBytes:
+    """Cutting the residual stream: bases beside block or embeddings, and the eigenvectors that they are made of."""
+    return slice_phases(
+        sizes.request,
+        SliceMemory(
+            micro_batch=sizes.choice.micro_batch,
+            buffered=sizes.choice.store == "file",
+            stores_open=sizes.stores_open,
+            stores_closed=sizes.stores_closed,
+            weights=sizes.weights,
+            cast=sizes.cast,
+            activations=sizes.activations,
+            largest_outer=max(sizes.outer.values()),
+        ),
+    )
+
+
+def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> PhaseBytes:
+    """One sublayer's statistics, choice and solve; the costs of its removals, and new producers, if they are asked for.
+
+    Its groups are measured in one pass and solved one after the other, with the others' sums beside.
+    """
+    request, group = sizes.request, groups[0]
+    problem = group_problem(request, sizes.block, group)
+    inputs = group.num_units * group.width
+    beside = sizes.pruning + sizes.weights + sizes.cast + (len(groups) - 1) * problem.sums
+    # What the gradient left of each sublayer in scope.
+    sensitivities = len(by_kind(request.groups)) * sizes.hidden**2 * 4 if request.needs_sensitivity else 0
+    # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
+    batch = max(_measuring(sizes, group), 3 * problem.gram // 16)
+    phases: PhaseBytes = {
+        SublayerPhase.STATISTICS.of(kind): beside + problem.sums + batch,
+        SublayerPhase.SOLVE.of(kind): beside + problem.solve + sensitivities,
+    }
+    again = max(phases.values())
+    if request.needs_sensitivity:
+        dense = sizes.stores_closed + sizes.gradient + sizes.weights
+        others = sum(gram_bytes(other) for other in request.groups if other is not group)
+        ordered = inputs * sizes.hidden * problem.stored_item
+        costs = problem.gram + others + ordered + problem.removal_costs
+        phases[SublayerPhase.REMOVAL_COSTS.of(kind)] = dense + costs + sensitivities
+    if request.num_latents and kind == "mlp":
+        tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
+        proposal = iteration_bytes(tokens, sizes.hidden, problem.kept or inputs, request.num_latents)
+        # Behind the proposal the consumer is measured and solved again; meanwhile there is the original block.
+        original = sizes.weights + sizes.cast
+        phases[Phase.ITERATE] = original + max(again, sizes.pruning + original + proposal)
+    return phases
+
+
+def _measuring(sizes: HostSizes, group: UnitGroup) -> int:
+    """A micro-batch where sums are taken of the inputs of a group's consumer."""
+    batch = max(sizes.activations, statistics_bytes(sizes.request, group, sizes.choice.micro_batch))
+    if sizes.item == 4:
+        return batch
+    # The same input in float32, where it is too large for the holes that the activations left in the heap, and what the
+    # library makes of it and of one strip to multiply them in bfloat16.
+    wide = sizes.micro_batch_tokens * group.num_units * group.width * 4
+    return batch + (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
+
+
+def _added_by_slicing(sizes: HostSizes) -> int:
+    """An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number."""
+    request = sizes.request
+    if request.slices == "no":
+        return 0
+    untied = max(sizes.outer.values()) if request.layout.tied_embeddings else 0
+    shortcuts = 2 * request.sliced_hidden**2 * 8 * len(request.layout.blocks) if request.slices == "bases" else 0
+    return untied + shortcuts
+
+
+def _disk_to_go_on(sizes: HostSizes) -> int:
+    """Disk of what an interrupted run goes on from. A snapshot is there twice while its successor is written."""
+    request, hidden = sizes.request, sizes.hidden
+    num_blocks = len(request.layout.blocks)
+    window = request.seq_len * hidden * sizes.item
+    # Of all ranks: they share one disk.
+    total = 2 * sizes.num_stores * sizes.store * request.num_ranks + 4 * request.num_probe * window
+    if request.needs_sensitivity or request.needs_weight_gradients:
+        kept = (num_blocks + 1) * request.sensitivity_windows * window + 2 * sizes.gradient
         total += kept * request.num_ranks
     if request.needs_sensitivity:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
@@ -305,12 +294,15 @@ def _disk_to_go_on(request: PlanRequest, stores_bytes: int, gradient_bytes: int)
     return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 
 
-def _reload_bound(request: PlanRequest, run_bytes: int, item: int) -> ReloadBound:
-    layout = request.layout
+def _reload_bound(sizes: HostSizes) -> ReloadBound:
+    """What the process holds that loads the result, beside what the run still holds."""
+    layout = sizes.request.layout
     shapes = {block.prefix + name: shape for block in layout.blocks for name, shape in block.shapes.items()}
     shapes.update(layout.outer_tensors)
-    casts = any(request.stored_dtypes[name] != request.compute_dtype for name in shapes)
-    largest = max(torch.Size(shape).numel() for shape in shapes.values()) * item
     return ReloadBound(
-        run_bytes=run_bytes, casts=casts, largest_bytes=largest, item_bytes=item, vocab_size=layout.vocab_size
+        run_bytes=sizes.stores_closed,
+        casts=any(sizes.request.stored_dtypes[name] != sizes.request.compute_dtype for name in shapes),
+        largest_bytes=max(torch.Size(shape).numel() for shape in shapes.values()) * sizes.item,
+        item_bytes=sizes.item,
+        vocab_size=layout.vocab_size,
     )

@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from structprune.engine.planning.plan import PlanRequest
 from structprune.phases import Phase, PhaseBytes
 
 # What the reader copies at once, and the pipeline rotates at once.
 _CHUNK_BYTES = 16 * 2**20
 
 
-def slice_phases(
-    *,
-    hidden: int,
-    width: int,
-    item: int,
-    several: bool,
-    buffered: bool,
-    stream: int,
-    outside: int,
-    weights: int,
-    cast: int,
-    activations: int,
-    batch_tokens: int,
-    largest_outer: int,
-) -> PhaseBytes:
-    """Phase -> peak bytes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceMemory:
+    """What host or device holds beside the bases while the stream is cut, in bytes where nothing else is said."""
 
-    `hidden` dimensions become `width`, with `several` bases or one; `item` bytes per number of the forward passes.
-    The stores are files, whose windows are read into buffers, where it is `buffered`.
-    `stream` is what is held beside a block while the stores are open and `outside` what is held when they are closed,
-    `weights` and `cast` the block, `largest_outer` the largest tensor outside the blocks, all in bytes.
-    """
+    micro_batch: int
+    """Windows that are computed at once."""
+    buffered: bool
+    """Whether windows are read into buffers: the stores are files, or elsewhere."""
+    stores_open: int
+    """All that is held beside a block while the windows' states are kept."""
+    stores_closed: int
+    """All that is held beside a block once they are not."""
+    weights: int
+    """The block as it is stored."""
+    cast: int
+    """The block's tensors that are cast, or its cut successor."""
+    activations: int
+    largest_outer: int
+    """The largest tensor outside the blocks."""
+
+
+def slice_phases(request: PlanRequest, memory: SliceMemory) -> PhaseBytes:
+    """Phase -> peak bytes: `hidden` dimensions of the stream become `width`, with several bases or one."""
+    hidden, width, item = request.layout.hidden_size, request.sliced_hidden, request.compute_dtype.itemsize
+    several = request.slices == "bases"
     square = hidden * hidden
     basis = hidden * width * 8
     # Those before and after the block and between its sublayers, and the one at work in the forward passes' dtype.
     bases = (3 if several else 1) * basis + hidden * width * item
-    states = batch_tokens * hidden
+    states = memory.micro_batch * request.seq_len * hidden
     # Of a micro-batch: the cut one, its coordinates, the buffer; float32 needs no copy, but for the directions.
-    batch = states * ((2 + buffered) * item + (0 if item == 4 and several else 4))
+    batch = states * ((2 + memory.buffered) * item + (0 if item == 4 and several else 4))
     # Shifted Gram and eigenvectors, the library's copy of either, its workspace of two squares; sorted, signed, chosen.
     eigen = 6 * square * 8 + 3 * basis
+    # One basis has the sum over the positions in float64 beside that of one.
+    sums = square * (4 if several else 4 + 8)
     # A row chunk in float64, scaled basis, product; what is written beside what was read.
     chunk = 3 * _CHUNK_BYTES + basis
     growth = 2 * width * width * (8 + 4) if several else 0
-    phases: PhaseBytes = {
+    block = memory.stores_open + memory.weights + memory.cast + bases
+    outer = memory.largest_outer + 2 * _CHUNK_BYTES + bases + chunk
+    return {
         # The basis behind the block comes when its sums are gone.
-        Phase.SLICE_STATISTICS: stream + weights + cast + activations + square * 4 + bases - basis * several + batch,
-        Phase.SLICE_EIGENVECTORS: stream + weights + cast + square * 4 + bases + eigen,
-        Phase.ROTATE_BLOCK: stream + 2 * weights + cast + bases + chunk + growth,
-        Phase.ROTATE_EMBEDDINGS: stream + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
-        Phase.ROTATE_HEAD: outside + largest_outer + 2 * _CHUNK_BYTES + bases + chunk,
+        Phase.SLICE_STATISTICS: block + memory.activations + sums - basis * several + batch,
+        Phase.SLICE_EIGENVECTORS: block + sums + eigen,
+        Phase.ROTATE_BLOCK: block + memory.weights + chunk + growth,
+        Phase.ROTATE_EMBEDDINGS: memory.stores_open + outer,
+        Phase.ROTATE_HEAD: memory.stores_closed + outer,
     }
-    if not several:
-        # The sum over the positions.
-        phases[Phase.SLICE_STATISTICS] += square * 8
-        phases[Phase.SLICE_EIGENVECTORS] += square * 8
-    return phases

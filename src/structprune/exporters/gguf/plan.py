@@ -266,7 +266,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
         "h": model.head_size,
     }
     used: set[str] = set()
-    result = _joined(reader, model.family, "", "", target.outer, common, (1, 1), frozenset(), used)
+    result = _joined(reader, model.family, _Place(dims=common), target.outer, used)
     factors = rope_factors(model)
     if factors is not None:
         result.append(GgufTensor(name="rope_freqs.weight", shape=tuple(factors.shape), values=factors))
@@ -274,10 +274,14 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
         q, k, f = block.heads * model.head_size, block.kv_heads * model.head_size, block.channels
         dims = common | {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k}
         rules = [rule for rule in target.block if rule.sublayer != "attention" or block.heads]
-        gone = removed[block.index]
-        prefix = f"{model.family.blocks}{block.index}."
-        heads = (block.heads, block.kv_heads)
-        result += _joined(reader, model.family, prefix, f"blk.{number}.", rules, dims, heads, gone, used)
+        place = _Place(
+            source_prefix=f"{model.family.blocks}{block.index}.",
+            target_prefix=f"blk.{number}.",
+            dims=dims,
+            heads=(block.heads, block.kv_heads),
+            gone=removed[block.index],
+        )
+        result += _joined(reader, model.family, place, rules, used)
     left = [name for name in reader.shapes if name not in used and not name.endswith(_COMPUTED)]
     if left:
         raise UnsupportedError(
@@ -287,25 +291,33 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
     return result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """One block of checkpoint and file, or what is outside the blocks."""
+
+    source_prefix: str = ""
+    """What names of the checkpoint's tensors start with."""
+    target_prefix: str = ""
+    """What names in the file start with."""
+    dims: Mapping[str, int]
+    """Dimension of a rule -> its size here."""
+    heads: tuple[int, int] = (1, 1)
+    """Query heads and KV heads."""
+    gone: frozenset[str] = frozenset()
+    """Sublayers that the block lost, whose tensors are zeros."""
+
+
 def _joined(
-    reader: CheckpointReader,
-    family: GgufFamily,
-    prefix: str,
-    target_prefix: str,
-    rules: Sequence[Rule],
-    dims: Mapping[str, int],
-    heads: tuple[int, int],
-    gone: frozenset[str],
-    used: set[str],
+    reader: CheckpointReader, family: GgufFamily, place: _Place, rules: Sequence[Rule], used: set[str]
 ) -> list[GgufTensor]:
-    """The tensors that `rules` make; those of sublayers in `gone` are zeros."""
+    """The tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
-        name = _stored(reader, family, prefix + rule.source)
-        zeros = rule.sublayer in gone
+        name = _stored(reader, family, place.source_prefix + rule.source)
+        zeros = rule.sublayer in place.gone
         if rule.optional and (zeros or name not in reader.shapes):
             continue
-        shape = tuple(dims[dim] for dim in rule.dims)
+        shape = tuple(place.dims[dim] for dim in rule.dims)
         if not zeros:
             if reader.shapes.get(name) != shape:
                 raise CheckpointError(
@@ -317,14 +329,14 @@ def _joined(
             used.add(name)
         if rule.transform == "transpose":
             shape = shape[::-1]
-        full = target_prefix + rule.target
+        full = place.target_prefix + rule.target
         before = result.get(full)
         result[full] = GgufTensor(
             name=full,
             shape=shape if before is None else (before.shape[0] + shape[0], *shape[1:]),
             sources=(
                 *(() if before is None else before.sources),
-                *(() if zeros else ((name, rule.transform, heads[1 if rule.dims[0] == "k" else 0]),)),
+                *(() if zeros else ((name, rule.transform, place.heads[1 if rule.dims[0] == "k" else 0]),)),
             ),
             float32=rule.float32,
         )
