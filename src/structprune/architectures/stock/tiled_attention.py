@@ -1,6 +1,6 @@
 """Causal attention in bfloat16 on CPUs, tile by tile: what SDPA computes there, in about two thirds of its time.
 
-SDPA's CPU kernel reaches a sixth of the rate of other products (docs/log.md); products of whole tiles reach more.
+SDPA's CPU kernel reaches a sixth of the rate of other products (docs/log/index.md); products of whole tiles reach more.
 Scores, probabilities and their sums are float32, as in SDPA: what goes into a product is rounded to bfloat16.
 
 Shape suffixes: B windows, H heads, K key-value heads, S positions, J heads of one tile, N query positions of one tile,
