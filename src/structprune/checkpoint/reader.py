@@ -41,7 +41,8 @@ class CheckpointReader:
         self.directory = directory
         self.config = self._read_json(directory / "config.json", "every Hugging Face checkpoint has a config.json")
         self._shard_of = self._locate()
-        self._prefixes: list[tuple[str, str]] = []
+        # Renamings one after the other, each a list of (stored, wanted).
+        self._renamings: list[list[tuple[str, str]]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._read_headers()
@@ -49,15 +50,32 @@ class CheckpointReader:
     def renamed(self, prefixes: Mapping[str, str]) -> CheckpointReader:
         """The same checkpoint under other names: of `prefixes`, stored -> wanted, the first that fits is exchanged."""
         view = copy.copy(self)
-        view._prefixes = list(prefixes.items())
-        view._shard_of = {_exchanged(name, view._prefixes): path for name, path in self._shard_of.items()}
-        view.shapes = {_exchanged(name, view._prefixes): shape for name, shape in self.shapes.items()}
-        view.dtypes = {_exchanged(name, view._prefixes): dtype for name, dtype in self.dtypes.items()}
+        pairs = list(prefixes.items())
+        view._renamings = [*self._renamings, pairs]
+        view._shard_of = {_exchanged(name, pairs): path for name, path in self._shard_of.items()}
+        view.shapes = {_exchanged(name, pairs): shape for name, shape in self.shapes.items()}
+        view.dtypes = {_exchanged(name, pairs): dtype for name, dtype in self.dtypes.items()}
+        return view
+
+    def with_config(self, config: dict[str, Any]) -> CheckpointReader:
+        """The same checkpoint with another config."""
+        view = copy.copy(self)
+        view.config = config
+        return view
+
+    def without(self, names: Iterable[str]) -> CheckpointReader:
+        """The same checkpoint without these tensors."""
+        view, left_out = copy.copy(self), set(names)
+        view._shard_of = {name: path for name, path in self._shard_of.items() if name not in left_out}
+        view.shapes = {name: shape for name, shape in self.shapes.items() if name not in left_out}
+        view.dtypes = {name: dtype for name, dtype in self.dtypes.items() if name not in left_out}
         return view
 
     def stored_name(self, name: str) -> str:
         """What the tensor is called in the files, whether it is there or not."""
-        return _exchanged(name, [(wanted, stored) for stored, wanted in self._prefixes])
+        for pairs in reversed(self._renamings):
+            name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
+        return name
 
     def _read_json(self, path: Path, do: str) -> dict[str, Any]:
         try:
@@ -210,6 +228,19 @@ class CheckpointReader:
             rows = self._open(path).get_slice(self.stored_name(name))[start : start + num_rows].clone()
             _check_finite(rows, name, path)
             yield start, rows
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers in the same dtype; reads up to the first difference."""
+        if self.shapes[name] != self.shapes[other] or self.dtypes[name] != self.dtypes[other]:
+            return False
+        for start, stop in _row_chunks(torch.Size(self.shapes[name]), self.dtypes[name].itemsize):
+            rows = slice(start, stop) if self.shapes[name] else ...
+            first, second = (
+                self._open(self._shard_of[each]).get_slice(self.stored_name(each))[rows] for each in (name, other)
+            )
+            if not torch.equal(first, second):
+                return False
+        return True
 
     def fingerprint(self) -> str:
         """SHA-256 over the config, the tensor names and shapes, and each shard's size (not its content)."""

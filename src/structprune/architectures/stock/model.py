@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
+from structprune.architectures.stock.config import build_config, usable_config
 from structprune.architectures.stock.counts import check_counts
 from structprune.architectures.stock.head import capped
 from structprune.architectures.stock.loading import without_global_width_warnings
@@ -46,19 +47,13 @@ class StockModel:
     global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
     block may lack a sublayer (`removed`). The sublayers of a block read the stream in `stages`. A sliced checkpoint
     (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
-    the checkpoint is never run here. Raises UnsupportedError for an unknown family or variant, CheckpointError when
+    the checkpoint is never run here. `notes` say what was found that a person should know. Raises UnsupportedError for an unknown family or variant, CheckpointError when
     tensors are missing or of another shape than the configuration says.
     """
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
-        if "quantization_config" in reader.config:
-            raise UnsupportedError(
-                "the checkpoint is quantised",
-                where=str(reader.directory),
-                do="prune the unquantised checkpoint, then quantise",
-            )
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedError(
                 "unknown model family",
@@ -71,11 +66,12 @@ class StockModel:
         check_counts(reader)
         try:
             with without_global_width_warnings():
-                self.config: PretrainedConfig = AutoConfig.from_pretrained(
-                    str(reader.directory),
-                    local_files_only=True,
-                    attn_implementation=self.family.attention_implementation,
+                usable, notes = usable_config(reader)
+                self.config: PretrainedConfig = build_config(
+                    reader, usable, attn_implementation=self.family.attention_implementation
                 )
+            self.notes: tuple[str, ...] = notes
+            reader = reader.with_config(usable)
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
             self.groups = self.family.groups(self.config, self.head_units)
@@ -87,7 +83,7 @@ class StockModel:
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()
-            self.reader = self._named_reader(reader)
+            self.reader = self._read_tied(self._named_reader(reader))
         except StructPruneError:
             raise
         except Exception as error:
@@ -160,13 +156,33 @@ class StockModel:
             prefixes |= {head: head, "": base}
         return reader.renamed(prefixes) if prefixes else reader
 
+    def _read_tied(self, reader: CheckpointReader) -> CheckpointReader:
+        """Read a tied embedding and head as stock code does: one tensor where both are equal or one is missing.
+
+        Where both are stored and differ they are not tied, and the config says so from here on: other runtimes go by
+        the config alone and would drop the head.
+        """
+        embedding, head = f"{self.family.embedding_modules[0]}.weight", f"{self.family.head_module}.weight"
+        if not getattr(self.config, "tie_word_embeddings", False) or head not in reader.shapes:
+            return reader
+        stored = reader.stored_name(head)
+        if embedding not in reader.shapes:
+            self.notes += (f"the tied embedding is stored as {stored} only",)
+            return reader.renamed({head: embedding})
+        if reader.equal(embedding, head):
+            self.notes += (f"{stored} equals the embedding that it is tied to: the copy is left out",)
+            return reader.without([head])
+        self.notes += (f"{stored} differs from the embedding that the config ties it to: kept as it is, untied",)
+        self.config.tie_word_embeddings = False
+        return reader.with_config({**reader.config, "tie_word_embeddings": False})
+
     def _layout(self, reader: CheckpointReader) -> ModelLayout:
         family = self.family
         skeleton: Any = self.skeleton
         expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
         expected |= {name: tuple(b.shape) for name, b in skeleton.state_dict().items()}
         head_weight = f"{family.head_module}.weight"
-        tied = bool(getattr(self.config, "tie_word_embeddings", False)) and head_weight not in reader.shapes
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
         if tied:
             del expected[head_weight]
         check_tensors(reader, expected, skeleton._keys_to_ignore_on_load_unexpected or ())
@@ -195,7 +211,7 @@ class StockModel:
             blocks_module=family.blocks_module,
             embedding_modules=family.embedding_modules,
             rotary_module=family.rotary_module,
-            final_norm_module=family.final_norm_module,
+            final_norm_module=self._final_norm_module,
             head_module=family.head_module,
             tied_embeddings=tied,
             outer_tensors=outer,
@@ -319,8 +335,15 @@ class StockModel:
 
     def head_tensors(self) -> list[str]:
         """Names of the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
-        names = [n for n in self.layout.outer_tensors if n.startswith(f"{self.family.final_norm_module}.")]
+        names = [n for n in self.layout.outer_tensors if n.startswith(f"{self._final_norm_module}.")]
         return [*names, self.head_weight]
+
+    @property
+    def _final_norm_module(self) -> str | None:
+        """The family's, or None where this config leaves it out."""
+        name = self.family.final_norm_module
+        base, _, attribute = (name or "").rpartition(".")
+        return name if name and getattr(self.skeleton.get_submodule(base), attribute) is not None else None
 
     @property
     def head_weight(self) -> str:
@@ -336,7 +359,7 @@ class StockModel:
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
         parts: list[nn.Module] = []
-        norm_name = self.family.final_norm_module
+        norm_name = self._final_norm_module
         if norm_name is not None:
             norm = self.skeleton.get_submodule(norm_name)
             local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}

@@ -1,0 +1,61 @@
+"""The checkpoint's config as stock code can build it: entries that say nothing are left out, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import UnsupportedError
+
+# Entries that say how weights are stored; every tensor of a reader is a float of at least 16 bits.
+_QUANTISATION = ("quantization_config", "compression_config")
+_DTYPES = ("dtype", "torch_dtype")
+
+
+def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return config.json without entries that have no meaning beside these weights, and what was found of them.
+
+    Raises UnsupportedError for a quantisation that the config announces and the weights do not have: stock code would
+    quantise them while it loads, so what was calibrated would not be what runs.
+    """
+    config = dict(reader.config)
+    notes: list[str] = []
+    for name in _QUANTISATION:
+        if name not in config:
+            continue
+        if value := config.pop(name):
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            stored = sorted({str(dtype).removeprefix("torch.") for dtype in reader.dtypes.values()})
+            raise UnsupportedError(
+                f"config.json announces a quantisation that the weights do not have ({name} is left over)",
+                where=str(reader.directory / "config.json"),
+                got=f"quant_method {method!r} beside weights in {', '.join(stored)}",
+                wanted=f"no {name} beside weights that are not quantised",
+                do=f"remove {name} from config.json if the weights are the merged or dequantised ones",
+            )
+        notes.append(f"{name} in config.json is empty and left out: the weights are not quantised")
+    for name in _DTYPES:
+        if config.get(name) == "auto":
+            config[name] = stored_dtype(reader)
+            notes.append(f"{name} in config.json is 'auto', which names no dtype: read as {config[name]}")
+    return config, tuple(notes)
+
+
+def stored_dtype(reader: CheckpointReader) -> str:
+    """Return the dtype that most of the checkpoint's numbers are stored in, as config.json spells it."""
+    numbers: dict[str, int] = {}
+    for name, dtype in reader.dtypes.items():
+        key = str(dtype).removeprefix("torch.")
+        numbers[key] = numbers.get(key, 0) + reader.num_bytes([name])
+    return max(numbers, key=lambda key: numbers[key])
+
+
+def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:
+    """Return the stock config of the checkpoint with `usable` in the place of the entries that it corrected."""
+    corrected = {name: usable[name] for name in _DTYPES if usable.get(name) != reader.config.get(name)}
+    return AutoConfig.from_pretrained(
+        str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **settings
+    )
