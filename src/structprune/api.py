@@ -235,6 +235,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
     recipe = resolved.recipe
     source = source_context(
         resolved.directory,
+        vocab_size=resolved.stock.layout.vocab_size,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,

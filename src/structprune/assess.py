@@ -175,7 +175,7 @@ def _streamed(
 ) -> tuple[list[PerplexityResult], int]:
     """The results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
-    encoder = TextEncoder(models[-1].reader.directory)
+    encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size)
     windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
     del encoder
     num_windows = sum(len(text.ids_NS) for text in windows)
@@ -203,7 +203,8 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
     directory = resolve_model(str(model))
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
     CheckpointReader(directory)
-    return load_model(directory, device, dtype), TextEncoder(directory)
+    loaded = load_model(directory, device, dtype)
+    return loaded, TextEncoder(directory, loaded.get_input_embeddings().num_embeddings)
 
 
 def bench(

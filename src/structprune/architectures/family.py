@@ -74,6 +74,8 @@ class Experts:
     """Config entry: how many experts a block has."""
     chosen_field: str
     """Config entry: how many of them a token is sent to."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Tensor (experts, rows, columns) that some files have instead -> the maps whose rows lie there in turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

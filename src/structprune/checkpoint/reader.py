@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,17 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Where the tensor of one expert's map lies in a tensor that holds those of all experts."""
+
+    stacked: str
+    """Stored name of the tensor (experts, rows, columns)."""
+    expert: int
+    first: int
+    """Its first row."""
+
+
 class CheckpointReader:
     """Lazy view of a checkpoint directory with one or many shards.
 
@@ -40,6 +53,9 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = self._read_json(directory / "config.json", "every Hugging Face checkpoint has a config.json")
+        self._pieces: dict[str, _Piece] = {}
+        self.notes: tuple[str, ...] = ()
+        """What was found in the files that a person should know, a sentence each."""
         self._shard_of = self._locate()
         # Renamings one after the other, each a list of (stored, wanted).
         self._renamings: list[list[tuple[str, str]]] = []
@@ -69,6 +85,29 @@ class CheckpointReader:
         view._shard_of = {name: path for name, path in self._shard_of.items() if name not in left_out}
         view.shapes = {name: shape for name, shape in self.shapes.items() if name not in left_out}
         view.dtypes = {name: dtype for name, dtype in self.dtypes.items() if name not in left_out}
+        return view
+
+    def unstacked(self, module: str, stacked: Mapping[str, Sequence[str]]) -> CheckpointReader:
+        """The same checkpoint with a tensor for each map of each expert where files hold those of all experts in one.
+
+        `stacked`: name of a tensor (experts, rows, columns) in `module` -> the maps whose rows lie there one after the
+        other, as many of each.
+        """
+        view, pieces = copy.copy(self), dict(self._pieces)
+        view._shard_of, view.shapes, view.dtypes = dict(self._shard_of), dict(self.shapes), dict(self.dtypes)
+        for name, shape in self.shapes.items():
+            place, _, last = name.rpartition(".")
+            if last not in stacked or not place.endswith(module) or len(shape) != 3:
+                continue
+            path, dtype = view._shard_of.pop(name), view.dtypes.pop(name)
+            del view.shapes[name]
+            rows = shape[1] // len(stacked[last])
+            for expert in range(shape[0]):
+                for number, label in enumerate(stacked[last]):
+                    piece = f"{place}.{expert}.{label}.weight"
+                    pieces[piece] = _Piece(stacked=self.stored_name(name), expert=expert, first=number * rows)
+                    view._shard_of[piece], view.dtypes[piece], view.shapes[piece] = path, dtype, (rows, shape[2])
+        view._pieces = pieces
         return view
 
     def stored_name(self, name: str) -> str:
@@ -109,7 +148,17 @@ class CheckpointReader:
                         "the index names a shard outside its directory", where=str(index_path), got=repr(file_name)
                     )
                 shards[name] = self.directory / file_name
-            return shards
+            return self._present(shards)
+        if shards_there := sorted(path.name for path in self.directory.glob("*.safetensors")):
+            raise CheckpointError(
+                "the weight files have no index",
+                where=str(self.directory),
+                got=f"{shards_there[0]}" + (f" and {len(shards_there) - 1} more" if len(shards_there) > 1 else ""),
+                wanted=f"{SINGLE_NAME}, or {INDEX_NAME} beside the shards",
+                do=f"rename the file to {SINGLE_NAME}"
+                if len(shards_there) == 1
+                else f"fetch {INDEX_NAME} from where the shards are from, or save the model again with save_pretrained",
+            )
         pickled = sorted(p.name for p in self.directory.glob("*.bin"))
         raise CheckpointError(
             "no safetensors weights found",
@@ -120,6 +169,29 @@ class CheckpointReader:
             if pickled
             else "check the path",
         )
+
+    def _present(self, placed: Mapping[str, Path]) -> dict[str, Path]:
+        """Tensor -> shard as the shards themselves have it; of the index, stock code takes only which files there are.
+
+        Raises CheckpointError for a tensor that is in two shards without the index saying which one counts.
+        """
+        found: dict[str, Path] = {}
+        for path in dict.fromkeys(placed.values()):
+            with self._open(path, "np") as handle:
+                for name in handle.keys():
+                    if name in found and placed.get(name) not in (found[name], path):
+                        raise CheckpointError(
+                            f"two shards hold tensor {name!r}, and the index does not say which one counts",
+                            where=str(self.directory),
+                            got=f"{found[name].name} and {path.name}",
+                        )
+                    if name not in found or placed.get(name) == path:
+                        found[name] = path
+        if invented := sorted(placed.keys() - found.keys()):
+            self.notes += (f"{INDEX_NAME} names {len(invented)} tensor(s) that no shard holds, such as {invented[0]}",)
+        if omitted := sorted(found.keys() - placed.keys()):
+            self.notes += (f"{INDEX_NAME} leaves out {len(omitted)} tensor(s) of its shards, such as {omitted[0]}",)
+        return found
 
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
         """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
@@ -181,6 +253,13 @@ class CheckpointReader:
         """Bytes of all weight files on disk."""
         return sum(path.stat().st_size for path in set(self._shard_of.values()))
 
+    @property
+    def num_files(self) -> tuple[int, int]:
+        """How many files hold the weights, and how many there should be by their own names (`-00001-of-00003`)."""
+        names = {path.name for path in self._shard_of.values()}
+        announced = [int(match[1]) for name in names if (match := re.search(r"-of-(\d{1,5})\.", name))]
+        return len(names), max(announced, default=len(names))
+
     def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in the stored one.
 
@@ -203,17 +282,26 @@ class CheckpointReader:
                 for start, stop in _row_chunks(tensor.shape, max(stored.itemsize, tensor.itemsize)):
                     # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
                     handle = handle or self._open(path)
-                    part = handle.get_slice(self.stored_name(prefix + name))
-                    rows = part[...] if stop is None else part[start:stop]
+                    rows = self._rows(handle, prefix + name, start, stop)
                     _check_finite(rows, prefix + name, path)
                     if stop is None:
                         tensor.copy_(rows)
                     else:
                         tensor[start:stop] = rows
                         handle = None
-                    del part, rows
+                    del rows
                 tensors[name] = tensor
         return tensors
+
+    def _rows(self, handle: Any, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows start..stop of a tensor, all of it without a stop, as the file's mapping has them."""
+        piece = self._pieces.get(name)
+        if piece is None:
+            part = handle.get_slice(self.stored_name(name))
+            return part[...] if stop is None else part[start:stop]
+        first = piece.first + start
+        last = piece.first + (self.shapes[name][0] if stop is None else stop)
+        return handle.get_slice(piece.stacked)[piece.expert, first:last]
 
     def read_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, private copy of the rows from there), at most `num_rows` at a time, in order.
@@ -225,7 +313,8 @@ class CheckpointReader:
         path = self._shard_of[name]
         for start in range(0, self.shapes[name][0], num_rows):
             # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
-            rows = self._open(path).get_slice(self.stored_name(name))[start : start + num_rows].clone()
+            stop = min(start + num_rows, self.shapes[name][0])
+            rows = self._rows(self._open(path), name, start, stop).clone()
             _check_finite(rows, name, path)
             yield start, rows
 
@@ -234,10 +323,7 @@ class CheckpointReader:
         if self.shapes[name] != self.shapes[other] or self.dtypes[name] != self.dtypes[other]:
             return False
         for start, stop in _row_chunks(torch.Size(self.shapes[name]), self.dtypes[name].itemsize):
-            rows = slice(start, stop) if self.shapes[name] else ...
-            first, second = (
-                self._open(self._shard_of[each]).get_slice(self.stored_name(each))[rows] for each in (name, other)
-            )
+            first, second = (self._rows(self._open(self._shard_of[n]), n, start, stop) for n in (name, other))
             if not torch.equal(first, second):
                 return False
         return True

@@ -54,6 +54,7 @@ def inspect(
                 f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
             )
         )
+    rows += [("note", note) for note in notes]
     key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(supports)])
 
 

@@ -94,6 +94,7 @@ QWEN3_MOE = LlamaLike(
         module="mlp.experts",
         router="mlp.gate.weight",
         writer="down_proj",
+        stacked={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
         count_field="num_experts",
         chosen_field="num_experts_per_tok",
     ),

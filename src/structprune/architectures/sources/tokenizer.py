@@ -22,7 +22,10 @@ def tokenizer_bytes(directory: Path) -> int:
 class TextEncoder:
     """Text -> token ids, without special tokens. Raises CheckpointError if the directory holds no tokenizer."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, num_rows: int | None = None) -> None:
+        self.directory = directory
+        self.num_rows = num_rows
+        """Rows of the embedding that ids are looked up in; None: not checked."""
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:
@@ -35,14 +38,39 @@ class TextEncoder:
             ) from error
 
     def encode(self, text: str) -> Tensor:
-        """Token ids of `text`, int64, shape (tokens,)."""
+        """Token ids of `text`, int64, shape (tokens,).
+
+        Raises CheckpointError where the tokenizer cannot encode it, or gives a token that the embedding has no row for.
+        """
         # Long text is split at line ends: tokenizers take superlinear time on one huge string. As tensors, because a
         # list takes five times the memory.
         ids = [torch.empty(0, dtype=torch.int64)]
         for chunk in _chunks(text, 200_000):
-            found = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-            ids.append(torch.tensor(found, dtype=torch.int64))
+            ids.append(self._encode(chunk))
         return torch.cat(ids)
+
+    def _encode(self, text: str) -> Tensor:
+        try:
+            found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:
+            # The Rust library raises bare exceptions, such as for a character without an unknown token to stand for it.
+            raise CheckpointError(
+                "the tokenizer cannot encode the text",
+                where=str(self.directory),
+                got=f"{first_line(error)} in {_excerpt(text)}",
+                do="check that its files belong to the model; a vocabulary needs an unknown token or all characters",
+            ) from error
+        ids = torch.tensor(found, dtype=torch.int64)
+        if self.num_rows is not None and len(ids) and int(ids.max()) >= self.num_rows:
+            token = int(ids.max())
+            raise CheckpointError(
+                "the text has a token that the embedding has no row for",
+                where=str(self.directory),
+                got=f"token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r})",
+                wanted=f"tokens below {self.num_rows}, the rows of the embedding",
+                do="use the tokenizer that the model was saved with, or a text without that token",
+            )
+        return ids
 
     def decode(self, ids: Tensor) -> str:
         """Token ids -> text."""
@@ -56,6 +84,11 @@ class TextEncoder:
             if isinstance(value, int):
                 return value
         return None
+
+
+def _excerpt(text: str) -> str:
+    """The start of the text, short and on one line."""
+    return repr(text[:40] + ("..." if len(text) > 40 else ""))
 
 
 def _chunks(text: str, size: int) -> list[str]:

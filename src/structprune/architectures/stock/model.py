@@ -55,13 +55,7 @@ class StockModel:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise UnsupportedError(
-                "unknown model family",
-                where=str(reader.directory / "config.json"),
-                got=f"model_type {model_type!r}",
-                wanted=", ".join(FAMILIES),
-                do="see docs/add-an-architecture.md: a family is one file of data",
-            )
+            raise _unknown_family(reader)
         self.family: Family = FAMILIES.get(model_type)
         check_counts(reader)
         try:
@@ -70,7 +64,7 @@ class StockModel:
                 self.config: PretrainedConfig = build_config(
                     reader, usable, attn_implementation=self.family.attention_implementation
                 )
-            self.notes: tuple[str, ...] = notes
+            self.notes: tuple[str, ...] = (*reader.notes, *notes)
             reader = reader.with_config(usable)
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
@@ -83,7 +77,7 @@ class StockModel:
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()
-            self.reader = self._read_tied(self._named_reader(reader))
+            self.reader = self._read_stacked(self._read_tied(self._named_reader(reader)))
         except StructPruneError:
             raise
         except Exception as error:
@@ -155,6 +149,16 @@ class StockModel:
         if not any(name.startswith(base) for name in reader.shapes):
             prefixes |= {head: head, "": base}
         return reader.renamed(prefixes) if prefixes else reader
+
+    def _read_stacked(self, reader: CheckpointReader) -> CheckpointReader:
+        """Read experts that transformers 5 stacked in one tensor as the tensors of their maps."""
+        experts = self.family.experts
+        if experts is None or not experts.stacked:
+            return reader
+        view = reader.unstacked(experts.module, experts.stacked)
+        if view.shapes != reader.shapes:
+            self.notes += ("experts are stored stacked; the output has one tensor for each map of each expert",)
+        return view
 
     def _read_tied(self, reader: CheckpointReader) -> CheckpointReader:
         """Read a tied embedding and head as stock code does: one tensor where both are equal or one is missing.
@@ -369,6 +373,22 @@ class StockModel:
         projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
         head = capped(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
+
+
+def _unknown_family(reader: CheckpointReader) -> UnsupportedError:
+    """The refusal of a model type that is no family; of a wrapper, with the way to the text model inside."""
+    model_type, architectures = reader.config.get("model_type"), str(reader.config.get("architectures"))
+    wraps = "text_config" in reader.config or "ForConditionalGeneration" in architectures
+    return UnsupportedError(
+        f"{model_type} wraps a text model together with other parts" if wraps else "unknown model family",
+        where=str(reader.directory / "config.json"),
+        got=f"model_type {model_type!r}",
+        wanted=", ".join(FAMILIES),
+        do="save the text model that it wraps by itself and prune that: with transformers, the causal model of its "
+        "text_config with the weights below `language_model`"
+        if wraps
+        else "see docs/add-an-architecture.md: a family is one file of data",
+    )
 
 
 def output_tensor(output: Any) -> Tensor:

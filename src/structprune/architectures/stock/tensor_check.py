@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.reader import INDEX_NAME, CheckpointReader
 from structprune.errors import CheckpointError
 
 # Kept in old checkpoints beside the weights: what the stock class computes, and a format's number.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.bias$", r"attn\.masked_bias$", r"decoder\.version$")
 _MAX_NAMES = 10
+
+# A pattern of names that a program leaves behind, what that program is, and the way back to a model's own names.
+_ORIGINS = (
+    (r"(^|\.)_orig_mod\.", "a model that torch.compile wrapped", "save `model._orig_mod` with save_pretrained"),
+    (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wrapped", "save its full state dict under the inner names"),
+    (r"^module\.", "a model that DataParallel or DistributedDataParallel wrapped", "save `model.module` instead"),
+    (r"\.lora_[AB]\b|\.base_layer\.", "a model with an adapter that is not merged", "call merge_and_unload() first"),
+    (r"^base_model\.model\.", "a PEFT model", "call merge_and_unload() and save the result"),
+    (r"^(v_head|value_head)\.", "a model with a value head (reinforcement learning)", "save its `pretrained_model`"),
+    (r"^(score|classifier|qa_outputs)\.", "a classifier or reward model", "prune the causal language model instead"),
+    (r"(^|\.)(language_model|text_model)\.", "a wrapper around a text model", "save the text model by itself"),
+    (r"\.(qweight|qzeros|scales|weight_scale|weight_scale_inv|weight_packed)$", "a quantised model",
+     "prune the unquantised checkpoint, then quantise the result"),
+)
 
 
 def check_tensors(
@@ -25,19 +39,22 @@ def check_tensors(
     harmless = re.compile("|".join((*_COMPUTED, *computed)))
     extra = [name for name in reader.shapes if name not in expected and not harmless.search(name)]
     unknown = f"{len(extra)} tensor(s) that the configuration does not have: {_listed(reader, extra)}"
+    origin, way_back = _origin([reader.stored_name(name) for name in extra])
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensor(s): {_listed(reader, missing)}",
             where=where,
-            got=unknown if extra else None,
-            do="download it again, or check that config.json belongs to it",
+            got="; ".join((*((unknown,) if extra else ()), *((origin,) if origin else ()), *reader.notes)) or None,
+            do=way_back or _on_missing(reader, missing),
         )
     if extra:
         # Dropped, they would be lost without a word.
         raise CheckpointError(
             f"the checkpoint has {unknown}",
             where=where,
-            do="check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save "
+            got=origin,
+            do=way_back
+            or "check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save "
             "it with save_pretrained",
         )
     for name, shape in expected.items():
@@ -48,6 +65,22 @@ def check_tensors(
                 got=reader.shapes[name],
                 wanted=shape,
             )
+
+
+def _origin(stored: Sequence[str]) -> tuple[str | None, str | None]:
+    """What left such names behind, and what to do; None where that is not known."""
+    for pattern, what, do in _ORIGINS:
+        if any(re.search(pattern, name) for name in stored):
+            return f"names of {what}", do
+    return None, None
+
+
+def _on_missing(reader: CheckpointReader, missing: Sequence[str]) -> str:
+    """What to do where tensors are missing and no name says why."""
+    files, announced = reader.num_files
+    if announced > files:
+        return f"it is a part of a split checkpoint: fetch all {announced} files and {INDEX_NAME}"
+    return "check that config.json belongs to it, and that all of it was fetched"
 
 
 def _listed(reader: CheckpointReader, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from structprune.calibration.context import SourceContext
 def source_context(
     directory: Path,
     *,
+    vocab_size: int,
     num_samples: int,
     seq_len: int,
     seed: int,
@@ -23,7 +24,7 @@ def source_context(
     budget_bytes: int,
 ) -> SourceContext:
     """The request for `num_samples` windows with the means of the model in `directory`. Raises CheckpointError."""
-    encoder = TextEncoder(directory)
+    encoder = TextEncoder(directory, vocab_size)
 
     def sample(num_windows: int, window_len: int, draw: int) -> Tensor:
         return sample_windows(
