@@ -234,8 +234,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = resolved.recipe
     source = source_context(
-        resolved.directory,
-        vocab_size=resolved.stock.layout.vocab_size,
+        resolved.stock,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,

@@ -189,6 +189,8 @@ class ModelLayout:
     tied_embeddings: bool
     outer_tensors: Mapping[str, tuple[int, ...]]
     """Checkpoint tensors outside the blocks (embeddings, final norm, head), copied unchanged."""
+    notes: tuple[str, ...] = ()
+    """What was found in the checkpoint that a person should know, a sentence each."""
 
     @property
     def num_parameters(self) -> int:

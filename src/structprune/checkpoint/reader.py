@@ -178,7 +178,7 @@ class CheckpointReader:
         found: dict[str, Path] = {}
         for path in dict.fromkeys(placed.values()):
             with self._open(path, "np") as handle:
-                for name in handle.keys():
+                for name in set(handle.keys()):
                     if name in found and placed.get(name) not in (found[name], path):
                         raise CheckpointError(
                             f"two shards hold tensor {name!r}, and the index does not say which one counts",

@@ -42,7 +42,11 @@ def inspect(
         "share_of_blocks": layout.block_parameters / layout.num_parameters,
     }
     if as_json:
-        print(json.dumps({**facts, "groups": groups, "runtimes": [asdict(s) for s in supports]}, indent=2))
+        print(
+            json.dumps(
+                {**facts, "notes": layout.notes, "groups": groups, "runtimes": [asdict(s) for s in supports]}, indent=2
+            )
+        )
         return
     rows = [(name.replace("_", " "), _show(value)) for name, value in facts.items()]
     for group in groups:
@@ -54,7 +58,7 @@ def inspect(
                 f"{group['share_of_block']:.1%} of a block, {group['share_of_model']:.1%} of the model",
             )
         )
-    rows += [("note", note) for note in notes]
+    rows += [("found", note) for note in layout.notes]
     key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(supports)])
 
 

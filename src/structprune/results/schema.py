@@ -172,6 +172,8 @@ class PruneFacts(Frozen):
     num_ranks: int = 1
     """Processes that shared the work, those of the last start if there were several."""
     runtimes: list[RuntimeReport]
+    notes: tuple[str, ...] = ()
+    """What was found in the source that a person should know, a sentence each."""
     wall_seconds: float
     versions: dict[str, str]
 

@@ -71,7 +71,7 @@ def reload_line(reload: ReloadReport) -> str:
 
 def warnings(report: PruneFacts) -> list[str]:
     """What a reader should not miss."""
-    found: list[str] = []
+    found = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")

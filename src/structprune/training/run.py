@@ -68,8 +68,7 @@ def recover_model(
     with PeakMeter() as meter:
         planned = plan_recovery(dense, pruned, settings, dtype, _most_windows(settings.calibration, settings))
         source = source_context(
-            dense.reader.directory,
-            vocab_size=dense.layout.vocab_size,
+            dense,
             num_samples=settings.num_samples,
             seq_len=settings.seq_len,
             seed=settings.seed,

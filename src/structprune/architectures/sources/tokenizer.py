@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from structprune.errors import CheckpointError, first_line
 
@@ -22,12 +22,13 @@ def tokenizer_bytes(directory: Path) -> int:
 class TextEncoder:
     """Text -> token ids, without special tokens. Raises CheckpointError if the directory holds no tokenizer."""
 
-    def __init__(self, directory: Path, num_rows: int | None = None) -> None:
+    def __init__(self, directory: Path, num_rows: int | None = None, config: PretrainedConfig | None = None) -> None:
         self.directory = directory
         self.num_rows = num_rows
         """Rows of the embedding that ids are looked up in; None: not checked."""
+        # Without `config` the loader reads it itself, and fails where an entry was corrected.
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, config=config)
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
             raise CheckpointError(

@@ -47,7 +47,8 @@ class StockModel:
     global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
     block may lack a sublayer (`removed`). The sublayers of a block read the stream in `stages`. A sliced checkpoint
     (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
-    the checkpoint is never run here. `notes` say what was found that a person should know. Raises UnsupportedError for an unknown family or variant, CheckpointError when
+    the checkpoint is never run here. `notes` say what
+    was found that a person should know. Raises UnsupportedError for an unknown family or variant, CheckpointError when
     tensors are missing or of another shape than the configuration says.
     """
 
@@ -219,6 +220,7 @@ class StockModel:
             head_module=family.head_module,
             tied_embeddings=tied,
             outer_tensors=outer,
+            notes=self.notes,
         )
 
     def _attention_window(self) -> int | None:

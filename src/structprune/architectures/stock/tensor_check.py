@@ -22,8 +22,11 @@ _ORIGINS = (
     (r"^(v_head|value_head)\.", "a model with a value head (reinforcement learning)", "save its `pretrained_model`"),
     (r"^(score|classifier|qa_outputs)\.", "a classifier or reward model", "prune the causal language model instead"),
     (r"(^|\.)(language_model|text_model)\.", "a wrapper around a text model", "save the text model by itself"),
-    (r"\.(qweight|qzeros|scales|weight_scale|weight_scale_inv|weight_packed)$", "a quantised model",
-     "prune the unquantised checkpoint, then quantise the result"),
+    (
+        r"\.(qweight|qzeros|scales|weight_scale|weight_scale_inv|weight_packed)$",
+        "a quantised model",
+        "prune the unquantised checkpoint, then quantise the result",
+    ),
 )
 
 
@@ -45,7 +48,7 @@ def check_tensors(
             f"the checkpoint lacks {len(missing)} tensor(s): {_listed(reader, missing)}",
             where=where,
             got="; ".join((*((unknown,) if extra else ()), *((origin,) if origin else ()), *reader.notes)) or None,
-            do=way_back or _on_missing(reader, missing),
+            do=way_back or advice_on_missing(reader),
         )
     if extra:
         # Dropped, they would be lost without a word.
@@ -75,7 +78,7 @@ def _origin(stored: Sequence[str]) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _on_missing(reader: CheckpointReader, missing: Sequence[str]) -> str:
+def advice_on_missing(reader: CheckpointReader) -> str:
     """What to do where tensors are missing and no name says why."""
     files, announced = reader.num_files
     if announced > files:

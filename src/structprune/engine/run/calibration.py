@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.context import SourceContext
 
 
 def source_context(
-    directory: Path,
+    stock: StockModel,
     *,
-    vocab_size: int,
     num_samples: int,
     seq_len: int,
     seed: int,
@@ -23,8 +21,9 @@ def source_context(
     device: torch.device,
     budget_bytes: int,
 ) -> SourceContext:
-    """The request for `num_samples` windows with the means of the model in `directory`. Raises CheckpointError."""
-    encoder = TextEncoder(directory, vocab_size)
+    """The request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
+    directory = stock.reader.directory
+    encoder = TextEncoder(directory, stock.layout.vocab_size, stock.config)
 
     def sample(num_windows: int, window_len: int, draw: int) -> Tensor:
         return sample_windows(

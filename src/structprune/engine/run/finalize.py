@@ -291,6 +291,7 @@ def _report(
         reload=reload,
         num_ranks=context.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
+        notes=layout.notes,
         wall_seconds=time.perf_counter() - context.started,
         versions=versions(),
     )
