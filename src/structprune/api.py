@@ -110,13 +110,12 @@ def prune(
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
         resolved = check(model, recipe, ranks)
         with PeakMeter() as meter, run:
-            context = _context(resolved, run, meter, observer, str(model), recipe, started, shared)
+            request = RunRequest(model=str(model), asked=recipe)
+            context = _context(resolved, request, run, meter, observer, started, shared)
             if ranks.broadcast(run.is_committed):
                 return ranks.broadcast(lambda: _left_to_tidy(run))
             with context.device_meter:
-                return PIPELINES[resolved.method.pipeline].execute(
-                    context, run, meter, MarkingObserver(observer, meter)
-                )
+                return PIPELINES[resolved.method.pipeline].execute(context)
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -178,11 +177,10 @@ def resume(
 
 def _context(
     resolved: ResolvedRun,
+    request: RunRequest,
     run: RunDirectory,
     meter: PeakMeter,
     observer: Observer,
-    model: str,
-    asked: Recipe,
     started: float,
     shared: Path | None,
 ) -> RunContext:
@@ -197,14 +195,16 @@ def _context(
             run,
             resolved.stock.reader,
             resolved.recipe,
-            RunRequest(model=model, asked=asked),
+            request,
             plan,
             lambda plan: _windows(resolved, plan, observer),
         )
     )
     num_windows = len(begun.windows.ids_NS)
     return RunContext(
-        source=model,
+        source=request.model,
+        run=run,
+        observer=MarkingObserver(observer, meter),
         stock=resolved.stock,
         recipe=resolved.recipe.model_copy(
             update={

@@ -20,11 +20,12 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
+from structprune.engine.streaming.model import StreamedModel
 from structprune.phases import Phase
 from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
-from structprune.training.context import RecoveryContext, StreamedSide
+from structprune.training.context import RecoveryContext
 from structprune.training.divergence import LOGIT_TOKENS, divergence
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of
@@ -49,7 +50,7 @@ def context_for(teacher: Path, student: Path, *, resident: bool = True, **settin
         budget_bytes=2**30, phases={Phase.EMBED: 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
     )
     sides = [
-        StreamedSide(
+        StreamedModel(
             stock=StockModel(CheckpointReader(directory)),
             windows=windows,
             plan=plan,

@@ -34,9 +34,9 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
 from structprune.errors import NumericalError
 from structprune.methods import METHODS
-from structprune.observer import SilentObserver
 from structprune.phases import Phase
 from structprune.recipe import Recipe
+from structprune.runs.directory import RunDirectory
 from structprune.scores import SCORES
 from structprune.types import HeadUnits, Sensitivity, TaylorSums
 from support.models import TINY_MODELS, save_tiny
@@ -54,6 +54,7 @@ def context_for(
     )
     return RunContext(
         source="tiny",
+        run=RunDirectory(directory.parent / "out"),
         stock=stock,
         recipe=Recipe.build(
             method=method,
@@ -121,7 +122,7 @@ def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Pat
             if (eps := context.stock.layout.blocks[0].group(key[1]).output_norm_eps) is not None:
                 grad_TO = grad_TO * (output.detach().reshape(-1, 32).square().mean(dim=1, keepdim=True) + eps).sqrt()
             expected[key] += grad_TO.T @ grad_TO / (NUM_WINDOWS * SEQ_LEN)
-    fisher_pass(context, tmp_path / "survey", SilentObserver())
+    fisher_pass(context, tmp_path / "survey")
     for block in context.stock.layout.blocks:
         found = load_found(tmp_path / "survey", block.index)
         for group in context.stock.groups:
@@ -231,7 +232,7 @@ def sums_by_autograd(
 
 
 def assert_sums_are_those_of_autograd(context: RunContext, folder: Path) -> None:
-    taylor_pass(context, folder, SilentObserver())
+    taylor_pass(context, folder)
     for (index, group), expected in sums_by_autograd(context, context.recipe.sensitivity_samples).items():
         found = load_taylor(folder, index)[group]
         for name in SUMS:
@@ -255,7 +256,7 @@ def test_taylor_sums_are_of_the_first_windows(tiny_llama: Path, tmp_path: Path) 
 @pytest.mark.parametrize("score", ["taylor-first", "taylor-mix"])
 def test_taylor_costs_are_the_scores_in_ascending_order(score: str, tiny_llama: Path, tmp_path: Path) -> None:
     context = context_for(tiny_llama, "llm-pruner", score=score)
-    costs = taylor_pass(context, tmp_path / "survey", SilentObserver())
+    costs = taylor_pass(context, tmp_path / "survey")
     for block in context.stock.layout.blocks:
         sums = load_taylor(tmp_path / "survey", block.index)
         for group in block.groups:
@@ -269,7 +270,7 @@ def test_closed_form_is_one_ranking_of_all_blocks(tiny_llama: Path, tmp_path: Pa
     changes = {"allocator": "closed-form", "temperature": 0.0, "sparsity": 0.25, "min_retention": 0.01}
     context = context_for(tiny_llama, "llm-pruner", score="taylor-first", protect_first=0, protect_last=0, **changes)
     context = replace(context, kinds=("mlp",))
-    costs = taylor_pass(context, tmp_path / "survey", SilentObserver())
+    costs = taylor_pass(context, tmp_path / "survey")
     lowest = torch.cat(costs["mlp"]).sort(stable=True).indices[:24]
     assert allocate(context, costs) == {"mlp": [48 - int((lowest // 48 == block).sum()) for block in range(2)]}
 

@@ -139,5 +139,5 @@ class ModelWriter(CheckpointWriter):
 
 
 def _of_block(index: int) -> int:
-    """The shard of a block: the embeddings' is the first."""
+    """Return the number of a block's shard: the first one is that of the embeddings."""
     return index + 2

@@ -67,15 +67,15 @@ def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
     started, limit = time.perf_counter(), context.settings.limit_s
     with contextlib.ExitStack() as stack:
         stores: list[HiddenStore] = []
-        for name, side in (("student", context.student), ("teacher", context.teacher)):
-            store = open_store(side, place.scratch / f"{name}.bin", num_windows)
+        for name, streamed in (("student", context.student), ("teacher", context.teacher)):
+            store = open_store(streamed, place.scratch / f"{name}.bin", num_windows)
             stack.callback(store.close)
             stores.append(store)
         student, teacher = stores
         propagator = embed(context.student, {student: num_windows})
         dense = embed(context.teacher, {teacher: num_windows})
         passed = 0
-        place.observer.start("recover", len(blocks))
+        context.observer.start("recover", len(blocks))
         for block, target in zip(blocks, context.targets, strict=True):
             for other in context.teacher.stock.layout.blocks[passed:target]:
                 dense.run(load_block(context.teacher, other)[1], other.index, teacher)
@@ -98,9 +98,9 @@ def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
             propagator.run(context.student.stock.block(block.index, cast), block.index, student)
             del cast
             release_free_memory()
-            place.observer.advance(
+            context.observer.advance(
                 f"block {block.index}  held-out error {report.error_before:.5f} -> {report.error_after:.5f}  "
-                f"memory {format_bytes(place.meter.peak_so_far())}"
+                f"memory {format_bytes(context.student.meter.peak_so_far())}"
             )
 
     def read(block: BlockLayout) -> Mapping[str, Tensor]:
@@ -142,13 +142,13 @@ class BlockTrainer:
         They are the original ones unless the held-out windows are met better. Raises NumericalError.
         """
         started = time.perf_counter()
-        settings, side = self.context.settings, self.context.student
-        original = side.reader.read(self.block.shapes, self.block.prefix)
-        parameters = parameters_of(side, self.block)
+        settings, streamed = self.context.settings, self.context.student
+        original = streamed.reader.read(self.block.shapes, self.block.prefix)
+        parameters = parameters_of(streamed, self.block)
         fixed = {n: t for n, t in original.items() if n not in parameters.shapes}
-        state_3P = torch.zeros((3, parameters.size), device=side.device)
-        state_3P[0] = parameters.packed(original, side.device)
-        module = parameters.module(side, self.block, state_3P[0], fixed)
+        state_3P = torch.zeros((3, parameters.size), device=streamed.device)
+        state_3P[0] = parameters.packed(original, streamed.device)
+        module = parameters.module(streamed, self.block, state_3P[0], fixed)
         before = best = self.error(module)
         best_P: Tensor | None = None
         windows = self.context.texts.all_train

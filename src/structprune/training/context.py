@@ -5,24 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.run.finalize import MANIFEST_NAME
+from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import CheckpointError, InputError, UnsupportedError
-from structprune.memory import PeakMeter
-from structprune.observer import Observer
-from structprune.ranks import ALONE, Ranks
+from structprune.observer import Observer, SilentObserver
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
 from structprune.training.texts import Texts
@@ -30,34 +26,11 @@ from structprune.types import BlockLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedSide:
-    """The teacher or the student, as its blocks are streamed (`engine.context.StreamedModel`)."""
-
-    stock: StockModel
-    windows: CalibrationWindows
-    plan: PrunePlan
-    device: torch.device
-    dtype: torch.dtype
-    meter: PeakMeter = field(default_factory=PeakMeter)
-    ranks: Ranks = ALONE
-
-    @property
-    def reader(self) -> CheckpointReader:
-        """The checkpoint's tensors, under the names of the stock modules."""
-        return self.stock.reader
-
-    def on_windows(self, numbers: tuple[int, ...]) -> StreamedSide:
-        """The same model with these windows only."""
-        windows = replace(self.windows, ids_NS=self.windows.ids_NS[list(numbers)])
-        return replace(self, windows=windows)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryContext:
     """Everything that a mode needs."""
 
-    teacher: StreamedSide
-    student: StreamedSide
+    teacher: StreamedModel
+    student: StreamedModel
     settings: RecoverySettings
     """Resolved."""
     texts: Texts
@@ -65,6 +38,7 @@ class RecoveryContext:
     """Per block of the student, after how many blocks of the teacher its output should be there; () if not known."""
     resident: bool
     """Whether what the optimiser keeps between steps stays in memory."""
+    observer: Observer = field(default_factory=SilentObserver)
 
     def identity(self) -> dict[str, str]:
         """What must be the same for a run to go on where another was cut."""
@@ -92,8 +66,6 @@ class Workplace:
     """Survives a kill."""
     scratch: Path
     """Does not need to."""
-    observer: Observer
-    meter: PeakMeter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.training.context import StreamedSide
+from structprune.engine.streaming.model import StreamedModel
 
 # More tokens at once make the head's products no faster on a CPU; logits are five float32 matrices of so many rows.
 LOGIT_TOKENS = 128
@@ -26,7 +26,7 @@ class Heads:
     student: nn.Module
 
 
-def load_heads(teacher: StreamedSide, student: StreamedSide) -> Heads:
+def load_heads(teacher: StreamedModel, student: StreamedModel) -> Heads:
     """Final norm and output projection of both, in the dtype of the forward passes."""
     first, first_tensors = _head(teacher)
     names = {teacher.stock.head_weight: student.stock.head_weight}
@@ -36,13 +36,13 @@ def load_heads(teacher: StreamedSide, student: StreamedSide) -> Heads:
     return Heads(teacher=first, student=first if shared else _module(student, tensors))
 
 
-def _head(side: StreamedSide) -> tuple[nn.Module, dict[str, Tensor]]:
-    tensors = side.reader.read(side.stock.head_tensors(), dtype=side.dtype)
-    return _module(side, tensors), tensors
+def _head(streamed: StreamedModel) -> tuple[nn.Module, dict[str, Tensor]]:
+    tensors = streamed.reader.read(streamed.stock.head_tensors(), dtype=streamed.dtype)
+    return _module(streamed, tensors), tensors
 
 
-def _module(side: StreamedSide, tensors: dict[str, Tensor]) -> nn.Module:
-    return side.stock.head({name: tensor.to(side.device) for name, tensor in tensors.items()})
+def _module(streamed: StreamedModel, tensors: dict[str, Tensor]) -> nn.Module:
+    return streamed.stock.head({name: tensor.to(streamed.device) for name, tensor in tensors.items()})
 
 
 def divergence(

@@ -26,6 +26,7 @@ from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_lo
 from structprune.engine.run.reload_check import Probe, check_reload
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.uniform import write_companions
@@ -35,7 +36,7 @@ from structprune.phases import by_name
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
 from structprune.results.schema import REPORT_NAME, MemoryReport
 from structprune.runs.directory import RunDirectory
-from structprune.training.context import Recovered, RecoveryContext, StreamedSide, Workplace
+from structprune.training.context import Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import Heads, divergence, load_heads
 
 RECOVERY_REPORT_NAME = "recovery_report.json"
@@ -43,32 +44,32 @@ RECOVERY_REPORT_NAME = "recovery_report.json"
 
 def write_recovered(context: RecoveryContext, recovered: Recovered, directory: Path) -> ModelWriter:
     """All files of the checkpoint in the student's format, the index last."""
-    side = context.student
-    blocks = side.stock.layout.blocks
-    writer = ModelWriter(directory, len(blocks), side.stock.layout.blocks_module, side.reader.stored_name)
+    streamed = context.student
+    blocks = streamed.stock.layout.blocks
+    writer = ModelWriter(directory, len(blocks), streamed.stock.layout.blocks_module, streamed.reader.stored_name)
     for block in blocks:
         tensors = recovered.tensors(block)
         writer.write_block(block.index, tensors)
         del tensors
         release_free_memory()
-    copy_outer(side, writer)
-    if has_own_modeling_file(side.reader.directory):
-        write_modeling_file(directory, side.stock.family, side.reader.config)
-    write_companions(side.reader.directory, directory, side.reader.config)
+    copy_outer(streamed, writer)
+    if has_own_modeling_file(streamed.reader.directory):
+        write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
+    write_companions(streamed.reader.directory, directory, streamed.reader.config)
     for name in (MANIFEST_NAME, REPORT_NAME):
-        if (side.reader.directory / name).is_file():
-            shutil.copyfile(side.reader.directory / name, directory / name)
+        if (streamed.reader.directory / name).is_file():
+            shutil.copyfile(streamed.reader.directory / name, directory / name)
     writer.finish()
     return writer
 
 
-def last_states(side: StreamedSide, path: Path) -> HiddenStore:
-    """The states of all of the side's windows behind the last block, streamed. Raises NumericalError."""
-    num_windows = len(side.windows.ids_NS)
-    store = open_store(side, path, num_windows)
-    propagator = embed(side, {store: num_windows})
-    for block in side.stock.layout.blocks:
-        propagator.run(load_block(side, block)[1], block.index, store)
+def last_states(streamed: StreamedModel, path: Path) -> HiddenStore:
+    """Stream the model over its windows: their states behind the last block. Raises NumericalError."""
+    num_windows = len(streamed.windows.ids_NS)
+    store = open_store(streamed, path, num_windows)
+    propagator = embed(streamed, {store: num_windows})
+    for block in streamed.stock.layout.blocks:
+        propagator.run(load_block(streamed, block)[1], block.index, store)
         release_free_memory()
     return store
 
@@ -92,12 +93,12 @@ def finalize_recovery(
     # Reads every header back and compares it with the config.
     written = replace(context.student, stock=StockModel(CheckpointReader(checkpoint)))
     held_out = context.texts.all_held_out
-    place.observer.start("measure", 3)
+    context.observer.start("measure", 3)
     stores: list[HiddenStore] = []
     try:
-        for name, side in (("dense", context.teacher), ("before", context.student), ("after", written)):
-            stores.append(last_states(side.on_windows(held_out), place.scratch / f"{name}.bin"))
-            place.observer.advance(name)
+        for name, streamed in (("dense", context.teacher), ("before", context.student), ("after", written)):
+            stores.append(last_states(streamed.on_windows(held_out), place.scratch / f"{name}.bin"))
+            context.observer.advance(name)
         dense, before, after = stores
         heads = load_heads(context.teacher, context.student)
         ids_NS = context.student.windows.ids_NS[list(held_out)]
@@ -116,10 +117,10 @@ def finalize_recovery(
         for store in stores:
             store.close()
     release_free_memory()
-    measured_peak = place.meter.peak_so_far()
+    measured_peak = context.student.meter.peak_so_far()
     if qualities[1].divergence > qualities[0].divergence:
-        place.observer.note("the held-out windows as a whole are met worse than before")
-    reload = check_reload(written, run, writer, probe, place.observer)
+        context.observer.note("the held-out windows as a whole are met worse than before")
+    reload = check_reload(written, run, writer, probe, context.observer)
     plan = context.student.plan
     return RecoveryReport(
         output=str(run.output),
@@ -146,7 +147,7 @@ def finalize_recovery(
             planned_peak_bytes=plan.peak_bytes,
             measured_peak_bytes=measured_peak,
             phases=by_name(plan.phases),
-            measured_phases=by_name(place.meter.phases),
+            measured_phases=by_name(context.student.meter.phases),
             store=plan.store,
             micro_batch_windows=plan.micro_batch_windows,
         ),

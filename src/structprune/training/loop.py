@@ -84,7 +84,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
         student.load(newest[0], moments=True)
         history = newest[1]
         _link(newest[0] / _BEST_NAME, best)
-        place.observer.note(f"going on after step {history.step} of an earlier run")
+        context.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(context.texts.all_train) // settings.batch)
     total = settings.passes * per_pass
     # The shares of the texts follow the measurements.
@@ -106,7 +106,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
         found = Evaluation(step=history.step, seconds=clock(), divergence=_mean(by_text), by_text=by_text)
         history.evaluations.append(found)
         history.mix = mix.judged(history.mix, by_text)
-        place.observer.note(f"step {found.step}: KL {found.divergence:.4f} on the held-out windows")
+        context.observer.note(f"step {found.step}: KL {found.divergence:.4f} on the held-out windows")
         # The state at the start is on disk already: it is the student itself.
         if history.best is found and found.step:
             shutil.rmtree(best, ignore_errors=True)
@@ -127,7 +127,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
 
     evaluate()
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
-    place.observer.start("recover", total - history.step)
+    context.observer.start("recover", total - history.step)
     limit = settings.limit_s
     while history.step < total and (limit is None or clock() < limit):
         windows = mix.windows(history.mix, history.step, settings.batch)
@@ -144,7 +144,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
         if history.step % interval == 0:
             evaluate()
         spent = f"{history.seconds:.0f} s" if limit is None else f"{history.seconds:.0f} of {limit:.0f} s"
-        place.observer.advance(f"KL {loss:.4f}  {spent}  memory {format_bytes(place.meter.peak_so_far())}")
+        context.observer.advance(f"KL {loss:.4f}  {spent}  memory {format_bytes(context.student.meter.peak_so_far())}")
         if time.perf_counter() >= next_snapshot:
             next_snapshot = keep()
     evaluate()

@@ -91,12 +91,12 @@ class LoraStudent:
         from peft import LoraConfig, inject_adapter_in_model
 
         self._context = context
-        self._side = side = context.student
+        self._streamed = streamed = context.student
         self._teacher = Teacher(context.teacher, folder / "teacher.bin")
-        self._teacher_head = load_heads(context.teacher, side).teacher
-        model = load_model(side.reader.directory, side.device, side.dtype).requires_grad_(False)
-        maps = linear_maps(model, side.stock.layout.blocks_module)
-        self._maps = [name for name in maps.names if f"{name}.weight" in side.reader.shapes]
+        self._teacher_head = load_heads(context.teacher, streamed).teacher
+        model = load_model(streamed.reader.directory, streamed.device, streamed.dtype).requires_grad_(False)
+        maps = linear_maps(model, streamed.stock.layout.blocks_module)
+        self._maps = [name for name in maps.names if f"{name}.weight" in streamed.reader.shapes]
         config = LoraConfig(
             r=context.settings.rank,
             lora_alpha=context.settings.rank,
@@ -114,8 +114,8 @@ class LoraStudent:
                 parameter.data = parameter.data.float()
                 self._updates[name] = parameter
         self._layout = BlockParameters(shapes={name: tuple(p.shape) for name, p in self._updates.items()})
-        self._state_3P = torch.zeros((3, self._layout.size), device=side.device)
-        self._state_3P[0] = self._layout.packed({n: p.detach() for n, p in self._updates.items()}, side.device)
+        self._state_3P = torch.zeros((3, self._layout.size), device=streamed.device)
+        self._state_3P[0] = self._layout.packed({n: p.detach() for n, p in self._updates.items()}, streamed.device)
 
     def close(self) -> None:
         self._teacher.close()
@@ -125,7 +125,7 @@ class LoraStudent:
 
     def step(self, windows: Sequence[int], rate: float, number: int) -> float:
         self._teacher.ensure(windows)
-        num_tokens = len(windows) * self._side.windows.ids_NS.shape[1]
+        num_tokens = len(windows) * self._streamed.windows.ids_NS.shape[1]
         total = 0.0
         for window in windows:
             with torch.enable_grad():
@@ -136,7 +136,7 @@ class LoraStudent:
             hidden_SD.backward(gradient_SD.to(hidden_SD.dtype))
             del hidden_SD
         gradients = {name: parameter.grad for name, parameter in self._updates.items()}
-        gradient_P = self._layout.packed({n: g for n, g in gradients.items() if g is not None}, self._side.device)
+        gradient_P = self._layout.packed({n: g for n, g in gradients.items() if g is not None}, self._streamed.device)
         for parameter in self._updates.values():
             parameter.grad = None
         check_gradient(gradient_P.div_(num_tokens), "the low-rank updates")
@@ -147,7 +147,7 @@ class LoraStudent:
     @torch.no_grad()
     def measure(self, windows: Sequence[int]) -> list[float]:
         self._teacher.ensure(windows)
-        head, seq_len = self._teacher_head, self._side.windows.ids_NS.shape[1]
+        head, seq_len = self._teacher_head, self._streamed.windows.ids_NS.shape[1]
         return [
             divergence(self._head, head, self._hidden_SD(window), self._teacher.hidden_SD(window)) / seq_len
             for window in windows
@@ -159,12 +159,12 @@ class LoraStudent:
     def load(self, folder: Path, *, moments: bool) -> None:
         found = load_tensors(folder / "updates.safetensors")["state"]
         self._state_3P.zero_()
-        self._state_3P[: 3 if moments else 1] = found.to(self._side.device)
+        self._state_3P[: 3 if moments else 1] = found.to(self._streamed.device)
         self._install()
 
     def save_deltas(self, folder: Path) -> None:
         """What is to be added to each map, one file per block with relative names, float32."""
-        for block in self._side.stock.layout.blocks:
+        for block in self._streamed.stock.layout.blocks:
             deltas: dict[str, Tensor] = {}
             for name in self._maps:
                 if name.startswith(block.prefix):
@@ -176,7 +176,7 @@ class LoraStudent:
 
     def _hidden_SD(self, window: int) -> Tensor:
         """Behind the final norm."""
-        ids_1S = self._side.windows.ids_NS[window : window + 1].to(self._side.device)
+        ids_1S = self._streamed.windows.ids_NS[window : window + 1].to(self._streamed.device)
         return self._model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
 
     def _install(self) -> None:

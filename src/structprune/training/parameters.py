@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.calibration.store import FileStore, MemoryStore
-from structprune.engine.run.context import StreamedModel
+from structprune.engine.streaming.model import StreamedModel
 from structprune.types import BlockLayout
 
 
@@ -45,13 +45,17 @@ class BlockParameters:
         views = self.views(flat_P)
         return {n: views[n].cpu().to(t.dtype, copy=True) if n in views else t for n, t in tensors.items()}
 
-    def module(self, side: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]) -> nn.Module:
+    def module(
+        self, streamed: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]
+    ) -> nn.Module:
         """The stock layer with the vector's values and the `fixed` other tensors of the block.
 
         Its parameters are copies in the dtype of the forward passes, and take gradients.
         """
         tensors = {**self.views(flat_P), **fixed}
-        layer = side.stock.block(block.index, {n: t.to(side.device, side.dtype, copy=True) for n, t in tensors.items()})
+        layer = streamed.stock.block(
+            block.index, {n: t.to(streamed.device, streamed.dtype, copy=True) for n, t in tensors.items()}
+        )
         for name in self.shapes:
             layer.get_parameter(name).requires_grad_(True)
         return layer
@@ -61,9 +65,9 @@ class BlockParameters:
         return torch.zeros(self.size, device=device)
 
 
-def parameters_of(side: StreamedModel, block: BlockLayout) -> BlockParameters:
+def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameters:
     """The parameters of the stock layer; buffers that a checkpoint may carry are none."""
-    layer = side.stock.skeleton.get_submodule(f"{side.stock.layout.blocks_module}.{block.index}")
+    layer = streamed.stock.skeleton.get_submodule(f"{streamed.stock.layout.blocks_module}.{block.index}")
     names = [name for name, _ in layer.named_parameters() if name in block.shapes]
     return BlockParameters(shapes={name: block.shapes[name] for name in names})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from structprune.architectures.sources.resolve import resolve_model
@@ -14,6 +14,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.engine.run.identity import check_same
+from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import InputError
 from structprune.memory import PeakMeter, format_bytes
 from structprune.observer import Observer
@@ -23,7 +24,7 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
-from structprune.training.context import RecoveryContext, StreamedSide, Workplace, check_pair, target_boundaries
+from structprune.training.context import RecoveryContext, Workplace, check_pair, target_boundaries
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.snapshots import DamagedStateError
@@ -80,17 +81,17 @@ def recover_model(
         planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))
         check_free_disk(run.output, planned.plan.disk_bytes)
         observer.note(_plan_line(planned))
-        sides = [
-            StreamedSide(stock=model, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype, meter=meter)
-            for model in pair
-        ]
+        streamed = StreamedModel(
+            stock=pruned, windows=texts.windows, plan=planned.plan, device=device, dtype=dtype, meter=meter
+        )
         context = RecoveryContext(
-            teacher=sides[0],
-            student=sides[1],
+            teacher=replace(streamed, stock=dense),
+            student=streamed,
             settings=settings.model_copy(update={"calibration": texts.names}),
             texts=texts,
             targets=targets,
             resident=planned.resident,
+            observer=observer,
         )
         with run:
             if run.start is None:
@@ -109,7 +110,7 @@ def recover_model(
                 return load_recovery_report(run.output)
             folder, scratch = run.staging / _STATE_NAME, run.staging / "scratch"
             folder.mkdir(exist_ok=True)
-            place = Workplace(folder=folder, scratch=scratch, observer=observer, meter=meter)
+            place = Workplace(folder=folder, scratch=scratch)
             _empty(scratch)
             try:
                 recovered = mode.run(context, place)

@@ -71,24 +71,24 @@ class StreamedStudent:
 
     def __init__(self, context: RecoveryContext, folder: Path) -> None:
         self._context = context
-        self._side = side = context.student
+        self._streamed = streamed = context.student
         self._folder = folder
-        self._blocks = side.stock.layout.blocks
-        self._parameters = [parameters_of(side, block) for block in self._blocks]
+        self._blocks = streamed.stock.layout.blocks
+        self._parameters = [parameters_of(streamed, block) for block in self._blocks]
         self._fixed: list[dict[str, Tensor]] = []
         sizes = [parameters.size for parameters in self._parameters]
-        self._states = States(None if context.resident else folder, sizes, side.device)
+        self._states = States(None if context.resident else folder, sizes, streamed.device)
         for block, parameters in zip(self._blocks, self._parameters, strict=True):
-            tensors = side.reader.read(block.shapes, block.prefix)
+            tensors = streamed.reader.read(block.shapes, block.prefix)
             self._fixed.append({n: t for n, t in tensors.items() if n not in parameters.shapes})
-            self._reset(block.index, parameters.packed(tensors, side.device))
+            self._reset(block.index, parameters.packed(tensors, streamed.device))
             del tensors
             release_free_memory()
-        num_windows = len(side.windows.ids_NS)
-        self._inputs = open_store(side, folder / "inputs.bin", num_windows)
-        self._propagator = embed(side, {self._inputs: num_windows})
+        num_windows = len(streamed.windows.ids_NS)
+        self._inputs = open_store(streamed, folder / "inputs.bin", num_windows)
+        self._propagator = embed(streamed, {self._inputs: num_windows})
         self._teacher = Teacher(context.teacher, folder / "teacher.bin")
-        self._heads = load_heads(context.teacher, side)
+        self._heads = load_heads(context.teacher, streamed)
 
     def close(self) -> None:
         self._states.close()
@@ -136,10 +136,10 @@ class StreamedStudent:
         for block in self._blocks:
             found = load_tensors(_path(folder, block.index))
             if moments:
-                rows = [found[name].to(self._side.device) for name in ("weights", "first", "second")]
+                rows = [found[name].to(self._streamed.device) for name in ("weights", "first", "second")]
                 self._states.write(block.index, torch.stack(rows))
             else:
-                self._reset(block.index, found["weights"].to(self._side.device))
+                self._reset(block.index, found["weights"].to(self._streamed.device))
 
     def _reset(self, index: int, weights_P: Tensor) -> None:
         """These weights, and moments of zero."""
@@ -149,22 +149,22 @@ class StreamedStudent:
 
     def _module(self, index: int) -> nn.Module:
         weights_P = self._states.weights_P(index)
-        return self._parameters[index].module(self._side, self._blocks[index], weights_P, self._fixed[index])
+        return self._parameters[index].module(self._streamed, self._blocks[index], weights_P, self._fixed[index])
 
     def _boundary(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
         shape = (num_windows, *self._inputs.shape[1:])
         if self._context.resident:
-            return MemoryStore(shape, self._side.dtype)
-        store = FileStore(self._folder / f"border-{index}.bin", shape, self._side.dtype)
+            return MemoryStore(shape, self._streamed.dtype)
+        store = FileStore(self._folder / f"border-{index}.bin", shape, self._streamed.dtype)
         stack.callback(store.close)
         return store
 
     def _state(self, store: HiddenStore, place: int) -> Tensor:
-        return store.read(place, place + 1)[0].to(self._side.device)
+        return store.read(place, place + 1)[0].to(self._streamed.device)
 
     def _forward(self, windows: Sequence[int], boundaries: Sequence[HiddenStore] | None) -> HiddenStore:
         """The states behind the last block; those in front of each go to `boundaries`."""
-        current = MemoryStore((len(windows), *self._inputs.shape[1:]), self._side.dtype)
+        current = MemoryStore((len(windows), *self._inputs.shape[1:]), self._streamed.dtype)
         for place, number in enumerate(windows):
             current.write(place, self._inputs.read(number, number + 1))
         for block in self._blocks:
@@ -192,7 +192,7 @@ class StreamedStudent:
         """Move `gradient` from the block's output to its input; the summed gradient by the block's weights (P)."""
         parameters = self._parameters[block.index]
         module = self._module(block.index)
-        sum_P = parameters.gradient_P(self._side.device)
+        sum_P = parameters.gradient_P(self._streamed.device)
         sums = parameters.views(sum_P)
         weights = [module.get_parameter(name) for name in parameters.shapes]
 
@@ -201,7 +201,7 @@ class StreamedStudent:
                 into.add_(grad)
 
         differentiate(
-            self._side, block, module, self._propagator, boundary, gradient, wanted=lambda: weights, receive=add
+            self._streamed, block, module, self._propagator, boundary, gradient, wanted=lambda: weights, receive=add
         )
         return sum_P
 

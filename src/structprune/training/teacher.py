@@ -13,8 +13,8 @@ from torch import Tensor
 from structprune.calibration.store import HiddenStore
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.model import StreamedModel
 from structprune.memory import release_free_memory
-from structprune.training.context import StreamedSide
 
 
 class Teacher:
@@ -23,11 +23,11 @@ class Teacher:
     Window by window, so that a window's states do not depend on which others were asked for with it.
     """
 
-    def __init__(self, side: StreamedSide, path: Path) -> None:
-        num_windows = len(side.windows.ids_NS)
-        self._side = side
-        self._store: HiddenStore = open_store(side, path, num_windows)
-        self._propagator = embed(side, {self._store: num_windows})
+    def __init__(self, streamed: StreamedModel, path: Path) -> None:
+        num_windows = len(streamed.windows.ids_NS)
+        self._streamed = streamed
+        self._store: HiddenStore = open_store(streamed, path, num_windows)
+        self._propagator = embed(streamed, {self._store: num_windows})
         self._done: set[int] = set()
 
     def ensure(self, windows: Iterable[int]) -> None:
@@ -35,8 +35,8 @@ class Teacher:
         missing = [number for number in dict.fromkeys(windows) if number not in self._done]
         if not missing:
             return
-        for block in self._side.stock.layout.blocks:
-            module = load_block(self._side, block)[1]
+        for block in self._streamed.stock.layout.blocks:
+            module = load_block(self._streamed, block)[1]
             with self._propagator.writing(self._store) as put:
                 for number, hidden_BSD in self._propagator.read_each(self._store, missing):
                     put(number, self._propagator.apply(module, block.index, hidden_BSD))
@@ -52,7 +52,7 @@ class Teacher:
     def hidden_SD(self, number: int) -> Tensor:
         """The states behind the last block of one window, on the device."""
         assert number in self._done
-        return self._store.read(number, number + 1)[0].to(self._side.device)
+        return self._store.read(number, number + 1)[0].to(self._streamed.device)
 
     def close(self) -> None:
         self._store.close()

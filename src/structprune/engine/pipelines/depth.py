@@ -29,13 +29,11 @@ from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
-from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.memory import format_bytes, release_free_memory
 from structprune.methods.method import Method
-from structprune.observer import Observer
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.runs.directory import RunDirectory
 from structprune.types import ModelLayout
 
 
@@ -110,30 +108,30 @@ def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> F
     )
 
 
-def execute_depth(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
-    """Choose the blocks that go and write the others into `run`'s staging directory.
+def execute_depth(context: RunContext) -> PruneReport:
+    """Choose the blocks that go and write the others into the run's staging directory.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout = context.stock.layout
-    choice = _choose(context, run, num_removed(context.recipe.sparsity, layout), observer)
+    choice = _choose(context, num_removed(context.recipe.sparsity, layout))
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = ModelWriter(run.checkpoint, len(kept), layout.blocks_module, context.stored_name)
-    outcome = _write_blocks(context, run, writer, kept, choice, meter, observer)
+    writer = ModelWriter(context.run.checkpoint, len(kept), layout.blocks_module, context.stored_name)
+    outcome = _write_blocks(context, writer, kept, choice)
     config = shallower_config(context.reader.config, context.stock.config, kept)
-    return finalize(context, run, writer, meter, observer, config, outcome, layout.block_parameters)
+    return finalize(context, writer, config, outcome, layout.block_parameters)
 
 
-def _choose(context: RunContext, run: RunDirectory, remove: int, observer: Observer) -> Choice:
+def _choose(context: RunContext, remove: int) -> Choice:
     """The blocks that go, from the journal where a process before this one had chosen them."""
-    line = run.journal.find("choice")
+    line = context.run.journal.find("choice")
     if line is None:
         choice = Choice(removed=frozenset(), statistics={})
         if remove:
-            choice = BLOCK_SCORES.get(context.score)(context, remove, run.staging, observer)
+            choice = BLOCK_SCORES.get(context.score)(context, remove)
             assert len(choice.removed) == remove
             release_free_memory()
-        line = run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))
+        line = context.run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))
     return Choice(
         removed=frozenset(line["removed"]),
         statistics={int(block): found for block, found in line["statistics"].items()},
@@ -142,38 +140,35 @@ def _choose(context: RunContext, run: RunDirectory, remove: int, observer: Obser
 
 def _write_blocks(
     context: RunContext,
-    run: RunDirectory,
     writer: ModelWriter,
     kept: list[int],
     choice: Choice,
-    meter: PeakMeter,
-    observer: Observer,
 ) -> Outcome:
     """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept.
 
     What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
     """
     blocks = context.stock.layout.blocks
-    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None and block.index in kept:
             writer.adopt_block(kept.index(block.index))
-    final_states = load_final_states(run.journal, run.staging)
+    final_states = load_final_states(context.run.journal, context.run.staging)
     if final_states is not None and None not in lines:
         return _outcome(lines, kept, final_states)
-    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
     with contextlib.ExitStack() as stack:
-        dense = open_store(context, run.staging / "dense.bin", context.num_probe)
+        dense = open_store(context, context.run.staging / "dense.bin", context.num_probe)
         stack.callback(dense.close)
-        pruned = open_store(context, run.staging / "pruned.bin", context.num_probe)
+        pruned = open_store(context, context.run.staging / "pruned.bin", context.num_probe)
         stack.callback(pruned.close)
         propagator = embed(context, {dense: context.num_probe, pruned: context.num_probe})
         streams = {"dense": dense, "pruned": pruned}
         if snapshot is not None:
             snapshot.restore(streams)
-        observer.start("write", len(blocks) - first)
+        context.observer.start("write", len(blocks) - first)
         for block in blocks[first:]:
             started = time.perf_counter()
             tensors, module = load_block(context, block)
@@ -197,22 +192,22 @@ def _write_blocks(
                     objective=[],
                     seconds=time.perf_counter() - started,
                 )
-                lines[block.index] = run.journal.record(
+                lines[block.index] = context.run.journal.record(
                     f"block {block.index}",
                     files,
                     report=report.model_dump(mode="json"),
-                    peak_bytes=meter.peak_so_far(),
+                    peak_bytes=context.meter.peak_so_far(),
                 )
             del tensors, module
             snapshots.keep(block.index + 1, streams)
             release_free_memory()
             state = "kept" if stays else "removed"
-            observer.advance(f"block {block.index} {state}  memory {format_bytes(meter.peak_so_far())}")
+            context.observer.advance(f"block {block.index} {state}  memory {format_bytes(context.meter.peak_so_far())}")
         final_states = {
             "dense": dense.read(0, context.num_probe).clone(),
             "pruned": pruned.read(0, context.num_probe).clone(),
         }
-        save_final_states(run.journal, run.staging, final_states)
+        save_final_states(context.run.journal, context.run.staging, final_states)
     snapshots.discard()
     return _outcome(lines, kept, final_states)
 

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,6 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
-from structprune.observer import Observer
 from structprune.registry import Registry
 from structprune.scores.blocks import angular_distance
 
@@ -35,8 +33,8 @@ class Choice:
     """Block -> what was measured of it, for the report."""
 
 
-Choose = Callable[[RunContext, int, Path, Observer], Choice]
-"""(context, blocks to remove, folder for hidden states, observer) -> the blocks."""
+Choose = Callable[[RunContext, int], Choice]
+"""(context, blocks to remove, folder for hidden states) -> the blocks."""
 
 BLOCK_SCORES: Registry[Choose] = Registry(
     "block score",
@@ -48,7 +46,7 @@ BLOCK_SCORES: Registry[Choose] = Registry(
 
 
 @torch.no_grad()
-def choose_angular(context: RunContext, num_remove: int, folder: Path, observer: Observer) -> Choice:
+def choose_angular(context: RunContext, num_remove: int) -> Choice:
     """The run of `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
 
     Of all windows the hidden states at the last `num_remove` + 1 boundaries are kept, in a ring of stores. What is
@@ -63,17 +61,17 @@ def choose_angular(context: RunContext, num_remove: int, folder: Path, observer:
     with contextlib.ExitStack() as stack:
         ring: list[HiddenStore] = []
         for slot in range(num_remove + 1):
-            ring.append(open_store(context, folder / f"border-{slot}.bin", num_windows))
+            ring.append(open_store(context, context.run.staging / f"border-{slot}.bin", num_windows))
             stack.callback(ring[-1].close)
         propagator = embed(context, {ring[0]: num_windows})
         streams = {f"border-{slot}": store for slot, store in enumerate(ring)}
-        snapshots = Snapshots(folder / "choice", observer.note)
+        snapshots = Snapshots(context.run.staging / "choice", context.observer.note)
         reached = 0
         if (kept := snapshots.load()) is not None:
             kept.restore(streams)
             reached = kept.position
             distances = {int(start): distance for start, distance in kept.values["distances"].items()}
-        observer.start("angular distances", last - reached)
+        context.observer.start("angular distances", last - reached)
         for block in blocks[reached:last]:
             before, after = ring[block.index % len(ring)], ring[(block.index + 1) % len(ring)]
             first = block.index + 1 - num_remove
@@ -93,7 +91,7 @@ def choose_angular(context: RunContext, num_remove: int, folder: Path, observer:
             del module
             snapshots.keep(block.index + 1, streams, values={"distances": distances})
             release_free_memory()
-            observer.advance(detail)
+            context.observer.advance(detail)
     snapshots.discard()
     start = min(distances, key=lambda first: distances[first])
     return Choice(
@@ -103,7 +101,7 @@ def choose_angular(context: RunContext, num_remove: int, folder: Path, observer:
 
 
 @torch.no_grad()
-def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, observer: Observer) -> Choice:
+def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
     """One block after the other, each time the one without which the loss of the first windows is smallest.
 
     In one round each block is read once. The stream of the model as it is moves along; before each block that may go
@@ -119,10 +117,10 @@ def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, obs
     with contextlib.ExitStack() as stack:
         streams: list[HiddenStore] = []
         for slot in range(len(may_go) + 1):
-            streams.append(open_store(context, folder / f"candidate-{slot}.bin", num_windows))
+            streams.append(open_store(context, context.run.staging / f"candidate-{slot}.bin", num_windows))
             stack.callback(streams[-1].close)
         current, spare = streams[0], streams[1:]
-        snapshots = Snapshots(folder / "choice", observer.note)
+        snapshots = Snapshots(context.run.staging / "choice", context.observer.note)
         kept = snapshots.load()
         if kept is not None:
             removed = kept.values["removed"]
@@ -137,7 +135,7 @@ def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, obs
                 kept.restore({"current": current} | {str(index): store for index, store in without.items()})
                 left = [block for block in left if block.index > kept.values["block"]]
                 kept = None
-            observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
+            context.observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
             for block in left:
                 module = load_block(context, block)[1]
                 for store in without.values():
@@ -159,7 +157,7 @@ def choose_measured_loss(context: RunContext, num_remove: int, folder: Path, obs
                     },
                 )
                 release_free_memory()
-                observer.advance(f"block {block.index}")
+                context.observer.advance(f"block {block.index}")
             losses = _losses(context, without, num_windows)
             removed.append(min(losses, key=lambda index: losses[index]))
             for index, loss in losses.items():

@@ -35,14 +35,12 @@ from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import InputError, UnsupportedError
-from structprune.memory import PeakMeter, format_bytes, release_free_memory
+from structprune.memory import format_bytes, release_free_memory
 from structprune.methods.method import Method
-from structprune.observer import Observer
 from structprune.phases import Phase
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.runs.directory import RunDirectory
 from structprune.types import UnitGroup
 
 # What the report and the manifest call it.
@@ -112,17 +110,17 @@ def forecast_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) ->
     )
 
 
-def execute_experts(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
-    """Measure, choose and write block after block into `run`'s staging directory.
+def execute_experts(context: RunContext) -> PruneReport:
+    """Measure, choose and write block after block into the run's staging directory.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout, experts = context.stock.layout, _experts(context.stock)
-    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
-    outcome = _prune_blocks(context, experts, run, writer, meter, observer)
+    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    outcome = _prune_blocks(context, experts, writer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
-    return finalize(context, run, writer, meter, observer, config, outcome, in_scope)
+    return finalize(context, writer, config, outcome, in_scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,34 +183,31 @@ def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence
 def _prune_blocks(
     context: RunContext,
     experts: Experts,
-    run: RunDirectory,
     writer: ModelWriter,
-    meter: PeakMeter,
-    observer: Observer,
 ) -> Outcome:
     """The loop itself. What a process before this one wrote is taken over, and only passed by the streams."""
     blocks = context.stock.layout.blocks
-    lines = [run.journal.find(f"block {block.index}") for block in blocks]
+    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
     for block, line in zip(blocks, lines, strict=True):
         if line is not None:
             writer.adopt_block(block.index)
-    final_states = load_final_states(run.journal, run.staging)
+    final_states = load_final_states(context.run.journal, context.run.staging)
     if final_states is not None and None not in lines:
         return _outcome(lines, final_states)
     total = getattr(context.stock.config, experts.count_field)
-    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
     snapshot = snapshots.behind([line is not None for line in lines])
     first = 0 if snapshot is None else snapshot.position
     with contextlib.ExitStack() as stack:
-        dense = open_store(context, run.staging / "dense.bin", len(context.windows.ids_NS))
+        dense = open_store(context, context.run.staging / "dense.bin", len(context.windows.ids_NS))
         stack.callback(dense.close)
-        pruned = open_store(context, run.staging / "pruned.bin", context.num_probe)
+        pruned = open_store(context, context.run.staging / "pruned.bin", context.num_probe)
         stack.callback(pruned.close)
         propagator = embed(context, {dense: len(context.windows.ids_NS), pruned: context.num_probe})
         streams = {"dense": dense, "pruned": pruned}
         if snapshot is not None:
             snapshot.restore(streams)
-        observer.start("experts", len(blocks) - first)
+        context.observer.start("experts", len(blocks) - first)
         for block in blocks[first:]:
             started = time.perf_counter()
             tensors, module = load_block(context, block)
@@ -241,19 +236,21 @@ def _prune_blocks(
                     objective=[],
                     seconds=time.perf_counter() - started,
                 )
-                lines[block.index] = run.journal.record(
+                lines[block.index] = context.run.journal.record(
                     f"block {block.index}",
                     [shard],
                     report=report.model_dump(mode="json"),
                     kept=kept,
-                    peak_bytes=meter.peak_so_far(),
+                    peak_bytes=context.meter.peak_so_far(),
                 )
             del smaller, cast, module
             snapshots.keep(block.index + 1, streams)
             release_free_memory()
-            observer.advance(f"block {block.index} {len(kept)}/{total}  memory {format_bytes(meter.peak_so_far())}")
+            context.observer.advance(
+                f"block {block.index} {len(kept)}/{total}  memory {format_bytes(context.meter.peak_so_far())}"
+            )
         final_states = {name: store.read(0, context.num_probe).clone() for name, store in streams.items()}
-        save_final_states(run.journal, run.staging, final_states)
+        save_final_states(context.run.journal, context.run.staging, final_states)
     snapshots.discard()
     return _outcome(lines, final_states)
 

@@ -15,12 +15,9 @@ from structprune.engine.pipelines.units_settings import unit_settings
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.run.context import RunContext
-from structprune.memory import PeakMeter
 from structprune.methods.method import Method
-from structprune.observer import Observer
 from structprune.recipe import Recipe
 from structprune.results.report import PruneReport
-from structprune.runs.directory import RunDirectory
 from structprune.types import UnitGroup
 
 
@@ -34,7 +31,7 @@ class Pipeline:
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
-    execute: Callable[[RunContext, RunDirectory, PeakMeter, Observer], PruneReport]
+    execute: Callable[[RunContext], PruneReport]
     shares_windows: bool = False
     """Whether several ranks can share its windows."""
 

@@ -32,11 +32,9 @@ from structprune.engine.streaming.final_states import load_final_states, save_fi
 from structprune.engine.streaming.propagate import Propagator
 from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
 from structprune.linalg.rotation import dropped_share, principal_basis
-from structprune.memory import PeakMeter, format_bytes, release_free_memory
-from structprune.observer import Observer
+from structprune.memory import format_bytes, release_free_memory
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.runs.directory import RunDirectory
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout
 
@@ -51,24 +49,24 @@ class Cut:
     """Share of the energy of the measured stream that lies outside the basis."""
 
 
-def execute_slice(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
-    """Slice block after block into `run`'s staging directory and turn it into the output.
+def execute_slice(context: RunContext) -> PruneReport:
+    """Slice block after block into the run's staging directory and turn it into the output.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     width = kept_width(context.stock.layout, _stream(context), context.recipe)
-    return slice_to(context, run, meter, observer, width)
+    return slice_to(context, width)
 
 
-def slice_to(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer, width: int) -> PruneReport:
+def slice_to(context: RunContext, width: int) -> PruneReport:
     """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
     stock, layout = context.stock, context.stock.layout
     shortcuts = context.recipe.structure == "per-layer"
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
-    common_DK = None if shortcuts else _common_basis(context, run, observer, width)
-    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
-    result = _slice_blocks(context, run, writer, width, common_DK, meter, observer)
+    common_DK = None if shortcuts else _common_basis(context, width)
+    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    result = _slice_blocks(context, writer, width, common_DK)
     release_free_memory()
     metrics = final_metrics(context, result.outcome)
     release_free_memory()
@@ -77,7 +75,7 @@ def slice_to(context: RunContext, run: RunDirectory, meter: PeakMeter, observer:
         write_sliced_modeling_file(writer.directory, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
     size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(context, run, writer, meter, observer, config, result.outcome, size, metrics)
+    return commit(context, writer, config, result.outcome, size, metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +91,9 @@ class _Pass:
 
 def _slice_blocks(
     context: RunContext,
-    run: RunDirectory,
     writer: ModelWriter,
     width: int,
     common_DK: Tensor | None,
-    meter: PeakMeter,
-    observer: Observer,
 ) -> _Pass:
     """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model.
 
@@ -106,24 +101,24 @@ def _slice_blocks(
     again: rotated weights do not show where the stream was cut.
     """
     blocks = context.stock.layout.blocks
-    lines = [run.journal.find(f"block {block.index}") for block in blocks]
-    embedded = run.journal.find("embedding") is not None
-    final_states = load_final_states(run.journal, run.staging)
+    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
+    embedded = context.run.journal.find("embedding") is not None
+    final_states = load_final_states(context.run.journal, context.run.staging)
     if final_states is not None and embedded and None not in lines:
         _adopt(writer, len(blocks))
         return _passed(writer, lines, final_states)
     num_windows = len(context.windows.ids_NS) if common_DK is None else context.num_probe
-    snapshots = Snapshots(run.staging / "state", observer.note)
+    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
     kept = snapshots.behind([embedded and line is not None for line in lines])
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(context, run.staging / "hidden.bin", num_windows)
+        store = open_store(context, context.run.staging / "hidden.bin", num_windows)
         stack.callback(store.close)
-        dense = open_store(context, run.staging / "dense.bin", context.num_probe)
+        dense = open_store(context, context.run.staging / "dense.bin", context.num_probe)
         stack.callback(dense.close)
         propagator = embed(context, {store: num_windows, dense: context.num_probe})
         streams = {"cut": store, "dense": dense}
-        observer.start("slice", len(blocks) - first)
+        context.observer.start("slice", len(blocks) - first)
         if kept is not None:
             kept.restore(streams)
             here = Cut(basis_DK=kept.tensors["basis"].to(context.device), dropped=kept.values["dropped"])
@@ -134,7 +129,7 @@ def _slice_blocks(
                 context, _gram(context, _content(propagator, store), "embedding"), width, common_DK, "embedding"
             )
             shard = writer.write_embeddings(rotated_embeddings(context, here.basis_DK))
-            run.journal.record("embedding", [shard])
+            context.run.journal.record("embedding", [shard])
         release_free_memory()
         for block in blocks[first:]:
             started = time.perf_counter()
@@ -156,18 +151,18 @@ def _slice_blocks(
             written = rotated_block(tensors, _stream(context), bases, shortcuts=common_DK is None)
             shard = writer.write_block(block.index, written)
             reports = _reports(context, block, cuts, time.perf_counter() - started)
-            lines[block.index] = run.journal.record(
+            lines[block.index] = context.run.journal.record(
                 f"block {block.index}",
                 [shard],
                 reports=[report.model_dump(mode="json") for report in reports],
-                peak_bytes=meter.peak_so_far(),
+                peak_bytes=context.meter.peak_so_far(),
             )
             here = cuts[-1]
             del tensors, written, bases, cuts
             snapshots.keep(block.index + 1, streams, {"basis": here.basis_DK.cpu()}, {"dropped": here.dropped})
             release_free_memory()
             line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
-            observer.advance(f"{line}  memory {format_bytes(meter.peak_so_far())}")
+            context.observer.advance(f"{line}  memory {format_bytes(context.meter.peak_so_far())}")
         final_states = {
             "dense": dense.read(0, context.num_probe).clone(),
             "pruned": _projected(
@@ -175,13 +170,13 @@ def _slice_blocks(
             ).cpu(),
             "basis": here.basis_DK.cpu(),
         }
-        save_final_states(run.journal, run.staging, final_states)
+        save_final_states(context.run.journal, context.run.staging, final_states)
     snapshots.discard()
     return _passed(writer, lines, final_states)
 
 
 def _adopt(writer: ModelWriter, num_blocks: int) -> None:
-    """The embeddings and the first blocks, from a process before this one."""
+    """Count the embeddings and the first blocks, which an earlier process wrote."""
     writer.adopt_embeddings()
     for index in range(num_blocks):
         writer.adopt_block(index)
@@ -203,25 +198,25 @@ def _passed(
     )
 
 
-def _common_basis(context: RunContext, run: RunDirectory, observer: Observer, width: int) -> Tensor:
+def _common_basis(context: RunContext, width: int) -> Tensor:
     """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
 
     The sublayers read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens
     are longer than all others; without the division the last positions and those tokens would decide alone.
     """
-    path = run.staging / "basis.safetensors"
-    if run.journal.find("basis") is not None:
+    path = context.run.staging / "basis.safetensors"
+    if context.run.journal.find("basis") is not None:
         return load_file(path)["basis"].to(context.device)
     hidden, blocks = context.stock.layout.hidden_size, context.stock.layout.blocks
     total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=context.device)
-    snapshots = Snapshots(run.staging / "stream", observer.note)
+    snapshots = Snapshots(context.run.staging / "stream", context.observer.note)
     kept = snapshots.load()
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
-        store = open_store(context, run.staging / "hidden.bin", len(context.windows.ids_NS))
+        store = open_store(context, context.run.staging / "hidden.bin", len(context.windows.ids_NS))
         stack.callback(store.close)
         propagator = embed(context, {store: len(context.windows.ids_NS)})
-        observer.start("sensitivity: stream", len(blocks) - first)
+        context.observer.start("sensitivity: stream", len(blocks) - first)
         if kept is not None:
             kept.restore({"hidden": store})
             total_DD += kept.tensors["total"].to(context.device)
@@ -241,10 +236,10 @@ def _common_basis(context: RunContext, run: RunDirectory, observer: Observer, wi
             del module
             snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
             release_free_memory()
-            observer.advance(f"block {block.index}")
+            context.observer.advance(f"block {block.index}")
     basis_DK = principal_basis(total_DD, width, context.damping, "all positions")
     save_file({"basis": basis_DK.cpu().contiguous()}, path)
-    run.journal.record("basis", [path])
+    context.run.journal.record("basis", [path])
     snapshots.discard()
     return basis_DK
 

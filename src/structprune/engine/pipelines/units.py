@@ -31,11 +31,9 @@ from structprune.engine.sensitivity.store import Costs, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
-from structprune.memory import PeakMeter, format_bytes, release_free_memory
-from structprune.observer import Observer
+from structprune.memory import format_bytes, release_free_memory
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.runs.directory import RunDirectory
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
@@ -48,14 +46,14 @@ def allocate(context: RunContext, costs: Costs | None) -> Widths:
     return choose_widths(context.stock, context.recipe, context.kinds, costs)
 
 
-def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: Observer) -> PruneReport:
-    """Prune block after block into `run`'s staging directory and turn it into the output.
+def execute(context: RunContext) -> PruneReport:
+    """Prune block after block into the run's staging directory and turn it into the output.
 
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout = context.stock.layout
     ranks = context.ranks
-    found = measure_sensitivity(context, run.staging / SURVEY, meter, observer)
+    found = measure_sensitivity(context, context.run.staging / SURVEY)
     costs = None if found is None else found.costs
     kept_units = ranks.broadcast(lambda: allocate(context, costs))
     # Before the long pass: what cannot be written is refused here.
@@ -63,14 +61,14 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
 
     for iteration in range(context.recipe.outer_iterations):
         assert costs is not None
-        folder = run.staging / f"outer-{iteration + 1}"
-        costs = _updated_costs(costs, _rehearse(context, folder, found, kept_units, meter, observer, iteration + 1))
+        folder = context.run.staging / f"outer-{iteration + 1}"
+        costs = _updated_costs(costs, _rehearse(context, folder, found, kept_units, iteration + 1))
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
-    writer = ModelWriter(run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
-    trail = _Trail(folder=run.staging, journal=run.journal, writer=writer, measures_costs=False)
-    result = _prune_blocks(context, trail, found, kept_units, meter, observer, "prune")
+    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    trail = _Trail(folder=context.run.staging, journal=context.run.journal, writer=writer, measures_costs=False)
+    result = _prune_blocks(context, trail, found, kept_units, "prune")
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
@@ -80,7 +78,7 @@ def execute(context: RunContext, run: RunDirectory, meter: PeakMeter, observer: 
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
-    return ranks.broadcast(lambda: finalize(context, run, writer, meter, observer, config, outcome, scope))
+    return ranks.broadcast(lambda: finalize(context, writer, config, outcome, scope))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,17 +124,15 @@ def _rehearse(
     folder: Path,
     found: SensitivityPass | None,
     kept_units: Widths,
-    meter: PeakMeter,
-    observer: Observer,
     number: int,
 ) -> list[dict[str, Tensor]]:
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = context.stock.layout.blocks
-    with contextlib.closing(Journal(folder, observer.note, context.ranks)) as journal:
+    with contextlib.closing(Journal(folder, context.observer.note, context.ranks)) as journal:
         if journal.find(_COSTS_STEP) is None:
             writer = ModelWriter(folder, len(blocks), context.stock.layout.blocks_module)
             trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
-            _prune_blocks(context, trail, found, kept_units, meter, observer, f"outer iteration {number}")
+            _prune_blocks(context, trail, found, kept_units, f"outer iteration {number}")
             journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
         if context.ranks.is_first:
             for shard in folder.glob("model-*.safetensors"):
@@ -149,8 +145,6 @@ def _prune_blocks(
     trail: _Trail,
     found: SensitivityPass | None,
     kept_units: Widths,
-    meter: PeakMeter,
-    observer: Observer,
     phase: str,
 ) -> _Pass:
     """The loop itself.
@@ -170,7 +164,7 @@ def _prune_blocks(
     num_windows = len(context.windows.ids_NS)
     num_dense = num_windows if context.follows_dense else context.num_probe
     ranks = context.ranks
-    snapshots = Snapshots(trail.folder / "state", observer.note, ranks)
+    snapshots = Snapshots(trail.folder / "state", context.observer.note, ranks)
     kept = snapshots.behind([line is not None for line in lines])
     first = 0 if kept is None else kept.position
     with contextlib.ExitStack() as stack:
@@ -182,7 +176,7 @@ def _prune_blocks(
         if kept is not None:
             kept.restore({"pruned": store, "dense": dense})
         streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(context))
-        observer.start(phase, len(blocks) - first)
+        context.observer.start(phase, len(blocks) - first)
         for block in blocks[first:]:
             line = lines[block.index]
             if line is not None:
@@ -194,13 +188,13 @@ def _prune_blocks(
                 outcome = prune_block(
                     context, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
                 )
-                peak_bytes = ranks.all_reduce_max(meter.peak_so_far())
+                peak_bytes = ranks.all_reduce_max(context.meter.peak_so_far())
                 line = ranks.broadcast(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
                 lines[block.index] = line
                 del outcome
             snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
             release_free_memory()
-            observer.advance(f"{_block_line(block, line)}  memory {format_bytes(meter.peak_so_far())}")
+            context.observer.advance(f"{_block_line(block, line)}  memory {format_bytes(context.meter.peak_so_far())}")
         final_states = {"dense": _first_windows(context, dense), "pruned": _first_windows(context, store)}
         save_final_states(trail.journal, trail.folder, final_states, ranks)
     snapshots.discard()

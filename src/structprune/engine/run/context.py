@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from structprune.architectures.stock.model import StockModel
-from structprune.calibration.context import CalibrationWindows
-from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.run.device import DeviceMeter
-from structprune.memory import PeakMeter
+from structprune.engine.streaming.model import StreamedModel
 from structprune.methods.method import Method, SensitivityKind
-from structprune.ranks import ALONE, Ranks
+from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
+from structprune.runs.directory import RunDirectory
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, UnitGroup
 
@@ -24,69 +20,30 @@ from structprune.types import BlockLayout, UnitGroup
 _DECISION_DAMPING = 1e-2
 
 
-class StreamedModel(Protocol):
-    """A model whose blocks are streamed over token windows: what embedding, propagation and writing need of a run."""
-
-    @property
-    def stock(self) -> StockModel: ...
-
-    @property
-    def reader(self) -> CheckpointReader: ...
-
-    @property
-    def windows(self) -> CalibrationWindows: ...
-
-    @property
-    def plan(self) -> PrunePlan: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def meter(self) -> PeakMeter: ...
-
-    @property
-    def ranks(self) -> Ranks: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunContext:
-    """Everything that a run needs. The recipe is resolved: no entry that has an effect is None."""
+class RunContext(StreamedModel):
+    """Everything that a run of `prune` works by. Its recipe is resolved: no entry that has an effect is None."""
 
     source: str
-    stock: StockModel
+    run: RunDirectory
+    """Where the run leaves what is done; entered."""
+    observer: Observer = field(default_factory=SilentObserver)
     recipe: Recipe
     method: Method
     kinds: tuple[str, ...]
     """Unit kinds in scope."""
-    plan: PrunePlan
     calibration_name: str
-    windows: CalibrationWindows
     num_probe: int
     """Windows whose perplexity is reported, dense and pruned."""
-    device: torch.device
-    dtype: torch.dtype
     started: float
     """`time.perf_counter()` at the start of the run."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
     device_meter: DeviceMeter = field(default_factory=DeviceMeter)
-    meter: PeakMeter = field(default_factory=PeakMeter)
-    """Where the peaks of the phases are put down."""
-    ranks: Ranks = ALONE
-    """Those that share the windows. Numbers of windows here are the run's; stores and loops have this rank's."""
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
         """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a sublayer."""
         return tuple(group for kind in self.kinds for group in block.groups_of(kind))
-
-    @property
-    def reader(self) -> CheckpointReader:
-        """The source's tensors, under the names of the stock modules."""
-        return self.stock.reader
 
     def stored_name(self, name: str) -> str:
         """What a tensor is called in the output's files: as in the source, or as our own modelling file needs it.

@@ -25,15 +25,15 @@ from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
-from structprune.engine.run.context import RunContext, StreamedModel
+from structprune.engine.run.context import RunContext
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
+from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
-from structprune.memory import PeakMeter, release_free_memory
-from structprune.observer import Observer
+from structprune.memory import release_free_memory
 from structprune.phases import Phase, by_name
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
@@ -50,7 +50,6 @@ from structprune.results.schema import (
     RuntimeReport,
     SizeReport,
 )
-from structprune.runs.directory import RunDirectory
 
 MANIFEST_NAME = "pruning_manifest.json"
 
@@ -76,10 +75,7 @@ class Outcome:
 
 def finalize(
     context: RunContext,
-    run: RunDirectory,
     writer: ModelWriter,
-    meter: PeakMeter,
-    observer: Observer,
     config: Mapping[str, Any],
     outcome: Outcome,
     scope_parameters: int,
@@ -99,16 +95,16 @@ def finalize(
         write_modeling_file(writer.directory, context.stock.family, config)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(context, run, writer, meter, observer, config, outcome, size, metrics)
+    return commit(context, writer, config, outcome, size, metrics)
 
 
-def copy_outer(context: StreamedModel, writer: ModelWriter) -> None:
+def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
     """Copy what lies outside the blocks, one tensor at a time where it matters: embeddings first, the rest last."""
-    outer = context.stock.layout.outer_tensors
-    embeddings = context.stock.embedding_tensors()
-    writer.write_embeddings(context.reader.read(embeddings))
+    outer = model.stock.layout.outer_tensors
+    embeddings = model.stock.embedding_tensors()
+    writer.write_embeddings(model.reader.read(embeddings))
     release_free_memory()
-    writer.write_rest(context.reader.read([name for name in outer if name not in embeddings]))
+    writer.write_rest(model.reader.read([name for name in outer if name not in embeddings]))
 
 
 @torch.no_grad()
@@ -173,10 +169,7 @@ def size_report(
 
 def commit(
     context: RunContext,
-    run: RunDirectory,
     writer: ModelWriter,
-    meter: PeakMeter,
-    observer: Observer,
     config: Mapping[str, Any],
     outcome: Outcome,
     size: SizeReport,
@@ -199,18 +192,18 @@ def commit(
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
-    meter.mark("finish")
-    memory = _memory_report(context, run, meter)
+    context.meter.mark("finish")
+    memory = _memory_report(context)
 
-    reload = check_reload(context, run, writer, metrics.probe, observer)
+    reload = check_reload(context, context.run, writer, metrics.probe, context.observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, context.recipe, config)
-    report = _report(context, run, memory, outcome, size, calibration, reload, runtimes(shape))
+    report = _report(context, memory, outcome, size, calibration, reload, runtimes(shape))
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(context.reader.directory, context.reader.config)
     write_text(checkpoint / README_NAME, model_card(report, source, hub_id(context.source)))
-    run.commit()
+    context.run.commit()
     return report
 
 
@@ -227,18 +220,18 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
     )
 
 
-def _memory_report(context: RunContext, run: RunDirectory, meter: PeakMeter) -> MemoryReport:
+def _memory_report(context: RunContext) -> MemoryReport:
     return MemoryReport(
         budget_bytes=context.plan.budget_bytes,
         planned_peak_bytes=context.plan.peak_bytes,
-        measured_peak_bytes=max(meter.peak_so_far(), run.journal.largest("peak_bytes")),
+        measured_peak_bytes=max(context.meter.peak_so_far(), context.run.journal.largest("peak_bytes")),
         phases=by_name(context.plan.phases),
-        measured_phases=by_name(meter.phases),
+        measured_phases=by_name(context.meter.phases),
         store=context.plan.store,
         micro_batch_windows=context.plan.micro_batch_windows,
         cached=list(context.plan.cached),
         cache_bytes=context.plan.cache_bytes,
-        timeline=[MemoryStretch(**asdict(sample)) for sample in meter.samples],
+        timeline=[MemoryStretch(**asdict(sample)) for sample in context.meter.samples],
         device=None
         if (plan := context.plan.device) is None
         else DeviceMemoryReport(
@@ -265,7 +258,6 @@ def versions() -> dict[str, str]:
 
 def _report(
     context: RunContext,
-    run: RunDirectory,
     memory: MemoryReport,
     outcome: Outcome,
     size: SizeReport,
@@ -275,7 +267,7 @@ def _report(
 ) -> PruneReport:
     layout = context.stock.layout
     return PruneReport(
-        output=str(run.output),
+        output=str(context.run.output),
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
         family=layout.family,

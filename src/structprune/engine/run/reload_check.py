@@ -13,7 +13,8 @@ from torch import Tensor
 
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS, ReloadMode
-from structprune.engine.run.context import RunContext, StreamedModel
+from structprune.engine.run.context import RunContext
+from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import CheckpointError
 from structprune.evaluation import reload as stock_reload
 from structprune.observer import Observer
@@ -34,7 +35,7 @@ class Probe:
 
 
 def check_reload(
-    context: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+    model: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
 ) -> ReloadReport:
     """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
 
@@ -43,18 +44,18 @@ def check_reload(
     if probe is None:
         return ReloadReport(mode="off", reason="--no-reload-check")
     started = time.perf_counter()
-    bound = context.plan.reload
+    bound = model.plan.reload
     assert bound is not None, "planned wherever a probe is taken"
-    mode = bound.mode(writer.num_parameters, writer.file_bytes, context.plan.budget_bytes)
+    mode = bound.mode(writer.num_parameters, writer.file_bytes, model.plan.budget_bytes)
     reason = "" if mode == "whole" else "the whole model does not fit in what is left of --memory"
     observer.start("reload check", 1)
-    result, mode, ended = _ask(context, run, writer, probe, mode)
+    result, mode, ended = _ask(model, run, writer, probe, mode)
     if ended:
         reason = f"loading the whole model ended with {ended}"
     if result.impossible is not None:
         observer.advance(f"not possible: {result.impossible}")
         return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
-    tolerance = _tolerance(context)
+    tolerance = _tolerance(model)
     if result.error is not None:
         raise _rejected(run, writer, result.error, "a checkpoint that loads")
     if not result.relative_difference <= tolerance:
@@ -81,7 +82,7 @@ def check_reload(
 
 
 def _ask(
-    context: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+    model: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
     """The result, how it was got, and by what the first try was ended if there were two.
 
@@ -95,7 +96,7 @@ def _ask(
         directory=writer.directory,
         probe=work / "probe.safetensors",
         mode=mode,
-        dtype=str(context.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
     )
     tries: list[ReloadMode] = ["whole", "streamed"] if mode == "whole" else ["streamed"]
     ended = ""
@@ -115,8 +116,8 @@ def take_probe(context: RunContext, ids_S: Tensor, logits_SV: Tensor) -> Probe |
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())
 
 
-def _tolerance(context: StreamedModel) -> float:
-    dtypes = {context.dtype, *context.reader.dtypes.values()}
+def _tolerance(model: StreamedModel) -> float:
+    dtypes = {model.dtype, *model.reader.dtypes.values()}
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
 

@@ -28,7 +28,6 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
-from structprune.observer import Observer
 from structprune.phases import Phase
 from structprune.ranks import Task
 from structprune.types import BlockLayout
@@ -44,9 +43,7 @@ All ranks give their sums to the owner. Returns what makes the sensitivities of 
 """
 
 
-def backward_pass(
-    context: RunContext, folder: Path, observer: Observer, *, labels: Labels, backward: Backward
-) -> Costs:
+def backward_pass(context: RunContext, folder: Path, *, labels: Labels, backward: Backward) -> Costs:
     """Visit every block forward, then in reverse with the gradient of the loss.
 
     Of the calibration windows only the first `sensitivity_samples` take part. What `backward` returns stays in `folder`
@@ -54,9 +51,9 @@ def backward_pass(
     forward behind the boundaries that are there, in reverse at the newest gradient that was kept.
     """
     blocks = context.stock.layout.blocks
-    with SensitivityStore(folder, observer.note, context.ranks) as sensitivities:
+    with SensitivityStore(folder, context.observer.note, context.ranks) as sensitivities:
         if not _all_found(sensitivities, blocks):
-            _visit(context, sensitivities, observer, labels, backward)
+            _visit(context, sensitivities, labels, backward)
         if context.ranks.is_first:
             for index in range(len(blocks) + 1):
                 _boundary_path(folder, index).unlink(missing_ok=True)
@@ -69,9 +66,7 @@ def _all_found(sensitivities: SensitivityStore, blocks: Sequence[BlockLayout]) -
     return all(found)
 
 
-def _visit(
-    context: RunContext, sensitivities: SensitivityStore, observer: Observer, labels: Labels, backward: Backward
-) -> None:
+def _visit(context: RunContext, sensitivities: SensitivityStore, labels: Labels, backward: Backward) -> None:
     blocks = context.stock.layout.blocks
     shape = (
         context.ranks.num_local(context.num_backward),
@@ -85,7 +80,7 @@ def _visit(
             boundaries.append(FileStore(path, shape, context.dtype, lasting=True, ranks=context.ranks))
             stack.callback(boundaries[-1].close)
         propagator = embed(context, {boundaries[0]: context.num_backward})
-        observer.start("sensitivity: forward", len(blocks))
+        context.observer.start("sensitivity: forward", len(blocks))
         for block, before, after in zip(blocks, boundaries[:-1], boundaries[1:], strict=True):
             step = f"border {block.index + 1}"
             if sensitivities.journal.find(step) is None:
@@ -93,9 +88,9 @@ def _visit(
                 after.flush()
                 sensitivities.journal.record(step, [after.path])
                 release_free_memory()
-            observer.advance(f"block {block.index}")
+            context.observer.advance(f"block {block.index}")
         gradient = MemoryStore(shape, torch.float32)
-        snapshots = Snapshots(sensitivities.folder / "gradient", observer.note, context.ranks)
+        snapshots = Snapshots(sensitivities.folder / "gradient", context.observer.note, context.ranks)
         kept = snapshots.load()
         if kept is not None and _all_found(sensitivities, blocks[kept.position :]):
             kept.restore({"gradient": gradient})
@@ -106,7 +101,7 @@ def _visit(
                 loss_gradient(context, boundaries[-1], gradient, labels)
             left = blocks
         release_free_memory()
-        observer.start("sensitivity: backward", len(left))
+        context.observer.start("sensitivity: backward", len(left))
         behind_first = list(reversed(left))
         # What follows from a block's sums does not hold the gradient up: each rank does it for one of so many blocks.
         for first in range(0, len(behind_first), context.ranks.size):
@@ -124,7 +119,7 @@ def _visit(
             snapshots.keep(turn[-1].index, {"gradient": gradient})
             release_free_memory()
             for block in turn:
-                observer.advance(f"block {block.index}")
+                context.observer.advance(f"block {block.index}")
         snapshots.discard()
 
 

@@ -13,8 +13,6 @@ from structprune.engine.sensitivity.fisher import fisher_pass, score_pass
 from structprune.engine.sensitivity.store import Costs, load_costs, load_found
 from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass
 from structprune.files import write_text
-from structprune.memory import PeakMeter
-from structprune.observer import Observer
 from structprune.results.schema import ReusedStatistics
 from structprune.runs.journal import JOURNAL_NAME, read_journal
 from structprune.types import Sensitivity
@@ -49,46 +47,44 @@ class SensitivityPass:
                 return {}
 
 
-def measure_sensitivity(
-    context: RunContext, folder: Path, meter: PeakMeter, observer: Observer
-) -> SensitivityPass | None:
-    """Measure into `folder`, or with `job.shared` into a place where later runs of the same question find it."""
+def measure_sensitivity(context: RunContext, folder: Path) -> SensitivityPass | None:
+    """Measure into `folder`, or with `context.shared` into a place where later runs of the same question find it."""
     kind = context.sensitivity
     if kind == "none":
         return None
     for_widths = kind != context.method.sensitivity
     if context.shared is None:
-        return SensitivityPass(
-            kind=kind, costs=_measure(context, folder, observer), folder=folder, for_widths=for_widths
-        )
+        return SensitivityPass(kind=kind, costs=_measure(context, folder), folder=folder, for_widths=for_widths)
     folder = context.shared / _key(context)
     done = folder / _DONE_NAME
     if done.exists():
         reused = ReusedStatistics.model_validate_json(done.read_text(encoding="utf-8"))
-        observer.note(f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)")
+        context.observer.note(
+            f"the dense model's measurements are taken over from an earlier run ({reused.seconds:.0f} s)"
+        )
         costs = load_costs(folder, context.stock.layout.blocks, context.kinds)
         return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths, reused=reused)
     # What an interrupted run left there is an answer to the same question: the sensitivity pass goes on with it.
     partial = folder.with_name(f"{folder.name}.partial")
     context.shared.mkdir(parents=True, exist_ok=True)
-    costs = _measure(context, partial, observer)
+    costs = _measure(context, partial)
     seconds = max(float(line["seconds"]) for line in read_journal(partial / JOURNAL_NAME).values())
-    spent = ReusedStatistics(seconds=seconds, peak_bytes=meter.peak_so_far())
+    spent = ReusedStatistics(seconds=seconds, peak_bytes=context.meter.peak_so_far())
     write_text(partial / _DONE_NAME, spent.model_dump_json())
     partial.rename(folder)
     return SensitivityPass(kind=kind, costs=costs, folder=folder, for_widths=for_widths)
 
 
-def _measure(context: RunContext, folder: Path, observer: Observer) -> Costs:
+def _measure(context: RunContext, folder: Path) -> Costs:
     match context.sensitivity:
         case "none":
             raise AssertionError("nothing to measure")
         case "scores":
-            return score_pass(context, folder, observer)
+            return score_pass(context, folder)
         case "loss":
-            return fisher_pass(context, folder, observer)
+            return fisher_pass(context, folder)
         case "taylor":
-            return taylor_pass(context, folder, observer)
+            return taylor_pass(context, folder)
 
 
 def _key(context: RunContext) -> str:

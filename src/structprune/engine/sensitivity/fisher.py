@@ -30,7 +30,6 @@ from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
-from structprune.observer import Observer
 from structprune.phases import Phase, SublayerPhase
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending, removal_path
@@ -38,7 +37,7 @@ from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments, Sensitivity, UnitGroup
 
 
-def fisher_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
+def fisher_pass(context: RunContext, folder: Path) -> Costs:
     """Measure every block; sensitivities stay in `folder` for the pruning pass (`load_found`): kind -> F (O, O)."""
 
     def removal_costs(
@@ -55,27 +54,27 @@ def fisher_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
 
         return found
 
-    return backward_pass(context, folder, observer, labels="sampled", backward=removal_costs)
+    return backward_pass(context, folder, labels="sampled", backward=removal_costs)
 
 
-def score_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
+def score_pass(context: RunContext, folder: Path) -> Costs:
     """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
     blocks = context.stock.layout.blocks
     num_windows = context.windows.ids_NS.shape[0]
     with contextlib.ExitStack() as stack:
-        sensitivities = stack.enter_context(SensitivityStore(folder, observer.note, context.ranks))
+        sensitivities = stack.enter_context(SensitivityStore(folder, context.observer.note, context.ranks))
         done = [sensitivities.has(block) for block in blocks]
         if all(done):
             return sensitivities.costs(blocks, context.kinds)
         store = open_store(context, folder / "hidden.bin", num_windows)
         stack.callback(store.close)
         propagator = embed(context, {store: num_windows})
-        snapshots = Snapshots(folder / "state", observer.note, context.ranks)
+        snapshots = Snapshots(folder / "state", context.observer.note, context.ranks)
         kept = snapshots.behind(done)
         first = 0 if kept is None else kept.position
         if kept is not None:
             kept.restore({"hidden": store})
-        observer.start("sensitivity: scores", len(blocks) - first)
+        context.observer.start("sensitivity: scores", len(blocks) - first)
         for block in blocks[first:]:
             tensors, module = load_block(context, block)
             owner = block.index % context.ranks.size
@@ -86,7 +85,7 @@ def score_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
             del task, sums
             snapshots.keep(block.index + 1, {"hidden": store})
             release_free_memory()
-            observer.advance(f"block {block.index}")
+            context.observer.advance(f"block {block.index}")
         snapshots.discard()
         return sensitivities.costs(blocks, context.kinds)
 

@@ -25,7 +25,6 @@ from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import NumericalError
-from structprune.observer import Observer
 from structprune.phases import Phase
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending
@@ -34,7 +33,7 @@ from structprune.types import BlockLayout, Sensitivity, TaylorSums, UnitGroup
 _SUMS = tuple(field.name for field in fields(TaylorSums))
 
 
-def taylor_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
+def taylor_pass(context: RunContext, folder: Path) -> Costs:
     """Measure every block; the sums stay in `folder` for the pruning pass (`load_taylor`).
 
     The costs are the context's scores, ascending, as the lowest go first.
@@ -58,7 +57,7 @@ def taylor_pass(context: RunContext, folder: Path, observer: Observer) -> Costs:
 
         return found
 
-    return backward_pass(context, folder, observer, labels="text", backward=score)
+    return backward_pass(context, folder, labels="text", backward=score)
 
 
 def weight_sums(

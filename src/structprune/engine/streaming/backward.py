@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import output_tensor
 from structprune.calibration.store import HiddenStore
-from structprune.engine.run.context import StreamedModel
+from structprune.engine.streaming.model import StreamedModel
 from structprune.engine.streaming.propagate import Propagator
 from structprune.types import BlockLayout
 
 
 def differentiate(
-    context: StreamedModel,
+    model: StreamedModel,
     block: BlockLayout,
     module: nn.Module,
     propagator: Propagator,
@@ -41,7 +41,7 @@ def differentiate(
                 output_BSD = output_tensor(module(hidden_BSD, **propagator.kwargs(1, block.index)))
                 # Zeros for an expert that no token of the window is sent to.
                 found = torch.autograd.grad(
-                    output_BSD, [hidden_BSD, *wanted()], gradient_BSD.to(context.dtype), materialize_grads=True
+                    output_BSD, [hidden_BSD, *wanted()], gradient_BSD.to(model.dtype), materialize_grads=True
                 )
             receive(found[1:])
             put(window, found[0].float())

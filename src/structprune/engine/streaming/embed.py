@@ -10,36 +10,36 @@ from torch import Tensor
 
 from structprune.architectures.stock.model import BlockInputs, StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.run.context import StreamedModel
+from structprune.engine.streaming.model import StreamedModel
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 
 
-def open_store(context: StreamedModel, path: Path, num_windows: int) -> HiddenStore:
+def open_store(model: StreamedModel, path: Path, num_windows: int) -> HiddenStore:
     """Room for the hidden states of the run's first `num_windows` windows, as far as they are this rank's.
 
     In memory or in the file `path`, as the plan says; with several ranks each has its own file.
     """
-    ranks = context.ranks
-    shape = (ranks.num_local(num_windows), context.windows.ids_NS.shape[1], context.stock.layout.hidden_size)
-    if context.plan.store == "memory":
-        return MemoryStore(shape, context.dtype)
+    ranks = model.ranks
+    shape = (ranks.num_local(num_windows), model.windows.ids_NS.shape[1], model.stock.layout.hidden_size)
+    if model.plan.store == "memory":
+        return MemoryStore(shape, model.dtype)
     own = path if ranks.size == 1 else path.with_name(f"{path.name}.{ranks.rank}")
-    return FileStore(own, shape, context.dtype)
+    return FileStore(own, shape, model.dtype)
 
 
-def embed(context: StreamedModel, targets: Mapping[HiddenStore, int]) -> Propagator:
+def embed(model: StreamedModel, targets: Mapping[HiddenStore, int]) -> Propagator:
     """Embed this rank's of the run's first so many windows into each store; see `embed_windows`."""
-    ranks = context.ranks
-    with context.meter.phase(Phase.EMBED):
+    ranks = model.ranks
+    with model.meter.phase(Phase.EMBED):
         return embed_windows(
-            context.stock,
-            context.windows.ids_NS[ranks.rank :: ranks.size],
+            model.stock,
+            model.windows.ids_NS[ranks.rank :: ranks.size],
             {store: ranks.num_local(num_windows) for store, num_windows in targets.items()},
-            context.plan.micro_batch_windows,
-            device=context.device,
-            dtype=context.dtype,
+            model.plan.micro_batch_windows,
+            device=model.device,
+            dtype=model.dtype,
         )
 
 
