@@ -21,7 +21,7 @@ from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.stock.loading import load_model
 from structprune.calibration.sources.boolq import split_texts
 from structprune.cli.progress import progress_observer
-from structprune.cli.render import key_value_table
+from structprune.cli.tables import print_pairs
 from structprune.evaluation.speed import speed_pair
 from structprune.memory import format_bytes
 
@@ -67,7 +67,7 @@ def main() -> None:
     def change(a: float, b: float) -> str:
         return f"{a:,.1f} -> {b:,.1f} ({b / a:.2f}x)"
 
-    key_value_table(
+    print_pairs(
         f"SmolLM2-135M (dequantised), {report.method}: {size.removed_share_of_scope:.2%} of the MLP parameters removed",
         [
             (

@@ -42,7 +42,17 @@ def refused(capsys: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path)
     def run(model: object, *arguments: object, calibration: object = text_file, verb: str = "prune") -> str:
         command = [verb, str(model)]
         if verb == "prune":
-            command += ["-o", str(tmp_path / "out"), "--quiet", "--num-samples", "4", "--seq-len", "32"]
+            command += [
+                "-o",
+                str(tmp_path / "out"),
+                "--quiet",
+                "--method",
+                "fasp",
+                "--num-samples",
+                "4",
+                "--seq-len",
+                "32",
+            ]
             command += ["--dtype", "float32", "--multiple-of", "1", "--calibration", str(calibration)]
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
@@ -851,6 +861,8 @@ def test_budget_that_cannot_hold_one_block(
     # The budget that the message names would do.
     command = [
         "prune",
+        "--method",
+        "fasp",
         str(tiny_llama),
         "-o",
         str(tmp_path / "out"),

@@ -62,7 +62,20 @@ def in_a_process(*arguments: object) -> Result:
 
 
 def calibrated_on(text_file: Path) -> list[object]:
-    return ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--dtype", "float32", "--multiple-of", 1]
+    return [
+        "--method",
+        "fasp",
+        "--calibration",
+        text_file,
+        "--num-samples",
+        4,
+        "--seq-len",
+        32,
+        "--dtype",
+        "float32",
+        "--multiple-of",
+        1,
+    ]
 
 
 def strict_json(text: str) -> Any:
@@ -150,7 +163,7 @@ def test_quiet(cli: Run, tiny_opt: Path, text_file: Path, tmp_path: Path) -> Non
 
 
 def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_path: Path) -> None:
-    result = cli("prune", tiny_opt, "-o", tmp_path / "out", "--method", "magnitude", *calibrated_on(text_file))
+    result = cli("prune", tiny_opt, "-o", tmp_path / "out", *calibrated_on(text_file), "--method", "magnitude")
     assert result.code == 0
     lines = result.err.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
@@ -211,7 +224,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
 def test_flags_win_over_the_recipe_file(cli: Run, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"sparsity: 0.5\nseed: 4\nmemory: 3GiB\ncalibration: {text_file}\n"
+        f"method: fasp\nsparsity: 0.5\nseed: 4\nmemory: 3GiB\ncalibration: {text_file}\n"
         "num_samples: 4\nseq_len: 32\ndtype: float32\nmultiple_of: 1\n"
     )
     alone = cli("prune", tiny_llama, "-o", tmp_path / "alone", "--json", "--recipe", path)
@@ -231,7 +244,7 @@ def test_recipe_file_is_the_same_as_flags(cli: Run, tiny_llama: Path, text_file:
         f"calibration: {text_file}\nnum_samples: 4\nseq_len: 32\ndtype: float32\nmultiple_of: 1\nmethod: wanda-sp\n"
     )
     cli("prune", tiny_llama, "-o", tmp_path / "file", "--recipe", path)
-    cli("prune", tiny_llama, "-o", tmp_path / "flags", "--method", "wanda-sp", *calibrated_on(text_file))
+    cli("prune", tiny_llama, "-o", tmp_path / "flags", *calibrated_on(text_file), "--method", "wanda-sp")
     shards = sorted((tmp_path / "flags").glob("*.safetensors"))
     assert len(shards) == 4
     for shard in shards:

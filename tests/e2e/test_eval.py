@@ -43,7 +43,13 @@ def two_texts(text_file: Path, tmp_path: Path) -> list[Path]:
 
 
 def pruned(source: Path, text: Path, output: Path, **settings: Any) -> Path:
-    fields: dict[str, Any] = {"calibration": str(text), "num_samples": 4, "seq_len": 32, "dtype": "float32"}
+    fields: dict[str, Any] = {
+        "method": "fasp",
+        "calibration": str(text),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+    }
     prune(source, Recipe.build(**{**fields, **settings}), output)
     return output
 

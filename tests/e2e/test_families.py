@@ -47,7 +47,12 @@ def multiple(source: Path) -> int:
 
 
 def run(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneReport:
-    settings: dict[str, Any] = {"sparsity": 0.3, "calibration": str(text_file), "num_samples": NUM_SAMPLES}
+    settings: dict[str, Any] = {
+        "method": "fasp",
+        "sparsity": 0.3,
+        "calibration": str(text_file),
+        "num_samples": NUM_SAMPLES,
+    }
     settings |= {"multiple_of": multiple(source), "seq_len": SEQ_LEN, "dtype": "float32", "device": "cpu", **changes}
     return structprune.prune(source, Recipe.build(**settings), output)
 

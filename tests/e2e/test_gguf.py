@@ -304,7 +304,14 @@ def test_stored_dtype_is_the_default(tmp_path: Path) -> None:
 
 
 def pruned(source: Path, text_file: Path, output: Path, **settings: Any) -> Path:
-    recipe = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+    recipe = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     prune(source, Recipe.build(**recipe | settings), output)
     return output
 

@@ -97,7 +97,9 @@ def test_the_revision_is_the_one_that_is_read(model: str, commit: str, hub: dict
 
 
 def test_a_revision_is_pruned(hub: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    recipe = Recipe.build(sparsity=0.3, calibration=str(text_file), num_samples=2, seq_len=32, multiple_of=1)
+    recipe = Recipe.build(
+        method="fasp", sparsity=0.3, calibration=str(text_file), num_samples=2, seq_len=32, multiple_of=1
+    )
     report = prune(f"{NAME}@v1", recipe, tmp_path / "out")
     assert report.source == f"{NAME}@v1"
     assert report.size.bytes_before == CheckpointReader(hub[OLD]).file_bytes

@@ -43,7 +43,20 @@ def command(slow_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
     flags = ["--calibration", str(text_file), "--num-samples", "24", "--seq-len", "256", "--dtype", "float32"]
     flags += ["--memory", "1GiB"]
     output = str(tmp_path / "out")
-    return [sys.executable, "-c", PROGRAM, "prune", str(slow_model), "-o", output, *flags, "--multiple-of", "1"]
+    return [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "prune",
+        str(slow_model),
+        "--method",
+        "fasp",
+        "-o",
+        output,
+        *flags,
+        "--multiple-of",
+        "1",
+    ]
 
 
 @pytest.fixture

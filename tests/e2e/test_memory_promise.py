@@ -46,6 +46,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(text_file: Path, **changes: Any) -> dict[str, Any]:
     return {
+        "method": "fasp",
         "calibration": str(text_file),
         "num_samples": 24,
         "seq_len": 256,

@@ -23,7 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
 
 def run(source: Path, text_file: Path, output: Path, **changes: Any) -> PruneReport:
-    settings = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+    settings = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     return prune(source, Recipe.build(**settings | changes), output)
 
 

@@ -31,7 +31,14 @@ Change = Callable[[dict[str, Tensor]], None]
 
 
 def recipe(text_file: Path, **changes: Any) -> Recipe:
-    settings = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+    settings = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     return Recipe.build(**settings | {"sparsity": 0.4, "reload_check": False} | changes)
 
 

@@ -227,7 +227,14 @@ def test_measurements_go_into_the_table(run: Path, text_file: Path, tmp_path: Pa
 def test_every_kind_of_run_has_a_page(
     settings: dict[str, Any], words: str, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    fields = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "dtype": "float32", **settings}
+    fields = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+        **settings,
+    }
     prune(tiny_llama, Recipe.build(**fields), tmp_path / "out")
     assert words in check_alone((tmp_path / "out" / "pruning_report.html").read_text(encoding="utf-8")).text
 

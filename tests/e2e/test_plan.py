@@ -18,7 +18,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
 
 def recipe(text_file: Path, **changes: Any) -> Recipe:
-    settings = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+    settings = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 32,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     return Recipe.build(**settings | changes)
 
 
@@ -71,7 +78,20 @@ def test_command_line(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    flags = ["--sparsity", 0.5, "--multiple-of", 8, "--num-samples", 4, "--seq-len", 32, "--dtype", "float32"]
+    flags = [
+        "--method",
+        "fasp",
+        "--sparsity",
+        0.5,
+        "--multiple-of",
+        8,
+        "--num-samples",
+        4,
+        "--seq-len",
+        32,
+        "--dtype",
+        "float32",
+    ]
     code, out, err = run_cli(capsys, "plan", tiny_llama, *flags, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -92,7 +112,7 @@ def test_command_line(
 def test_a_plan_refuses_what_the_run_would_refuse(
     capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    code, _, err = run_cli(capsys, "plan", tiny_llama, "--sparsity", 0.99, "--multiple-of", 1)
+    code, _, err = run_cli(capsys, "plan", tiny_llama, "--method", "fasp", "--sparsity", 0.99, "--multiple-of", 1)
     assert (code, err.splitlines()[-1][:48]) == (2, "structprune: block 0: no mlp units would be left")
     code, _, err = run_cli(capsys, "plan", tiny_llama, "--memory", "1MiB")
     assert code == 2

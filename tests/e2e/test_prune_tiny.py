@@ -47,6 +47,7 @@ MANY = "20KB"
 def recipe(text_file: Path, **changes: Any) -> Recipe:
     return Recipe.build(
         **{
+            "method": "fasp",
             "calibration": str(text_file),
             "num_samples": 8,
             "seq_len": 32,
@@ -346,7 +347,7 @@ def test_report_and_manifest(
 
 
 def test_auto_settings_are_resolved_in_the_manifest(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    asked = Recipe.build(calibration=str(text_file), num_samples=2, seq_len=4096)
+    asked = Recipe.build(method="fasp", calibration=str(text_file), num_samples=2, seq_len=4096)
     report = structprune.prune(tiny_llama, asked, tmp_path / "out")
     manifest = read_json(tmp_path / "out" / "pruning_manifest.json")["recipe"]
     # No longer window than the model has positions.

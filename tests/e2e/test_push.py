@@ -135,7 +135,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
 @pytest.fixture(scope="module")
 def finished(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "small"
-    settings = {"calibration": str(text_file), "num_samples": 2, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+    settings = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 2,
+        "seq_len": 32,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     prune(tiny_llama, Recipe.build(**settings, reload_check=False), output)
     return output
 

@@ -202,7 +202,11 @@ def test_another_run_is_refused_and_resume_goes_on(
     with pytest.raises(InputError, match=f"the unfinished run here was started {how}"):
         recover(student, tiny_llama, changed, tmp_path / "out")
     with pytest.raises(InputError, match="the unfinished run here was started by another command"):
-        prune(tiny_llama, Recipe.build(calibration=str(text_file), num_samples=4, seq_len=SEQ_LEN), tmp_path / "out")
+        prune(
+            tiny_llama,
+            Recipe.build(method="fasp", calibration=str(text_file), num_samples=4, seq_len=SEQ_LEN),
+            tmp_path / "out",
+        )
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     report = resume(tmp_path / "out")

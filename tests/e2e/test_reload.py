@@ -32,7 +32,14 @@ INDEX = "model.safetensors.index.json"
 
 
 def run(source: Path, text_file: Path, output: Path, **changes: Any) -> PruneReport:
-    settings = {"calibration": str(text_file), "num_samples": 4, "seq_len": 48, "dtype": "float32", "multiple_of": 1}
+    settings = {
+        "method": "fasp",
+        "calibration": str(text_file),
+        "num_samples": 4,
+        "seq_len": 48,
+        "dtype": "float32",
+        "multiple_of": 1,
+    }
     return prune(source, Recipe.build(**settings | changes), output)
 
 
@@ -265,6 +272,8 @@ def test_it_can_be_left_out(tiny_llama: Path, text_file: Path, tmp_path: Path, m
     tried = ends_with(monkeypatch)
     command = [
         "prune",
+        "--method",
+        "fasp",
         str(tiny_llama),
         "-o",
         str(tmp_path / "out"),

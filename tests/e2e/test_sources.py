@@ -45,7 +45,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(**changes: Any) -> Recipe:
-    return Recipe.build(**{"num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1, **changes})
+    return Recipe.build(
+        **{"method": "fasp", "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1, **changes}
+    )
 
 
 def sampled(model: Path, num_windows: int, seq_len: int, seed: int = 0, budget_bytes: int = 2**30) -> Tensor:

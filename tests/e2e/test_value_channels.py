@@ -297,7 +297,13 @@ def test_whole_heads_are_still_there_for_the_asking(tiny_llama: Path, text_file:
 
 
 def test_plan_and_inspect_name_the_runtimes(narrow: Path, tiny_llama: Path) -> None:
-    settings: dict[str, Any] = {"scope": "all", "sparsity": 0.3, "calibration": "self", "multiple_of": 1}
+    settings: dict[str, Any] = {
+        "method": "fasp",
+        "scope": "all",
+        "sparsity": 0.3,
+        "calibration": "self",
+        "multiple_of": 1,
+    }
     for found in (
         plan(tiny_llama, Recipe.build(**settings)).runtimes,
         plan(tiny_llama, Recipe.build(**settings, allocator="closed-form")).runtimes,
@@ -311,7 +317,9 @@ def test_plan_and_inspect_name_the_runtimes(narrow: Path, tiny_llama: Path) -> N
 @pytest.mark.parametrize(("processes", "kept"), [(1, 10), (2, 8)])
 def test_processes_share_whole_heads(processes: int, kept: int, tiny_llama: Path) -> None:
     """Widths of values need not divide; with two processes the rows of each are a multiple."""
-    recipe = Recipe.build(scope="all", sparsity=0.3, multiple_of=2, tensor_parallel=processes, dtype="float32")
+    recipe = Recipe.build(
+        method="fasp", scope="all", sparsity=0.3, multiple_of=2, tensor_parallel=processes, dtype="float32"
+    )
     found = check(tiny_llama, recipe).forecast
     assert found.kept is not None
     assert found.kept["attention"] == [kept, kept]

@@ -49,7 +49,7 @@ class Group(TyperGroup):
 
 
 def many_values(*options: str) -> type[Command]:
-    """A verb that reads `--option a b c` of each of `options` as `--option a --option b --option c`."""
+    """Make the class of a verb that reads `--option a b c` of these options as `--option a --option b --option c`."""
 
     class ManyValuesCommand(Command):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -75,7 +75,7 @@ def many_values(*options: str) -> type[Command]:
 
 
 def wrap_words(text: str, width: int) -> list[str]:
-    """Lines of whole words, no longer than `width` unless a single word is; hyphens do not end a word."""
+    """Split into lines of whole words, no longer than `width` unless one word is; hyphens do not end a word."""
     return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
@@ -101,7 +101,7 @@ def _page(usage: str, text: str | None, sections: dict[str, list[_Row]]) -> str:
 
 
 def _definitions(rows: Sequence[_Row], column: int, width: int) -> Iterable[str]:
-    """Two columns; a name that is too long for its column stands on a line of its own."""
+    """Write two columns; a name that is too long for its column stands on a line of its own."""
     for name, text in rows:
         lines = wrap_words(text, width - column - 2)
         if len(name) + 2 > column or not lines:

@@ -46,7 +46,7 @@ def evaluate(
     """Perplexity of MODEL on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
     from structprune.assess import EvaluationRequest, evaluate_all
     from structprune.cli.progress import progress_observer
-    from structprune.cli.render import key_value_table
+    from structprune.cli.tables import print_pairs
 
     request = EvaluationRequest(
         texts=text or [],
@@ -67,7 +67,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    key_value_table(f"structprune eval {model}", _rows(result))
+    print_pairs(f"structprune eval {model}", _rows(result))
 
 
 def _rows(result: Evaluation) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ def export(
     from structprune.api import export as run_export
     from structprune.cli.interrupt import interruptible
     from structprune.cli.progress import progress_observer
-    from structprune.cli.render import key_value_table
+    from structprune.cli.tables import print_pairs
     from structprune.memory import format_bytes
 
     try:
@@ -42,7 +42,7 @@ def export(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    key_value_table(
+    print_pairs(
         f"structprune export {model}",
         [
             ("output", f"{result.path} ({format_bytes(result.bytes)})"),

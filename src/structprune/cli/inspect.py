@@ -14,7 +14,8 @@ def inspect(
 ) -> None:
     """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
     from structprune.api import inspect_with_runtimes
-    from structprune.cli.render import key_value_table, runtime_rows
+    from structprune.cli.render import runtime_rows
+    from structprune.cli.tables import print_pairs
 
     layout, supports = inspect_with_runtimes(model)
     block = max(layout.blocks, key=lambda b: b.num_parameters)
@@ -59,7 +60,7 @@ def inspect(
             )
         )
     rows += [("found", note) for note in layout.notes]
-    key_value_table(f"structprune inspect {model}", [*rows, *runtime_rows(supports)])
+    print_pairs(f"structprune inspect {model}", [*rows, *runtime_rows(supports)])
 
 
 def _show(value: object) -> str:

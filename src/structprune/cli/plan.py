@@ -23,13 +23,14 @@ def plan(
 ) -> None:
     """Show what `prune` with the same options would do, and which runtimes will load the result. Reads headers only."""
     from structprune.api import plan as run_plan
-    from structprune.cli.render import key_value_table, runtime_rows
+    from structprune.cli.render import runtime_rows
+    from structprune.cli.tables import print_pairs
 
     found = run_plan(model, settings)
     if as_json:
         print(json.dumps(_as_dict(found), indent=2))
         return
-    key_value_table(f"structprune plan {model}", [*_rows(found), *runtime_rows(found.runtimes)])
+    print_pairs(f"structprune plan {model}", [*_rows(found), *runtime_rows(found.runtimes)])
 
 
 def _rows(found: RunPlan) -> list[tuple[str, str]]:

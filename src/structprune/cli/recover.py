@@ -46,7 +46,7 @@ def recover(
 
 def recovery_table(report: RecoveryReport) -> None:
     """Print what a recovery did and cost."""
-    from structprune.cli.render import key_value_table
+    from structprune.cli.tables import print_pairs
     from structprune.memory import format_bytes
     from structprune.results.summary import reload_line
 
@@ -75,4 +75,4 @@ def recovery_table(report: RecoveryReport) -> None:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("time", f"training {report.train_seconds:.1f} s, the whole run {report.wall_seconds:.1f} s"),
     ]
-    key_value_table(f"structprune recover {report.student} -> {report.output}", rows)
+    print_pairs(f"structprune recover {report.student} -> {report.output}", rows)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from structprune.cli.tables import Column, Heading, Row, fits, print_pairs, print_table
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
-from structprune.results.comparison import COST_COLUMNS, Comparison, cost_values
+from structprune.results.comparison import COST_COLUMNS, Cell, Comparison, TextScore, cost_values
 from structprune.results.measured import Bench, Rate
 from structprune.results.report import PruneReport
 from structprune.results.schema import RuntimeReport
-from structprune.results.summary import rich_table, summary_rows, warnings
-
-
-def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print two columns without a header."""
-    Console().print(rich_table(title, rows))
+from structprune.results.summary import summary_rows, warnings
 
 
 def report_table(report: PruneReport) -> None:
     """Print what a run did and cost."""
     rows = [*summary_rows(report), *runtime_rows(report.runtimes)]
-    key_value_table(f"{report.method}: {report.source} -> {report.output}", rows)
+    print_pairs(f"{report.method}: {report.source} -> {report.output}", rows)
     for warning in warnings(report):
         Console(stderr=True).print(Text(warning))
 
@@ -38,85 +33,105 @@ def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tup
 def comparison_table(result: Comparison) -> None:
     """Print what is left of the model's quality, then what it took; best first within each sparsity."""
     windows = "all windows" if result.max_windows is None else f"first {result.max_windows} windows"
-    quality = Table(
-        title=Text(
-            f"{result.model}, calibrated on {result.calibration}: perplexity over {windows} of "
-            f"{result.seq_len} tokens, KL from the dense model in nats per token"
-        ),
-        title_justify="left",
+    title = (
+        f"{result.model}, calibrated on {result.calibration}: perplexity over {windows} of {result.seq_len} tokens, "
+        "KL from the dense model in nats per token"
     )
-    cost = Table(title="What it took; wall time counts shared measurements in full", title_justify="left")
-    for table in (quality, cost):
-        table.add_column("asked", no_wrap=True)
-        table.add_column("method", overflow="fold")
-    for name in ("params", "disk"):
-        quality.add_column(name, justify="right", no_wrap=True)
-    for text in result.texts:
-        quality.add_column(Text(text.label), justify="right", overflow="fold")
-        quality.add_column("KL", justify="right", no_wrap=True)
-    for name in COST_COLUMNS:
-        cost.add_column(name, justify="right", no_wrap=True)
-    if result.dense is not None:
-        scores = [value for score in result.dense.texts for value in (f"{score.perplexity:.2f}", "")]
-        quality.add_row("", "dense", _millions(result.dense.parameters), format_bytes(result.dense.bytes), *scores)
-    previous: str | None = None
+    numbers = range(len(result.texts))
+    names = [text.label for text in result.texts]
+    if fits(_quality_columns(names), _quality_rows(result, numbers)):
+        print_table(title, _quality_columns(names), _quality_rows(result, numbers))
+    else:
+        legend = [f"text {number + 1}: {name}" for number, name in enumerate(names)]
+        for part in _parts(result, numbers):
+            headers = [f"text {number + 1}" for number in part]
+            print_table(title, _quality_columns(headers), _quality_rows(result, part), legend=legend)
+            title, legend = "", []
+    print_table(
+        "What it took; wall time counts shared measurements in full",
+        [Column(name="method"), *(Column(name=name, figures=True) for name in COST_COLUMNS)],
+        _by_sparsity(result, lambda cell: [cell.label, *cost_values(cell)]),
+    )
+
+
+def _parts(result: Comparison, numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Share the texts out to tables, as many to each as the terminal is wide enough for."""
+    size = len(numbers)
+    while size > 1 and not fits(
+        _quality_columns([f"text {number + 1}" for number in numbers[:size]]), _quality_rows(result, numbers[:size])
+    ):
+        size -= 1
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
+
+def _quality_columns(texts: Sequence[str]) -> list[Column]:
+    figures = ["params", "disk", *(name for text in texts for name in (text, "KL"))]
+    return [Column(name="method"), *(Column(name=name, figures=True) for name in figures)]
+
+
+def _quality_rows(result: Comparison, texts: Sequence[int]) -> list[Row]:
+    """Collect a row per model with its scores on some of the texts, the dense one first."""
+
+    def row(label: str, parameters: int, size: int, scores: Sequence[TextScore]) -> list[str]:
+        figures = [value for number in texts for value in _score(scores[number])]
+        return [label, _millions(parameters), format_bytes(size), *figures]
+
+    dense = result.dense
+    first = [] if dense is None else [row("dense", dense.parameters, dense.bytes, dense.texts)]
+    return [*first, *_by_sparsity(result, lambda cell: row(cell.label, cell.parameters, cell.bytes, cell.texts))]
+
+
+def _score(score: TextScore) -> tuple[str, str]:
+    return f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}"
+
+
+def _by_sparsity(result: Comparison, row: Callable[[Cell], list[str]]) -> list[Row]:
+    """Collect a row per cell, under a heading for each share and scope."""
+    rows: list[Row] = []
+    previous: Heading | None = None
     for cell in result.ordered():
-        asked = f"{cell.sparsity:.4g} {cell.scope}"
-        if f"{cell.sparsity}" != previous:
-            quality.add_section()
-            cost.add_section()
-        previous = f"{cell.sparsity}"
-        scores = [
-            value
-            for score in cell.texts
-            for value in (f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}")
-        ]
-        quality.add_row(asked, Text(cell.label), _millions(cell.parameters), format_bytes(cell.bytes), *scores)
-        cost.add_row(asked, Text(cell.label), *cost_values(cell))
-    console = Console()
-    console.print(quality)
-    console.print(cost)
+        heading = Heading(f"{cell.sparsity:.4g} {cell.scope}")
+        if heading != previous:
+            rows.append(heading)
+        previous = heading
+        rows.append(row(cell))
+    return rows
 
 
 def bench_tables(result: Bench) -> None:
     """Print sizes of the models, then every point of the grid."""
-    sizes = Table(title=Text(f"structprune bench, {result.dtype} on {result.device}"), title_justify="left")
-    sizes.add_column("model", overflow="fold")
-    for name in ("params", "disk", "weights in memory"):
-        sizes.add_column(name, justify="right", no_wrap=True)
-    points = Table(
-        title=Text(f"Tokens per second: median of {result.repeats} runs after a warm-up (lower to upper quartile)"),
-        title_justify="left",
+    print_table(
+        f"structprune bench, {result.dtype} on {result.device}",
+        [
+            Column(name="model"),
+            *(Column(name=name, figures=True) for name in ("params", "disk", "weights in memory")),
+        ],
+        [
+            (m.model, _millions(m.parameters), format_bytes(m.file_bytes), format_bytes(m.weight_bytes))
+            for m in result.models
+        ],
     )
-    compared = len(result.models) > 1
-    points.add_column("batch", justify="right", no_wrap=True)
-    points.add_column("prompt", justify="right", no_wrap=True)
-    points.add_column("model", overflow="fold")
-    for name in ("prefill", "decode", "peak memory", *(("prefill ratio", "decode ratio") if compared else ())):
-        points.add_column(name, justify="right")
-    for model in result.models:
-        sizes.add_row(
-            Text(model.model),
-            _millions(model.parameters),
-            format_bytes(model.file_bytes),
-            format_bytes(model.weight_bytes),
-        )
-    for row in zip(*(model.points for model in result.models), strict=True):
-        points.add_section()
-        for model, point in zip(result.models, row, strict=True):
-            ratios = (point.prefill_ratio, point.decode_ratio) if compared else ()
-            points.add_row(
-                f"{point.batch}",
-                f"{point.prompt_tokens}",
-                Text(model.model),
-                _rate(point.prefill),
-                _rate(point.decode),
-                format_bytes(point.peak_bytes),
-                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            )
-    console = Console()
-    console.print(sizes)
-    console.print(points)
+    ratios = ("prefill ratio", "decode ratio") if len(result.models) > 1 else ()
+    print_table(
+        f"Tokens per second: median of {result.repeats} runs after a warm-up (lower to upper quartile)",
+        [Column(name="model"), *(Column(name=name, figures=name in ratios) for name in (*_POINT_COLUMNS, *ratios))],
+        _point_rows(result),
+    )
+
+
+_POINT_COLUMNS = ("prefill", "decode", "peak memory")
+
+
+def _point_rows(result: Bench) -> list[Row]:
+    """Collect a row per model, under a heading for each point of the grid."""
+    rows: list[Row] = []
+    for points in zip(*(model.points for model in result.models), strict=True):
+        rows.append(Heading(f"batch {points[0].batch}, prompt {points[0].prompt_tokens}"))
+        for model, point in zip(result.models, points, strict=True):
+            ratios = (point.prefill_ratio, point.decode_ratio) if len(result.models) > 1 else ()
+            figures = [_rate(point.prefill), _rate(point.decode), format_bytes(point.peak_bytes)]
+            rows.append([model.model, *figures, *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios)])
+    return rows
 
 
 def _rate(rate: Rate) -> str:

@@ -17,7 +17,7 @@ _METHODS_OWN = "the method's"
 
 
 def default_sensitivity_samples(seq_len: int) -> int:
-    """Windows of the streamed backward pass where the recipe names none: what it measures depends on their tokens."""
+    """Choose the windows of the streamed backward pass where the recipe names none: their tokens are what counts."""
     return max(1, min(24, 24_576 // seq_len))
 
 
@@ -27,7 +27,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Annotated[str, Flag(Group.HOW)] = Field(
-        default="fasp", description="a name that `structprune methods` lists"
+        default="structprune", description="a name that `structprune methods` lists"
     )
     sparsity: Annotated[Share, Flag(Group.WHAT)] = Field(
         default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove, such as 0.3 or 30%"
