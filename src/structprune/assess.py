@@ -15,6 +15,7 @@ from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
@@ -101,7 +102,8 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     request.check()
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
     memory = None if request.memory is None else parse_bytes(request.memory)
-    texts = [(str(path), read_text(Path(path))) for path in request.texts]
+    render = renderer(resolve_model(str(model)))
+    texts = [(str(path), read_text(Path(path), render)) for path in request.texts]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
     device = resolve_device(recipe.device)

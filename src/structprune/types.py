@@ -5,7 +5,7 @@ Shape suffixes: U units, I inputs of the consumer (U * width), O outputs of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from structprune.kinds import UNIT_KINDS as UNIT_KINDS
 from structprune.kinds import HeadUnits as HeadUnits
 from structprune.kinds import UnitKind
 
+Render = Callable[[Sequence[Mapping[str, str]]], str]
+"""Turns of a chat, each {"role": ..., "content": ...} -> its text by a model's chat template. Raises InputError."""
 Stage = tuple[UnitKind, ...]
 """Sublayers of a block that read the same state of the residual stream: one of them, or both where they are parallel.
 """

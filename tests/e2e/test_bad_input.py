@@ -787,7 +787,7 @@ def test_text_shorter_than_one_window(refused: Refused, tiny_llama: Path, tmp_pa
     [
         ("latin.txt", b"caf\xe9 " * 50, "is not UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n{"text"\n', "rows.jsonl:2: the line is not JSON"),
-        ("rows.jsonl", b'{"text": "a"}\n\n{"content": "b"}\n', "rows.jsonl:3: the line has no text"),
+        ("rows.jsonl", b'{"text": "a"}\n\n{"comment": "b"}\n', "rows.jsonl:3: the row has no text"),
         ("empty.txt", b"", "got 0 tokens"),
     ],
 )

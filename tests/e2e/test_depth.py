@@ -61,7 +61,9 @@ def windows(source: Path, text_file: Path) -> Tensor:
     def encode(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    context = SourceContext(encode=encode, sample=lambda *_: IDS_BS, num_samples=NUM_WINDOWS, seq_len=SEQ_LEN, seed=0)
+    context = SourceContext(
+        encode=encode, render=str, sample=lambda *_: IDS_BS, num_samples=NUM_WINDOWS, seq_len=SEQ_LEN, seed=0
+    )
     return draw_windows(text_file.read_text(), "text", context).ids_NS
 
 

@@ -52,7 +52,7 @@ def windows(source: Path, text_file: Path) -> Tensor:
     def no_sampling(*_: object) -> Tensor:
         raise AssertionError("the text is given")
 
-    context = SourceContext(encode=encode, sample=no_sampling, num_samples=6, seq_len=32, seed=0)
+    context = SourceContext(encode=encode, render=str, sample=no_sampling, num_samples=6, seq_len=32, seed=0)
     return draw_windows(text_file.read_text(), "text", context).ids_NS
 
 

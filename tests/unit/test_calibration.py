@@ -5,10 +5,15 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
+import csv
+import gzip
+import importlib.util
+import io
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +34,7 @@ TEXT = "".join(chr(97 + i % 26) for i in range(1003))
 def context(num_samples: int = 8, seq_len: int = 10, seed: int = 0) -> SourceContext:
     """One token per character: its number in the text is lost, its code stays."""
     return SourceContext(
+        render=str,
         encode=lambda text: torch.tensor([ord(c) for c in text], dtype=torch.int64),
         sample=lambda num_windows, length, seed: torch.full((num_windows, length), seed),
         num_samples=num_samples,
@@ -40,6 +46,7 @@ def context(num_samples: int = 8, seq_len: int = 10, seed: int = 0) -> SourceCon
 def positions(num_tokens: int, num_samples: int, seq_len: int, seed: int = 0) -> CalibrationWindows:
     """Windows of a text whose token t is the number t."""
     given_context = SourceContext(
+        render=str,
         encode=lambda _: torch.arange(num_tokens),
         sample=lambda *_: torch.empty(0),
         num_samples=num_samples,
@@ -122,11 +129,11 @@ def test_jsonl_line_that_is_not_json(tmp_path: Path, line: str) -> None:
     assert caught.value.where == f"{path}:3"
 
 
-@pytest.mark.parametrize("line", ["{}", '{"text": 3}', '{"text": null}', '["text"]', '"text"'])
+@pytest.mark.parametrize("line", ["{}", '{"text": 3}', '{"text": null}', "3"])
 def test_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line, encoding="utf-8")
-    with pytest.raises(InputError, match="the line has no text") as caught:
+    with pytest.raises(InputError, match="the row has no text") as caught:
         read_text(path)
     assert caught.value.where == f"{path}:1"
 
@@ -303,3 +310,100 @@ def test_file_that_was_cut_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(EOFError, match=r"hidden\.bin"):
         store.read(2, 4)
     store.close()
+
+
+ROWS = ["the first text", 'two, with a "quote"', "drei: \u00e4\u00f6\u00fc \u4f60\u597d"]
+JOINED = "\n\n".join(ROWS)
+
+
+def json_lines(field: str = "text") -> str:
+    return "\n".join(json.dumps({field: text}, ensure_ascii=False) for text in ROWS)
+
+
+def csv_rows(separator: str = ",") -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator)
+    writer.writerows([("number", "text"), *enumerate(ROWS)])
+    return out.getvalue()
+
+
+FORMS: dict[str, bytes] = {
+    "array.json": json.dumps([{"text": text} for text in ROWS]).encode(),
+    "strings.json": json.dumps(ROWS).encode(),
+    "lines.json": json_lines().encode(),
+    "lines.jsonl": json_lines().encode(),
+    "lines.ndjson": json_lines().encode(),
+    "marked.jsonl": b"\xef\xbb\xbf" + json_lines().encode(),
+    "wide.jsonl": json_lines().encode("utf-16"),
+    "lines.jsonl.gz": gzip.compress(json_lines().encode()),
+    "rows.csv": csv_rows().encode(),
+    "rows.tsv": csv_rows("\t").encode(),
+    "plain.txt": JOINED.encode(),
+    "wide.txt": JOINED.encode("utf-16"),
+    "plain.txt.gz": gzip.compress(JOINED.encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_files_as_other_tools_write_them(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FORMS[name])
+    assert read_text(tmp_path / name) == JOINED
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ROWS, "other": [1, 2, 3]}), tmp_path / "rows.parquet")
+    assert read_text(tmp_path / "rows.parquet") == JOINED
+
+
+def test_zstd(tmp_path: Path) -> None:
+    """With the package the text, without it the name of the package."""
+    path = tmp_path / "rows.jsonl.zst"
+    if importlib.util.find_spec("zstandard") is None:
+        path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+        with pytest.raises(InputError, match="needs the zstandard package"):
+            read_text(path)
+    else:
+        import zstandard
+
+        path.write_bytes(zstandard.ZstdCompressor().compress(json_lines().encode()))
+        assert read_text(path) == JOINED
+
+
+def test_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json_lines("body"), encoding="utf-8")
+    assert read_text(tmp_path / "rows.jsonl#body") == JOINED
+    with pytest.raises(InputError, match=r"no text; got fields body.*FILE#FIELD"):
+        read_text(path)
+    # A file that is called so itself.
+    (tmp_path / "a#b").write_text("plain")
+    assert read_text(tmp_path / "a#b") == "plain"
+
+
+CHAT = [("user", "Who?"), ("assistant", "Me.")]
+CHATS: dict[str, Any] = {
+    "messages": {"messages": [{"role": role, "content": content} for role, content in CHAT]},
+    "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": c}, {"type": "image"}]} for r, c in CHAT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_chats_go_through_the_template(form: str, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps(CHATS[form]))
+    text = read_text(
+        tmp_path / "chats.jsonl", lambda turns: "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
+    )
+    assert text == "<user>Who?<assistant>Me."
+
+
+def test_prompts_and_completions(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1 + 1 =", "completion": " 2"},
+        {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+        {"question": "Why?", "answer": "So."},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert read_text(tmp_path / "rows.json") == "1 + 1 =\n 2\n\nAdd.\n2 and 2\n4\n\nWhy?\nSo."

@@ -86,7 +86,9 @@ def _dense_row(spec: CellSpec) -> DenseRow:
     limit = model.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
-        windows_NS = text_windows(limit, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        windows_NS = text_windows(
+            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows
+        )
         texts.append(_text_score(label, perplexity(model, windows_NS, label)))
     return DenseRow(
         parameters=sum(parameter.numel() for parameter in model.parameters()), bytes=reader.file_bytes, texts=texts
@@ -100,7 +102,9 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     limit = dense.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
-        windows_NS = text_windows(limit, encoder, read_text(path), label, spec.seq_len, spec.max_windows)
+        windows_NS = text_windows(
+            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows
+        )
         reference = make_reference(dense, windows_NS)
         texts.append(_text_score(label, perplexity(pruned, windows_NS, label, reference=reference)))
     reused_seconds = report.reused.seconds if report.reused else 0.0

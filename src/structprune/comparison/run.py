@@ -21,6 +21,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
 from structprune.engine.resolve import ResolvedRun, check
+from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.errors import InputError, StructPruneError
 from structprune.files import write_json, write_text
@@ -102,9 +103,10 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         raise InputError(
             "two texts have the same file name", got=", ".join(label for label, _ in texts), do="rename one"
         )
+    directory = resolve_model(request.model)
     for _, path in texts:
-        read_text(path)
-    reader = CheckpointReader(resolve_model(request.model))
+        read_text(path, renderer(directory))
+    reader = CheckpointReader(directory)
     layout = StockModel(reader).layout
     identity: dict[str, Any] = {
         "source": reader.fingerprint(),

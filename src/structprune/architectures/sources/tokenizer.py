@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-from structprune.errors import CheckpointError, first_line
+from structprune.errors import CheckpointError, InputError, first_line
+from structprune.types import Render
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -72,6 +74,19 @@ class TextEncoder:
                 do="use the tokenizer that the model was saved with, or a text without that token",
             )
         return ids
+
+    @property
+    def render(self) -> Render | None:
+        """What writes a chat as the model's template does, and raises InputError for turns that it refuses; None
+        without a template."""
+        return None if self.tokenizer.chat_template is None else self._render
+
+    def _render(self, turns: Sequence[Mapping[str, str]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False)
+        except Exception as error:
+            # Templates raise what they like: Jinja's types, or an exception of their own for turns in another order.
+            raise InputError("the chat template refuses these turns", got=first_line(error)) from error
 
     def decode(self, ids: Tensor) -> str:
         """Token ids -> text."""

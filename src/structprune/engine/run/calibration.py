@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.context import SourceContext
+from structprune.calibration.sources.file import join_turns
+from structprune.types import Render
 
 
 def source_context(
@@ -37,4 +42,13 @@ def source_context(
             budget_bytes=budget_bytes,
         )
 
-    return SourceContext(encode=encoder.encode, sample=sample, num_samples=num_samples, seq_len=seq_len, seed=seed)
+    return SourceContext(
+        encode=encoder.encode, render=encoder.render, sample=sample, num_samples=num_samples, seq_len=seq_len, seed=seed
+    )
+
+
+def renderer(directory: Path) -> Render:
+    """Return what writes chats by the template of the model in `directory`, whose tokenizer is loaded for the first
+    one; plainly without a template."""
+    render = functools.cache(lambda: TextEncoder(directory).render or join_turns)
+    return lambda turns: render()(turns)
