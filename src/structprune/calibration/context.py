@@ -20,11 +20,11 @@ class SourceContext:
     """Text -> token ids (tokens,)."""
     sample: Callable[[int, int, int], Tensor]
     """(number of windows, window length, seed) -> windows sampled from the model itself (windows, length)."""
-    render: Render | None
-    """What writes a chat by the model's template; None where it has none."""
     num_samples: int
     seq_len: int
     seed: int
+    render: Render | None = None
+    """What writes a chat by the model's template; None where it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
