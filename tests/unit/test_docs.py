@@ -289,6 +289,32 @@ def test_a_name_that_is_gone_is_found() -> None:
     assert "greedy-swap" in REGISTERED
 
 
+# Words
+
+PRIVATE_WORDS = {
+    "walk": "pipeline, or backward pass",
+    "survey": "sensitivity pass",
+    "findings": "results",
+    "border": "boundary",
+    "price": "removal cost",
+    "pricing": "removal costs",
+    "wire": "exchange",
+    "judge": "decide, or measure",
+    "halves": "sublayers",
+}
+"""Words that the documentation does not use, and the field's own."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != DOCS / "log"], ids=relative)
+def test_words_are_the_fields(page: Path) -> None:
+    text = text_of(page)
+    for word, better in PRIVATE_WORDS.items():
+        found = re.search(rf"\b{word}(?:s|d|ed)?\b", text, flags=re.IGNORECASE)
+        assert not found, f"{relative(page)} says {found and found[0]!r}: say {better}"
+    fragment = re.search(r"(?:^|[.:] )(?:That of|Those of|Of an?) [^|\n]*", text, flags=re.MULTILINE)
+    assert not fragment, f"{relative(page)} has a sentence without its noun: {fragment and fragment[0]!r}"
+
+
 # Pages that list all of something
 
 
