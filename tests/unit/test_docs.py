@@ -1,6 +1,6 @@
 """What the documentation names exists: links and anchors, paths, functions, flags, names of methods, commands, rooms.
 
-`STRUCTPRUNE_REWRITE=1 python -m pytest tests/unit/test_docs.py` writes the generated tables of docs/commands.md anew.
+`STRUCTPRUNE_REWRITE=1 python -m pytest tests/unit/test_docs.py` writes the generated tables anew.
 """
 
 from __future__ import annotations
@@ -343,6 +343,17 @@ def test_every_family_is_listed(family: str) -> None:
     assert f"`{family}`" in text_of(DOCS / "add-an-architecture.md")
 
 
+def test_the_tour_leads_to_functions() -> None:
+    """Every equation of StructPrune has its function; `test_paths_exist` holds that the function is there."""
+    page = text_of(DOCS / "methods" / "structprune.md")
+    table = page.partition("## The tour")[2].split("\n\n")[1]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    assert len(rows) > 15
+    for equation, places in rows[2:]:
+        assert all(inside for _, inside in paths_in(places)), f"{equation} names a file without its function"
+        assert list(paths_in(places)), f"{equation} has no function"
+
+
 def test_every_log_entry_has_a_row() -> None:
     """Newest first, with the question as the title of its page."""
     index = text_of(DOCS / "log" / "index.md")
@@ -366,6 +377,51 @@ def test_rooms_of_the_architecture_are_the_floors_of_the_imports() -> None:
     table = text_of(DOCS / "architecture.md").partition("<!-- rooms -->")[2].partition("<!-- end -->")[0]
     floors = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines() if row.startswith("| `")]
     assert floors == [{name.strip() for name in layer.split("|")} for layer in layers]
+
+
+# Generated tables
+
+
+def generated(path: Path, title: str, made: str) -> None:
+    """Compare the part of the page between `title` and its end with what was made, or write it anew."""
+    page = text_of(path)
+    start_mark = f"<!-- made by tests/unit/test_docs.py: {title} -->"
+    before, start, rest = page.partition(start_mark)
+    found, end, after = rest.partition("<!-- end -->")
+    assert start, f"{relative(path)} has no place for {title}"
+    assert end
+    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
+        path.write_text(f"{before}{start}\n\n{made}\n\n{end}{after}", encoding="utf-8")
+        return
+    assert found.strip() == made, f"{relative(path)}: {title} is not what the code is; see the head of this file"
+
+
+def room_of(module: str) -> str:
+    """The room of a module: a package of the top, a package of the engine, or a module of the top."""
+    parts = module.removeprefix("structprune.").split(".")
+    return "/".join(parts[:2]) if parts[0] == "engine" and len(parts) > 1 else parts[0]
+
+
+def arrows() -> dict[str, set[str]]:
+    """Room -> the rooms that it imports from, anywhere in its files."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+        if module in ("structprune", "structprune.__main__", "structprune.engine"):
+            continue
+        room = found.setdefault(room_of(module), set())
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("structprune."):
+                room.add(room_of(node.module or ""))
+    return {room: targets - {room} for room, targets in found.items()}
+
+
+def test_arrows_of_the_rooms() -> None:
+    rows = [
+        f"| `{room}` | {', '.join(f'`{target}`' for target in sorted(targets)) or 'nothing'} |"
+        for room, targets in sorted(arrows().items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+    generated(DOCS / "architecture.md", "arrows", "\n".join(["| room | imports from |", "|---|---|", *rows]))
 
 
 # Generated tables of the commands
@@ -400,14 +456,4 @@ def command_section(name: str) -> str:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_commands_page_is_what_the_command_line_takes(name: str) -> None:
-    path = DOCS / "commands.md"
-    page = text_of(path)
-    before, start, rest = page.partition(f"<!-- made by tests/unit/test_docs.py: {name} -->")
-    found, end, after = rest.partition("<!-- end -->")
-    assert start, f"docs/commands.md has no section of `structprune {name}`"
-    assert end
-    made = command_section(name)
-    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
-        path.write_text(f"{before}{start}\n\n{made}\n\n{end}{after}", encoding="utf-8")
-        return
-    assert found.strip() == made, "docs/commands.md is not what the flags are: see the head of this file"
+    generated(DOCS / "commands.md", name, command_section(name))
