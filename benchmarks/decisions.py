@@ -25,7 +25,7 @@ from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.stock.loading import load_model
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 RANKED = ("l2", "wanda")
 SEARCHES = ("penalty", "greedy", "greedy-swap")
@@ -58,8 +58,7 @@ def main() -> None:
             num_units = weight_OI.shape[1]
             problem = LayerProblem(
                 weight_OI=weight_OI,
-                gram_II=gram_II,
-                num_tokens=ids_NS.numel(),
+                fit=Moments(gram_II=gram_II, num_tokens=ids_NS.numel()),
                 width=1,
                 damping=DAMPING,
                 producer_norm_U=torch.ones(num_units),

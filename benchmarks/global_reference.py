@@ -112,17 +112,14 @@ def calibration_windows(directory: Path, data: Path, num_samples: int) -> Tensor
     return draw_windows(train, "train-1mb", context).ids_NS
 
 
-def problem(weight_OI: Tensor, moments: Moments, sensitivity_OO: Tensor, held_out: Moments | None) -> LayerProblem:
+def problem(weight_OI: Tensor, sensitivity_OO: Tensor, fit: Moments, held_out: Moments | None = None) -> LayerProblem:
     return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=moments.gram_II,
-        num_tokens=moments.num_tokens,
+        fit=fit,
+        held_out=held_out,
         width=1,
         damping=DAMPING,
         producer_norm_U=torch.ones(weight_OI.shape[1]),
-        target_OI=moments.target_OI,
-        target_energy=moments.target_energy,
-        held_out=held_out,
         sensitivity_OO=sensitivity_OO,
     )
 
@@ -180,7 +177,7 @@ def refit(model: Any, ids_NS: Tensor, kept: list[int], sensitivities: list[Tenso
                 pruned_NSD[n] = residual_BSD[0]
             num_tokens = len(windows) * ids_NS.shape[1]
             parts.append(Moments(gram_II=gram_II, num_tokens=num_tokens, target_OI=target_OI, target_energy=energy))
-        solved = problem(down.weight, parts[0] + parts[1], sensitivity_OO, parts[1])
+        solved = problem(down.weight, sensitivity_OO, *parts)
         solved = replace(solved, shrinkage=STRUCTPRUNE.shrinkage)
         keep_U = keep_greedy(solved, num_keep)
         weight_OK = least_squares(solved, keep_U).weight_OK
@@ -212,7 +209,7 @@ def main() -> None:
             costs: list[Tensor] = []
             for layer, gram_II, sensitivity_OO in zip(model.model.layers, grams, sensitivities, strict=True):
                 moments = Moments(gram_II=gram_II, num_tokens=ids_NS[:NUM_SURVEYED].numel())
-                single = problem(layer.mlp.down_proj.weight, moments, sensitivity_OO, None)
+                single = problem(layer.mlp.down_proj.weight, sensitivity_OO, moments)
                 costs.append(removal_path(single, single.num_units).cost)
             kept = global_ranking(costs, sparsity)
             refit(model, ids_NS, kept, sensitivities)

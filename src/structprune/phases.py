@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, NewType
+from typing import NewType
 
-if TYPE_CHECKING:
-    # For its name only: without it this module, and the meter, load no tensor library.
-    from structprune.types import UnitKind
+from structprune.kinds import UnitKind
 
 
 class Phase(StrEnum):

@@ -15,6 +15,7 @@ from torch import Tensor
 from structprune.kinds import UNIT_KINDS as UNIT_KINDS
 from structprune.kinds import HeadUnits as HeadUnits
 from structprune.kinds import UnitKind
+from structprune.rows import Rows, RowSum
 
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 """Turns of a chat, each {"role": ..., "content": ...} -> its text by a model's chat template. Raises InputError."""
@@ -207,12 +208,12 @@ class ModelLayout:
 class Moments:
     """Sums over some calibration tokens of a consumer's inputs x and targets y."""
 
-    gram_II: Tensor
+    gram_II: Rows
     """Sum of x x^T, float32 or wider."""
     num_tokens: int
     sum_I: Tensor | None = None
-    """Sum of x, float64."""
-    target_OI: Tensor | None = None
+    """Sum of x, float64; None where nothing is measured."""
+    target_OI: Rows | None = None
     """Sum of y x^T; None for the local target, where it is W G."""
     target_energy: float | None = None
     """Sum of |y|^2; None for the local target."""
@@ -225,7 +226,7 @@ class Moments:
             self,
             gram_II=self.gram_II[order_I][:, order_I],
             sum_I=None if self.sum_I is None else self.sum_I[order_I],
-            target_OI=None if self.target_OI is None else self.target_OI[:, order_I],
+            target_OI=None if self.target_OI is None else self.target_OI[:][:, order_I],
         )
 
     def to(self, device: torch.device) -> Moments:
@@ -238,17 +239,20 @@ class Moments:
         )
 
     def __add__(self, other: Moments) -> Moments:
+        """Sums over the tokens of both. Matrices are added row by row whenever they are read: no third one is made."""
         target_OI, energy = self.target_OI, self.target_energy
         if target_OI is not None and energy is not None:
             assert other.target_OI is not None
             assert other.target_energy is not None
-            target_OI, energy = target_OI + other.target_OI, energy + other.target_energy
+            target_OI = RowSum(first=target_OI, second=other.target_OI)
+            energy += other.target_energy
         return Moments(
-            gram_II=self.gram_II + other.gram_II,
+            gram_II=RowSum(first=self.gram_II, second=other.gram_II),
             num_tokens=self.num_tokens + other.num_tokens,
             sum_I=None if self.sum_I is None or other.sum_I is None else self.sum_I + other.sum_I,
             target_OI=target_OI,
             target_energy=energy,
+            residual_energy=self.residual_energy + other.residual_energy,
         )
 
 
@@ -307,9 +311,10 @@ class LayerProblem:
     """
 
     weight_OI: Tensor
-    gram_II: Tensor
-    """Sum over calibration tokens of x x^T, float32 or wider."""
-    num_tokens: int
+    fit: Moments
+    """Sums over the calibration tokens, or over those that no ridge is chosen by."""
+    held_out: Moments | None = None
+    """Sums over the other windows, which choose the ridge; None: there are none, and `damping` is the ridge."""
     width: int
     partitions: int = 1
     """Runs of equal length that the units come in, of which each keeps as many."""
@@ -317,18 +322,10 @@ class LayerProblem:
     """Ridge, as a share of the mean diagonal of the Gram."""
     shrinkage: float = 0.0
     """Share of the correlations between units that greedy removal does not count on, from 0 to 1."""
-    sum_I: Tensor | None = None
-    """Sum over calibration tokens of x, float64; None where nothing is measured."""
     producer_norm_U: Tensor
     """Product over the producers of the L2 norm of the unit's slice."""
-    target_OI: Tensor | None = None
-    """Sum over tokens of y x^T; None for the local target, where it is W G."""
-    target_energy: float | None = None
-    """Sum over tokens of |y|^2; None for the local target."""
     seed: int = 0
     """Differs between blocks, kinds and parts; for what is drawn at random."""
-    held_out: Moments | None = None
-    """The part of the sums above whose windows choose the ridge; None: `damping` is the ridge."""
     sensitivity_OO: Tensor | None = None
     """E[g g^T], g the gradient of the summed loss by the consumer's output at one token; None where not measured."""
     taylor: TaylorSums | None = None
@@ -342,21 +339,16 @@ class LayerProblem:
     def device(self) -> torch.device:
         return self.weight_OI.device
 
+    def total(self) -> Moments:
+        """Sums over all calibration tokens: what units are chosen and answers solved by.
+
+        Costs no memory; where windows are held out every read of a row adds two.
+        """
+        return self.fit if self.held_out is None else self.fit + self.held_out
+
     def without_held_out(self) -> LayerProblem:
-        """The same problem on the other windows only."""
-        held_out = self.held_out
-        assert held_out is not None
-        target_OI = self.target_OI
-        if target_OI is not None and held_out.target_OI is not None:
-            target_OI = target_OI - held_out.target_OI
-        return replace(
-            self,
-            gram_II=self.gram_II - held_out.gram_II,
-            num_tokens=self.num_tokens - held_out.num_tokens,
-            target_OI=target_OI,
-            target_energy=None,
-            held_out=None,
-        )
+        """The same problem on the windows to fit only."""
+        return replace(self, held_out=None)
 
     def kept_inputs(self, keep_U: Tensor) -> Tensor:
         """Indices of the consumer inputs that belong to kept units, ascending."""

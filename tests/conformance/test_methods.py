@@ -21,7 +21,7 @@ from structprune.registry import Registry
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS
-from structprune.types import LayerProblem, TaylorSums, UnitKind
+from structprune.types import LayerProblem, Moments, TaylorSums, UnitKind
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "method": METHODS,
@@ -106,15 +106,14 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
     x_TI = torch.randn(30, 6, generator=generator) * torch.arange(6, 0, -1) ** 3
     problem = LayerProblem(
         weight_OI=torch.randn(4, 6, generator=generator).sign() * torch.arange(1, 7),
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=30,
-        sum_I=x_TI.double().sum(dim=0),
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=30, sum_I=x_TI.double().sum(dim=0)),
         width=1,
         damping=1e-4,
         producer_norm_U=torch.ones(6),
         taylor=TaylorSums(**dict.fromkeys(("signed_U", "first_U", "second_U", "mixed_U"), torch.arange(6.0))),
     )
-    blind = replace(problem, gram_II=torch.eye(6), sum_I=torch.zeros(6, dtype=torch.float64))
+    unmeasured = replace(problem.fit, gram_II=torch.eye(6), sum_I=torch.zeros(6, dtype=torch.float64))
+    blind = replace(problem, fit=unmeasured)
 
     def pruned(given: LayerProblem) -> tuple[Tensor, Tensor]:
         if method.score in SELECTORS:

@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.scores import SCORES, SELECTORS, TAYLOR
 from structprune.scores.selection import ascending, keep_best, removal_path, shrunk_gram
 from structprune.solvers import SOLVERS
-from structprune.types import LayerProblem, TaylorSums
+from structprune.types import LayerProblem, Moments, TaylorSums
 
 # Scores that depend on the problem's numbers.
 READING = [name for name in SCORES if name != "random"]
@@ -26,9 +26,7 @@ def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32)
     gradient_TO = torch.randn(40, 5, generator=generator)
     return LayerProblem(
         weight_OI=torch.randn(5, num_units * width, generator=generator).to(dtype),
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=40,
-        sum_I=x_TI.double().sum(dim=0),
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=40, sum_I=x_TI.double().sum(dim=0)),
         width=width,
         damping=1e-4,
         producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
@@ -51,8 +49,7 @@ def by_hand(width: int, producer_norm_U: Tensor) -> LayerProblem:
     """A 2 x 3 consumer; four tokens with input norms 2, 3 and 4, so root mean squares of 1, 1.5 and 2."""
     return LayerProblem(
         weight_OI=torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]]),
-        gram_II=torch.tensor([[4.0, 0.5, -1.0], [0.5, 9.0, 2.0], [-1.0, 2.0, 16.0]]),
-        num_tokens=4,
+        fit=Moments(gram_II=torch.tensor([[4.0, 0.5, -1.0], [0.5, 9.0, 2.0], [-1.0, 2.0, 16.0]]), num_tokens=4),
         width=width,
         damping=1e-4,
         producer_norm_U=producer_norm_U,
@@ -79,8 +76,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
     permuted = replace(
         problem,
         weight_OI=problem.weight_OI[:, order_I],
-        gram_II=problem.gram_II[order_I][:, order_I],
-        sum_I=None if problem.sum_I is None else problem.sum_I[order_I],
+        fit=problem.fit.reordered(order_I),
         producer_norm_U=problem.producer_norm_U[order_U],
         taylor=TaylorSums(**{field: sum_U[order_U] for field, sum_U in sums_of(problem).items()}),
     )
@@ -104,9 +100,9 @@ def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", list(SCORES))
 def test_leaves_the_problem_alone(name: str) -> None:
     problem = make_problem(6, 2)
-    before = problem.weight_OI.clone(), problem.gram_II.clone(), problem.producer_norm_U.clone()
+    before = problem.weight_OI.clone(), problem.fit.gram_II.clone(), problem.producer_norm_U.clone()
     SCORES.get(name)(problem)
-    after = problem.weight_OI, problem.gram_II, problem.producer_norm_U
+    after = problem.weight_OI, problem.fit.gram_II, problem.producer_norm_U
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -123,7 +119,9 @@ def test_wanda_of_a_group_is_the_sum_of_its_inputs() -> None:
 def test_wanda_is_a_mean_over_tokens() -> None:
     """Seeing every token twice changes nothing."""
     problem = make_problem(6, 2)
-    twice = replace(problem, gram_II=2 * problem.gram_II, num_tokens=2 * problem.num_tokens)
+    twice = replace(
+        problem, fit=replace(problem.fit, gram_II=2 * problem.fit.gram_II, num_tokens=2 * problem.fit.num_tokens)
+    )
     score = SCORES.get("wanda")
     torch.testing.assert_close(score(twice), score(problem))
 
@@ -152,14 +150,16 @@ def test_l2_by_hand() -> None:
 def test_obs_is_half_the_error_after_the_refit(width: int) -> None:
     """Per token; by its definition: drop the unit, solve the others by least squares, measure."""
     problem = replace(make_problem(6, width), damping=1e-12)
-    problem = replace(problem, gram_II=problem.gram_II.double(), weight_OI=problem.weight_OI.double())
+    exact = replace(problem.fit, gram_II=problem.fit.gram_II.double())
+    problem = replace(problem, fit=exact, weight_OI=problem.weight_OI.double())
     score_U = SCORES.get("obs")(problem)
     for unit in range(6):
         keep_U = torch.arange(6) != unit
         difference_OI = problem.weight_OI.clone()
         kept_K = problem.kept_inputs(keep_U)
         difference_OI[:, kept_K] -= SOLVERS.get("least-squares")(problem, keep_U).weight_OK
-        expected = 0.5 * float(((difference_OI @ problem.gram_II.double()) * difference_OI).sum()) / problem.num_tokens
+        error = float(((difference_OI @ problem.fit.gram_II.double()) * difference_OI).sum())
+        expected = 0.5 * error / problem.fit.num_tokens
         assert float(score_U[unit]) == pytest.approx(expected, rel=1e-6)
 
 
@@ -223,7 +223,7 @@ def test_selector_keeps_as_many_as_asked(name: str, width: int, num_keep: int, w
     assert torch.equal(keep_U, selector(problem, num_keep))
     order_U = torch.tensor([3, 5, 0, 7, 1, 6, 4, 2])
     order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
-    permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
+    permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], fit=problem.fit.reordered(order_I))
     assert torch.equal(selector(permuted, num_keep), keep_U[order_U])
 
 
@@ -249,7 +249,7 @@ def test_selector_keeps_as_many_in_each_partition(name: str, width: int, num_kee
     if num_keep < 8:
         assert not torch.equal(keep_U, selector(replace(problem, partitions=1), num_keep))
     order_I = torch.arange(8 * width).roll(4 * width)
-    swapped = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
+    swapped = replace(problem, weight_OI=problem.weight_OI[:, order_I], fit=problem.fit.reordered(order_I))
     assert torch.equal(selector(swapped, num_keep), keep_U.roll(4))
 
 
@@ -257,7 +257,8 @@ def test_selector_keeps_as_many_in_each_partition(name: str, width: int, num_kee
 @pytest.mark.parametrize("width", [1, 4])
 def test_selector_drops_units_without_weights_first(name: str, width: int) -> None:
     """With independent inputs nothing can be moved onto them, and their removal costs nothing."""
-    problem = replace(make_problem(8, width), gram_II=torch.eye(8 * width))
+    problem = make_problem(8, width)
+    problem = replace(problem, fit=replace(problem.fit, gram_II=torch.eye(8 * width)))
     for unit in (1, 6):
         problem.weight_OI[:, unit * width : (unit + 1) * width] = 0
     assert SELECTORS.get(name)(problem, 6).tolist() == [True, False, True, True, True, True, False, True]
@@ -276,9 +277,7 @@ def test_fluctuation_by_hand() -> None:
     problem = replace(
         by_hand(1, torch.ones(3)),
         weight_OI=torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, -1.0]]),
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=2,
-        sum_I=x_TI.double().sum(dim=0),
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=2, sum_I=x_TI.double().sum(dim=0)),
     )
     assert SCORES.get("fluctuation")(problem).tolist() == [5.0, 4.0, 0.0]
     assert SCORES.get("fluctuation")(replace(problem, width=3)).tolist() == [3.0]
@@ -287,15 +286,15 @@ def test_fluctuation_by_hand() -> None:
 @pytest.mark.parametrize("width", [1, 2])
 def test_full_shrinkage_leaves_each_unit_to_itself(width: int) -> None:
     """Then a unit costs 1/2 tr(F W_g (G_gg + delta I) W_g^T), whatever else is removed, and the cheapest go."""
-    problem = replace(make_problem(6, width), shrinkage=1.0, target_OI=None)
+    problem = replace(make_problem(6, width), shrinkage=1.0)
     assert problem.sensitivity_OO is not None
-    damped = problem.gram_II + problem.damping * problem.gram_II.diagonal().mean() * torch.eye(6 * width)
+    damped = problem.fit.gram_II + problem.damping * problem.fit.gram_II.diagonal().mean() * torch.eye(6 * width)
     sensitivity = problem.sensitivity_OO + 1e-3 * problem.sensitivity_OO.diagonal().mean() * torch.eye(5)
     cost_U = torch.empty(6)
     for unit in range(6):
         part = slice(unit * width, (unit + 1) * width)
         weight = problem.weight_OI[:, part]
-        cost_U[unit] = 0.5 * (sensitivity @ weight @ damped[part, part] @ weight.T).trace() / problem.num_tokens
+        cost_U[unit] = 0.5 * (sensitivity @ weight @ damped[part, part] @ weight.T).trace() / problem.fit.num_tokens
     path = removal_path(problem, 6)
     assert path.order.tolist() == cost_U.argsort().tolist()
     torch.testing.assert_close(path.cost.float(), cost_U.sort().values, rtol=1e-4, atol=0)
@@ -305,6 +304,6 @@ def test_shrinkage_keeps_what_units_are_and_scales_what_they_share() -> None:
     problem = replace(make_problem(3, 2), shrinkage=0.25)
     own = torch.block_diag(*(torch.ones(2, 2),) * 3).bool()
     shrunk_II = shrunk_gram(problem)
-    torch.testing.assert_close(shrunk_II[own], problem.gram_II.double()[own])
-    torch.testing.assert_close(shrunk_II[~own], 0.75 * problem.gram_II.double()[~own])
-    assert torch.equal(shrunk_gram(replace(problem, shrinkage=0.0)), problem.gram_II.double())
+    torch.testing.assert_close(shrunk_II[own], problem.fit.gram_II.double()[own])
+    torch.testing.assert_close(shrunk_II[~own], 0.75 * problem.fit.gram_II.double()[~own])
+    assert torch.equal(shrunk_gram(replace(problem, shrinkage=0.0)), problem.fit.gram_II.double())

@@ -280,8 +280,8 @@ def test_a_problem_without_statistics_holds_no_gram(tiny_llama: Path) -> None:
     block = context.stock.layout.blocks[0]
     for group in block.groups:
         problem = layer_problem(context, block, group, load_block(context, block)[0], [])
-        assert problem.gram_II.shape == (problem.weight_OI.shape[1],) * 2
-        assert problem.gram_II.untyped_storage().nbytes() <= 8
+        assert problem.fit.gram_II.shape == (problem.weight_OI.shape[1],) * 2
+        assert problem.fit.gram_II.untyped_storage().nbytes() <= 8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

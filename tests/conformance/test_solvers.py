@@ -17,7 +17,7 @@ from torch import Tensor
 from structprune.errors import NumericalError
 from structprune.solvers import SOLVERS, least_squares
 from structprune.solvers.least_squares import judged_least_squares
-from structprune.types import LayerProblem, Moments
+from structprune.types import LayerProblem, Moments, SolveResult
 
 # Solvers that read the Gram, and so must state the damping that they took.
 UPDATING = [name for name in SOLVERS if name not in ("mask-only", "bias")]
@@ -40,18 +40,16 @@ def make_problem(
     num_inputs = x_TI.shape[1]
     return LayerProblem(
         weight_OI=torch.randn(num_outputs, num_inputs, generator=generator(7)).to(dtype),
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=len(x_TI),
-        sum_I=x_TI.double().sum(dim=0),
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=len(x_TI), sum_I=x_TI.double().sum(dim=0)),
         width=width,
         damping=damping,
         producer_norm_U=torch.ones(num_inputs // width),
     )
 
 
-def cross(problem: LayerProblem) -> Tensor:
+def cross(weight_OI: Tensor, moments: Moments) -> Tensor:
     """Sum of y x^T."""
-    return problem.weight_OI @ problem.gram_II if problem.target_OI is None else problem.target_OI
+    return weight_OI @ moments.gram_II if moments.target_OI is None else moments.target_OI
 
 
 def keep_mask(num_units: int, kept: list[int]) -> Tensor:
@@ -72,11 +70,11 @@ def quadratic_error(difference_OI: Tensor, gram_II: Tensor) -> float:
 
 def error(problem: LayerProblem, keep_U: Tensor, weight_OK: Tensor) -> float:
     difference_OI = problem.weight_OI.double() - dense_weight(problem, keep_U, weight_OK)
-    return quadratic_error(difference_OI, problem.gram_II.double())
+    return quadratic_error(difference_OI, problem.fit.gram_II.double())
 
 
 def energy(problem: LayerProblem) -> float:
-    return quadratic_error(problem.weight_OI.double(), problem.gram_II.double())
+    return quadratic_error(problem.weight_OI.double(), problem.fit.gram_II.double())
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
@@ -128,8 +126,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
     permuted = replace(
         problem,
         weight_OI=problem.weight_OI[:, order_I],
-        gram_II=problem.gram_II[order_I][:, order_I],
-        sum_I=None if problem.sum_I is None else problem.sum_I[order_I],
+        fit=problem.fit.reordered(order_I),
         producer_norm_U=problem.producer_norm_U[order_U],
     )
     solver = SOLVERS.get(name)
@@ -142,14 +139,14 @@ def test_permutation_equivariant(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_deterministic_and_leaves_the_problem_alone(name: str) -> None:
     problem = make_problem(correlated(50, 24), 3)
-    before_OI, before_II = problem.weight_OI.clone(), problem.gram_II.clone()
+    before_OI, before_II = problem.weight_OI.clone(), problem.fit.gram_II.clone()
     keep_U = keep_mask(8, [0, 3, 4])
     first = SOLVERS.get(name)(problem, keep_U)
     second = SOLVERS.get(name)(problem, keep_U)
     assert torch.equal(first.weight_OK, second.weight_OK)
     assert (first.status, first.statistics) == (second.status, second.statistics)
     assert torch.equal(problem.weight_OI, before_OI)
-    assert torch.equal(problem.gram_II, before_II)
+    assert torch.equal(problem.fit.gram_II, before_II)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -170,9 +167,9 @@ def test_least_squares_minimises_the_damped_objective() -> None:
     keep_U = keep_mask(12, [0, 1, 2, 5, 8, 9])
     kept_K = problem.kept_inputs(keep_U)
     result = SOLVERS.get("least-squares")(problem, keep_U)
-    delta = 0.1 * float(problem.gram_II.diagonal()[kept_K].mean())
+    delta = 0.1 * float(problem.fit.gram_II.diagonal()[kept_K].mean())
     residual_OI = dense_weight(problem, keep_U, result.weight_OK) - problem.weight_OI
-    gradient_OK = (residual_OI @ problem.gram_II)[:, kept_K]
+    gradient_OK = (residual_OI @ problem.fit.gram_II)[:, kept_K]
     gradient_OK += delta * (result.weight_OK - problem.weight_OI[:, kept_K])
     torch.testing.assert_close(gradient_OK, torch.zeros_like(gradient_OK), rtol=0, atol=1e-10)
 
@@ -221,8 +218,9 @@ def test_gram_of_zeros_is_the_mask(name: str) -> None:
 def test_raised_damping_is_stated(name: str) -> None:
     """Slightly indefinite: the asked damping is not enough, a hundred times more is."""
     problem = make_problem(correlated(4, 12))
-    shift = 3e-3 * float(problem.gram_II.diagonal().mean())
-    problem = replace(problem, gram_II=problem.gram_II - shift * torch.eye(12, dtype=torch.float64))
+    shift = 3e-3 * float(problem.fit.gram_II.diagonal().mean())
+    shifted = replace(problem.fit, gram_II=problem.fit.gram_II - shift * torch.eye(12, dtype=torch.float64))
+    problem = replace(problem, fit=shifted)
     result = SOLVERS.get(name)(problem, keep_mask(12, list(range(8))))
     assert result.status == "damping-raised"
     assert result.statistics["damping_raises"] == 2
@@ -234,7 +232,8 @@ def test_raised_damping_is_stated(name: str) -> None:
 def test_indefinite_gram_is_an_error(name: str) -> None:
     gram_II = torch.eye(4, dtype=torch.float64)
     gram_II[0, 1] = gram_II[1, 0] = -1000.0
-    problem = replace(make_problem(correlated(10, 4)), gram_II=gram_II)
+    problem = make_problem(correlated(10, 4))
+    problem = replace(problem, fit=replace(problem.fit, gram_II=gram_II))
     with pytest.raises(NumericalError, match="indefinite"):
         SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
 
@@ -242,15 +241,18 @@ def test_indefinite_gram_is_an_error(name: str) -> None:
 @pytest.mark.parametrize("name", UPDATING)
 def test_nan_in_the_gram_is_an_error(name: str) -> None:
     problem = make_problem(correlated(10, 4))
-    problem.gram_II[1, 1] = float("nan")
+    problem.fit.gram_II[1, 1] = float("nan")
     with pytest.raises(NumericalError):
         SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
 
 
-def split_problem(num_noise: int, *, path: bool, seed: int = 0, scale_O: Sequence[float] = (1.0,) * 6) -> LayerProblem:
-    """Sums over 60 tokens, the last 20 held out; `num_noise` columns of the target are noise that nothing predicts.
+def split_problem(
+    num_noise: int, *, path: bool, seed: int = 0, scale_O: Sequence[float] = (1.0,) * 6, held_out: bool = True
+) -> LayerProblem:
+    """Sums over 60 tokens, those of the last 20 apart where some are `held_out`.
 
-    Output o of the map is `scale_O[o]` times as large as the others.
+    `num_noise` columns of the target are noise that nothing predicts. Output o of the map is `scale_O[o]` times as
+    large as the others.
     """
     x_TI = correlated(60, 12, seed)
     weight_OI = torch.randn(len(scale_O), 12, generator=generator(seed + 2), dtype=torch.float64)
@@ -267,24 +269,26 @@ def split_problem(num_noise: int, *, path: bool, seed: int = 0, scale_O: Sequenc
             target_energy=float(y.square().sum()) if path else None,
         )
 
-    total = moments(slice(0, 60))
     return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=total.gram_II,
-        num_tokens=60,
+        fit=moments(slice(0, 40 if held_out else 60)),
         width=1,
         damping=1e-2,
         producer_norm_U=torch.ones(12),
-        target_OI=total.target_OI,
-        target_energy=total.target_energy,
-        held_out=moments(slice(40, 60)),
+        held_out=moments(slice(40, 60)) if held_out else None,
     )
 
 
 def test_noise_gets_the_larger_ridge() -> None:
+    """The inputs can make up for what the weight lacks; noise they cannot."""
     keep_U = keep_mask(12, list(range(8)))
-    clean = judged_least_squares(split_problem(0, path=True), keep_U)
-    noisy = judged_least_squares(split_problem(6, path=True), keep_U)
+
+    def solved(num_noise: int) -> SolveResult:
+        problem = split_problem(num_noise, path=True)
+        lacking_OI = 0.1 * torch.randn(6, 12, generator=generator(9), dtype=torch.float64)
+        return judged_least_squares(replace(problem, weight_OI=problem.weight_OI + lacking_OI), keep_U)
+
+    clean, noisy = solved(0), solved(6)
     assert noisy.statistics["path_damping"] > 10 * clean.statistics["path_damping"]
     assert noisy.statistics["held_out_error"] > clean.statistics["held_out_error"]
 
@@ -297,15 +301,9 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
     keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
     kept_K = problem.kept_inputs(keep_U)
     result = judged_least_squares(problem, keep_U)
-    fit = problem.without_held_out()
-    held_out = replace(
-        problem,
-        gram_II=problem.held_out.gram_II,
-        target_OI=problem.held_out.target_OI,
-        target_energy=problem.held_out.target_energy,
-        held_out=None,
-    )
-    energy = problem.held_out.target_energy or float((cross(held_out) * problem.weight_OI).sum())
+    fit, held_out = problem.fit, problem.held_out
+    fit_cross_OI, held_cross_OI = cross(problem.weight_OI, fit), cross(problem.weight_OI, held_out)
+    energy = held_out.target_energy or float((held_cross_OI * problem.weight_OI).sum())
 
     def held_out_error(local: float, residual: float) -> float:
         def solve(right_OK: Tensor, damping: float) -> Tensor:
@@ -314,10 +312,10 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
             return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
 
         missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
-        residual_OK = (cross(fit) - problem.weight_OI @ fit.gram_II)[:, kept_K]
+        residual_OK = (fit_cross_OI - problem.weight_OI @ fit.gram_II)[:, kept_K]
         weight_OK = problem.weight_OI[:, kept_K] + solve(missing_OK, local) + solve(residual_OK, residual)
         gram_KK = held_out.gram_II[kept_K][:, kept_K]
-        square = ((weight_OK @ gram_KK - 2 * cross(held_out)[:, kept_K]) * weight_OK).sum()
+        square = ((weight_OK @ gram_KK - 2 * held_cross_OI[:, kept_K]) * weight_OK).sum()
         return (energy + float(square)) / energy
 
     local, residual = result.statistics["damping"], result.statistics.get("path_damping", 1.0)
@@ -348,10 +346,12 @@ def test_the_answer_is_solved_on_all_tokens() -> None:
     keep_U = keep_mask(12, list(range(8)))
     chosen = SOLVERS.get("least-squares")(problem, keep_U)
     assert chosen.statistics["damping"] != chosen.statistics["path_damping"]
-    fixed = replace(problem, held_out=None, damping=chosen.statistics["damping"])
-    same = replace(problem, held_out=None, damping=chosen.statistics["path_damping"])
-    local_only = SOLVERS.get("least-squares")(replace(fixed, target_OI=None, target_energy=None), keep_U).weight_OK
-    path_ridge_local = SOLVERS.get("least-squares")(replace(same, target_OI=None, target_energy=None), keep_U).weight_OK
+    whole = split_problem(2, path=True, held_out=False)
+    fixed = replace(whole, damping=chosen.statistics["damping"])
+    same = replace(whole, damping=chosen.statistics["path_damping"])
+    local = replace(whole.fit, target_OI=None, target_energy=None)
+    local_only = SOLVERS.get("least-squares")(replace(fixed, fit=local), keep_U).weight_OK
+    path_ridge_local = SOLVERS.get("least-squares")(replace(same, fit=local), keep_U).weight_OK
     path_ridge_both = SOLVERS.get("least-squares")(same, keep_U).weight_OK
     torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)
 

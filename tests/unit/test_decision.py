@@ -13,7 +13,7 @@ import torch
 import structprune
 from structprune.recipe import Recipe
 from structprune.scores.selection import decision_objective
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -23,8 +23,7 @@ def test_equals_the_residual_of_lstsq(width: int) -> None:
     weight_OI = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     problem = LayerProblem(
         weight_OI=weight_OI,
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=200,
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=200),
         width=width,
         damping=1e-12,
         producer_norm_U=torch.ones(12 // width),

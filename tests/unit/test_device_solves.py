@@ -101,22 +101,17 @@ def make_problem(
         moments(num_tokens, weight_OI, target=target, generator=generator)
         for num_tokens in ((150, 50) if held_out else (200,))
     ]
-    total = parts[0] + parts[1] if held_out else parts[0]
     gradient_TO = torch.randn(60, NUM_OUTPUTS, generator=generator) * torch.linspace(0.1, 3, NUM_OUTPUTS)
     return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=total.gram_II,
-        num_tokens=total.num_tokens,
+        fit=parts[0],
+        held_out=parts[1] if held_out else None,
         width=width,
         partitions=partitions,
         damping=1e-3,
         shrinkage=0.1,
-        sum_I=total.sum_I,
         producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
-        target_OI=total.target_OI,
-        target_energy=total.target_energy,
         seed=3,
-        held_out=parts[1] if held_out else None,
         sensitivity_OO=gradient_TO.T @ gradient_TO / 60 if sensitivity else None,
         taylor=TaylorSums(
             **{each.name: torch.randn(num_units, generator=generator).double() for each in fields(TaylorSums)}
@@ -220,13 +215,14 @@ def test_errors_and_objectives(width: int, target: bool) -> None:
     def run(problem: LayerProblem) -> list[float]:
         keep_U = keep_best(SCORES.get("l2")(problem), NUM_KEEP)
         kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
-        energy = problem.target_energy or output_energy(problem.weight_OI, problem.gram_II)
+        total = problem.total()
+        energy = total.target_energy or output_energy(problem.weight_OI, total.gram_II)
         return [
             decision_objective(problem, keep_U),
             energy,
-            output_energy(problem.weight_OI[:, removed_P], problem.gram_II, removed_P),
+            output_energy(problem.weight_OI[:, removed_P], total.gram_II, removed_P),
             fitting_error(
-                problem.weight_OI[:, kept_K], kept_K, problem.weight_OI, problem.gram_II, problem.target_OI, energy
+                problem.weight_OI[:, kept_K], kept_K, problem.weight_OI, total.gram_II, total.target_OI, energy
             ),
         ]
 
@@ -247,6 +243,7 @@ def test_indices_and_orders(part: AxisSlice) -> None:
     sums = make_problem(2, target=True, held_out=True).held_out
     on_both(lambda sums, order_I: sums.reordered(order_I), sums, order_I)
     on_both(lambda problem: problem.without_held_out(), make_problem(2, target=True, held_out=True))
+    on_both(lambda problem: problem.total(), make_problem(2, target=True, held_out=True))
 
 
 def test_damping_that_has_to_be_raised() -> None:
@@ -284,10 +281,11 @@ def test_rotation() -> None:
 
 @pytest.mark.parametrize("name", list(WORKSPACE))
 @pytest.mark.parametrize("target", [False, True])
-def test_workspace_is_what_the_table_says(name: str, target: bool) -> None:
-    """To a twentieth of the Gram: numbers per unit and strips of rows are not in it."""
+@pytest.mark.parametrize("held_out", [False, True])
+def test_workspace_is_what_the_table_says(name: str, target: bool, held_out: bool) -> None:
+    """To a twentieth of the Gram: numbers per unit and strips of rows are not in it; with held-out sums to a tenth."""
     num_units = 400
-    problem = moved(make_problem(1, target=target, held_out=False, sensitivity=name == "loss", num_units=num_units))
+    problem = moved(make_problem(1, target=target, held_out=held_out, sensitivity=name == "loss", num_units=num_units))
     before = fake_device.allocated_bytes()
     fake_device.reset_peak()
     if name in SELECTORS:
@@ -296,7 +294,8 @@ def test_workspace_is_what_the_table_says(name: str, target: bool) -> None:
         SCORES.get(name)(problem)
     grams, consumers = WORKSPACE[name]
     gram_bytes, consumer_bytes = num_units**2 * 8, num_units * NUM_OUTPUTS * 8
-    assert fake_device.peak_bytes() - before <= (grams + 0.05) * gram_bytes + consumers * consumer_bytes
+    rest = 0.1 if held_out else 0.05
+    assert fake_device.peak_bytes() - before <= (grams + rest) * gram_bytes + consumers * consumer_bytes
 
 
 def test_nothing_stays_behind() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from structprune.linalg.obs import greedy_removal, group_costs, metric_root
 from structprune.scores import SCORES
 from structprune.scores.selection import removal_path
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 
 def random_problem(num_inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -88,8 +88,7 @@ def test_metric_prices_the_loss() -> None:
     torch.testing.assert_close(factor @ factor.T, sensitivity_OO, rtol=1e-6, atol=1e-6)
     problem = LayerProblem(
         weight_OI=weight_OI,
-        gram_II=hessian_II,
-        num_tokens=1,
+        fit=Moments(gram_II=hessian_II, num_tokens=1),
         width=1,
         damping=1e-12,
         producer_norm_U=torch.ones(8),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import keep_best
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 
 def problem(seed: int, num_units: int = 10, width: int = 1) -> LayerProblem:
@@ -20,8 +20,7 @@ def problem(seed: int, num_units: int = 10, width: int = 1) -> LayerProblem:
     x_TI = torch.randn(200, num_inputs, generator=generator, dtype=torch.float64) @ mix_II
     return LayerProblem(
         weight_OI=torch.randn(6, num_inputs, generator=generator, dtype=torch.float64),
-        gram_II=x_TI.T @ x_TI,
-        num_tokens=200,
+        fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=200),
         width=width,
         damping=1e-6,
         producer_norm_U=torch.ones(num_units),
@@ -32,10 +31,10 @@ def refit_error(layer: LayerProblem, keep_U: Tensor) -> float:
     """min over V of |V x_K - W x|^2, by the normal equations."""
     kept_K = layer.kept_inputs(keep_U)
     value = torch.zeros_like(layer.weight_OI)
-    cross_OK = layer.weight_OI @ layer.gram_II[:, kept_K]
-    value[:, kept_K] = torch.linalg.solve(layer.gram_II[kept_K][:, kept_K], cross_OK.T).T
+    cross_OK = layer.weight_OI @ layer.fit.gram_II[:, kept_K]
+    value[:, kept_K] = torch.linalg.solve(layer.fit.gram_II[kept_K][:, kept_K], cross_OK.T).T
     difference = value - layer.weight_OI
-    return float((difference @ layer.gram_II * difference).sum())
+    return float((difference @ layer.fit.gram_II * difference).sum())
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -65,8 +64,8 @@ def test_beats_the_ranking_and_comes_near_the_best() -> None:
 def test_units_without_effect_go_first() -> None:
     layer = problem(1)
     layer.weight_OI[:, [2, 7]] = 0
-    layer.gram_II[[2, 7]] = 0
-    layer.gram_II[:, [2, 7]] = 0
-    layer.gram_II[[2, 7], [2, 7]] = 1e-3
+    layer.fit.gram_II[[2, 7]] = 0
+    layer.fit.gram_II[:, [2, 7]] = 0
+    layer.fit.gram_II[[2, 7], [2, 7]] = 1e-3
     keep_U = SELECTORS.get("penalty")(layer, 8)
     assert (~keep_U).nonzero().flatten().tolist() == [2, 7]

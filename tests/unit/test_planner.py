@@ -266,9 +266,12 @@ def test_duals_are_counted() -> None:
     assert duals.phases[Phase.ITERATE] - plain.phases[Phase.ITERATE] == 3 * 8 * 256 * 11008 * 4
 
 
-def test_held_out_sums_are_counted() -> None:
-    plain, held_out = plan_for(LLAMA_7B), plan_for(LLAMA_7B, holds_out=True)
-    assert held_out.phases[STATISTICS_MLP] - plain.phases[STATISTICS_MLP] == 11008**2 * 4
+@pytest.mark.parametrize("choice", [{}, {"score": "greedy"}, {"num_latents": 2}, {"kept": {"mlp": 7000}}])
+def test_held_out_sums_cost_one_gram(choice: dict[str, Any]) -> None:
+    """No third one is there when units are chosen, ridges are tried and answers are judged."""
+    plain, held_out = (plan_for(LLAMA_7B, holds_out=held_out, **choice) for held_out in (False, True))
+    for phase in (STATISTICS_MLP, SOLVE_MLP):
+        assert held_out.phases[phase] - plain.phases[phase] == 11008**2 * 4
 
 
 def test_peak_does_not_grow_with_the_number_of_blocks() -> None:

@@ -21,7 +21,7 @@ from structprune.linalg.obs import (
     swap_units,
 )
 from structprune.scores.selection import keep_greedy, keep_swapped
-from structprune.types import LayerProblem
+from structprune.types import LayerProblem, Moments
 
 
 def random_inputs(num_inputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,15 +70,14 @@ def make_problem(num_units: int, width: int, *, sensitivity: bool, target: bool 
     gradient_TO = torch.randn(50, 5, generator=generator, dtype=torch.float64) * torch.tensor([9.0, 3, 1, 1, 0.1])
     gram_II = x_TI.T @ x_TI
     noise_OI = torch.randn(weight_OI.shape, generator=generator, dtype=torch.float64)
+    target_OI = weight_OI @ gram_II + 50 * noise_OI if target else None
     return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=gram_II,
-        num_tokens=len(x_TI),
+        fit=Moments(gram_II=gram_II, num_tokens=len(x_TI), target_OI=target_OI),
         width=width,
         damping=1e-3,
         producer_norm_U=torch.ones(num_units),
         sensitivity_OO=gradient_TO.T @ gradient_TO / 50 if sensitivity else None,
-        target_OI=weight_OI @ gram_II + 50 * noise_OI if target else None,
     )
 
 
@@ -274,11 +273,11 @@ def test_selector_is_never_worse_than_greedy(width: int, sensitivity: bool, targ
     improved = 0
     for seed in range(12):
         problem = make_problem(12, width, sensitivity=sensitivity, target=target, seed=seed)
-        damped_II = problem.gram_II.clone()
-        damped_II.diagonal().add_(problem.damping * float(problem.gram_II.diagonal().mean()))
+        damped_II = problem.fit.gram_II.clone()
+        damped_II.diagonal().add_(problem.damping * float(problem.fit.gram_II.diagonal().mean()))
         cross_OI = (
-            problem.weight_OI @ problem.gram_II if problem.target_OI is None else problem.target_OI
-        ) + problem.weight_OI @ (damped_II - problem.gram_II)
+            problem.weight_OI @ problem.fit.gram_II if problem.fit.target_OI is None else problem.fit.target_OI
+        ) + problem.weight_OI @ (damped_II - problem.fit.gram_II)
         full_OI = torch.linalg.solve(damped_II, cross_OI.T).T
         root_OO = torch.eye(5, dtype=torch.float64)
         if problem.sensitivity_OO is not None:
@@ -305,5 +304,5 @@ def test_selector_is_deterministic_and_permutation_equivariant(width: int, num_k
     assert torch.equal(keep_U, keep_swapped(problem, num_keep))
     order_U = torch.randperm(12, generator=torch.Generator().manual_seed(12))
     order_I = (order_U[:, None] * width + torch.arange(width)).flatten()
-    permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], gram_II=problem.gram_II[order_I][:, order_I])
+    permuted = replace(problem, weight_OI=problem.weight_OI[:, order_I], fit=problem.fit.reordered(order_I))
     assert torch.equal(keep_swapped(permuted, num_keep), keep_U[order_U])

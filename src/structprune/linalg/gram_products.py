@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from structprune.rows import Rows
+
 # A sixteenth of the rows, but no more bytes and no fewer rows than this.
 _STRIP_BYTES = 64 * 2**20
 _STRIP_ROWS = 64
@@ -27,7 +29,7 @@ def strips(count: int, row_numbers: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def block_of(gram_II: Tensor, rows_A: Tensor, columns_B: Tensor) -> Tensor:
+def block_of(gram_II: Rows, rows_A: Tensor, columns_B: Tensor) -> Tensor:
     """G[A, B], a new float64 matrix."""
     block_AB = torch.empty(len(rows_A), len(columns_B), dtype=torch.float64, device=gram_II.device)
     for part in strips(len(rows_A), gram_II.shape[1]):
@@ -35,7 +37,15 @@ def block_of(gram_II: Tensor, rows_A: Tensor, columns_B: Tensor) -> Tensor:
     return block_AB
 
 
-def times_gram(left_OA: Tensor, gram_II: Tensor, rows_A: Tensor | None, columns_B: Tensor | None) -> Tensor:
+def in_float64(values_OI: Rows) -> Tensor:
+    """The whole of a matrix, new and in float64."""
+    wide_OI = torch.empty(values_OI.shape, dtype=torch.float64, device=values_OI.device)
+    for part in strips(*values_OI.shape):
+        wide_OI[part] = values_OI[part]
+    return wide_OI
+
+
+def times_gram(left_OA: Tensor, gram_II: Rows, rows_A: Tensor | None, columns_B: Tensor | None) -> Tensor:
     """L G[A, B] in float64, (O, B); without a set, all inputs. G is symmetric: its rows are read for its columns."""
     num_inputs = gram_II.shape[0]
     count = num_inputs if columns_B is None else len(columns_B)
@@ -48,7 +58,7 @@ def times_gram(left_OA: Tensor, gram_II: Tensor, rows_A: Tensor | None, columns_
     return product_OB
 
 
-def output_energy(weight_OA: Tensor, gram_II: Tensor, inputs_A: Tensor | None = None) -> float:
+def output_energy(weight_OA: Tensor, gram_II: Rows, inputs_A: Tensor | None = None) -> float:
     """tr(W G[A, A] W^T) in float64, without a set of all inputs: sum over the tokens of |W x_A|^2.
 
     Each pair of inputs is read once: half the product.
@@ -76,13 +86,14 @@ def energy(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=wide).to(torch.float64).square().sum()
 
 
-def add_columns(sum_OK: Tensor, values_OI: Tensor, columns_K: Tensor) -> Tensor:
-    """Add V[:, K] to the float64 `sum_OK`, in place, and return it.
+def add_columns(sum_OK: Tensor, values_OI: Rows, columns_K: Tensor | None) -> Tensor:
+    """Add V[:, K], without a set all of V, to the float64 `sum_OK`, in place, and return it.
 
     A sum of two dtypes as a whole would make a float64 copy of what is added, as large as the sum.
     """
     for part in strips(len(sum_OK), values_OI.shape[1]):
-        sum_OK[part] += values_OI[part][:, columns_K].to(torch.float64)
+        values_SI = values_OI[part]
+        sum_OK[part] += (values_SI if columns_K is None else values_SI[:, columns_K]).to(torch.float64)
     return sum_OK
 
 
@@ -95,7 +106,7 @@ def column_energies(values_OI: Tensor) -> Tensor:
 
 
 def fitting_error(
-    weight_OK: Tensor, kept_K: Tensor, original_OI: Tensor, gram_II: Tensor, target_OI: Tensor | None, energy: float
+    weight_OK: Tensor, kept_K: Tensor, original_OI: Tensor, gram_II: Rows, target_OI: Rows | None, energy: float
 ) -> float:
     """sum over tokens of |V x_K - y|^2 in float64, never below zero.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from structprune.errors import NumericalError
 from structprune.linalg.cholesky import damped_cholesky, factored, inverted, solved
 from structprune.linalg.gram_products import block_of, column_energies, output_energy, strips, times_gram
+from structprune.rows import Rows
 
 # A set of units changes places only if the objective falls by more than this share of it: above rounding, below use.
 _MIN_GAIN = 1e-9
@@ -109,7 +110,7 @@ def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
     return _block_costs(weight_MA, blocks_Uww)
 
 
-def set_objective(weight_MI: Tensor, gram_II: Tensor, delta: float, keep_U: Tensor, width: int) -> float:
+def set_objective(weight_MI: Tensor, gram_II: Rows, delta: float, keep_U: Tensor, width: int) -> float:
     """min over V, columns of removed units zero, of 1/2 tr((V - W) H (V - W)^T): what a decision costs, solved anew.
 
     H = G + delta I, `gram_II` G. Raises NumericalError if it is not positive definite on the kept units.

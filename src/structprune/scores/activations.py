@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, inverted
+from structprune.linalg.gram_products import in_float64
 from structprune.linalg.obs import group_costs, metric_root
 from structprune.types import LayerProblem
 
@@ -16,14 +19,16 @@ def wanda(problem: LayerProblem) -> Tensor:
     Wanda (arXiv 2306.11695, Eq. 1) summed over output rows, as FASP (arXiv 2501.09412) does; |X_j|_2 is the square
     root of the Gram's diagonal, divided by the number of tokens.
     """
-    norm_I = (problem.gram_II.diagonal() / problem.num_tokens).sqrt()
+    total = problem.total()
+    norm_I = (total.gram_II.diagonal() / total.num_tokens).sqrt()
     score_I = problem.weight_OI.to(norm_I.dtype).abs().sum(dim=0) * norm_I
     return score_I.reshape(problem.num_units, problem.width).sum(dim=1)
 
 
 def l2(problem: LayerProblem) -> Tensor:
     """|W_:j|^2 G_jj / tokens, summed over the unit's inputs: the squared output error of dropping each input alone."""
-    gram_I = problem.gram_II.diagonal() / problem.num_tokens
+    total = problem.total()
+    gram_I = total.gram_II.diagonal() / total.num_tokens
     score_I = problem.weight_OI.to(gram_I.dtype).square().sum(dim=0) * gram_I
     return score_I.reshape(problem.num_units, problem.width).sum(dim=1)
 
@@ -34,9 +39,10 @@ def fluctuation(problem: LayerProblem) -> Tensor:
     FLAP (arXiv 2312.11983), as its public code has it: what a mean cannot stand in for. The variance is E[x^2] - E[x]^2
     from float32 squares and float64 sums, cut at zero.
     """
-    assert problem.sum_I is not None
-    mean_I = problem.sum_I / problem.num_tokens
-    variance_I = (problem.gram_II.diagonal().to(torch.float64) / problem.num_tokens - mean_I.square()).clamp_min(0)
+    total = problem.total()
+    assert total.sum_I is not None
+    mean_I = total.sum_I / total.num_tokens
+    variance_I = (total.gram_II.diagonal().to(torch.float64) / total.num_tokens - mean_I.square()).clamp_min(0)
     score_I = variance_I * problem.weight_OI.to(torch.float64).square().sum(dim=0)
     return score_I.reshape(problem.num_units, problem.width).mean(dim=1)
 
@@ -60,5 +66,6 @@ def loss(problem: LayerProblem) -> Tensor:
 
 
 def _exact_cost(problem: LayerProblem, weight_MI: Tensor) -> Tensor:
-    inverse_II = inverted(damped_cholesky(problem.gram_II, problem.damping, "OBS score").factor_NN)
-    return group_costs(weight_MI, inverse_II, problem.width) / problem.num_tokens
+    total = problem.total()
+    inverse_II = inverted(damped_cholesky(partial(in_float64, total.gram_II), problem.damping, "OBS score").factor_NN)
+    return group_costs(weight_MI, inverse_II, problem.width) / total.num_tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, solved
-from structprune.linalg.gram_products import column_energies
+from structprune.linalg.gram_products import column_energies, in_float64
 from structprune.scores.selection import keep_best
 from structprune.types import LayerProblem
 
@@ -36,7 +36,7 @@ def keep_penalty(problem: LayerProblem, num_keep: int) -> Tensor:
     num_remove = problem.num_units - num_keep
     if num_remove == 0:
         return torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
-    damped_II = problem.gram_II.to(torch.float64, copy=True)
+    damped_II = in_float64(problem.total().gram_II)
     scale_I = damped_II.diagonal().clone()
     damped_II.diagonal().add_(damped_cholesky(damped_II, problem.damping, "penalty method").delta)
     value_OI = problem.weight_OI.to(torch.float64)

@@ -5,11 +5,13 @@ Shape suffixes: U units, O outputs, I inputs, M metric outputs, P partitions.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, inverted, solved
-from structprune.linalg.gram_products import energy, output_energy, times_gram
+from structprune.linalg.gram_products import add_columns, energy, in_float64, output_energy, times_gram
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
 from structprune.types import LayerProblem
 
@@ -40,7 +42,7 @@ def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
     """
     weight_MI, inverse_II, _ = _objective(problem)
     path = _greedy_path(problem, num_remove, weight_MI, inverse_II)
-    return RemovalPath(order=path.order, cost=path.cost / problem.num_tokens)
+    return RemovalPath(order=path.order, cost=path.cost / problem.total().num_tokens)
 
 
 def keep_greedy(problem: LayerProblem, num_keep: int) -> Tensor:
@@ -71,12 +73,13 @@ def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
 
     min over V, removed columns zero, of sum |V x - W x|^2, up to the ridge of the decision.
     """
-    delta = problem.damping * (float(problem.gram_II.diagonal().mean(dtype=torch.float64)) or 1.0)
+    gram_II = problem.total().gram_II
+    delta = problem.damping * (float(gram_II.diagonal().mean(dtype=torch.float64)) or 1.0)
     ridge = delta * float(energy(problem.weight_OI))
-    whole = 0.5 * (output_energy(problem.weight_OI, problem.gram_II) + ridge)
+    whole = 0.5 * (output_energy(problem.weight_OI, gram_II) + ridge)
     if whole <= 0:
         return 0.0
-    return set_objective(problem.weight_OI, problem.gram_II, delta, keep_U, problem.width) / whole
+    return set_objective(problem.weight_OI, gram_II, delta, keep_U, problem.width) / whole
 
 
 def shrunk_gram(problem: LayerProblem) -> Tensor:
@@ -86,7 +89,7 @@ def shrunk_gram(problem: LayerProblem) -> Tensor:
     between texts far more than how large they are. Shrinkage of a covariance toward its diagonal is Ledoit and Wolf's
     (2004); here the share is given, not estimated, because the calibration text alone cannot tell it.
     """
-    gram_II = problem.gram_II.to(torch.float64, copy=True)
+    gram_II = in_float64(problem.total().gram_II)
     if problem.shrinkage > 0:
         by_unit = (problem.num_units, problem.width, problem.num_units, problem.width)
         own = gram_II.view(by_unit).diagonal(dim1=0, dim2=2).clone()
@@ -101,10 +104,12 @@ def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
     W is the ridge solution on all inputs, times the root of the damped sensitivity where there is one.
     """
     weight_OI = problem.weight_OI.to(torch.float64, copy=True)
-    if problem.target_OI is not None:
+    total = problem.total()
+    if total.target_OI is not None:
         # What the weights should be without a removal is a matter of fitting: there the correlations count in full.
-        residual_OI = times_gram(weight_OI, problem.gram_II, None, None).neg_().add_(problem.target_OI)
-        factor = damped_cholesky(problem.gram_II, problem.damping, "greedy removal")
+        residual_OI = times_gram(weight_OI, total.gram_II, None, None).neg_()
+        add_columns(residual_OI, total.target_OI, None)
+        factor = damped_cholesky(partial(in_float64, total.gram_II), problem.damping, "greedy removal")
         weight_OI = solved(factor.factor_NN, residual_OI).add_(problem.weight_OI)
         del factor
     if problem.sensitivity_OO is not None:

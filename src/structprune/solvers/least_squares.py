@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, solved
-from structprune.linalg.gram_products import add_columns, block_of, fitting_error, output_energy, strips, times_gram
+from structprune.linalg.gram_products import (
+    add_columns,
+    block_of,
+    fitting_error,
+    in_float64,
+    output_energy,
+    strips,
+    times_gram,
+)
+from structprune.rows import Rows
 from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
@@ -30,9 +39,10 @@ def mask_only(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 def mean_bias(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
     """Drop the removed columns and add what they give on average: the bias W_P E[x_P] (FLAP, arXiv 2312.11983)."""
-    assert problem.sum_I is not None
+    total = problem.total()
+    assert total.sum_I is not None
     removed_P = problem.kept_inputs(~keep_U)
-    mean_P = problem.sum_I[removed_P] / problem.num_tokens
+    mean_P = total.sum_I[removed_P] / total.num_tokens
     bias_O = problem.weight_OI[:, removed_P].to(torch.float64) @ mean_P
     result = mask_only(problem, keep_U)
     return replace(result, bias_O=bias_O.to(problem.weight_OI.dtype))
@@ -59,7 +69,7 @@ def judged_least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 
 def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> SolveResult:
-    if problem.target_OI is None and bool(keep_U.all()):
+    if problem.fit.target_OI is None and bool(keep_U.all()):
         return SolveResult(weight_OK=problem.weight_OI, status="ok", statistics={})
     ridges = _Ridges(local=problem.damping, path=problem.damping)
     statistics: dict[str, float] = {}
@@ -69,7 +79,7 @@ def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> So
             statistics["held_out_error"] = _held_out_error(problem, keep_U, ridges)
     found = _solved(problem, keep_U, ridges)
     statistics["damping"] = found.taken.local
-    if problem.target_OI is not None:
+    if problem.fit.target_OI is not None:
         statistics["path_damping"] = found.taken.path
     statistics["damping_raises"] = float(found.num_raises)
     return SolveResult(
@@ -100,17 +110,18 @@ class _Solution:
 def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution:
     """W_K and both corrections, one after the other: one right side and one factor are there at a time."""
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
-    gram_KK = partial(block_of, problem.gram_II, kept_K, kept_K)
+    total = problem.total()
+    gram_KK = partial(block_of, total.gram_II, kept_K, kept_K)
     # Nothing but the product stays while the square is factored.
-    right_OK = times_gram(problem.weight_OI[:, removed_P], problem.gram_II, removed_P, kept_K)
+    right_OK = times_gram(problem.weight_OI[:, removed_P], total.gram_II, removed_P, kept_K)
     factor = damped_cholesky(gram_KK, ridges.local, "least squares")
     weight_OK = add_columns(solved(factor.factor_NN, right_OK), problem.weight_OI, kept_K)
     local, raises = factor.damping, factor.num_raises
     del factor, right_OK
-    if problem.target_OI is None:
+    if total.target_OI is None:
         return _Solution(weight_OK=weight_OK, taken=_Ridges(local=local, path=ridges.path), num_raises=raises)
-    right_OK = times_gram(problem.weight_OI, problem.gram_II, None, kept_K).neg_()
-    add_columns(right_OK, problem.target_OI, kept_K)
+    right_OK = times_gram(problem.weight_OI, total.gram_II, None, kept_K).neg_()
+    add_columns(right_OK, total.target_OI, kept_K)
     factor = damped_cholesky(gram_KK, ridges.path, "least squares")
     weight_OK += solved(factor.factor_NN, right_OK)
     taken = _Ridges(local=local, path=factor.damping)
@@ -137,9 +148,8 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     the mean (Hutchinson 1990), and all trials are compared on the same mixtures. Leaving outputs out instead would be
     a matter of luck: a few carry most of a residual stream's energy.
     """
-    held_out = problem.held_out
+    fit, held_out = problem.fit, problem.held_out
     assert held_out is not None
-    fit = problem.without_held_out()
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
     signs_RO = _signs(len(problem.weight_OI), problem.seed, problem.device)
     weight_RI = _mixed(signs_RO, problem.weight_OI)
@@ -185,11 +195,11 @@ def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:
     return drawn_RO.to(device, torch.float64).mul_(2).sub_(1)
 
 
-def _mixed(signs_RO: Tensor | None, values_OI: Tensor) -> Tensor:
+def _mixed(signs_RO: Tensor | None, values_OI: Rows) -> Tensor:
     """S V in float64, without a float64 copy of V."""
     if signs_RO is None:
-        return values_OI.to(torch.float64)
+        return in_float64(values_OI)
     mixed_RI = signs_RO.new_zeros(len(signs_RO), values_OI.shape[1])
-    for part in strips(len(values_OI), values_OI.shape[1]):
+    for part in strips(*values_OI.shape):
         mixed_RI.addmm_(signs_RO[:, part], values_OI[part].to(torch.float64))
     return mixed_RI

@@ -23,9 +23,9 @@ def layer_problem(
     measured: Sequence[Moments],
     sensitivity: Sensitivity | None = None,
 ) -> LayerProblem:
-    """The consumer's problem: sums over the windows to fit, or those and the held-out ones. Inputs unit after unit.
+    """The consumer's problem, with what was measured: over the windows to fit, and over the held-out ones if any are.
 
-    All of it lies where the plan has it solved.
+    Inputs unit after unit. All of it lies where the plan has it solved.
     """
     where = context.solve_device
     sensitivity = (sensitivity or Sensitivity()).to(where)
@@ -37,24 +37,19 @@ def layer_problem(
     if not measured:
         # Nothing reads it, and the plan has no bytes for it: zeros without memory of their own.
         measured = [Moments(gram_II=torch.zeros((), device=where).expand(len(order_I), len(order_I)), num_tokens=1)]
-    total = measured[0] if len(measured) == 1 else measured[0] + measured[1]
     return LayerProblem(
         weight_OI=weight_OI,
-        gram_II=total.gram_II,
-        num_tokens=total.num_tokens,
+        fit=measured[0],
+        held_out=measured[1] if len(measured) > 1 else None,
         width=group.width,
         partitions=group.partitions,
         damping=context.damping,
         shrinkage=context.shrinkage,
-        sum_I=total.sum_I,
         producer_norm_U=producer_norms(tensors, group).to(where),
-        target_OI=total.target_OI,
-        target_energy=total.target_energy,
         seed=context.recipe.seed * 1_000_003
         + (group.expert or 0) * 10_007
         + block.index * len(UNIT_KINDS)
         + UNIT_KINDS.index(group.kind),
-        held_out=measured[1] if len(measured) > 1 else None,
         sensitivity_OO=sensitivity.sensitivity_OO,
         taylor=sensitivity.taylor,
     )

@@ -60,7 +60,7 @@ def solve_group(
         )
     problem = layer_problem(context, block, group, tensors, measured, sensitivity)
     statistics = _context(problem, measured)
-    # The sums of all windows and of the held-out ones are in the problem; those of the others would be a third.
+    # The problem has them in its own order, or as they are.
     measured.clear()
     try:
         keep_U, result = _decide(context, problem, num_keep)
@@ -92,10 +92,11 @@ def with_group(tensors: Mapping[str, Tensor], group: UnitGroup, part: SolvedGrou
 def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:
     """What the report says of the place in the stream: energies per token and how much the loss depends on it."""
     found: dict[str, float] = {}
+    total = problem.total()
     if measured:
-        found["residual_energy"] = sum(part.residual_energy for part in measured) / problem.num_tokens
-    if problem.target_energy is not None:
-        found["target_energy"] = problem.target_energy / problem.num_tokens
+        found["residual_energy"] = total.residual_energy / total.num_tokens
+    if total.target_energy is not None:
+        found["target_energy"] = total.target_energy / total.num_tokens
     if problem.sensitivity_OO is not None:
         found["sensitivity"] = float(problem.sensitivity_OO.diagonal().sum(dtype=torch.float64))
     return found
@@ -134,20 +135,21 @@ def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Ten
 def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
     """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
     kept_K = problem.kept_inputs(keep_U)
-    energy = problem.target_energy
+    total = problem.total()
+    energy = total.target_energy
     if energy is None:
-        energy = output_energy(problem.weight_OI, problem.gram_II)
+        energy = output_energy(problem.weight_OI, total.gram_II)
     if energy <= 0:
         return 0.0, 0.0, 0.0
-    given = (kept_K, problem.weight_OI, problem.gram_II, problem.target_OI, energy)
-    if problem.target_OI is None:
+    given = (kept_K, problem.weight_OI, total.gram_II, total.target_OI, energy)
+    if total.target_OI is None:
         # What the removed inputs gave, and no other product.
         removed_P = problem.kept_inputs(~keep_U)
-        before = output_energy(problem.weight_OI[:, removed_P], problem.gram_II, removed_P)
+        before = output_energy(problem.weight_OI[:, removed_P], total.gram_II, removed_P)
     else:
         before = fitting_error(problem.weight_OI[:, kept_K], *given)
     after = fitting_error(result.weight_OK, *given)
     if result.bias_O is not None:
         # The bias is the mean of what is missing, so it takes exactly its own energy away.
-        after = max(0.0, after - problem.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
+        after = max(0.0, after - total.num_tokens * float(result.bias_O.square().sum(dtype=torch.float64)))
     return before, after, energy

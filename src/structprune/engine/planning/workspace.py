@@ -66,7 +66,7 @@ class GroupProblem:
 
     @property
     def sums(self) -> int:
-        """The measured sums, and the held-out part of them."""
+        """The sums over the windows to fit, and those over the held-out ones; what both give is never made."""
         return (self.gram + self.cross) * (2 if self.holds_out else 1)
 
     @property
@@ -84,11 +84,11 @@ class GroupProblem:
     def solve(self) -> int:
         """Everything between the last forward pass and the new weight."""
         ordered = self.inputs * self.outputs * self.stored_item
-        # Two parts and their sum; each in another order.
-        adding = (self.gram + self.cross if self.holds_out else 0) + (2 * self.gram + self.cross) * self.reordered
+        # Each in another order, and the rows of the last one in theirs.
+        reordering = (self.sums + self.gram) * self.reordered
         # The norms of the producers, which are as large as the consumer: in float32, in order, squared.
         norms = 3 * self.inputs * self.outputs * 4
-        phases = [adding, norms, self.decide, self._errors]
+        phases = [reordering, norms, self.decide, self._errors]
         if self.solves:
             phases.append(self._least_squares)
         if self.score in SELECTORS:
@@ -122,10 +122,7 @@ class GroupProblem:
         last = square + self._kept_weight * (2 if self.follows_dense else 1)
         if not self.holds_out:
             return last
-        # Sums of the other windows beside a trial, or beside their own answer.
-        fit = self.gram + self.cross
-        judged = max(last, self._errors) if self.judged else 0
-        return max(last, fit + max(self._trials, judged))
+        return max(last, self._trials, self._errors if self.judged else 0)
 
     @property
     def _trials(self) -> int:

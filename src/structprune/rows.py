@@ -1,0 +1,59 @@
+"""Matrices that are read a few rows at a time, so that the sum of two of them need not be made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """A matrix (rows, columns), by what is read of it: a tensor, or what gives its rows as tensors."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        """Rows by a slice or by their numbers, (rows, columns). They may share memory with the matrix."""
+        ...
+
+    def to(self, device: torch.device, /) -> Rows:
+        """The same there."""
+        ...
+
+    def diagonal(self) -> Tensor:
+        """Entries (i, i), (rows,), of a square matrix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSum:
+    """A + B of two matrices of one shape, of which nothing is made but the rows that are asked for."""
+
+    first: Rows
+    second: Rows
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.first.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        if isinstance(rows, slice):
+            return self.first[rows] + self.second[rows]
+        # A selection is a new tensor: the sum takes its place.
+        return self.first[rows].add_(self.second[rows])
+
+    def to(self, device: torch.device, /) -> RowSum:
+        return RowSum(first=self.first.to(device), second=self.second.to(device))
+
+    def diagonal(self) -> Tensor:
+        return self.first.diagonal() + self.second.diagonal()
