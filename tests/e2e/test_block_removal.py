@@ -54,7 +54,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     target.mkdir()
     stock = StockModel(CheckpointReader(source))
     reader = stock.reader
-    writer = CheckpointWriter(target, NUM_BLOCKS + 1)
+    shards = target / "shards"
+    shards.mkdir()
+    writer = CheckpointWriter(shards, NUM_BLOCKS + 1)
     for block in stock.layout.blocks:
         tensors = reader.read(block.shapes, block.prefix)
         for group in block.groups:
@@ -68,7 +70,7 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]]) -> P
     config = per_layer_config(reader.config, stock, kept)
     write_companions(source, target, config)
     write_modeling_file(target, stock.family, config)
-    writer.finish()
+    writer.weight_files(10**9).write(target)
     return target
 
 

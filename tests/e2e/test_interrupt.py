@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from structprune.cli import main
 from structprune.cli.interrupt import interruptible
+from structprune.runs.directory import RunDirectory
 from support.models import byte_tokenizer, llama_config
 
 NUM_BLOCKS = 12
@@ -111,7 +112,9 @@ def files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir() if path.name not in timed}
 
 
-def test_killed_run_goes_on(run_until_first_block: subprocess.Popen[str], command: list[str], tmp_path: Path) -> None:
+def test_killed_run_goes_on(
+    run_until_first_block: subprocess.Popen[str], command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     run_until_first_block.kill()
     assert run_until_first_block.wait() == -signal.SIGKILL
@@ -129,20 +132,27 @@ def test_killed_run_goes_on(run_until_first_block: subprocess.Popen[str], comman
         AutoModelForCausalLM.from_pretrained(partial / "checkpoint")
 
     # A kill in the middle of a write leaves a file under a name of its own.
-    (partial / "checkpoint" / ".model-00009.tmp-1").write_bytes(b"half")
+    (partial / "shards" / ".shard-00009.tmp-1").write_bytes(b"half")
     written = {name: (partial / name).stat().st_mtime_ns for line in lines for name in line["files"]}
+    kept: dict[str, int] = {}
+    discard = RunDirectory.discard
+
+    def looked_at(run: RunDirectory) -> None:
+        kept.update({f"{run.shards.name}/{path.name}": path.stat().st_mtime_ns for path in run.shards.iterdir()})
+        discard(run)
+
+    monkeypatch.setattr(RunDirectory, "discard", looked_at)
     with pytest.raises(SystemExit) as caught:
         main(command[command.index("prune") :])
     assert caught.value.code == 0
     assert not partial.exists()
-    assert {
-        f"checkpoint/{name}": (output / name).stat().st_mtime_ns for name in files(output)
-    }.items() >= written.items()
+    assert kept.items() >= written.items()
+    assert len(kept) == NUM_BLOCKS + 2
     assert files(output) == uninterrupted(command, tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.intermediate_size == 33
     assert model.config.num_hidden_layers == NUM_BLOCKS
-    assert len(list(output.glob("*.safetensors"))) == NUM_BLOCKS + 2
+    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

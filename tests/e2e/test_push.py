@@ -142,8 +142,10 @@ def finished(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
         "seq_len": 32,
         "dtype": "float32",
         "multiple_of": 1,
+        "max_shard_size": "20KB",
+        "reload_check": False,
     }
-    prune(tiny_llama, Recipe.build(**settings, reload_check=False), output)
+    prune(tiny_llama, Recipe.build(**settings), output)
     return output
 
 
@@ -242,11 +244,11 @@ def test_what_is_not_finished_is_not_sent(hub: Hub, finished: Path, tiny_llama: 
     with pytest.raises(CheckpointError, match="not a finished output"):
         push(tmp_path / "nowhere", "me/small")
     copy = shutil.copytree(finished, tmp_path / "copy")
-    (copy / "model-00002-of-00004.safetensors").unlink()
+    min(copy.glob("model-00002-of-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="a shard that the index names is missing"):
         push(copy, "me/small")
     (copy / "model.safetensors.index.json").unlink()
-    with pytest.raises(CheckpointError, match="no safetensors weights found"):
+    with pytest.raises(CheckpointError, match="the weight files have no index"):
         push(copy, "me/small")
     (copy / "pruning_report.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="the report cannot be read"):

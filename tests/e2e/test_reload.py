@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from structprune import Recipe, prune
 from structprune.architectures.modeling.per_layer import MODELING_NAME
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, has_weights
+from structprune.checkpoint.weight_files import WeightFiles
 from structprune.cli import main
 from structprune.engine.planning.reload import ReloadBound
 from structprune.errors import CheckpointError, InputError
@@ -27,8 +28,6 @@ from structprune.runs.directory import REJECTED_NAME
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
-
-INDEX = "model.safetensors.index.json"
 
 
 def run(source: Path, text_file: Path, output: Path, **changes: Any) -> PruneReport:
@@ -110,13 +109,13 @@ def test_the_mode_follows_from_the_budget() -> None:
 
 
 def damage_after_writing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
-    finish = CheckpointWriter.finish
+    write = WeightFiles.write
 
-    def damaged(writer: CheckpointWriter) -> None:
-        finish(writer)
-        change(writer.directory)
+    def damaged(files: WeightFiles, directory: Path, *listeners: Callable[[str], None]) -> None:
+        write(files, directory, *listeners)
+        change(directory)
 
-    monkeypatch.setattr(CheckpointWriter, "finish", damaged)
+    monkeypatch.setattr(WeightFiles, "write", damaged)
 
 
 def scaled_norm(directory: Path) -> None:
@@ -130,7 +129,7 @@ def scaled_norm(directory: Path) -> None:
 
 def zeroed_bytes(directory: Path) -> None:
     """A hole in a file's data, as a bad disk leaves it."""
-    path = directory / "model-00003-of-00004.safetensors"
+    path = directory / SINGLE_NAME
     content = bytearray(path.read_bytes())
     content[-4096:] = bytes(4096)
     path.write_bytes(content)
@@ -159,7 +158,8 @@ def test_damage_after_writing_fails_the_run(
     assert caught.value.wanted == "at most 0.001"
     # What is left cannot be taken for a finished output, and says why it is there.
     assert [path.name for path in tmp_path.iterdir()] == ["out.rejected"]
-    assert not (tmp_path / "out.rejected" / INDEX).exists()
+    assert not has_weights(tmp_path / "out.rejected")
+    assert (tmp_path / "out.rejected" / f"{SINGLE_NAME}.rejected").is_file()
     assert not (tmp_path / "out.rejected" / "pruning_report.json").exists()
     assert "relative difference" in json.loads((tmp_path / "out.rejected" / REJECTED_NAME).read_text())["got"]
     with pytest.raises(OSError, match=r"model\.safetensors"):
@@ -184,12 +184,26 @@ def test_a_rejected_output_makes_room(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_in_several_files_is_taken_back_by_its_index(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage_after_writing(monkeypatch, scaled_norm)
+    with pytest.raises(CheckpointError, match="predicts otherwise than the run did"):
+        run(tiny_llama, text_file, tmp_path / "out", max_shard_size="20KB")
+    rejected = tmp_path / "out.rejected"
+    assert len(list(rejected.glob("model-*.safetensors"))) > 2
+    assert not has_weights(rejected)
+    assert (rejected / f"{INDEX_NAME}.rejected").is_file()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(rejected)
+
+
 @pytest.mark.parametrize("mode", ["whole", "streamed"])
 def test_weights_that_are_not_finite_fail_the_run(
     mode: str, tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def poisoned(directory: Path) -> None:
-        path = directory / "model-00003-of-00004.safetensors"
+        path = directory / SINGLE_NAME
         tensors = load_file(path)
         tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
         save_file(tensors, path, metadata={"format": "pt"})

@@ -205,7 +205,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
-SHARD = "checkpoint/model-00003-of-00005.safetensors"
+SHARD = "shards/shard-00003.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ CHANGES: dict[str, Any] = {
     "protect_last": 1,
     "sensitivity_samples": 3,
     "tensor_parallel": 2,
+    "max_shard_size": "1GB",
     "reload_check": False,
 }
 

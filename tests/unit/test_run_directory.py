@@ -182,7 +182,7 @@ def test_second_process_is_refused(output: Path) -> None:
         (run.staging / "hidden.bin").write_bytes(b"states")
         second = python(_SECOND, output)
         assert second.stdout.startswith(f"{output}: another process is writing this output"), second.stderr
-        assert names(run.staging) == ["checkpoint", "hidden.bin", JOURNAL_NAME]
+        assert names(run.staging) == ["checkpoint", "hidden.bin", JOURNAL_NAME, "shards"]
         assert steps(run) == ["start"]
     # The lock ends with the run.
     assert python(_SECOND, output).stdout == "entered\n"

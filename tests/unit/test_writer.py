@@ -1,16 +1,16 @@
-"""The checkpoint writer: a round trip, the hub's file names, and an index that comes last."""
+"""The checkpoint writer: a run's shards, each whole or not there, counted whoever wrote them."""
 
 from __future__ import annotations
 
-import json
 import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from structprune.checkpoint.reader import INDEX_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter, ModelWriter
 from structprune.errors import CheckpointError
 
@@ -18,10 +18,11 @@ from structprune.errors import CheckpointError
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "shards").mkdir()
     return tmp_path
 
 
-def shards() -> list[dict[str, Tensor]]:
+def tensors_of_shards() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
         {"embed.weight": torch.randn(10, 4, generator=generator)},
@@ -33,62 +34,68 @@ def shards() -> list[dict[str, Tensor]]:
     ]
 
 
-def test_round_trip(directory: Path) -> None:
-    writer = CheckpointWriter(directory, 3)
-    for number, tensors in enumerate(shards(), start=1):
+@pytest.mark.parametrize("limit", [10**9, 100])
+def test_round_trip(limit: int, directory: Path) -> None:
+    writer = CheckpointWriter(directory / "shards", 3)
+    for number, tensors in enumerate(tensors_of_shards(), start=1):
         writer.write(number, tensors)
-    writer.finish()
-    expected = {name: tensor for tensors in shards() for name, tensor in tensors.items()}
+    files = writer.weight_files(limit)
+    files.write(directory)
+    expected = {name: tensor for tensors in tensors_of_shards() for name, tensor in tensors.items()}
     reader = CheckpointReader(directory)
     tensors = reader.read(expected)
     assert set(reader.shapes) == set(expected)
     for name, tensor in expected.items():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
-    assert writer.num_parameters == 40 + 24 + 6 + 4
-    assert writer.file_bytes == reader.file_bytes == sum(p.stat().st_size for p in directory.glob("*.safetensors"))
+    assert writer.num_parameters == files.num_parameters == 40 + 24 + 6 + 4
+    assert files.num_bytes == reader.file_bytes == sum(p.stat().st_size for p in directory.glob("*.safetensors"))
 
 
-def test_index_is_written_by_finish_alone(directory: Path) -> None:
-    writer = CheckpointWriter(directory, 3)
-    for number, tensors in enumerate(shards(), start=1):
+def test_nothing_loads_before_the_weight_files(directory: Path) -> None:
+    writer = CheckpointWriter(directory / "shards", 3)
+    (directory / "shards" / "config.json").write_text("{}", encoding="utf-8")
+    for number, tensors in enumerate(tensors_of_shards(), start=1):
         writer.write(number, tensors)
-        assert not (directory / INDEX_NAME).exists()
-        with pytest.raises(CheckpointError, match="no safetensors weights found"):
-            CheckpointReader(directory)
-    writer.finish()
-    index = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))
-    total = sum(t.numel() * t.element_size() for tensors in shards() for t in tensors.values())
-    assert index["metadata"]["total_size"] == total
-    assert index["weight_map"] == {
-        "embed.weight": "model-00001-of-00003.safetensors",
-        "layers.0.up.bias": "model-00002-of-00003.safetensors",
-        "layers.0.up.weight": "model-00002-of-00003.safetensors",
-        "norm.weight": "model-00003-of-00003.safetensors",
-    }
-
-
-def test_names(directory: Path) -> None:
-    writer = CheckpointWriter(directory, 34)
-    assert writer.shard_name(7) == "model-00007-of-00034.safetensors"
-    assert writer.write(34, {"a": torch.ones(2)}) == "model-00034-of-00034.safetensors"
-    assert [p.name for p in directory.glob("*.safetensors")] == ["model-00034-of-00034.safetensors"]
+        for folder in (directory, directory / "shards"):
+            with pytest.raises(CheckpointError, match=r"no safetensors weights found|the weight files have no index"):
+                CheckpointReader(folder)
 
 
 def test_shards_can_be_written_in_any_order(directory: Path) -> None:
-    writer = CheckpointWriter(directory, 3)
-    for number in (2, 3, 1):
-        writer.write(number, shards()[number - 1])
-    writer.finish()
-    name = "norm.weight"
-    assert torch.equal(CheckpointReader(directory).read([name])[name], shards()[2][name])
+    contents: list[bytes] = []
+    for order in ((2, 3, 1), (1, 2, 3)):
+        writer = CheckpointWriter(directory / "shards", 3)
+        for number in order:
+            writer.write(number, tensors_of_shards()[number - 1])
+        writer.weight_files(10**9).write(directory)
+        contents.append((directory / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_a_shard_of_an_earlier_process_counts(directory: Path) -> None:
+    first = CheckpointWriter(directory / "shards", 3)
+    for number in (1, 2):
+        first.write(number, tensors_of_shards()[number - 1])
+    second = CheckpointWriter(directory / "shards", 3)
+    second.adopt(1)
+    second.adopt(2)
+    second.write(3, tensors_of_shards()[2])
+    assert second.num_parameters == 40 + 24 + 6 + 4
+
+
+def test_names_of_a_checkpoint_that_calls_them_otherwise(directory: Path) -> None:
+    writer = CheckpointWriter(directory / "shards", 1, lambda name: f"old.{name}")
+    path = writer.write(1, {"a": torch.ones(2), "b": torch.zeros(2)})
+    assert set(load_file(path)) == {"old.a", "old.b"}
+    assert torch.equal(writer.read(1, ["a"])["a"], torch.ones(2))
 
 
 def test_views_are_written_as_they_look(directory: Path) -> None:
     weight = torch.arange(12.0).reshape(3, 4)
-    writer = CheckpointWriter(directory, 1)
+    writer = CheckpointWriter(directory / "shards", 1)
     writer.write(1, {"transposed": weight.T, "columns": weight[:, 1:3], "copy": weight.clone()})
-    writer.finish()
+    writer.weight_files(10**9).write(directory)
     tensors = CheckpointReader(directory).read(["transposed", "columns"])
     assert torch.equal(tensors["transposed"], weight.T)
     assert torch.equal(tensors["columns"], weight[:, 1:3])
@@ -96,27 +103,27 @@ def test_views_are_written_as_they_look(directory: Path) -> None:
 
 def test_failed_shard_leaves_nothing(directory: Path) -> None:
     weight = torch.ones(3)
-    writer = CheckpointWriter(directory, 1)
+    writer = CheckpointWriter(directory / "shards", 1)
     with pytest.raises(RuntimeError, match="share memory"):
         writer.write(1, {"a": weight, "b": weight})
-    assert [p.name for p in directory.iterdir()] == ["config.json"]
-    assert (writer.num_parameters, writer.file_bytes) == (0, 0)
+    assert not list((directory / "shards").iterdir())
+    assert writer.num_parameters == 0
 
 
-def test_stock_code_sees_the_format(directory: Path) -> None:
-    """transformers refuses shards whose metadata does not say `pt`."""
-    CheckpointWriter(directory, 1).write(1, {"a": torch.ones(2)})
-    content = (directory / "model-00001-of-00001.safetensors").read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["__metadata__"] == {"format": "pt"}
+def test_shards_are_removed_and_nothing_else(directory: Path) -> None:
+    writer = CheckpointWriter(directory / "shards", 3)
+    writer.write(2, tensors_of_shards()[1])
+    (directory / "shards" / "mine").write_text("kept")
+    CheckpointWriter(directory / "shards", 3).remove()
+    assert [path.name for path in (directory / "shards").iterdir()] == ["mine"]
 
 
-def test_shards_are_as_readable_as_the_rest(directory: Path) -> None:
-    writer = CheckpointWriter(directory, 1)
-    name = writer.write(1, {"a": torch.ones(2)})
-    writer.finish()
-    modes = {stat.S_IMODE((directory / file_name).stat().st_mode) for file_name in (name, INDEX_NAME)}
-    assert len(modes) == 1
+def test_weights_are_as_readable_as_the_rest(directory: Path) -> None:
+    writer = CheckpointWriter(directory / "shards", 1)
+    shard = writer.write(1, {"a": torch.ones(2)})
+    writer.weight_files(10**9).write(directory)
+    paths = (shard, directory / "model.safetensors", directory / "config.json")
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in paths}) == 1
 
 
 def model_writer(directory: Path) -> ModelWriter:
@@ -131,13 +138,13 @@ def test_blocks_are_written_read_and_adopted_by_their_index(directory: Path) -> 
         writer.write_block(0, {"up.weight": torch.zeros(5)}),
         writer.write_rest({"norm.weight": torch.ones(4)}),
     ]
-    assert [path.name[6:11] for path in written] == ["00003", "00001", "00002", "00004"]
-    assert all(path.is_file() and path.name.endswith("-of-00004.safetensors") for path in written)
+    assert [path.name for path in written] == [f"shard-0000{number}.safetensors" for number in (3, 1, 2, 4)]
+    assert all(path.is_file() for path in written)
     assert torch.equal(writer.read_block(1, ["up.weight"])["up.weight"], torch.ones(6))
     assert (writer.num_block_parameters, writer.num_parameters) == (11, 25)
-    writer.finish()
-    index = (directory / INDEX_NAME).read_bytes()
-    assert json.loads(index)["weight_map"]["h.1.up.weight"] == written[0].name
+    files = writer.weight_files(10**9)
+    (places,) = (file.tensors for file in files.files)
+    assert {tensor.name: tensor.path for tensor in places}["h.1.up.weight"] == written[0]
 
     adopted = model_writer(directory)
     adopted.adopt_embeddings()
@@ -145,5 +152,4 @@ def test_blocks_are_written_read_and_adopted_by_their_index(directory: Path) -> 
     assert (adopted.num_block_parameters, adopted.num_parameters) == (5, 15)
     adopted.adopt_block(1)
     adopted.write_rest({"norm.weight": torch.ones(4)})
-    adopted.finish()
-    assert (directory / INDEX_NAME).read_bytes() == index
+    assert adopted.weight_files(10**9) == files

@@ -4,9 +4,10 @@ Read first: `common.py`; then `fields.py`, how a setting is declared.
 """
 
 from structprune.recipe.common import Recipe, Scope, default_sensitivity_samples
-from structprune.recipe.fields import ByteCount, Flag, Group, settings_fingerprint, validated
+from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Group, settings_fingerprint, validated
 
 __all__ = [
+    "DEFAULT_SHARD_BYTES",
     "ByteCount",
     "Flag",
     "Group",

@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from structprune.errors import InputError
 from structprune.kinds import HeadUnits
-from structprune.recipe.fields import ByteCount, Flag, Group, Share, settings_fingerprint, validated
+from structprune.recipe.fields import (
+    DEFAULT_SHARD_BYTES,
+    ByteCount,
+    Flag,
+    Group,
+    Share,
+    settings_fingerprint,
+    validated,
+)
 
 Scope = Literal["mlp", "attention", "all"]
 _METHODS_OWN = "the method's"
@@ -124,6 +132,11 @@ class Recipe(BaseModel):
     ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")
     tensor_parallel: Annotated[int, Flag(Group.ADVANCED)] = Field(
         default=1, ge=1, description="processes that will share each block: its heads and widths divide by this"
+    )
+    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED, unset="5GB")] = Field(
+        default=DEFAULT_SHARD_BYTES,
+        ge=1,
+        description="largest weight file of the output, such as 2GB; a smaller output is one file",
     )
     reload_check: Annotated[bool, Flag(Group.RESOURCES)] = Field(
         default=True, description="load the result with stock code, in a process of its own, and compare its logits"

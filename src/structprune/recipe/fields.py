@@ -41,6 +41,8 @@ class Flag:
 
 ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
 """A number, or a text such as `4GiB`."""
+DEFAULT_SHARD_BYTES = 5 * 10**9
+"""The largest weight file of an output where no size is given."""
 
 
 def _read_share(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from structprune.recipe.fields import ByteCount, Flag, Group, settings_fingerprint, validated
+from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Group, settings_fingerprint, validated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,11 @@ class RecoverySettings(BaseModel):
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=0, ge=0, description="seed of the draw of windows")
+    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED, unset="5GB")] = Field(
+        default=DEFAULT_SHARD_BYTES,
+        ge=1,
+        description="largest weight file of the output, such as 2GB; a smaller output is one file",
+    )
     reload_check: Annotated[bool, Flag(Group.RESOURCES)] = Field(
         default=True, description="load the result with stock code, in a process of its own, and compare its logits"
     )

@@ -142,7 +142,9 @@ def _loading(report: PruneReport, name: str) -> list[str]:
 
 
 def _making(report: PruneReport) -> str:
-    recipe = report.recipe.model_dump(mode="json", exclude={"memory", "device", "device_memory", "reload_check"})
+    recipe = report.recipe.model_dump(
+        mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
+    )
     if recipe["calibration"]:
         recipe["calibration"] = Path(recipe["calibration"]).name
     text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)

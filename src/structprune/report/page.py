@@ -27,7 +27,7 @@ from structprune.results.summary import reload_line, warnings
 PAGE_NAME = "pruning_report.html"
 
 # Settings that say nothing of the result.
-_LEFT_OUT = ("memory", "device_memory", "reload_check")
+_LEFT_OUT = ("memory", "device_memory", "max_shard_size", "reload_check")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from structprune.runs.journal import JOURNAL_NAME, Journal, read_journal, silent
 
 REJECTED_NAME = "REJECTED.json"
 CHECKPOINT_NAME = "checkpoint"
+SHARDS_NAME = "shards"
 _PARTIAL = ".partial"
 _START, _COMMIT = "start", "commit"
 
@@ -148,6 +149,11 @@ class RunDirectory:
         """The directory that becomes the output."""
         return self.staging / CHECKPOINT_NAME
 
+    @property
+    def shards(self) -> Path:
+        """The directory of the shards that the checkpoint's weight files are made of."""
+        return self.staging / SHARDS_NAME
+
     def used_bytes(self) -> int:
         """Of the disk, by what is in the staging directory."""
         return sum(path.stat().st_blocks * 512 for path in self.staging.rglob("*") if path.is_file())
@@ -156,13 +162,17 @@ class RunDirectory:
         """The run's first step: from here on an interruption keeps what is done."""
         self.journal.record(_START, **values)
         self._accepted = True
-        self.checkpoint.mkdir(exist_ok=True)
+        self._make_folders()
 
     def go_on(self) -> None:
         """The run that was cut here is the one that is asked for, and this process goes on with it."""
         self._accepted = True
         if not self.is_committed():
-            self.checkpoint.mkdir(exist_ok=True)
+            self._make_folders()
+
+    def _make_folders(self) -> None:
+        self.checkpoint.mkdir(exist_ok=True)
+        self.shards.mkdir(exist_ok=True)
 
     def commit(self) -> None:
         """Make the checkpoint inside staging the output, and drop the rest. Raises InputError if the output exists."""

@@ -20,9 +20,10 @@ from structprune.calibration.select import fingerprint
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
+from structprune.checkpoint.weight_files import WeightFiles
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
-from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_loss, versions
+from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_loss, versions, write_weights
 from structprune.engine.run.reload_check import Probe, check_reload
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
@@ -42,11 +43,11 @@ from structprune.training.divergence import Heads, divergence, load_heads
 RECOVERY_REPORT_NAME = "recovery_report.json"
 
 
-def write_recovered(context: RecoveryContext, recovered: Recovered, directory: Path) -> ModelWriter:
-    """All files of the checkpoint in the student's format, the index last."""
-    streamed = context.student
+def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDirectory) -> WeightFiles:
+    """Write all files of the checkpoint in the student's format, the weights last."""
+    streamed, directory = context.student, run.checkpoint
     blocks = streamed.stock.layout.blocks
-    writer = ModelWriter(directory, len(blocks), streamed.stock.layout.blocks_module, streamed.reader.stored_name)
+    writer = ModelWriter(run.shards, len(blocks), streamed.stock.layout.blocks_module, streamed.reader.stored_name)
     for block in blocks:
         tensors = recovered.tensors(block)
         writer.write_block(block.index, tensors)
@@ -59,8 +60,9 @@ def write_recovered(context: RecoveryContext, recovered: Recovered, directory: P
     for name in (MANIFEST_NAME, REPORT_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)
-    writer.finish()
-    return writer
+    files = writer.weight_files(context.settings.max_shard_size)
+    write_weights(files, directory, context.observer)
+    return files
 
 
 def last_states(streamed: StreamedModel, path: Path) -> HiddenStore:
@@ -89,7 +91,7 @@ def finalize_recovery(
     Raises CheckpointError if the reload check fails, NumericalError for outputs that are not finite.
     """
     checkpoint = run.checkpoint
-    writer = write_recovered(context, recovered, checkpoint)
+    files = write_recovered(context, recovered, run)
     # Reads every header back and compares it with the config.
     written = replace(context.student, stock=StockModel(CheckpointReader(checkpoint)))
     held_out = context.texts.all_held_out
@@ -120,7 +122,7 @@ def finalize_recovery(
     measured_peak = context.student.meter.peak_so_far()
     if qualities[1].divergence > qualities[0].divergence:
         context.observer.note("the held-out windows as a whole are met worse than before")
-    reload = check_reload(written, run, writer, probe, context.observer)
+    reload = check_reload(written, run, files, probe, context.observer)
     plan = context.student.plan
     return RecoveryReport(
         output=str(run.output),

@@ -19,6 +19,7 @@ from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import write_text
+from structprune.recipe import DEFAULT_SHARD_BYTES
 
 # Families whose stock conversion is one tensor to one tensor.
 _ARCHITECTURES = ("llama", "gemma3")
@@ -77,7 +78,9 @@ def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequ
         if tensor.name in names:
             block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else ""
             by_block.setdefault(block, []).append(tensor)
-    writer = CheckpointWriter(directory, len(by_block))
+    shards = directory / "shards"
+    shards.mkdir()
+    writer = CheckpointWriter(shards, len(by_block))
     for number, tensors in enumerate(by_block.values(), start=1):
         shard: dict[str, torch.Tensor] = {}
         for tensor in tensors:
@@ -87,7 +90,9 @@ def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequ
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))
     config.save_pretrained(str(directory))
     _write_origin(reader, directory / README_NAME, source.name)
-    writer.finish()
+    writer.weight_files(DEFAULT_SHARD_BYTES).write(directory)
+    writer.remove()
+    shards.rmdir()
 
 
 def _write_origin(reader: Any, path: Path, name: str) -> None:

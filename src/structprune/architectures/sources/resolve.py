@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from structprune.checkpoint.reader import INDEX_NAME
+from structprune.checkpoint.reader import has_weights
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import expand_user
 
@@ -120,14 +120,14 @@ def _converted(source: Path) -> Path:
     with source.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
     target = cache_directory() / f"{source.stem}-{digest}"
-    if (target / INDEX_NAME).exists():
+    if has_weights(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.partial")
     # A second process waits for what the first one makes, instead of replacing it while that is read.
     with target.with_name(f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (target / INDEX_NAME).exists():
+        if has_weights(target):
             return target
         try:
             # Of a process that was killed.

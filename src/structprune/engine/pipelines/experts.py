@@ -116,7 +116,7 @@ def execute_experts(context: RunContext) -> PruneReport:
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout, experts = context.stock.layout, _experts(context.stock)
-    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
     outcome = _prune_blocks(context, experts, writer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)

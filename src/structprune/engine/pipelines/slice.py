@@ -65,17 +65,18 @@ def slice_to(context: RunContext, width: int) -> PruneReport:
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, width)
-    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
     result = _slice_blocks(context, writer, width, common_DK)
     release_free_memory()
     metrics = final_metrics(context, result.outcome)
     release_free_memory()
     writer.write_rest(rotated_head(context, result.last_DK))
     if shortcuts:
-        write_sliced_modeling_file(writer.directory, stock.family)
+        write_sliced_modeling_file(context.run.checkpoint, stock.family)
     removed = layout.block_parameters - result.num_block_parameters
-    size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(context, writer, config, result.outcome, size, metrics)
+    files = writer.weight_files(context.recipe.max_shard_size)
+    size = size_report(context, files, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
+    return commit(context, files, config, result.outcome, size, metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

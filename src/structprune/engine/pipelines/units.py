@@ -66,7 +66,7 @@ def execute(context: RunContext) -> PruneReport:
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
-    writer = ModelWriter(context.run.checkpoint, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
     trail = _Trail(folder=context.run.staging, journal=context.run.journal, writer=writer, measures_costs=False)
     result = _prune_blocks(context, trail, found, kept_units, "prune")
     outcome = Outcome(
@@ -129,14 +129,13 @@ def _rehearse(
     """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = context.stock.layout.blocks
     with contextlib.closing(Journal(folder, context.observer.note, context.ranks)) as journal:
+        writer = ModelWriter(folder, len(blocks), context.stock.layout.blocks_module)
         if journal.find(_COSTS_STEP) is None:
-            writer = ModelWriter(folder, len(blocks), context.stock.layout.blocks_module)
             trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
             _prune_blocks(context, trail, found, kept_units, f"outer iteration {number}")
             journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
         if context.ranks.is_first:
-            for shard in folder.glob("model-*.safetensors"):
-                shard.unlink()
+            writer.remove()
         return [load_file(costs_path(folder, block.index)) for block in blocks]
 
 

@@ -132,8 +132,8 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
         micro_batch_windows=choice.micro_batch,
         cached=choice.cached,
         cache_bytes=sizes.cache,
-        disk_bytes=model_bytes
-        + added
+        # The result twice: as the run's shards, and as the weight files that are made of them.
+        disk_bytes=2 * (model_bytes + added)
         + _disk_to_go_on(sizes)
         + (sizes.num_stores * sizes.store * request.num_ranks if choice.store == "file" else 0),
         reload=_reload_bound(sizes) if request.reload_check else None,

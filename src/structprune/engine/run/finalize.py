@@ -22,6 +22,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
+from structprune.checkpoint.weight_files import WeightFiles
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
@@ -34,6 +35,7 @@ from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
+from structprune.observer import Observer
 from structprune.phases import Phase, by_name
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
@@ -92,10 +94,11 @@ def finalize(
     with context.meter.phase(Phase.COPY_OUTER):
         copy_outer(context, writer)
     if context.recipe.structure == "per-layer":
-        write_modeling_file(writer.directory, context.stock.family, config)
+        write_modeling_file(context.run.checkpoint, context.stock.family, config)
     removed = context.stock.layout.num_parameters - writer.num_parameters
-    size = size_report(context, writer, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(context, writer, config, outcome, size, metrics)
+    files = writer.weight_files(context.recipe.max_shard_size)
+    size = size_report(context, files, removed_in_blocks=removed, scope_parameters=scope_parameters)
+    return commit(context, files, config, outcome, size, metrics)
 
 
 def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
@@ -105,6 +108,12 @@ def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
     writer.write_embeddings(model.reader.read(embeddings))
     release_free_memory()
     writer.write_rest(model.reader.read([name for name in outer if name not in embeddings]))
+
+
+def write_weights(files: WeightFiles, directory: Path, observer: Observer) -> None:
+    """Put the weight files together; the run's shards stay until the directory has its name."""
+    observer.start("write files", len(files.files))
+    files.write(directory, observer.advance)
 
 
 @torch.no_grad()
@@ -152,31 +161,31 @@ def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
 
 
 def size_report(
-    context: RunContext, writer: ModelWriter, *, removed_in_blocks: int, scope_parameters: int
+    context: RunContext, files: WeightFiles, *, removed_in_blocks: int, scope_parameters: int
 ) -> SizeReport:
     """Sizes before and after; the two parts of what was removed may differ in sign."""
     layout = context.stock.layout
     return SizeReport(
         parameters_before=layout.num_parameters,
-        parameters_after=writer.num_parameters,
+        parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
-        bytes_after=writer.file_bytes,
+        bytes_after=files.num_bytes,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
-        removed_share_of_model=(layout.num_parameters - writer.num_parameters) / layout.num_parameters,
+        removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
     )
 
 
 def commit(
     context: RunContext,
-    writer: ModelWriter,
+    files: WeightFiles,
     config: Mapping[str, Any],
     outcome: Outcome,
     size: SizeReport,
     metrics: FinalMetrics,
 ) -> PruneReport:
-    """Write config, companions, manifest and index, have that loaded, write report and card, and make it the output."""
-    checkpoint = writer.directory
+    """Write config, companions, manifest and weights, load them, write report and card, and make it the output."""
+    checkpoint = context.run.checkpoint
     write_companions(context.reader.directory, checkpoint, config)
     calibration = _calibration_report(context, metrics)
     manifest = {
@@ -188,14 +197,14 @@ def commit(
         "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
-    writer.finish()
+    write_weights(files, checkpoint, context.observer)
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
     # Taken before: the other process's memory is in its own entry.
     context.meter.mark("finish")
     memory = _memory_report(context)
 
-    reload = check_reload(context, context.run, writer, metrics.probe, context.observer)
+    reload = check_reload(context, context.run, files, metrics.probe, context.observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, context.recipe, config)
     report = _report(context, memory, outcome, size, calibration, reload, runtimes(shape))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from safetensors.torch import save_file
 from torch import Tensor
 
-from structprune.checkpoint.writer import CheckpointWriter
+from structprune.checkpoint.weight_files import WeightFiles
 from structprune.engine.planning.reload import RELOAD_TOKENS, ReloadMode
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.model import StreamedModel
@@ -35,21 +35,21 @@ class Probe:
 
 
 def check_reload(
-    model: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe | None, observer: Observer
+    model: StreamedModel, run: RunDirectory, files: WeightFiles, probe: Probe | None, observer: Observer
 ) -> ReloadReport:
     """Load the finished checkpoint in a process of its own and compare its logits with `probe`.
 
-    Raises CheckpointError if it does not load or predicts otherwise; it is left as `OUT.rejected`, without an index.
+    Raises CheckpointError if it does not load or predicts otherwise; it is left as `OUT.rejected`, its weights renamed.
     """
     if probe is None:
         return ReloadReport(mode="off", reason="--no-reload-check")
     started = time.perf_counter()
     bound = model.plan.reload
     assert bound is not None, "planned wherever a probe is taken"
-    mode = bound.mode(writer.num_parameters, writer.file_bytes, model.plan.budget_bytes)
+    mode = bound.mode(files.num_parameters, files.num_bytes, model.plan.budget_bytes)
     reason = "" if mode == "whole" else "the whole model does not fit in what is left of --memory"
     observer.start("reload check", 1)
-    result, mode, ended = _ask(model, run, writer, probe, mode)
+    result, mode, ended = _ask(model, run, files, probe, mode)
     if ended:
         reason = f"loading the whole model ended with {ended}"
     if result.impossible is not None:
@@ -57,11 +57,11 @@ def check_reload(
         return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
     tolerance = _tolerance(model)
     if result.error is not None:
-        raise _rejected(run, writer, result.error, "a checkpoint that loads")
+        raise _rejected(run, files, result.error, "a checkpoint that loads")
     if not result.relative_difference <= tolerance:
         raise _rejected(
             run,
-            writer,
+            files,
             f"a relative difference of {result.relative_difference:.2g}, the largest of one logit "
             f"{result.max_abs_difference:.2g}",
             f"at most {tolerance:g}",
@@ -75,14 +75,14 @@ def check_reload(
         tolerance=tolerance,
         max_abs_difference=result.max_abs_difference,
         same_top1=result.same_top1,
-        planned_bytes=bound.bytes(mode, writer.num_parameters, writer.file_bytes),
+        planned_bytes=bound.bytes(mode, files.num_parameters, files.num_bytes),
         peak_bytes=result.peak_bytes,
         seconds=time.perf_counter() - started,
     )
 
 
 def _ask(
-    model: StreamedModel, run: RunDirectory, writer: CheckpointWriter, probe: Probe, mode: ReloadMode
+    model: StreamedModel, run: RunDirectory, files: WeightFiles, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
     """The result, how it was got, and by what the first try was ended if there were two.
 
@@ -93,7 +93,7 @@ def _ask(
     work.mkdir(exist_ok=True)
     save_file({"ids_S": probe.ids_S, "logits_SV": probe.logits_SV}, work / "probe.safetensors")
     spec = stock_reload.ReloadSpec(
-        directory=writer.directory,
+        directory=run.checkpoint,
         probe=work / "probe.safetensors",
         mode=mode,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -106,7 +106,7 @@ def _ask(
             return result, attempt, ended
         except stock_reload.ProcessEndedError as error:
             ended = str(error)
-    raise _rejected(run, writer, f"a process that ended with {ended}", "its logits")
+    raise _rejected(run, files, f"a process that ended with {ended}", "its logits")
 
 
 def take_probe(context: RunContext, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
@@ -121,9 +121,9 @@ def _tolerance(model: StreamedModel) -> float:
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
 
-def _rejected(run: RunDirectory, writer: CheckpointWriter, got: str, wanted: str) -> CheckpointError:
+def _rejected(run: RunDirectory, files: WeightFiles, got: str, wanted: str) -> CheckpointError:
     """Take the output back and mark it; the error to raise."""
-    writer.withdraw()
+    files.withdraw(run.checkpoint)
     rejected = run.reject({"got": got, "wanted": wanted})
     return CheckpointError(
         "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
