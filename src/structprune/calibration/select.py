@@ -6,13 +6,15 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from structprune.calibration import SOURCES
 from structprune.calibration.context import CalibrationWindows, SourceContext
-from structprune.calibration.sources import boolq
-from structprune.calibration.sources.file import file_windows
+from structprune.calibration.sources import packed
+from structprune.calibration.sources.file import file_windows, read_text
 from structprune.errors import InputError
 from structprune.files import expand_user
+from structprune.types import Render
 
 
 def load_windows(
@@ -40,9 +42,19 @@ def load_windows(
             return "wikitext2", SOURCES.get("wikitext2")(context)
         except InputError as error:
             notify(f"no --calibration given; {error}")
-    chosen = "boolq" if boolq.is_installed() else "self"
+    chosen = "boolq" if packed.is_installed() else "self"
     notify(f"calibrating on {chosen}; the domain of this text decides more than the method (docs/footguns.md)")
     return chosen, SOURCES.get(chosen)(context)
+
+
+def held_out_text(name: str | Path, render: Render | None = None) -> str:
+    """Read a text to measure on: a file, or of `boolq` and `sciq` the passages that nothing is calibrated on.
+
+    `render` turns the chats of a file into text. Raises InputError for a file that cannot be read, or if the package
+    with the passages is missing.
+    """
+    found = packed.PACKED.get(str(name))
+    return read_text(Path(name), render) if found is None else found.split()[1]
 
 
 def fingerprint(windows: CalibrationWindows) -> str:

@@ -19,7 +19,9 @@ EvalCommand = many_values("--text", "--tasks")
 
 def evaluate(
     model: ModelArgument,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="One or more text or jsonl files.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="Text or jsonl files, or the held-out passages boolq and sciq.")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", help="Another model, the dense one: how far are the predictions from its?"),

@@ -18,6 +18,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 10.0, 10.0, 34.0
 # The least value of a log axis and span of another; far above the numbers whose reciprocals overflow.
 _SMALLEST = 1e-200
 
+_CLASS = 'class="chart"'
+
 Format = Callable[[float], str]
 
 
@@ -138,9 +140,29 @@ def column_chart(
     return _frame(title, parts)
 
 
+def standalone(title: str, charts: Sequence[tuple[str, str]], style: str) -> str:
+    """Put charts, each with its heading, into one SVG file, two in a row; `style` is the page's style sheet."""
+    gap, heading = 16.0, 24.0
+    places = [(gap + n % 2 * (WIDTH + gap), gap + n // 2 * (HEIGHT + heading + gap)) for n in range(len(charts))]
+    width = 2 * (WIDTH + gap) + gap
+    height = max(y for _, y in places) + heading + HEIGHT + gap
+    parts = [f'<rect width="{width:.0f}" height="{height:.0f}" fill="var(--card)"/>']
+    for (x, y), (name, chart) in zip(places, charts, strict=True):
+        parts.append(f'<text class="heading" x="{x:.0f}" y="{y + 14:.0f}">{_escape(name)}</text>')
+        # The style sheet sizes charts by their class; here each has a place of its own.
+        size = f'x="{x:.0f}" y="{y + heading:.0f}" width="{WIDTH:.0f}" height="{HEIGHT:.0f}"'
+        parts.append(f'<g class="chart">{chart.replace(_CLASS, size, 1)}</g>')
+    own = (
+        "text { font-family: system-ui, sans-serif; } .heading { font-size: 13px; font-weight: 600; fill: var(--ink); }"
+    )
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{_escape(title)}">'
+    return f"{head}<style>{style}{own}</style>{''.join(parts)}</svg>\n"
+
+
 def _frame(title: str, parts: Sequence[str]) -> str:
     label = _escape(title)
-    head = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{label}" class="chart">'
+    head = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{label}" {_CLASS}>'
     return head + "".join(parts) + "</svg>"
 
 

@@ -100,7 +100,7 @@ class BenchedModel(Frozen):
 
 
 class Bench(Frozen):
-    """The result of `structprune bench`; the model first, then the one it is compared with."""
+    """The result of `structprune bench`; the model first, then the one it is compared with, then others."""
 
     kind: Literal["bench"] = "bench"
     schema_version: int = MEASURED_VERSION
