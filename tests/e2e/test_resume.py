@@ -71,7 +71,7 @@ class Cutter:
             return result if behind else work()
 
         def recorded(self: Journal, step: str, *values: Any, **named: Any) -> Any:
-            name = f"{self._folder.name}: {step}"
+            name = f"{self.folder.name}: {step}"
             return moment(name, lambda: record(self, step, *values, **named))
 
         def kept(path: Path, value: Any) -> None:

@@ -33,7 +33,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, notify: Callable[[str], None] = silent, ranks: Ranks = ALONE) -> None:
-        self._folder = folder
+        self.folder = folder
         self._notify = notify
         self._ranks = ranks
         self._lines: dict[str, dict[str, Any]] = {}
@@ -44,8 +44,8 @@ class Journal:
             self._open()
 
     def _open(self) -> None:
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / JOURNAL_NAME
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / JOURNAL_NAME
         self._lines = read_journal(path, self._notify)
         self.earlier_s = max((float(line["seconds"]) for line in self._lines.values()), default=0.0)
         self._opened = time.perf_counter()
@@ -74,7 +74,7 @@ class Journal:
         if line is None or line.get("given") != given:
             return None
         for name, recorded in line.get("files", {}).items():
-            path = self._folder / name
+            path = self.folder / name
             if not path.is_file():
                 self._notify(f"{path} is missing; step {step!r} is done again")
                 return None
@@ -92,7 +92,7 @@ class Journal:
         line: dict[str, Any] = {"step": step, **values, "seconds": round(self.seconds, 3)}
         if given is not None:
             line["given"] = given
-        sums = {os.path.relpath(path, self._folder): file_sum(path) for path in files}
+        sums = {os.path.relpath(path, self.folder): file_sum(path) for path in files}
         if sums:
             line["files"] = sums
         text = json.dumps(line)

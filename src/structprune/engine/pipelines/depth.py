@@ -5,18 +5,15 @@ Nothing here belongs to units: a block is taken or left, so there is no allocati
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.snapshots import Snapshots
 from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, shape_of
@@ -25,16 +22,15 @@ from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
-from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import load_final_states, save_final_states
+from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
-from structprune.memory import format_bytes, release_free_memory
+from structprune.memory import release_free_memory
 from structprune.methods.method import Method
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import ModelLayout
+from structprune.types import BlockLayout, ModelLayout
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
@@ -138,85 +134,57 @@ def _choose(context: RunContext, remove: int) -> Choice:
     )
 
 
-def _write_blocks(
-    context: RunContext,
-    writer: ModelWriter,
-    kept: list[int],
-    choice: Choice,
-) -> Outcome:
-    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept.
+def _write_blocks(context: RunContext, writer: ModelWriter, kept: list[int], choice: Choice) -> Outcome:
+    """Copy the blocks that stay under their new numbers; the reported windows pass all of them, and only those kept."""
+    numbers = {index: number for number, index in enumerate(kept)}
 
-    What a process before this one did is taken over up to the newest snapshot; behind it no block is written twice.
-    """
-    blocks = context.stock.layout.blocks
-    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
-    for block, line in zip(blocks, lines, strict=True):
-        if line is not None and block.index in kept:
-            writer.adopt_block(kept.index(block.index))
-    final_states = load_final_states(context.run.journal, context.run.staging)
-    if final_states is not None and None not in lines:
-        return _outcome(lines, kept, final_states)
-    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
-    snapshot = snapshots.behind([line is not None for line in lines])
-    first = 0 if snapshot is None else snapshot.position
-    with contextlib.ExitStack() as stack:
-        dense = open_store(context, context.run.staging / "dense.bin", context.num_probe)
-        stack.callback(dense.close)
-        pruned = open_store(context, context.run.staging / "pruned.bin", context.num_probe)
-        stack.callback(pruned.close)
-        propagator = embed(context, {dense: context.num_probe, pruned: context.num_probe})
-        streams = {"dense": dense, "pruned": pruned}
-        if snapshot is not None:
-            snapshot.restore(streams)
-        context.observer.start("write", len(blocks) - first)
-        for block in blocks[first:]:
-            started = time.perf_counter()
-            tensors, module = load_block(context, block)
-            propagator.run(module, block.index, dense)
-            stays = block.index in kept
-            if stays:
-                propagator.run(module, block.index, pruned)
-            if lines[block.index] is None:
-                files: list[Path] = []
-                if stays:
-                    files.append(writer.write_block(kept.index(block.index), tensors))
-                report = BlockReport(
-                    block=block.index,
-                    kind="block",
-                    num_units=1,
-                    kept_units=int(stays),
-                    error_mask_only=None,
-                    error=None,
-                    status="ok" if stays else "removed",
-                    statistics=choice.statistics.get(block.index, {}),
-                    objective=[],
-                    seconds=time.perf_counter() - started,
-                )
-                lines[block.index] = context.run.journal.record(
-                    f"block {block.index}",
-                    files,
-                    report=report.model_dump(mode="json"),
-                    peak_bytes=context.meter.peak_so_far(),
-                )
-            del tensors, module
-            snapshots.keep(block.index + 1, streams)
-            release_free_memory()
-            state = "kept" if stays else "removed"
-            context.observer.advance(f"block {block.index} {state}  memory {format_bytes(context.meter.peak_so_far())}")
-        final_states = {
-            "dense": dense.read(0, context.num_probe).clone(),
-            "pruned": pruned.read(0, context.num_probe).clone(),
-        }
-        save_final_states(context.run.journal, context.run.staging, final_states)
-    snapshots.discard()
-    return _outcome(lines, kept, final_states)
+    def move(block: BlockLayout, state: PassState) -> dict[str, Tensor]:
+        tensors, module = load_block(context, block)
+        state.propagator.run(module, block.index, state.stores["dense"])
+        if block.index in numbers:
+            state.propagator.run(module, block.index, state.stores["pruned"])
+        return tensors
 
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        started = time.perf_counter()
+        tensors, stays = move(block, state), block.index in numbers
+        report = BlockReport(
+            block=block.index,
+            kind="block",
+            num_units=1,
+            kept_units=int(stays),
+            error_mask_only=None,
+            error=None,
+            status="ok" if stays else "removed",
+            statistics=choice.statistics.get(block.index, {}),
+            objective=[],
+            seconds=time.perf_counter() - started,
+        )
+        return Visited(tensors=tensors if stays else None, values={"report": report.model_dump(mode="json")})
 
-def _outcome(lines: Sequence[Mapping[str, Any] | None], kept: list[int], final_states: Mapping[str, Tensor]) -> Outcome:
-    """From the journal's line of every block."""
+    def replay(block: BlockLayout, _: Line, state: PassState) -> None:
+        move(block, state)
+
+    def finish(state: PassState) -> dict[str, Tensor]:
+        return {name: first_windows(context.ranks, store, context.num_probe) for name, store in state.stores.items()}
+
+    result = run_pass(
+        context,
+        BlockPass(
+            name="write",
+            journal=context.run.journal,
+            stores={"dense": context.num_probe, "pruned": context.num_probe},
+            visit=visit,
+            replay=replay,
+            finish=finish,
+            describe=lambda block, _: f"block {block.index} {'kept' if block.index in numbers else 'removed'}",
+            writer=writer,
+            output_index=lambda block: numbers.get(block.index),
+        ),
+    )
     return Outcome(
-        reports=[BlockReport(**line["report"]) for line in lines if line is not None],
+        reports=[BlockReport(**line["report"]) for line in result.lines],
         kept_indices={"blocks": kept},
-        dense_NSD=final_states["dense"],
-        pruned_NSD=final_states["pruned"],
+        dense_NSD=result.final["dense"],
+        pruned_NSD=result.final["pruned"],
     )

@@ -14,14 +14,17 @@ import torch
 
 from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
+from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import summed_loss
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
+from structprune.phases import Phase
 from structprune.registry import Registry
 from structprune.scores.blocks import angular_distance
+from structprune.types import BlockLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,43 +59,47 @@ def choose_angular(context: RunContext, num_remove: int) -> Choice:
     blocks = context.stock.layout.blocks
     num_windows = len(context.windows.ids_NS)
     protect_first, protect_last = context.protected
-    last = len(blocks) - protect_last
-    distances: dict[int, float] = {}
-    with contextlib.ExitStack() as stack:
-        ring: list[HiddenStore] = []
-        for slot in range(num_remove + 1):
-            ring.append(open_store(context, context.run.staging / f"border-{slot}.bin", num_windows))
-            stack.callback(ring[-1].close)
-        propagator = embed(context, {ring[0]: num_windows})
-        streams = {f"border-{slot}": store for slot, store in enumerate(ring)}
-        snapshots = Snapshots(context.run.staging / "choice", context.observer.note)
-        reached = 0
-        if (kept := snapshots.load()) is not None:
-            kept.restore(streams)
-            reached = kept.position
-            distances = {int(start): distance for start, distance in kept.values["distances"].items()}
-        context.observer.start("angular distances", last - reached)
-        for block in blocks[reached:last]:
-            before, after = ring[block.index % len(ring)], ring[(block.index + 1) % len(ring)]
-            first = block.index + 1 - num_remove
-            module = load_block(context, block)[1]
-            total = 0.0
-            with propagator.writing(after) as put:
-                for start, stop, hidden_BSD in propagator.read(before, 0, num_windows):
-                    output_BSD = propagator.apply(module, block.index, hidden_BSD)
-                    put(start, output_BSD)
-                    if first >= protect_first:
-                        input_BSD = propagator.fetch(ring[first % len(ring)], start, stop)
-                        total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
-            detail = f"block {block.index}"
-            if first >= protect_first:
-                distances[first] = total / context.windows.ids_NS.numel()
-                detail = f"blocks {first} to {block.index}  distance {distances[first]:.4f}"
-            del module
-            snapshots.keep(block.index + 1, streams, values={"distances": distances})
-            release_free_memory()
-            context.observer.advance(detail)
-    snapshots.discard()
+    ring = [f"border-{slot}" for slot in range(num_remove + 1)]
+
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        before, after = (state.stores[ring[(block.index + step) % len(ring)]] for step in (0, 1))
+        first = block.index + 1 - num_remove
+        module = load_block(context, block)[1]
+        total = 0.0
+        with state.propagator.writing(after) as put:
+            for start, stop, hidden_BSD in state.propagator.read(before, 0, num_windows):
+                output_BSD = state.propagator.apply(module, block.index, hidden_BSD)
+                put(start, output_BSD)
+                if first >= protect_first:
+                    input_BSD = state.propagator.fetch(state.stores[ring[first % len(ring)]], start, stop)
+                    total += float(angular_distance(input_BSD, output_BSD).sum(dtype=torch.float64))
+        if first < protect_first:
+            return Visited(carried=state.carried)
+        distance = total / context.windows.ids_NS.numel()
+        distances = {**state.carried.values["distances"], str(first): distance}
+        return Visited(values={"first": first, "distance": distance}, carried=Carried(values={"distances": distances}))
+
+    def describe(block: BlockLayout, line: Line) -> str:
+        if not line:
+            return f"block {block.index}"
+        return f"blocks {line['first']} to {block.index}  distance {line['distance']:.4f}"
+
+    result = run_pass(
+        context,
+        BlockPass(
+            name=str(Phase.ANGULAR_DISTANCES),
+            journal=context.run.journal,
+            stores=dict.fromkeys(ring, num_windows),
+            embedded=ring[:1],
+            blocks=blocks[: len(blocks) - protect_last],
+            begin=lambda _: Visited(carried=Carried(values={"distances": {}})),
+            visit=visit,
+            describe=describe,
+            records_blocks=False,
+            snapshots="choice",
+        ),
+    )
+    distances = {int(first): distance for first, distance in result.carried.values["distances"].items()}
     start = min(distances, key=lambda first: distances[first])
     return Choice(
         removed=frozenset(range(start, start + num_remove)),

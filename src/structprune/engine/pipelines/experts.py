@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from structprune.architectures.family import Experts
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
@@ -31,17 +31,15 @@ from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
-from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import load_final_states, save_final_states
+from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import InputError, UnsupportedError
-from structprune.memory import format_bytes, release_free_memory
 from structprune.methods.method import Method
 from structprune.phases import Phase
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import UnitGroup
+from structprune.types import BlockLayout, UnitGroup
 
 # What the report and the manifest call it.
 KIND = "expert"
@@ -180,79 +178,75 @@ def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence
     return result
 
 
-def _prune_blocks(
-    context: RunContext,
-    experts: Experts,
-    writer: ModelWriter,
-) -> Outcome:
-    """The loop itself. What a process before this one wrote is taken over, and only passed by the streams."""
-    blocks = context.stock.layout.blocks
-    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
-    for block, line in zip(blocks, lines, strict=True):
-        if line is not None:
-            writer.adopt_block(block.index)
-    final_states = load_final_states(context.run.journal, context.run.staging)
-    if final_states is not None and None not in lines:
-        return _outcome(lines, final_states)
+def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) -> Outcome:
+    """Measure every block on the dense stream, and choose; the reported windows pass the smaller blocks too."""
     total = getattr(context.stock.config, experts.count_field)
-    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
-    snapshot = snapshots.behind([line is not None for line in lines])
-    first = 0 if snapshot is None else snapshot.position
-    with contextlib.ExitStack() as stack:
-        dense = open_store(context, context.run.staging / "dense.bin", len(context.windows.ids_NS))
-        stack.callback(dense.close)
-        pruned = open_store(context, context.run.staging / "pruned.bin", context.num_probe)
-        stack.callback(pruned.close)
-        propagator = embed(context, {dense: len(context.windows.ids_NS), pruned: context.num_probe})
-        streams = {"dense": dense, "pruned": pruned}
-        if snapshot is not None:
-            snapshot.restore(streams)
-        context.observer.start("experts", len(blocks) - first)
-        for block in blocks[first:]:
-            started = time.perf_counter()
-            tensors, module = load_block(context, block)
-            line = lines[block.index]
-            with context.meter.phase(Phase.PROPAGATE):
-                found = measure_experts(module, experts, total, propagator, block.index, dense)
-            del module
-            kept: list[int] = line["kept"] if line is not None else found.keep(_num_kept(context, experts)).tolist()
-            smaller = keep_experts(tensors, experts, kept)
-            del tensors
-            cast = {name: tensor.to(context.device, context.dtype) for name, tensor in smaller.items()}
-            module = context.stock.block(block.index, cast, _config(context, experts, block.index))
-            with context.meter.phase(Phase.PROPAGATE):
-                propagator.run(module, block.index, pruned)
-            if line is None:
-                shard = writer.write_block(block.index, smaller)
-                report = BlockReport(
-                    block=block.index,
-                    kind=KIND,
-                    num_units=total,
-                    kept_units=len(kept),
-                    error_mask_only=None,
-                    error=None,
-                    status="ok",
-                    statistics=_statistics(found, kept),
-                    objective=[],
-                    seconds=time.perf_counter() - started,
-                )
-                lines[block.index] = context.run.journal.record(
-                    f"block {block.index}",
-                    [shard],
-                    report=report.model_dump(mode="json"),
-                    kept=kept,
-                    peak_bytes=context.meter.peak_so_far(),
-                )
-            del smaller, cast, module
-            snapshots.keep(block.index + 1, streams)
-            release_free_memory()
-            context.observer.advance(
-                f"block {block.index} {len(kept)}/{total}  memory {format_bytes(context.meter.peak_so_far())}"
-            )
-        final_states = {name: store.read(0, context.num_probe).clone() for name, store in streams.items()}
-        save_final_states(context.run.journal, context.run.staging, final_states)
-    snapshots.discard()
-    return _outcome(lines, final_states)
+
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        started = time.perf_counter()
+        tensors, module = load_block(context, block)
+        with context.meter.phase(Phase.PROPAGATE):
+            found = measure_experts(module, experts, total, state.propagator, block.index, state.stores["dense"])
+        del module
+        kept: list[int] = found.keep(_num_kept(context, experts)).tolist()
+        smaller = keep_experts(tensors, experts, kept)
+        del tensors
+        _move_pruned(context, experts, block, smaller, state)
+        report = BlockReport(
+            block=block.index,
+            kind=KIND,
+            num_units=total,
+            kept_units=len(kept),
+            error_mask_only=None,
+            error=None,
+            status="ok",
+            statistics=_statistics(found, kept),
+            objective=[],
+            seconds=time.perf_counter() - started,
+        )
+        return Visited(tensors=smaller, values={"report": report.model_dump(mode="json"), "kept": kept})
+
+    def replay(block: BlockLayout, line: Line, state: PassState) -> None:
+        tensors, module = load_block(context, block)
+        with context.meter.phase(Phase.PROPAGATE):
+            state.propagator.run(module, block.index, state.stores["dense"])
+        del module
+        smaller = keep_experts(tensors, experts, line["kept"])
+        del tensors
+        _move_pruned(context, experts, block, smaller, state)
+
+    def finish(state: PassState) -> dict[str, Tensor]:
+        return {name: first_windows(context.ranks, store, context.num_probe) for name, store in state.stores.items()}
+
+    result = run_pass(
+        context,
+        BlockPass(
+            name="experts",
+            journal=context.run.journal,
+            stores={"dense": len(context.windows.ids_NS), "pruned": context.num_probe},
+            visit=visit,
+            replay=replay,
+            finish=finish,
+            describe=lambda block, line: f"block {block.index} {len(line['kept'])}/{total}",
+            writer=writer,
+        ),
+    )
+    return Outcome(
+        reports=[BlockReport(**line["report"]) for line in result.lines],
+        kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in result.lines},
+        dense_NSD=result.final["dense"],
+        pruned_NSD=result.final["pruned"],
+    )
+
+
+def _move_pruned(
+    context: RunContext, experts: Experts, block: BlockLayout, smaller: Mapping[str, Tensor], state: PassState
+) -> None:
+    """Move the pruned stream over the block with the experts that stay."""
+    cast = {name: tensor.to(context.device, context.dtype) for name, tensor in smaller.items()}
+    module = context.stock.block(block.index, cast, _config(context, experts, block.index))
+    with context.meter.phase(Phase.PROPAGATE):
+        state.propagator.run(module, block.index, state.stores["pruned"])
 
 
 def _statistics(found: Saliency, kept: Sequence[int]) -> dict[str, float]:
@@ -287,14 +281,3 @@ def _config(context: RunContext, experts: Experts, index: int) -> Any:
     config = copy.deepcopy(context.stock.block_configs[index])
     setattr(config, experts.count_field, _num_kept(context, experts))
     return config
-
-
-def _outcome(lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]) -> Outcome:
-    """From the journal's line of every block."""
-    found = [line for line in lines if line is not None]
-    return Outcome(
-        reports=[BlockReport(**line["report"]) for line in found],
-        kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in found},
-        dense_NSD=final_states["dense"],
-        pruned_NSD=final_states["pruned"],
-    )

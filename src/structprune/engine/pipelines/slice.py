@@ -9,30 +9,28 @@ Shape suffixes: B windows, S positions, N windows, D hidden size, K kept dimensi
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from structprune.architectures.family import Stream
-from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.slice_settings import kept_width
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, commit, final_metrics, size_report
-from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import load_final_states, save_final_states
+from structprune.engine.streaming.blocks import load_block
+from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator
 from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
 from structprune.linalg.rotation import dropped_share, principal_basis
-from structprune.memory import format_bytes, release_free_memory
+from structprune.memory import release_free_memory
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.statistics import GramAccumulator
@@ -48,201 +46,161 @@ class Cut:
     dropped: float
     """Share of the energy of the measured stream that lies outside the basis."""
 
+    @classmethod
+    def of(cls, carried: Carried) -> Cut:
+        """Take up the cut that was made behind the block before."""
+        return cls(basis_DK=carried.tensors["basis"], dropped=carried.values["dropped"])
+
+    def carried(self) -> Carried:
+        """Hand this cut to the next block."""
+        return Carried(tensors={"basis": self.basis_DK}, values={"dropped": self.dropped})
+
 
 def execute_slice(context: RunContext) -> PruneReport:
     """Slice block after block into the run's staging directory and turn it into the output.
 
-    Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
+    With the stream's full width it is only rotated. Raises NumericalError for weights or activations that are not
+    finite, CheckpointError for unreadable tensors.
     """
-    width = kept_width(context.stock.layout, _stream(context), context.recipe)
-    return slice_to(context, width)
-
-
-def slice_to(context: RunContext, width: int) -> PruneReport:
-    """As `execute_slice`, to a stream of `width` dimensions; with all of them it is only rotated."""
     stock, layout = context.stock, context.stock.layout
+    width = kept_width(layout, _stream(context), context.recipe)
     shortcuts = context.recipe.structure == "per-layer"
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, width)
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
-    result = _slice_blocks(context, writer, width, common_DK)
+    sliced = _slice_blocks(context, writer, width, common_DK)
     release_free_memory()
-    metrics = final_metrics(context, result.outcome)
+    metrics = final_metrics(context, sliced.outcome)
     release_free_memory()
-    writer.write_rest(rotated_head(context, result.last_DK))
+    removed = layout.block_parameters - writer.num_block_parameters
+    writer.write_rest(rotated_head(context, sliced.last_DK))
     if shortcuts:
         write_sliced_modeling_file(context.run.checkpoint, stock.family)
-    removed = layout.block_parameters - result.num_block_parameters
     files = writer.weight_files(context.recipe.max_shard_size)
     size = size_report(context, files, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
-    return commit(context, files, config, result.outcome, size, metrics)
+    return commit(context, files, config, sliced.outcome, size, metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """What the pass over the blocks left, beside the shards."""
+class _Sliced:
+    """What the pass over the blocks leaves, beside the shards."""
 
     outcome: Outcome
     """Both hidden states in the model's own coordinates."""
-    num_block_parameters: int
     last_DK: Tensor
     """The basis behind the last block."""
 
 
-def _slice_blocks(
-    context: RunContext,
-    writer: ModelWriter,
-    width: int,
-    common_DK: Tensor | None,
-) -> _Pass:
-    """The loop itself. A common basis is known beforehand: then only the reported windows go through the cut model.
+def _slice_blocks(context: RunContext, writer: ModelWriter, width: int, common_DK: Tensor | None) -> _Sliced:
+    """Cut the stream at every position, and write the rotated blocks.
 
-    What a process before this one did is taken over up to the newest snapshot, and the blocks behind that are cut
-    again: rotated weights do not show where the stream was cut.
+    A common basis is known beforehand: then only the reported windows go through the cut model. Rotated weights do not
+    show where the stream was cut, so blocks behind the newest snapshot are cut again by a process that goes on.
     """
-    blocks = context.stock.layout.blocks
-    lines = [context.run.journal.find(f"block {block.index}") for block in blocks]
-    embedded = context.run.journal.find("embedding") is not None
-    final_states = load_final_states(context.run.journal, context.run.staging)
-    if final_states is not None and embedded and None not in lines:
-        _adopt(writer, len(blocks))
-        return _passed(writer, lines, final_states)
     num_windows = len(context.windows.ids_NS) if common_DK is None else context.num_probe
-    snapshots = Snapshots(context.run.staging / "state", context.observer.note)
-    kept = snapshots.behind([embedded and line is not None for line in lines])
-    first = 0 if kept is None else kept.position
-    with contextlib.ExitStack() as stack:
-        store = open_store(context, context.run.staging / "hidden.bin", num_windows)
-        stack.callback(store.close)
-        dense = open_store(context, context.run.staging / "dense.bin", context.num_probe)
-        stack.callback(dense.close)
-        propagator = embed(context, {store: num_windows, dense: context.num_probe})
-        streams = {"cut": store, "dense": dense}
-        context.observer.start("slice", len(blocks) - first)
-        if kept is not None:
-            kept.restore(streams)
-            here = Cut(basis_DK=kept.tensors["basis"].to(context.device), dropped=kept.values["dropped"])
-            _adopt(writer, first)
-            del kept
-        else:
-            here = _cut(
-                context, _gram(context, _content(propagator, store), "embedding"), width, common_DK, "embedding"
-            )
-            shard = writer.write_embeddings(rotated_embeddings(context, here.basis_DK))
-            context.run.journal.record("embedding", [shard])
-        release_free_memory()
-        for block in blocks[first:]:
-            started = time.perf_counter()
-            tensors = context.reader.read(block.shapes, block.prefix)
-            module = context.stock.block(
-                block.index, {n: t.to(context.device, context.dtype) for n, t in tensors.items()}
-            )
-            propagator.run(module, block.index, dense)
-            cuts = [here]
-            for sublayer in _stream(context).sublayers:
-                where = f"after block {block.index} {sublayer.kind}"
-                with context.stock.stage(module, (sublayer.kind,)):
-                    moved = _moved(propagator, _CutBefore(context, module, cuts[-1]), block.index, store)
-                    gram_DD = _gram(context, moved, where)
-                cuts.append(_cut(context, gram_DD, width, common_DK, where))
-                del gram_DD
-            del module
-            bases = [cut.basis_DK for cut in cuts]
-            written = rotated_block(tensors, _stream(context), bases, shortcuts=common_DK is None)
-            shard = writer.write_block(block.index, written)
-            reports = _reports(context, block, cuts, time.perf_counter() - started)
-            lines[block.index] = context.run.journal.record(
-                f"block {block.index}",
-                [shard],
-                reports=[report.model_dump(mode="json") for report in reports],
-                peak_bytes=context.meter.peak_so_far(),
-            )
-            here = cuts[-1]
-            del tensors, written, bases, cuts
-            snapshots.keep(block.index + 1, streams, {"basis": here.basis_DK.cpu()}, {"dropped": here.dropped})
-            release_free_memory()
-            line = f"block {block.index}  dropped {reports[-2].error:.4f} {reports[-1].error:.4f}"
-            context.observer.advance(f"{line}  memory {format_bytes(context.meter.peak_so_far())}")
-        final_states = {
-            "dense": dense.read(0, context.num_probe).clone(),
-            "pruned": _projected(
-                store.read(0, context.num_probe).to(context.device), here.basis_DK.to(context.dtype)
-            ).cpu(),
-            "basis": here.basis_DK.cpu(),
-        }
-        save_final_states(context.run.journal, context.run.staging, final_states)
-    snapshots.discard()
-    return _passed(writer, lines, final_states)
 
+    def cut(batches: Iterable[Tensor], where: str) -> Cut:
+        return _cut(context, _gram(context, batches, where), width, common_DK, where)
 
-def _adopt(writer: ModelWriter, num_blocks: int) -> None:
-    """Count the embeddings and the first blocks, which an earlier process wrote."""
-    writer.adopt_embeddings()
-    for index in range(num_blocks):
-        writer.adopt_block(index)
+    def begin(state: PassState) -> Visited:
+        here = cut(_content(state.propagator, state.stores["cut"]), "embedding")
+        return Visited(tensors=rotated_embeddings(context, here.basis_DK), carried=here.carried())
 
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        started = time.perf_counter()
+        tensors, module = load_block(context, block)
+        state.propagator.run(module, block.index, state.stores["dense"])
+        cuts = [Cut.of(state.carried)]
+        for sublayer in _stream(context).sublayers:
+            with context.stock.stage(module, (sublayer.kind,)):
+                after_cut = _CutBefore(context, module, cuts[-1])
+                moved = _moved(state.propagator, after_cut, block.index, state.stores["cut"])
+                del after_cut
+                cuts.append(cut(moved, f"after block {block.index} {sublayer.kind}"))
+        del module
+        written = rotated_block(tensors, _stream(context), [c.basis_DK for c in cuts], shortcuts=common_DK is None)
+        reports = _reports(context, block, cuts, time.perf_counter() - started)
+        values = {"reports": [report.model_dump(mode="json") for report in reports]}
+        return Visited(tensors=written, values=values, carried=cuts[-1].carried())
 
-def _passed(
-    writer: ModelWriter, lines: Sequence[Mapping[str, Any] | None], final_states: Mapping[str, Tensor]
-) -> _Pass:
-    """From the journal's line of every block."""
-    return _Pass(
-        outcome=Outcome(
-            reports=[BlockReport(**report) for line in lines if line is not None for report in line["reports"]],
-            kept_indices={},
-            dense_NSD=final_states["dense"],
-            pruned_NSD=final_states["pruned"],
+    def finish(state: PassState) -> dict[str, Tensor]:
+        dense_NSD, cut_NSD = (
+            first_windows(context.ranks, state.stores[name], context.num_probe) for name in ("dense", "cut")
+        )
+        basis_DK = state.carried.tensors["basis"]
+        pruned_NSD = _projected(cut_NSD.to(context.device), basis_DK.to(context.dtype))
+        return {"dense": dense_NSD, "pruned": pruned_NSD.cpu(), "basis": basis_DK.cpu()}
+
+    result = run_pass(
+        context,
+        BlockPass(
+            name="slice",
+            journal=context.run.journal,
+            stores={"cut": num_windows, "dense": context.num_probe},
+            begin=begin,
+            opening="embedding",
+            visit=visit,
+            finish=finish,
+            describe=_describe,
+            writer=writer,
         ),
-        num_block_parameters=writer.num_block_parameters,
-        last_DK=final_states["basis"],
     )
+    outcome = Outcome(
+        reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
+        kept_indices={},
+        dense_NSD=result.final["dense"],
+        pruned_NSD=result.final["pruned"],
+    )
+    return _Sliced(outcome=outcome, last_DK=result.final["basis"])
+
+
+def _describe(block: BlockLayout, line: Line) -> str:
+    first, second = (BlockReport(**report) for report in line["reports"][-2:])
+    return f"block {block.index}  dropped {first.error:.4f} {second.error:.4f}"
 
 
 def _common_basis(context: RunContext, width: int) -> Tensor:
-    """The basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
+    """Find the basis (D, K) of sum x x^T / |x|^2 over all positions and tokens of the dense stream.
 
     The sublayers read a token without its length. The stream grows by orders of magnitude on its way, and a few tokens
     are longer than all others; without the division the last positions and those tokens would decide alone.
     """
-    path = context.run.staging / "basis.safetensors"
-    if context.run.journal.find("basis") is not None:
-        return load_file(path)["basis"].to(context.device)
-    hidden, blocks = context.stock.layout.hidden_size, context.stock.layout.blocks
-    total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=context.device)
-    snapshots = Snapshots(context.run.staging / "stream", context.observer.note)
-    kept = snapshots.load()
-    first = 0 if kept is None else kept.position
-    with contextlib.ExitStack() as stack:
-        store = open_store(context, context.run.staging / "hidden.bin", len(context.windows.ids_NS))
-        stack.callback(store.close)
-        propagator = embed(context, {store: len(context.windows.ids_NS)})
-        context.observer.start("sensitivity: stream", len(blocks) - first)
-        if kept is not None:
-            kept.restore({"hidden": store})
-            total_DD += kept.tensors["total"].to(context.device)
-            del kept
-        else:
-            total_DD += _gram(context, map(_directions, _content(propagator, store)), "embedding")
-        for block in blocks[first:]:
-            tensors = context.reader.read(block.shapes, block.prefix)
-            module = context.stock.block(
-                block.index, {n: t.to(context.device, context.dtype) for n, t in tensors.items()}
-            )
-            del tensors
-            for sublayer in _stream(context).sublayers:
-                with context.stock.stage(module, (sublayer.kind,)):
-                    moved = _moved(propagator, module, block.index, store)
-                    total_DD += _gram(context, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
-            del module
-            snapshots.keep(block.index + 1, {"hidden": store}, {"total": total_DD.cpu()})
-            release_free_memory()
-            context.observer.advance(f"block {block.index}")
-    basis_DK = principal_basis(total_DD, width, context.damping, "all positions")
-    save_file({"basis": basis_DK.cpu().contiguous()}, path)
-    context.run.journal.record("basis", [path])
-    snapshots.discard()
-    return basis_DK
+    hidden = context.stock.layout.hidden_size
+
+    def begin(state: PassState) -> Visited:
+        total_DD = torch.zeros(hidden, hidden, dtype=torch.float64, device=context.device)
+        total_DD += _gram(context, map(_directions, _content(state.propagator, state.stores["hidden"])), "embedding")
+        return Visited(carried=Carried(tensors={"total": total_DD}))
+
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        module = load_block(context, block)[1]
+        total_DD = state.carried.tensors["total"]
+        for sublayer in _stream(context).sublayers:
+            with context.stock.stage(module, (sublayer.kind,)):
+                moved = _moved(state.propagator, module, block.index, state.stores["hidden"])
+                total_DD += _gram(context, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
+        return Visited(carried=Carried(tensors={"total": total_DD}))
+
+    def finish(state: PassState) -> dict[str, Tensor]:
+        total_DD = state.carried.tensors["total"]
+        return {"basis": principal_basis(total_DD, width, context.damping, "all positions").cpu()}
+
+    result = run_pass(
+        context,
+        BlockPass(
+            name="sensitivity: stream",
+            journal=context.run.journal,
+            stores={"hidden": len(context.windows.ids_NS)},
+            begin=begin,
+            visit=visit,
+            finish=finish,
+            records_blocks=False,
+            last="basis",
+            snapshots="stream",
+        ),
+    )
+    return result.final["basis"].to(context.device)
 
 
 def _directions(hidden_BSD: Tensor) -> Tensor:

@@ -10,28 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from structprune.calibration.snapshots import Snapshots
-from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
-from structprune.engine.layerwise.block import BlockOutcome, pass_block, prune_block
+from structprune.engine.layerwise.block import pass_block, prune_block
 from structprune.engine.layerwise.statistics import Streams
+from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
-from structprune.engine.sensitivity.store import Costs, costs_path
+from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
-from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.final_states import load_final_states, save_final_states
-from structprune.memory import format_bytes, release_free_memory
+from structprune.engine.streaming.final_states import first_windows
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.runs.journal import Journal
@@ -67,13 +62,13 @@ def execute(context: RunContext) -> PruneReport:
         config = output_config(context.stock, context.recipe, context.kinds, kept_units)
 
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
-    trail = _Trail(folder=context.run.staging, journal=context.run.journal, writer=writer, measures_costs=False)
-    result = _prune_blocks(context, trail, found, kept_units, "prune")
+    pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
+    result = run_pass(context, pruning_pass(context, pruning, "prune"))
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
-        dense_NSD=result.final_states["dense"],
-        pruned_NSD=result.final_states["pruned"],
+        dense_NSD=result.final["dense"],
+        pruned_NSD=result.final["pruned"],
         reused=None if found is None else found.reused,
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
@@ -82,122 +77,81 @@ def execute(context: RunContext) -> PruneReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Trail:
-    """Where a pass over the blocks leaves what it has done, and finds what a process before it had."""
+class Pruning:
+    """What a pass that prunes goes by, and where it leaves what it has done."""
 
-    folder: Path
     journal: Journal
     writer: ModelWriter
-    measures_costs: bool
+    widths: Widths
+    measured: SensitivityPass | None
+    """What the dense model's measurements say of each block."""
+    measures_costs: bool = False
     """Whether removals have their costs measured again, on the pruned model's stream."""
 
-    def leave(
-        self, block: BlockLayout, outcome: BlockOutcome, num_keep: Mapping[str, int], peak_bytes: int
-    ) -> Mapping[str, Any]:
-        """Write the pruned block and record it, on the first rank. Returns the journal's line."""
-        files = [self.writer.write_block(block.index, outcome.tensors)]
-        if self.measures_costs:
-            files.append(costs_path(self.folder, block.index))
-            save_file({kind: cost_U.contiguous() for kind, cost_U in outcome.costs.items()}, files[-1])
-        return self.journal.record(
-            _step(block),
-            files,
-            dict(num_keep),
-            tensors=list(outcome.tensors),
-            reports=[report.model_dump(mode="json") for report in outcome.reports],
-            kept=outcome.kept,
-            peak_bytes=peak_bytes,
+
+def pruning_pass(context: RunContext, pruning: Pruning, name: str) -> BlockPass:
+    """Describe the pass that prunes every block, with the streams of the pruned model and of the dense one."""
+    blocks = context.stock.layout.blocks
+    num_windows = len(context.windows.ids_NS)
+    num_keep = [{kind: counts[block.index] for kind, counts in pruning.widths.items()} for block in blocks]
+    cache = _open_cache(context)
+
+    def streams(state: PassState) -> Streams:
+        return Streams(
+            propagator=state.propagator, pruned=state.stores["pruned"], dense=state.stores["dense"], cache=cache
         )
 
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        sensitivity = {} if pruning.measured is None else pruning.measured.of_block(block.index)
+        measures_costs = pruning.measures_costs
+        result = prune_block(
+            context, block, num_keep[block.index], streams(state), sensitivity, measure_costs=measures_costs
+        )
+        return Visited(
+            tensors=result.tensors,
+            files={costs_name(block.index): result.costs} if measures_costs else {},
+            values={
+                "tensors": list(result.tensors),
+                "reports": [report.model_dump(mode="json") for report in result.reports],
+                "kept": dict(result.kept),
+            },
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """One pass over the blocks."""
+    def replay(block: BlockLayout, line: Line, state: PassState) -> None:
+        tensors = pruning.writer.read_block(block.index, line["tensors"])
+        pass_block(context, block, tensors, num_keep[block.index], line["kept"], streams(state))
 
-    lines: list[Mapping[str, Any]]
-    """The journal's, of every block."""
-    final_states: Mapping[str, Tensor]
+    def finish(state: PassState) -> dict[str, Tensor]:
+        stores = {name: state.stores[name] for name in ("dense", "pruned")}
+        return {name: first_windows(context.ranks, store, context.num_probe) for name, store in stores.items()}
+
+    return BlockPass(
+        name=name,
+        journal=pruning.journal,
+        stores={"pruned": num_windows, "dense": num_windows if context.follows_dense else context.num_probe},
+        visit=visit,
+        replay=replay,
+        finish=finish,
+        describe=_describe,
+        writer=pruning.writer,
+        given=num_keep,
+    )
 
 
 def _rehearse(
-    context: RunContext,
-    folder: Path,
-    found: SensitivityPass | None,
-    kept_units: Widths,
-    number: int,
+    context: RunContext, folder: Path, found: SensitivityPass | None, kept_units: Widths, number: int
 ) -> list[dict[str, Tensor]]:
-    """A pass that nothing of the output comes from. Per block, kind -> cost of each removal on the pruned stream."""
+    """Prune without an output. Per block, kind -> cost of each removal on the pruned stream."""
     blocks = context.stock.layout.blocks
     with contextlib.closing(Journal(folder, context.observer.note, context.ranks)) as journal:
         writer = ModelWriter(folder, len(blocks), context.stock.layout.blocks_module)
         if journal.find(_COSTS_STEP) is None:
-            trail = _Trail(folder=folder, journal=journal, writer=writer, measures_costs=True)
-            _prune_blocks(context, trail, found, kept_units, f"outer iteration {number}")
+            pruning = Pruning(journal=journal, writer=writer, widths=kept_units, measured=found, measures_costs=True)
+            run_pass(context, pruning_pass(context, pruning, f"outer iteration {number}"))
             journal.record(_COSTS_STEP, [costs_path(folder, block.index) for block in blocks])
         if context.ranks.is_first:
             writer.remove()
         return [load_file(costs_path(folder, block.index)) for block in blocks]
-
-
-def _prune_blocks(
-    context: RunContext,
-    trail: _Trail,
-    found: SensitivityPass | None,
-    kept_units: Widths,
-    phase: str,
-) -> _Pass:
-    """The loop itself.
-
-    What a process before this one did is taken over: up to the newest snapshot as it is; from there the streams pass
-    the blocks that are written, and the first that is not is pruned.
-    """
-    blocks = context.stock.layout.blocks
-    num_keep = [{kind: counts[block.index] for kind, counts in kept_units.items()} for block in blocks]
-    lines = [trail.journal.find(_step(block), num_keep[block.index]) for block in blocks]
-    for block, line in zip(blocks, lines, strict=True):
-        if line is not None:
-            trail.writer.adopt_block(block.index)
-    final_states = load_final_states(trail.journal, trail.folder)
-    if final_states is not None and None not in lines:
-        return _Pass(lines=[line for line in lines if line is not None], final_states=final_states)
-    num_windows = len(context.windows.ids_NS)
-    num_dense = num_windows if context.follows_dense else context.num_probe
-    ranks = context.ranks
-    snapshots = Snapshots(trail.folder / "state", context.observer.note, ranks)
-    kept = snapshots.behind([line is not None for line in lines])
-    first = 0 if kept is None else kept.position
-    with contextlib.ExitStack() as stack:
-        store = open_store(context, trail.folder / "hidden.bin", num_windows)
-        stack.callback(store.close)
-        dense = open_store(context, trail.folder / "dense.bin", num_dense)
-        stack.callback(dense.close)
-        propagator = embed(context, {store: num_windows, dense: num_dense})
-        if kept is not None:
-            kept.restore({"pruned": store, "dense": dense})
-        streams = Streams(propagator=propagator, pruned=store, dense=dense, cache=_open_cache(context))
-        context.observer.start(phase, len(blocks) - first)
-        for block in blocks[first:]:
-            line = lines[block.index]
-            if line is not None:
-                tensors = trail.writer.read_block(block.index, line["tensors"])
-                pass_block(context, block, tensors, num_keep[block.index], line["kept"], streams)
-                del tensors
-            else:
-                sensitivity = {} if found is None else found.of_block(block.index)
-                outcome = prune_block(
-                    context, block, num_keep[block.index], streams, sensitivity, measure_costs=trail.measures_costs
-                )
-                peak_bytes = ranks.all_reduce_max(context.meter.peak_so_far())
-                line = ranks.broadcast(partial(trail.leave, block, outcome, num_keep[block.index], peak_bytes))
-                lines[block.index] = line
-                del outcome
-            snapshots.keep(block.index + 1, {"pruned": store, "dense": dense})
-            release_free_memory()
-            context.observer.advance(f"{_block_line(block, line)}  memory {format_bytes(context.meter.peak_so_far())}")
-        final_states = {"dense": _first_windows(context, dense), "pruned": _first_windows(context, store)}
-        save_final_states(trail.journal, trail.folder, final_states, ranks)
-    snapshots.discard()
-    return _Pass(lines=[line for line in lines if line is not None], final_states=final_states)
 
 
 def _open_cache(context: RunContext) -> ActivationCache | None:
@@ -213,15 +167,6 @@ def _open_cache(context: RunContext) -> ActivationCache | None:
     )
 
 
-def _first_windows(context: RunContext, store: HiddenStore) -> Tensor:
-    """The hidden states of the reported windows, on every rank."""
-    windows = [
-        context.ranks.broadcast_window(number, lambda own: store.read(own, own + 1).clone())
-        for number in range(context.num_probe)
-    ]
-    return torch.cat(windows)
-
-
 def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
     """The newest removal costs of every sublayer; one that was removed in the rehearsal keeps its old ones."""
     return {
@@ -229,13 +174,9 @@ def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs
     }
 
 
-def _step(block: BlockLayout) -> str:
-    return f"block {block.index}"
-
-
-def _block_line(block: BlockLayout, line: Mapping[str, Any]) -> str:
+def _describe(block: BlockLayout, line: Line) -> str:
     if not line["reports"]:
-        return _step(block)
+        return f"block {block.index}"
     report = BlockReport(**line["reports"][-1])
     error = "" if report.error is None else f"  error {report.error:.4f}"
     return f"block {report.block} {report.kind} {report.kept_units}/{report.num_units}{error}"

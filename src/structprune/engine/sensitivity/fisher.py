@@ -17,16 +17,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.layerwise.statistics import token_scale
+from structprune.engine.passes import BlockPass, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.backward_pass import Found, backward_pass, on_host
-from structprune.engine.sensitivity.store import Costs, SensitivityStore
+from structprune.engine.sensitivity.store import Costs, SensitivityStore, block_files
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
-from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
@@ -59,35 +58,21 @@ def fisher_pass(context: RunContext, folder: Path) -> Costs:
 
 def score_pass(context: RunContext, folder: Path) -> Costs:
     """Score every unit on the dense model, in one forward pass; ascending, as the lowest go first."""
-    blocks = context.stock.layout.blocks
-    num_windows = context.windows.ids_NS.shape[0]
-    with contextlib.ExitStack() as stack:
-        sensitivities = stack.enter_context(SensitivityStore(folder, context.observer.note, context.ranks))
-        done = [sensitivities.has(block) for block in blocks]
-        if all(done):
-            return sensitivities.costs(blocks, context.kinds)
-        store = open_store(context, folder / "hidden.bin", num_windows)
-        stack.callback(store.close)
-        propagator = embed(context, {store: num_windows})
-        snapshots = Snapshots(folder / "state", context.observer.note, context.ranks)
-        kept = snapshots.behind(done)
-        first = 0 if kept is None else kept.position
-        if kept is not None:
-            kept.restore({"hidden": store})
-        context.observer.start("sensitivity: scores", len(blocks) - first)
-        for block in blocks[first:]:
-            tensors, module = load_block(context, block)
-            owner = block.index % context.ranks.size
-            with context.meter.phase(Phase.SENSITIVITY_SCORES):
-                sums = _measure(context, block, module, propagator, store, owner)
-            task = owner, partial(_scores, context, block, tensors, sums)
-            sensitivities.save(block, {}, context.ranks.all_gather({block.index: task})[block.index])
-            del task, sums
-            snapshots.keep(block.index + 1, {"hidden": store})
-            release_free_memory()
-            context.observer.advance(f"block {block.index}")
-        snapshots.discard()
-        return sensitivities.costs(blocks, context.kinds)
+    ranks = context.ranks
+
+    def visit(block: BlockLayout, state: PassState) -> Visited:
+        tensors, module = load_block(context, block)
+        owner = block.index % ranks.size
+        with context.meter.phase(Phase.SENSITIVITY_SCORES):
+            sums = _measure(context, block, module, state.propagator, state.stores["hidden"], owner)
+        task = owner, partial(_scores, context, block, tensors, sums)
+        return Visited(files=block_files(block, {}, ranks.all_gather({block.index: task})[block.index]))
+
+    with SensitivityStore(folder, context.observer.note, ranks) as sensitivities:
+        stores = {"hidden": len(context.windows.ids_NS)}
+        name = str(Phase.SENSITIVITY_SCORES)
+        run_pass(context, BlockPass(name=name, journal=sensitivities.journal, stores=stores, visit=visit))
+        return sensitivities.costs(context.stock.layout.blocks, context.kinds)
 
 
 def _scores(

@@ -47,10 +47,10 @@ class SensitivityStore:
         self._ranks.broadcast(lambda: self._save(block, found, costs))
 
     def _save(self, block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]) -> None:
-        paths = _found(self.folder, block.index), costs_path(self.folder, block.index)
-        for path, tensors in zip(paths, (found, costs), strict=True):
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        self.journal.record(f"block {block.index}", paths)
+        files = block_files(block, found, costs)
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name)
+        self.journal.record(f"block {block.index}", [self.folder / name for name in files])
 
     def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
         """Of all blocks."""
@@ -59,7 +59,7 @@ class SensitivityStore:
 
 def load_found(folder: Path, block: int) -> dict[str, Tensor]:
     """What was saved of one block for the pruning pass."""
-    return load_file(_found(folder, block))
+    return load_file(folder / _found_name(block))
 
 
 def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
@@ -68,10 +68,22 @@ def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[str]
     return {kind: [costs.get(kind, torch.empty(0)) for costs in per_block] for kind in kinds}
 
 
-def _found(folder: Path, block: int) -> Path:
-    return folder / f"found-{block}.safetensors"
+def block_files(
+    block: BlockLayout, found: Mapping[str, Tensor], costs: Mapping[str, Tensor]
+) -> dict[str, Mapping[str, Tensor]]:
+    """Name the files of one block: what the pruning pass will read of it, and kind -> the cost of each removal."""
+    return {_found_name(block.index): found, costs_name(block.index): costs}
 
 
 def costs_path(folder: Path, block: int) -> Path:
-    """The file of one block's costs, by kind."""
-    return folder / f"costs-{block}.safetensors"
+    """Return the file of one block's costs, by kind."""
+    return folder / costs_name(block)
+
+
+def costs_name(block: int) -> str:
+    """Return the name of that file in the folder of its pass."""
+    return f"costs-{block}.safetensors"
+
+
+def _found_name(block: int) -> str:
+    return f"found-{block}.safetensors"
