@@ -55,4 +55,4 @@ def test_a_phase_that_comes_twice_counts_its_higher_peak() -> None:
     assert list(meter.phases) == [Phase.EMBED, SublayerPhase.SOLVE.of("mlp")]
     # The system counts resident pages in batches: a few hundred KiB may not show.
     assert 47 * 2**20 <= meter.phases[Phase.EMBED] < 96 * 2**20
-    assert meter.phases[SublayerPhase.SOLVE.of("mlp")] >= 96 * 2**20
+    assert meter.phases[SublayerPhase.SOLVE.of("mlp")] >= 95 * 2**20

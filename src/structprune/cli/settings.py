@@ -92,4 +92,7 @@ def _default(field: FieldInfo, flag: Flag) -> str:
     if flag.unset:
         return flag.unset
     value = field.default
+    if isinstance(value, int) and _kind(field) is str:
+        # A number that is read from a text is a size.
+        return f"{value / 10**9:g}GB"
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)

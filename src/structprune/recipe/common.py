@@ -133,7 +133,7 @@ class Recipe(BaseModel):
     tensor_parallel: Annotated[int, Flag(Group.ADVANCED)] = Field(
         default=1, ge=1, description="processes that will share each block: its heads and widths divide by this"
     )
-    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED, unset="5GB")] = Field(
+    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED)] = Field(
         default=DEFAULT_SHARD_BYTES,
         ge=1,
         description="largest weight file of the output, such as 2GB; a smaller output is one file",

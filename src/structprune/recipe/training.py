@@ -77,7 +77,7 @@ class RecoverySettings(BaseModel):
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=0, ge=0, description="seed of the draw of windows")
-    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED, unset="5GB")] = Field(
+    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED)] = Field(
         default=DEFAULT_SHARD_BYTES,
         ge=1,
         description="largest weight file of the output, such as 2GB; a smaller output is one file",
