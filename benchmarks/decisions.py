@@ -34,8 +34,8 @@ DAMPING = 1e-2
 
 def objectives(problem: LayerProblem, num_keep: int) -> dict[str, float]:
     """Name of the ranking or search -> its objective."""
-    kept = {name: keep_best(SCORES.get(name)(problem), num_keep) for name in RANKED}
-    kept |= {name: SELECTORS.get(name)(problem, num_keep) for name in SEARCHES}
+    kept = {name: keep_best(SCORES.get(name).score(problem), num_keep) for name in RANKED}
+    kept |= {name: SELECTORS.get(name).keep(problem, num_keep) for name in SEARCHES}
     return {name: decision_objective(problem, keep_U) for name, keep_U in kept.items()}
 
 

@@ -115,7 +115,7 @@ def prune(
             if ranks.broadcast(run.is_committed):
                 return ranks.broadcast(lambda: _left_to_tidy(run))
             with context.device_meter:
-                return PIPELINES[resolved.method.pipeline].execute(context)
+                return PIPELINES.get(resolved.method.pipeline).execute(context)
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
@@ -133,9 +133,9 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
     method = METHODS.get(recipe.method)
     run.check()
-    if ranks.size > 1 and (shared is not None or not PIPELINES[method.pipeline].shares_windows):
+    if ranks.size > 1 and (shared is not None or not PIPELINES.get(method.pipeline).shares_windows):
         what = "a place for the measurements of other runs" if shared else f"method {method.name!r}"
-        alike = [name for name in METHODS if PIPELINES[METHODS.get(name).pipeline].shares_windows]
+        alike = [name for name in METHODS if PIPELINES.get(METHODS.get(name).pipeline).shares_windows]
         raise UnsupportedError(
             f"{what} is not for several ranks",
             got=f"{ranks.size} ranks",

@@ -1,7 +1,8 @@
-"""Kinds of units, by name. Without torch: the command line is ready before that is loaded."""
+"""Kinds of units and of outputs, by name. Without torch: the command line is ready before that is loaded."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Literal
 
 UnitKind = Literal["attention", "mlp"]
@@ -10,3 +11,12 @@ HeadUnits = Literal["kv-group", "query-head", "value-channel"]
 KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """In the order of a block's forward pass."""
+
+
+class Structure(StrEnum):
+    """How the widths of a result are written, and so which code loads it."""
+
+    UNIFORM = "uniform"
+    """One width of each kind for all blocks: a stock config."""
+    PER_LAYER = "per-layer"
+    """Blocks with configs of their own, and a modelling file that reads them."""

@@ -19,6 +19,9 @@ from structprune.rows import Rows, RowSum
 
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 """Turns of a chat, each {"role": ..., "content": ...} -> its text by a model's chat template. Raises InputError."""
+Statistic = Literal["gram", "sums", "tokens", "gradients", "sensitivity"]
+"""What is measured for a problem beside its weights: sums of products of the consumer's inputs, or of the inputs alone,
+the tokens themselves, gradients of the loss by the weights, or by the consumer's output."""
 Stage = tuple[UnitKind, ...]
 """Sublayers of a block that read the same state of the residual stream: one of them, or both where they are parallel.
 """

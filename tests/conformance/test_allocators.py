@@ -47,7 +47,7 @@ def allocate(
     name: str, budgets: Sequence[BlockBudget], sparsity: float, multiple_of: int = 1, **changes: Any
 ) -> list[int]:
     budgets = [replace(b, multiple_of=multiple_of) for b in budgets]
-    return ALLOCATORS.get(name)(budgets, AllocationOptions(sparsity=sparsity, **changes))
+    return ALLOCATORS.get(name).allocate(budgets, AllocationOptions(sparsity=sparsity, **changes))
 
 
 def total_removed(budgets: Sequence[BlockBudget], kept: Sequence[int]) -> int:
@@ -206,7 +206,7 @@ def test_closed_form_is_the_cheapest_choice() -> None:
 
 def test_energy_runs_from_the_threshold_to_the_uniform_share() -> None:
     budgets = [budget(100, block=block, cost_U=rising_costs(100, block, scale=4.0**block)) for block in range(3)]
-    cold, hot = (allocate("energy", budgets, 0.3, temperature=t) for t in (1e-6, 1e6))
+    cold, hot = (allocate("fermi-dirac", budgets, 0.3, temperature=t) for t in (1e-6, 1e6))
     assert max(abs(a - b) for a, b in zip(cold, allocate("closed-form", budgets, 0.3), strict=True)) <= 1
     assert hot == allocate("uniform", budgets, 0.3)
 

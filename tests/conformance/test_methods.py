@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.allocation import ALLOCATORS
+from structprune.allocation import ALLOCATORS, Allocator
 from structprune.architectures import FAMILIES
 from structprune.calibration import SOURCES
-from structprune.engine.pipelines.depth_choice import BLOCK_SCORES
+from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, BlockScore
 from structprune.errors import InputError
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.registry import Registry
-from structprune.scores import SCORES, SELECTORS
+from structprune.scores import SCORES, SELECTORS, Score, Selector
 from structprune.scores.selection import keep_best
-from structprune.solvers import SOLVERS
+from structprune.solvers import SOLVERS, Solver
 from structprune.types import LayerProblem, Moments, TaylorSums, UnitKind
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -44,9 +44,9 @@ def test_parts_are_registered(name: str) -> None:
     assert method.name == name
     homes = [r for r in (SCORES, SELECTORS) if method.score in r]
     assert len(homes) == 1
-    assert callable(homes[0].get(method.score))
-    assert callable(ALLOCATORS.get(method.allocator))
-    assert callable(SOLVERS.get(method.solver))
+    assert isinstance(homes[0].get(method.score), Score | Selector)
+    assert isinstance(ALLOCATORS.get(method.allocator), Allocator)
+    assert isinstance(SOLVERS.get(method.solver), Solver)
     assert method.kinds
     assert set(method.kinds) <= set(get_args(UnitKind))
 
@@ -54,7 +54,7 @@ def test_parts_are_registered(name: str) -> None:
 def test_depth_scores_blocks() -> None:
     method = METHODS.get("depth")
     assert method.pipeline == "depth"
-    assert callable(BLOCK_SCORES.get(method.score))
+    assert isinstance(BLOCK_SCORES.get(method.score), BlockScore)
 
 
 def test_experts_have_a_score_of_their_own() -> None:
@@ -117,10 +117,10 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
 
     def pruned(given: LayerProblem) -> tuple[Tensor, Tensor]:
         if method.score in SELECTORS:
-            keep_U = SELECTORS.get(method.score)(given, 4)
+            keep_U = SELECTORS.get(method.score).keep(given, 4)
         else:
-            keep_U = keep_best(SCORES.get(method.score)(given), 4)
-        return keep_U, SOLVERS.get(method.solver)(given, keep_U).weight_OK
+            keep_U = keep_best(SCORES.get(method.score).score(given), 4)
+        return keep_U, SOLVERS.get(method.solver).solve(given, keep_U).weight_OK
 
     same = all(torch.equal(a, b) for a, b in zip(pruned(problem), pruned(blind), strict=True))
     assert method.needs_statistics == (not same)

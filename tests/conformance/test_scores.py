@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from structprune.scores import SCORES, SELECTORS, TAYLOR
+from structprune.scores import SCORES, SELECTORS, Selector, score_or_selector
 from structprune.scores.selection import ascending, keep_best, removal_path, shrunk_gram
 from structprune.solvers import SOLVERS
 from structprune.types import LayerProblem, Moments, TaylorSums
 
+TAYLOR = [name for name in SCORES if "gradients" in SCORES.get(name).reads]
 # Scores that depend on the problem's numbers.
 READING = [name for name in SCORES if name != "random"]
 
@@ -60,7 +61,7 @@ def by_hand(width: int, producer_norm_U: Tensor) -> LayerProblem:
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_finite_number_per_unit(name: str, width: int, dtype: torch.dtype) -> None:
-    score_U = SCORES.get(name)(make_problem(6, width, dtype))
+    score_U = SCORES.get(name).score(make_problem(6, width, dtype))
     assert score_U.shape == (6,)
     assert score_U.dtype in (torch.float32, torch.float64)
     assert torch.isfinite(score_U).all()
@@ -80,8 +81,29 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         producer_norm_U=problem.producer_norm_U[order_U],
         taylor=TaylorSums(**{field: sum_U[order_U] for field, sum_U in sums_of(problem).items()}),
     )
-    score = SCORES.get(name)
+    score = SCORES.get(name).score
     torch.testing.assert_close(score(permuted), score(problem)[order_U], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [*SCORES, *SELECTORS])
+@pytest.mark.parametrize("part", ["gram", "sums", "gradients", "sensitivity"])
+def test_depends_on_what_it_says_that_it_reads(name: str, part: str) -> None:
+    problem = make_problem(6, 1)
+    order_U, scale_I = torch.tensor([4, 5, 0, 1, 2, 3]), torch.tensor([1.0, 9, 1, 9, 1, 9])
+    fit, sums = problem.fit, {field: sum_U[order_U] for field, sum_U in sums_of(problem).items()}
+    changed = {
+        "gram": replace(problem, fit=replace(fit, gram_II=fit.gram_II * torch.outer(scale_I, scale_I))),
+        "sums": replace(problem, fit=replace(fit, sum_I=torch.arange(6, dtype=torch.float64))),
+        "gradients": replace(problem, taylor=TaylorSums(**sums)),
+        "sensitivity": replace(problem, sensitivity_OO=torch.diag(torch.arange(1.0, 6.0))),
+    }[part]
+    entry = score_or_selector(name)
+    if isinstance(entry, Selector):
+        same = torch.equal(entry.keep(problem, 3), entry.keep(changed, 3))
+        # Selectors weigh errors by the sensitivity where there is one, and do without it.
+        assert same == (part not in entry.reads) or part == "sensitivity"
+    else:
+        assert torch.equal(entry.score(problem), entry.score(changed)) == (part not in entry.reads)
 
 
 @pytest.mark.parametrize("name", READING)
@@ -92,7 +114,7 @@ def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
     problem.producer_norm_U[2] = 0
     for sum_U in sums_of(problem).values():
         sum_U[2] = 0
-    score_U = SCORES.get(name)(problem)
+    score_U = SCORES.get(name).score(problem)
     assert score_U[2] == 0
     assert score_U.ne(0).sum() == 5
 
@@ -101,18 +123,18 @@ def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
 def test_leaves_the_problem_alone(name: str) -> None:
     problem = make_problem(6, 2)
     before = problem.weight_OI.clone(), problem.fit.gram_II.clone(), problem.producer_norm_U.clone()
-    SCORES.get(name)(problem)
+    SCORES.get(name).score(problem)
     after = problem.weight_OI, problem.fit.gram_II, problem.producer_norm_U
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_wanda_by_hand() -> None:
-    score_U = SCORES.get("wanda")(by_hand(1, torch.ones(3)))
+    score_U = SCORES.get("wanda").score(by_hand(1, torch.ones(3)))
     torch.testing.assert_close(score_U, torch.tensor([5 * 1.0, 7 * 1.5, 9 * 2.0]))
 
 
 def test_wanda_of_a_group_is_the_sum_of_its_inputs() -> None:
-    score_U = SCORES.get("wanda")(by_hand(3, torch.ones(1)))
+    score_U = SCORES.get("wanda").score(by_hand(3, torch.ones(1)))
     torch.testing.assert_close(score_U, torch.tensor([5 * 1.0 + 7 * 1.5 + 9 * 2.0]))
 
 
@@ -122,26 +144,26 @@ def test_wanda_is_a_mean_over_tokens() -> None:
     twice = replace(
         problem, fit=replace(problem.fit, gram_II=2 * problem.fit.gram_II, num_tokens=2 * problem.fit.num_tokens)
     )
-    score = SCORES.get("wanda")
+    score = SCORES.get("wanda").score
     torch.testing.assert_close(score(twice), score(problem))
 
 
 def test_magnitude_by_hand() -> None:
-    score_U = SCORES.get("magnitude")(by_hand(1, torch.tensor([2.0, 1.0, 0.5])))
+    score_U = SCORES.get("magnitude").score(by_hand(1, torch.tensor([2.0, 1.0, 0.5])))
     expected_U = torch.tensor([2.0 * 17**0.5, 1.0 * 29**0.5, 0.5 * 45**0.5])
     torch.testing.assert_close(score_U, expected_U)
 
 
 def test_magnitude_of_a_group_is_the_norm_of_its_slice() -> None:
-    score_U = SCORES.get("magnitude")(by_hand(3, torch.tensor([2.0])))
+    score_U = SCORES.get("magnitude").score(by_hand(3, torch.tensor([2.0])))
     torch.testing.assert_close(score_U, torch.tensor([2.0 * (17 + 29 + 45) ** 0.5]))
     problem = make_problem(6, 4)
     expected_U = torch.stack([problem.weight_OI[:, 4 * u : 4 * u + 4].norm() for u in range(6)])
-    torch.testing.assert_close(SCORES.get("magnitude")(problem), expected_U * problem.producer_norm_U)
+    torch.testing.assert_close(SCORES.get("magnitude").score(problem), expected_U * problem.producer_norm_U)
 
 
 def test_l2_by_hand() -> None:
-    score = SCORES.get("l2")
+    score = SCORES.get("l2").score
     torch.testing.assert_close(score(by_hand(1, torch.ones(3))), torch.tensor([17 * 1.0, 29 * 2.25, 45 * 4.0]))
     torch.testing.assert_close(score(by_hand(3, torch.ones(1))), torch.tensor([17 * 1.0 + 29 * 2.25 + 45 * 4.0]))
 
@@ -152,12 +174,12 @@ def test_obs_is_half_the_error_after_the_refit(width: int) -> None:
     problem = replace(make_problem(6, width), damping=1e-12)
     exact = replace(problem.fit, gram_II=problem.fit.gram_II.double())
     problem = replace(problem, fit=exact, weight_OI=problem.weight_OI.double())
-    score_U = SCORES.get("obs")(problem)
+    score_U = SCORES.get("obs").score(problem)
     for unit in range(6):
         keep_U = torch.arange(6) != unit
         difference_OI = problem.weight_OI.clone()
         kept_K = problem.kept_inputs(keep_U)
-        difference_OI[:, kept_K] -= SOLVERS.get("least-squares")(problem, keep_U).weight_OK
+        difference_OI[:, kept_K] -= SOLVERS.get("least-squares").solve(problem, keep_U).weight_OK
         error = float(((difference_OI @ problem.fit.gram_II.double()) * difference_OI).sum())
         expected = 0.5 * error / problem.fit.num_tokens
         assert float(score_U[unit]) == pytest.approx(expected, rel=1e-6)
@@ -167,13 +189,13 @@ def test_obs_is_half_the_error_after_the_refit(width: int) -> None:
 def test_loss_with_equal_sensitivities_is_obs(width: int) -> None:
     """F = c I weighs every output alike, up to the thousandth that makes F definite."""
     problem = replace(make_problem(6, width), sensitivity_OO=4.0 * torch.eye(5))
-    expected_U = 4.0 * SCORES.get("obs")(problem)
-    torch.testing.assert_close(SCORES.get("loss")(problem), expected_U, rtol=2e-3, atol=0)
+    expected_U = 4.0 * SCORES.get("obs").score(problem)
+    torch.testing.assert_close(SCORES.get("loss").score(problem), expected_U, rtol=2e-3, atol=0)
 
 
 def test_loss_without_a_sensitivity_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs the output sensitivity"):
-        SCORES.get("loss")(replace(make_problem(6, 1), sensitivity_OO=None))
+        SCORES.get("loss").score(replace(make_problem(6, 1), sensitivity_OO=None))
 
 
 def test_taylor_scores_by_hand() -> None:
@@ -184,7 +206,7 @@ def test_taylor_scores_by_hand() -> None:
         mixed_U=torch.tensor([3.75, 0.875, 2.0]),
     )
     problem = replace(by_hand(1, torch.ones(3)), taylor=taylor)
-    found = {name: SCORES.get(name)(problem).tolist() for name in TAYLOR}
+    found = {name: SCORES.get(name).score(problem).tolist() for name in TAYLOR}
     assert found == {
         "taylor-vector": [3.0, 1.0, 2.0],
         "taylor-first": [4.0, 1.0, 2.5],
@@ -196,7 +218,7 @@ def test_taylor_scores_by_hand() -> None:
 @pytest.mark.parametrize("name", TAYLOR)
 def test_taylor_without_gradients_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match="need gradients by the weights"):
-        SCORES.get(name)(replace(make_problem(6, 1), taylor=None))
+        SCORES.get(name).score(replace(make_problem(6, 1), taylor=None))
 
 
 @pytest.mark.parametrize("num_keep", [0, 1, 3, 6])
@@ -217,7 +239,7 @@ def test_selector_keeps_as_many_as_asked(name: str, width: int, num_keep: int, w
     problem = make_problem(8, width)
     if not with_sensitivity:
         problem = replace(problem, sensitivity_OO=None)
-    selector = SELECTORS.get(name)
+    selector = SELECTORS.get(name).keep
     keep_U = selector(problem, num_keep)
     assert (keep_U.dtype, keep_U.shape, int(keep_U.sum())) == (torch.bool, (8,), num_keep)
     assert torch.equal(keep_U, selector(problem, num_keep))
@@ -243,7 +265,7 @@ def test_selector_keeps_as_many_in_each_partition(name: str, width: int, num_kee
     """Also where one of them is far above the other; the order of the partitions means nothing."""
     problem = replace(make_problem(8, width), partitions=2)
     problem.weight_OI[:, : 4 * width] *= 100
-    selector = SELECTORS.get(name)
+    selector = SELECTORS.get(name).keep
     keep_U = selector(problem, num_keep)
     assert keep_U.reshape(2, 4).sum(dim=1).tolist() == [num_keep // 2] * 2
     if num_keep < 8:
@@ -261,12 +283,12 @@ def test_selector_drops_units_without_weights_first(name: str, width: int) -> No
     problem = replace(problem, fit=replace(problem.fit, gram_II=torch.eye(8 * width)))
     for unit in (1, 6):
         problem.weight_OI[:, unit * width : (unit + 1) * width] = 0
-    assert SELECTORS.get(name)(problem, 6).tolist() == [True, False, True, True, True, True, False, True]
+    assert SELECTORS.get(name).keep(problem, 6).tolist() == [True, False, True, True, True, True, False, True]
 
 
 def test_random_is_the_seeds_draw() -> None:
     problem = make_problem(50, 1)
-    draw = SCORES.get("random")
+    draw = SCORES.get("random").score
     assert torch.equal(draw(problem), draw(problem))
     assert not torch.equal(draw(problem), draw(replace(problem, seed=1)))
 
@@ -279,8 +301,8 @@ def test_fluctuation_by_hand() -> None:
         weight_OI=torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, -1.0]]),
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=2, sum_I=x_TI.double().sum(dim=0)),
     )
-    assert SCORES.get("fluctuation")(problem).tolist() == [5.0, 4.0, 0.0]
-    assert SCORES.get("fluctuation")(replace(problem, width=3)).tolist() == [3.0]
+    assert SCORES.get("fluctuation").score(problem).tolist() == [5.0, 4.0, 0.0]
+    assert SCORES.get("fluctuation").score(replace(problem, width=3)).tolist() == [3.0]
 
 
 @pytest.mark.parametrize("width", [1, 2])

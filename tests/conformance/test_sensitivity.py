@@ -262,7 +262,7 @@ def test_taylor_costs_are_the_scores_in_ascending_order(score: str, tiny_llama: 
         for group in block.groups:
             tensors, _ = load_block(context, block)
             problem = layer_problem(context, block, group, tensors, [], Sensitivity(taylor=sums[group.kind]))
-            score_U = SCORES.get(score)(problem)
+            score_U = SCORES.get(score).score(problem)
             assert costs[group.kind][block.index].tolist() == sorted(score_U.tolist())
 
 

@@ -88,7 +88,7 @@ def energy(problem: LayerProblem) -> float:
 def test_never_worse_than_the_mask(name: str, width: int, num_tokens: int, kept: list[int], seed: int) -> None:
     problem = make_problem(correlated(num_tokens, 8 * width, seed), width)
     keep_U = keep_mask(8, kept)
-    result = SOLVERS.get(name)(problem, keep_U)
+    result = SOLVERS.get(name).solve(problem, keep_U)
     assert result.weight_OK.shape == (6, len(kept) * width)
     assert result.weight_OK.dtype == problem.weight_OI.dtype
     mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
@@ -101,7 +101,7 @@ def test_never_worse_than_the_mask(name: str, width: int, num_tokens: int, kept:
 def test_better_than_the_mask_on_correlated_inputs(name: str, width: int) -> None:
     problem = make_problem(correlated(40, 8 * width), width)
     keep_U = keep_mask(8, [0, 2, 3, 5, 6, 7])
-    result = SOLVERS.get(name)(problem, keep_U)
+    result = SOLVERS.get(name).solve(problem, keep_U)
     mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
     assert error(problem, keep_U, result.weight_OK) < 0.8 * mask_error
 
@@ -111,7 +111,7 @@ def test_better_than_the_mask_on_correlated_inputs(name: str, width: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_keep_is_identity(name: str, width: int, dtype: torch.dtype) -> None:
     problem = make_problem(correlated(30, 8 * width), width, dtype=dtype)
-    result = SOLVERS.get(name)(problem, torch.ones(8, dtype=torch.bool))
+    result = SOLVERS.get(name).solve(problem, torch.ones(8, dtype=torch.bool))
     assert result.status == "ok"
     assert torch.equal(result.weight_OK, problem.weight_OI)
 
@@ -129,7 +129,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         fit=problem.fit.reordered(order_I),
         producer_norm_U=problem.producer_norm_U[order_U],
     )
-    solver = SOLVERS.get(name)
+    solver = SOLVERS.get(name).solve
     expected_OI = dense_weight(problem, keep_U, solver(problem, keep_U).weight_OK)[:, order_I]
     keep_permuted_U = keep_U[order_U]
     actual_OI = dense_weight(permuted, keep_permuted_U, solver(permuted, keep_permuted_U).weight_OK)
@@ -137,12 +137,42 @@ def test_permutation_equivariant(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("part", ["gram", "sums"])
+def test_depends_on_what_it_says_that_it_reads(name: str, part: str) -> None:
+    problem = make_problem(correlated(50, 8), 1)
+    keep_U = keep_mask(8, [0, 2, 3, 5, 6, 7])
+    changed = {
+        "gram": replace(problem.fit, gram_II=problem.fit.gram_II + torch.ones(8, 8)),
+        "sums": replace(problem.fit, sum_I=torch.arange(8, dtype=torch.float64)),
+    }[part]
+    solver = SOLVERS.get(name)
+    first, second = solver.solve(problem, keep_U), solver.solve(replace(problem, fit=changed), keep_U)
+    same = torch.equal(first.weight_OK, second.weight_OK)
+    if first.bias_O is not None and second.bias_O is not None:
+        same = same and torch.equal(first.bias_O, second.bias_O)
+    assert (part in solver.reads) == (not same)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_changes_what_it_says(name: str) -> None:
+    """Producers are moved by `propose` alone, which is there for the solvers that say so."""
+    problem = make_problem(correlated(50, 8), 1)
+    keep_U = keep_mask(8, [0, 2, 3, 5, 6, 7])
+    solver = SOLVERS.get(name)
+    result = solver.solve(problem, keep_U)
+    cut_OK = problem.weight_OI[:, problem.kept_inputs(keep_U)]
+    assert ("consumer" in solver.changes) == (not torch.equal(result.weight_OK, cut_OK))
+    assert ("biases" in solver.changes) == (result.bias_O is not None)
+    assert ("producers" in solver.changes) == (solver.propose is not None)
+
+
+@pytest.mark.parametrize("name", list(SOLVERS))
 def test_deterministic_and_leaves_the_problem_alone(name: str) -> None:
     problem = make_problem(correlated(50, 24), 3)
     before_OI, before_II = problem.weight_OI.clone(), problem.fit.gram_II.clone()
     keep_U = keep_mask(8, [0, 3, 4])
-    first = SOLVERS.get(name)(problem, keep_U)
-    second = SOLVERS.get(name)(problem, keep_U)
+    first = SOLVERS.get(name).solve(problem, keep_U)
+    second = SOLVERS.get(name).solve(problem, keep_U)
     assert torch.equal(first.weight_OK, second.weight_OK)
     assert (first.status, first.statistics) == (second.status, second.statistics)
     assert torch.equal(problem.weight_OI, before_OI)
@@ -156,7 +186,7 @@ def test_least_squares_equals_the_reference(width: int) -> None:
     keep_U = keep_mask(8, [0, 1, 4, 6])
     kept_K = problem.kept_inputs(keep_U)
     reference_KO = torch.linalg.lstsq(x_TI[:, kept_K], x_TI @ problem.weight_OI.T).solution
-    result = SOLVERS.get("least-squares")(problem, keep_U)
+    result = SOLVERS.get("least-squares").solve(problem, keep_U)
     assert result.weight_OK.dtype == torch.float64
     torch.testing.assert_close(result.weight_OK, reference_KO.T, rtol=1e-9, atol=1e-9)
 
@@ -166,7 +196,7 @@ def test_least_squares_minimises_the_damped_objective() -> None:
     problem = make_problem(correlated(50, 12), damping=0.1, dtype=torch.float64)
     keep_U = keep_mask(12, [0, 1, 2, 5, 8, 9])
     kept_K = problem.kept_inputs(keep_U)
-    result = SOLVERS.get("least-squares")(problem, keep_U)
+    result = SOLVERS.get("least-squares").solve(problem, keep_U)
     delta = 0.1 * float(problem.fit.gram_II.diagonal()[kept_K].mean())
     residual_OI = dense_weight(problem, keep_U, result.weight_OK) - problem.weight_OI
     gradient_OK = (residual_OI @ problem.fit.gram_II)[:, kept_K]
@@ -180,7 +210,7 @@ def test_fewer_tokens_than_inputs(name: str, num_tokens: int) -> None:
     # In float32, as the statistics are: rounding may push zero eigenvalues below zero.
     problem = make_problem(correlated(num_tokens, 24).float(), damping=1e-4)
     keep_U = keep_mask(24, list(range(0, 24, 2)))
-    result = SOLVERS.get(name)(problem, keep_U)
+    result = SOLVERS.get(name).solve(problem, keep_U)
     assert torch.isfinite(result.weight_OK).all()
     mask_error = error(problem, keep_U, problem.weight_OI[:, problem.kept_inputs(keep_U)])
     assert error(problem, keep_U, result.weight_OK) <= mask_error * (1 + 1e-5) + 1e-5 * energy(problem)
@@ -195,7 +225,7 @@ def test_columns_of_zeros(name: str) -> None:
     x_TI[:, [0, 3, 4]] = 0
     problem = make_problem(x_TI)
     keep_U = keep_mask(12, [0, 1, 3, 5, 8, 9])
-    result = SOLVERS.get(name)(problem, keep_U)
+    result = SOLVERS.get(name).solve(problem, keep_U)
     assert torch.isfinite(result.weight_OK).all()
     dead = [0, 2]  # places of inputs 0 and 3 among the kept
     torch.testing.assert_close(result.weight_OK[:, dead], problem.weight_OI[:, [0, 3]])
@@ -207,7 +237,7 @@ def test_columns_of_zeros(name: str) -> None:
 def test_gram_of_zeros_is_the_mask(name: str) -> None:
     problem = make_problem(torch.zeros(10, 8, dtype=torch.float64))
     keep_U = keep_mask(8, [2, 5, 6])
-    result = SOLVERS.get(name)(problem, keep_U)
+    result = SOLVERS.get(name).solve(problem, keep_U)
     torch.testing.assert_close(result.weight_OK, problem.weight_OI[:, [2, 5, 6]])
     assert result.status == "ok"
     if name in UPDATING:
@@ -221,7 +251,7 @@ def test_raised_damping_is_stated(name: str) -> None:
     shift = 3e-3 * float(problem.fit.gram_II.diagonal().mean())
     shifted = replace(problem.fit, gram_II=problem.fit.gram_II - shift * torch.eye(12, dtype=torch.float64))
     problem = replace(problem, fit=shifted)
-    result = SOLVERS.get(name)(problem, keep_mask(12, list(range(8))))
+    result = SOLVERS.get(name).solve(problem, keep_mask(12, list(range(8))))
     assert result.status == "damping-raised"
     assert result.statistics["damping_raises"] == 2
     assert result.statistics["damping"] == pytest.approx(1e-2)
@@ -235,7 +265,7 @@ def test_indefinite_gram_is_an_error(name: str) -> None:
     problem = make_problem(correlated(10, 4))
     problem = replace(problem, fit=replace(problem.fit, gram_II=gram_II))
     with pytest.raises(NumericalError, match="indefinite"):
-        SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
+        SOLVERS.get(name).solve(problem, keep_mask(4, [0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", UPDATING)
@@ -243,7 +273,7 @@ def test_nan_in_the_gram_is_an_error(name: str) -> None:
     problem = make_problem(correlated(10, 4))
     problem.fit.gram_II[1, 1] = float("nan")
     with pytest.raises(NumericalError):
-        SOLVERS.get(name)(problem, keep_mask(4, [0, 1, 2]))
+        SOLVERS.get(name).solve(problem, keep_mask(4, [0, 1, 2]))
 
 
 def split_problem(
@@ -344,15 +374,15 @@ def test_mixtures_of_outputs_choose_as_all_outputs_do(seed: int, path: bool, mon
 def test_the_answer_is_solved_on_all_tokens() -> None:
     problem = split_problem(2, path=True)
     keep_U = keep_mask(12, list(range(8)))
-    chosen = SOLVERS.get("least-squares")(problem, keep_U)
+    chosen = SOLVERS.get("least-squares").solve(problem, keep_U)
     assert chosen.statistics["damping"] != chosen.statistics["path_damping"]
     whole = split_problem(2, path=True, held_out=False)
     fixed = replace(whole, damping=chosen.statistics["damping"])
     same = replace(whole, damping=chosen.statistics["path_damping"])
     local = replace(whole.fit, target_OI=None, target_energy=None)
-    local_only = SOLVERS.get("least-squares")(replace(fixed, fit=local), keep_U).weight_OK
-    path_ridge_local = SOLVERS.get("least-squares")(replace(same, fit=local), keep_U).weight_OK
-    path_ridge_both = SOLVERS.get("least-squares")(same, keep_U).weight_OK
+    local_only = SOLVERS.get("least-squares").solve(replace(fixed, fit=local), keep_U).weight_OK
+    path_ridge_local = SOLVERS.get("least-squares").solve(replace(same, fit=local), keep_U).weight_OK
+    path_ridge_both = SOLVERS.get("least-squares").solve(same, keep_U).weight_OK
     torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)
 
 
@@ -361,7 +391,7 @@ def test_bias_is_the_best_constant(width: int) -> None:
     x_TI = correlated(50, 8 * width) + 0.7
     problem = make_problem(x_TI, width, dtype=torch.float64)
     keep_U = keep_mask(8, [0, 2, 5])
-    result = SOLVERS.get("bias")(problem, keep_U)
+    result = SOLVERS.get("bias").solve(problem, keep_U)
     kept_K = problem.kept_inputs(keep_U)
     missing_TO = x_TI @ problem.weight_OI.T - x_TI[:, kept_K] @ result.weight_OK.T
     assert result.bias_O is not None

@@ -18,10 +18,10 @@ from torch import Tensor
 from structprune.linalg.cholesky import damped_cholesky, inverted, solved
 from structprune.linalg.gram_products import fitting_error, output_energy
 from structprune.linalg.rotation import dropped_share, principal_basis, rotated
-from structprune.scores import SCORES, SELECTORS, WORKSPACE
+from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.scores.blocks import angular_distance
 from structprune.scores.selection import ascending, decision_objective, keep_best, removal_path
-from structprune.solvers import ITERATIVE, SOLVERS
+from structprune.solvers import SOLVERS
 from structprune.solvers.mlp.block import MlpTokens, MlpWeights
 from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
 from structprune.types import AxisSlice, LayerProblem, Moments, SolveResult, TaylorSums
@@ -125,7 +125,7 @@ def make_problem(
 @pytest.mark.parametrize("partitions", [1, 2])
 def test_scores(name: str, width: int, target: bool, partitions: int) -> None:
     problem = make_problem(width, target=target, held_out=False, sensitivity=True, partitions=partitions)
-    score = SCORES.get(name)
+    score = SCORES.get(name).score
 
     def run(problem: LayerProblem) -> tuple[Tensor, ...]:
         score_U = score(problem)
@@ -144,7 +144,7 @@ def test_scores(name: str, width: int, target: bool, partitions: int) -> None:
 @pytest.mark.parametrize("num_keep", [NUM_KEEP, NUM_UNITS])
 def test_selectors(name: str, partitions: int, width: int, target: bool, sensitivity: bool, num_keep: int) -> None:
     problem = make_problem(width, target=target, held_out=False, sensitivity=sensitivity, partitions=partitions)
-    keep_U = on_both(lambda problem: SELECTORS.get(name)(problem, num_keep), problem)
+    keep_U = on_both(lambda problem: SELECTORS.get(name).keep(problem, num_keep), problem)
     assert (keep_U.dtype, int(keep_U.sum())) == (torch.bool, num_keep)
 
 
@@ -157,13 +157,13 @@ def test_solvers(name: str, width: int, target: bool, held_out: bool, num_keep: 
     problem = make_problem(width, target=target, held_out=held_out)
 
     def run(problem: LayerProblem) -> SolveResult:
-        return SOLVERS.get(name)(problem, keep_best(SCORES.get("l2")(problem), num_keep))
+        return SOLVERS.get(name).solve(problem, keep_best(SCORES.get("l2").score(problem), num_keep))
 
     result = on_both(run, problem)
     assert result.weight_OK.shape == (NUM_OUTPUTS, num_keep * width)
 
 
-@pytest.mark.parametrize("name", list(ITERATIVE))
+@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS.get(name).propose is not None])
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -187,7 +187,9 @@ def test_iterative_solvers(name: str, activation: str, gated: bool, bias: bool) 
 
     def run(x_TD: Tensor, y_TD: Tensor, up: Affine, down: Affine, gate: Affine | None) -> list[Any]:
         tokens = MlpTokens(x_TD=x_TD, y_TD=y_TD)
-        solution = ITERATIVE.get(name)(tokens, replace(weights, up=up, down=down, gate=gate))
+        propose = SOLVERS.get(name).propose
+        assert propose is not None
+        solution = propose(tokens, replace(weights, up=up, down=down, gate=gate))
         found = solution.weights
         return [found.up, found.down, found.gate, solution.history, solution.status, solution.statistics]
 
@@ -213,7 +215,7 @@ def test_errors_and_objectives(width: int, target: bool) -> None:
     problem = make_problem(width, target=target, held_out=True)
 
     def run(problem: LayerProblem) -> list[float]:
-        keep_U = keep_best(SCORES.get("l2")(problem), NUM_KEEP)
+        keep_U = keep_best(SCORES.get("l2").score(problem), NUM_KEEP)
         kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
         total = problem.total()
         energy = total.target_energy or output_energy(problem.weight_OI, total.gram_II)
@@ -279,30 +281,30 @@ def test_rotation() -> None:
     on_both(run, x_TD, weight_RD)
 
 
-@pytest.mark.parametrize("name", list(WORKSPACE))
+@pytest.mark.parametrize("name", [*SCORES, *SELECTORS])
 @pytest.mark.parametrize("target", [False, True])
 @pytest.mark.parametrize("held_out", [False, True])
-def test_workspace_is_what_the_table_says(name: str, target: bool, held_out: bool) -> None:
+def test_workspace_is_what_the_entry_says(name: str, target: bool, held_out: bool) -> None:
     """To a twentieth of the Gram: numbers per unit and strips of rows are not in it; with held-out sums to a tenth."""
     num_units = 400
     problem = moved(make_problem(1, target=target, held_out=held_out, sensitivity=name == "loss", num_units=num_units))
     before = fake_device.allocated_bytes()
     fake_device.reset_peak()
     if name in SELECTORS:
-        SELECTORS.get(name)(problem, num_units // 2)
+        SELECTORS.get(name).keep(problem, num_units // 2)
     else:
-        SCORES.get(name)(problem)
-    grams, consumers = WORKSPACE[name]
-    gram_bytes, consumer_bytes = num_units**2 * 8, num_units * NUM_OUTPUTS * 8
-    rest = 0.1 if held_out else 0.05
-    assert fake_device.peak_bytes() - before <= (grams + rest) * gram_bytes + consumers * consumer_bytes
+        SCORES.get(name).score(problem)
+    workspace = score_or_selector(name).workspace
+    grams = (workspace.grams + (0.1 if held_out else 0.05)) * num_units**2 * 8
+    consumers = workspace.consumers * num_units * NUM_OUTPUTS * 8
+    assert fake_device.peak_bytes() - before <= grams + consumers
 
 
 def test_nothing_stays_behind() -> None:
     problem = moved(make_problem(2, target=True, held_out=True))
     before = fake_device.allocated_bytes()
-    keep_U = SELECTORS.get("greedy-swap")(problem, NUM_KEEP)
-    result = SOLVERS.get("least-squares")(problem, keep_U)
+    keep_U = SELECTORS.get("greedy-swap").keep(problem, NUM_KEEP)
+    result = SOLVERS.get("least-squares").solve(problem, keep_U)
     assert fake_device.allocated_bytes() - before == NUM_UNITS + NUM_OUTPUTS * NUM_KEEP * 2 * 4
     del keep_U, result
     assert fake_device.allocated_bytes() == before

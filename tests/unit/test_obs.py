@@ -101,8 +101,10 @@ def test_metric_prices_the_loss() -> None:
         difference = value - weight_OI
         root = metric_root(sensitivity_OO)
         expected = 0.5 * float(torch.trace(root @ root.T @ difference @ hessian_II @ difference.T))
-        assert float(SCORES.get("loss")(problem)[unit]) == pytest.approx(expected, rel=1e-6)
-    assert float(removal_path(problem, 1).cost[0]) == pytest.approx(float(SCORES.get("loss")(problem).min()), rel=1e-9)
+        assert float(SCORES.get("loss").score(problem)[unit]) == pytest.approx(expected, rel=1e-6)
+    assert float(removal_path(problem, 1).cost[0]) == pytest.approx(
+        float(SCORES.get("loss").score(problem).min()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8])

@@ -40,7 +40,7 @@ def refit_error(layer: LayerProblem, keep_U: Tensor) -> float:
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("num_keep", [1, 4, 10])
 def test_keeps_as_many_as_asked(width: int, num_keep: int) -> None:
-    keep_U = SELECTORS.get("penalty")(problem(0, width=width), num_keep)
+    keep_U = SELECTORS.get("penalty").keep(problem(0, width=width), num_keep)
     assert keep_U.shape == (10,)
     assert int(keep_U.sum()) == num_keep
 
@@ -50,8 +50,8 @@ def test_beats_the_ranking_and_comes_near_the_best() -> None:
     ranked = found = best = 0.0
     for seed in range(30):
         layer = problem(seed)
-        ranked += refit_error(layer, keep_best(SCORES.get("l2")(layer), 5))
-        found += refit_error(layer, SELECTORS.get("penalty")(layer, 5))
+        ranked += refit_error(layer, keep_best(SCORES.get("l2").score(layer), 5))
+        found += refit_error(layer, SELECTORS.get("penalty").keep(layer, 5))
         errors: list[float] = []
         for kept in combinations(range(10), 5):
             keep_U = torch.zeros(10, dtype=torch.bool)
@@ -67,5 +67,5 @@ def test_units_without_effect_go_first() -> None:
     layer.fit.gram_II[[2, 7]] = 0
     layer.fit.gram_II[:, [2, 7]] = 0
     layer.fit.gram_II[[2, 7], [2, 7]] = 1e-3
-    keep_U = SELECTORS.get("penalty")(layer, 8)
+    keep_U = SELECTORS.get("penalty").keep(layer, 8)
     assert (~keep_U).nonzero().flatten().tolist() == [2, 7]

@@ -92,7 +92,7 @@ def test_products_of_a_sum_are_those_of_the_matrix() -> None:
 @pytest.mark.parametrize("name", [*SCORES, *SELECTORS])
 def test_units_are_chosen_by_the_sums_of_all_windows(name: str) -> None:
     def choose(problem: LayerProblem) -> torch.Tensor:
-        return SELECTORS.get(name)(problem, 6) if name in SELECTORS else SCORES.get(name)(problem)
+        return SELECTORS.get(name).keep(problem, 6) if name in SELECTORS else SCORES.get(name).score(problem)
 
     apart, whole = in_two_parts_and_whole()
     assert torch.equal(choose(apart), choose(whole))

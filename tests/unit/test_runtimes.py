@@ -8,15 +8,16 @@ import pytest
 
 from structprune.exporters.gguf.families import GGUF_FAMILIES
 from structprune.exporters.runtimes import ResultShape, result_shape, runtimes
+from structprune.kinds import Structure
 
 
 def answers(**shape: Any) -> dict[str, tuple[str, str | None]]:
-    fields = {"model_type": "llama", "structure": "uniform", "tied": False}
+    fields = {"model_type": "llama", "structure": Structure.UNIFORM, "tied": False}
     return {r.runtime: (r.loads, r.basis) for r in runtimes(ResultShape(**{**fields, **shape}))}
 
 
 def reason(runtime: str, **shape: Any) -> str:
-    fields = {"model_type": "llama", "structure": "uniform", "tied": False}
+    fields = {"model_type": "llama", "structure": Structure.UNIFORM, "tied": False}
     return next(r.reason for r in runtimes(ResultShape(**{**fields, **shape})) if r.runtime == runtime)
 
 
@@ -33,14 +34,14 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
     ({"model_type": "qwen2", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
     ({"model_type": "phi3", "other_heads": True}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO_READ)),
-    ({"structure": "per-layer"}, (YES, NO_READ, READ, NO_READ, YES)),
-    ({"structure": "per-layer", "model_type": "opt"}, (YES, NO_READ, READ, NO_READ, NO)),
-    ({"structure": "per-layer", "removed_sublayers": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
-    ({"structure": "per-layer", "model_type": "qwen3", "tied": True}, (YES, NO_READ, READ, NO_READ, YES)),
-    ({"structure": "per-layer", "model_type": "qwen3"}, (YES, NO_READ, READ, NO_READ, NO_READ)),
-    ({"structure": "per-layer", "model_type": "gemma2", "tied": True}, (YES, NO_READ, READ, NO_READ, NO)),
-    ({"structure": "per-layer", "narrow_values": True}, (YES, NO_READ, NO_READ, NO_READ, NO)),
-    ({"structure": "sliced"}, (YES, NO, UNKNOWN, NO_READ, NO_READ)),
+    ({"structure": Structure.PER_LAYER}, (YES, NO_READ, READ, NO_READ, YES)),
+    ({"structure": Structure.PER_LAYER, "model_type": "opt"}, (YES, NO_READ, READ, NO_READ, NO)),
+    ({"structure": Structure.PER_LAYER, "removed_sublayers": True}, (YES, NO_READ, UNKNOWN, NO_READ, YES)),
+    ({"structure": Structure.PER_LAYER, "model_type": "qwen3", "tied": True}, (YES, NO_READ, READ, NO_READ, YES)),
+    ({"structure": Structure.PER_LAYER, "model_type": "qwen3"}, (YES, NO_READ, READ, NO_READ, NO_READ)),
+    ({"structure": Structure.PER_LAYER, "model_type": "gemma2", "tied": True}, (YES, NO_READ, READ, NO_READ, NO)),
+    ({"structure": Structure.PER_LAYER, "narrow_values": True}, (YES, NO_READ, NO_READ, NO_READ, NO)),
+    ({"sliced": True}, (YES, NO, UNKNOWN, NO_READ, NO_READ)),
     ({"tensor_parallel": 2}, (YES, READ, UNKNOWN, READ, YES)),
     ({"tensor_parallel": 2, "indivisible": "block 3: intermediate_size 33"}, (YES, NO, NO, NO, YES)),
 ]
@@ -55,7 +56,7 @@ def test_llama_cpp_names_the_architecture_that_export_writes() -> None:
     for model_type, family in GGUF_FAMILIES.items():
         assert f"architecture {family.uniform.architecture}," in reason("llama.cpp", model_type=model_type, tied=True)
         if family.uneven is not None:
-            text = reason("llama.cpp", model_type=model_type, structure="per-layer", tied=True)
+            text = reason("llama.cpp", model_type=model_type, structure=Structure.PER_LAYER, tied=True)
             assert f"architecture {family.uneven.architecture}," in text
 
 
@@ -80,22 +81,25 @@ def test_sharing_is_named_in_the_reason() -> None:
         ),
         # Usual there.
         ({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 3, "head_dim": 32}, {"model_type": "qwen3"}),
-        ({"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 8}}}, {"structure": "per-layer"}),
+        (
+            {"model_type": "llama", "per_layer_config": {"0": {"intermediate_size": 8}}},
+            {"structure": Structure.PER_LAYER},
+        ),
         (
             {"model_type": "llama", "per_layer_config": {"0": {}}, "structprune_removed": {"1": ["attention", "mlp"]}},
-            {"structure": "per-layer"},
+            {"structure": Structure.PER_LAYER},
         ),
         (
             {"model_type": "llama", "structprune_removed": {"1": ["mlp"]}},
-            {"structure": "per-layer", "removed_sublayers": True},
+            {"structure": Structure.PER_LAYER, "removed_sublayers": True},
         ),
         (
             {"model_type": "llama", "v_head_dim": 16, "per_layer_config": {"0": {"v_head_dim": 8}}},
-            {"structure": "per-layer", "narrow_values": True},
+            {"structure": Structure.PER_LAYER, "narrow_values": True},
         ),
-        ({"model_type": "llama", "structprune_sliced": {"hidden_size": 64}}, {"structure": "sliced"}),
+        ({"model_type": "llama", "structprune_sliced": {"hidden_size": 64}}, {"sliced": True}),
     ],
 )
 def test_the_shape_is_read_from_the_config(config: dict[str, Any], expected: dict[str, Any]) -> None:
-    fields = {"model_type": "llama", "structure": "uniform", "tied": True, **expected}
+    fields = {"model_type": "llama", "structure": Structure.UNIFORM, "tied": True, **expected}
     assert result_shape(config, tied=True) == ResultShape(**fields)

@@ -1,22 +1,22 @@
 """Allocators: from unit counts, costs and scores of all blocks to the number of units that each block keeps.
 
-Read first: `budget.py`, what an allocator sees and how counts are rounded; then `uniform.py` and `across.py`.
+Read first: `allocator.py`, then `budget.py`, what an allocator sees and how counts are rounded; then `across.py`.
 """
 
-from collections.abc import Callable, Sequence
-
+from structprune.allocation.allocator import Allocator
 from structprune.allocation.budget import AllocationOptions, BlockBudget
 from structprune.registry import Registry
 
-Allocator = Callable[[Sequence[BlockBudget], AllocationOptions], list[int]]
+__all__ = ["ALLOCATORS", "AllocationOptions", "Allocator", "BlockBudget"]
 
 ALLOCATORS: Registry[Allocator] = Registry(
     "allocator",
     {
-        "uniform": "structprune.allocation.uniform:uniform",
-        "closed-form": "structprune.allocation.across:closed_form",
-        "energy": "structprune.allocation.across:energy",
-        "standardised": "structprune.allocation.across:standardised",
-        "softmax": "structprune.allocation.across:softmax",
+        "uniform": "structprune.allocation.uniform:UNIFORM",
+        "closed-form": "structprune.allocation.across:CLOSED_FORM",
+        "fermi-dirac": "structprune.allocation.across:FERMI_DIRAC",
+        "standardised": "structprune.allocation.across:STANDARDISED",
+        "softmax": "structprune.allocation.across:SOFTMAX",
     },
+    aliases={"energy": "fermi-dirac"},
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from structprune.allocation.allocator import Allocator
 from structprune.allocation.budget import (
     AllocationOptions,
     BlockBudget,
@@ -47,7 +48,7 @@ def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> 
     return _threshold(budgets, [standard(_increasing(_cost(b))) for b in budgets], options)
 
 
-def energy(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
+def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
     """Fermi-Dirac: r_l = mean_j sigmoid((mu - eps_lj) / T), eps_lj = ln(s_lj / c_l) standardised (derived, note 3b).
 
     T -> 0 is `closed_form`, T -> infinity is uniform. mu meets the budget.
@@ -153,3 +154,9 @@ def _bisect(removed: Callable[[float], float], target: float, low: float, high: 
         else:
             low = middle
     return low
+
+
+CLOSED_FORM = Allocator(allocate=closed_form, compares="loss")
+FERMI_DIRAC = Allocator(allocate=fermi_dirac, compares="loss")
+SOFTMAX = Allocator(allocate=softmax, compares="loss")
+STANDARDISED = Allocator(allocate=standardised, compares="scores")

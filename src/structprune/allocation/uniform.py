@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from structprune.allocation.allocator import Allocator
 from structprune.allocation.budget import AllocationOptions, BlockBudget
 from structprune.errors import InputError
 
@@ -40,3 +41,6 @@ def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
             )
         kept.append(keep)
     return kept
+
+
+UNIFORM = Allocator(allocate=uniform, compares="none", even=True, bounded=False)

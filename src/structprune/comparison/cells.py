@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
@@ -59,7 +60,7 @@ def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     """The recipe for a method that knows no sublayers: as many parameters as asked, taken from all of the blocks."""
-    if method.pipeline in ("units", "experts"):
+    if PIPELINES.get(method.pipeline).scoped:
         return recipe
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     in_scope = sum(

@@ -21,10 +21,10 @@ from structprune.errors import UnsupportedError
 from structprune.files import expand_user
 from structprune.memory import available_bytes
 from structprune.methods import METHODS
-from structprune.methods.method import Method
+from structprune.methods.method import Method, SensitivityKind
 from structprune.ranks import ALONE, Ranks, ranks_here
 from structprune.recipe import Recipe, default_sensitivity_samples
-from structprune.solvers import NUM_LATENTS
+from structprune.solvers import SOLVERS
 from structprune.types import UnitGroup, UnitKind
 
 _PROBE_TOKENS = 2048
@@ -85,7 +85,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             "sensitivity_samples": recipe.sensitivity_samples or default_sensitivity_samples(seq_len),
         }
     )
-    pipeline, asked = PIPELINES[method.pipeline], recipe
+    pipeline, asked = PIPELINES.get(method.pipeline), recipe
     recipe, groups = ranks.broadcast(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return ResolvedRun(
@@ -116,6 +116,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         memory = available_bytes() * 8 // 10 // ranks_here()
     assert recipe.sensitivity_samples is not None
     sensitivity = resolved.method.sensitivity_for(recipe.allocator or "uniform")
+    pipeline, solver = PIPELINES.get(resolved.method.pipeline), SOLVERS.find(recipe.solver)
     request = PlanRequest(
         layout=stock.layout,
         groups=resolved.groups,
@@ -125,26 +126,27 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         num_windows=-(-num_windows // num_ranks),
         seq_len=recipe.seq_len,
         num_probe=min(num_probe(recipe), num_windows),
-        needs_statistics=resolved.method.needs_statistics or sensitivity in ("loss", "scores"),
-        needs_sensitivity=sensitivity == "loss",
-        needs_scores=sensitivity == "scores",
-        needs_weight_gradients=sensitivity == "taylor",
+        needs_statistics=resolved.method.needs_statistics
+        or sensitivity in (SensitivityKind.LOSS, SensitivityKind.SCORES),
+        needs_sensitivity=sensitivity is SensitivityKind.LOSS,
+        needs_scores=sensitivity is SensitivityKind.SCORES,
+        needs_weight_gradients=sensitivity is SensitivityKind.TAYLOR,
         follows_dense=recipe.target == "dense-path",
         rehearses=recipe.outer_iterations > 0,
         holds_out=recipe.damping == "auto",
         score=recipe.score or "",
-        solves=recipe.solver not in ("mask-only", "bias"),
+        solves=solver is not None and "consumer" in solver.changes,
         kept={kind: max(counts) for kind, counts in (resolved.forecast.kept or {}).items()},
         tokenizer_bytes=tokenizer_bytes(resolved.directory),
         text_bytes=text.stat().st_size if (text := expand_user(recipe.calibration or "")).is_file() else None,
-        num_latents=NUM_LATENTS.get(recipe.solver or "", 0),
+        num_latents=0 if solver is None else solver.num_latents,
         sensitivity_windows=-(-min(recipe.sensitivity_samples, num_windows) // num_ranks),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, resolved.kinds, recipe.solver or "")
-        if resolved.method.pipeline == "units" and resolved.method.needs_statistics
+        if pipeline.by_sublayer and resolved.method.needs_statistics
         else (),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
     )
     on_device = device_budget(resolved.device, recipe.device_memory)
-    return make_plan(PIPELINES[resolved.method.pipeline].request(request, recipe, stock), memory, on_device)
+    return make_plan(pipeline.request(request, recipe, stock), memory, on_device)

@@ -14,8 +14,8 @@ from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.exporters.gguf.families import GGUF_FAMILIES
+from structprune.kinds import Structure
 
-Structure = Literal["uniform", "per-layer", "sliced"]
 Loads = Literal["yes", "no", "unverified"]
 Basis = Literal["checked", "by its source"]
 
@@ -31,7 +31,8 @@ class ResultShape:
 
     model_type: str
     structure: Structure
-    """per-layer: blocks have configs of their own; sliced: matrices in the residual sums."""
+    sliced: bool = False
+    """Whether there are matrices in the residual sums; no stock class has them."""
     tied: bool
     """Whether the head is the embedding."""
     other_heads: bool = False
@@ -43,6 +44,11 @@ class ResultShape:
     tensor_parallel: int = 1
     indivisible: str | None = None
     """The first width that `tensor_parallel` does not divide, with its block; None: it divides all."""
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether a modelling file comes with it, because no stock class loads it."""
+        return self.sliced or self.structure != Structure.UNIFORM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +67,13 @@ def result_shape(
     config: Mapping[str, Any], *, tied: bool, tensor_parallel: int = 1, indivisible: str | None = None
 ) -> ResultShape:
     """The shape of the checkpoint with this config.json."""
-    structure: Structure = "uniform"
-    if SLICED_ENTRY in config:
-        structure = "sliced"
-    elif config.get("per_layer_config") or config.get(REMOVED_ENTRY):
-        structure = "per-layer"
+    uneven = config.get("per_layer_config") or config.get(REMOVED_ENTRY)
     heads, hidden, head_dim = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
     model_type = str(config.get("model_type"))
     return ResultShape(
         model_type=model_type,
-        structure=structure,
+        structure=Structure.PER_LAYER if uneven else Structure.UNIFORM,
+        sliced=SLICED_ENTRY in config,
         tied=tied,
         other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
         narrow_values=has_narrow_values(config),
@@ -92,20 +95,21 @@ def runtimes(shape: ResultShape) -> list[RuntimeSupport]:
 
 
 def _transformers(shape: ResultShape) -> RuntimeSupport:
-    own = shape.structure != "uniform"
     return RuntimeSupport(
         runtime="transformers",
         loads="yes",
         basis="checked",
-        reason="with trust_remote_code=True, for the modelling file beside the weights" if own else "the stock class",
+        reason="with trust_remote_code=True, for the modelling file beside the weights"
+        if shape.needs_code
+        else "the stock class",
     )
 
 
 def _vllm_native(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, native"
-    if shape.structure == "sliced":
+    if shape.sliced:
         return _no(name, "the class is none of its own: matrices in the residual sums", None)
-    if shape.structure == "per-layer":
+    if shape.structure == Structure.PER_LAYER:
         return _no(name, "its model files have no widths per layer", "by its source")
     return _uniform(name, shape)
 
@@ -114,7 +118,7 @@ def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, Transformers backend"
     if shape.narrow_values:
         return _no(name, "it exchanges linear maps for its own, which do not pad the values of a head", "by its source")
-    if shape.structure == "per-layer" and not shape.removed_sublayers:
+    if shape.structure == Structure.PER_LAYER and not shape.removed_sublayers:
         return RuntimeSupport(
             runtime=name,
             loads="yes",
@@ -122,13 +126,13 @@ def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
             reason="it reads per_layer_config and asks for auto_map.AutoModel, and groups uneven KV heads; "
             "--trust-remote-code",
         )
-    if shape.structure == "per-layer":
+    if shape.structure == Structure.PER_LAYER:
         return _unverified(name, "whether it takes blocks without attention or MLP was not read")
     return _unverified(name, "it was read for widths per layer only")
 
 
 def _sglang(shape: ResultShape) -> RuntimeSupport:
-    if shape.structure != "uniform":
+    if shape.needs_code:
         return _no("SGLang", "it takes equal widths only", "by its source")
     return _uniform("SGLang", shape)
 
@@ -144,16 +148,16 @@ def _uniform(name: str, shape: ResultShape) -> RuntimeSupport:
 def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
     name = "llama.cpp"
     family = GGUF_FAMILIES.get(shape.model_type)
-    if shape.structure == "sliced":
+    if shape.sliced:
         return _no(name, "no architecture has matrices in the residual sums", "by its source")
     if shape.narrow_values:
         return _no(name, "structprune export knows no architecture for heads with fewer value channels", None)
     if family is None:
         return _no(name, f"structprune export has no GGUF form for {shape.model_type}", None)
-    target = family.uniform if shape.structure == "uniform" else family.uneven
+    target = family.uniform if shape.structure == Structure.UNIFORM else family.uneven
     if shape.other_heads and family.uniform.even_heads:
         target = family.uneven
-    if target is None and shape.structure == "uniform":
+    if target is None and shape.structure == Structure.UNIFORM:
         return _no(
             name, f"its {family.uniform.architecture} wants heads that share out the hidden size", "by its source"
         )

@@ -18,6 +18,5 @@ FLAP = Method(
     allocator="standardised",
     solver="bias",
     needs_statistics=True,
-    sensitivity="scores",
     kinds=("attention", "mlp"),
 )

@@ -7,7 +7,7 @@ whole model at once; here one block is in memory at a time. The other variants a
 `taylor-second`, `taylor-mix`), one ranking for all blocks is the allocator `closed-form`: docs/methods/llm-pruner.md.
 """
 
-from structprune.methods.method import Method
+from structprune.methods.method import Method, SensitivityKind
 
 LLM_PRUNER = Method(
     name="llm-pruner",
@@ -19,7 +19,7 @@ LLM_PRUNER = Method(
     allocator="uniform",
     solver="mask-only",
     needs_statistics=False,
-    sensitivity="taylor",
+    sensitivity=SensitivityKind.TAYLOR,
     protect=(1 / 8, 1 / 16),
     kinds=("attention", "mlp"),
 )

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
+from structprune.allocation import ALLOCATORS
 from structprune.kinds import HeadUnits, UnitKind
 
-SensitivityKind = Literal["none", "scores", "loss", "taylor"]
-"""What is measured on the dense model first: nothing, each unit's score, what its removals cost the loss, or the
-gradient of the loss by its weights."""
+
+class SensitivityKind(StrEnum):
+    """What is measured on the dense model first."""
+
+    NONE = "none"
+    SCORES = "scores"
+    """Each unit's score."""
+    LOSS = "loss"
+    """What each unit's removal adds to the loss."""
+    TAYLOR = "taylor"
+    """The gradient of the loss by each unit's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +45,8 @@ class Method:
     solver: str = ""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
-    sensitivity: SensitivityKind = "none"
-    """What it needs of the dense model with its own allocator."""
+    sensitivity: SensitivityKind = SensitivityKind.NONE
+    """What its score reads of the dense model, whatever the allocator."""
     protect: tuple[float, float] = (0.0, 0.0)
     """Shares of the blocks, at the start and at the end, that lose nothing unless the recipe says how many."""
     temperature: float = 0.0
@@ -51,14 +61,9 @@ class Method:
     """What attention loses unless the recipe says otherwise."""
 
     def sensitivity_for(self, allocator: str) -> SensitivityKind:
-        """What `allocator` reads and the method itself does not measure: widths by removal costs in loss, units by the
-        method.
-
-        `standardised` compares the method's own scores.
-        """
-        if allocator == "uniform" or self.sensitivity in ("loss", "taylor"):
-            return self.sensitivity
-        return "scores" if allocator == "standardised" else "loss"
+        """Find what is measured where `allocator` sets the widths: what the method reads, else what that compares."""
+        compared = SensitivityKind(ALLOCATORS.get(allocator).compares)
+        return compared if self.sensitivity is SensitivityKind.NONE else self.sensitivity
 
     def protected_blocks(self, num_blocks: int) -> tuple[int, int]:
         """Blocks at the start and at the end that lose nothing by default: the shares, rounded down."""

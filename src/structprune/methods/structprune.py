@@ -5,7 +5,7 @@ price per parameter sets all widths at once; then each block is solved in order 
 stream. What is published, what was read in the authors' code and what is derived here: docs/methods/structprune.md.
 """
 
-from structprune.methods.method import Method
+from structprune.methods.method import Method, SensitivityKind
 
 STRUCTPRUNE = Method(
     name="structprune",
@@ -17,7 +17,7 @@ STRUCTPRUNE = Method(
     allocator="closed-form",
     solver="least-squares",
     needs_statistics=True,
-    sensitivity="loss",
+    sensitivity=SensitivityKind.LOSS,
     target="dense-path",
     damping="auto",
     shrinkage=0.3,

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from structprune.errors import InputError
-from structprune.kinds import HeadUnits
+from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.fields import (
     DEFAULT_SHARD_BYTES,
     ByteCount,
@@ -87,12 +87,9 @@ class Recipe(BaseModel):
     )
     allocator: Annotated[str | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
         default=None,
-        description="how the blocks share the sparsity: uniform, closed-form, energy, softmax or standardised",
+        description="how the blocks share the sparsity: uniform, closed-form, fermi-dirac, softmax or standardised",
     )
-    solver: Annotated[
-        Literal["mask-only", "bias", "least-squares", "admm", "admm-duals", "alternating"] | None,
-        Flag(Group.HOW, unset=_METHODS_OWN),
-    ] = Field(
+    solver: Annotated[str | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
         default=None,
         description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",
     )
@@ -101,11 +98,11 @@ class Recipe(BaseModel):
         description="what the solver fits. local: the sublayer's own output; dense-path: the dense model's hidden "
         "states",
     )
-    structure: Annotated[Literal["uniform", "per-layer"] | None, Flag(Group.HOW, unset="what the method needs")] = (
-        Field(default=None, description="widths of the output: uniform (one for all blocks) or per-layer")
+    structure: Annotated[Structure | None, Flag(Group.HOW, unset="what the method needs")] = Field(
+        default=None, description="widths of the output: uniform (one for all blocks) or per-layer"
     )
     temperature: Annotated[float | None, Flag(Group.ADVANCED, unset=_METHODS_OWN)] = Field(
-        default=None, ge=0, description="temperature of the energy and softmax allocators"
+        default=None, ge=0, description="temperature of the fermi-dirac and softmax allocators"
     )
     min_retention: Annotated[float, Flag(Group.WHAT)] = Field(
         default=0.1, gt=0, le=1, description="least share of its units that a block keeps"

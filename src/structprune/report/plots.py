@@ -7,6 +7,7 @@ from pathlib import Path
 
 from structprune.errors import InputError
 from structprune.files import atomic_path
+from structprune.recipe import Recipe
 from structprune.results.comparison import Cell, Comparison
 from structprune.results.report import PruneReport
 
@@ -89,6 +90,8 @@ def _curves(
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, num_texts, squeeze=False)[0]
     labels = list(dict.fromkeys(cell.label for cell in comparison.cells))
+    # The method that a recipe has by default.
+    emphasised = Recipe().method
     for index, (panel, text) in enumerate(zip(panels, comparison.texts, strict=True)):
         for label in labels:
             # At each sparsity once: the line of a method goes from its smallest share to its largest.
@@ -96,8 +99,8 @@ def _curves(
             panel.plot(
                 [position(cell) for cell in points],
                 [cell.texts[index].perplexity for cell in points],
-                marker="o" if label == "structprune" else ".",
-                linewidth=2.2 if label == "structprune" else 1.2,
+                marker="o" if label == emphasised else ".",
+                linewidth=2.2 if label == emphasised else 1.2,
                 label=label,
             )
         if dense and comparison.dense is not None:

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from rich.table import Table
 from rich.text import Text
 
+from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
+from structprune.solvers import SOLVERS
 
 UNITS = {
     "mlp": "MLP channels",
@@ -91,8 +93,8 @@ def warnings(report: PruneFacts) -> list[str]:
             )
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
-    re_solves = report.recipe.solver not in (None, "mask-only", "bias")
-    if re_solves and calibration.num_windows * calibration.seq_len < 32_768:
+    solver = SOLVERS.find(report.recipe.solver)
+    if solver is not None and "consumer" in solver.changes and calibration.num_windows * calibration.seq_len < 32_768:
         found.append(
             f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
             "fit so few too closely (docs/footguns.md)."
@@ -103,7 +105,8 @@ def warnings(report: PruneFacts) -> list[str]:
 def blocks_at_a_bound(report: PruneFacts) -> tuple[list[BlockReport], list[BlockReport]]:
     """Blocks that an allocator would have cut further, or less, but for a bound; none where all are cut alike."""
     recipe = report.recipe
-    if recipe.allocator in (None, "uniform"):
+    allocator = ALLOCATORS.find(recipe.allocator)
+    if allocator is None or not allocator.bounded:
         return [], []
     units = [block for block in report.blocks if block.kind in ("mlp", "attention") and block.status != "sliced"]
     multiple = recipe.multiple_of or 1

@@ -1,55 +1,39 @@
 """Scores: from one block's problem to one number per removable unit; the units with the lowest go first.
 
-Selectors choose the kept set as a whole. Read first: `activations.py`; then `selection.py`, greedy removal.
+Selectors choose the kept set as a whole. Read first: `score.py`, `activations.py`; then `selection.py`, greedy removal.
 """
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from structprune.registry import Registry
-from structprune.types import LayerProblem
-
-Score = Callable[[LayerProblem], Tensor]
+from structprune.scores.score import Score, Selector
 
 SCORES: Registry[Score] = Registry(
     "score",
     {
-        "magnitude": "structprune.scores.weights:magnitude",
-        "random": "structprune.scores.weights:random",
-        "wanda": "structprune.scores.activations:wanda",
-        "fluctuation": "structprune.scores.activations:fluctuation",
-        "l2": "structprune.scores.activations:l2",
-        "obs": "structprune.scores.activations:obs",
-        "loss": "structprune.scores.activations:loss",
-        "taylor-vector": "structprune.scores.taylor:vector",
-        "taylor-first": "structprune.scores.taylor:first",
-        "taylor-second": "structprune.scores.taylor:second",
-        "taylor-mix": "structprune.scores.taylor:mix",
+        "magnitude": "structprune.scores.weights:MAGNITUDE",
+        "random": "structprune.scores.weights:RANDOM",
+        "wanda": "structprune.scores.activations:WANDA",
+        "fluctuation": "structprune.scores.activations:FLUCTUATION",
+        "l2": "structprune.scores.activations:L2",
+        "obs": "structprune.scores.activations:OBS",
+        "loss": "structprune.scores.activations:LOSS",
+        "taylor-vector": "structprune.scores.taylor:VECTOR",
+        "taylor-first": "structprune.scores.taylor:FIRST",
+        "taylor-second": "structprune.scores.taylor:SECOND",
+        "taylor-mix": "structprune.scores.taylor:MIX",
     },
 )
-TAYLOR = ("taylor-vector", "taylor-first", "taylor-second", "taylor-mix")
-"""Those that read gradients by the weights, and nothing else."""
-
-Selector = Callable[[LayerProblem, int], Tensor]
 
 SELECTORS: Registry[Selector] = Registry(
     "selector",
     {
-        "greedy": "structprune.scores.selection:keep_greedy",
-        "penalty": "structprune.scores.penalty:keep_penalty",
-        "greedy-swap": "structprune.scores.selection:keep_swapped",
+        "greedy": "structprune.scores.selection:GREEDY",
+        "penalty": "structprune.scores.penalty:PENALTY",
+        "greedy-swap": "structprune.scores.selection:GREEDY_SWAP",
     },
 )
-WORKSPACE = {
-    "fluctuation": (0, 2),
-    "obs": (1, 2),
-    "loss": (1, 3),
-    "greedy": (1, 2),
-    "greedy-swap": (4, 3),
-    "penalty": (2, 4),
-}
-"""Of a score or selector, what it holds at most in float64: matrices of the Gram's size, and of the consumer's.
 
-Those that are not here hold two copies of the consumer in float32.
-"""
+
+def score_or_selector(name: str) -> Score | Selector:
+    """Get the entry of this name. Raises InputError that lists both kinds for an unknown one."""
+    (SCORES | SELECTORS).check(name)
+    return SCORES.find(name) or SELECTORS.get(name)

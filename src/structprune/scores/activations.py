@@ -10,6 +10,7 @@ from torch import Tensor
 from structprune.linalg.cholesky import damped_cholesky, inverted
 from structprune.linalg.gram_products import in_float64
 from structprune.linalg.obs import group_costs, metric_root
+from structprune.scores.score import Score, Workspace
 from structprune.types import LayerProblem
 
 
@@ -69,3 +70,10 @@ def _exact_cost(problem: LayerProblem, weight_MI: Tensor) -> Tensor:
     total = problem.total()
     inverse_II = inverted(damped_cholesky(partial(in_float64, total.gram_II), problem.damping, "OBS score").factor_NN)
     return group_costs(weight_MI, inverse_II, problem.width) / total.num_tokens
+
+
+WANDA = Score(score=wanda, reads={"gram"})
+L2 = Score(score=l2, reads={"gram"})
+FLUCTUATION = Score(score=fluctuation, reads={"gram", "sums"}, workspace=Workspace(consumers=2))
+OBS = Score(score=obs, reads={"gram"}, workspace=Workspace(grams=1, consumers=2))
+LOSS = Score(score=loss, reads={"gram", "sensitivity"}, workspace=Workspace(grams=1, consumers=3))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, solved
 from structprune.linalg.gram_products import column_energies, in_float64
+from structprune.scores.score import Selector, Workspace
 from structprune.scores.selection import keep_best
 from structprune.types import LayerProblem
 
@@ -70,3 +71,6 @@ def _shifted(matrix_II: Tensor, shift_I: Tensor) -> Tensor:
     shifted_II = matrix_II.clone()
     shifted_II.diagonal().add_(shift_I)
     return shifted_II
+
+
+PENALTY = Selector(keep=keep_penalty, reads={"gram"}, workspace=Workspace(grams=2, consumers=4))

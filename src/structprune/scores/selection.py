@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.linalg.cholesky import damped_cholesky, inverted, solved
 from structprune.linalg.gram_products import add_columns, energy, in_float64, output_energy, times_gram
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
+from structprune.scores.score import Selector, Workspace
 from structprune.types import LayerProblem
 
 # Units that leave together in greedy removal, as a share of all: 128 steps for the whole width.
@@ -129,3 +130,9 @@ def _greedy_path(problem: LayerProblem, num_remove: int, weight_MI: Tensor, inve
         units_per_step=step,
         partitions=problem.partitions,
     )
+
+
+GREEDY = Selector(keep=keep_greedy, reads={"gram"}, workspace=Workspace(grams=1, consumers=2))
+GREEDY_SWAP = Selector(
+    keep=keep_swapped, reads={"gram"}, workspace=Workspace(grams=4, consumers=3), keeps_partitions=False
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from structprune.scores.score import Score
 from structprune.types import LayerProblem, TaylorSums
 
 
@@ -35,3 +36,9 @@ def _sums(problem: LayerProblem) -> TaylorSums:
     if problem.taylor is None:
         raise ValueError("Taylor scores need gradients by the weights")
     return problem.taylor
+
+
+VECTOR = Score(score=vector, reads={"gradients"})
+FIRST = Score(score=first, reads={"gradients"})
+SECOND = Score(score=second, reads={"gradients"})
+MIX = Score(score=mix, reads={"gradients"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structprune.scores.score import Score
 from structprune.types import LayerProblem
 
 
@@ -23,3 +24,7 @@ def random(problem: LayerProblem) -> Tensor:
     # On the host, so that the draw is the same whatever device the problem lies on.
     generator = torch.Generator().manual_seed(problem.seed)
     return torch.rand(problem.num_units, generator=generator, dtype=torch.float64).to(problem.device)
+
+
+MAGNITUDE = Score(score=magnitude, reads=set())
+RANDOM = Score(score=random, reads=set())

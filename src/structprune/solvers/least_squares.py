@@ -22,6 +22,7 @@ from structprune.linalg.gram_products import (
     times_gram,
 )
 from structprune.rows import Rows
+from structprune.solvers.solver import Solver
 from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
@@ -203,3 +204,8 @@ def _mixed(signs_RO: Tensor | None, values_OI: Rows) -> Tensor:
     for part in strips(*values_OI.shape):
         mixed_RI.addmm_(signs_RO[:, part], values_OI[part].to(torch.float64))
     return mixed_RI
+
+
+MASK_ONLY = Solver(solve=mask_only, reads=set(), changes=set())
+BIAS = Solver(solve=mean_bias, reads={"sums"}, changes={"biases"})
+LEAST_SQUARES = Solver(solve=least_squares, reads={"gram"}, changes={"consumer"})

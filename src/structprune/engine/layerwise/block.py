@@ -24,7 +24,7 @@ from structprune.memory import release_free_memory
 from structprune.phases import Phase, SublayerPhase
 from structprune.ranks import deal, turns
 from structprune.results.schema import BlockReport
-from structprune.solvers import ITERATIVE
+from structprune.solvers import SOLVERS
 from structprune.types import (
     UNIT_KINDS,
     BlockLayout,
@@ -317,7 +317,7 @@ def _prune_sublayer(
     statistics = _means([part.statistics for part in parts.values()])
     objective: list[float] = []
     group, first = next(iter(groups.values())), next(iter(parts.values()))
-    if kind == "mlp" and context.solver in ITERATIVE and 0 < num_keep < group.num_units:
+    if kind == "mlp" and SOLVERS.get(context.solver).propose is not None and 0 < num_keep < group.num_units:
         pruned = _module(context, block, cut, {**place.widths, kind: num_keep})
         with context.meter.phase(Phase.ITERATE):
             refined = refine(context, block, group, pruned, place.module, streams, place.reference, cut, first.result)

@@ -19,7 +19,7 @@ from structprune.engine.layerwise.statistics import Reference, Streams, consumer
 from structprune.engine.planning.shapes import solver_windows
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.propagate import observed, tapped
-from structprune.solvers import ITERATIVE, SOLVERS
+from structprune.solvers import SOLVERS
 from structprune.solvers.mlp.block import MlpSolution, MlpTokens, MlpWeights
 from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
 from structprune.types import BlockLayout, Moments, SolveResult, UnitGroup
@@ -59,7 +59,9 @@ def refine(
     reference = dense or stage_output(context, block, group, original, streams, streams.pruned, write=False)
     tokens = _tokens(context, block, group, start, streams, reference, num_solved)
     # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
-    proposed = _Proposal.of(ITERATIVE.get(context.solver)(tokens, _weights(context, group, tensors)))
+    propose = SOLVERS.get(context.solver).propose
+    assert propose is not None
+    proposed = _Proposal.of(propose(tokens, _weights(context, group, tensors)))
     proposal = context.ranks.broadcast(lambda: proposed)
     del tokens
     candidate = dict(tensors)
@@ -118,7 +120,7 @@ def _refitted(
     """The consumer behind the proposal, on the rank that has the sums."""
     problem = layer_problem(context, block, group, tensors, [part for part in measured if part is not None])
     keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
-    return SOLVERS.get(context.solver)(problem, keep_U).to(torch.device("cpu"))
+    return SOLVERS.get(context.solver).solve(problem, keep_U).to(torch.device("cpu"))
 
 
 def _tokens(

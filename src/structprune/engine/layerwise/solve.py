@@ -105,14 +105,14 @@ def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, fl
 def _decide(context: RunContext, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
     """Choose the units, solve the consumer."""
     if context.score in SELECTORS:
-        keep_U = SELECTORS.get(context.score)(problem, num_keep)
+        keep_U = SELECTORS.get(context.score).keep(problem, num_keep)
     else:
-        score_U = SCORES.get(context.score)(problem)
+        score_U = SCORES.get(context.score).score(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep, problem.partitions)
     release_free_memory()
-    result = SOLVERS.get(context.solver)(problem, keep_U)
+    result = SOLVERS.get(context.solver).solve(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", do="raise --damping")
     return keep_U, result
@@ -125,7 +125,7 @@ def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Ten
     """
     if context.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
         return {}
-    ranked_U = keep_best(SCORES.get("l2")(problem), int(keep_U.sum()), problem.partitions)
+    ranked_U = keep_best(SCORES.get("l2").score(problem), int(keep_U.sum()), problem.partitions)
     return {
         "decision_objective_l2": decision_objective(problem, ranked_U),
         "decision_objective": decision_objective(problem, keep_U),

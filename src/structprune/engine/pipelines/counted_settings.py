@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from structprune.errors import UnsupportedError
+from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
 
@@ -28,7 +29,7 @@ def without_units(recipe: Recipe, method: Method, what: str, others: Mapping[str
         "solver": method.solver,
         "allocator": method.allocator,
         "target": method.target,
-        "structure": "uniform",
+        "structure": Structure.UNIFORM,
         "damping": method.damping,
         "shrinkage": method.shrinkage,
         "temperature": method.temperature,

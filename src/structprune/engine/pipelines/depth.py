@@ -49,7 +49,8 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         raise UnsupportedError(
             f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
         )
-    others = {} if score == "measured-loss" else {"sensitivity_samples": default_sensitivity_samples(recipe.seq_len)}
+    some_windows = BLOCK_SCORES.get(score).compares == "losses"
+    others = {} if some_windows else {"sensitivity_samples": default_sensitivity_samples(recipe.seq_len)}
     fixed = without_units(recipe, method, f"whole blocks chosen by {score!r}", others)
     if any(block.shapes != blocks[0].shapes for block in blocks):
         raise UnsupportedError(
@@ -86,9 +87,11 @@ def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
     request = replace(request, needs_statistics=False)
     if remove == 0:
         return replace(request, num_windows=request.num_probe)
-    if recipe.score == "measured-loss":
-        return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares="losses")
-    return replace(request, num_stores=remove + 1, compares="boundaries")
+    assert recipe.score is not None
+    compares = BLOCK_SCORES.get(recipe.score).compares
+    if compares == "losses":
+        return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares=compares)
+    return replace(request, num_stores=remove + 1, compares=compares)
 
 
 def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
@@ -124,7 +127,7 @@ def _choose(context: RunContext, remove: int) -> Choice:
     if line is None:
         choice = Choice(removed=frozenset(), statistics={})
         if remove:
-            choice = BLOCK_SCORES.get(context.score)(context, remove)
+            choice = BLOCK_SCORES.get(context.score).choose(context, remove)
             assert len(choice.removed) == remove
             release_free_memory()
         line = context.run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -39,11 +40,21 @@ class Choice:
 Choose = Callable[[RunContext, int], Choice]
 """(context, blocks to remove, folder for hidden states) -> the blocks."""
 
-BLOCK_SCORES: Registry[Choose] = Registry(
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockScore:
+    """A choice of the whole blocks that go."""
+
+    choose: Choose
+    compares: Literal["boundaries", "losses"]
+    """What it chooses by: hidden states at two boundaries of all windows, or the loss of a few without each block."""
+
+
+BLOCK_SCORES: Registry[BlockScore] = Registry(
     "block score",
     {
-        "angular": "structprune.engine.pipelines.depth_choice:choose_angular",
-        "measured-loss": "structprune.engine.pipelines.depth_choice:choose_measured_loss",
+        "angular": "structprune.engine.pipelines.depth_choice:ANGULAR",
+        "measured-loss": "structprune.engine.pipelines.depth_choice:MEASURED_LOSS",
     },
 )
 
@@ -189,3 +200,7 @@ def _losses(context: RunContext, streams: Mapping[int, HiddenStore], num_windows
                 "the loss is NaN or infinite", where=f"the model without block {index}", do="use --dtype float32"
             )
     return losses
+
+
+ANGULAR = BlockScore(choose=choose_angular, compares="boundaries")
+MEASURED_LOSS = BlockScore(choose=choose_measured_loss, compares="losses")

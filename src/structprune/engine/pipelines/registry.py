@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from structprune.architectures.stock.model import StockModel
@@ -15,8 +15,10 @@ from structprune.engine.pipelines.units_settings import unit_settings
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.run.context import RunContext
+from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
+from structprune.registry import Registry
 from structprune.results.report import PruneReport
 from structprune.types import UnitGroup
 
@@ -32,6 +34,10 @@ class Pipeline:
     request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
     execute: Callable[[RunContext], PruneReport]
+    scoped: bool = False
+    """Whether `--sparsity` is a share of the sublayers in scope; else of whole blocks."""
+    by_sublayer: bool = False
+    """Whether it prunes a block sublayer by sublayer, each from the inputs of its consumer, which can be kept."""
     shares_windows: bool = False
     """Whether several ranks can share its windows."""
 
@@ -47,28 +53,41 @@ def _resolve_slice(recipe: Recipe, method: Method, stock: StockModel) -> tuple[R
 def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> PlanRequest:
     assert stock.family.stream is not None
     width = kept_width(stock.layout, stock.family.stream, recipe)
-    return replace(request, slices="one basis" if recipe.structure == "uniform" else "bases", sliced_hidden=width)
+    return replace(
+        request, slices="one basis" if recipe.structure == Structure.UNIFORM else "bases", sliced_hidden=width
+    )
 
 
-PIPELINES: Mapping[str, Pipeline] = {
-    "units": Pipeline(
-        resolve=unit_settings,
-        forecast=forecast_units,
-        request=lambda request, recipe, stock: request,
-        execute=execute,
-        shares_windows=True,
-    ),
-    "depth": Pipeline(
-        resolve=_resolve_depth,
-        forecast=forecast_depth,
-        request=lambda request, recipe, stock: depth_request(request, recipe),
-        execute=execute_depth,
-    ),
-    "experts": Pipeline(
-        resolve=expert_settings,
-        forecast=forecast_experts,
-        request=lambda request, recipe, stock: expert_request(request),
-        execute=execute_experts,
-    ),
-    "slice": Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_request_slice, execute=execute_slice),
-}
+UNITS = Pipeline(
+    resolve=unit_settings,
+    forecast=forecast_units,
+    request=lambda request, recipe, stock: request,
+    execute=execute,
+    scoped=True,
+    by_sublayer=True,
+    shares_windows=True,
+)
+DEPTH = Pipeline(
+    resolve=_resolve_depth,
+    forecast=forecast_depth,
+    request=lambda request, recipe, stock: depth_request(request, recipe),
+    execute=execute_depth,
+)
+EXPERTS = Pipeline(
+    resolve=expert_settings,
+    forecast=forecast_experts,
+    request=lambda request, recipe, stock: expert_request(request),
+    execute=execute_experts,
+    scoped=True,
+)
+SLICE = Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_request_slice, execute=execute_slice)
+
+PIPELINES: Registry[Pipeline] = Registry(
+    "pipeline",
+    {
+        "units": "structprune.engine.pipelines.registry:UNITS",
+        "depth": "structprune.engine.pipelines.registry:DEPTH",
+        "experts": "structprune.engine.pipelines.registry:EXPERTS",
+        "slice": "structprune.engine.pipelines.registry:SLICE",
+    },
+)

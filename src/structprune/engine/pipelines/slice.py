@@ -29,6 +29,7 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator
 from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
+from structprune.kinds import Structure
 from structprune.linalg.rotation import dropped_share, principal_basis
 from structprune.memory import release_free_memory
 from structprune.results.report import PruneReport
@@ -64,7 +65,7 @@ def execute_slice(context: RunContext) -> PruneReport:
     """
     stock, layout = context.stock, context.stock.layout
     width = kept_width(layout, _stream(context), context.recipe)
-    shortcuts = context.recipe.structure == "per-layer"
+    shortcuts = context.recipe.structure == Structure.PER_LAYER
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, width)

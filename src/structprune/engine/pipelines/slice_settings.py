@@ -11,6 +11,7 @@ from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config
+from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe import Recipe, default_sensitivity_samples
 from structprune.types import BlockLayout, ModelLayout
@@ -76,7 +77,7 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
     return recipe.model_copy(
         update={
             "scope": "all",
-            "structure": recipe.structure or "per-layer",
+            "structure": recipe.structure or Structure.PER_LAYER,
             "multiple_of": recipe.multiple_of or _DEFAULT_MULTIPLE,
             "damping": recipe.damping or method.damping,
         }
@@ -89,7 +90,7 @@ def forecast_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> F
     stream, layout = stock.family.stream, stock.layout
     assert stream is not None
     width = kept_width(layout, stream, recipe)
-    shortcuts = recipe.structure == "per-layer"
+    shortcuts = recipe.structure == Structure.PER_LAYER
     outer = {name: math.prod(shape) // layout.hidden_size * width for name, shape in layout.outer_tensors.items()}
     blocks = sum(sliced_parameters(b, stream, layout.hidden_size, width, shortcuts=shortcuts) for b in layout.blocks)
     # The head has a basis of its own.
@@ -106,9 +107,9 @@ def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: in
     for sublayer in stream.sublayers:
         touched = [sublayer.norm, *sublayer.readers, sublayer.writer]
         for name, shape in block.shapes.items():
-            module, _, part = name.rpartition(".")
+            module = name.rpartition(".")[0]
             # A reader's bias is as long as its output, which stays.
-            if module in touched and not (part == "bias" and module in sublayer.readers):
+            if module in touched and not (name.endswith(".bias") and module in sublayer.readers):
                 total -= math.prod(shape) // hidden * (hidden - width)
         total += width * width if shortcuts else 0
     return total
@@ -120,7 +121,7 @@ def kept_width(layout: ModelLayout, stream: Stream, recipe: Recipe) -> int:
     What the shortcuts add is taken off. Raises InputError, naming the largest share, if no width removes as much.
     """
     assert recipe.multiple_of is not None
-    shortcuts = recipe.structure == "per-layer"
+    shortcuts = recipe.structure == Structure.PER_LAYER
     hidden, before = layout.hidden_size, layout.block_parameters
     if recipe.multiple_of > hidden:
         raise InputError(

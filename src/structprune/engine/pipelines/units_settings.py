@@ -9,10 +9,11 @@ from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
 from structprune.errors import InputError, UnsupportedError
+from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe import Recipe
-from structprune.scores import SCORES, SELECTORS, TAYLOR
-from structprune.solvers import ITERATIVE
+from structprune.scores import SCORES, SELECTORS, score_or_selector
+from structprune.solvers import SOLVERS
 from structprune.solvers.mlp.updates import ACTIVATIONS
 from structprune.types import UNIT_KINDS, UnitGroup
 
@@ -46,7 +47,7 @@ def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Re
             )
     recipe = _resolved(recipe, method, stock, groups)
     for group in groups:
-        if recipe.solver in ITERATIVE and group.kind == "mlp":
+        if recipe.solver is not None and SOLVERS.get(recipe.solver).propose is not None and group.kind == "mlp":
             _check_iterative(recipe, group, stock.family.name)
     return recipe, groups
 
@@ -80,7 +81,9 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
     mixture = any(group.expert is not None for group in groups)
     attention = any(group.kind == "attention" for group in groups)
     narrows = attention and stock.head_units == "value-channel"
-    allocator = ALLOCATORS.check(recipe.allocator or ("uniform" if recipe.structure == "uniform" else method.allocator))
+    allocator = ALLOCATORS.check(
+        recipe.allocator or ("uniform" if recipe.structure == Structure.UNIFORM else method.allocator)
+    )
     sensitivity = method.sensitivity_for(allocator)
     temperature = recipe.temperature
     if temperature is None:
@@ -104,7 +107,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
     score = _check_score(recipe.score or method.score, method)
     if narrows:
         _check_value_channels(recipe, score)
-    solver = recipe.solver or method.solver
+    solver = SOLVERS.check(recipe.solver or method.solver)
     if solver == "bias" and recipe.sparsity == 0:
         # Nothing is missing, so nothing is added.
         solver = "mask-only"
@@ -113,7 +116,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a solver could use", wanted="--solver mask-only"
         )
-    if solver in ITERATIVE and damping != "auto":
+    if SOLVERS.get(solver).propose is not None and damping != "auto":
         raise UnsupportedError(
             f"solver {solver!r} is judged on held-out windows",
             got=f"--damping {damping:g}",
@@ -137,7 +140,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got=f"--min-retention {recipe.min_retention:g}, --max-retention {recipe.max_retention:g}",
             wanted="the first at most the second",
         )
-    if num_protected and recipe.structure == "uniform":
+    if num_protected and recipe.structure == Structure.UNIFORM:
         raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
     uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
     if sensitivity == "scores" and score in SELECTORS:
@@ -146,9 +149,9 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got=f"--allocator {allocator}",
             wanted=f"another allocator, or --score {', '.join(SCORES)}",
         )
-    if uneven and recipe.structure == "uniform":
+    if uneven and recipe.structure == Structure.UNIFORM:
         raise UnsupportedError("the source's blocks have different widths", wanted="--structure per-layer")
-    if allocator != "uniform" and recipe.structure == "uniform":
+    if allocator != "uniform" and recipe.structure == Structure.UNIFORM:
         raise UnsupportedError(
             f"allocator {allocator!r} gives every block its own width",
             wanted="--structure per-layer or --allocator uniform",
@@ -182,7 +185,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             "temperature": temperature,
             "target": target,
             "structure": recipe.structure
-            or ("uniform" if allocator == "uniform" and not (uneven or narrows) else "per-layer"),
+            or (Structure.UNIFORM if allocator == "uniform" and not (uneven or narrows) else Structure.PER_LAYER),
             "damping": damping,
             "shrinkage": recipe.shrinkage if recipe.shrinkage is not None else method.shrinkage,
             "score": score,
@@ -195,7 +198,7 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
 
 def _check_value_channels(recipe: Recipe, score: str) -> None:
     """Raise UnsupportedError for what has no meaning where every KV head keeps as many value channels."""
-    if recipe.structure == "uniform":
+    if recipe.structure == Structure.UNIFORM:
         raise UnsupportedError(
             "no stock config has heads with fewer value channels than key channels",
             got="--structure uniform, --head-units value-channel",
@@ -215,7 +218,7 @@ def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[
     The method protects none where nothing is removed, or where uniform widths were asked for.
     """
     default = (0, 0)
-    if recipe.sparsity > 0 and recipe.structure != "uniform":
+    if recipe.sparsity > 0 and recipe.structure != Structure.UNIFORM:
         default = method.protected_blocks(num_blocks)
     given = (recipe.protect_first, recipe.protect_last)
     first, last = (value if value is not None else other for value, other in zip(given, default, strict=True))
@@ -224,16 +227,16 @@ def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[
 
 def _check_score(score: str, method: Method) -> str:
     """`score` if `method` measures what it reads. Raises InputError for an unknown name, UnsupportedError else."""
-    (SCORES | SELECTORS).check(score)
-    if score in TAYLOR and method.sensitivity != "taylor":
+    reads = score_or_selector(score).reads
+    if "gradients" in reads and method.sensitivity != "taylor":
         raise UnsupportedError(
             f"score {score!r} needs gradients by the weights, which {method.name!r} does not measure",
             wanted="another --score, or --method llm-pruner",
         )
-    if method.sensitivity == "taylor" and score not in TAYLOR:
+    if method.sensitivity == "taylor" and "gradients" not in reads:
         raise UnsupportedError(
             f"method {method.name!r} measures gradients by the weights, which score {score!r} does not read",
-            wanted=f"--score {', '.join(TAYLOR)}",
+            wanted=f"--score {', '.join(name for name in SCORES if 'gradients' in SCORES.get(name).reads)}",
         )
     if score != method.score and not method.needs_statistics and method.sensitivity == "none":
         raise UnsupportedError(

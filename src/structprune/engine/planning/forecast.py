@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from structprune.allocation import ALLOCATORS
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
+from structprune.kinds import Structure
 from structprune.recipe import Recipe
+from structprune.solvers import SOLVERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +31,13 @@ class Forecast:
 
 def forecast_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
     """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
-    if recipe.allocator != "uniform":
+    assert recipe.allocator is not None
+    if ALLOCATORS.get(recipe.allocator).compares != "none":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
         check_shared_out(stock, recipe, {})
         shape = ResultShape(
             model_type=stock.config.model_type,
-            structure="per-layer",
+            structure=Structure.PER_LAYER,
             tied=stock.layout.tied_embeddings,
             narrow_values=("attention" in kinds and recipe.head_units == "value-channel")
             or has_narrow_values(stock.layout.config),
@@ -51,7 +55,7 @@ def forecast_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> F
     return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
         kept=kept,
-        num_parameters=None if recipe.solver == "bias" else stock.layout.num_parameters - removed,
+        num_parameters=None if _adds_bias(recipe) else stock.layout.num_parameters - removed,
     )
 
 
@@ -61,13 +65,18 @@ def output_config(
     """config.json of the result. Raises UnsupportedError if no stock class takes it."""
     source = dict(stock.layout.config)
     for group in stock.groups:
-        adds_bias = recipe.solver == "bias" and group.kind in kinds and group.consumer_bias is None
+        adds_bias = _adds_bias(recipe) and group.kind in kinds and group.consumer_bias is None
         if adds_bias and group.bias_field is not None:
             source[group.bias_field] = True
-    if recipe.structure == "per-layer":
+    if recipe.structure == Structure.PER_LAYER:
         return per_layer_config(source, stock, kept)
     widths = {kind: counts[0] for kind, counts in kept.items()}
     return uniform_config(source, stock.groups, widths, stock.family)
+
+
+def _adds_bias(recipe: Recipe) -> bool:
+    solver = SOLVERS.find(recipe.solver)
+    return solver is not None and "biases" in solver.changes
 
 
 def shape_of(

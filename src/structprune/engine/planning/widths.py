@@ -57,7 +57,7 @@ def choose_widths(
         | frozenset(range(num_blocks - recipe.protect_last, num_blocks)),
     )
     kept: Widths = {kind: [0] * num_blocks for kind in kinds}
-    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator)(budgets, options), strict=True):
+    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
         kept[budget.kind][budget.block] = num_keep
     check_shared_out(stock, recipe, kept)
     return kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from structprune.linalg.gram_products import strip_rows
-from structprune.scores import SELECTORS, WORKSPACE
+from structprune.scores import SELECTORS, score_or_selector
 from structprune.solvers.least_squares import NUM_TRIALS, SKETCH_ROWS
 from structprune.solvers.mlp.block import CHUNK_TOKENS
 
@@ -72,8 +72,8 @@ class GroupProblem:
     @property
     def decide(self) -> int:
         """Score or search beside the sums."""
-        grams, weights = WORKSPACE.get(self.score, (0, 1))
-        return grams * 2 * self.gram + weights * self._weight + self._metric + self._strip
+        workspace = score_or_selector(self.score).workspace
+        return workspace.grams * 2 * self.gram + workspace.consumers * self._weight + self._metric + self._strip
 
     @property
     def removal_costs(self) -> int:

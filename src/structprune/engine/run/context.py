@@ -9,10 +9,12 @@ import torch
 
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.streaming.model import StreamedModel
+from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
 from structprune.runs.directory import RunDirectory
+from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, UnitGroup
 
@@ -50,7 +52,7 @@ class RunContext(StreamedModel):
 
         transformers translates old names for its own classes only.
         """
-        return name if self.recipe.structure == "per-layer" else self.reader.stored_name(name)
+        return name if self.recipe.structure == Structure.PER_LAYER else self.reader.stored_name(name)
 
     def accumulator(self, num_inputs: int, *, num_outputs: int = 0) -> GramAccumulator:
         """Of activations, where the plan has room for their sums."""
@@ -97,7 +99,7 @@ class RunContext(StreamedModel):
     @property
     def adds_bias(self) -> bool:
         """Whether the solver adds to the consumers' biases."""
-        return self.solver == "bias"
+        return "biases" in SOLVERS.get(self.solver).changes
 
     @property
     def protected(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from structprune.engine.sensitivity.fisher import fisher_pass, score_pass
 from structprune.engine.sensitivity.store import Costs, load_costs, load_found
 from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass
 from structprune.files import write_text
+from structprune.methods.method import SensitivityKind
 from structprune.results.schema import ReusedStatistics
 from structprune.runs.journal import JOURNAL_NAME, read_journal
 from structprune.types import Sensitivity
@@ -24,8 +25,7 @@ _DONE_NAME = "survey.json"
 class SensitivityPass:
     """What was found, and where the rest of it lies."""
 
-    kind: str
-    """As in `Method.sensitivity`."""
+    kind: SensitivityKind
     costs: Costs
     folder: Path
     for_widths: bool
@@ -38,10 +38,10 @@ class SensitivityPass:
         if self.for_widths:
             return {}
         match self.kind:
-            case "loss":
+            case SensitivityKind.LOSS:
                 found = load_found(self.folder, block)
                 return {kind: Sensitivity(sensitivity_OO=F_OO) for kind, F_OO in found.items()}
-            case "taylor":
+            case SensitivityKind.TAYLOR:
                 return {kind: Sensitivity(taylor=sums) for kind, sums in load_taylor(self.folder, block).items()}
             case _:
                 return {}
@@ -50,7 +50,7 @@ class SensitivityPass:
 def measure_sensitivity(context: RunContext, folder: Path) -> SensitivityPass | None:
     """Measure into `folder`, or with `context.shared` into a place where later runs of the same question find it."""
     kind = context.sensitivity
-    if kind == "none":
+    if kind is SensitivityKind.NONE:
         return None
     for_widths = kind != context.method.sensitivity
     if context.shared is None:
@@ -77,13 +77,13 @@ def measure_sensitivity(context: RunContext, folder: Path) -> SensitivityPass | 
 
 def _measure(context: RunContext, folder: Path) -> Costs:
     match context.sensitivity:
-        case "none":
+        case SensitivityKind.NONE:
             raise AssertionError("nothing to measure")
-        case "scores":
+        case SensitivityKind.SCORES:
             return score_pass(context, folder)
-        case "loss":
+        case SensitivityKind.LOSS:
             return fisher_pass(context, folder)
-        case "taylor":
+        case SensitivityKind.TAYLOR:
             return taylor_pass(context, folder)
 
 
@@ -94,7 +94,7 @@ def _key(context: RunContext) -> str:
         "source": context.reader.fingerprint(),
         "windows": fingerprint(context.windows),
         "sensitivity": context.sensitivity,
-        "score": None if context.sensitivity == "loss" else context.score,
+        "score": None if context.sensitivity is SensitivityKind.LOSS else context.score,
         "kinds": context.kinds,
         "head_units": recipe.head_units,
         "damping": context.damping,

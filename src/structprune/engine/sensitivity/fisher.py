@@ -84,7 +84,7 @@ def _scores(
         a = sums.pop(group.name)
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(context, block, group, tensors, [moments])
-        add_cost(found, group, ascending(SCORES.get(context.score)(problem), group.partitions))
+        add_cost(found, group, ascending(SCORES.get(context.score).score(problem), group.partitions))
     return on_host(found)
 
 

@@ -52,7 +52,7 @@ def taylor_pass(context: RunContext, folder: Path) -> Costs:
             costs: dict[str, Tensor] = {}
             for group in context.groups(block):
                 problem = layer_problem(context, block, group, tensors, [], Sensitivity(taylor=sums[group.name]))
-                add_cost(costs, group, ascending(SCORES.get(context.score)(problem), group.partitions))
+                add_cost(costs, group, ascending(SCORES.get(context.score).score(problem), group.partitions))
             return {f"{name}.{field}": getattr(s, field) for name, s in sums.items() for field in _SUMS}, costs
 
         return found

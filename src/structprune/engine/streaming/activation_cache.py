@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
-from structprune.solvers import ITERATIVE
+from structprune.solvers import SOLVERS
 from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 
@@ -27,7 +27,7 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
     def finished_so(kind: UnitKind) -> bool:
         groups = [group for block in stock.layout.blocks for group in block.groups_of(kind)]
         alone = len(stock.stage_of(kind)) == 1 and all(group.expert is None for group in groups)
-        moves_producers = kind == "mlp" and solver in ITERATIVE
+        moves_producers = kind == "mlp" and "producers" in SOLVERS.get(solver).changes
         return alone and not moves_producers and not any(group.output_normed for group in groups)
 
     return tuple(kind for kind in UNIT_KINDS if kind in kinds and finished_so(kind))

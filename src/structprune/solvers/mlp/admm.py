@@ -20,6 +20,7 @@ from torch import Tensor
 
 from structprune.linalg.cholesky import DampedCholesky, damped_cholesky
 from structprune.linalg.gram_products import energy
+from structprune.solvers.least_squares import judged_least_squares
 from structprune.solvers.mlp.block import (
     CHUNK_TOKENS,
     MlpSolution,
@@ -39,6 +40,7 @@ from structprune.solvers.mlp.updates import (
     update_affine,
     update_p,
 )
+from structprune.solvers.solver import Solver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,3 +324,13 @@ def _refit_down(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions) -> 
     moments.add_up(tokens)
     factor = moments.factor(options.damping, "refit of the consumer on its real inputs")
     return moments.refit(factor), factor
+
+
+ADMM = Solver(
+    solve=judged_least_squares,
+    propose=solve_mlp,
+    reads={"gram", "tokens"},
+    changes={"consumer", "producers"},
+    num_latents=2,
+)
+ADMM_DUALS = replace(ADMM, propose=solve_mlp_with_duals, num_latents=5)

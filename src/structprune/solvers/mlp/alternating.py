@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky
+from structprune.solvers.least_squares import judged_least_squares
 from structprune.solvers.mlp.block import CHUNK_TOKENS, MlpSolution, MlpTokens, MlpWeights, block_error, zero_sum
 from structprune.solvers.mlp.iterate import IterateOptions, IterativeSolver, iterate
 from structprune.solvers.mlp.updates import Affine, update_affine
+from structprune.solvers.solver import Solver
 
 _MAX_HALVINGS = 4
 
@@ -180,3 +182,12 @@ def _update_down(tokens: MlpTokens, weights: MlpWeights, options: AlternatingOpt
     tokens.add_up(gram_AA)
     tokens.add_up(residual_DA)
     return update_affine(down, residual_DA, damped_cholesky(gram_AA, options.damping, "refit of the consumer"))
+
+
+ALTERNATING = Solver(
+    solve=judged_least_squares,
+    propose=alternate,
+    reads={"gram", "tokens"},
+    changes={"consumer", "producers"},
+    num_latents=1,
+)

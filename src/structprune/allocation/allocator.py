@@ -1,0 +1,24 @@
+"""What an allocator is: the function, what it compares blocks by, and what it holds itself to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from structprune.allocation.budget import AllocationOptions, BlockBudget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocator:
+    """A choice of how many units each block keeps."""
+
+    allocate: Callable[[Sequence[BlockBudget], AllocationOptions], list[int]]
+    """(unit groups of all blocks, settings) -> units to keep of each."""
+    compares: Literal["none", "scores", "loss"]
+    """What it reads of each unit as `cost_U`: nothing, its score, or what its removal adds to the loss."""
+    even: bool = False
+    """Whether blocks of one width keep one width, so that a config without entries per block describes the result. Such
+    an allocator removes no sublayer."""
+    bounded: bool = True
+    """Whether it holds each group between the least and the largest share of its units that the settings name."""
