@@ -2,6 +2,8 @@
 
 Rooms, lowest first: `ranks/` processes that share a run; `planning/` bytes before work; `run/` a run's inputs,
 identity and end; `streaming/` hidden states through one block; `layerwise/` one block's problem, decided and solved;
-`sensitivity/` what a removal costs the loss; `passes.py` the one loop over blocks; `pipelines/` what runs on it. Read first: `resolve.py`, what is decided before a
-weight is read; then `pipelines/units.py`, the loop that most methods use.
+`sensitivity/` what a removal costs the loss; `passes.py` the one loop over blocks; `pipelines/` what runs on it.
+
+Read first: `resolve.py`, what is decided before a weight is read; then `passes.py`; then `pipelines/units.py`, the pass
+that most methods use.
 """
