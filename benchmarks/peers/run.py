@@ -29,7 +29,7 @@ from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.calibration.sources.file import read_text
-from structprune.exporters.uniform import write_companions
+from structprune.checkpoint.folder import write_companions
 from structprune.memory import PeakMeter
 
 Peer = Callable[[Any, Tensor, float], None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
-from structprune.files import expand_user
+from structprune.files import check_path, expand_user, make_folder, read_json
 from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
@@ -43,6 +42,9 @@ from structprune.runs.directory import RunDirectory, check_absent
 from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
 from structprune.types import ModelLayout
+
+# An export is written beside its place first, under a longer name.
+_EXPORT_SPARE = len("..tmp-4194304")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +295,9 @@ def export(
     if dtype not in ("stored", *EXPORT_DTYPES):
         raise InputError("unknown --dtype", got=dtype, wanted=f"stored, {', '.join(EXPORT_DTYPES)}")
     path = expand_user(str(output))
+    check_path(path, "the export", spare=_EXPORT_SPARE)
     check_absent(path)
+    make_folder(path.parent, "the export")
     directory = resolve_model(str(model))
     reader = CheckpointReader(directory)
 
@@ -320,7 +324,7 @@ def _source_gguf(model: str, directory: Path) -> Path | None:
     report = directory / REPORT_NAME
     source = model
     if report.is_file():
-        source = json.loads(report.read_text(encoding="utf-8")).get("source", model)
+        source = str(read_json(report).get("source", model))
     return gguf_file(source)
 
 

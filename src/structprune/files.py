@@ -7,12 +7,21 @@ import errno
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from structprune.errors import CheckpointError, InputError, StructPruneError, first_line
+
 _CHUNK_BYTES = 2**20
+# Bytes of a path and of one name in it, on Linux.
+_MAX_PATH, _MAX_NAME = 4095, 255
+# A file of settings or of a model's description; the largest real ones, indices of 100,000 tensors, have a tenth.
+_JSON_BYTES = 128 * 2**20
+# Their files say that they are empty, and some never end.
+_KERNEL_FOLDERS = (Path("/proc"), Path("/sys"))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,6 +41,84 @@ def atomic_path(path: Path) -> Generator[Path]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_regular(path: Path, kind: type[StructPruneError] = InputError) -> None:
+    """Raise `kind` for a pipe, a device, a socket or a file of the kernel: reading it may never end.
+
+    Raises OSError where there is nothing, or nothing that may be looked at.
+    """
+    mode = path.stat().st_mode
+    named = {stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISSOCK: "a socket"}
+    got = next((name for is_such, name in named.items() if is_such(mode)), None)
+    if got is None and stat.S_ISREG(mode) and any(map(path.resolve().is_relative_to, _KERNEL_FOLDERS)):
+        got = "a file of the kernel"
+    if got is not None:
+        raise kind(
+            "the file has no size and may have no end",
+            where=str(path),
+            got=got,
+            wanted="a file on a disk",
+            do="save its content as a file first",
+        )
+
+
+def check_path(path: str | Path, what: str, *, spare: int = 0) -> None:
+    """Raise InputError for a path that no file can have, or whose name cannot be written into a report.
+
+    `what` names it in the message; `spare` bytes are added to its last part by endings such as `.partial`.
+    """
+    text = str(path)
+    shown = os.fsencode(text).decode("utf-8", "backslashreplace") if "\0" not in text else text.replace("\0", "\\0")
+    problem = None
+    if any("\ud800" <= character <= "\udfff" for character in text) or "\0" in text:
+        problem = "is not text in UTF-8"
+    elif len(os.fsencode(text)) > _MAX_PATH or any(
+        len(os.fsencode(part)) + (spare if part == Path(text).name else 0) > _MAX_NAME for part in Path(text).parts
+    ):
+        problem = "is too long"
+    if problem is not None:
+        raise InputError(f"the name of {what} {problem}", got=shown[:200], do="rename it, or choose another name")
+
+
+def plain_name(name: str) -> str:
+    """Return a name that neither Markdown nor HTML reads as anything else: other characters as an underscore.
+
+    Names of files and models come from outside and may hold line breaks, tags and links.
+    """
+    return re.sub(r"[^\w .,:;@/+()%=#~'\"-]", "_", name)
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Make a folder and those above it, where they are not there. Raises InputError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder of {what} cannot be made", where=str(path), got=error.strerror, do="choose another place"
+        ) from None
+
+
+def read_json(path: Path, *, do: str | None = None) -> dict[str, Any]:
+    """Read the JSON object in a regular file of bounded size. Raises CheckpointError that says what is wrong."""
+    try:
+        check_regular(path, CheckpointError)
+        size = path.stat().st_size
+        if size > _JSON_BYTES:
+            raise CheckpointError(
+                "the file is too large for what it describes",
+                where=str(path),
+                got=f"{size:,} bytes",
+                wanted=f"at most {_JSON_BYTES:,}",
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("the file is missing", where=str(path), do=do) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("the file cannot be read as JSON", where=str(path), got=first_line(error)) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("the file does not hold a JSON object", where=str(path), got=type(value).__name__)
+    return value
 
 
 def expand_user(path: str) -> Path:

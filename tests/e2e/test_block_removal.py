@@ -19,12 +19,13 @@ from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.units import compact, remove_sublayer
+from structprune.checkpoint.folder import write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.engine.pipelines.units_settings import unit_settings
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
-from structprune.exporters.uniform import uniform_config, write_companions
+from structprune.exporters.uniform import uniform_config
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 from structprune.types import UNIT_KINDS

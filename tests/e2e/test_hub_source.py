@@ -27,6 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "org/tiny"
 OLD, NEW = "1" * 40, "2" * 40
+# What a repository holds beside the files that are read: the same weights again, code; and what goes with the licence.
+UNREAD = ("weights.bin", "consolidated.safetensors", "model-extra.safetensors", "model.onnx", "modeling_other.py")
+LICENCES = ("NOTICE", "Notice.txt", "USE_POLICY.md", "LICENSE.txt", "tekken.json", "qwen.tiktoken")
 
 
 def handler(commits: dict[str, Path], names: dict[str, str]) -> type[BaseHTTPRequestHandler]:
@@ -71,7 +74,10 @@ def handler(commits: dict[str, Path], names: dict[str, str]) -> type[BaseHTTPReq
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> Generator[dict[str, Path]]:
     """Two commits of one model: main has several shards and bfloat16, the tag v1 and the branch refs/pr/3 one file."""
     new = save_tiny("llama", tmp_path / "new", max_shard_size="20KB", dtype=torch.bfloat16)
-    (new / "weights.bin").write_bytes(b"never fetched")
+    for name in UNREAD:
+        (new / name).write_bytes(b"never fetched")
+    for name in LICENCES:
+        (new / name).write_text(name)
     commits = {OLD: tiny_llama, NEW: new}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     names = {"main": NEW, "v1": OLD, "refs/pr/3": OLD}
@@ -103,7 +109,9 @@ def test_a_revision_is_pruned(hub: dict[str, Path], text_file: Path, tmp_path: P
     report = prune(f"{NAME}@v1", recipe, tmp_path / "out")
     assert report.source == f"{NAME}@v1"
     assert report.size.bytes_before == CheckpointReader(hub[OLD]).file_bytes
+    assert report.source_commit == OLD
     card = (tmp_path / "out" / README_NAME).read_text()
+    assert f"Made from commit `{OLD}` of its source." in card
     assert f"base_model: {NAME}\n" in card
     assert f"`{NAME}@v1`, made smaller" in card
 
@@ -138,3 +146,12 @@ def test_what_the_hub_does_not_have(
         main(["inspect", model])
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"structprune: {message}\n"
+
+
+def test_each_weight_once_and_all_that_goes_with_the_licence(hub: dict[str, Path]) -> None:
+    """Of the weight files those that the index names; other copies of them, and code, stay on the hub."""
+    fetched = resolve_model(NAME)
+    names = {path.name for path in fetched.iterdir()}
+    assert names >= {*LICENCES, *CheckpointReader(hub[NEW]).weight_files, "config.json", "tokenizer.json"}
+    assert not names & set(UNREAD)
+    assert names == {path.name for path in hub[NEW].iterdir()} - set(UNREAD)

@@ -18,11 +18,11 @@ from structprune.architectures.modeling.per_layer import MODELING_NAME
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.units import compact
+from structprune.checkpoint.folder import write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.per_layer import per_layer_config, write_modeling_file
-from structprune.exporters.uniform import write_companions
 from structprune.recipe import Recipe
 from structprune.types import BlockLayout, HeadUnits
 from support.models import save_tiny

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -314,10 +315,43 @@ def test_another_recipe_is_refused(halted: Halted) -> None:
 def test_another_source_is_refused(halted: Halted) -> None:
     weights = halted.source / "model.safetensors"
     flip_a_bit(weights)
-    assert "from another source checkpoint (a file was written since); got model.safetensors" in refused(halted)
+    assert "from another source checkpoint (a file holds something else); got model.safetensors" in refused(halted)
     config = halted.source / "config.json"
     config.write_text(config.read_text().replace('"bos_token_id": 0', '"bos_token_id": 1'))
     assert "started from another source checkpoint; got" in refused(halted)
+
+
+def test_the_same_source_under_another_time(halted: Halted) -> None:
+    """What counts is what the files hold."""
+    (halted.source / "model.safetensors").touch()
+    resume(halted.output)
+    assert content(halted.output) == halted.whole
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_replaced_file_with_the_old_time_is_refused(halted: Halted, name: str) -> None:
+    path = halted.source / name
+    old = path.stat()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + (b" " if data[-1:] != b" " else b"\n"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
+    assert f"(a file holds something else); got {name}" in refused(halted)
+
+
+def test_a_changed_text_is_refused(halted: Halted) -> None:
+    """One that is gone is not asked for: the windows are kept."""
+    assert halted.asked.calibration is not None
+    path = Path(halted.asked.calibration)
+    text = path.read_text()
+    try:
+        path.write_text(text[::-1])
+        assert "on another calibration text (the file holds something else)" in refused(halted)
+        path.unlink()
+        resume(halted.output)
+    finally:
+        path.write_text(text)
+    assert content(halted.output) == halted.whole
 
 
 def test_another_version_is_refused(halted: Halted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from structprune.errors import CheckpointError, DiskFullError, InputError, NumericalError, StructPruneError
-from structprune.runs.directory import RunDirectory
+from structprune.runs.directory import REJECTED_NAME, RunDirectory
 from structprune.runs.journal import JOURNAL_NAME
 
 # Works on the output named by its argument and is killed before it ends.
@@ -25,6 +25,17 @@ with RunDirectory(Path(sys.argv[1])) as run:
     (run.checkpoint / "shard").write_text("half")
     (run.checkpoint / ".next.tmp-1").write_text("torn")
     (run.staging / "hidden.bin").write_text("states")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+# The same before the first step: nothing is there but what is made on the way to it.
+_KILLED_EARLY = """
+import os, signal, sys
+from pathlib import Path
+from structprune.runs.directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])) as run:
+    run.checkpoint.mkdir()
+    (run.staging / "windows.safetensors").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -140,7 +151,7 @@ def test_partial_of_a_killed_run_is_found(output: Path, tmp_path: Path) -> None:
 
 
 def test_killed_before_the_first_step_is_no_run(output: Path, tmp_path: Path) -> None:
-    killed = python(_KILLED.replace('run.begin(recipe="old")', "run.checkpoint.mkdir()"), output)
+    killed = python(_KILLED_EARLY, output)
     assert killed.returncode == -9, killed.stderr
     assert RunDirectory(output).peek() is None
     with RunDirectory(output) as run:
@@ -328,8 +339,34 @@ def test_link_in_a_stale_partial_is_removed_and_not_followed(output: Path, tmp_p
     (tmp_path / "real" / "data").write_text("mine", encoding="utf-8")
     stale = tmp_path / "out.partial"
     stale.mkdir()
-    (stale / JOURNAL_NAME).touch()
+    (stale / JOURNAL_NAME).write_text('{"step": "start"')  # torn
     (stale / "link").symlink_to(tmp_path / "real")
     assert python(_SECOND, output).stdout == "entered\n"
     assert names(stale) == [JOURNAL_NAME]
     assert names(tmp_path / "real") == ["data"]
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [b"my notes\n", b'{"step": 10, "loss": 2.5}\n', b"", b"\x00\xff", b'[{"step": "windows"}]\n'],
+)
+def test_a_folder_of_the_user_is_left_alone(output: Path, journal: bytes) -> None:
+    """Somebody else's file may be called journal.jsonl; only a run's first line makes the folder a run's."""
+    partial = output.with_name("out.partial")
+    partial.mkdir()
+    (partial / JOURNAL_NAME).write_bytes(journal)
+    (partial / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="the working directory exists and is not a run's"), RunDirectory(output):
+        pass
+    assert (partial / "thesis.txt").read_text() == "mine"
+    assert (partial / JOURNAL_NAME).read_bytes() == journal
+
+
+def test_rejected_output_of_somebody_else(output: Path) -> None:
+    rejected = output.with_name("out.rejected")
+    rejected.mkdir()
+    (rejected / REJECTED_NAME).write_text('{"reason": "bad grammar"}')
+    with pytest.raises(InputError, match="the directory of rejected output exists and is not a run's"):
+        RunDirectory(output).check()
+    (rejected / REJECTED_NAME).write_text('{"got": "a", "wanted": "b"}')
+    RunDirectory(output).check()

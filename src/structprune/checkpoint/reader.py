@@ -15,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
 from structprune.errors import CheckpointError, NumericalError, first_line
+from structprune.files import check_regular, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,7 +59,9 @@ class CheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = self._read_json(directory / "config.json", "every Hugging Face checkpoint has a config.json")
+        check_folder(directory)
+        self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
+        check_names_no_code(self.config, str(directory / "config.json"))
         self._pieces: dict[str, _Piece] = {}
         self.notes: tuple[str, ...] = ()
         """What was found in the files that a person should know, a sentence each."""
@@ -121,17 +125,6 @@ class CheckpointReader:
             name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
         return name
 
-    def _read_json(self, path: Path, do: str) -> dict[str, Any]:
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError("the file is missing", where=str(path), do=do) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError("the file cannot be read as JSON", where=str(path), got=str(error)) from None
-        if not isinstance(value, dict):
-            raise CheckpointError("the file does not hold a JSON object", where=str(path), got=type(value).__name__)
-        return value
-
     def _locate(self) -> dict[str, Path]:
         index_path = self.directory / INDEX_NAME
         single_path = self.directory / SINGLE_NAME
@@ -140,7 +133,7 @@ class CheckpointReader:
             with self._open(single_path, "np") as handle:
                 return dict.fromkeys(handle.keys(), single_path)
         if index_path.exists():
-            weight_map = self._read_json(index_path, "").get("weight_map")
+            weight_map = read_json(index_path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(
                     "the index has no weight_map", where=str(index_path), do="download the checkpoint again"
@@ -201,6 +194,7 @@ class CheckpointReader:
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
         """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
         try:
+            check_regular(path, CheckpointError)
             return safe_open(str(path), framework=framework)
         except FileNotFoundError:
             raise CheckpointError(
@@ -264,6 +258,11 @@ class CheckpointReader:
         names = {path.name for path in self._shard_of.values()}
         announced = [int(match[1]) for name in names if (match := re.search(r"-of-(\d{1,5})\.", name))]
         return len(names), max(announced, default=len(names))
+
+    @property
+    def weight_files(self) -> set[str]:
+        """Names of the files that hold the tensors."""
+        return {path.name for path in self._shard_of.values()}
 
     def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in the stored one.
@@ -342,10 +341,10 @@ class CheckpointReader:
             digest.update(f"{path.name}{path.stat().st_size}".encode())
         return digest.hexdigest()
 
-    def stamps(self) -> dict[str, list[int]]:
-        """Size and time of the last change, in nanoseconds, of each weight file."""
-        files = {path.name: path.stat() for path in sorted(set(self._shard_of.values()))}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+    @property
+    def content_files(self) -> list[Path]:
+        """Everything that an output depends on: weights, config and the tokenizer's files."""
+        return [*sorted(set(self._shard_of.values())), *read_files(self.directory)]
 
 
 def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

@@ -28,6 +28,7 @@ from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
 from structprune.cli.command import Command, Group
+from structprune.cli.streams import forgiving_streams
 from structprune.errors import StructPruneError
 from structprune.ranks import launched, refuse_ranks
 
@@ -66,10 +67,18 @@ def _root(context: typer.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `structprune` command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    code: str | int | None = None
+    with forgiving_streams():
+        code = _run(arguments)
+    _leave(code)
+
+
+def _run(arguments: list[str]) -> str | int | None:
+    """Run the command and return its exit code; what went wrong is said on standard error."""
     try:
         app(args=arguments, prog_name="structprune")
     except SystemExit as error:
-        _leave(error.code)
+        return error.code
     except StructPruneError as error:
         if error.elsewhere:
             # The one that tells it is to end first: launchers interrupt the others then.
@@ -78,7 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "--json" in arguments:
                 print(json.dumps(error.to_dict()))
             print(f"structprune: {error}", file=sys.stderr)
-        _leave(2)
+        return 2
+    except OSError as error:
+        # A disk, a right or a network file system: no fault of the program, and its traceback helps nobody.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"structprune: {where}{error.strerror or error}.", *getattr(error, "__notes__", ()), file=sys.stderr)
+        return 2
+    return 0
 
 
 def _leave(code: str | int | None) -> NoReturn:

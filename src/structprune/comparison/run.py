@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from structprune.engine.resolve import ResolvedRun, check
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.errors import InputError, StructPruneError
-from structprune.files import write_json, write_text
+from structprune.files import check_path, make_folder, write_json, write_text
 from structprune.memory import unbounded_environment
 from structprune.methods import METHODS
 from structprune.observer import Observer
@@ -35,6 +36,8 @@ from structprune.results.comparison import RESULT_NAME, Comparison, Failure, Tex
 
 CSV_NAME = "comparison.csv"
 _WORK_NAME = "work"
+_KEPT_NAME = "checkpoints"
+_MARK_NAME = ".structprune"
 _SHARED_NAME = "shared"
 
 
@@ -67,8 +70,10 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
     """
     if request.plots:
         check_matplotlib()
+    check_path(output, "the comparison")
+    _check_ours(output)
     comparison, cells = _prepare(request)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "the comparison")
     with _locked(output):
         comparison = _resumed(comparison, cells, output)
         done = {cell.key for cell in comparison.cells}
@@ -224,9 +229,9 @@ def _shown(value: Any) -> str:
 def _in_processes(spec: CellSpec, output: Path, *, keep: bool) -> CellResult:
     """Run the cell's steps and wait for them. Raises KeyboardInterrupt if they were interrupted."""
     work = output / _WORK_NAME
-    work.mkdir(exist_ok=True)
-    folder = output / "checkpoints" if keep else work
-    folder.mkdir(exist_ok=True)
+    _made_here(work)
+    folder = output / _KEPT_NAME if keep else work
+    _made_here(folder)
     checkpoint = folder / spec.output
     _discard(checkpoint)
     spec = spec.model_copy(update={"output": checkpoint, "shared": work / _SHARED_NAME})
@@ -242,6 +247,25 @@ def _in_processes(spec: CellSpec, output: Path, *, keep: bool) -> CellResult:
     if not keep or result.failure is not None:
         _discard(checkpoint)
     return result
+
+
+def _check_ours(output: Path) -> None:
+    """Raise InputError where folders that a comparison empties are there already and are not a comparison's."""
+    if (output / RESULT_NAME).is_file():
+        # Read before anything is removed, and refused if it is none of ours.
+        return
+    for name in (_WORK_NAME, _KEPT_NAME):
+        folder = output / name
+        if os.path.lexists(folder) and not (folder / _MARK_NAME).is_file():
+            raise InputError(
+                "a folder that a comparison would use is there already", where=str(folder), do="choose another -o"
+            )
+
+
+def _made_here(folder: Path) -> None:
+    """Make the folder, marked as a comparison's own."""
+    folder.mkdir(exist_ok=True)
+    (folder / _MARK_NAME).touch()
 
 
 def _in_a_process(spec: CellSpec, work: Path) -> CellResult:

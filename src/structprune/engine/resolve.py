@@ -10,6 +10,7 @@ import torch
 from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
@@ -18,7 +19,7 @@ from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.device import device_budget, resolve_device, resolve_dtype
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import UnsupportedError
-from structprune.files import expand_user
+from structprune.files import check_path, expand_user
 from structprune.memory import available_bytes
 from structprune.methods import METHODS
 from structprune.methods.method import Method, SensitivityKind
@@ -51,6 +52,8 @@ class ResolvedRun:
 
 def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRun:
     """Everything that can be checked from headers and settings. Raises a subclass of StructPruneError."""
+    if recipe.calibration is not None:
+        check_path(recipe.calibration, "the text file")
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory)
@@ -66,6 +69,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
                 where=str(directory),
                 do="prune the dense model, or a model sliced with --structure uniform",
             )
+        check_needed(directory, sort_files(directory, stock.reader.weight_files))
         opened.append((directory, stock))
 
     # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.

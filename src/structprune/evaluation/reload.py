@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from structprune.architectures.stock.loading import has_own_modeling_file, without_global_width_warnings
+from structprune.architectures.stock.loading import (
+    check_runs_ours_only,
+    has_own_modeling_file,
+    without_global_width_warnings,
+)
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError, first_line
 from structprune.files import write_text
@@ -97,6 +101,8 @@ def reload_here(spec: ReloadSpec) -> ReloadResult:
     dtype = getattr(torch, spec.dtype)
     try:
         own = has_own_modeling_file(spec.directory)
+        if own:
+            check_runs_ours_only(spec.directory)
         # Without weights; the classes count as libraries.
         model = _empty_model(spec.directory, dtype, own)
         with PeakMeter() as meter:
@@ -148,7 +154,7 @@ class _NotStreamableError(Exception):
 def _empty_model(directory: Path, dtype: torch.dtype, own: bool) -> Any:
     """The model as stock code builds it, without storage for its parameters."""
     with without_global_width_warnings(), _parameters_on_meta():
-        config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own).eval()
 
 

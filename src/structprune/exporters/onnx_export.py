@@ -26,10 +26,10 @@ from torch import Tensor
 
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.folder import carry_over, sort_files
 from structprune.errors import InputError, NumericalError, UnsupportedError, first_line
 from structprune.exporters.export import ExportRequest, ExportResult
-from structprune.exporters.uniform import copy_companions
-from structprune.files import sync_directory
+from structprune.files import make_folder, sync_directory
 from structprune.runs.directory import check_free_disk
 
 GRAPH_NAME = "model.onnx"
@@ -56,14 +56,15 @@ def export_onnx(request: ExportRequest) -> ExportResult:
     request.start(3)
     model = load_model(request.reader.directory, torch.device("cpu"), torch.float32)
     request.advance("load")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent, "the export")
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         _trace(model, staging)
         request.advance("trace")
         _check_logits(model, staging)
         request.advance("compare")
-        copy_companions(request.reader.directory, staging)
+        source = request.reader.directory
+        carry_over(source, staging, sort_files(source, request.reader.weight_files))
         mask = os.umask(0)
         os.umask(mask)
         staging.chmod(0o777 & ~mask)

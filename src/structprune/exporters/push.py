@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError, first_line
+from structprune.files import read_json
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -29,7 +29,7 @@ def push(
     `report_name` is the file that a finished run leaves. Raises CheckpointError for a directory that is not such a
     run's, InputError for a repository that cannot be written.
     """
-    report = _checked(directory, report_name)
+    message = _checked(directory, report_name)
     api = HfApi()
     try:
         # `private=False` would override what an organisation has set.
@@ -45,7 +45,7 @@ def push(
             repo_id=repo_id,
             folder_path=directory,
             revision=revision,
-            commit_message=f"{report['method']}: {report['size']['removed_share_of_model']:.1%} of the model removed",
+            commit_message=message,
             # Leftovers of programs that write beside their target.
             ignore_patterns=[".*"],
         )
@@ -59,23 +59,24 @@ def push(
     return str(done.commit_url)
 
 
-def _checked(directory: Path, report_name: str) -> dict[str, Any]:
-    """The report of a finished run whose files are all there."""
+def _checked(directory: Path, report_name: str) -> str:
+    """Return the commit's message, from the report of a finished run whose files are all there."""
     path = directory / report_name
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             "the directory is not a finished output of structprune",
             where=str(directory),
             got=f"no {report_name}",
             do="push what `structprune prune` wrote; other directories upload with `hf upload`",
-        ) from None
-    except ValueError as error:
-        raise CheckpointError("the report cannot be read", where=str(path), got=str(error)) from None
+        )
+    report = read_json(path)
+    size: Any = report.get("size")
+    share = size.get("removed_share_of_model") if isinstance(size, dict) else None
+    if not isinstance(share, float | int) or not isinstance(report.get("method"), str):
+        raise CheckpointError("the report is not as it was written", where=str(path))
     # Headers of every shard that the index names.
     CheckpointReader(directory)
-    return report
+    return f"{report['method']}: {share:.1%} of the model removed"
 
 
 def _refusal(error: Exception, repo_id: str) -> InputError:

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.errors import UnsupportedError
-from structprune.files import write_json
 from structprune.types import UnitGroup
-
-# What travels beside the weights: tokenizer, chat template, generation defaults, licence.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-)
 
 
 def uniform_config(
@@ -50,17 +33,3 @@ def uniform_config(
         if kept[group.kind] != group.num_units:
             result |= group.fixed_fields
     return family.resized(result)
-
-
-def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json and copy the tokenizer, generation config, chat template and licence."""
-    write_json(target / "config.json", config)
-    copy_companions(source, target)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, generation config, chat template and licence."""
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from structprune.errors import InputError
+from structprune.files import check_path, check_regular
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.fields import (
     DEFAULT_SHARD_BYTES,
@@ -66,7 +67,7 @@ class Recipe(BaseModel):
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
-        default=0, ge=0, description="seed of the draw of windows, and of method random"
+        default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows, and of method random"
     )
     multiple_of: Annotated[int | None, Flag(Group.ADVANCED, unset="32; 128 in wide models")] = Field(
         default=None, ge=1, description="kept units per block are a multiple of this"
@@ -147,8 +148,12 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
+        check_path(path, "the recipe file")
         try:
+            check_regular(path)
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError("the recipe file does not exist", where=str(path)) from None
         except Exception as error:

@@ -76,7 +76,9 @@ class RecoverySettings(BaseModel):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
-    seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=0, ge=0, description="seed of the draw of windows")
+    seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
+        default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows"
+    )
     max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED)] = Field(
         default=DEFAULT_SHARD_BYTES,
         ge=1,

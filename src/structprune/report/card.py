@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
@@ -34,7 +35,8 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["pruned", "structured-pruning", "structprune", report.method])),
     }
-    name, origin = Path(report.output).name, report.source if hub_id else Path(report.source).name
+    name = plain_name(Path(report.output).name)
+    origin = plain_name(report.source if hub_id else Path(report.source).name)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
@@ -146,7 +148,7 @@ def _making(report: PruneReport) -> str:
         mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
     )
     if recipe["calibration"]:
-        recipe["calibration"] = Path(recipe["calibration"]).name
+        recipe["calibration"] = plain_name(Path(recipe["calibration"]).name)
     text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)
     calibration, check = report.calibration, report.reload
     checked = "It was not loaded for a check."
@@ -156,9 +158,11 @@ def _making(report: PruneReport) -> str:
             f"{'' if check.mode == 'whole' else ', module by module'}: the logits at {check.num_positions} positions "
             f"differ by {check.relative_difference:.1e} (relative) from those of the pruning run."
         )
+    commit = f"Made from commit `{report.source_commit}` of its source. " if report.source_commit else ""
     return (
-        f"Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens ({calibration.description}). "
-        f"{checked} Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
+        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens "
+        f"({plain_name(calibration.description)}). {checked} "
+        "Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
         f"The recipe, resolved:\n\n```yaml\n{text}```"
     )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from structprune.errors import InputError
-from structprune.files import write_text
+from structprune.files import check_regular, write_text
 from structprune.report.comparison_page import COMPARISON_PAGE_NAME, comparison_page
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.plots import check_matplotlib, plot_comparison, plot_report
@@ -33,20 +33,31 @@ def rebuild(directory: Path, measured: Sequence[Path] = (), *, png: bool = False
     if (directory / REPORT_NAME).is_file():
         report = read_report(directory)
         page = directory / PAGE_NAME
-        write_text(page, prune_page(report, [_read_measured(path) for path in measured]))
+        given = [_read_measured(path) for path in measured]
+        write_text(page, _drawn(lambda: prune_page(report, given), directory / REPORT_NAME))
         return [page, *(plot_report(report, directory) if png else ())]
     if (directory / RESULT_NAME).is_file():
         if measured:
             raise InputError("a comparison has its own measurements", got="--with", wanted="a pruned model's directory")
         comparison = _validated(directory / RESULT_NAME, Comparison, COMPARISON_VERSION)
         page = directory / COMPARISON_PAGE_NAME
-        write_text(page, comparison_page(comparison))
+        write_text(page, _drawn(lambda: comparison_page(comparison), directory / RESULT_NAME))
         return [page, *(plot_comparison(comparison, directory) if png and comparison.cells else ())]
     raise InputError(
         "the directory holds no report",
         where=str(directory),
         wanted=f"{REPORT_NAME} of `structprune prune`, or {RESULT_NAME} of `structprune compare`",
     )
+
+
+def _drawn(page: Callable[[], str], source: Path) -> str:
+    """Draw the page; raises InputError where numbers of the file, such as sizes of zero, allow none."""
+    try:
+        return page()
+    except (ArithmeticError, ValueError) as error:
+        raise InputError(
+            "the file holds numbers that no run writes", where=str(source), got=str(error) or type(error).__name__
+        ) from None
 
 
 def read_report(directory: Path) -> PruneReport:
@@ -87,6 +98,7 @@ def _validated(path: Path, model: type[_Model], version: int) -> _Model:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError("the file cannot be read as JSON", where=str(path), got=str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from structprune.files import plain_name
 from structprune.results.frozen import Frozen
 from structprune.results.schema import MemoryReport, ReloadReport
 
@@ -112,8 +113,9 @@ def recovery_card(report: RecoveryReport) -> str:
     windows = sum(text.held_out_windows for text in report.texts)
     return (
         "## Recovery\n\n"
-        f"After pruning the weights learned from `{Path(report.teacher).name}` (mode `{report.settings['mode']}` of "
-        f"structprune {report.versions['structprune']}, {report.tokens:,} tokens, {report.description}). On {windows} "
+        f"After pruning the weights learned from `{plain_name(Path(report.teacher).name)}` (mode "
+        f"`{report.settings['mode']}` of structprune {report.versions['structprune']}, {report.tokens:,} tokens, "
+        f"{plain_name(report.description)}). On {windows} "
         f"held-out windows of {report.seq_len} tokens of that text the KL divergence from it went from "
         f"{report.before.divergence:.4f} to {report.after.divergence:.4f} nats per token, the perplexity from "
         f"{report.before.perplexity:.2f} to {report.after.perplexity:.2f} (dense {report.dense_perplexity:.2f}). "

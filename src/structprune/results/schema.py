@@ -56,9 +56,9 @@ class BlockReport(Frozen):
 class SizeReport(Frozen):
     """Parameters and bytes, before and after."""
 
-    parameters_before: int
+    parameters_before: int = Field(gt=0)
     parameters_after: int
-    bytes_before: int
+    bytes_before: int = Field(gt=0)
     bytes_after: int
     removed_share_of_scope: float
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
@@ -150,6 +150,16 @@ class RuntimeReport(Frozen):
     reason: str
 
 
+class FilesReport(Frozen):
+    """What became of the files beside the weights that were read; folders end in a slash."""
+
+    carried: list[str]
+    """Copied as they are."""
+    rewritten: list[str]
+    left_out: dict[str, str]
+    """Name -> reason."""
+
+
 class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
@@ -157,6 +167,8 @@ class PruneFacts(Frozen):
     output: str
     source: str
     source_fingerprint: str
+    source_commit: str | None = None
+    """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
     family: str
     method: str
     recipe: Recipe
@@ -174,6 +186,10 @@ class PruneFacts(Frozen):
     runtimes: list[RuntimeReport]
     notes: tuple[str, ...] = ()
     """What was found in the source that a person should know, a sentence each."""
+    files: FilesReport | None = None
+    """None in reports of earlier versions."""
+    same_tokens: bool | None = None
+    """Whether the output's tokenizer gave the source's ids on a probe text; a difference ends the run instead."""
     wall_seconds: float
     versions: dict[str, str]
 

@@ -27,7 +27,9 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     """(name, value) of what a run did and cost."""
     size, memory, calibration = report.size, report.memory, report.calibration
     saved = 1 - size.bytes_after / size.bytes_before
+    commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
     return [
+        *commit,
         (
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
@@ -51,9 +53,20 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
+        *_beside_the_weights(report),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:
+    """Name the files that the source had beside its weights; nothing in reports of earlier versions."""
+    if report.files is None:
+        return []
+    left = "; ".join(f"{name} ({reason})" for name, reason in report.files.left_out.items())
+    carried = f"{len(report.files.carried)} files carried over, left out: {left or 'none'}"
+    same = [("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []
+    return [("beside the weights", carried), *same]
 
 
 def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:

@@ -12,7 +12,15 @@ from types import TracebackType
 from typing import Any
 
 from structprune.errors import CheckpointError, DiskFullError, InputError, RankError, StructPruneError
-from structprune.files import is_disk_full, remove_temporaries, sync_directory, write_json
+from structprune.files import (
+    check_path,
+    is_disk_full,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    sync_directory,
+    write_json,
+)
 from structprune.memory import format_budget, format_bytes
 from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import JOURNAL_NAME, Journal, read_journal, silent
@@ -20,8 +28,13 @@ from structprune.runs.journal import JOURNAL_NAME, Journal, read_journal, silent
 REJECTED_NAME = "REJECTED.json"
 CHECKPOINT_NAME = "checkpoint"
 SHARDS_NAME = "shards"
+_EARLY_FOLDERS = (CHECKPOINT_NAME, SHARDS_NAME)
+WINDOWS_NAME = "windows.safetensors"
 _PARTIAL = ".partial"
+_SPARE = len(".rejected")
 _START, _COMMIT = "start", "commit"
+# What a run's journal begins with, as bytes: a damaged first line is still known by them.
+_FIRST_LINES = (b'{"step": "windows"', b'{"step": "start"')
 
 
 class RunDirectory:
@@ -29,7 +42,8 @@ class RunDirectory:
 
     Raises InputError if `output` exists, or if another live process works on the same output. The state of a run that
     was cut stays in the staging directory, and the next process that enters finds it in the journal; without a first
-    step there is none, and the directory is emptied. A directory of that name without a journal is refused.
+    step there is none, and the directory is emptied. A directory of that name whose journal does not begin as a run's
+    is somebody else's, and is refused.
 
     Of several ranks the first holds it, and its methods are called there only; the others read what lies in it.
     """
@@ -54,14 +68,16 @@ class RunDirectory:
         return cls(direct.output.with_name(name), notify)
 
     def check(self) -> None:
-        """Raise InputError if the output or the staging directory is in the way."""
+        """Raise InputError if the output or the staging directory is in the way, or cannot be made."""
+        # Files beside it have longer names while they are written.
+        check_path(self.output, "the output", spare=_SPARE)
         if not self.is_committed():
             check_absent(self.output, "output directory")
         if os.path.lexists(self.staging) and not self._is_ours():
             raise InputError(
                 "the working directory exists and is not a run's", where=str(self.staging), do="move it away"
             )
-        if os.path.lexists(self.rejected) and not (self.rejected / REJECTED_NAME).is_file():
+        if os.path.lexists(self.rejected) and not _is_rejected(self.rejected):
             raise InputError(
                 "the directory of rejected output exists and is not a run's",
                 where=str(self.rejected),
@@ -76,7 +92,15 @@ class RunDirectory:
     def _is_ours(self) -> bool:
         if self.staging.is_symlink() or not self.staging.is_dir():
             return False
-        return (self.staging / JOURNAL_NAME).is_file() or not any(self.staging.iterdir())
+        left = {path.name: path for path in self.staging.iterdir()}
+        journal = left.pop(JOURNAL_NAME, None)
+        if journal is None or not journal.is_file():
+            return not left and journal is None
+        if read_journal(journal) or _begins_a_run(journal):
+            return True
+        # Killed before the first step: nothing but what is made on the way to it.
+        early = all(name == WINDOWS_NAME or (name in _EARLY_FOLDERS and _is_empty(left[name])) for name in left)
+        return journal.stat().st_size == 0 and early
 
     def peek(self) -> Mapping[str, Any] | None:
         """The first step of the run that was cut here, without entering; None if there is nothing to go on with."""
@@ -107,7 +131,7 @@ class RunDirectory:
     def _enter(self) -> None:
         self.check()
         self._new_parents = [p for p in self.output.parents if not p.exists()]
-        self.staging.mkdir(parents=True, exist_ok=True)
+        make_folder(self.staging, "the output")
         with contextlib.ExitStack() as stack:
             self._lock = stack.enter_context((self.staging / JOURNAL_NAME).open("a"))
             self._take_lock()
@@ -246,6 +270,26 @@ class RunDirectory:
 def _comes_again(error: BaseException) -> bool:
     """Whether the same run would end the same way. A source that cannot be read may be readable later."""
     return isinstance(error, StructPruneError) and not isinstance(error, CheckpointError | RankError)
+
+
+def _begins_a_run(journal: Path) -> bool:
+    with journal.open("rb") as handle:
+        return handle.read(max(map(len, _FIRST_LINES))).startswith(_FIRST_LINES)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
+def _is_rejected(directory: Path) -> bool:
+    """Whether it is a checkpoint that a run rejected: the mark in it says why."""
+    mark = directory / REJECTED_NAME
+    if directory.is_symlink() or not mark.is_file():
+        return False
+    try:
+        return {"got", "wanted"} <= read_json(mark).keys()
+    except CheckpointError:
+        return False
 
 
 def _remove(path: Path) -> None:

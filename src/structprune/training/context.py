@@ -18,9 +18,11 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.finalize import MANIFEST_NAME
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import CheckpointError, InputError, UnsupportedError
+from structprune.files import read_json
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
+from structprune.runs.contents import file_contents, sums
 from structprune.training.texts import Texts
 from structprune.types import BlockLayout
 
@@ -51,10 +53,15 @@ class RecoveryContext:
         }
 
 
+def _are_blocks(kept: Any, num_blocks: int) -> bool:
+    if not isinstance(kept, list) or not all(type(index) is int and 0 <= index < num_blocks for index in kept):
+        return False
+    return kept == sorted(set(kept))
+
+
 def _files(reader: CheckpointReader) -> str:
-    """Which files these are: of one shape there may be many students, so their times count beside the fingerprint."""
-    stats = {path.name: path.stat() for path in sorted(reader.directory.glob("*.safetensors"))}
-    text = json.dumps([reader.fingerprint(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())])
+    """Hash which files these are: of one shape there may be many students, so contents count beside the fingerprint."""
+    text = json.dumps([reader.fingerprint(), sums(file_contents(reader.content_files))])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -146,12 +153,17 @@ def target_boundaries(teacher: StockModel, student: StockModel) -> tuple[int, ..
     kept: Any = None
     path = student.reader.directory / MANIFEST_NAME
     if path.is_file():
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError("the manifest cannot be read as JSON", where=str(path), got=str(error)) from None
-        if manifest.get("source_fingerprint") == teacher.reader.fingerprint():
-            kept = (manifest.get("kept_indices") or {}).get("blocks")
+        manifest = read_json(path)
+        indices = manifest.get("kept_indices")
+        if manifest.get("source_fingerprint") == teacher.reader.fingerprint() and isinstance(indices, dict):
+            kept = indices.get("blocks")
+            if kept is not None and not _are_blocks(kept, num_teacher):
+                raise CheckpointError(
+                    "the manifest names blocks that the teacher does not have",
+                    where=str(path),
+                    got=str(kept)[:100],
+                    wanted=f"numbers below {num_teacher}, ascending",
+                )
     if kept is None and num_student == num_teacher:
         kept = list(range(num_student))
     if kept is None or len(kept) != num_student:

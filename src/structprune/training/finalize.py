@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from structprune.architectures.sources.same_tokens import check_same_tokens
 from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.calibration.store import HiddenStore
+from structprune.checkpoint.folder import write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.weight_files import WeightFiles
@@ -30,7 +32,6 @@ from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
-from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.phases import by_name
@@ -41,6 +42,7 @@ from structprune.training.context import Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import Heads, divergence, load_heads
 
 RECOVERY_REPORT_NAME = "recovery_report.json"
+_MAX_CARD_BYTES = 2**22
 
 
 def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDirectory) -> WeightFiles:
@@ -56,7 +58,8 @@ def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDire
     copy_outer(streamed, writer)
     if has_own_modeling_file(streamed.reader.directory):
         write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
-    write_companions(streamed.reader.directory, directory, streamed.reader.config)
+    write_companions(streamed.reader.directory, directory, streamed.reader.config, streamed.reader.weight_files)
+    check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
     for name in (MANIFEST_NAME, REPORT_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)
@@ -163,9 +166,21 @@ def finalize_recovery(
 def write_report(report: RecoveryReport, student: Path, checkpoint: Path) -> None:
     """The report, and the student's model card with a paragraph more."""
     write_json(checkpoint / RECOVERY_REPORT_NAME, report.to_dict())
-    path = student / README_NAME
-    card = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.is_file() else ""
-    write_text(checkpoint / README_NAME, card + recovery_card(report))
+    write_text(checkpoint / README_NAME, _card(student / README_NAME) + recovery_card(report))
+
+
+def _card(path: Path) -> str:
+    """Read the student's model card, to go on behind it; a sentence where it is no text of a card's size."""
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as handle:
+            card = handle.read(_MAX_CARD_BYTES + 1)
+        if len(card) <= _MAX_CARD_BYTES:
+            return card.decode().rstrip() + "\n\n"
+    except (OSError, UnicodeDecodeError):
+        pass
+    return "The README of the model before its recovery could not be read and is left out.\n\n"
 
 
 def _text_reports(context: RecoveryContext, recovered: Recovered) -> list[TextReport]:

@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from structprune.architectures.sources.resolve import resolve_model
 from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.engine.run.identity import check_same
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import InputError
+from structprune.files import read_json
 from structprune.memory import PeakMeter, format_bytes
 from structprune.observer import Observer
 from structprune.phases import fullest
@@ -55,6 +59,7 @@ def recover_model(
     device = resolve_device(settings.device)
     pair = [StockModel(CheckpointReader(resolve_model(str(model)))) for model in (teacher, student)]
     dense, pruned = pair
+    check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
     targets = target_boundaries(dense, pruned)
     mode.check(targets, pruned)
@@ -153,7 +158,11 @@ def find_recovery(run: RunDirectory) -> RecoveryStart | None:
 
 def load_recovery_report(output: Path) -> RecoveryReport:
     """That of a finished recovery."""
-    return RecoveryReport.model_validate_json((output / RECOVERY_REPORT_NAME).read_text(encoding="utf-8"))
+    path = output / RECOVERY_REPORT_NAME
+    try:
+        return RecoveryReport.model_validate(read_json(path))
+    except ValidationError as error:
+        raise InputError("the file is not as it was written", where=str(path), got=str(error).splitlines()[0]) from None
 
 
 def _empty(folder: Path) -> None:

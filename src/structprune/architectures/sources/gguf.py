@@ -64,12 +64,12 @@ def convert_gguf(source: Path, directory: Path) -> None:
 def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequantize: Any) -> None:
     # transformers warns that it dequantises; that is what is asked for here.
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
-    config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name)
+    config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     config.architectures = [type(skeleton).__name__]
     processor = stock_gguf.TENSOR_PROCESSORS.get(architecture, stock_gguf.TensorProcessor)(config=config.to_dict())
     names = stock_gguf.get_gguf_hf_weights_map(skeleton, processor)
@@ -87,7 +87,9 @@ def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequ
             weights = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
             shard[names[tensor.name]] = torch.from_numpy(weights.copy()).float()
         writer.write(number, shard)
-    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(str(directory))
+    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False).save_pretrained(
+        str(directory)
+    )
     config.save_pretrained(str(directory))
     _write_origin(reader, directory / README_NAME, source.name)
     writer.weight_files(DEFAULT_SHARD_BYTES).write(directory)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from structprune.checkpoint.reader import has_weights
+from structprune.checkpoint.folder import CODE_SUFFIXES, WEIGHT_SUFFIXES, module_folders
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, has_weights
 from structprune.errors import CheckpointError, UnsupportedError
-from structprune.files import expand_user
+from structprune.files import check_path, expand_user, read_json
 
 BUNDLED = "smollm2"
-_FILES = ["*.safetensors", "modeling_structprune.py", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+# Left on the hub at first: weights, of which only those that will be read come later, code, and data of other kinds.
+_NOT_AT_FIRST = [
+    *(f"*{suffix}" for suffix in (*WEIGHT_SUFFIXES, *CODE_SUFFIXES)),
+    *("*.parquet", "*.arrow", "*.zip", "*.tar", "*.gz", "*.7z", "*.mp4", "*.wav", "*.ckpt*", ".git*"),
+]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cache_directory() -> Path:
@@ -40,6 +47,7 @@ def resolve_model(model: str) -> Path:
     """
     if model == BUNDLED:
         return _converted(bundled_gguf())
+    check_path(model, "the model")
     path = expand_user(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -57,7 +65,7 @@ def resolve_model(model: str) -> Path:
     if revision == "":
         raise CheckpointError("the revision after @ is empty", got=repr(model), wanted="a branch, tag or commit")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+        return _fetched(name, revision)
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a directory nor a hub id", do="check the path") from None
     except RepositoryNotFoundError:
@@ -74,6 +82,33 @@ def resolve_model(model: str) -> Path:
             got=type(error).__name__,
             do="check the path or the network",
         ) from None
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """Load a hub model: all that belongs to it, and of its weights those that the reader will open, once.
+
+    Repositories hold the same weights in several formats, and may hold them under a second name in this one.
+    """
+    directory = Path(snapshot_download(name, revision=revision, ignore_patterns=_NOT_AT_FIRST))
+    # The same commit, whatever a branch has become meanwhile.
+    revision = source_commit(directory) or revision
+    return Path(snapshot_download(name, revision=revision, allow_patterns=_weight_names(directory)))
+
+
+def _weight_names(directory: Path) -> list[str]:
+    """Name the files that a reader of this model opens, which the index says, and of our own modelling file."""
+    shards = [SINGLE_NAME]
+    if (directory / INDEX_NAME).exists():
+        placed = read_json(directory / INDEX_NAME).get("weight_map")
+        shards = sorted({str(file) for file in placed.values()}) if isinstance(placed, dict) else []
+    modules = [f"{folder}/*.safetensors" for folder in sorted(module_folders(directory))]
+    return [*shards, *modules, "modeling_structprune.py"]
+
+
+def source_commit(directory: Path) -> str | None:
+    """Return the hub's commit that the directory holds, if it is one of the hub's cache."""
+    of_hub = directory.parent.name == "snapshots" and _COMMIT.fullmatch(directory.name)
+    return directory.name if of_hub else None
 
 
 def _split_revision(model: str) -> tuple[str, str | None]:

@@ -16,6 +16,14 @@ from structprune.types import Render
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
+# Code of a checkpoint is never run, so there is no flag that would allow it.
+_OWN_CODE = (
+    "this tokenizer is code that lies in the checkpoint, and such code is never run here; if you trust it, load it "
+    "with AutoTokenizer and trust_remote_code=True and save it as tokenizer.json, by `save_pretrained` into the "
+    "folder, then remove auto_map from tokenizer_config.json"
+)
+
+
 def tokenizer_bytes(directory: Path) -> int:
     """Bytes of the files that a tokenizer in `directory` is read from."""
     return sum(path.stat().st_size for name in _FILES if (path := directory / name).is_file())
@@ -30,14 +38,16 @@ class TextEncoder:
         """Rows of the embedding that ids are looked up in; None: not checked."""
         # Without `config` the loader reads it itself, and fails where an entry was corrected.
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, config=config)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False, config=config
+            )
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
                 where=str(directory),
                 got=first_line(error),
-                do="copy its files there",
+                do=_OWN_CODE if "custom code" in str(error) else "copy its files there",
             ) from error
 
     def encode(self, text: str) -> Tensor:
@@ -55,8 +65,11 @@ class TextEncoder:
     def _encode(self, text: str) -> Tensor:
         try:
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:
-            # The Rust library raises bare exceptions, such as for a character without an unknown token to stand for it.
+        except BaseException as error:
+            # A panic of the Rust library, as where a regular expression backtracks without end, is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            # It raises bare exceptions, such as for a character without an unknown token to stand for it.
             raise CheckpointError(
                 "the tokenizer cannot encode the text",
                 where=str(self.directory),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,9 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
+from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.errors import CheckpointError, StructPruneError
+from structprune.files import read_json
 
 
 @contextmanager
@@ -51,14 +52,19 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
     try:
         loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
         with without_global_width_warnings():
-            model: Any = loader.from_pretrained(str(directory), dtype=dtype, local_files_only=True)
+            model: Any = loader.from_pretrained(
+                str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         return model.to(device).eval()
     except StructPruneError:
         raise
     except Exception as error:
         # Any failure of the stock loader means the same to the user: this directory does not load.
         raise CheckpointError(
-            "stock transformers cannot load the checkpoint", where=str(directory), got=str(error)
+            "stock transformers cannot load the checkpoint",
+            where=str(directory),
+            got=str(error),
+            do="code that lies in a checkpoint is never run here" if "custom code" in str(error) else None,
         ) from error
 
 
@@ -74,10 +80,11 @@ def _per_layer_class(directory: Path) -> Any:
     only the one file is imported, and only if it is byte for byte a text of ours.
     """
     path = directory / MODELING_NAME
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json")
+    check_names_no_code(config, str(directory / "config.json"))
     if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
         return None
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     form = "sliced" if SLICED_ENTRY in config else "per-layer"
     family: Family | None = FAMILIES.get(model_type) if model_type in FAMILIES else None
     if family is None or (form == "sliced" and family.stream is None):
@@ -100,3 +107,15 @@ def _per_layer_class(directory: Path) -> Any:
         )
     name = (sliced_class_name if form == "sliced" else class_name)(family.classes[model_type], "ForCausalLM")
     return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)
+
+
+def check_runs_ours_only(directory: Path) -> None:
+    """Raise CheckpointError where a loader that trusts the directory would run more than our modelling file."""
+    foreign = not names_only_ours(read_json(directory / "config.json"))
+    if foreign or (directory / "custom_generate").exists():
+        raise CheckpointError(
+            "the checkpoint names code beside structprune's modelling file, and is not loaded with it",
+            where=str(directory),
+            got="config.json" if foreign else "custom_generate",
+            do="remove it",
+        )

@@ -74,7 +74,7 @@ class StockModel:
             self.removed: RemovedSublayers = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
-                self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config).eval()
+                self.skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).eval()
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()

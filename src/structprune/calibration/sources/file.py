@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
 from structprune.errors import InputError, first_line
+from structprune.files import check_path, check_regular
 from structprune.types import Render
 
 _CHATS = ("messages", "conversations")
@@ -35,7 +36,9 @@ def read_text(path: Path, render: Render | None = None) -> str:
     if a row holds no text.
     """
     path, field = _split_field(path)
+    check_path(path, "the text file")
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return "\n\n".join(_documents(file, path, field, render or join_turns))
     except FileNotFoundError:

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.sources.resolve import hub_id
+from structprune.architectures.sources.resolve import hub_id, source_commit
+from structprune.architectures.sources.same_tokens import check_same_tokens
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
+from structprune.checkpoint.folder import FolderFiles, write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.weight_files import WeightFiles
@@ -32,7 +34,6 @@ from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
-from structprune.exporters.uniform import write_companions
 from structprune.files import write_json, write_text
 from structprune.kinds import Structure
 from structprune.memory import release_free_memory
@@ -40,12 +41,14 @@ from structprune.observer import Observer
 from structprune.phases import Phase, by_name
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
+from structprune.report.rebuild import read_report
 from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
     BlockReport,
     CalibrationReport,
     DeviceMemoryReport,
+    FilesReport,
     MemoryReport,
     MemoryStretch,
     ReloadReport,
@@ -53,13 +56,14 @@ from structprune.results.schema import (
     RuntimeReport,
     SizeReport,
 )
+from structprune.runs.contents import check_unchanged
 
 MANIFEST_NAME = "pruning_manifest.json"
 
 
 def load_report(output: Path) -> PruneReport:
-    """That of a finished run."""
-    return PruneReport.model_validate_json((output / REPORT_NAME).read_text(encoding="utf-8"))
+    """Read the report of a finished run. Raises InputError for a file that is not as it was written."""
+    return read_report(output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +191,16 @@ def commit(
 ) -> PruneReport:
     """Write config, companions, manifest and weights, load them, write report and card, and make it the output."""
     checkpoint = context.run.checkpoint
-    write_companions(context.reader.directory, checkpoint, config)
+    if (start := context.run.start) is not None:
+        check_unchanged(context.reader.content_files, start["source_contents"])
+    beside = write_companions(
+        context.reader.directory,
+        checkpoint,
+        config,
+        context.reader.weight_files,
+        same_width=config.get("hidden_size") == context.reader.config.get("hidden_size"),
+    )
+    check_same_tokens(context.reader.directory, checkpoint, context.stock.config)
     calibration = _calibration_report(context, metrics)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
@@ -208,7 +221,7 @@ def commit(
     reload = check_reload(context, context.run, files, metrics.probe, context.observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, context.recipe, config)
-    report = _report(context, memory, outcome, size, calibration, reload, runtimes(shape))
+    report = _report(context, memory, outcome, size, calibration, reload, runtimes(shape), beside)
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(context.reader.directory, context.reader.config)
@@ -274,12 +287,14 @@ def _report(
     calibration: CalibrationReport,
     reload: ReloadReport,
     supports: Sequence[RuntimeSupport],
+    beside: FolderFiles,
 ) -> PruneReport:
     layout = context.stock.layout
     return PruneReport(
         output=str(context.run.output),
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
+        source_commit=source_commit(context.reader.directory),
         family=layout.family,
         method=context.method.name,
         recipe=context.recipe,
@@ -294,6 +309,8 @@ def _report(
         num_ranks=context.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
         notes=layout.notes,
+        files=FilesReport(**asdict(beside)),
+        same_tokens=True,
         wall_seconds=time.perf_counter() - context.started,
         versions=versions(),
     )

@@ -16,29 +16,34 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.run.finalize import versions
 from structprune.errors import InputError
+from structprune.files import file_sum
 from structprune.recipe import Recipe
-from structprune.runs.directory import RunDirectory, check_free_disk
+from structprune.runs.contents import file_contents, sums
+from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
 
 _WINDOWS = "windows"
 _PARTS = {
     "recipe": "with other settings",
     "source": "from another source checkpoint",
-    "source_files": "from another source checkpoint (a file was written since)",
+    "source_files": "from another source checkpoint (a file holds something else)",
     "versions": "by other versions",
     "windows": "on another calibration text",
 }
 
 
-def identity(reader: CheckpointReader, recipe: Recipe) -> dict[str, Any]:
+def identity(reader: CheckpointReader, recipe: Recipe, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """As JSON. `recipe` is resolved but for what calibration text and memory decide.
 
-    The source's content is not read for it: a file that was written to is another one.
+    The source's files are read for their checksums, but for those that `before`, the first step of a run that was cut,
+    knows and that were not written to since.
     """
+    contents = file_contents(reader.content_files, (before or {}).get("source_contents"))
     return {
         "recipe": recipe.model_dump(mode="json"),
         "recipe_hash": recipe.fingerprint(),
         "source": reader.fingerprint(),
-        "source_files": reader.stamps(),
+        "source_files": sums(contents),
+        "source_contents": contents,
         "versions": versions(),
     }
 
@@ -113,14 +118,15 @@ def begin_or_go_on(
     `recipe` is resolved but for what text and memory decide; `plan` is called with (budgets, windows). Raises
     InputError if another run was cut here.
     """
-    same, before = identity(reader, recipe), run.start
+    before = run.start
+    same = identity(reader, recipe, before)
     budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory), recipe.num_samples
     if before is not None:
         check_same(before, {**same, "windows": before["windows"]}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.
         budgets = Budgets(host=before["budget_bytes"], device=before["device_budget_bytes"])
     chosen = plan(budgets, num_samples)
-    found = _find_windows(run)
+    found = _find_windows(run, begun=before is not None)
     if found is None:
         found = read_windows(chosen)
         _keep_windows(run, *found)
@@ -147,15 +153,28 @@ def begin_or_go_on(
 
 def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
     """For a process that goes on: they may have been sampled, or their text may be gone by then."""
-    path = run.staging / "windows.safetensors"
+    path = run.staging / WINDOWS_NAME
     save_file({"ids": windows.ids_NS.contiguous()}, path)
-    run.journal.record(_WINDOWS, [path], name=name, description=windows.description)
+    text = file_sum(Path(name)) if Path(name).is_file() else None
+    run.journal.record(_WINDOWS, [path], name=name, description=windows.description, text=text)
 
 
-def _find_windows(run: RunDirectory) -> tuple[str, CalibrationWindows] | None:
-    """The name of their source, and the windows that were kept; None if there are none."""
+def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
+    """The name of their source, and the windows that were kept; None if there are none.
+
+    Raises InputError if the run has `begun` and its text holds something else by now; one that is gone may be gone.
+    """
     line = run.journal.find(_WINDOWS)
     if line is None:
         return None
-    ids_NS = load_file(run.staging / "windows.safetensors")["ids"]
+    path = Path(line["name"])
+    if line.get("text") is not None and path.is_file() and file_sum(path) != line["text"]:
+        if not begun:
+            return None
+        raise InputError(
+            "the unfinished run here was started on another calibration text (the file holds something else)",
+            where=str(path),
+            do=f"put the text back, remove {run.staging} to start again, or choose another -o",
+        )
+    ids_NS = load_file(run.staging / WINDOWS_NAME)["ids"]
     return line["name"], CalibrationWindows(ids_NS=ids_NS, description=line["description"])

@@ -14,7 +14,7 @@ from structprune.errors import InputError, NumericalError
 from structprune.exporters.export import ExportRequest, ExportResult
 from structprune.exporters.gguf.families import Transform
 from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf
-from structprune.files import atomic_path
+from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk
 
 
@@ -33,7 +33,7 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         request.note(f"tokenizer copied from {tokenizer_gguf}")
     plan = plan_gguf(request.reader, request.dtype, tokenizer_gguf)
     check_free_disk(path, plan.num_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "the export")
     _write(plan, request)
     return ExportResult(
         format="gguf",
