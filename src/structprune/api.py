@@ -33,7 +33,7 @@ from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
@@ -52,8 +52,8 @@ class RunPlan:
     """What a run would do, from headers and settings alone."""
 
     source: str
-    recipe: Recipe
-    """Resolved but for what the calibration text decides."""
+    recipe: ResolvedRecipe
+    """What the run would work by if the calibration text is long enough."""
     layout: ModelLayout
     plan: PrunePlan
     forecast: Forecast
@@ -189,7 +189,7 @@ def _context(
     """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
 
     def plan(budgets: Budgets, num_windows: int) -> PrunePlan:
-        update = {"memory": budgets.host, "device_memory": budgets.device}
+        update = {"memory": budgets.host, "device_memory": budgets.device or 0}
         return plan_run(replace(resolved, recipe=resolved.recipe.model_copy(update=update)), num_windows)
 
     begun = resolved.ranks.broadcast(
@@ -213,7 +213,7 @@ def _context(
                 "calibration": begun.name,
                 "num_samples": num_windows,
                 "memory": begun.plan.budgets.host,
-                "device_memory": begun.plan.budgets.device,
+                "device_memory": begun.plan.budgets.device or 0,
             }
         ),
         method=resolved.method,

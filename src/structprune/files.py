@@ -16,6 +16,8 @@ from typing import Any
 from structprune.errors import CheckpointError, InputError, StructPruneError, first_line
 
 _CHUNK_BYTES = 2**20
+DEFAULT_SHARD_BYTES = 5 * 10**9
+"""The largest weight file of an output where no size is given."""
 # Bytes of a path and of one name in it, on Linux.
 _MAX_PATH, _MAX_NAME = 4095, 255
 # A file of settings or of a model's description; the largest real ones, indices of 100,000 tensors, have a tenth.

@@ -35,11 +35,11 @@ from structprune.engine.streaming.embed import embed
 from structprune.errors import NumericalError
 from structprune.methods import METHODS
 from structprune.phases import Phase
-from structprune.recipe import Recipe
 from structprune.runs.directory import RunDirectory
 from structprune.scores import SCORES
 from structprune.types import HeadUnits, Sensitivity, TaylorSums
 from support.models import TINY_MODELS, save_tiny
+from support.recipes import resolved_units
 
 NUM_WINDOWS, SEQ_LEN = 3, 24
 
@@ -56,16 +56,9 @@ def context_for(
         source="tiny",
         run=RunDirectory(directory.parent / "out"),
         stock=stock,
-        recipe=Recipe.build(
-            method=method,
-            score=changes.pop("score", METHODS.get(method).score),
-            **{
-                "sensitivity_samples": NUM_WINDOWS,
-                "damping": 1e-2,
-                "shrinkage": METHODS.get(method).shrinkage,
-                "multiple_of": 1,
-                **changes,
-            },
+        recipe=resolved_units(
+            method,
+            **{"sensitivity_samples": NUM_WINDOWS, "damping": 1e-2, "head_units": head_units, **changes},
         ),
         method=METHODS.get(method),
         kinds=tuple(dict.fromkeys(g.kind for g in stock.groups)),

@@ -21,6 +21,8 @@ from structprune.architectures import FAMILIES
 from structprune.cli import main
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
+from structprune.recipe import flag_name
+from structprune.recipe.depth import DepthRecipe
 from structprune.runs.directory import RunDirectory
 from support.models import save_tiny
 
@@ -270,9 +272,19 @@ def test_settings_without_a_meaning_for_whole_blocks(
 ) -> None:
     given = [flag] if value is None else [flag, value]
     message = refused(tiny_llama, "--method", "depth", *given)
-    assert message == (
-        f"{flag} has no meaning for whole blocks chosen by 'angular'; got {value or 'true'}, wanted no {flag}."
-    )
+    if flag == "--sensitivity-samples":
+        assert message == f"{flag} has no meaning for whole blocks chosen by 'angular'; got {value}, wanted no {flag}."
+    else:
+        known = ", ".join(flag_name(name) for name in DepthRecipe.model_fields)
+        assert message == (
+            f"{flag} has no meaning for method 'depth', which removes whole blocks; got {value or 'true'}. "
+            f"Settings that have one: {known}."
+        )
+
+
+def test_several_settings_without_a_meaning_are_one_error(refused: Refused, tiny_llama: Path) -> None:
+    message = refused(tiny_llama, "--method", "reap", "--solver", "bias", "--damping", 0.1)
+    assert message.startswith("--damping, --solver have no meaning for method 'reap', which removes whole experts")
 
 
 @pytest.mark.parametrize("scope", ["mlp", "attention"])

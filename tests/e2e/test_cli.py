@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from structprune.cli import main
 from structprune.methods import METHODS
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, all_fields
+from structprune.recipe.units import UnitsRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,7 +221,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     # Without attention in scope there are no units of it to choose.
     assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", "device_memory": None}
     # That of a device is refused here; test_device_memory.py has it.
-    assert {*given, "device_memory"} == set(Recipe.model_fields)
+    assert {*given, "device_memory"} == set(UnitsRecipe.model_fields)
 
 
 def test_flags_win_over_the_recipe_file(cli: Run, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ def test_infinite_perplexity_is_still_json(cli: Run, tiny_llama: Path, text_file
         assert ("error" in document) == (result.code == 2)
 
 
-RECIPE_OPTIONS = [*("--" + name.replace("_", "-") for name in Recipe.model_fields), "--recipe", "--json"]
+RECIPE_OPTIONS = [*("--" + name.replace("_", "-") for name in all_fields()), "--recipe", "--json"]
 OPTIONS = {
     "prune": ["--output", *RECIPE_OPTIONS],
     "plan": RECIPE_OPTIONS,

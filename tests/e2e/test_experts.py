@@ -170,11 +170,11 @@ def test_an_expert_without_tokens_goes_first(source: Path, text_file: Path, tmp_
     [
         ({"sparsity": 0.6}, InputError, "fewer experts would be left than a token is sent to.*3 of 4.*at most 2"),
         ({"scope": "all"}, UnsupportedError, "whole experts.*--scope all.*--scope mlp"),
-        ({"score": "wanda"}, UnsupportedError, "one score.*wanda.*router-weighted"),
-        ({"multiple_of": 8}, UnsupportedError, "--multiple-of has no meaning for whole experts"),
-        ({"structure": "per-layer"}, UnsupportedError, "--structure has no meaning for whole experts"),
-        ({"protect_first": 1}, UnsupportedError, "--protect-first has no meaning for whole experts"),
-        ({"solver": "least-squares"}, UnsupportedError, "--solver has no meaning for whole experts"),
+        ({"score": "wanda"}, UnsupportedError, "--score has no meaning for method 'reap', which removes whole experts"),
+        ({"multiple_of": 8}, UnsupportedError, "--multiple-of has no meaning for method 'reap'"),
+        ({"structure": "per-layer"}, UnsupportedError, "--structure has no meaning for method 'reap'"),
+        ({"protect_first": 1}, UnsupportedError, "--protect-first has no meaning for method 'reap'"),
+        ({"solver": "least-squares"}, UnsupportedError, "--solver has no meaning for method 'reap'"),
     ],
 )
 def test_what_is_refused(

@@ -22,7 +22,7 @@ from structprune.api import check, inspect
 from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from structprune.errors import StructPruneError
 from structprune.memory import PeakMeter
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, all_fields
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,7 +230,7 @@ CHOICES: dict[str, list[Any]] = {
 }
 VALUES = st.one_of(*[st.tuples(st.just(name), st.sampled_from(values)) for name, values in CHOICES.items()])
 RECIPES = st.lists(VALUES, max_size=4).map(dict) | st.dictionaries(
-    st.sampled_from(list(Recipe.model_fields)) | st.text(max_size=6), JSON, max_size=3
+    st.sampled_from(list(all_fields())) | st.text(max_size=6), JSON, max_size=3
 )
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 8)}]\n" for i in range(9)

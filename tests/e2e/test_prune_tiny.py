@@ -21,7 +21,7 @@ from structprune.engine.planning import host as host_plan
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.solvers import SOLVERS
 from support.models import save_tiny
 
@@ -328,8 +328,8 @@ def test_report_and_manifest(
         "kept_indices",
         "versions",
     }
+    assert ResolvedRecipe.build(**manifest["recipe"]) == report.recipe
     resolved = Recipe.build(**manifest["recipe"])
-    assert resolved == report.recipe
     assert resolved.memory == report.memory.budget_bytes
     resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target")
     resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples")

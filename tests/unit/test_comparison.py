@@ -7,17 +7,25 @@ from pathlib import Path
 import pytest
 
 from structprune.api import inspect
-from structprune.comparison.cells import cell_key, cell_recipe, fitted, parse_settings, parse_variant, settings_of
-from structprune.errors import InputError
+from structprune.comparison.cells import (
+    cell_key,
+    cell_recipe,
+    fitted,
+    parse_settings,
+    parse_variant,
+    settings_of,
+    shared_settings,
+)
+from structprune.errors import InputError, UnsupportedError
 from structprune.methods import METHODS
 from structprune.recipe import Recipe
 
-BASE = Recipe(num_samples=4, seq_len=32, damping=0.01)
+SHARED = {"num_samples": 4, "seq_len": 32, "damping": 0.01}
 
 
 def test_a_variant_changes_only_what_it_names() -> None:
     variant = parse_variant("fasp:target=dense-path,multiple-of=8,temperature=0.5")
-    recipe = cell_recipe(BASE, variant, 0.4)
+    recipe = cell_recipe(SHARED, variant, 0.4)
     assert recipe == Recipe(
         method="fasp",
         sparsity=0.4,
@@ -36,14 +44,14 @@ def test_what_is_no_setting_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="fasp:"):
         parse_variant(text)
     with pytest.raises(InputError, match="--damping"):
-        cell_recipe(BASE, parse_variant("fasp:damping=7"), 0.5)
+        cell_recipe(SHARED, parse_variant("fasp:damping=7"), 0.5)
 
 
 def test_the_key_follows_what_decides_and_nothing_else(tmp_path: Path) -> None:
     first, second, other = (tmp_path / name for name in ("first.txt", "second.txt", "other.txt"))
     for path, text in ((first, "one"), (second, "one"), (other, "two")):
         path.write_text(text, encoding="utf-8")
-    fasp = cell_recipe(BASE, parse_variant("fasp"), 0.5)
+    fasp = cell_recipe(SHARED, parse_variant("fasp"), 0.5)
     keys = {
         name: cell_key(fasp.model_copy(update={"calibration": str(path)}), {"source": "a"})
         for name, path in (("first", first), ("second", second), ("other", other))
@@ -51,8 +59,8 @@ def test_the_key_follows_what_decides_and_nothing_else(tmp_path: Path) -> None:
     # A text counts by its content, not by its place.
     assert keys["first"] == keys["second"] != keys["other"]
     assert cell_key(fasp, {"source": "a"}) != cell_key(fasp, {"source": "b"})
-    assert cell_key(fasp, {"source": "a"}) != cell_key(cell_recipe(BASE, parse_variant("fasp"), 0.4), {"source": "a"})
-    explicit = cell_recipe(BASE, parse_variant("fasp:seed=0"), 0.5)
+    assert cell_key(fasp, {"source": "a"}) != cell_key(cell_recipe(SHARED, parse_variant("fasp"), 0.4), {"source": "a"})
+    explicit = cell_recipe(SHARED, parse_variant("fasp:seed=0"), 0.5)
     assert cell_key(explicit, {"source": "a"}) == cell_key(fasp, {"source": "a"})
 
 
@@ -64,11 +72,35 @@ def test_settings_name_no_paths_and_no_columns(tmp_path: Path) -> None:
 
 def test_a_method_without_units_takes_as_many_parameters(tiny_llama: Path) -> None:
     layout = inspect(tiny_llama)
-    asked = cell_recipe(BASE, parse_variant("depth"), 0.5)
+    asked = cell_recipe(SHARED, parse_variant("depth"), 0.5)
     recipe = fitted(asked, METHODS.get("depth"), layout)
     mlp = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
     assert recipe.sparsity * layout.block_parameters == pytest.approx(0.5 * mlp)
     assert recipe.scope == "all"
+    # Shared settings count where the method has them.
+    assert (recipe.num_samples, recipe.seq_len) == (4, 32)
     whole = fitted(asked.model_copy(update={"scope": "all"}), METHODS.get("slicegpt"), layout)
     assert recipe.sparsity < whole.sparsity < 0.5
-    assert fitted(asked, METHODS.get("fasp"), layout) is asked
+    units = cell_recipe(SHARED, parse_variant("fasp"), 0.5)
+    assert fitted(units, METHODS.get("fasp"), layout) is units
+
+
+def test_shared_settings_count_where_they_have_a_meaning() -> None:
+    variants = [parse_variant(name) for name in ("fasp", "depth", "slicegpt:multiple_of=4")]
+    shared = {"seq_len": 32, "multiple_of": 1, "shrinkage": 0.0, "sparsity": 0.5}
+    assert shared_settings(shared, variants) == {
+        "depth": ["--multiple-of", "--shrinkage"],
+        "slicegpt:multiple_of=4": ["--shrinkage"],
+    }
+    assert cell_recipe(shared, variants[2], 0.3) == Recipe(
+        method="slicegpt", sparsity=0.3, scope="mlp", seq_len=32, multiple_of=4
+    )
+    with pytest.raises(InputError, match="--shrinkage has no meaning for any of the methods"):
+        shared_settings(shared, variants[1:])
+    with pytest.raises(UnsupportedError, match="--shrinkage has no meaning for method 'depth'"):
+        cell_recipe(shared, parse_variant("depth:shrinkage=0.5"), 0.3)
+
+
+def test_the_method_counts_for_the_key() -> None:
+    keys = {cell_key(cell_recipe({}, parse_variant(name), 0.3), {}) for name in ("structprune", "fasp", "osscar")}
+    assert len(keys) == 3

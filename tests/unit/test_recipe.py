@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
-from structprune.errors import InputError
-from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.engine.pipelines.registry import PIPELINES
+from structprune.errors import InputError, UnsupportedError
+from structprune.methods import METHODS
+from structprune.recipe import RECIPES, RESOLVED, Recipe, ResolvedRecipe, all_fields, default_sensitivity_samples
+from structprune.recipe.depth import DepthRecipe
+from structprune.recipe.units import UnitsRecipe
 
-# A value per field that differs from the default.
+# A value per field of a recipe that removes units, which differs from the default.
 CHANGES: dict[str, Any] = {
     "method": "magnitude",
     "sparsity": 0.25,
@@ -212,9 +218,143 @@ def test_fingerprint_is_stable() -> None:
 
 
 def test_changes_cover_every_field() -> None:
-    assert set(CHANGES) == set(Recipe.model_fields)
+    assert set(CHANGES) == set(UnitsRecipe.model_fields) == set(all_fields())
 
 
 @pytest.mark.parametrize("field", list(CHANGES))
 def test_fingerprint_sees_every_field(field: str) -> None:
     assert Recipe(**{field: CHANGES[field]}).fingerprint() != Recipe().fingerprint()
+
+
+# One class per pipeline
+
+
+METHOD_OF = {"units": "fasp", "depth": "depth", "experts": "reap", "slice": "slicegpt"}
+
+
+def test_every_pipeline_has_a_recipe() -> None:
+    assert list(RECIPES) == list(RESOLVED) == list(PIPELINES) == list(METHOD_OF)
+    for pipeline, method in METHOD_OF.items():
+        kind, resolved = RECIPES.get(pipeline), RESOLVED.get(pipeline)
+        assert type(Recipe(method=method)) is type(kind(method=method)) is kind
+        assert kind.pipeline == resolved.pipeline == METHODS.get(method).pipeline
+        assert issubclass(resolved, kind)
+        assert set(resolved.model_fields) == set(kind.model_fields)
+    assert type(Recipe()) is UnitsRecipe
+    assert Recipe().method == "structprune"
+
+
+@pytest.mark.parametrize("pipeline", list(METHOD_OF))
+def test_copies_are_of_the_same_class(pipeline: str) -> None:
+    recipe = Recipe(method=METHOD_OF[pipeline], sparsity=0.2)
+    for copied in (
+        Recipe.model_validate(recipe.model_dump()),
+        Recipe.model_validate_json(recipe.model_dump_json()),
+        pickle.loads(pickle.dumps(recipe)),
+        copy.deepcopy(recipe),
+        Recipe(**recipe.model_dump()),
+    ):
+        assert copied == recipe
+        assert type(copied) is type(recipe)
+
+
+@pytest.mark.parametrize("pipeline", list(METHOD_OF))
+def test_fields_without_a_meaning_are_one_error(pipeline: str) -> None:
+    """All of them at once, and those that have one."""
+    kind = RECIPES.get(pipeline)
+    changes = {**CHANGES, "allocator": "closed-form"}
+    foreign = {name: value for name, value in changes.items() if name not in kind.model_fields}
+    if not foreign:
+        assert pipeline == "units"
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        Recipe.build(method=METHOD_OF[pipeline], **foreign)
+    for name in foreign:
+        assert f"--{name.replace('_', '-')}" in caught.value.what
+    for name in kind.model_fields:
+        assert f"--{name.replace('_', '-')}" in caught.value.do
+        assert f"--{name.replace('_', '-')}" not in caught.value.what.replace(",", "").split()
+    # None, and the default of those that have one, ask for nothing.
+    unsaid = {name: all_fields()[name].default for name in foreign}
+    assert Recipe.build(method=METHOD_OF[pipeline], **unsaid) == Recipe(method=METHOD_OF[pipeline])
+
+
+def test_a_recipe_of_another_pipeline_is_refused() -> None:
+    with pytest.raises(InputError, match="method 'fasp' has another kind of recipe; got DepthRecipe"):
+        DepthRecipe(method="fasp")
+
+
+def test_a_yaml_recipe_is_of_its_method(recipe_file: Path) -> None:
+    recipe_file.write_text("method: depth\nscore: measured-loss\nprotect_first: 1\n", encoding="utf-8")
+    assert Recipe.from_yaml(recipe_file) == DepthRecipe(score="measured-loss", protect_first=1)
+    recipe_file.write_text("method: depth\ndamping: 0.1\n", encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="--damping has no meaning for method 'depth'"):
+        Recipe.from_yaml(recipe_file)
+    # A flag changes the method, and with it what has a meaning.
+    assert Recipe.from_yaml(recipe_file, method="fasp").method == "fasp"
+
+
+# What runs of the version before wrote into manifests and reports: every field, whatever the method.
+EARLIER: dict[str, Any] = {
+    "method": "fasp",
+    "sparsity": 0.3,
+    "scope": "mlp",
+    "head_units": "kv-group",
+    "calibration": "wikitext2",
+    "num_samples": 128,
+    "seq_len": 2048,
+    "memory": 2**30,
+    "device": "cpu",
+    "device_memory": None,
+    "dtype": "float32",
+    "seed": 0,
+    "multiple_of": 1,
+    "damping": 1e-4,
+    "shrinkage": 0.0,
+    "score": "wanda",
+    "allocator": "uniform",
+    "solver": "mask-only",
+    "target": "local",
+    "structure": "uniform",
+    "temperature": 0.0,
+    "min_retention": 0.1,
+    "max_retention": 1.0,
+    "outer_iterations": 0,
+    "allow_block_removal": False,
+    "protect_first": 0,
+    "protect_last": 0,
+    "sensitivity_samples": 12,
+    "tensor_parallel": 1,
+    "reload_check": True,
+}
+_OF_UNITS = ("head_units", "shrinkage", "score", "allocator", "solver", "target", "temperature")
+_WITHOUT_UNITS = dict.fromkeys((*_OF_UNITS, "protect_first", "protect_last"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "depth", "scope": "all", "score": "angular"},
+        {"method": "reap", "score": "router-weighted"},
+        {"method": "slicegpt", "scope": "all", "structure": "per-layer", "damping": 0.01, **_WITHOUT_UNITS},
+    ],
+    ids=lambda changes: changes.get("method", "fasp"),
+)
+def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
+    earlier = EARLIER | changes
+    resolved = ResolvedRecipe.model_validate(earlier)
+    for loaded in (resolved, Recipe(**earlier)):
+        for name, value in loaded.model_dump(mode="json").items():
+            assert value == earlier[name], name
+    # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
+    written = resolved.model_dump(mode="json")
+    assert set(written) <= set(earlier)
+    assert ResolvedRecipe.model_validate(written) == resolved
+    assert Recipe(**written).model_dump(mode="json") == written
+
+
+@pytest.mark.parametrize("pipeline", list(METHOD_OF))
+def test_a_resolved_recipe_has_no_none(pipeline: str) -> None:
+    for name, field in RESOLVED.get(pipeline).model_fields.items():
+        assert type(None) not in get_args(field.annotation), name

@@ -24,7 +24,7 @@ def load_windows(
 
     Returns the name that was used. Raises InputError for an unknown name or a text that is too short.
     """
-    if name is not None:
+    if name is not None and name != "auto":
         if name in SOURCES:
             return name, SOURCES.get(name)(context)
         path = expand_user(name)

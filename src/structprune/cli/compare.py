@@ -11,7 +11,7 @@ import typer
 from structprune.cli.command import many_values
 from structprune.cli.flags import ModelArgument, QuietFlag
 from structprune.cli.settings import given, takes_fields
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, read_yaml
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
@@ -44,10 +44,10 @@ def compare(
     quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
-    from structprune.comparison.cells import parse_settings, parse_variant
+    from structprune.comparison.cells import common_recipe, parse_settings, parse_variant
 
-    shared = {**settings, **parse_settings(set_fields or [], "--set")}
-    base = Recipe.from_yaml(recipe, **shared) if recipe is not None else Recipe.build(**shared)
+    of_file = read_yaml(recipe) if recipe is not None else {}
+    shared = {**of_file, **settings, **parse_settings(set_fields or [], "--set")}
     variants = [parse_variant(name) for name in methods]
     shares = [Recipe.build(sparsity=share).sparsity for share in sparsities or _SPARSITIES]
 
@@ -59,11 +59,11 @@ def compare(
 
     request = ComparisonRequest(
         model=model,
-        base=base,
+        shared=shared,
         variants=variants,
         sparsities=shares,
         texts=text,
-        seq_len=base.seq_len,
+        seq_len=common_recipe(shared).seq_len,
         max_windows=max_windows,
         time_it=speed,
         plots=plots,

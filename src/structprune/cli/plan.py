@@ -40,7 +40,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     before, after = found.layout.num_parameters, found.forecast.num_parameters
     size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
     rows = [
-        ("method", f"{found.recipe.method}, {found.recipe.structure} widths"),
+        ("method", f"{found.recipe.method}, {'per-layer' if found.recipe.per_layer else 'uniform'} widths"),
         ("parameters", f"{before:,} -> {size}"),
     ]
     for kind, counts in (found.forecast.kept or {}).items():

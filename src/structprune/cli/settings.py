@@ -12,7 +12,7 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from structprune.recipe import Flag, Recipe
+from structprune.recipe import Flag, Recipe, all_fields
 
 Verb = Callable[..., None]
 _RECIPE_FILE = inspect.Parameter(
@@ -30,7 +30,7 @@ def takes_recipe(verb: Verb) -> Verb:
         recipe, fields = values.pop("recipe"), given(values)
         return Recipe.from_yaml(recipe, **fields) if recipe is not None else Recipe.build(**fields)
 
-    return takes_fields(Recipe.model_fields, build, _RECIPE_FILE)(verb)
+    return takes_fields(all_fields(), build, _RECIPE_FILE)(verb)
 
 
 def takes_fields(

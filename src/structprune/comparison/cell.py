@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from structprune.api import prune
 from structprune.architectures.sources.resolve import resolve_model
@@ -39,7 +39,7 @@ class CellSpec(BaseModel):
     model: str
     label: str
     key: str
-    recipe: Recipe | None
+    recipe: SerializeAsAny[Recipe] | None
     """None: only the dense model is tested."""
     sparsity: float
     """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""

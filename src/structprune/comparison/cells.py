@@ -14,8 +14,11 @@ import yaml
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError
 from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, all_fields, flag_name
 from structprune.types import UNIT_KINDS, ModelLayout
+
+# Every cell has its own.
+_OF_THE_CELL = ("method", "sparsity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +38,15 @@ def parse_variant(text: str) -> Variant:
 
 
 def parse_settings(entries: Sequence[str], where: str) -> dict[str, Any]:
-    """`FIELD=VALUE` entries -> recipe fields. Raises InputError for what is no such entry or no such field."""
+    """Read `FIELD=VALUE` entries as recipe fields. Raises InputError for what is no such entry or no such field."""
     result: dict[str, Any] = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
         name = name.replace("-", "_")
         if not equals or not value:
             raise InputError("a setting is not usable", where=where, got=repr(entry), wanted="FIELD=VALUE")
-        if name not in Recipe.model_fields or name in ("method", "sparsity"):
-            known = ", ".join(f for f in Recipe.model_fields if f not in ("method", "sparsity"))
+        if name not in all_fields() or name in _OF_THE_CELL:
+            known = ", ".join(f for f in all_fields() if f not in _OF_THE_CELL)
             raise InputError(f"{name!r} is not a setting of a recipe", where=where, do=f"known: {known}")
         try:
             result[name] = yaml.safe_load(value)
@@ -52,10 +55,37 @@ def parse_settings(entries: Sequence[str], where: str) -> dict[str, Any]:
     return result
 
 
-def cell_recipe(base: Recipe, variant: Variant, sparsity: float) -> Recipe:
-    """The recipe of one cell. Raises InputError that names the variant's bad setting."""
-    fields = base.model_dump(exclude_unset=True) | dict(variant.changes)
-    return Recipe.build(**{**fields, "method": variant.method, "sparsity": sparsity})
+def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> dict[str, list[str]]:
+    """Find the shared settings that have no meaning for a method: its label -> their flags.
+
+    Raises InputError for a setting that has no meaning for any, or for an unknown method.
+    """
+    fields = {v.label: set(Recipe.kind_for({"method": v.method}).model_fields) for v in variants}
+    names = [name for name in shared if name not in _OF_THE_CELL]
+    for name in names:
+        if not any(name in own for own in fields.values()):
+            raise InputError(f"{flag_name(name)} has no meaning for any of the methods", got=", ".join(fields))
+    return {
+        label: left_out
+        for label, own in fields.items()
+        if (left_out := [flag_name(name) for name in names if name not in own])
+    }
+
+
+def common_recipe(shared: Mapping[str, Any]) -> Recipe:
+    """Validate what all methods share: device, number format, windows. Raises InputError."""
+    common = {name: value for name, value in shared.items() if name in Recipe.model_fields and name != "method"}
+    return Recipe.build(**common)
+
+
+def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) -> Recipe:
+    """Build the recipe of one cell, of the shared settings that have a meaning for its method and of its own.
+
+    Raises InputError that names the variant's bad setting.
+    """
+    own = Recipe.kind_for({"method": variant.method}).model_fields
+    fields = {"scope": Recipe().scope, **{name: value for name, value in shared.items() if name in own}}
+    return Recipe.build(**{**fields, **variant.changes, "method": variant.method, "sparsity": sparsity})
 
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
@@ -76,17 +106,17 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
 def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
     """Hash of the recipe and of what else decides the figures; the calibration text counts by its content."""
     # Without the defaults, a recipe keeps its hash when recipes learn another field.
-    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    fields = recipe.model_dump(mode="json", exclude_defaults=True) | {"method": recipe.method}
     fields["calibration"] = calibration_identity(recipe.calibration)
     text = json.dumps([fields, dict(identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def calibration_identity(calibration: str | None) -> str:
-    """A file's hash, or the name of a source."""
-    if calibration is not None and Path(calibration).is_file():
+def calibration_identity(calibration: str) -> str:
+    """Name a file by its hash, a source by its name."""
+    if Path(calibration).is_file():
         return file_sha256(Path(calibration))
-    return calibration or "default"
+    return "default" if calibration == "auto" else calibration
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
-from structprune.comparison.cells import Variant, cell_key, cell_recipe, file_sha256, fitted
+from structprune.comparison.cells import (
+    Variant,
+    cell_key,
+    cell_recipe,
+    common_recipe,
+    file_sha256,
+    fitted,
+    shared_settings,
+)
 from structprune.engine.resolve import ResolvedRun, check
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import resolve_device, resolve_dtype
@@ -46,8 +54,8 @@ class ComparisonRequest:
     """What to compare, and on what."""
 
     model: str
-    base: Recipe
-    """Settings that all cells share; method and sparsity do not count."""
+    shared: Mapping[str, Any]
+    """Recipe fields that all cells share where the method has them; method and sparsity do not count."""
     variants: Sequence[Variant]
     sparsities: Sequence[float]
     texts: Sequence[Path]
@@ -72,6 +80,8 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
         check_matplotlib()
     check_path(output, "the comparison")
     _check_ours(output)
+    for label, flags in shared_settings(request.shared, request.variants).items():
+        observer.note(f"{', '.join(flags)}: no meaning for {label}, left out there")
     comparison, cells = _prepare(request)
     make_folder(output, "the comparison")
     with _locked(output):
@@ -99,10 +109,11 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
 
 def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     """The empty table and its cells, all of them resolved. Raises StructPruneError."""
-    device = resolve_device(request.base.device)
-    dtype = str(resolve_dtype(request.base, device)).removeprefix("torch.")
+    asked_of_all = common_recipe(request.shared)
+    device = resolve_device(asked_of_all.device)
+    dtype = str(resolve_dtype(asked_of_all, device)).removeprefix("torch.")
     # Measured once: cells whose forward passes differ in precision would not be comparable.
-    base = request.base.model_copy(update={"dtype": dtype, "device": str(device)})
+    shared = {**request.shared, "dtype": dtype, "device": str(device)}
     texts = [(path.name, path) for path in request.texts]
     if len({label for label, _ in texts}) < len(texts):
         raise InputError(
@@ -122,7 +133,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     cells: list[CellSpec] = []
     for sparsity in dict.fromkeys(request.sparsities):
         for variant in request.variants:
-            asked = cell_recipe(base, variant, sparsity)
+            asked = cell_recipe(shared, variant, sparsity)
             recipe = fitted(asked, METHODS.get(variant.method), layout)
             _check_cell(request.model, recipe, variant.label, sparsity)
             key = cell_key(recipe, identity)
@@ -146,10 +157,11 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
             )
             if key not in {cell.key for cell in cells}:
                 cells.append(spec)
+    calibration = asked_of_all.calibration
     comparison = Comparison(
         model=Path(request.model).name,
         source_fingerprint=identity["source"],
-        calibration="chosen by each run" if base.calibration is None else Path(base.calibration).name,
+        calibration="chosen by each run" if calibration == "auto" else Path(calibration).name,
         texts=[TextInfo(label=label, sha256=digest) for label, digest in identity["texts"].items()],
         seq_len=request.seq_len,
         max_windows=request.max_windows,

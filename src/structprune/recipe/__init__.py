@@ -1,19 +1,36 @@
-"""Recipes: what a run is to do, from flags, YAML or Python.
+"""Recipes: what a run is to do, from flags, YAML or Python, and what it then works by.
 
-Read first: `common.py`; then `fields.py`, how a setting is declared.
+Read first: `common.py` (what all have in common, and which class validates the rest), then `units.py`. Declarations of
+fields are in `fields.py`; `training.py` has the settings of a recovery.
 """
 
-from structprune.recipe.common import Recipe, Scope, default_sensitivity_samples
+from structprune.recipe.common import (
+    RECIPES,
+    RESOLVED,
+    Recipe,
+    ResolvedRecipe,
+    Scope,
+    all_fields,
+    default_sensitivity_samples,
+    flag_name,
+    read_yaml,
+)
 from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Group, settings_fingerprint, validated
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
+    "RECIPES",
+    "RESOLVED",
     "ByteCount",
     "Flag",
     "Group",
     "Recipe",
+    "ResolvedRecipe",
     "Scope",
+    "all_fields",
     "default_sensitivity_samples",
+    "flag_name",
+    "read_yaml",
     "settings_fingerprint",
     "validated",
 ]

@@ -1,18 +1,22 @@
-"""The recipe: everything that decides what a run does, as one frozen value that can be hashed, saved and read."""
+"""What recipes of all pipelines have in common, and how a mapping of settings finds the class that validates it."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic.fields import FieldInfo
 
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, check_regular
-from structprune.kinds import HeadUnits, Structure
+from structprune.methods import METHODS
 from structprune.recipe.fields import (
     DEFAULT_SHARD_BYTES,
+    SAID,
     ByteCount,
     Flag,
     Group,
@@ -20,9 +24,10 @@ from structprune.recipe.fields import (
     settings_fingerprint,
     validated,
 )
+from structprune.registry import Registry
 
 Scope = Literal["mlp", "attention", "all"]
-_METHODS_OWN = "the method's"
+DEFAULT_METHOD = "structprune"
 
 
 def default_sensitivity_samples(seq_len: int) -> int:
@@ -30,13 +35,24 @@ def default_sensitivity_samples(seq_len: int) -> int:
     return max(1, min(24, 24_576 // seq_len))
 
 
-class Recipe(BaseModel):
-    """What to prune and how. `None` means: chosen by the planner, and written into the resolved recipe."""
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """What to prune and how; `None` means that the method or the planner chooses.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `Recipe(method=..., ...)` is a recipe of the method's pipeline: a UnitsRecipe, DepthRecipe, ExpertsRecipe or
+    SliceRecipe, which say what each takes beside the fields here. Raises InputError for an unknown method, and
+    UnsupportedError for settings that have no meaning for it.
+    """
+
+    pipeline: ClassVar[str] = ""
+    """The pipeline that it is a recipe for; empty: the method decides which class it becomes."""
+    removes: ClassVar[str] = ""
+    """What the pipeline removes, in words."""
+    settled: ClassVar[Mapping[str, Any]] = {}
+    """Fields of other pipelines with the values that recipes of earlier versions may have here: they ask for what the
+    pipeline does anyway."""
 
     method: Annotated[str, Flag(Group.HOW)] = Field(
-        default="structprune", description="a name that `structprune methods` lists"
+        default=DEFAULT_METHOD, description="a name that `structprune methods` lists"
     )
     sparsity: Annotated[Share, Flag(Group.WHAT)] = Field(
         default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove, such as 0.3 or 30%"
@@ -44,13 +60,12 @@ class Recipe(BaseModel):
     scope: Annotated[Scope, Flag(Group.WHAT)] = Field(
         default="mlp", description="sublayers to prune: mlp, attention or all"
     )
-    head_units: Annotated[HeadUnits | None, Flag(Group.WHAT, unset=_METHODS_OWN)] = Field(
-        default=None,
-        description="what attention loses. kv-group: KV heads with their query heads; query-head: query heads alone; "
-        "value-channel: channels of the values",
-    )
-    calibration: Annotated[str | None, Flag(Group.CALIBRATION, unset="the first that can be had")] = Field(
-        default=None, description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file"
+    calibration: Annotated[
+        str, BeforeValidator(lambda value: "auto" if value is None else value), Flag(Group.CALIBRATION)
+    ] = Field(
+        default="auto",
+        description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file; auto: the "
+        "first of wikitext2, boolq and self that can be had",
     )
     num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=128, ge=1, description="calibration windows")
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=2048, ge=2, description="tokens per window")
@@ -69,69 +84,10 @@ class Recipe(BaseModel):
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows, and of method random"
     )
-    multiple_of: Annotated[int | None, Flag(Group.ADVANCED, unset="32; 128 in wide models")] = Field(
-        default=None, ge=1, description="kept units per block are a multiple of this"
-    )
-    damping: Annotated[
-        Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None, Flag(Group.ADVANCED, unset=_METHODS_OWN)
-    ] = Field(
-        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
-    )
-    shrinkage: Annotated[float | None, Flag(Group.ADVANCED, unset=_METHODS_OWN)] = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="share of the correlations between units that greedy removal does not count on",
-    )
-    score: Annotated[str | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
-        default=None, description="what decides which units stay, such as wanda or greedy (docs/methods.md lists all)"
-    )
-    allocator: Annotated[str | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
-        default=None,
-        description="how the blocks share the sparsity: uniform, closed-form, fermi-dirac, softmax or standardised",
-    )
-    solver: Annotated[str | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
-        default=None,
-        description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",
-    )
-    target: Annotated[Literal["local", "dense-path"] | None, Flag(Group.HOW, unset=_METHODS_OWN)] = Field(
-        default=None,
-        description="what the solver fits. local: the sublayer's own output; dense-path: the dense model's hidden "
-        "states",
-    )
-    structure: Annotated[Structure | None, Flag(Group.HOW, unset="what the method needs")] = Field(
-        default=None, description="widths of the output: uniform (one for all blocks) or per-layer"
-    )
-    temperature: Annotated[float | None, Flag(Group.ADVANCED, unset=_METHODS_OWN)] = Field(
-        default=None, ge=0, description="temperature of the fermi-dirac and softmax allocators"
-    )
-    min_retention: Annotated[float, Flag(Group.WHAT)] = Field(
-        default=0.1, gt=0, le=1, description="least share of its units that a block keeps"
-    )
-    max_retention: Annotated[float, Flag(Group.WHAT)] = Field(
-        default=1.0, gt=0, le=1, description="largest share of its units that a block keeps"
-    )
-    outer_iterations: Annotated[int, Flag(Group.ADVANCED)] = Field(
-        default=0,
-        ge=0,
-        description="times that removal costs are measured again on the pruned model and shared out anew",
-    )
-    allow_block_removal: Annotated[bool, Flag(Group.WHAT, names="--allow-block-removal/--no-block-removal")] = Field(
-        default=False, description="let a block lose its whole attention or MLP"
-    )
-    protect_first: Annotated[int | None, Flag(Group.WHAT, unset=_METHODS_OWN)] = Field(
-        default=None, ge=0, description="blocks at the start that lose nothing"
-    )
-    protect_last: Annotated[int | None, Flag(Group.WHAT, unset=_METHODS_OWN)] = Field(
-        default=None, ge=0, description="blocks at the end that lose nothing"
-    )
-    sensitivity_samples: Annotated[
-        int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
-    ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")
     tensor_parallel: Annotated[int, Flag(Group.ADVANCED)] = Field(
         default=1, ge=1, description="processes that will share each block: its heads and widths divide by this"
     )
-    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED)] = Field(
+    max_shard_size: Annotated[ByteCount, Flag(Group.ADVANCED, unset="5GB")] = Field(
         default=DEFAULT_SHARD_BYTES,
         ge=1,
         description="largest weight file of the output, such as 2GB; a smaller output is one file",
@@ -140,43 +96,204 @@ class Recipe(BaseModel):
         default=True, description="load the result with stock code, in a process of its own, and compare its logits"
     )
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
+
+    def __new__(cls, **values: Any) -> Self:
+        """Make an instance of the class for the method's pipeline."""
+        return super().__new__(cls if cls.pipeline else cls.kind_for(values))
+
     @classmethod
-    def build(cls, **values: Any) -> Recipe:
+    def kinds(cls) -> Registry[Any]:
+        """Return the table that `kind_for` chooses from."""
+        return RECIPES
+
+    @classmethod
+    def kind_for(cls, values: Mapping[str, Any]) -> type[Self]:
+        """Find the class that validates `values`, by their method. Raises InputError for an unknown method."""
+        method = values.get("method", DEFAULT_METHOD)
+        # What is no name at all is refused when the field is validated.
+        return cls.kinds().get(METHODS.get(method).pipeline if isinstance(method, str) else "units")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
+        if not isinstance(values, Mapping):
+            return validate(values)
+        if not cls.pipeline:
+            return cls.kind_for(values).model_validate(values)
+        return validate(cls.own_values(values))
+
+    @classmethod
+    def own_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out other pipelines' fields that ask for nothing. Raises UnsupportedError for one that does."""
+        method = values.get("method")
+        if isinstance(method, str) and METHODS.get(method).pipeline != cls.pipeline:
+            raise InputError(f"method {method!r} has another kind of recipe", got=cls.__name__, do="use Recipe")
+        foreign = {name: values[name] for name in values if name in all_fields() and name not in cls.model_fields}
+        asked = {name: value for name, value in foreign.items() if not cls.asks_nothing(name, value, values)}
+        if asked:
+            raise UnsupportedError(
+                f"{', '.join(map(flag_name, asked))} {'has' if len(asked) == 1 else 'have'} no meaning for method "
+                f"{values.get('method')!r}, which removes {cls.removes}",
+                got=", ".join(
+                    str(value).lower() if isinstance(value, bool) else str(value) for value in asked.values()
+                ),
+                do=f"settings that have one: {', '.join(map(flag_name, cls.model_fields))}",
+            )
+        # None stands for the default where other pipelines leave the field to the method.
+        unsaid = {name for name in cls.model_fields if name in values and values[name] is None and cls._has_own(name)}
+        return {name: value for name, value in values.items() if name not in foreign and name not in unsaid}
+
+    @classmethod
+    def _has_own(cls, name: str) -> bool:
+        field = cls.model_fields[name]
+        return not field.is_required() and field.default is not None and all_fields()[name].default is None
+
+    @classmethod
+    def asks_nothing(cls, name: str, value: Any, values: Mapping[str, Any]) -> bool:
+        """Say whether a field of other pipelines has a value that changes nothing here."""
+        settled = {"sensitivity_samples": default_sensitivity_samples(values.get("seq_len", 2048)), **cls.settled}
+        return value in (None, all_fields()[name].default) or (name in settled and value == settled[name])
+
+    @classmethod
+    def build(cls, **values: Any) -> Self:
         """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
         return validated(cls, values)
 
     @classmethod
-    def from_yaml(cls, path: Path, **overrides: Any) -> Recipe:
+    def from_yaml(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
-        check_path(path, "the recipe file")
-        try:
-            check_regular(path)
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except InputError:
-            raise
-        except FileNotFoundError:
-            raise InputError("the recipe file does not exist", where=str(path)) from None
-        except Exception as error:
-            # PyYAML's constructors raise ValueError, TypeError, RecursionError and more beside YAMLError.
-            raise InputError(
-                "the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())
-            ) from None
-        if data is None:
-            data = {}
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            raise InputError(
-                "a recipe must be a mapping",
-                where=str(path),
-                got=type(data).__name__,
-                wanted="lines such as `sparsity: 0.3`",
-            )
-        unknown = sorted(set(data) - set(cls.model_fields))
-        if unknown:
-            raise InputError(
-                f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(cls.model_fields)}"
-            )
-        return cls.build(**{**data, **overrides})
+        return cls.build(**{**read_yaml(path), **overrides})
 
     def fingerprint(self) -> str:
         """Hash the canonical JSON of every field with SHA-256."""
         return settings_fingerprint(self)
+
+
+DeviceBytes = Annotated[
+    int,
+    BeforeValidator(lambda value: 0 if value is None else value),
+    PlainSerializer(lambda value: value or None, return_type=int | None),
+]
+"""Bytes on a device, 0 where blocks run in host memory; null in JSON."""
+
+
+class ResolvedRecipe(Recipe, frozen=True):
+    """A recipe in which everything is said, as a run works by it: no field is None.
+
+    Before the run has its windows, `calibration` may still be `auto`, and `num_samples` what was asked for.
+    """
+
+    memory: int = SAID
+    device_memory: DeviceBytes = SAID
+
+    @classmethod
+    def of(cls, asked: Recipe, **decided: Any) -> Self:
+        """Put together what was asked for and what was decided."""
+        return cls(**{**dict(asked), **decided})
+
+    @classmethod
+    def kinds(cls) -> Registry[Any]:
+        """Return the table that `kind_for` chooses from."""
+        return RESOLVED
+
+    @classmethod
+    def asks_nothing(cls, name: str, value: Any, values: Mapping[str, Any]) -> bool:
+        """Say that it does: reports of earlier versions hold the fields of all pipelines."""
+        return True
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every block of the output has a config of its own."""
+        return False
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some windows are kept apart, to choose the ridge."""
+        return False
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states of all windows are kept beside the pruned ones."""
+        return False
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """Blocks at the start and at the end that lose nothing."""
+        return 0, 0
+
+    @property
+    def backward_samples(self) -> int:
+        """Windows of the streamed backward pass, or of measured losses."""
+        return default_sensitivity_samples(self.seq_len)
+
+
+RECIPES: Registry[Any] = Registry(
+    "pipeline",
+    {
+        "units": "structprune.recipe.units:UnitsRecipe",
+        "depth": "structprune.recipe.depth:DepthRecipe",
+        "experts": "structprune.recipe.experts:ExpertsRecipe",
+        "slice": "structprune.recipe.slice:SliceRecipe",
+    },
+)
+"""Pipeline -> what may be asked of it."""
+
+RESOLVED: Registry[Any] = Registry(
+    "pipeline",
+    {
+        "units": "structprune.recipe.units:ResolvedUnits",
+        "depth": "structprune.recipe.depth:ResolvedDepth",
+        "experts": "structprune.recipe.experts:ResolvedExperts",
+        "slice": "structprune.recipe.slice:ResolvedSlice",
+    },
+)
+"""Pipeline -> what a run of it works by."""
+
+
+@functools.cache
+def all_fields() -> dict[str, FieldInfo]:
+    """Collect the fields of all pipelines' recipes; one that several have is described as the first of them does."""
+    fields: dict[str, FieldInfo] = {}
+    for pipeline in RECIPES:
+        fields = {**RECIPES.get(pipeline).model_fields, **fields}
+    return fields
+
+
+def flag_name(field: str) -> str:
+    """Write a field as it is on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping of recipe fields, not yet validated. Raises InputError."""
+    check_path(path, "the recipe file")
+    try:
+        check_regular(path)
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError("the recipe file does not exist", where=str(path)) from None
+    except Exception as error:
+        # PyYAML's constructors raise ValueError, TypeError, RecursionError and more beside YAMLError.
+        raise InputError(
+            "the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())
+        ) from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(
+            "a recipe must be a mapping",
+            where=str(path),
+            got=type(data).__name__,
+            wanted="lines such as `sparsity: 0.3`",
+        )
+    unknown = sorted(set(data) - set(all_fields()))
+    if unknown:
+        raise InputError(
+            f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(all_fields())}"
+        )
+    return data

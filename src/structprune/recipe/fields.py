@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from structprune.errors import InputError
+from structprune.files import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from structprune.memory import parse_bytes
 
 Settings = TypeVar("Settings", bound=BaseModel)
+METHODS_OWN = "the method's"
+SAID: Any = Field(default=...)
+"""The default of a field that has none: in a resolved recipe everything is said."""
 
 
 class Group(StrEnum):
@@ -41,8 +45,6 @@ class Flag:
 
 ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
 """A number, or a text such as `4GiB`."""
-DEFAULT_SHARD_BYTES = 5 * 10**9
-"""The largest weight file of an output where no size is given."""
 
 
 def _read_share(value: Any) -> Any:

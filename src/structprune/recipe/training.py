@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Group, settings_fingerprint, validated
+from structprune.recipe.fields import DEFAULT_SHARD_BYTES, SAID, ByteCount, Flag, Group, settings_fingerprint, validated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +24,8 @@ _DEFAULTS = {
 }
 
 
-class RecoverySettings(BaseModel):
+class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
     """How to recover, on what, and for how long. `None` means: the mode's own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Annotated[Literal["stream", "blocks", "lora"], Flag(Group.HOW)] = Field(
         default="stream",
@@ -93,27 +91,16 @@ class RecoverySettings(BaseModel):
         """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
         return validated(cls, values)
 
-    def resolved(self) -> RecoverySettings:
-        """With the mode's own learning rate and number of passes where none were given."""
+    def resolved(self) -> ResolvedRecovery:
+        """Take the mode's own learning rate and number of passes where none were given."""
         own = _DEFAULTS[self.mode]
-        return self.model_copy(
-            update={
+        return ResolvedRecovery(
+            **{
+                **dict(self),
                 "learning_rate": own.learning_rate if self.learning_rate is None else self.learning_rate,
                 "epochs": own.epochs if self.epochs is None else self.epochs,
             }
         )
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of resolved settings."""
-        assert self.learning_rate is not None
-        return self.learning_rate
-
-    @property
-    def passes(self) -> int:
-        """The number of epochs of resolved settings."""
-        assert self.epochs is not None
-        return self.epochs
 
     @property
     def limit_s(self) -> float | None:
@@ -123,3 +110,10 @@ class RecoverySettings(BaseModel):
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON of every field."""
         return settings_fingerprint(self)
+
+
+class ResolvedRecovery(RecoverySettings, frozen=True):
+    """What a recovery works by."""
+
+    learning_rate: float = SAID
+    epochs: int = SAID

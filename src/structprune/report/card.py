@@ -13,6 +13,7 @@ import yaml
 
 from structprune.files import plain_name
 from structprune.memory import format_bytes
+from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.types import HeadUnits
@@ -46,7 +47,7 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         "## Before and after",
         _figures(report),
         "## What was removed",
-        _removed(report.blocks, report.recipe.head_units),
+        _removed(report.blocks, report.recipe.head_units if isinstance(report.recipe, ResolvedUnits) else None),
         "## How to load it",
         *_loading(report, name),
         "## How it was made",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from structprune.memory import format_bytes
+from structprune.recipe.units import ResolvedUnits
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
@@ -118,6 +119,7 @@ def _by_block(title: str, blocks: Sequence[BlockReport], name: str, caption: str
 def objective_charts(report: PruneReport) -> list[Chart]:
     """Per kind, the objective of an iterative solver, each block relative to where it started."""
     charts: list[Chart] = []
+    solver = report.recipe.solver if isinstance(report.recipe, ResolvedUnits) else "the solver"
     for kind, blocks in _by_kind(report.blocks).items():
         curves = [
             [value / block.objective[0] for value in block.objective]
@@ -137,7 +139,7 @@ def objective_charts(report: PruneReport) -> list[Chart]:
         )
         charts.append(
             Chart(
-                title=f"Objective of {report.recipe.solver}, {PLACES.get(kind, kind)}",
+                title=f"Objective of {solver}, {PLACES.get(kind, kind)}",
                 svg=svg,
                 caption="Of each block, over its value before the first iteration.",
                 legend=(("s1", "median"), ("faint", "one block")),

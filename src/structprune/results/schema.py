@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
 from structprune.errors import InputError
-from structprune.recipe import Recipe
+from structprune.recipe import ResolvedRecipe
 from structprune.results.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ class PruneFacts(Frozen):
     """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
     family: str
     method: str
-    recipe: Recipe
-    """Resolved: no `auto` and no `None` except an unset option that has no effect."""
+    recipe: SerializeAsAny[ResolvedRecipe]
+    """What the run worked by, with the fields that its pipeline has."""
     device: str
     compute_dtype: str
     calibration: CalibrationReport

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
+from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
 from structprune.solvers import SOLVERS
 
@@ -90,13 +91,8 @@ def warnings(report: PruneFacts) -> list[str]:
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")
-    low, high = blocks_at_a_bound(report)
-    if low:
-        share = report.recipe.min_retention
-        found.append(f"At the least share that a block keeps ({share:.0%}, --min-retention): {_places(low)}.")
-    if high:
-        share = report.recipe.max_retention
-        found.append(f"At the largest share that a block keeps ({share:.0%}, --max-retention): {_places(high)}.")
+    if isinstance(report.recipe, ResolvedUnits):
+        found += _bound_warnings(report, report.recipe)
     memory, reload, calibration = report.memory, report.reload, report.calibration
     for more, place in (("More", memory), ("On the device more", memory.device)):
         if place is not None and place.measured_peak_bytes > place.planned_peak_bytes:
@@ -106,7 +102,7 @@ def warnings(report: PruneFacts) -> list[str]:
             )
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
-    solver = SOLVERS.find(report.recipe.solver)
+    solver = SOLVERS.find(report.recipe.solver) if isinstance(report.recipe, ResolvedUnits) else None
     if solver is not None and "consumer" in solver.changes and calibration.num_windows * calibration.seq_len < 32_768:
         found.append(
             f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
@@ -115,23 +111,36 @@ def warnings(report: PruneFacts) -> list[str]:
     return found
 
 
+def _bound_warnings(report: PruneFacts, recipe: ResolvedUnits) -> list[str]:
+    found: list[str] = []
+    low, high = blocks_at_a_bound(report)
+    if low:
+        share = recipe.min_retention
+        found.append(f"At the least share that a block keeps ({share:.0%}, --min-retention): {_places(low)}.")
+    if high:
+        share = recipe.max_retention
+        found.append(f"At the largest share that a block keeps ({share:.0%}, --max-retention): {_places(high)}.")
+    return found
+
+
 def blocks_at_a_bound(report: PruneFacts) -> tuple[list[BlockReport], list[BlockReport]]:
-    """Blocks that an allocator would have cut further, or less, but for a bound; none where all are cut alike."""
+    """Find blocks that an allocator would have cut further, or less, but for a bound; none where all are cut alike."""
     recipe = report.recipe
+    if not isinstance(recipe, ResolvedUnits):
+        return [], []
     allocator = ALLOCATORS.find(recipe.allocator)
     if allocator is None or not allocator.bounded:
         return [], []
-    units = [block for block in report.blocks if block.kind in ("mlp", "attention") and block.status != "sliced"]
-    multiple = recipe.multiple_of or 1
+    multiple = recipe.multiple_of
     low = [
         block
-        for block in units
+        for block in report.blocks
         if 0 < block.kept_units < block.num_units
         and block.kept_units < math.ceil(block.num_units * recipe.min_retention) + multiple
     ]
     high = [
         block
-        for block in units
+        for block in report.blocks
         if recipe.max_retention < 1 and block.kept_units > math.floor(block.num_units * recipe.max_retention) - multiple
     ]
     return low, high

@@ -154,14 +154,14 @@ class BlockTrainer:
         windows = self.context.texts.all_train
         per_pass = -(-len(windows) // settings.batch)
         step = epochs = seen = in_vain = 0
-        while epochs < settings.passes and parameters.size and (share_s is None or share_s > 0):
+        while epochs < settings.epochs and parameters.size and (share_s is None or share_s > 0):
             order = torch.randperm(
                 len(windows),
                 generator=torch.Generator().manual_seed((settings.seed * 1009 + self.block.index) * 1009 + epochs),
             )
             late = False
             for start in range(0, len(windows), settings.batch):
-                done = step / (settings.passes * per_pass)
+                done = step / (settings.epochs * per_pass)
                 if share_s is not None:
                     elapsed = (time.perf_counter() - started) / share_s
                     done, late = max(done, elapsed), elapsed >= 1
@@ -171,7 +171,7 @@ class BlockTrainer:
                 gradient_P = self._gradient(module, parameters, chosen)
                 step += 1
                 seen += len(chosen)
-                rate = settings.rate * course(step - 1, settings.warmup, done)
+                rate = settings.learning_rate * course(step - 1, settings.warmup, done)
                 adam_step(state_3P, gradient_P, rate=rate, number=step)
                 with torch.no_grad():
                     for name, view in parameters.views(state_3P[0]).items():

@@ -20,7 +20,7 @@ from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.files import read_json
 from structprune.observer import Observer, SilentObserver
-from structprune.recipe.training import RecoverySettings
+from structprune.recipe.training import RecoverySettings, ResolvedRecovery
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
 from structprune.runs.contents import file_contents, sums
 from structprune.training.texts import Texts
@@ -33,7 +33,7 @@ class RecoveryContext:
 
     teacher: StreamedModel
     student: StreamedModel
-    settings: RecoverySettings
+    settings: ResolvedRecovery
     """Resolved."""
     texts: Texts
     targets: tuple[int, ...]

@@ -86,7 +86,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
         _link(newest[0] / _BEST_NAME, best)
         context.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(context.texts.all_train) // settings.batch)
-    total = settings.passes * per_pass
+    total = settings.epochs * per_pass
     # The shares of the texts follow the measurements.
     interval = max(1, per_pass // 8) if settings.mix == "robust" else per_pass
     last = time.perf_counter()
@@ -135,7 +135,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
             [w for ahead in range(_STEPS_AHEAD) for w in mix.windows(history.mix, history.step + ahead, settings.batch)]
         )
         progress = max(history.step / total, 0.0 if limit is None else clock() / limit)
-        rate = settings.rate * course(history.step, settings.warmup, progress)
+        rate = settings.learning_rate * course(history.step, settings.warmup, progress)
         loss = student.step(windows, rate, history.step + 1)
         history.mix = mix.drawn(history.mix, windows)
         history.step += 1

@@ -18,8 +18,7 @@ from transformers import modeling_gguf_pytorch_utils as stock_gguf
 from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import CheckpointError, UnsupportedError
-from structprune.files import write_text
-from structprune.recipe import DEFAULT_SHARD_BYTES
+from structprune.files import DEFAULT_SHARD_BYTES, write_text
 
 # Families whose stock conversion is one tensor to one tensor.
 _ARCHITECTURES = ("llama", "gemma3")

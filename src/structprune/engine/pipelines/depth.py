@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
-from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
+from structprune.engine.pipelines.counted_settings import num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
@@ -27,7 +27,8 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import shallower_config
 from structprune.memory import release_free_memory
 from structprune.methods.method import Method
-from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.recipe import default_sensitivity_samples
+from structprune.recipe.depth import DepthRecipe, ResolvedDepth
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.types import BlockLayout, ModelLayout
@@ -38,20 +39,24 @@ def num_removed(sparsity: float, layout: ModelLayout) -> int:
     return num_to_remove(sparsity, len(layout.blocks))
 
 
-def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
-    """The recipe with every entry filled. Raises UnsupportedError for settings without a meaning for whole blocks.
+def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> ResolvedDepth:
+    """Fill every entry of the recipe. Raises UnsupportedError for settings without a meaning for whole blocks.
 
     Raises InputError for an unknown score, or where fewer blocks may go than must.
     """
     score = BLOCK_SCORES.check(recipe.score or method.score)
     blocks = stock.layout.blocks
-    if "scope" in recipe.model_fields_set and recipe.scope != "all":
+    if recipe.scope != "all":
         raise UnsupportedError(
             f"method {method.name!r} removes whole blocks", got=f"--scope {recipe.scope}", wanted="--scope all"
         )
-    some_windows = BLOCK_SCORES.get(score).compares == "losses"
-    others = {} if some_windows else {"sensitivity_samples": default_sensitivity_samples(recipe.seq_len)}
-    fixed = without_units(recipe, method, f"whole blocks chosen by {score!r}", others)
+    samples = default_sensitivity_samples(recipe.seq_len)
+    if BLOCK_SCORES.get(score).compares != "losses" and recipe.sensitivity_samples not in (None, samples):
+        raise UnsupportedError(
+            f"--sensitivity-samples has no meaning for whole blocks chosen by {score!r}",
+            got=recipe.sensitivity_samples,
+            wanted="no --sensitivity-samples",
+        )
     if any(block.shapes != blocks[0].shapes for block in blocks):
         raise UnsupportedError(
             "the source's blocks have different widths",
@@ -59,12 +64,11 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
             do="remove blocks first, units afterwards",
         )
     remove = num_removed(recipe.sparsity, stock.layout)
-    protect_first, protect_last = recipe.protect_first or 0, recipe.protect_last or 0
-    free = len(blocks) - protect_first - protect_last
+    free = len(blocks) - recipe.protect_first - recipe.protect_last
     if recipe.sparsity > 0 and free < 1:
         raise InputError(
             "every block is protected",
-            got=f"--protect-first {protect_first}, --protect-last {protect_last}",
+            got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
             wanted=f"fewer than {len(blocks)} together",
         )
     if remove > min(free, len(blocks) - 1):
@@ -76,25 +80,23 @@ def depth_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
         )
     # What cannot be written is refused before anything is measured.
     shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
-    protect = {"protect_first": protect_first, "protect_last": protect_last}
-    return fixed.model_copy(update={**protect, "scope": "all", "score": score})
+    return ResolvedDepth.of(recipe, score=score, sensitivity_samples=recipe.sensitivity_samples or samples)
 
 
-def depth_request(request: PlanRequest, recipe: Recipe) -> PlanRequest:
+def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
     """The bytes' side of the pipeline: how many boundaries' hidden states are kept, and of how many windows."""
     remove = num_removed(recipe.sparsity, request.layout)
-    free = len(request.layout.blocks) - (recipe.protect_first or 0) - (recipe.protect_last or 0)
+    free = len(request.layout.blocks) - recipe.protect_first - recipe.protect_last
     request = replace(request, needs_statistics=False)
     if remove == 0:
         return replace(request, num_windows=request.num_probe)
-    assert recipe.score is not None
     compares = BLOCK_SCORES.get(recipe.score).compares
     if compares == "losses":
         return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares=compares)
     return replace(request, num_stores=remove + 1, compares=compares)
 
 
-def forecast_depth(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
+def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[str]) -> Forecast:
     """All of it: blocks are alike. Raises UnsupportedError where `tensor_parallel` processes could not share them."""
     check_shared_out(stock, recipe, {})
     layout = stock.layout
@@ -127,7 +129,7 @@ def _choose(context: RunContext, remove: int) -> Choice:
     if line is None:
         choice = Choice(removed=frozenset(), statistics={})
         if remove:
-            choice = BLOCK_SCORES.get(context.score).choose(context, remove)
+            choice = BLOCK_SCORES.get(context.settings(ResolvedDepth).score).choose(context, remove)
             assert len(choice.removed) == remove
             release_free_memory()
         line = context.run.journal.record("choice", removed=sorted(choice.removed), statistics=dict(choice.statistics))

@@ -24,7 +24,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
-from structprune.engine.pipelines.counted_settings import num_to_remove, without_units
+from structprune.engine.pipelines.counted_settings import num_to_remove
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
@@ -36,7 +36,7 @@ from structprune.engine.streaming.propagate import Propagator, captured
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods.method import Method
 from structprune.phases import Phase
-from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.recipe.experts import ExpertsRecipe, ResolvedExperts
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.types import BlockLayout, UnitGroup
@@ -45,8 +45,10 @@ from structprune.types import BlockLayout, UnitGroup
 KIND = "expert"
 
 
-def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
-    """The recipe with every entry filled, and the mixture's groups.
+def expert_settings(
+    recipe: ExpertsRecipe, method: Method, stock: StockModel
+) -> tuple[ResolvedExperts, tuple[UnitGroup, ...]]:
+    """Fill every entry of the recipe, and find the mixture's groups.
 
     Raises UnsupportedError for a model without experts or a setting without a meaning, InputError where fewer experts
     would be left than a token is sent to.
@@ -63,14 +65,6 @@ def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[
         raise UnsupportedError(
             f"method {method.name!r} removes whole experts", got=f"--scope {recipe.scope}", wanted="--scope mlp"
         )
-    if recipe.score not in (None, method.score):
-        raise UnsupportedError(
-            f"method {method.name!r} has one score", got=f"--score {recipe.score}", wanted=method.score
-        )
-    # The stock config has one number of experts for all blocks.
-    others = {"protect_first": 0, "protect_last": 0}
-    others["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
-    recipe = without_units(recipe, method, "whole experts", others)
     total, chosen = getattr(stock.config, experts.count_field), getattr(stock.config, experts.chosen_field)
     remove = num_to_remove(recipe.sparsity, total)
     if remove > total - chosen:
@@ -81,7 +75,7 @@ def expert_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[
             do="lower --sparsity",
         )
     groups = tuple(group for group in stock.groups if group.kind == "mlp")
-    return recipe.model_copy(update={"score": method.score}), groups
+    return ResolvedExperts.of(recipe), groups
 
 
 def expert_request(request: PlanRequest) -> PlanRequest:
@@ -89,7 +83,7 @@ def expert_request(request: PlanRequest) -> PlanRequest:
     return replace(request, needs_statistics=False)
 
 
-def forecast_experts(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
+def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[str]) -> Forecast:
     """All of it: every block keeps as many. Raises UnsupportedError where processes could not share them."""
     check_shared_out(stock, recipe, {})
     layout, experts = stock.layout, _experts(stock)

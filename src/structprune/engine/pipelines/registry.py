@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, forecast_depth
@@ -11,78 +12,81 @@ from structprune.engine.pipelines.experts import execute_experts, expert_request
 from structprune.engine.pipelines.slice import execute_slice
 from structprune.engine.pipelines.slice_settings import forecast_slice, kept_width, resolve_slice_settings
 from structprune.engine.pipelines.units import execute
-from structprune.engine.pipelines.units_settings import unit_settings
+from structprune.engine.pipelines.units_settings import unit_settings, units_request
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.run.context import RunContext
-from structprune.kinds import Structure
 from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe.depth import DepthRecipe, ResolvedDepth
+from structprune.recipe.slice import ResolvedSlice, SliceRecipe
 from structprune.registry import Registry
 from structprune.results.report import PruneReport
 from structprune.types import UnitGroup
 
+Asked = TypeVar("Asked", bound=Recipe)
+Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
+class Pipeline(Generic[Asked, Resolved]):
     """One loop over the blocks; `Method.pipeline` names it."""
 
-    resolve: Callable[[Recipe, Method, StockModel], tuple[Recipe, tuple[UnitGroup, ...]]]
+    resolve: Callable[[Asked, Method, StockModel], tuple[Resolved, tuple[UnitGroup, ...]]]
     """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
-    forecast: Callable[[StockModel, Recipe, Sequence[str]], Forecast]
+    forecast: Callable[[StockModel, Resolved, Sequence[str]], Forecast]
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
-    request: Callable[[PlanRequest, Recipe, StockModel], PlanRequest]
+    request: Callable[[PlanRequest, Resolved, Method, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
     execute: Callable[[RunContext], PruneReport]
     scoped: bool = False
     """Whether `--sparsity` is a share of the sublayers in scope; else of whole blocks."""
-    by_sublayer: bool = False
-    """Whether it prunes a block sublayer by sublayer, each from the inputs of its consumer, which can be kept."""
     shares_windows: bool = False
     """Whether several ranks can share its windows."""
 
 
-def _resolve_depth(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+def _resolve_depth(
+    recipe: DepthRecipe, method: Method, stock: StockModel
+) -> tuple[ResolvedDepth, tuple[UnitGroup, ...]]:
     return depth_settings(recipe, method, stock), stock.groups
 
 
-def _resolve_slice(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
+def _resolve_slice(
+    recipe: SliceRecipe, method: Method, stock: StockModel
+) -> tuple[ResolvedSlice, tuple[UnitGroup, ...]]:
     return resolve_slice_settings(recipe, method, stock), stock.groups
 
 
-def _request_slice(request: PlanRequest, recipe: Recipe, stock: StockModel) -> PlanRequest:
+def _request_slice(request: PlanRequest, recipe: ResolvedSlice, method: Method, stock: StockModel) -> PlanRequest:
     assert stock.family.stream is not None
     width = kept_width(stock.layout, stock.family.stream, recipe)
-    return replace(
-        request, slices="one basis" if recipe.structure == Structure.UNIFORM else "bases", sliced_hidden=width
-    )
+    return replace(request, slices="bases" if recipe.per_layer else "one basis", sliced_hidden=width)
 
 
 UNITS = Pipeline(
     resolve=unit_settings,
     forecast=forecast_units,
-    request=lambda request, recipe, stock: request,
+    request=units_request,
     execute=execute,
     scoped=True,
-    by_sublayer=True,
     shares_windows=True,
 )
 DEPTH = Pipeline(
     resolve=_resolve_depth,
     forecast=forecast_depth,
-    request=lambda request, recipe, stock: depth_request(request, recipe),
+    request=lambda request, recipe, method, stock: depth_request(request, recipe),
     execute=execute_depth,
 )
 EXPERTS = Pipeline(
     resolve=expert_settings,
     forecast=forecast_experts,
-    request=lambda request, recipe, stock: expert_request(request),
+    request=lambda request, recipe, method, stock: expert_request(request),
     execute=execute_experts,
     scoped=True,
 )
 SLICE = Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_request_slice, execute=execute_slice)
 
-PIPELINES: Registry[Pipeline] = Registry(
+PIPELINES: Registry[Pipeline[Any, Any]] = Registry(
     "pipeline",
     {
         "units": "structprune.engine.pipelines.registry:UNITS",

@@ -29,9 +29,9 @@ from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator
 from structprune.exporters.sliced import sliced_config, write_sliced_modeling_file
-from structprune.kinds import Structure
 from structprune.linalg.rotation import dropped_share, principal_basis
 from structprune.memory import release_free_memory
+from structprune.recipe.slice import ResolvedSlice
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.statistics import GramAccumulator
@@ -64,8 +64,8 @@ def execute_slice(context: RunContext) -> PruneReport:
     finite, CheckpointError for unreadable tensors.
     """
     stock, layout = context.stock, context.stock.layout
-    width = kept_width(layout, _stream(context), context.recipe)
-    shortcuts = context.recipe.structure == Structure.PER_LAYER
+    width = kept_width(layout, _stream(context), context.settings(ResolvedSlice))
+    shortcuts = context.recipe.per_layer
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, width)
@@ -185,7 +185,9 @@ def _common_basis(context: RunContext, width: int) -> Tensor:
 
     def finish(state: PassState) -> dict[str, Tensor]:
         total_DD = state.carried.tensors["total"]
-        return {"basis": principal_basis(total_DD, width, context.damping, "all positions").cpu()}
+        return {
+            "basis": principal_basis(total_DD, width, context.settings(ResolvedSlice).damping, "all positions").cpu()
+        }
 
     result = run_pass(
         context,
@@ -247,7 +249,11 @@ def _gram(context: RunContext, batches: Iterable[Tensor], where: str) -> Tensor:
 
 
 def _cut(context: RunContext, gram_DD: Tensor, width: int, common_DK: Tensor | None, where: str) -> Cut:
-    basis_DK = principal_basis(gram_DD, width, context.damping, where) if common_DK is None else common_DK
+    basis_DK = (
+        principal_basis(gram_DD, width, context.settings(ResolvedSlice).damping, where)
+        if common_DK is None
+        else common_DK
+    )
     return Cut(basis_DK=basis_DK, dropped=dropped_share(gram_DD, basis_DK))
 
 

@@ -13,53 +13,17 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config
 from structprune.kinds import Structure
 from structprune.methods.method import Method
-from structprune.recipe import Recipe, default_sensitivity_samples
+from structprune.recipe.slice import ResolvedSlice, SliceRecipe
 from structprune.types import BlockLayout, ModelLayout
 
-_DEFAULT_MULTIPLE = 8
-# Entries of the recipe that speak of units, of what they cost, or of a consumer's new weight.
-_OF_UNITS = (
-    "head_units",
-    "score",
-    "shrinkage",
-    "allocator",
-    "solver",
-    "target",
-    "temperature",
-    "min_retention",
-    "max_retention",
-    "outer_iterations",
-    "allow_block_removal",
-    "protect_first",
-    "protect_last",
-    "sensitivity_samples",
-)
 
-
-def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) -> Recipe:
+def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockModel) -> ResolvedSlice:
     """Fill what the recipe leaves open. Raises UnsupportedError for a model or a combination without a meaning."""
-    if "scope" in recipe.model_fields_set and recipe.scope != "all":
+    if recipe.scope != "all":
         raise UnsupportedError(
             f"method {method.name!r} cuts the stream that attention and MLP share",
             got=f"--scope {recipe.scope}",
             wanted="--scope all",
-        )
-    defaults = {name: Recipe.model_fields[name].default for name in _OF_UNITS}
-    defaults["sensitivity_samples"] = default_sensitivity_samples(recipe.seq_len)
-    for name, default in defaults.items():
-        value = getattr(recipe, name)
-        if value != default:
-            flag = "--" + name.replace("_", "-")
-            raise UnsupportedError(
-                f"method {method.name!r} removes no units, so {flag} has no meaning",
-                got=flag if value is True else f"{flag} {value}",
-                do="leave it out",
-            )
-    if recipe.damping == "auto":
-        raise UnsupportedError(
-            f"method {method.name!r} fits nothing that held-out windows could judge",
-            got="--damping auto",
-            wanted="a number, or none",
         )
     if stock.family.stream is None:
         raise UnsupportedError(
@@ -74,17 +38,10 @@ def resolve_slice_settings(recipe: Recipe, method: Method, stock: StockModel) ->
             wanted="blocks of one width",
             do="slice the dense model instead",
         )
-    return recipe.model_copy(
-        update={
-            "scope": "all",
-            "structure": recipe.structure or Structure.PER_LAYER,
-            "multiple_of": recipe.multiple_of or _DEFAULT_MULTIPLE,
-            "damping": recipe.damping or method.damping,
-        }
-    )
+    return ResolvedSlice.of(recipe, damping=recipe.damping or method.damping)
 
 
-def forecast_slice(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
+def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str]) -> Forecast:
     """All of it. Raises InputError if no width removes as much, UnsupportedError if it cannot be written or shared."""
     check_shared_out(stock, recipe, {})
     stream, layout = stock.family.stream, stock.layout
@@ -115,12 +72,11 @@ def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: in
     return total
 
 
-def kept_width(layout: ModelLayout, stream: Stream, recipe: Recipe) -> int:
+def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> int:
     """The largest width of the stream, a multiple of `multiple_of`, that removes `sparsity` of the blocks' parameters.
 
     What the shortcuts add is taken off. Raises InputError, naming the largest share, if no width removes as much.
     """
-    assert recipe.multiple_of is not None
     shortcuts = recipe.structure == Structure.PER_LAYER
     hidden, before = layout.hidden_size, layout.block_parameters
     if recipe.multiple_of > hidden:

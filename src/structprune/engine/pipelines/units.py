@@ -27,6 +27,7 @@ from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensit
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.final_states import first_windows
+from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.runs.journal import Journal
@@ -38,7 +39,7 @@ _COSTS_STEP = "prices"
 
 def allocate(context: RunContext, costs: Costs | None) -> Widths:
     """Units to keep per block, for each kind in scope."""
-    return choose_widths(context.stock, context.recipe, context.kinds, costs)
+    return choose_widths(context.stock, context.settings(ResolvedUnits), context.kinds, costs)
 
 
 def execute(context: RunContext) -> PruneReport:
@@ -52,14 +53,14 @@ def execute(context: RunContext) -> PruneReport:
     costs = None if found is None else found.costs
     kept_units = ranks.broadcast(lambda: allocate(context, costs))
     # Before the long pass: what cannot be written is refused here.
-    config = output_config(context.stock, context.recipe, context.kinds, kept_units)
+    config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
-    for iteration in range(context.recipe.outer_iterations):
+    for iteration in range(context.settings(ResolvedUnits).outer_iterations):
         assert costs is not None
         folder = context.run.staging / f"outer-{iteration + 1}"
         costs = _updated_costs(costs, _rehearse(context, folder, found, kept_units, iteration + 1))
         kept_units = ranks.broadcast(partial(allocate, context, costs))
-        config = output_config(context.stock, context.recipe, context.kinds, kept_units)
+        config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
     pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)

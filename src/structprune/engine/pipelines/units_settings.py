@@ -2,92 +2,173 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.modeling.removed import check_attention_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import Structure
-from structprune.methods.method import Method
-from structprune.recipe import Recipe
+from structprune.methods.method import Method, SensitivityKind
+from structprune.recipe import default_sensitivity_samples
+from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.solvers import SOLVERS
 from structprune.solvers.mlp.updates import ACTIVATIONS
-from structprune.types import UNIT_KINDS, UnitGroup
+from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 _NARROW = 4096
+# Where nothing is to be compared, or to be made up for.
+_EVEN_ALLOCATOR = "uniform"
+_IDLE_SOLVER = "mask-only"
 
 
-def unit_settings(recipe: Recipe, method: Method, stock: StockModel) -> tuple[Recipe, tuple[UnitGroup, ...]]:
-    """The recipe with every entry filled, and the groups in scope.
+def unit_settings(
+    recipe: UnitsRecipe, method: Method, stock: StockModel
+) -> tuple[ResolvedUnits, tuple[UnitGroup, ...]]:
+    """Fill every entry of the recipe, and find the groups in scope.
 
     Raises UnsupportedError for combinations without a meaning, InputError for numbers that cannot be kept.
     """
     groups = _groups_in_scope(method, recipe, stock)
-    if (recipe.solver or method.solver) == "bias":
-        for group in groups:
-            check_bias(group)
-            if group.output_normed:
-                raise UnsupportedError(
-                    f"solver 'bias' adds one constant, and {stock.family.name} norms what a sublayer adds per token",
-                    wanted="--solver least-squares or mask-only",
-                )
+    _check_constants(recipe.solver or method.solver, groups, stock)
     if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
         check_attention_can_go(stock.config)
-    recipe = recipe.model_copy(update={"multiple_of": recipe.multiple_of or _default_multiple(groups)})
+    multiple_of = _checked_multiple(recipe.multiple_of or _default_multiple(groups), groups, stock)
+    resolved = _resolved(recipe, method, stock, groups, multiple_of)
     for group in groups:
-        assert recipe.multiple_of is not None
-        if recipe.multiple_of % group.multiple_of:
+        if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":
+            _check_iterative(resolved.solver, group, stock.family.name)
+    return resolved, groups
+
+
+def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, stock: StockModel) -> PlanRequest:
+    """Add what the planner has to know: what is measured first, what is held beside a block, and what is solved."""
+    sensitivity = method.sensitivity_for(recipe.allocator)
+    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in request.groups))
+    solver = SOLVERS.get(recipe.solver)
+    return replace(
+        request,
+        needs_statistics=method.needs_statistics or sensitivity in (SensitivityKind.LOSS, SensitivityKind.SCORES),
+        needs_sensitivity=sensitivity is SensitivityKind.LOSS,
+        needs_scores=sensitivity is SensitivityKind.SCORES,
+        needs_weight_gradients=sensitivity is SensitivityKind.TAYLOR,
+        follows_dense=recipe.follows_dense,
+        rehearses=recipe.outer_iterations > 0,
+        holds_out=recipe.holds_out,
+        score=recipe.score,
+        solves="consumer" in solver.changes,
+        num_latents=solver.num_latents,
+        # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
+        cacheable=cacheable(stock, kinds, recipe.solver) if method.needs_statistics else (),
+    )
+
+
+def _check_constants(solver: str, groups: Sequence[UnitGroup], stock: StockModel) -> None:
+    """Raise UnsupportedError where a solver that adds to biases cannot."""
+    if "biases" not in SOLVERS.get(solver).changes:
+        return
+    for group in groups:
+        check_bias(group)
+        if group.output_normed:
+            raise UnsupportedError(
+                f"solver {solver!r} adds one constant, and {stock.family.name} norms what a sublayer adds per token",
+                wanted="--solver least-squares or mask-only",
+            )
+
+
+def _checked_multiple(multiple_of: int, groups: Sequence[UnitGroup], stock: StockModel) -> int:
+    for group in groups:
+        if multiple_of % group.multiple_of:
             raise UnsupportedError(
                 f"stock kernels for {stock.family.name} take other widths only",
-                got=f"--multiple-of {recipe.multiple_of}",
+                got=f"--multiple-of {multiple_of}",
                 wanted=f"a multiple of {group.multiple_of}",
             )
-    recipe = _resolved(recipe, method, stock, groups)
-    for group in groups:
-        if recipe.solver is not None and SOLVERS.get(recipe.solver).propose is not None and group.kind == "mlp":
-            _check_iterative(recipe, group, stock.family.name)
-    return recipe, groups
+    return multiple_of
 
 
-def _check_iterative(recipe: Recipe, group: UnitGroup, family_name: str) -> None:
+def _check_iterative(solver: str, group: UnitGroup, family_name: str) -> None:
     """Raise UnsupportedError where a solver that moves the producers of an MLP cannot."""
     if group.up_module is None or group.activation is None:
         raise UnsupportedError(
-            f"solver {recipe.solver!r} moves up and gate as maps of their own, which {family_name} does not have",
+            f"solver {solver!r} moves up and gate as maps of their own, which {family_name} does not have",
             wanted="--solver least-squares",
         )
     if group.activation not in ACTIVATIONS:
         raise UnsupportedError(
-            f"solver {recipe.solver!r} does not know this activation",
+            f"solver {solver!r} does not know this activation",
             got=group.activation,
             wanted=", ".join(ACTIVATIONS),
             do="use --solver least-squares",
         )
     if group.output_normed:
         raise UnsupportedError(
-            f"solver {recipe.solver!r} fits all tokens at one scale, and {family_name} norms what the MLP adds",
+            f"solver {solver!r} fits all tokens at one scale, and {family_name} norms what the MLP adds",
             wanted="--solver least-squares",
         )
 
 
-def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[UnitGroup, ...]) -> Recipe:
+def _resolved(
+    recipe: UnitsRecipe, method: Method, stock: StockModel, groups: tuple[UnitGroup, ...], multiple_of: int
+) -> ResolvedUnits:
     """Fill what the recipe leaves to the method. Raises UnsupportedError for combinations without a meaning.
 
     `groups` are those in scope.
     """
-    mixture = any(group.expert is not None for group in groups)
-    attention = any(group.kind == "attention" for group in groups)
-    narrows = attention and stock.head_units == "value-channel"
-    allocator = ALLOCATORS.check(
-        recipe.allocator or ("uniform" if recipe.structure == Structure.UNIFORM else method.allocator)
+    narrows = any(group.kind == "attention" for group in groups) and stock.head_units == "value-channel"
+    evenly = recipe.structure == Structure.UNIFORM
+    allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
+    even = ALLOCATORS.get(allocator).even
+    temperature = method.temperature if allocator == method.allocator else 0.0
+    target = _checked_target(recipe, method, groups)
+    protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
+    score = _check_score(recipe.score or method.score, method)
+    if narrows:
+        _check_value_channels(recipe, score)
+    solver = SOLVERS.check(recipe.solver or method.solver)
+    if "biases" in SOLVERS.get(solver).changes and recipe.sparsity == 0:
+        # Nothing is missing, so nothing is added.
+        solver = _IDLE_SOLVER
+    damping = recipe.damping or method.damping
+    _check_solver(recipe, method, solver, damping)
+    _check_correlations(recipe, method, score, allocator)
+    if recipe.max_retention < recipe.min_retention:
+        raise InputError(
+            "no share of a block's units is within the bounds",
+            got=f"--min-retention {recipe.min_retention:g}, --max-retention {recipe.max_retention:g}",
+            wanted="the first at most the second",
+        )
+    uneven = _has_uneven_blocks(recipe, stock, protect_first + protect_last)
+    _check_allocator(recipe, method, score, allocator)
+    _check_path(method, solver, target)
+    return ResolvedUnits.of(
+        recipe,
+        multiple_of=multiple_of,
+        head_units=stock.head_units,
+        allocator=allocator,
+        temperature=temperature if recipe.temperature is None else recipe.temperature,
+        target=target,
+        structure=recipe.structure or (Structure.UNIFORM if even and not (uneven or narrows) else Structure.PER_LAYER),
+        damping=damping,
+        shrinkage=method.shrinkage if recipe.shrinkage is None else recipe.shrinkage,
+        score=score,
+        solver=solver,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        sensitivity_samples=recipe.sensitivity_samples or default_sensitivity_samples(recipe.seq_len),
     )
-    sensitivity = method.sensitivity_for(allocator)
-    temperature = recipe.temperature
-    if temperature is None:
-        temperature = method.temperature if allocator == method.allocator else 0.0
+
+
+def _checked_target(recipe: UnitsRecipe, method: Method, groups: Sequence[UnitGroup]) -> Target:
+    """Decide what the solver fits. Raises UnsupportedError where the experts of a mixture have no such target."""
+    mixture = any(group.expert is not None for group in groups)
     # Nothing removed leaves nothing to correct: the dense path is the model's own.
     target = (recipe.target or ("local" if mixture else method.target)) if recipe.sparsity > 0 else "local"
     if mixture and target == "dense-path":
@@ -96,25 +177,14 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got="--target dense-path",
             wanted="--target local",
         )
-    protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
-    num_protected = protect_first + protect_last
-    if num_protected and num_protected >= len(stock.layout.blocks):
-        raise InputError(
-            "every block is protected",
-            got=f"--protect-first {protect_first}, --protect-last {protect_last}",
-            wanted=f"fewer than {len(stock.layout.blocks)} together",
-        )
-    score = _check_score(recipe.score or method.score, method)
-    if narrows:
-        _check_value_channels(recipe, score)
-    solver = SOLVERS.check(recipe.solver or method.solver)
-    if solver == "bias" and recipe.sparsity == 0:
-        # Nothing is missing, so nothing is added.
-        solver = "mask-only"
-    damping = recipe.damping or method.damping
-    if solver != "mask-only" and not method.needs_statistics:
+    return target
+
+
+def _check_solver(recipe: UnitsRecipe, method: Method, solver: str, damping: Damping) -> None:
+    """Raise UnsupportedError for a solver that lacks what it reads, InputError for too few windows to judge a ridge."""
+    if SOLVERS.get(solver).reads and not method.needs_statistics:
         raise UnsupportedError(
-            f"method {method.name!r} measures nothing that a solver could use", wanted="--solver mask-only"
+            f"method {method.name!r} measures nothing that a solver could use", wanted=f"--solver {_IDLE_SOLVER}"
         )
     if SOLVERS.get(solver).propose is not None and damping != "auto":
         raise UnsupportedError(
@@ -122,81 +192,80 @@ def _resolved(recipe: Recipe, method: Method, stock: StockModel, groups: tuple[U
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
-    if recipe.shrinkage and score not in SELECTORS and sensitivity != "loss":
-        raise UnsupportedError(
-            f"score {score!r} does not remove units one after the other, so it counts on no correlations",
-            got=f"--shrinkage {recipe.shrinkage:g}",
-            wanted="--score greedy, or --method structprune",
-        )
     if damping == "auto" and recipe.num_samples < 2 and method.needs_statistics:
         raise InputError(
             "one window cannot both fit and choose the ridge",
             got=f"--num-samples {recipe.num_samples}, --damping auto",
             wanted="at least 2 windows, or a number for --damping",
         )
-    if recipe.max_retention < recipe.min_retention:
-        raise InputError(
-            "no share of a block's units is within the bounds",
-            got=f"--min-retention {recipe.min_retention:g}, --max-retention {recipe.max_retention:g}",
-            wanted="the first at most the second",
+
+
+def _check_correlations(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
+    """Raise UnsupportedError for a shrinkage that nothing reads."""
+    if recipe.shrinkage and score not in SELECTORS and method.sensitivity_for(allocator) is not SensitivityKind.LOSS:
+        raise UnsupportedError(
+            f"score {score!r} does not remove units one after the other, so it counts on no correlations",
+            got=f"--shrinkage {recipe.shrinkage:g}",
+            wanted="--score greedy, or --method structprune",
         )
-    if num_protected and recipe.structure == Structure.UNIFORM:
-        raise UnsupportedError("protected blocks keep another width than the others", wanted="--structure per-layer")
-    uneven = num_protected > 0 or any(block.groups != stock.groups for block in stock.layout.blocks)
-    if sensitivity == "scores" and score in SELECTORS:
+
+
+def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: int) -> bool:
+    """Say whether blocks keep different widths whatever the allocator. Raises UnsupportedError if one was asked for."""
+    uneven = any(block.groups != stock.groups for block in stock.layout.blocks)
+    if recipe.structure == Structure.UNIFORM:
+        wanted = f"--structure {Structure.PER_LAYER}"
+        if num_protected:
+            raise UnsupportedError("protected blocks keep another width than the others", wanted=wanted)
+        if uneven:
+            raise UnsupportedError("the source's blocks have different widths", wanted=wanted)
+    return uneven or num_protected > 0
+
+
+def _check_allocator(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
+    """Raise UnsupportedError where the allocator cannot compare blocks, or compares none though that is asked for."""
+    sensitivity, entry = method.sensitivity_for(allocator), ALLOCATORS.get(allocator)
+    weighs = "an allocator that weighs blocks, such as closed-form"
+    if sensitivity is SensitivityKind.SCORES and score in SELECTORS:
         raise UnsupportedError(
             f"{score!r} gives no number per unit that blocks could be compared by",
             got=f"--allocator {allocator}",
             wanted=f"another allocator, or --score {', '.join(SCORES)}",
         )
-    if uneven and recipe.structure == Structure.UNIFORM:
-        raise UnsupportedError("the source's blocks have different widths", wanted="--structure per-layer")
-    if allocator != "uniform" and recipe.structure == Structure.UNIFORM:
+    if not entry.even and recipe.structure == Structure.UNIFORM:
         raise UnsupportedError(
             f"allocator {allocator!r} gives every block its own width",
-            wanted="--structure per-layer or --allocator uniform",
+            wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
         )
-    if target == "dense-path" and solver == "bias":
-        raise UnsupportedError("solver 'bias' makes up for removed inputs only", wanted="--target local")
-    if target == "dense-path" and not method.needs_statistics:
-        raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
-    if recipe.outer_iterations and allocator == "uniform":
+    if recipe.outer_iterations and entry.compares == "none":
         raise UnsupportedError(
-            "the uniform allocator reads no removal costs, so an outer iteration changes nothing",
+            f"the {allocator} allocator reads no removal costs, so an outer iteration changes nothing",
             got=f"--outer-iterations {recipe.outer_iterations}",
-            wanted="an allocator that weighs blocks, such as closed-form",
+            wanted=weighs,
         )
-    if recipe.outer_iterations and sensitivity != "loss":
+    if recipe.outer_iterations and sensitivity is not SensitivityKind.LOSS:
         raise UnsupportedError(
             f"outer iterations measure costs by greedy removal, in another unit than {method.name!r} does",
             got=f"--outer-iterations {recipe.outer_iterations}",
             wanted="--outer-iterations 0, or --method structprune",
         )
-    if recipe.allow_block_removal and allocator == "uniform":
+    if recipe.allow_block_removal and entry.even:
         raise UnsupportedError(
-            "the uniform allocator takes the same share of every block, so it removes none",
+            f"the {allocator} allocator takes the same share of every block, so it removes none",
             got="--allow-block-removal",
-            wanted="an allocator that weighs blocks, such as closed-form",
+            wanted=weighs,
         )
-    return recipe.model_copy(
-        update={
-            "head_units": stock.head_units,
-            "allocator": allocator,
-            "temperature": temperature,
-            "target": target,
-            "structure": recipe.structure
-            or (Structure.UNIFORM if allocator == "uniform" and not (uneven or narrows) else Structure.PER_LAYER),
-            "damping": damping,
-            "shrinkage": recipe.shrinkage if recipe.shrinkage is not None else method.shrinkage,
-            "score": score,
-            "solver": solver,
-            "protect_first": protect_first,
-            "protect_last": protect_last,
-        }
-    )
 
 
-def _check_value_channels(recipe: Recipe, score: str) -> None:
+def _check_path(method: Method, solver: str, target: Target) -> None:
+    """Raise UnsupportedError for a target on the dense path that the solver cannot follow."""
+    if target == "dense-path" and "biases" in SOLVERS.get(solver).changes:
+        raise UnsupportedError(f"solver {solver!r} makes up for removed inputs only", wanted="--target local")
+    if target == "dense-path" and not method.needs_statistics:
+        raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
+
+
+def _check_value_channels(recipe: UnitsRecipe, score: str) -> None:
     """Raise UnsupportedError for what has no meaning where every KV head keeps as many value channels."""
     if recipe.structure == Structure.UNIFORM:
         raise UnsupportedError(
@@ -204,47 +273,54 @@ def _check_value_channels(recipe: Recipe, score: str) -> None:
             got="--structure uniform, --head-units value-channel",
             wanted="--structure per-layer, or --head-units kv-group",
         )
-    if score == "greedy-swap":
+    if score in SELECTORS and not SELECTORS.get(score).keeps_partitions:
         raise UnsupportedError(
             "exchanges would move value channels from one KV head to another, and each keeps as many",
-            got="--score greedy-swap, --head-units value-channel",
+            got=f"--score {score}, --head-units value-channel",
             wanted="--score greedy, or --head-units kv-group",
         )
 
 
-def _protected_blocks(recipe: Recipe, method: Method, num_blocks: int) -> tuple[int, int]:
-    """Blocks at the start and at the end that lose nothing: the recipe's numbers, else the method's.
+def _protected_blocks(recipe: UnitsRecipe, method: Method, num_blocks: int) -> tuple[int, int]:
+    """Count the blocks at the start and at the end that lose nothing: the recipe's numbers, else the method's.
 
-    The method protects none where nothing is removed, or where uniform widths were asked for.
+    The method protects none where nothing is removed, or where uniform widths were asked for. Raises InputError if none
+    is left.
     """
     default = (0, 0)
     if recipe.sparsity > 0 and recipe.structure != Structure.UNIFORM:
         default = method.protected_blocks(num_blocks)
-    given = (recipe.protect_first, recipe.protect_last)
-    first, last = (value if value is not None else other for value, other in zip(given, default, strict=True))
+    asked = (recipe.protect_first, recipe.protect_last)
+    first, last = (value if value is not None else other for value, other in zip(asked, default, strict=True))
+    if first + last and first + last >= num_blocks:
+        raise InputError(
+            "every block is protected",
+            got=f"--protect-first {first}, --protect-last {last}",
+            wanted=f"fewer than {num_blocks} together",
+        )
     return first, last
 
 
 def _check_score(score: str, method: Method) -> str:
-    """`score` if `method` measures what it reads. Raises InputError for an unknown name, UnsupportedError else."""
+    """Return `score` if `method` measures what it reads. Raises InputError or UnsupportedError."""
     reads = score_or_selector(score).reads
-    if "gradients" in reads and method.sensitivity != "taylor":
+    if "gradients" in reads and method.sensitivity is not SensitivityKind.TAYLOR:
         raise UnsupportedError(
             f"score {score!r} needs gradients by the weights, which {method.name!r} does not measure",
             wanted="another --score, or --method llm-pruner",
         )
-    if method.sensitivity == "taylor" and "gradients" not in reads:
+    if method.sensitivity is SensitivityKind.TAYLOR and "gradients" not in reads:
         raise UnsupportedError(
             f"method {method.name!r} measures gradients by the weights, which score {score!r} does not read",
             wanted=f"--score {', '.join(name for name in SCORES if 'gradients' in SCORES.get(name).reads)}",
         )
-    if score != method.score and not method.needs_statistics and method.sensitivity == "none":
+    if score != method.score and not method.needs_statistics and method.sensitivity is SensitivityKind.NONE:
         raise UnsupportedError(
             f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
         )
-    if score == "loss" and method.sensitivity != "loss":
+    if "sensitivity" in reads and method.sensitivity is not SensitivityKind.LOSS:
         raise UnsupportedError(
-            f"score 'loss' needs the output sensitivity, which {method.name!r} does not measure",
+            f"score {score!r} needs the output sensitivity, which {method.name!r} does not measure",
             wanted="another --score, or --method structprune",
         )
     return score
@@ -255,7 +331,7 @@ def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
     return 32 if max(group.num_units * group.width for group in groups) < _NARROW else 128
 
 
-def _groups_in_scope(method: Method, recipe: Recipe, stock: StockModel) -> tuple[UnitGroup, ...]:
+def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> tuple[UnitGroup, ...]:
     """In the order of the forward pass."""
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     groups = {group.kind: group for group in reversed(stock.groups)}

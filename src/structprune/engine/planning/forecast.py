@@ -15,6 +15,7 @@ from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
 from structprune.kinds import Structure
 from structprune.recipe import Recipe
+from structprune.recipe.units import ResolvedUnits
 from structprune.solvers import SOLVERS
 
 
@@ -29,9 +30,8 @@ class Forecast:
     """None where the calibration text decides, or where biases are added."""
 
 
-def forecast_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> Forecast:
+def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str]) -> Forecast:
     """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
-    assert recipe.allocator is not None
     if ALLOCATORS.get(recipe.allocator).compares != "none":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
         check_shared_out(stock, recipe, {})
@@ -60,7 +60,7 @@ def forecast_units(stock: StockModel, recipe: Recipe, kinds: Sequence[str]) -> F
 
 
 def output_config(
-    stock: StockModel, recipe: Recipe, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """config.json of the result. Raises UnsupportedError if no stock class takes it."""
     source = dict(stock.layout.config)
@@ -68,15 +68,14 @@ def output_config(
         adds_bias = _adds_bias(recipe) and group.kind in kinds and group.consumer_bias is None
         if adds_bias and group.bias_field is not None:
             source[group.bias_field] = True
-    if recipe.structure == Structure.PER_LAYER:
+    if recipe.per_layer:
         return per_layer_config(source, stock, kept)
     widths = {kind: counts[0] for kind, counts in kept.items()}
     return uniform_config(source, stock.groups, widths, stock.family)
 
 
-def _adds_bias(recipe: Recipe) -> bool:
-    solver = SOLVERS.find(recipe.solver)
-    return solver is not None and "biases" in solver.changes
+def _adds_bias(recipe: ResolvedUnits) -> bool:
+    return "biases" in SOLVERS.get(recipe.solver).changes
 
 
 def shape_of(

@@ -12,6 +12,7 @@ from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
+from structprune.recipe.units import ResolvedUnits
 from structprune.types import BlockLayout, UnitGroup
 
 Widths = dict[str, list[int]]
@@ -19,17 +20,13 @@ Widths = dict[str, list[int]]
 
 
 def choose_widths(
-    stock: StockModel, recipe: Recipe, kinds: Sequence[str], costs: Mapping[str, Sequence[Tensor]] | None
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], costs: Mapping[str, Sequence[Tensor]] | None
 ) -> Widths:
     """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
 
     Without costs for an allocator that compares nothing. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
-    assert recipe.allocator is not None
-    assert recipe.temperature is not None
-    assert recipe.protect_first is not None
-    assert recipe.protect_last is not None
     blocks = stock.layout.blocks
     num_blocks = len(blocks)
     budgets = [
@@ -103,9 +100,8 @@ def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[in
     return {name: size for name, size in sizes.items() if size and name != VALUES_ENTRY}
 
 
-def _multiple(recipe: Recipe, group: UnitGroup) -> int:
+def _multiple(recipe: ResolvedUnits, group: UnitGroup) -> int:
     """What the kept units are a multiple of; channels in every process's share alike."""
-    assert recipe.multiple_of is not None
     if group.kind == "mlp":
         return recipe.multiple_of * recipe.tensor_parallel
     if recipe.head_units == "value-channel":

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.streaming.model import StreamedModel
-from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.observer import Observer, SilentObserver
-from structprune.recipe import Recipe
+from structprune.recipe import ResolvedRecipe
+from structprune.recipe.units import ResolvedUnits
 from structprune.runs.directory import RunDirectory
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
@@ -21,16 +22,18 @@ from structprune.types import BlockLayout, UnitGroup
 # Costs and selection come before the ridge is chosen; the prototype's value.
 _DECISION_DAMPING = 1e-2
 
+Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext(StreamedModel):
-    """Everything that a run of `prune` works by. Its recipe is resolved: no entry that has an effect is None."""
+    """Everything that a run of `prune` works by."""
 
     source: str
     run: RunDirectory
     """Where the run leaves what is done; entered."""
     observer: Observer = field(default_factory=SilentObserver)
-    recipe: Recipe
+    recipe: ResolvedRecipe
     method: Method
     kinds: tuple[str, ...]
     """Unit kinds in scope."""
@@ -52,7 +55,7 @@ class RunContext(StreamedModel):
 
         transformers translates old names for its own classes only.
         """
-        return name if self.recipe.structure == Structure.PER_LAYER else self.reader.stored_name(name)
+        return name if self.recipe.per_layer else self.reader.stored_name(name)
 
     def accumulator(self, num_inputs: int, *, num_outputs: int = 0) -> GramAccumulator:
         """Of activations, where the plan has room for their sums."""
@@ -66,35 +69,37 @@ class RunContext(StreamedModel):
         on_device = self.plan.device is not None and self.plan.device.solves == "device"
         return self.device if on_device else torch.device("cpu")
 
+    def settings(self, kind: type[Resolved]) -> Resolved:
+        """Return the recipe as that of one pipeline. Raises TypeError in a run of another."""
+        if not isinstance(self.recipe, kind):
+            raise TypeError(f"a run of {type(self.recipe).__name__} has no {kind.__name__}")
+        return self.recipe
+
     @property
     def damping(self) -> float:
         """The ridge of the decision, and of the solver unless it is chosen on held-out windows."""
-        assert self.recipe.damping is not None
-        return _DECISION_DAMPING if self.recipe.damping == "auto" else self.recipe.damping
+        damping = self.settings(ResolvedUnits).damping
+        return _DECISION_DAMPING if damping == "auto" else damping
 
     @property
     def shrinkage(self) -> float:
-        """The recipe's, resolved from the method's where it was not given."""
-        assert self.recipe.shrinkage is not None
-        return self.recipe.shrinkage
+        """The share of the correlations between units that greedy removal does not count on."""
+        return self.settings(ResolvedUnits).shrinkage
 
     @property
     def score(self) -> str:
-        """The recipe's score or selector, resolved from the method's where it was not given."""
-        assert self.recipe.score is not None
-        return self.recipe.score
+        """The name of the score or selector."""
+        return self.settings(ResolvedUnits).score
 
     @property
     def solver(self) -> str:
-        """The recipe's solver, resolved from the method's where it was not given."""
-        assert self.recipe.solver is not None
-        return self.recipe.solver
+        """The name of the solver."""
+        return self.settings(ResolvedUnits).solver
 
     @property
     def sensitivity(self) -> SensitivityKind:
         """What is measured on the dense model first."""
-        assert self.recipe.allocator is not None
-        return self.method.sensitivity_for(self.recipe.allocator)
+        return self.method.sensitivity_for(self.settings(ResolvedUnits).allocator)
 
     @property
     def adds_bias(self) -> bool:
@@ -104,14 +109,12 @@ class RunContext(StreamedModel):
     @property
     def protected(self) -> tuple[int, int]:
         """Blocks at the start and at the end that lose nothing."""
-        assert self.recipe.protect_first is not None
-        assert self.recipe.protect_last is not None
-        return self.recipe.protect_first, self.recipe.protect_last
+        return self.recipe.protected
 
     @property
     def num_held_out(self) -> int:
         """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
-        return max(1, len(self.windows.ids_NS) // 4) if self.recipe.damping == "auto" else 0
+        return max(1, len(self.windows.ids_NS) // 4) if self.recipe.holds_out else 0
 
     @property
     def window_ranges(self) -> tuple[tuple[int, int], ...]:
@@ -131,10 +134,9 @@ class RunContext(StreamedModel):
     @property
     def num_backward(self) -> int:
         """Windows, the first ones, of the streamed backward pass, or of measured losses."""
-        assert self.recipe.sensitivity_samples is not None
-        return min(self.recipe.sensitivity_samples, len(self.windows.ids_NS))
+        return min(self.recipe.backward_samples, len(self.windows.ids_NS))
 
     @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states of all windows are kept beside the pruned ones."""
-        return self.recipe.target == "dense-path"
+        return self.recipe.follows_dense

@@ -13,7 +13,8 @@ import torch
 
 from structprune.engine.planning.plan import DevicePlan
 from structprune.errors import InputError, MemoryBudgetError, first_line
-from structprune.memory import format_bytes
+from structprune.memory import available_bytes, format_bytes
+from structprune.ranks import ranks_here
 from structprune.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,6 +32,11 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError("--device is not usable", got=name, wanted="auto, cpu or cuda", do=first_line(error)) from None
     return device
+
+
+def host_budget(asked: int | None) -> int:
+    """Choose how much host memory a run may add: what is asked for, or its rank's part of 80% of what is free."""
+    return asked if asked is not None else available_bytes() * 8 // 10 // ranks_here()
 
 
 def device_budget(device: torch.device, asked: int | None) -> int | None:

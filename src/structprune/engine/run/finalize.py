@@ -35,7 +35,6 @@ from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import write_json, write_text
-from structprune.kinds import Structure
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
 from structprune.phases import Phase, by_name
@@ -98,7 +97,7 @@ def finalize(
     release_free_memory()
     with context.meter.phase(Phase.COPY_OUTER):
         copy_outer(context, writer)
-    if context.recipe.structure == Structure.PER_LAYER:
+    if context.recipe.per_layer:
         write_modeling_file(context.run.checkpoint, context.stock.family, config)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     files = writer.weight_files(context.recipe.max_shard_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.run.finalize import versions
 from structprune.errors import InputError
 from structprune.files import file_sum
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.runs.contents import file_contents, sums
 from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
 
@@ -31,16 +33,19 @@ _PARTS = {
 }
 
 
-def identity(reader: CheckpointReader, recipe: Recipe, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """As JSON. `recipe` is resolved but for what calibration text and memory decide.
+def identity(
+    reader: CheckpointReader, recipe: ResolvedRecipe, asked: Recipe, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Put into JSON what makes two runs the same one; of budgets, what was asked for.
 
     The source's files are read for their checksums, but for those that `before`, the first step of a run that was cut,
     knows and that were not written to since.
     """
     contents = file_contents(reader.content_files, (before or {}).get("source_contents"))
+    settings = recipe.model_dump(mode="json") | asked.model_dump(mode="json", include={"memory", "device_memory"})
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": recipe.fingerprint(),
+        "recipe": settings,
+        "recipe_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "source": reader.fingerprint(),
         "source_files": sums(contents),
         "source_contents": contents,
@@ -108,19 +113,18 @@ def find_request(run: RunDirectory) -> RunRequest | None:
 def begin_or_go_on(
     run: RunDirectory,
     reader: CheckpointReader,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     start: RunRequest,
     plan: Callable[[Budgets, int], PrunePlan],
     read_windows: Callable[[PrunePlan], tuple[str, CalibrationWindows]],
 ) -> StartedRun:
     """Take the first step of a run, or that of the run which was cut here.
 
-    `recipe` is resolved but for what text and memory decide; `plan` is called with (budgets, windows). Raises
-    InputError if another run was cut here.
+    `plan` is called with (budgets, windows). Raises InputError if another run was cut here.
     """
     before = run.start
-    same = identity(reader, recipe, before)
-    budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory), recipe.num_samples
+    same = identity(reader, recipe, start.asked, before)
+    budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory or None), recipe.num_samples
     if before is not None:
         check_same(before, {**same, "windows": before["windows"]}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.

@@ -14,6 +14,7 @@ from structprune.engine.sensitivity.store import Costs, load_costs, load_found
 from structprune.engine.sensitivity.taylor import load_taylor, taylor_pass
 from structprune.files import write_text
 from structprune.methods.method import SensitivityKind
+from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import ReusedStatistics
 from structprune.runs.journal import JOURNAL_NAME, read_journal
 from structprune.types import Sensitivity
@@ -89,7 +90,7 @@ def _measure(context: RunContext, folder: Path) -> Costs:
 
 def _key(context: RunContext) -> str:
     """Hash of everything that the sensitivity pass depends on."""
-    recipe = context.recipe
+    recipe = context.settings(ResolvedUnits)
     question = {
         "source": context.reader.fingerprint(),
         "windows": fingerprint(context.windows),

@@ -1,0 +1,127 @@
+"""Recipes of the methods that remove units: channels of the MLP, heads or channels of attention."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from structprune.kinds import HeadUnits, Structure
+from structprune.recipe.common import Recipe, ResolvedRecipe
+from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+
+Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
+Target = Literal["local", "dense-path"]
+
+
+class UnitsRecipe(Recipe, frozen=True):
+    """What may be asked of the pipeline that prunes sublayer by sublayer."""
+
+    pipeline: ClassVar[str] = "units"
+    removes: ClassVar[str] = "units of sublayers"
+
+    head_units: Annotated[HeadUnits | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
+        default=None,
+        description="what attention loses. kv-group: KV heads with their query heads; query-head: query heads alone; "
+        "value-channel: channels of the values",
+    )
+    multiple_of: Annotated[int | None, Flag(Group.ADVANCED, unset="32; 128 in wide models")] = Field(
+        default=None, ge=1, description="kept units per block are a multiple of this"
+    )
+    damping: Annotated[Damping | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
+        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
+    )
+    shrinkage: Annotated[float | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of the correlations between units that greedy removal does not count on",
+    )
+    score: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
+        default=None, description="what decides which units stay, such as wanda or greedy (docs/methods.md lists all)"
+    )
+    allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
+        default=None,
+        description="how the blocks share the sparsity: uniform, closed-form, fermi-dirac, softmax or standardised",
+    )
+    solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
+        default=None,
+        description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",
+    )
+    target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
+        default=None,
+        description="what the solver fits. local: the sublayer's own output; dense-path: the dense model's hidden "
+        "states",
+    )
+    structure: Annotated[Structure | None, Flag(Group.HOW, unset="what the method needs")] = Field(
+        default=None, description="widths of the output: uniform (one for all blocks) or per-layer"
+    )
+    temperature: Annotated[float | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
+        default=None, ge=0, description="temperature of the fermi-dirac and softmax allocators"
+    )
+    min_retention: Annotated[float, Flag(Group.WHAT)] = Field(
+        default=0.1, gt=0, le=1, description="least share of its units that a block keeps"
+    )
+    max_retention: Annotated[float, Flag(Group.WHAT)] = Field(
+        default=1.0, gt=0, le=1, description="largest share of its units that a block keeps"
+    )
+    outer_iterations: Annotated[int, Flag(Group.ADVANCED)] = Field(
+        default=0,
+        ge=0,
+        description="times that removal costs are measured again on the pruned model and shared out anew",
+    )
+    allow_block_removal: Annotated[bool, Flag(Group.WHAT, names="--allow-block-removal/--no-block-removal")] = Field(
+        default=False, description="let a block lose its whole attention or MLP"
+    )
+    protect_first: Annotated[int | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
+        default=None, ge=0, description="blocks at the start that lose nothing"
+    )
+    protect_last: Annotated[int | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
+        default=None, ge=0, description="blocks at the end that lose nothing"
+    )
+    sensitivity_samples: Annotated[
+        int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
+    ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")
+
+
+class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
+    """What a run that removes units works by."""
+
+    head_units: HeadUnits = SAID
+    multiple_of: int = SAID
+    damping: Damping = SAID
+    shrinkage: float = SAID
+    score: str = SAID
+    allocator: str = SAID
+    solver: str = SAID
+    target: Target = SAID
+    structure: Structure = SAID
+    temperature: float = SAID
+    protect_first: int = SAID
+    protect_last: int = SAID
+    sensitivity_samples: int = SAID
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every block of the output has a config of its own."""
+        return self.structure is Structure.PER_LAYER
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some windows are kept apart, to choose the ridge."""
+        return self.damping == "auto"
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states of all windows are kept beside the pruned ones."""
+        return self.target == "dense-path"
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """Blocks at the start and at the end that lose nothing."""
+        return self.protect_first, self.protect_last
+
+    @property
+    def backward_samples(self) -> int:
+        """Windows of the streamed backward pass."""
+        return self.sensitivity_samples
