@@ -57,7 +57,7 @@ def test_every_field_is_described_for_the_command_line(kind: type[BaseModel], na
     field = kind.model_fields[name]
     flag = next(entry for entry in field.metadata if isinstance(entry, Flag))
     assert field.description
-    assert bool(flag.unset) == (field.default in (None, ())), "`unset` says what stands for a default of None"
+    assert flag.unset or field.default not in (None, ()), "`unset` says what stands for a default of None"
     # Where only one of them has a meaning, the method says so.
     for choice in choices(field) if name != "scope" else [field.default]:
         assert choice in field.description
