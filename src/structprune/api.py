@@ -304,19 +304,19 @@ def export(
     def start(total: int) -> None:
         observer.start("write", total)
 
-    return exporter(
-        ExportRequest(
-            reader=reader,
-            output=path,
-            name=path.stem,
-            dtype=dtype,
-            tokenizer_gguf=expand_user(str(tokenizer_gguf)) if tokenizer_gguf else None,
-            source_gguf=_source_gguf(str(model), directory),
-            note=observer.note,
-            start=start,
-            advance=observer.advance,
-        )
+    request = ExportRequest(
+        reader=reader,
+        output=path,
+        name=path.stem,
+        dtype=dtype,
+        tokenizer_gguf=expand_user(str(tokenizer_gguf)) if tokenizer_gguf else None,
+        source_gguf=_source_gguf(str(model), directory),
+        note=observer.note,
+        start=start,
+        advance=observer.advance,
     )
+    exporter.check(format, request)
+    return exporter.export(request)
 
 
 def _source_gguf(model: str, directory: Path) -> Path | None:

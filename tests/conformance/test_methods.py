@@ -167,7 +167,7 @@ def test_strange_name_gets_the_list_and_no_suggestion() -> None:
 
 
 def test_registry_imports_nothing_before_it_is_asked() -> None:
-    registry: Registry[Any] = Registry("thing", {"absent": "structprune.not_there:X", "here": "structprune.types:X"})
+    registry = Registry("thing", object, {"absent": "structprune.not_there:X", "here": "structprune.types:X"})
     assert list(registry) == ["absent", "here"]
     assert registry.check("absent") == "absent"
     with pytest.raises(ModuleNotFoundError):

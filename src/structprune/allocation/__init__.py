@@ -11,6 +11,7 @@ __all__ = ["ALLOCATORS", "AllocationOptions", "Allocator", "BlockBudget"]
 
 ALLOCATORS: Registry[Allocator] = Registry(
     "allocator",
+    Allocator,
     {
         "uniform": "structprune.allocation.uniform:UNIFORM",
         "closed-form": "structprune.allocation.across:CLOSED_FORM",
@@ -18,5 +19,6 @@ ALLOCATORS: Registry[Allocator] = Registry(
         "standardised": "structprune.allocation.across:STANDARDISED",
         "softmax": "structprune.allocation.across:SOFTMAX",
     },
+    group="structprune.allocators",
     aliases={"energy": "fermi-dirac"},
 )

@@ -9,6 +9,7 @@ from structprune.registry import Registry
 
 FAMILIES: Registry[Family] = Registry(
     "model family (config.model_type)",
+    Family,
     {
         "gemma2": "structprune.architectures.families.gemma:GEMMA2",
         "gemma3_text": "structprune.architectures.families.gemma:GEMMA3",
@@ -22,4 +23,5 @@ FAMILIES: Registry[Family] = Registry(
         "qwen3": "structprune.architectures.families.qwen:QWEN3",
         "qwen3_moe": "structprune.architectures.families.qwen_moe:QWEN3_MOE",
     },
+    group="structprune.families",
 )

@@ -8,10 +8,12 @@ from structprune.registry import Registry
 
 SOURCES: Registry[Source] = Registry(
     "calibration source",
+    Source,
     {
-        "wikitext2": "structprune.calibration.sources.hub:wikitext2",
-        "c4": "structprune.calibration.sources.hub:c4",
-        "boolq": "structprune.calibration.sources.boolq:boolq",
-        "self": "structprune.calibration.sources.self_sampled:self_sampled",
+        "wikitext2": "structprune.calibration.sources.hub:WIKITEXT2",
+        "c4": "structprune.calibration.sources.hub:C4",
+        "boolq": "structprune.calibration.sources.boolq:BOOLQ",
+        "self": "structprune.calibration.sources.self_sampled:SELF_SAMPLED",
     },
+    group="structprune.sources",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,21 @@ class CalibrationWindows:
     description: str
 
 
-Source = Callable[[SourceContext], CalibrationWindows]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A text that windows of tokens are taken from."""
+
+    draw: Callable[[SourceContext], CalibrationWindows]
+    """Raises InputError for a text that cannot be had, or is shorter than one window."""
+    packages: tuple[str, ...] = ()
+    """Modules that it imports beside the dependencies of structprune."""
+    remote: bool = False
+    """Whether its text comes from the hub."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Those of `packages` that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,31 +19,33 @@ from structprune.types import Render
 def load_windows(
     name: str | None, context: SourceContext, notify: Callable[[str], None]
 ) -> tuple[str, CalibrationWindows]:
-    """Windows of the named source, or of the first of wikitext2, boolq, self that can be had.
+    """Draw windows of the named source, or of the first of wikitext2, boolq, self that can be had.
 
     Returns the name that was used. Raises InputError for an unknown name or a text that is too short.
     """
     if name is not None and name != "auto":
         if name in SOURCES:
-            return name, SOURCES.get(name)(context)
+            return name, SOURCES.get(name).draw(context)
         path = expand_user(name)
         if path.exists() or "/" in name or path.suffix:
             return str(path), file_windows(path, context)
         raise InputError(
             f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file"
         )
-    if importlib.util.find_spec("datasets") is None:
-        notify("no --calibration given; wikitext2 needs the datasets package")
+    preferred = "wikitext2"
+    source = SOURCES.get(preferred)
+    if source.missing:
+        notify(f"no --calibration given; {preferred} needs the {source.missing[0]} package")
     elif os.environ.get("HF_HUB_OFFLINE", "0") in ("1", "true", "yes", "on"):
-        notify("no --calibration given; wikitext2 is not tried because HF_HUB_OFFLINE is set")
+        notify(f"no --calibration given; {preferred} is not tried because HF_HUB_OFFLINE is set")
     else:
         try:
-            return "wikitext2", SOURCES.get("wikitext2")(context)
+            return preferred, source.draw(context)
         except InputError as error:
             notify(f"no --calibration given; {error}")
     chosen = "boolq" if packed.is_installed() else "self"
     notify(f"calibrating on {chosen}; the domain of this text decides more than the method (docs/footguns.md)")
-    return chosen, SOURCES.get(chosen)(context)
+    return chosen, SOURCES.get(chosen).draw(context)
 
 
 def held_out_text(name: str | Path, render: Render | None = None) -> str:

@@ -9,8 +9,10 @@ from structprune.registry import Registry
 
 EXPORTERS: Registry[Exporter] = Registry(
     "export format",
+    Exporter,
     {
-        "gguf": "structprune.exporters.gguf.export:export_gguf",
-        "onnx": "structprune.exporters.onnx_export:export_onnx",
+        "gguf": "structprune.exporters.gguf.export:GGUF",
+        "onnx": "structprune.exporters.onnx_export:ONNX",
     },
+    group="structprune.exporters",
 )

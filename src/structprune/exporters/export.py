@@ -1,7 +1,8 @@
-"""What every exporter gets and gives; an exporter is a function from the one to the other, registered by format."""
+"""What an exporter is, what it gets, and what it gives; registered by format."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import InputError, UnsupportedError
 
 EXPORT_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -59,4 +61,42 @@ class ExportResult:
         return asdict(self)
 
 
-Exporter = Callable[[ExportRequest], ExportResult]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exporter:
+    """A format that a checkpoint can be written in for another runtime."""
+
+    export: Callable[[ExportRequest], ExportResult]
+    """Raises a subclass of StructPruneError; what it writes appears whole or not at all."""
+    packages: tuple[str, ...]
+    """Modules that it imports beside the dependencies of structprune."""
+    extra: str
+    """What is installed to have them: `structprune[gguf]`."""
+    suffix: str = ""
+    """Ending of the file; none where the output is a directory."""
+    dtypes: tuple[str, ...] = tuple(EXPORT_DTYPES)
+    """Dtypes that it writes."""
+    copies_tokenizer: bool = False
+    """Whether it can take the tokenizer from a GGUF file."""
+
+    def check(self, format: str, request: ExportRequest) -> None:
+        """Raise InputError for a setting that this format does not have, UnsupportedError for a missing package."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UnsupportedError(
+                f"writing {format} needs further packages",
+                got=f"no {', no '.join(missing)}",
+                do=f"pip install '{self.extra}'",
+            )
+        if request.dtype not in ("stored", *self.dtypes):
+            raise UnsupportedError(
+                f"{format.upper()} files are written in {', '.join(self.dtypes)}",
+                got=f"--dtype {request.dtype}",
+                do=f"pass --dtype {self.dtypes[0]}",
+            )
+        if request.tokenizer_gguf is not None and not self.copies_tokenizer:
+            raise InputError(
+                f"--format {format} takes no tokenizer from a GGUF file", got="--tokenizer-gguf", do="leave it out"
+            )
+        if self.suffix and request.output.suffix != self.suffix:
+            name = request.output.name
+            raise InputError(f"a file of this format ends in {self.suffix}", got=name, wanted=f"{name}{self.suffix}")

@@ -10,7 +10,6 @@ Shape suffixes: B sequences, S positions, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import os
@@ -27,13 +26,12 @@ from torch import Tensor
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.folder import carry_over, sort_files
-from structprune.errors import InputError, NumericalError, UnsupportedError, first_line
-from structprune.exporters.export import ExportRequest, ExportResult
+from structprune.errors import NumericalError, UnsupportedError, first_line
+from structprune.exporters.export import Exporter, ExportRequest, ExportResult
 from structprune.files import make_folder, sync_directory
 from structprune.runs.directory import check_free_disk
 
 GRAPH_NAME = "model.onnx"
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # |a - b| / |b| over all logits: that of the reload check in float32.
 _TOLERANCE = 1e-3
 # Rotary positions that change with the length of the text; a trace would keep those of the length that it saw.
@@ -84,15 +82,6 @@ def export_onnx(request: ExportRequest) -> ExportResult:
 
 
 def _check(request: ExportRequest) -> None:
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UnsupportedError(
-            "writing ONNX needs further packages",
-            got=f"no {', no '.join(missing)}",
-            do="pip install 'structprune[onnx]'",
-        )
-    if request.tokenizer_gguf is not None:
-        raise InputError("--tokenizer-gguf is for --format gguf", do="leave it out")
     reader = request.reader
     # Families, quantised sources and damaged ones, by headers.
     stock = StockModel(reader)
@@ -104,10 +93,10 @@ def _check(request: ExportRequest) -> None:
             got=f"rope_type {', '.join(by_length)}",
         )
     stored = {str(dtype).removeprefix("torch.") for dtype in reader.dtypes.values()}
-    if request.dtype not in ("stored", "float32") or (request.dtype == "stored" and stored != {"float32"}):
+    if request.dtype == "stored" and stored != {"float32"}:
         raise UnsupportedError(
             "ONNX files are written in float32",
-            got=", ".join(sorted(stored)) if request.dtype == "stored" else request.dtype,
+            got=", ".join(sorted(stored)),
             do="pass --dtype float32",
         )
 
@@ -178,3 +167,11 @@ def _quiet() -> Generator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+ONNX = Exporter(
+    export=export_onnx,
+    packages=("onnx", "onnxscript", "onnxruntime"),
+    extra="structprune[onnx]",
+    dtypes=("float32",),
+)

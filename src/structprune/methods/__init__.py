@@ -8,6 +8,7 @@ from structprune.registry import Registry
 
 METHODS: Registry[Method] = Registry(
     "method",
+    Method,
     {
         "structprune": "structprune.methods.structprune:STRUCTPRUNE",
         "spap": "structprune.methods.spap:SPAP",
@@ -22,4 +23,5 @@ METHODS: Registry[Method] = Registry(
         "slicegpt": "structprune.methods.slicegpt:SLICEGPT",
         "random": "structprune.methods.random:RANDOM",
     },
+    group="structprune.methods",
 )

@@ -232,6 +232,7 @@ class ResolvedRecipe(Recipe, frozen=True):
 
 RECIPES: Registry[Any] = Registry(
     "pipeline",
+    type,
     {
         "units": "structprune.recipe.units:UnitsRecipe",
         "depth": "structprune.recipe.depth:DepthRecipe",
@@ -243,6 +244,7 @@ RECIPES: Registry[Any] = Registry(
 
 RESOLVED: Registry[Any] = Registry(
     "pipeline",
+    type,
     {
         "units": "structprune.recipe.units:ResolvedUnits",
         "depth": "structprune.recipe.depth:ResolvedDepth",

@@ -8,6 +8,7 @@ from structprune.solvers.solver import Solver
 
 SOLVERS: Registry[Solver] = Registry(
     "solver",
+    Solver,
     {
         "mask-only": "structprune.solvers.least_squares:MASK_ONLY",
         "bias": "structprune.solvers.least_squares:BIAS",
@@ -16,4 +17,5 @@ SOLVERS: Registry[Solver] = Registry(
         "admm-duals": "structprune.solvers.mlp.admm:ADMM_DUALS",
         "alternating": "structprune.solvers.mlp.alternating:ALTERNATING",
     },
+    group="structprune.solvers",
 )

@@ -8,6 +8,7 @@ from structprune.training.context import Mode
 
 MODES: Registry[Mode] = Registry(
     "recovery mode",
+    Mode,
     {
         "stream": "structprune.training.stream:STREAM",
         "blocks": "structprune.training.blocks:BLOCKS",

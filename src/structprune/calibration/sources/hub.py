@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
+from structprune.calibration.context import CalibrationWindows, Source, SourceContext, draw_windows
 from structprune.errors import InputError, first_line
 
 _C4_SHARD = "en/c4-train.00000-of-01024.json.gz"
@@ -47,3 +47,7 @@ def c4(context: SourceContext) -> CalibrationWindows:
         if length >= wanted:
             break
     return draw_windows("\n\n".join(texts), "c4 (en, first training shard)", context)
+
+
+WIKITEXT2 = Source(draw=wikitext2, packages=("datasets",), remote=True)
+C4 = Source(draw=c4, packages=("datasets",), remote=True)

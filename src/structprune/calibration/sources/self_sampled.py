@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.calibration.context import CalibrationWindows, Source, SourceContext
 
 
 def self_sampled(context: SourceContext) -> CalibrationWindows:
     """`num_samples` windows of the model's own text."""
     ids_NS = context.sample(context.num_samples, context.seq_len, context.seed)
     return CalibrationWindows(ids_NS=ids_NS, description="self-sampled text (temperature 1)")
+
+
+SELF_SAMPLED = Source(draw=self_sampled)

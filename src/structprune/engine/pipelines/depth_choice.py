@@ -52,6 +52,7 @@ class BlockScore:
 
 BLOCK_SCORES: Registry[BlockScore] = Registry(
     "block score",
+    BlockScore,
     {
         "angular": "structprune.engine.pipelines.depth_choice:ANGULAR",
         "measured-loss": "structprune.engine.pipelines.depth_choice:MEASURED_LOSS",

@@ -88,6 +88,7 @@ SLICE = Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_reque
 
 PIPELINES: Registry[Pipeline[Any, Any]] = Registry(
     "pipeline",
+    Pipeline,
     {
         "units": "structprune.engine.pipelines.registry:UNITS",
         "depth": "structprune.engine.pipelines.registry:DEPTH",

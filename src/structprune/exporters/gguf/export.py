@@ -10,8 +10,8 @@ from torch import Tensor
 
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
-from structprune.errors import InputError, NumericalError
-from structprune.exporters.export import ExportRequest, ExportResult
+from structprune.errors import NumericalError
+from structprune.exporters.export import Exporter, ExportRequest, ExportResult
 from structprune.exporters.gguf.families import Transform
 from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf
 from structprune.files import atomic_path, make_folder
@@ -25,8 +25,6 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     not fit together, NumericalError for a value that is not finite or that the file's dtype cannot hold.
     """
     path = request.output
-    if path.suffix != ".gguf":
-        raise InputError("llama.cpp looks for the ending .gguf", got=path.name, wanted=f"{path.name}.gguf")
     # What transformers makes of a GGUF file's tokenizer is not always that tokenizer.
     tokenizer_gguf = request.tokenizer_gguf or request.source_gguf
     if tokenizer_gguf is not None:
@@ -116,3 +114,8 @@ def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
         sublayers = value.reshape(heads, 2, -1, *value.shape[1:])
         return sublayers.transpose(1, 2).reshape(value.shape)
     return value
+
+
+GGUF = Exporter(
+    export=export_gguf, packages=("gguf",), extra="structprune[gguf]", suffix=".gguf", copies_tokenizer=True
+)

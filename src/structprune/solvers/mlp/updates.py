@@ -204,6 +204,7 @@ GELU_TANH = Activation(name="gelu_tanh", value=_gelu_tanh, derivative=_gelu_tanh
 # The names of `hidden_act` in a checkpoint's config; whether the MLP is gated is said by its weights.
 ACTIVATIONS: Registry[Activation] = Registry(
     "activation",
+    Activation,
     {
         "relu": "structprune.solvers.mlp.updates:RELU",
         "silu": "structprune.solvers.mlp.updates:SILU",
