@@ -49,7 +49,7 @@ class Source:
 
     @property
     def missing(self) -> list[str]:
-        """Those of `packages` that are not installed."""
+        """Modules of `packages` that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
