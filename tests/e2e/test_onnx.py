@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_bad_input_is_refused_and_leaves_nothing(case: str, tmp_path: Path, monk
     changes, error, message, options = BAD[case]
     source, _ = stock_checkpoint(LlamaConfig(**SIZES), tmp_path / "model")
     configured(**changes)(source)
-    monkeypatch.setattr(onnx_export, "_PACKAGES", ())
+    monkeypatch.setattr(onnx_export, "ONNX", replace(onnx_export.ONNX, packages=()))
     (tmp_path / "files").mkdir()
     with pytest.raises(error, match=message):
         export(source, tmp_path / "files" / "graph", format="onnx", **options)
@@ -138,7 +139,7 @@ def test_bad_input_is_refused_and_leaves_nothing(case: str, tmp_path: Path, monk
 
 def test_a_checkpoint_in_half_precision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny("llama", tmp_path / "half", dtype=torch.bfloat16)
-    monkeypatch.setattr(onnx_export, "_PACKAGES", ())
+    monkeypatch.setattr(onnx_export, "ONNX", replace(onnx_export.ONNX, packages=()))
     with pytest.raises(UnsupportedError, match=r"written in float32; got bfloat16\. Pass --dtype float32"):
         export(source, tmp_path / "graph", format="onnx")
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_in_half_precision_is_refused(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("kind", ["phi3-longrope", "gemma3_text"])
 def test_positions_of_every_layer_are_looked_at(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(kind, tmp_path / "model")
-    monkeypatch.setattr(onnx_export, "_PACKAGES", ())
+    monkeypatch.setattr(onnx_export, "ONNX", replace(onnx_export.ONNX, packages=()))
     if kind == "gemma3_text":
         path = source / "config.json"
         config = json.loads(path.read_text())
@@ -160,7 +161,7 @@ def test_positions_of_every_layer_are_looked_at(kind: str, tmp_path: Path, monke
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = stock_checkpoint(LlamaConfig(**SIZES), tmp_path / "model")
-    monkeypatch.setattr(onnx_export, "_PACKAGES", ("onnxx", "json", "scriptt"))
+    monkeypatch.setattr(onnx_export, "ONNX", replace(onnx_export.ONNX, packages=("onnxx", "json", "scriptt")))
     with pytest.raises(UnsupportedError, match=r"got no onnxx, no scriptt\. Pip install 'structprune\[onnx\]'"):
         export(source, tmp_path / "graph", format="onnx")
     assert not (tmp_path / "graph").exists()
