@@ -32,7 +32,7 @@ def test_refuses_before_it_writes(
     exporter, path = EXPORTERS.get(name), target(name, tmp_path)
     settings: dict[str, Any] = {}
     said = {
-        "dtype": "--dtype",
+        "dtype": "dtype",
         "ending": f"ends in {exporter.suffix}",
         "tokenizer": "takes no tokenizer",
         "package": "further packages",

@@ -90,7 +90,7 @@ class Exporter:
         if request.dtype not in ("stored", *self.dtypes):
             raise UnsupportedError(
                 f"{format.upper()} files are written in {', '.join(self.dtypes)}",
-                got=f"--dtype {request.dtype}",
+                got=request.dtype,
                 do=f"pass --dtype {self.dtypes[0]}",
             )
         if request.tokenizer_gguf is not None and not self.copies_tokenizer:
