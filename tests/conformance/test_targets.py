@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import output_tensor
 from structprune.calibration.store import MemoryStore
-from structprune.engine.layerwise.statistics import Streams, follow_dense, measure
+from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.embed import embed
 from structprune.types import Moments
@@ -62,7 +62,8 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         groups = [block.group(sublayer) for sublayer in stage]
         reference = follow_dense(context, block, stage, groups, module, streams)
         for group in groups:
-            found |= measure(context, block, [group], module, streams, (0, NUM_WINDOWS), reference)
+            sublayer = Sublayer(block=block, groups=[group], module=module, streams=streams, reference=reference)
+            found |= measure(context, sublayer, (0, NUM_WINDOWS))
         with context.stock.stage(module, stage):
             streams.propagator.run(module, 0, pruned)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
@@ -88,7 +89,8 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         moments = found[group.kind]
         if group.output_norm_eps is not None and group.kind == "attention":
             pruned.write(0, start["pruned"])
-            local = measure(context, block, [group], module, streams, (0, NUM_WINDOWS), None)[group.kind]
+            sublayer = Sublayer(block=block, groups=[group], module=module, streams=streams)
+            local = measure(context, sublayer, (0, NUM_WINDOWS))[group.kind]
             z_TD = own["attention out"].flatten(0, -2)
             local_TI = own["attention in"].flatten(0, -2) / (z_TD.square().mean(1, keepdim=True) + 1e-6).sqrt()
             torch.testing.assert_close(local.gram_II, local_TI.T @ local_TI, rtol=1e-4, atol=1e-3)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import SolvedGroup, solve_cost, solve_group, with_group
-from structprune.engine.layerwise.statistics import Reference, Streams, follow_dense, measure
+from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
 from structprune.engine.streaming.propagate import check_finite, tapped
@@ -37,16 +37,26 @@ from structprune.types import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockOutcome:
-    """A pruned block."""
+class BlockResult:
+    """A block of which some sublayers are decided and solved."""
 
-    tensors: dict[str, Tensor]
-    """The pruned block, relative names, stored dtype."""
-    reports: list[BlockReport]
-    kept: dict[str, list[int]]
+    tensors: Mapping[str, Tensor]
+    """All tensors of the block, relative names, stored dtype."""
+    reports: Sequence[BlockReport] = ()
+    """One per sublayer."""
+    kept: Mapping[str, list[int]] = field(default_factory=dict)
     """Name of the group -> units; of a sublayer that is gone, its kind -> none."""
-    costs: dict[str, Tensor]
+    costs: Mapping[str, Tensor] = field(default_factory=dict)
     """Kind -> loss that each removal adds, (units,), where it was asked for."""
+
+    def followed_by(self, sublayer: BlockResult) -> BlockResult:
+        """Add one more sublayer: its tensors are those of the block by then."""
+        return BlockResult(
+            tensors=sublayer.tensors,
+            reports=[*self.reports, *sublayer.reports],
+            kept={**self.kept, **sublayer.kept},
+            costs={**self.costs, **sublayer.costs},
+        )
 
 
 def prune_block(
@@ -57,7 +67,7 @@ def prune_block(
     sensitivity: Mapping[str, Sensitivity],
     *,
     measure_costs: bool = False,
-) -> BlockOutcome:
+) -> BlockResult:
     """Measure, decide and solve one sublayer of the block after the other; both streams move on to the block's output.
 
     Sublayers that read the same state of the stream are solved against the same output, each with the others as they
@@ -65,50 +75,46 @@ def prune_block(
     costs measured again, on the pruned model's stream.
     """
     with context.meter.phase(Phase.READ_BLOCK):
-        tensors = context.reader.read(block.shapes, block.prefix)
+        result = BlockResult(tensors=context.reader.read(block.shapes, block.prefix))
     widths: dict[str, int] = {}
-    module = _module(context, block, tensors, widths)
+    module = _module(context, block, result.tensors, widths)
     if not context.follows_dense:
         with context.meter.phase(Phase.PROPAGATE):
             streams.propagator.run(module, block.index, streams.dense)
-    reports: list[BlockReport] = []
-    kept: dict[str, list[int]] = {}
-    costs: dict[str, Tensor] = {}
-    for stage, sublayers in _stages(context, block):
+    for stage, kinds in _stages(context, block):
         reference, inputs_NSI = None, _cached_inputs(context, block, stage, num_keep, streams)
         if context.follows_dense:
             with context.meter.phase(Phase.PROPAGATE):
-                measured = _measured(block, sublayers, num_keep)
+                measured = _measured(block, kinds, num_keep)
                 reference = follow_dense(context, block, stage, measured, module, streams)
-        for kind in sublayers:
+        for kind in kinds:
             if kind not in num_keep:
                 continue
             if num_keep[kind] == 0:
-                sublayer = _remove(block, kind, tensors)
+                pruned = _remove(block, kind, result.tensors)
             else:
-                place = _Place(
-                    context=context,
+                sublayer = Sublayer(
                     block=block,
+                    groups=block.groups_of(kind),
                     module=module,
                     streams=streams,
                     reference=reference,
-                    widths=widths,
                     inputs_NSI=inputs_NSI,
                 )
-                sublayer = _prune_sublayer(
-                    place, kind, tensors, num_keep[kind], sensitivity, measure_costs=measure_costs
+                widths[kind] = num_keep[kind]
+                pruned = _prune_sublayer(
+                    context, sublayer, result.tensors, widths, sensitivity, measure_costs=measure_costs
                 )
-            tensors, widths[kind] = sublayer.tensors, num_keep[kind]
-            kept |= sublayer.kept
-            reports.append(sublayer.report)
-            if sublayer.cost_U is not None:
-                costs[kind] = sublayer.cost_U
-            module = _module(context, block, tensors, widths)
+                del sublayer
+            widths[kind] = num_keep[kind]
+            result = result.followed_by(pruned)
+            del pruned
+            module = _module(context, block, result.tensors, widths)
             # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
         with context.meter.phase(Phase.PROPAGATE):
-            _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
-    return BlockOutcome(tensors=tensors, reports=reports, kept=kept, costs=costs)
+            _advance(context, block, stage, module, result.tensors, result.kept, streams, inputs_NSI)
+    return result
 
 
 def _advance(
@@ -210,35 +216,8 @@ def _measured(block: BlockLayout, sublayers: Sequence[UnitKind], num_keep: Mappi
     return [block.group(kind) for kind in sublayers if num_keep.get(kind, 0) > 0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where a sublayer is pruned. The pruned stream is at its input and stays there."""
-
-    context: RunContext
-    block: BlockLayout
-    module: nn.Module
-    """The block as it is before the sublayer is cut."""
-    streams: Streams
-    reference: Reference | None
-    widths: Mapping[str, int]
-    """Kind -> units per group, of the sublayers that came first."""
-    inputs_NSI: Tensor | None
-    """Where the consumer's inputs are to be kept; None: they are not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sublayer:
-    """One sublayer of a block, decided and solved."""
-
-    tensors: dict[str, Tensor]
-    """All of the block's."""
-    kept: dict[str, list[int]]
-    report: BlockReport
-    cost_U: Tensor | None = None
-
-
-def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> _Sublayer:
-    """The whole sublayer goes."""
+def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -> BlockResult:
+    """Remove the whole sublayer."""
     report = BlockReport(
         block=block.index,
         kind=kind,
@@ -251,41 +230,31 @@ def _remove(block: BlockLayout, kind: UnitKind, tensors: Mapping[str, Tensor]) -
         objective=[],
         seconds=0.0,
     )
-    return _Sublayer(tensors=remove_sublayer(tensors, block, kind), kept={kind: []}, report=report)
+    return BlockResult(tensors=remove_sublayer(tensors, block, kind), kept={kind: []}, reports=[report])
 
 
 def _prune_sublayer(
-    place: _Place,
-    kind: UnitKind,
+    context: RunContext,
+    sublayer: Sublayer,
     tensors: Mapping[str, Tensor],
-    num_keep: int,
+    widths: Mapping[str, int],
     sensitivity: Mapping[str, Sensitivity],
     *,
     measure_costs: bool,
-) -> _Sublayer:
-    """Some units of each group go: the sublayer's only one, or every expert's own choice of as many."""
-    context, block, streams = place.context, place.block, place.streams
+) -> BlockResult:
+    """Prune each group of a sublayer: the only one, or every expert's own choice of as many units.
+
+    `widths`: kind -> units per group, of this sublayer and of those that came first.
+    """
+    block, kind, num_keep = sublayer.block, sublayer.kind, widths[sublayer.kind]
     started = time.perf_counter()
-    groups = {group.name: group for group in block.groups_of(kind)}
+    groups = {group.name: group for group in sublayer.groups}
     # Which rank decides and solves which group.
     owners = deal({name: solve_cost(block, group) for name, group in groups.items()}, context.ranks.size)
     measured: list[dict[str, Moments]] = []
     if context.method.needs_statistics:
         with context.meter.phase(SublayerPhase.STATISTICS.of(kind)):
-            measured = [
-                measure(
-                    context,
-                    block,
-                    list(groups.values()),
-                    place.module,
-                    streams,
-                    windows,
-                    place.reference,
-                    owners,
-                    place.inputs_NSI,
-                )
-                for windows in context.window_ranges
-            ]
+            measured = [measure(context, sublayer, windows, owners) for windows in context.window_ranges]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
     parts: dict[str, SolvedGroup] = {}
@@ -318,9 +287,9 @@ def _prune_sublayer(
     objective: list[float] = []
     group, first = next(iter(groups.values())), next(iter(parts.values()))
     if kind == "mlp" and SOLVERS.get(context.solver).propose is not None and 0 < num_keep < group.num_units:
-        pruned = _module(context, block, cut, {**place.widths, kind: num_keep})
+        pruned = _module(context, block, cut, widths)
         with context.meter.phase(Phase.ITERATE):
-            refined = refine(context, block, group, pruned, place.module, streams, place.reference, cut, first.result)
+            refined = refine(context, sublayer, pruned, cut, first.result)
         cut, objective = refined.tensors, refined.objective
         statistics |= refined.statistics
     before, after = _relative([part.errors for part in parts.values() if part.errors is not None])
@@ -337,11 +306,11 @@ def _prune_sublayer(
         objective=objective,
         seconds=time.perf_counter() - started,
     )
-    return _Sublayer(
+    return BlockResult(
         tensors=cut,
         kept={name: part.keep_units.tolist() for name, part in parts.items()},
-        report=report,
-        cost_U=torch.stack(costs).sum(dim=0) if costs else None,
+        reports=[report],
+        costs={kind: torch.stack(costs).sum(dim=0)} if costs else {},
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.engine.layerwise.problem import layer_problem
-from structprune.engine.layerwise.statistics import Reference, Streams, consumer_target, measure, stage_output
+from structprune.engine.layerwise.statistics import Reference, Streams, Sublayer, consumer_target, measure, stage_output
 from structprune.engine.planning.shapes import solver_windows
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.propagate import observed, tapped
@@ -37,27 +37,19 @@ class Refined:
 
 
 def refine(
-    context: RunContext,
-    block: BlockLayout,
-    group: UnitGroup,
-    start: nn.Module,
-    original: nn.Module,
-    streams: Streams,
-    dense: Reference | None,
-    tensors: Mapping[str, Tensor],
-    solved: SolveResult,
+    context: RunContext, mlp: Sublayer, pruned: nn.Module, tensors: Mapping[str, Tensor], solved: SolveResult
 ) -> Refined:
-    """Propose producers for the pruned MLP `start` (tensors: `tensors`) by the context's iterative solver, and judge
-    them.
+    """Propose producers for the MLP of `pruned` (tensors: `tensors`) by the context's iterative solver, and judge them.
 
     Both are judged by the relative error on the held-out windows with the consumer solved on the others. The pruned
-    stream is at the MLP's input. What it is to meet is `dense`, the dense stream behind the MLP, or without one what
-    `original` makes of the pruned stream, the block before units of the MLP were removed.
+    stream is at the MLP's input. What it is to meet is the reference of `mlp`, the dense stream behind it, or without
+    one what the MLP made of the pruned stream before units of it were removed.
     """
+    (group,), block, streams = mlp.groups, mlp.block, mlp.streams
     group = replace(group, num_units=solved.weight_OK.shape[1] // group.width)
     num_solved = context.ranks.num_local(solver_windows(context.num_fitted, context.windows.ids_NS.shape[1]))
-    reference = dense or stage_output(context, block, group, original, streams, streams.pruned, write=False)
-    tokens = _tokens(context, block, group, start, streams, reference, num_solved)
+    reference = mlp.reference or stage_output(context, block, group, mlp.module, streams, streams.pruned, write=False)
+    tokens = _tokens(context, block, group, pruned, streams, reference, num_solved)
     # Every rank has the same weights all along; the first one's count, whatever another kind of processor makes of it.
     propose = SOLVERS.get(context.solver).propose
     assert propose is not None
@@ -73,11 +65,9 @@ def refine(
         if affine.bias_O is not None:
             candidate[f"{name}.bias"] = affine.bias_O.cpu().to(tensors[f"{name}.bias"].dtype)
     for name, tensor in candidate.items():
-        start.get_parameter(name).data = tensor.to(context.device, context.dtype)
-    measured = [
-        measure(context, block, [group], start, streams, windows, reference).get(group.name)
-        for windows in context.window_ranges
-    ]
+        pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)
+    proposed_mlp = Sublayer(block=block, groups=[group], module=pruned, streams=streams, reference=reference)
+    measured = [measure(context, proposed_mlp, windows).get(group.name) for windows in context.window_ranges]
     result = context.ranks.broadcast(lambda: _refitted(context, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before

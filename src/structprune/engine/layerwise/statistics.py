@@ -18,7 +18,7 @@ from structprune.engine.streaming.activation_cache import ActivationCache, put_i
 from structprune.engine.streaming.propagate import Propagator, captured, tapped
 from structprune.linalg.gram_products import energy
 from structprune.ranks import add_numbers
-from structprune.types import BlockLayout, Moments, Stage, UnitGroup
+from structprune.types import BlockLayout, Moments, Stage, UnitGroup, UnitKind
 
 Reference = Callable[[int, int], Tensor]
 """(start, stop) -> what is to be met for these windows, (B, S, D) on the device.
@@ -39,40 +39,54 @@ class Streams:
     """Where the plan has room for the inputs of a sublayer."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sublayer:
+    """One sublayer of a block, with the streams in front of it; measuring leaves the pruned stream where it is."""
+
+    block: BlockLayout
+    groups: Sequence[UnitGroup]
+    """The only group of the sublayer, or one for every expert."""
+    module: nn.Module
+    """The block with the sublayer as it is to be measured."""
+    streams: Streams
+    reference: Reference | None = None
+    """What the sublayer's output is to be; None: what it makes of the pruned stream."""
+    inputs_NSI: Tensor | None = None
+    """Room for the consumer's inputs; None: they are not kept."""
+
+    @property
+    def kind(self) -> UnitKind:
+        """The kind of all groups."""
+        return self.groups[0].kind
+
+
 def measure(
-    context: RunContext,
-    block: BlockLayout,
-    parts: Sequence[UnitGroup],
-    module: nn.Module,
-    streams: Streams,
-    windows: tuple[int, int],
-    reference: Reference | None,
-    owners: Mapping[str, int] | None = None,
-    inputs_NSI: Tensor | None = None,
+    context: RunContext, sublayer: Sublayer, windows: tuple[int, int], owners: Mapping[str, int] | None = None
 ) -> dict[str, Moments]:
     """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
-    Over some of this rank's windows, for all parts of one sublayer at once, and over the ranks: each part at the rank
+    Over some of this rank's windows, for all groups of the sublayer at once, and over the ranks: each group at the rank
     that `owners` names (the first without it), and only there among the results. The stage runs without the consumers,
     which leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is
-    moved, unless the reference does it. The inputs themselves are written to `inputs_NSI`, if it is given. An expert
+    moved, unless the reference does it. The inputs themselves are written to `inputs_NSI`, if there is room. An expert
     gets the tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided
     by the root mean square of the wanted output: what is added is linear in them then.
     """
-    owners = owners or {}
+    block, groups, module, streams = sublayer.block, sublayer.groups, sublayer.module, sublayer.streams
+    reference, inputs_NSI, owners = sublayer.reference, sublayer.inputs_NSI, owners or {}
     inputs: dict[str, Tensor] = {}
-    assert reference is None or len(parts) == 1, "what one of several parts is to add is not known"
+    assert reference is None or len(groups) == 1, "what one of several groups is to add is not known"
     num_outputs = 0 if reference is None else context.stock.layout.hidden_size
     accumulators = {
-        part.name: context.accumulator(part.num_units * part.width, num_outputs=num_outputs) for part in parts
+        group.name: context.accumulator(group.num_units * group.width, num_outputs=num_outputs) for group in groups
     }
     residual_energy = 0.0
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(context.stock.stage(module, context.stock.stage_of(parts[0].kind)))
-            for part in parts:
-                stack.enter_context(tapped(module, part.consumer_module, partial(inputs.__setitem__, part.name)))
+            stack.enter_context(context.stock.stage(module, context.stock.stage_of(sublayer.kind)))
+            for group in groups:
+                stack.enter_context(tapped(module, group.consumer_module, partial(inputs.__setitem__, group.name)))
             residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         residual_energy += float(energy(residual_BSD))
         while inputs:
@@ -81,10 +95,10 @@ def measure(
                 put_inputs(inputs_NSI, start, x_TI)
             target_TD = None
             if wanted_BSD is not None:
-                target_TD = consumer_target(parts[0], module, wanted_BSD, residual_BSD)
-            if (eps := parts[0].output_norm_eps) is not None:
-                # A normed sublayer has one part, so the tap is gone and the consumer in its place again.
-                output_BSD = module.get_submodule(parts[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
+                target_TD = consumer_target(groups[0], module, wanted_BSD, residual_BSD)
+            if (eps := groups[0].output_norm_eps) is not None:
+                # A normed sublayer has one group, so the tap is gone and the consumer in its place again.
+                output_BSD = module.get_submodule(groups[0].consumer_module)(x_TI) if wanted_BSD is None else wanted_BSD
                 scale_T1 = token_scale(output_BSD, eps)
                 x_TI = x_TI / scale_T1
                 target_TD = None if target_TD is None else target_TD / scale_T1
