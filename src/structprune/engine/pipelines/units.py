@@ -1,4 +1,4 @@
-"""The block loop: read, measure, decide, solve, write, propagate; one block in memory at a time.
+"""The pipeline that removes units: read, measure, decide, solve, write, propagate; one block in memory at a time.
 
 Shape suffixes: N windows, S positions, D hidden size, T tokens, U units.
 """

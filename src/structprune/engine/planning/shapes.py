@@ -15,6 +15,8 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
 
 # Each piece reads the whole output projection: with 32 tokens that took as long as the products.
 LOGIT_TOKENS = 64
+NUM_STAGED = 4
+"""Micro-batches that lie in page-locked memory at once, on the way to a device and back."""
 # Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
 _LOSS_BYTES = 3 * 4
 # Of attention that holds its scores: forward the scores, capped, masked or as float32 probabilities, two at once and

@@ -12,6 +12,7 @@ from structprune.architectures.stock.tiled_attention import scratch_bytes
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.reload import RELOAD_TOKENS
 from structprune.engine.planning.shapes import (
+    NUM_STAGED,
     SCORE_BYTES,
     activation_bytes,
     embedding_names,
@@ -22,7 +23,6 @@ from structprune.engine.planning.shapes import (
     numel,
     widest_block,
 )
-from structprune.engine.streaming.transfer import NUM_STAGED
 from structprune.memory import HEAP_BLOCK_BYTES, HEAP_END_BYTES
 from structprune.types import BlockLayout, UnitKind
 

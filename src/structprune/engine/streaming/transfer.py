@@ -22,8 +22,6 @@ from structprune.calibration.store import HiddenStore
 
 Put = Callable[[int, Tensor], None]
 """(first window, (B, S, D) on the device)."""
-NUM_STAGED = 4
-"""Micro-batches in page-locked memory at once."""
 
 
 class WindowTransfer(Protocol):
