@@ -343,6 +343,14 @@ def test_every_family_is_listed(family: str) -> None:
     assert f"`{family}`" in text_of(DOCS / "add-an-architecture.md")
 
 
+def test_the_example_of_a_score_is_the_code() -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", text_of(DOCS / "add-a-method.md"), flags=re.MULTILINE | re.DOTALL)
+    code = text_of(SOURCE / "scores" / "activations.py")
+    assert len(examples) == 2
+    for example in examples:
+        assert example.strip() in code
+
+
 def test_the_tour_leads_to_functions() -> None:
     """Every equation of StructPrune has its function; `test_paths_exist` holds that the function is there."""
     page = text_of(DOCS / "methods" / "structprune.md")
