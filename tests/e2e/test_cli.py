@@ -209,6 +209,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_last": 0,
         "sensitivity_samples": 3,
         "tensor_parallel": 1,
+        "max_shard_size": 2 * 10**9,
         "reload_check": False,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]

@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, check_regular
-from structprune.methods import METHODS
 from structprune.recipe.fields import (
     DEFAULT_SHARD_BYTES,
     SAID,
@@ -114,7 +113,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """Find the class that validates `values`, by their method. Raises InputError for an unknown method."""
         method = values.get("method", DEFAULT_METHOD)
         # What is no name at all is refused when the field is validated.
-        return cls.kinds().get(METHODS.get(method).pipeline if isinstance(method, str) else "units")
+        return cls.kinds().get(_pipeline_of(method) if isinstance(method, str) else "units")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -129,7 +128,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def own_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out other pipelines' fields that ask for nothing. Raises UnsupportedError for one that does."""
         method = values.get("method")
-        if isinstance(method, str) and METHODS.get(method).pipeline != cls.pipeline:
+        if isinstance(method, str) and _pipeline_of(method) != cls.pipeline:
             raise InputError(f"method {method!r} has another kind of recipe", got=cls.__name__, do="use Recipe")
         foreign = {name: values[name] for name in values if name in all_fields() and name not in cls.model_fields}
         asked = {name: value for name, value in foreign.items() if not cls.asks_nothing(name, value, values)}
@@ -262,6 +261,13 @@ def all_fields() -> dict[str, FieldInfo]:
     for pipeline in RECIPES:
         fields = {**RECIPES.get(pipeline).model_fields, **fields}
     return fields
+
+
+def _pipeline_of(method: str) -> str:
+    # Only now: methods load torch, and the help of the command line should not wait for that.
+    from structprune.methods import METHODS
+
+    return METHODS.get(method).pipeline
 
 
 def flag_name(field: str) -> str:
