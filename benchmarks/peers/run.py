@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.loading import load_model
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.calibration.sources.file import read_text
 from structprune.checkpoint.folder import write_companions
@@ -142,13 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{given.peer} is not installed here; make peers-setup, then .venv-peers/bin/python")
     # Before the meter: what libraries take is not the run's.
     importlib.import_module(given.peer.replace("-", "_"))
-    from transformers import AutoModelForCausalLM
 
-    directory = resolve_model(given.model)
+    reader = open_model(given.model)
     started = time.perf_counter()
     with PeakMeter() as meter:
         context = SourceContext(
-            encode=TextEncoder(directory).encode,
+            encode=TextEncoder(reader.directory).encode,
             sample=lambda *_: torch.empty(0),
             num_samples=given.num_samples,
             seq_len=given.seq_len,
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         ids_NS = draw_windows(read_text(given.calibration), given.calibration.name, context).ids_NS
         dtype = getattr(torch, given.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
+        model: Any = load_model(reader, torch.device("cpu"), dtype)
         before = mlp_parameters(model)
         PEERS[given.peer][given.importance](model, ids_NS, given.sparsity)
         after = mlp_parameters(model)
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.zero_grad(set_to_none=True)
         model.save_pretrained(given.output)
         # The tokenizer and the rest beside it, and the config as the stock class wrote it.
-        write_companions(directory, given.output, json.loads((given.output / "config.json").read_text("utf-8")))
+        write_companions(reader.directory, given.output, json.loads((given.output / "config.json").read_text("utf-8")))
     row = {
         "peer": given.peer,
         "version": importlib.metadata.version(given.peer),

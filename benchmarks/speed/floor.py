@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import nn
 
 from structprune import Recipe, prune
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.loading import load_model
 from structprune.statistics import GramAccumulator
 
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     watch = Watch(clock=CLOCKS[arguments.clock], device=torch.device(arguments.device))
-    directory = resolve_model(arguments.model)
+    reader = open_model(arguments.model)
 
     def sample() -> Floor:
-        model = load_model(directory, watch.device, torch.bfloat16).requires_grad_(False)
+        model = load_model(reader, watch.device, torch.bfloat16).requires_grad_(False)
         return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, watch)
 
     rows: list[dict[str, Any]] = []

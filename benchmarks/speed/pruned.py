@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.loading import load_model
 from structprune.files import write_json
 
@@ -30,7 +30,7 @@ from structprune.files import write_json
 @torch.no_grad()
 def operations(model: str, prompt_tokens: int) -> tuple[int, int]:
     """Floating-point operations of one prompt, and of the token behind it."""
-    loaded: Any = load_model(resolve_model(model), torch.device("cpu"), torch.bfloat16)
+    loaded: Any = load_model(open_model(model), torch.device("cpu"), torch.bfloat16)
     loaded.set_attn_implementation("eager")
     cache = DynamicCache(config=loaded.config)
     found: list[int] = []

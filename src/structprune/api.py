@@ -7,12 +7,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from structprune.architectures.sources.resolve import gguf_file, resolve_model
+from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -272,7 +271,7 @@ def inspect(model: str | Path) -> ModelLayout:
 
 def inspect_with_runtimes(model: str | Path) -> tuple[ModelLayout, list[RuntimeSupport]]:
     """What `inspect` says, and the runtimes that load `model` as it is, as far as known."""
-    stock = StockModel(CheckpointReader(resolve_model(str(model))))
+    stock = StockModel(open_model(str(model)))
     return stock.layout, runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
 
@@ -298,8 +297,7 @@ def export(
     check_path(path, "the export", spare=_EXPORT_SPARE)
     check_absent(path)
     make_folder(path.parent, "the export")
-    directory = resolve_model(str(model))
-    reader = CheckpointReader(directory)
+    reader = open_model(str(model))
 
     def start(total: int) -> None:
         observer.start("write", total)
@@ -310,7 +308,7 @@ def export(
         name=path.stem,
         dtype=dtype,
         tokenizer_gguf=expand_user(str(tokenizer_gguf)) if tokenizer_gguf else None,
-        source_gguf=_source_gguf(str(model), directory),
+        source_gguf=_source_gguf(str(model), reader.directory),
         note=observer.note,
         start=start,
         advance=observer.advance,

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import held_out_text
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
@@ -104,7 +103,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     request.check()
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
     memory = None if request.memory is None else parse_bytes(request.memory)
-    render = renderer(resolve_model(str(model)))
+    render = renderer(open_model(str(model)).directory)
     texts = [(str(path), held_out_text(path, render)) for path in request.texts]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
@@ -161,7 +160,7 @@ def _in_memory(
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
     """The reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
     names = [model] if request.against is None else [request.against, model]
-    models = [StockModel(CheckpointReader(resolve_model(str(name)))) for name in names]
+    models = [StockModel(open_model(str(name))) for name in names]
     for stock in models:
         check_streamable(stock)
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
@@ -204,11 +203,10 @@ def _check_same_vocabulary(vocab_size: int, other: int) -> None:
 
 def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
     """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
-    directory = resolve_model(str(model))
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    CheckpointReader(directory)
-    loaded = load_model(directory, device, dtype)
-    return loaded, TextEncoder(directory, loaded.get_input_embeddings().num_embeddings)
+    reader = open_model(str(model))
+    loaded = load_model(reader, device, dtype)
+    return loaded, TextEncoder(reader.directory, loaded.get_input_embeddings().num_embeddings)
 
 
 def bench(
@@ -236,8 +234,8 @@ def bench(
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError("two of the models are the same", got=twice[0], do="name each one once")
     # Headers of all first: a model that is not there is refused before the other is loaded.
-    readers = {name: CheckpointReader(resolve_model(name)) for name in names}
-    loaded = {name: load_model(reader.directory, target, compute_dtype) for name, reader in readers.items()}
+    readers = {name: open_model(name) for name in names}
+    loaded = {name: load_model(reader, target, compute_dtype) for name, reader in readers.items()}
     for name, one in loaded.items():
         _check_positions(name, one, max(prompts) + decode_tokens)
     points: dict[str, list[SpeedPoint]] = {name: [] for name in names}

@@ -55,7 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": UNIFORM["qwen3"][0],
     "qwen3, tied": lambda: Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+        **SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
     ),
 }
 # Without heads of their own size in the config, and with a step of widths.

@@ -157,12 +157,9 @@ def test_a_readme_that_cannot_be_read_is_said(tiny_llama: Path, text_file: Path,
     assert source_metadata(source, {"license": "mit"}) == {"unreadable": True, "license": "mit"}
 
 
-def test_a_gguf_file_keeps_the_licence(
-    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_keeps_the_licence(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     """Into the file, and from the file into the card of what is pruned from it."""
     gguf = pytest.importorskip("gguf")
-    monkeypatch.setenv("STRUCTPRUNE_CACHE", str(tmp_path / "cache"))
     source = with_readme(tiny_llama, tmp_path / "source", FRONT)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = [["a", "b"]]

@@ -12,7 +12,7 @@ import torch
 
 from structprune import Recipe, prune
 from structprune.api import evaluate
-from structprune.checkpoint.reader import CheckpointReader
+from structprune.architectures.sources.gguf import open_gguf
 
 pytestmark = pytest.mark.realmodel
 
@@ -91,14 +91,11 @@ def test_least_squares_beats_the_mask_on_unseen_text(smollm2: Path, texts: tuple
 
 
 @pytest.mark.slow
-def test_streamed_gguf_conversion_equals_the_stock_loader(smollm2: Path) -> None:
+def test_tensors_of_the_gguf_file_are_those_of_the_stock_loader(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from structprune.architectures.sources.resolve import bundled_gguf
-
-    source = bundled_gguf()
-    stock = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
-    reader = CheckpointReader(smollm2)
+    stock = AutoModelForCausalLM.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name, dtype=torch.float32)
+    reader = open_gguf(smollm2, torch.float32)
     for name, expected in stock.state_dict().items():
         if name == "lm_head.weight":
             continue

@@ -33,12 +33,13 @@ def _main(spec_path: str, result_path: str) -> None:
         assert "choices" in answer, answer
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found.append({item["id"]: item["logprob"] for item in top})
-    tokens = [_tokenize(server.listening_address, text) for text in spec["texts"]]
+    tokens = [_tokenize(server.listening_address, text, spec) for text in spec["texts"]]
     Path(result_path).write_text(json.dumps({"logprobs": found, "tokens": tokens}), encoding="utf-8")
 
 
-def _tokenize(address: str, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+def _tokenize(address: str, text: str, spec: dict[str, object]) -> list[int]:
+    flags = {name: spec[name] for name in ("add_special", "parse_special")}
+    body = json.dumps({"content": text, **flags}).encode()
     request = urllib.request.Request(f"{address}/tokenize", data=body, headers={"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
         return json.load(answer)["tokens"]

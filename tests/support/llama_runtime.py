@@ -27,7 +27,7 @@ class Answers:
     logprobs_NV: Tensor
     """Of the token that follows each prompt; minus infinity where it was not among the likeliest."""
     tokens: list[list[int]]
-    """Of each text, without special tokens."""
+    """Of each text; with the tokens at its ends, and those that its characters name, if that was asked for."""
 
 
 def run_llama(
@@ -37,13 +37,17 @@ def run_llama(
     *,
     likeliest: int | None = None,
     texts: Sequence[str] = (),
+    add_special: bool = False,
+    parse_special: bool = False,
 ) -> Answers:
     """Load `model` and answer. Fails the test with llama.cpp's own messages if it does not load within two minutes."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed")
     spec, result = model.with_suffix(".spec.json"), model.with_suffix(".result.json")
-    content = {"model": str(model), "prompts": list(map(list, prompts)), "n": likeliest or vocab_size}
-    spec.write_text(json.dumps({**content, "texts": list(texts)}), encoding="utf-8")
+    content: dict[str, object] = {"model": str(model), "prompts": list(map(list, prompts))}
+    content |= {"n": likeliest or vocab_size, "texts": list(texts)}
+    content |= {"add_special": add_special, "parse_special": parse_special}
+    spec.write_text(json.dumps(content), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("llama_child.py")), str(spec), str(result)],
         capture_output=True,

@@ -1,4 +1,7 @@
-"""Reads a Hugging Face directory of safetensors: headers first, tensors one by one, never the whole model."""
+"""Reads a Hugging Face directory of safetensors: headers first, tensors one by one, never the whole model.
+
+Weights may also lie in a GGUF file, which answers as an open safetensors file does (gguf_weights.py).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
+from structprune.checkpoint.gguf_weights import GgufWeights
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
 
@@ -52,13 +56,16 @@ class _Piece:
 
 
 class CheckpointReader:
-    """Lazy view of a checkpoint directory with one or many shards.
+    """Lazy view of a checkpoint directory with one or many shards, or with `weights` that lie elsewhere.
 
     Raises CheckpointError when the configuration, the index or a shard is missing, truncated or inconsistent.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, weights: GgufWeights | None = None) -> None:
         self.directory = directory
+        self.weights = weights
+        self.tokenizer_origin: str | None = None
+        """What the directory's tokenizer was made of; None: the files are the source's own."""
         check_folder(directory)
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
         check_names_no_code(self.config, str(directory / "config.json"))
@@ -126,6 +133,8 @@ class CheckpointReader:
         return name
 
     def _locate(self) -> dict[str, Path]:
+        if self.weights is not None:
+            return {name: self.weights.path_of(name) for name in self.weights}
         index_path = self.directory / INDEX_NAME
         single_path = self.directory / SINGLE_NAME
         # Stock transformers prefers the single file where both are there.
@@ -193,6 +202,8 @@ class CheckpointReader:
 
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
         """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
+        if self.weights is not None:
+            return self.weights
         try:
             check_regular(path, CheckpointError)
             return safe_open(str(path), framework=framework)
@@ -250,7 +261,16 @@ class CheckpointReader:
     @property
     def file_bytes(self) -> int:
         """Bytes of all weight files on disk."""
-        return sum(path.stat().st_size for path in set(self._shard_of.values()))
+        return sum(path.stat().st_size for path in self._files)
+
+    @property
+    def _files(self) -> list[Path]:
+        return sorted(set(self._shard_of.values())) if self.weights is None else list(self.weights.paths)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading holds beside the tensor that is read, at most, where weights are made of something else."""
+        return 0 if self.weights is None else self.weights.scratch_bytes
 
     @property
     def num_files(self) -> tuple[int, int]:
@@ -337,14 +357,14 @@ class CheckpointReader:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
             digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self.dtypes[name]}".encode())
-        for path in sorted(set(self._shard_of.values())):
+        for path in self._files:
             digest.update(f"{path.name}{path.stat().st_size}".encode())
         return digest.hexdigest()
 
     @property
     def content_files(self) -> list[Path]:
         """Everything that an output depends on: weights, config and the tokenizer's files."""
-        return [*sorted(set(self._shard_of.values())), *read_files(self.directory)]
+        return [*self._files, *read_files(self.directory)]
 
 
 def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

@@ -12,10 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from structprune.api import prune
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cells import settings_of
 from structprune.engine.run.device import DTYPES, machine
 from structprune.engine.run.finalize import load_report
@@ -81,7 +80,7 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
 
 
 def _dense_row(spec: CellSpec) -> DenseRow:
-    reader = CheckpointReader(resolve_model(spec.model))
+    reader = open_model(spec.model)
     model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype])
     limit = model.config.max_position_embeddings
     texts: list[TextScore] = []

@@ -15,10 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.sources.file import read_text
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import (
     Variant,
@@ -119,10 +118,9 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         raise InputError(
             "two texts have the same file name", got=", ".join(label for label, _ in texts), do="rename one"
         )
-    directory = resolve_model(request.model)
+    reader = open_model(request.model)
     for _, path in texts:
-        read_text(path, renderer(directory))
-    reader = CheckpointReader(directory)
+        read_text(path, renderer(reader.directory))
     layout = StockModel(reader).layout
     identity: dict[str, Any] = {
         "source": reader.fingerprint(),

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.folder import check_needed, sort_files
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
@@ -34,7 +33,6 @@ _PROBE_TOKENS = 2048
 class ResolvedRun:
     """A model and a recipe that go together; no weight has been read."""
 
-    directory: Path
     stock: StockModel
     method: Method
     groups: tuple[UnitGroup, ...]
@@ -56,25 +54,25 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory or None)
     head_units = _head_units(recipe, method)
-    opened: list[tuple[Path, StockModel]] = []
+    opened: list[StockModel] = []
 
     def open_source() -> None:
-        directory = resolve_model(str(model))
-        stock = StockModel(CheckpointReader(directory), head_units)
+        reader = open_model(str(model))
+        stock = StockModel(reader, head_units)
         if stock.sliced:
             raise UnsupportedError(
                 "the source is a sliced model with shortcut matrices, which no method can prune",
-                where=str(directory),
+                where=str(reader.directory),
                 do="prune the dense model, or a model sliced with --structure uniform",
             )
-        check_needed(directory, sort_files(directory, stock.reader.weight_files))
-        opened.append((directory, stock))
+        check_needed(reader.directory, sort_files(reader.directory, stock.reader.weight_files))
+        opened.append(stock)
 
-    # Downloaded or converted once where the ranks share a cache; and what is wrong with it is said once.
+    # Downloaded once where the ranks share a cache; and what is wrong with it is said once.
     ranks.broadcast(open_source)
     if not ranks.is_first:
         open_source()
-    directory, stock = opened[0]
+    stock = opened[0]
     ranks.check_equal({"source checkpoint": stock.reader.fingerprint(), "kind of device": device.type})
     # Measured where it is not said, so the ranks might find different ones.
     dtype = ranks.broadcast(lambda: resolve_dtype(recipe, device))
@@ -91,7 +89,6 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     resolved, groups = ranks.broadcast(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
     return ResolvedRun(
-        directory=directory,
         stock=stock,
         method=method,
         groups=groups,
@@ -132,11 +129,12 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         score="",
         solves=False,
         kept={kind: max(counts) for kind, counts in (resolved.forecast.kept or {}).items()},
-        tokenizer_bytes=tokenizer_bytes(resolved.directory),
+        tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
         text_bytes=text.stat().st_size if text.is_file() else None,
         sensitivity_windows=-(-min(recipe.backward_samples, num_windows) // num_ranks),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,
+        held_bytes=stock.reader.scratch_bytes,
     )
     request = PIPELINES.get(resolved.method.pipeline).request(request, recipe, resolved.method, stock)
     return make_plan(request, recipe.memory, recipe.device_memory or None)

@@ -52,7 +52,7 @@ def export_onnx(request: ExportRequest) -> ExportResult:
     num_values = sum(torch.Size(shape).numel() for shape in request.reader.shapes.values())
     check_free_disk(output, 4 * num_values)
     request.start(3)
-    model = load_model(request.reader.directory, torch.device("cpu"), torch.float32)
+    model = load_model(request.reader, torch.device("cpu"), torch.float32)
     request.advance("load")
     make_folder(output.parent, "the export")
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
-from structprune.exporters.gguf.families import GGUF_FAMILIES
+from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
 from structprune.kinds import Structure
 
 Loads = Literal["yes", "no", "unverified"]

@@ -94,7 +94,7 @@ class LoraStudent:
         self._streamed = streamed = context.student
         self._teacher = Teacher(context.teacher, folder / "teacher.bin")
         self._teacher_head = load_heads(context.teacher, streamed).teacher
-        model = load_model(streamed.reader.directory, streamed.device, streamed.dtype).requires_grad_(False)
+        model = load_model(streamed.reader, streamed.device, streamed.dtype).requires_grad_(False)
         maps = linear_maps(model, streamed.stock.layout.blocks_module)
         self._maps = [name for name in maps.names if f"{name}.weight" in streamed.reader.shapes]
         config = LoraConfig(

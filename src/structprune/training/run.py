@@ -10,10 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from structprune.architectures.sources.resolve import resolve_model
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.folder import check_needed, sort_files
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.engine.run.identity import check_same
@@ -57,7 +56,7 @@ def recover_model(
     mode = MODES.get(settings.mode)
     asked, settings = settings, settings.resolved()
     device = resolve_device(settings.device)
-    pair = [StockModel(CheckpointReader(resolve_model(str(model)))) for model in (teacher, student)]
+    pair = [StockModel(open_model(str(model))) for model in (teacher, student)]
     dense, pruned = pair
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)

@@ -1,102 +1,234 @@
-"""Turns a GGUF file into a Hugging Face directory, tensor by tensor (dequantised to float32).
+"""A GGUF file as a checkpoint: its tensors by their names in transformers, read one at a time, and nothing converted.
 
-Names, permutations and the config come from transformers' own GGUF support; only the loop is ours, because the
-stock loader holds the whole model, and its result refuses `save_pretrained` while `quantization_config` is set.
+What transformers needs as files (config, tokenizer, licence) is written into a directory of this process, which goes
+with it; weights stay where they are. Raises before any weight is read where something of the file would be lost.
 """
 
 from __future__ import annotations
 
-import logging
+import atexit
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import modeling_gguf_pytorch_utils as stock_gguf
 
+from structprune.architectures.sources.gguf_config import GgufSizes, read_config
+from structprune.architectures.sources.gguf_families import GGUF_FAMILIES, GgufFamily, Rule
+from structprune.architectures.sources.gguf_fields import GgufFields
+from structprune.architectures.sources.gguf_tokenizer import write_tokenizer
+from structprune.checkpoint.gguf_file import GgufHeader, read_gguf
+from structprune.checkpoint.gguf_weights import GgufEntry, GgufRows, GgufWeights, RowOrder
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
-from structprune.checkpoint.writer import CheckpointWriter
-from structprune.errors import CheckpointError, UnsupportedError
-from structprune.files import DEFAULT_SHARD_BYTES, write_text
+from structprune.errors import CheckpointError
+from structprune.files import write_json, write_text
 
-# Families whose stock conversion is one tensor to one tensor.
-_ARCHITECTURES = ("llama", "gemma3")
+# Widths that a file can have in common with a checkpoint; whatever is quantised becomes bfloat16.
+_WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ORDERS: Mapping[str, RowOrder] = {"interleave": "halves", "ungroup": "grouped"}
+# Architectures whose queries, keys and values may be one tensor, or three: the names in the file, in its order.
+_FUSED = ("attn_q", "attn_k", "attn_v")
 
 
-def convert_gguf(source: Path, directory: Path) -> None:
-    """Write `source` as config, tokenizer and float32 safetensors shards into the empty `directory`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GgufSource:
+    """One file, read as far as it can be without its weights."""
 
-    Raises CheckpointError for an unreadable file, UnsupportedError for a family without a one-to-one conversion.
+    stamp: tuple[tuple[int, int], ...]
+    """Size and time of each of its files."""
+    header: GgufHeader
+    config: Mapping[str, Any]
+    entries: Mapping[str, GgufEntry]
+    directory: Path
+    tokenizer: str | None
+    """What its tokenizer was made of."""
+
+
+_opened: dict[Path, _GgufSource] = {}
+
+
+def open_gguf(path: Path, dtype: torch.dtype | None = None) -> CheckpointReader:
+    """The checkpoint in the file `path`, every tensor in `dtype`, by default in the width that the file has.
+
+    Raises CheckpointError for a file that is damaged or incomplete, UnsupportedError for what cannot be read of it.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UnsupportedError(
-            "reading GGUF needs the gguf package", where=str(source), do="pip install 'structprune[gguf]'"
-        ) from None
-    try:
-        reader: Any = gguf.GGUFReader(str(source))
-        architecture = stock_gguf.read_field(reader, "general.architecture")[0]
-    except Exception as error:
-        raise CheckpointError("the file is truncated or not GGUF", where=str(source), got=str(error)) from error
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedError(
-            "this GGUF architecture cannot be converted",
-            where=str(source),
-            got=architecture,
-            wanted=", ".join(_ARCHITECTURES),
-            do="start from the model's Hugging Face checkpoint",
-        )
-    try:
-        _convert(source, directory, reader, architecture, gguf.dequantize)
-    except OSError:
-        raise  # a full disk is not the file's fault
-    except Exception as error:
-        raise CheckpointError(
-            "the GGUF file cannot be converted; metadata or tensors are missing or damaged",
-            where=str(source),
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+    path = path.resolve()
+    source = _opened.get(path)
+    if source is None or source.stamp != _stamp(source.header.paths):
+        source = _opened[path] = _read(path)
+    width = dtype or stored_width(source.header)
+    weights = GgufWeights(source.header, source.entries, width)
+    reader = CheckpointReader(source.directory, weights)
+    reader.tokenizer_origin = source.tokenizer
+    reader.config["dtype"] = str(width).removeprefix("torch.")
+    return reader
 
 
-def _convert(source: Path, directory: Path, reader: Any, architecture: str, dequantize: Any) -> None:
-    # transformers warns that it dequantises; that is what is asked for here.
-    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
-    config: Any = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    config.architectures = [type(skeleton).__name__]
-    processor = stock_gguf.TENSOR_PROCESSORS.get(architecture, stock_gguf.TensorProcessor)(config=config.to_dict())
-    names = stock_gguf.get_gguf_hf_weights_map(skeleton, processor)
-    by_block: dict[str, list[Any]] = {}
-    for tensor in reader.tensors:
-        if tensor.name in names:
-            block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else ""
-            by_block.setdefault(block, []).append(tensor)
-    shards = directory / "shards"
-    shards.mkdir()
-    writer = CheckpointWriter(shards, len(by_block))
-    for number, tensors in enumerate(by_block.values(), start=1):
-        shard: dict[str, torch.Tensor] = {}
-        for tensor in tensors:
-            weights = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
-            shard[names[tensor.name]] = torch.from_numpy(weights.copy()).float()
-        writer.write(number, shard)
-    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, trust_remote_code=False).save_pretrained(
-        str(directory)
+def stored_width(header: GgufHeader) -> torch.dtype:
+    """The width that most numbers of the matrices have, quantised ones taken as bfloat16."""
+    counts: Counter[torch.dtype] = Counter()
+    for info in header.tensors.values():
+        if len(info.shape) > 1:
+            counts[_WIDTHS.get(info.kind_name, torch.bfloat16)] += info.num_rows * info.shape[-1]
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
+
+
+def _stamp(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
+    stats = [path.stat() for path in paths if path.exists()]
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+def _read(path: Path) -> _GgufSource:
+    header = read_gguf(path)
+    fields = GgufFields(header)
+    config, sizes = read_config(fields)
+    vocab_size = _vocab_size(fields)
+    config["vocab_size"] = vocab_size
+    family = GGUF_FAMILIES[config["model_type"]]
+    entries = dict(_Entries(fields, family, sizes, vocab_size, config).all())
+    config["tie_word_embeddings"] = "lm_head.weight" not in entries
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{ours}_token_id"] = header.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    config["dtype"] = str(stored_width(header)).removeprefix("torch.")
+    fields.check_all_taken()
+    directory = Path(tempfile.mkdtemp(prefix="structprune-")) / path.name
+    atexit.register(shutil.rmtree, directory.parent, ignore_errors=True)
+    directory.mkdir()
+    write_json(directory / "config.json", config)
+    origin = write_tokenizer(header, vocab_size, directory)
+    _write_origin(header, directory / README_NAME, path.name)
+    return _GgufSource(
+        stamp=_stamp(header.paths), header=header, config=config, entries=entries, directory=directory, tokenizer=origin
     )
-    config.save_pretrained(str(directory))
-    _write_origin(reader, directory / README_NAME, source.name)
-    writer.weight_files(DEFAULT_SHARD_BYTES).write(directory)
-    writer.remove()
-    shards.rmdir()
 
 
-def _write_origin(reader: Any, path: Path, name: str) -> None:
+def _vocab_size(fields: GgufFields) -> int:
+    """Rows of the embedding. Raises CheckpointError if the file says another number."""
+    info = fields.header.tensors.get("token_embd.weight")
+    if info is None or len(info.shape) != 2:
+        raise CheckpointError("the GGUF file has no token embedding", where=fields.where, wanted="token_embd.weight")
+    said = fields.integer("vocab_size", info.shape[0])
+    if said != info.shape[0]:
+        raise CheckpointError(
+            "the GGUF file says another vocabulary than its embedding has rows",
+            where=fields.where,
+            got=f"{fields.architecture}.vocab_size {said}",
+            wanted=info.shape[0],
+        )
+    return said
+
+
+class _Entries:
+    """The tensors of a checkpoint by the rules of its family (gguf_families.py), read backwards."""
+
+    def __init__(
+        self, fields: GgufFields, family: GgufFamily, sizes: GgufSizes, vocab_size: int, config: dict[str, Any]
+    ) -> None:
+        self._fields, self._family, self._sizes, self._config = fields, family, sizes, config
+        q, k, f = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size, sizes.channels
+        self._dims = {
+            "d": sizes.hidden,
+            "v": vocab_size,
+            "p": sizes.positions,
+            "h": sizes.head_size,
+            "q": q,
+            "k": k,
+            "f": f,
+            "e": sizes.experts,
+            "2f": 2 * f,
+            "q+2k": q + 2 * k,
+        }
+
+    def all(self) -> Iterator[tuple[str, GgufEntry]]:
+        """(name in the checkpoint, how it is made). Raises CheckpointError for a missing tensor or another shape."""
+        target, family = self._family.uniform, self._family
+        for rule in target.outer:
+            yield from self._tensor(rule, rule.source, rule.target)
+        together = {bias: entry for entry, biases in family.biases.items() for bias in biases}
+        for entry in family.biases:
+            if entry:
+                self._config[entry] = any(
+                    self._fields.has_tensor(f"blk.{block}.{rule.target}")
+                    for rule in target.block
+                    if together.get(rule.source) == entry
+                    for block in range(self._sizes.blocks)
+                )
+        for block in range(self._sizes.blocks):
+            for rule in target.block:
+                name = f"{family.blocks}{block}.{rule.source}"
+                if not rule.optional:
+                    yield from self._tensor(rule, name, f"blk.{block}.{rule.target}")
+                elif rule.source in together and self._config.get(together[rule.source], True):
+                    # Stock code has these biases all or none: one that the file lacks is zero.
+                    found = list(self._tensor(rule, name, f"blk.{block}.{rule.target}"))
+                    yield from found or [(name, GgufEntry(shape=self._shape(rule), parts=()))]
+
+    def _shape(self, rule: Rule) -> tuple[int, ...]:
+        return tuple(self._dims[dim] for dim in rule.dims)
+
+    def _tensor(self, rule: Rule, name: str, target: str) -> Iterator[tuple[str, GgufEntry]]:
+        shape = self._shape(rule)
+        if rule.stacked:
+            experts = self._sizes.experts
+            if self._taken(target, (experts, *shape), rule):
+                for number in range(experts):
+                    rows = GgufRows(source=target, first=number * shape[0], count=shape[0])
+                    yield name.format(number), GgufEntry(shape=shape, parts=(rows,))
+            return
+        transposed = rule.transform == "transpose"
+        parts = self._parts(rule, target, shape[::-1] if transposed else shape)
+        if parts:
+            shift = -1.0 if rule.transform == "plus-one" else 0.0
+            yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
+
+    def _parts(self, rule: Rule, target: str, shape: tuple[int, ...]) -> tuple[GgufRows, ...]:
+        """Rows of the file that make the tensor; none for an optional one that is not there."""
+        sizes, order = self._sizes, _ORDERS.get(rule.transform, "stored")
+        heads = sizes.kv_heads if rule.dims[0] == "k" else sizes.heads
+        *block, stem, ending = target.split(".")
+        beginning = "".join(f"{part}." for part in block)
+        widths = {"attn_q": self._dims["q"], "attn_k": self._dims["k"], "attn_v": self._dims["k"]}
+        fused = f"{beginning}attn_qkv.{ending}"
+        if stem in _FUSED and not self._fields.has_tensor(target) and self._fields.has_tensor(fused):
+            first = sum(widths[other] for other in _FUSED[: _FUSED.index(stem)])
+            self._taken(fused, (self._dims["q+2k"], *shape[1:]), rule)
+            return (GgufRows(source=fused, first=first, count=shape[0], order=order, heads=heads),)
+        apart = [f"{beginning}{other}.{ending}" for other in _FUSED]
+        if stem == "attn_qkv" and not self._fields.has_tensor(target) and self._fields.has_tensor(apart[0]):
+            for other, width in zip(apart, widths.values(), strict=True):
+                self._taken(other, (width, *shape[1:]), rule)
+            return tuple(
+                GgufRows(source=other, first=0, count=width)
+                for other, width in zip(apart, widths.values(), strict=True)
+            )
+        if not self._taken(target, shape, rule):
+            return ()
+        return (GgufRows(source=target, first=0, count=shape[0], order=order, heads=heads),)
+
+    def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
+        """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""
+        there = self._fields.take_tensor(target)
+        if not there and rule.optional:
+            return False
+        found = self._fields.header.tensors[target].shape if there else None
+        if found != shape:
+            raise CheckpointError(
+                f"tensor {target!r} is missing in the GGUF file, or has another shape than its metadata says",
+                where=self._fields.where,
+                got="none" if found is None else list(found),
+                wanted=list(shape),
+                do="the file is incomplete, or of a variant of this architecture that cannot be read",
+            )
+        return True
+
+
+def _write_origin(header: GgufHeader, path: Path, name: str) -> None:
     """What the file says of its licence and origin, as the front matter of a README; nothing if it says nothing."""
     entries = {
         "license": "general.license",
@@ -105,8 +237,8 @@ def _write_origin(reader: Any, path: Path, name: str) -> None:
         "language": "general.languages",
         "base_model": "general.base_model.0.repo_url",
     }
-    found = {entry: reader.fields[key].contents() for entry, key in entries.items() if key in reader.fields}
-    if "base_model" in found:
+    found = {entry: header.metadata[key] for entry, key in entries.items() if key in header.metadata}
+    if isinstance(found.get("base_model"), str):
         # The model's name on the hub is the end of its address.
         found["base_model"] = "/".join(found["base_model"].rstrip("/").split("/")[-2:])
     if found:

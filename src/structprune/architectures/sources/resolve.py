@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
-import os
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,8 +15,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from structprune.architectures.sources.gguf import open_gguf
 from structprune.checkpoint.folder import CODE_SUFFIXES, WEIGHT_SUFFIXES, module_folders
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, has_weights
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import check_path, expand_user, read_json
 
@@ -33,26 +30,35 @@ _NOT_AT_FIRST = [
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def cache_directory() -> Path:
-    """Where converted models are kept: `STRUCTPRUNE_CACHE`, else `structprune` in the user's cache directory."""
-    base = os.environ.get("STRUCTPRUNE_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "structprune"
+def open_model(model: str) -> CheckpointReader:
+    """The checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
+
+    Raises CheckpointError when nothing is found under that name or it is damaged, UnsupportedError for what cannot be
+    read of it.
+    """
+    check_path(model, "the model")
+    named = _named_gguf(model)
+    return CheckpointReader(resolve_model(model)) if named is None else open_gguf(named)
+
+
+def _named_gguf(model: str) -> Path | None:
+    """The GGUF file that `model` names, whether it is there or not."""
+    if model == BUNDLED:
+        return bundled_gguf()
+    path = expand_user(model)
+    return path if path.suffix == ".gguf" and not path.is_dir() else None
 
 
 def resolve_model(model: str) -> Path:
-    """The local Hugging Face directory of `model`, downloaded or converted once.
+    """The local directory of `model`: a Hugging Face one, downloaded once, or config and tokenizer of a GGUF file.
 
     A hub id may name a branch, tag or commit: `organisation/name@revision`.
     Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.
     """
-    if model == BUNDLED:
-        return _converted(bundled_gguf())
     check_path(model, "the model")
+    if (named := _named_gguf(model)) is not None:
+        return open_gguf(named).directory
     path = expand_user(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError("the GGUF file does not exist", where=str(path))
-        return _converted(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -146,31 +152,3 @@ def hub_id(model: str) -> str | None:
     local = model == BUNDLED or model.endswith(".gguf") or expand_user(model).exists()
     name, _ = _split_revision(model)
     return None if local or name.count("/") != 1 else name
-
-
-def _converted(source: Path) -> Path:
-    """The conversion of a GGUF file, kept in the cache under the hash of its content."""
-    from structprune.architectures.sources.gguf import convert_gguf
-
-    with source.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-    target = cache_directory() / f"{source.stem}-{digest}"
-    if has_weights(target):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.partial")
-    # A second process waits for what the first one makes, instead of replacing it while that is read.
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if has_weights(target):
-            return target
-        try:
-            # Of a process that was killed.
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(target, ignore_errors=True)
-            staging.mkdir()
-            convert_gguf(source, staging)
-            staging.rename(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return target

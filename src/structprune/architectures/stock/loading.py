@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +19,7 @@ from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELI
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError
 from structprune.files import read_json
 
@@ -43,18 +44,30 @@ def without_global_width_warnings() -> AbstractContextManager[None]:
     return only_errors("transformers.integrations.heterogeneity.configuration_utils")
 
 
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(source: Path | CheckpointReader, device: torch.device, dtype: torch.dtype) -> Any:
     """The whole checkpoint as stock transformers loads it; a per-layer or sliced one through our own modelling file.
 
-    Raises CheckpointError with its reason if it does not load, or if its modelling file is not ours.
+    `source` is its directory, or its reader where the weights may lie in a GGUF file. Raises CheckpointError with its
+    reason if it does not load, or if its modelling file is not ours.
     """
+    directory = source if isinstance(source, Path) else source.directory
+    weights = None if isinstance(source, Path) else source.weights
     transformers_logging.disable_progress_bar()
     try:
         loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
         with without_global_width_warnings():
-            model: Any = loader.from_pretrained(
-                str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
+            model: Any
+            if weights is None:
+                model = loader.from_pretrained(
+                    str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                )
+            else:
+                # Slices are read one after the other, as those of safetensors are.
+                tensors = {name: weights.get_slice(name) for name in weights}
+                config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+                stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                options = {"config": config, "state_dict": tensors, "dtype": dtype}
+                model = stock.from_pretrained(None, trust_remote_code=False, **options)
         return model.to(device).eval()
     except StructPruneError:
         raise

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from structprune.architectures.stock.loading import load_model
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, MemoryBudgetError
 from structprune.memory import format_budget, format_bytes
 
@@ -55,7 +56,7 @@ def growing_cache(num_blocks: int, length: int) -> Cache:
 
 @torch.no_grad()
 def sample_windows(
-    directory: Path,
+    source: Path | CheckpointReader,
     num_windows: int,
     seq_len: int,
     seed: int,
@@ -75,7 +76,7 @@ def sample_windows(
         )
     length = min(_TEXT_LENGTH, seq_len)
     num_rows = -(-num_windows * seq_len // length)
-    model = load_model(directory, device, dtype)
+    model = load_model(source, device, dtype)
     config = model.config
     rows_at_once = min(_MAX_ROWS, num_rows)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

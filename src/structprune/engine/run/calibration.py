@@ -27,12 +27,12 @@ def source_context(
     budget_bytes: int,
 ) -> SourceContext:
     """The request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
-    directory = stock.reader.directory
-    encoder = TextEncoder(directory, stock.layout.vocab_size, stock.config)
+    reader = stock.reader
+    encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.config)
 
     def sample(num_windows: int, window_len: int, draw: int) -> Tensor:
         return sample_windows(
-            directory,
+            reader,
             num_windows,
             window_len,
             draw,

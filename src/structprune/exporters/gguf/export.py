@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.architectures.sources.gguf_families import Transform
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
 from structprune.errors import NumericalError
 from structprune.exporters.export import Exporter, ExportRequest, ExportResult
-from structprune.exporters.gguf.families import Transform
 from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf
 from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk

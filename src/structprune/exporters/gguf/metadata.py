@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from structprune.architectures.sources.gguf_families import (
+    LENGTH_FACTORS,
+    LLAMA3_FACTORS,
+    GgufFamily,
+    Target,
+)
 from structprune.errors import UnsupportedError
-from structprune.exporters.gguf.families import GgufFamily, Target
+
+# Tensors of factors that an architecture reads -> the scaling that they can hold.
+_FACTOR_KINDS = {LLAMA3_FACTORS: "llama3", LENGTH_FACTORS: "longrope"}
 
 Value = int | float | str | bool | list[int]
 """int is written as uint32, float as float32."""
@@ -62,14 +70,23 @@ def hyperparameters(model: GgufModel) -> dict[str, Value]:
     return values
 
 
-def rope_factors(model: GgufModel) -> Tensor | None:
-    """By what LLaMA 3's scaling divides each frequency, (head size / 2,), float32; None for other scalings."""
-    parameters = _rope(model)
-    if parameters.get("rope_type") != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config)
-    powers = torch.arange(0, model.head_size, 2, dtype=torch.float32) / model.head_size
-    return 1.0 / (parameters["rope_theta"] ** powers) / scaled.float()
+def rope_factors(model: GgufModel) -> dict[str, Tensor]:
+    """Tensors by which the rotary frequencies are divided, (rotated dimensions / 2,) float32: LLaMA 3's or LongRoPE's.
+
+    None where the scaling needs none, or where the architecture does not read the tensors that it needs.
+    """
+    parameters, target = _rope(model), model.target.rope_factors
+    kind = parameters.get("rope_type")
+    if kind == "llama3" and target == LLAMA3_FACTORS:
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config)
+        powers = torch.arange(0, model.head_size, 2, dtype=torch.float32) / model.head_size
+        return {target[0]: 1.0 / (parameters["rope_theta"] ** powers) / scaled.float()}
+    if kind == "longrope" and target == LENGTH_FACTORS:
+        names = ("long_factor", "short_factor")
+        return {tensor: torch.tensor(parameters[name]) for tensor, name in zip(target, names, strict=True)}
+    if kind == "longrope" and target == LLAMA3_FACTORS and parameters["long_factor"] == parameters["short_factor"]:
+        return {target[0]: torch.tensor(parameters["long_factor"])}
+    return {}
 
 
 def _context_length(model: GgufModel) -> int:
@@ -116,12 +133,16 @@ def _layer_norm_epsilon(model: GgufModel) -> dict[str, Value]:
 
 
 def _head_size(model: GgufModel) -> dict[str, Value]:
-    scale = getattr(model.config, "query_pre_attn_scalar", None)
-    if scale is not None and scale != model.head_size:
+    config = model.config
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    # llama.cpp knows the largest Gemma by its blocks, and that it scales otherwise.
+    largest = len(model.blocks) == {"alternating": 46, "five-of-six": 62}.get(model.family.window)
+    wanted = config.hidden_size // config.num_attention_heads if largest else model.head_size
+    if scale is not None and scale != wanted:
         raise UnsupportedError(
-            "llama.cpp divides the attention scores by the root of the head size",
-            got=f"query_pre_attn_scalar {scale}",
-            wanted=f"the head size, {model.head_size}",
+            "llama.cpp divides the attention scores of a model with so many blocks by the root of another number",
+            got=f"query_pre_attn_scalar {scale}, {len(model.blocks)} blocks",
+            wanted=wanted,
         )
     return {"attention.key_length": model.head_size, "attention.value_length": model.head_size}
 
@@ -143,9 +164,10 @@ def _rotary(model: GgufModel) -> dict[str, Value]:
         "rope.dimension_count": int(model.head_size * share),
         "rope.freq_base": float(parameters["rope_theta"]),
     }
-    kind = parameters.get("rope_type", "default")
-    if kind == "llama3" and model.target.rope_factors:
-        return values
+    kind, factors = parameters.get("rope_type", "default"), model.target.rope_factors
+    if kind in ("llama3", "longrope") and rope_factors(model):
+        # What the factors alone do not say.
+        return values | _attention_factor(model, parameters) if kind == "longrope" else values
     if kind == "linear":
         return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}
     if kind == "yarn" and not _own_yarn_factor(parameters) and parameters.get("truncate", True):
@@ -160,9 +182,17 @@ def _rotary(model: GgufModel) -> dict[str, Value]:
         raise UnsupportedError(
             f"llama.cpp's {model.target.architecture} does not have this scaling of the rotary positions",
             got=", ".join(f"{name} {value}" for name, value in parameters.items()),
-            wanted="default, linear, yarn with its own attention factor" + (", llama3" * model.target.rope_factors),
+            wanted="default, linear, yarn with its own attention factor"
+            + (f", {_FACTOR_KINDS[factors]}" if factors in _FACTOR_KINDS else ""),
         )
     return values
+
+
+def _attention_factor(model: GgufModel, parameters: Mapping[str, Any]) -> dict[str, Value]:
+    """What LongRoPE multiplies sines and cosines with (transformers' _compute_longrope_parameters)."""
+    _, factor = ROPE_INIT_FUNCTIONS["longrope"](model.config)
+    original = int(parameters["original_max_position_embeddings"])
+    return {"rope.scaling.attn_factor": float(factor), "rope.scaling.original_context_length": original}
 
 
 def _own_yarn_factor(parameters: Mapping[str, Any]) -> bool:
@@ -182,8 +212,20 @@ def _local_rotary(model: GgufModel) -> dict[str, Value]:
 
 
 def _original_context(model: GgufModel) -> dict[str, Value]:
+    if _rope(model).get("rope_type") == "longrope":
+        return {}
     original = getattr(model.config, "original_max_position_embeddings", None) or model.config.max_position_embeddings
     return {"rope.scaling.original_context_length": int(original)}
+
+
+def _experts(model: GgufModel) -> dict[str, Value]:
+    config = model.config
+    return {
+        "feed_forward_length": int(config.intermediate_size),
+        "expert_count": int(config.num_experts),
+        "expert_used_count": int(config.num_experts_per_tok),
+        "expert_feed_forward_length": model.blocks[0].channels,
+    }
 
 
 def _parallel_residual(model: GgufModel) -> dict[str, Value]:
@@ -211,6 +253,7 @@ _ENTRIES: Mapping[str, Callable[[GgufModel], dict[str, Value]]] = {
     "rotary": _rotary,
     "local_rotary": _local_rotary,
     "original_context": _original_context,
+    "experts": _experts,
     "parallel_residual": _parallel_residual,
     "sliding_window": _sliding_window,
     "soft_caps": _soft_caps,

@@ -21,10 +21,10 @@ from structprune.architectures.families.common import head_size
 from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedSublayers, removed_sublayers
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.architectures.sources.gguf_families import GGUF_FAMILIES, GgufFamily, Rule, Target, Transform
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
-from structprune.exporters.gguf.families import GGUF_FAMILIES, GgufFamily, Rule, Target, Transform
 from structprune.exporters.gguf.metadata import BlockWidths, GgufModel, Value, hyperparameters, rope_factors
 from structprune.exporters.gguf.tokenizer import Entry, built_tokenizer, copied_tokenizer
 from structprune.types import UNIT_KINDS
@@ -264,12 +264,12 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
         "v": config.vocab_size,
         "p": config.max_position_embeddings,
         "h": model.head_size,
+        "e": getattr(config, "num_experts", None) or 0,
     }
     used: set[str] = set()
     result = _joined(reader, model.family, _Place(dims=common), target.outer, used)
-    factors = rope_factors(model)
-    if factors is not None:
-        result.append(GgufTensor(name="rope_freqs.weight", shape=tuple(factors.shape), values=factors))
+    for name, factors in rope_factors(model).items():
+        result.append(GgufTensor(name=name, shape=tuple(factors.shape), values=factors))
     for number, block in enumerate(model.blocks):
         q, k, f = block.heads * model.head_size, block.kv_heads * model.head_size, block.channels
         dims = common | {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k}
@@ -313,19 +313,16 @@ def _joined(
     """The tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
+        if rule.stacked:
+            result |= _stacked(reader, place, rule, used)
+            continue
         name = _stored(reader, family, place.source_prefix + rule.source)
         zeros = rule.sublayer in place.gone
         if rule.optional and (zeros or name not in reader.shapes):
             continue
         shape = tuple(place.dims[dim] for dim in rule.dims)
         if not zeros:
-            if reader.shapes.get(name) != shape:
-                raise CheckpointError(
-                    f"tensor {name!r} is missing or has another shape than the rest of the checkpoint says",
-                    where=str(reader.directory),
-                    got=reader.shapes.get(name, "none"),
-                    wanted=shape,
-                )
+            _check_shape(reader, name, shape)
             used.add(name)
         if rule.transform == "transpose":
             shape = shape[::-1]
@@ -341,3 +338,27 @@ def _joined(
             float32=rule.float32,
         )
     return list(result.values())
+
+
+def _stacked(reader: CheckpointReader, place: _Place, rule: Rule, used: set[str]) -> dict[str, GgufTensor]:
+    """One tensor of the file for all experts of a block."""
+    sources: list[tuple[str, Transform, int]] = []
+    shape, experts = tuple(place.dims[dim] for dim in rule.dims), place.dims["e"]
+    if rule.sublayer not in place.gone:
+        names = [place.source_prefix + rule.source.format(number) for number in range(experts)]
+        for name in names:
+            _check_shape(reader, name, shape)
+        used.update(names)
+        sources = [(name, rule.transform, 1) for name in names]
+    full = place.target_prefix + rule.target
+    return {full: GgufTensor(name=full, shape=(experts, *shape), sources=tuple(sources), float32=rule.float32)}
+
+
+def _check_shape(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
+    if reader.shapes.get(name) != shape:
+        raise CheckpointError(
+            f"tensor {name!r} is missing or has another shape than the rest of the checkpoint says",
+            where=str(reader.directory),
+            got=reader.shapes.get(name, "none"),
+            wanted=shape,
+        )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from structprune.architectures.sources.gguf_pretokenizers import PRE_TOKENIZERS
+from structprune.checkpoint.gguf_file import gguf_package, read_gguf
 from structprune.errors import CheckpointError, UnsupportedError
 
 _ADVICE = "pass --tokenizer-gguf with a GGUF file of the dense model, whose tokenizer is copied"
@@ -23,6 +25,12 @@ _PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_REST}",), False): "qwen2",
     ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
     ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_REST}",), False): "dbrx",
+}
+
+
+# The same of tokenizers that were made of a GGUF file.
+_READ_PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
+    (pre.expressions, pre.ignore_merges): name for name, pre in reversed(list(PRE_TOKENIZERS.items()))
 }
 
 
@@ -43,24 +51,20 @@ def copied_tokenizer(source: Path, vocab_size: int) -> list[Entry]:
 
     Raises CheckpointError for an unreadable file or one without a tokenizer of `vocab_size` tokens.
     """
-    import gguf
-
-    try:
-        reader: Any = gguf.GGUFReader(str(source))
-        fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
-        entries = [
-            Entry(
-                key=name,
-                value=field.contents(),
-                type=field.types[0],
-                sub_type=field.types[-1] if len(field.types) > 1 else None,
-            )
-            for name, field in fields.items()
-        ]
-    except FileNotFoundError:
-        raise CheckpointError("the GGUF file does not exist", where=str(source)) from None
-    except Exception as error:
-        raise CheckpointError("the file is truncated or not GGUF", where=str(source), got=str(error)) from error
+    # Bounded, unlike the package's own reader: what this one has read, that one can.
+    read_gguf(source)
+    gguf = gguf_package()
+    reader: Any = gguf.GGUFReader(str(source))
+    fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+    entries = [
+        Entry(
+            key=name,
+            value=field.contents(),
+            type=field.types[0],
+            sub_type=field.types[-1] if len(field.types) > 1 else None,
+        )
+        for name, field in fields.items()
+    ]
     tokens = next((entry.value for entry in entries if entry.key == gguf.Keys.Tokenizer.LIST), None)
     if tokens is None or len(tokens) != vocab_size:
         raise CheckpointError(
@@ -140,7 +144,8 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
         problem = f"the normaliser {tokenizer['normalizer'].get('type')}"
     if problem is None:
         steps = _steps(tokenizer.get("pre_tokenizer") or {})
-        name = None if steps is None else _PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
+        key = (steps or (), bool(model.get("ignore_merges")))
+        name = _PRE_TOKENIZERS.get(key) or _READ_PRE_TOKENIZERS.get(key)
         if name is not None:
             return name
         problem = f"the pre-tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]}"

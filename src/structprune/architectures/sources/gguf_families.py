@@ -1,11 +1,11 @@
-"""Which GGUF architecture holds which family, tensor by tensor: data only, read by gguf_export.py.
+"""Which GGUF architecture holds which family, tensor by tensor: data only, for reading files and for writing them.
 
 A family has a native target for blocks of one width, and where llama.cpp has an architecture with per-block widths that
 computes the same, a second one: `deci` (LLaMA with a list per width) and `openelm` (Qwen3's block, tied embeddings).
 What each was checked against: tests/e2e/test_gguf.py runs every row of this file.
 
-Dimensions: d hidden size, q query heads times head size, k KV heads times head size, f MLP channels, h head size,
-v vocabulary, p positions, 2f and q+2k fused.
+Dimensions: d hidden size, q query heads times head size, k KV heads times head size, f MLP channels (of one expert in a
+mixture), h head size, e experts, v vocabulary, p positions, 2f and q+2k fused.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Rule:
     """Biases that not every model has."""
     float32: bool = False
     """Not stored in the file's dtype although it has two dimensions."""
+    stacked: bool = False
+    """One tensor of each expert in the checkpoint, whose number stands for `{}`; all of them, stacked, in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +50,13 @@ class Target:
     outer: tuple[Rule, ...]
     block: tuple[Rule, ...]
     metadata: tuple[str, ...]
-    """Names of the entries of gguf_metadata.py beside those that every file has."""
+    """Names of the entries of exporters/gguf/metadata.py beside those that every file has."""
     lists_widths: bool = False
     """Widths are written as one number per block."""
     skips_attention: bool = False
     """A block other than the first may have no heads."""
-    rope_factors: bool = False
-    """Whether `rope_freqs.weight` is read, which LLaMA 3's scaling needs."""
+    rope_factors: tuple[str, ...] = ()
+    """Tensors with factors of the rotary frequencies that it reads: LLaMA 3's, or those for short and long texts."""
     needs_tied: bool = False
     """The head is always the embedding."""
     even_heads: bool = False
@@ -77,6 +79,9 @@ class GgufFamily:
     """How a sliding window is treated: the target has none and is right within one window, or has this pattern."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])
     """Start of a tensor's name in older checkpoints -> in the rules."""
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Config entry -> biases of a block that stock code has together, by their names in the checkpoint; an entry
+    without a name is one that is always on."""
     requires: Mapping[str, object] = field(default_factory=dict[str, object])
     """Config entries that the architectures take for granted -> value."""
 
@@ -138,13 +143,15 @@ _WIDTHS = {
     "f": ("mlp.up_proj.weight", 0),
 }
 _ROTARY = ("rms_epsilon", "head_size", "rotary")
+LLAMA3_FACTORS = ("rope_freqs.weight",)
+LENGTH_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 _LLAMA = Target(
     architecture="llama",
     outer=_outer(),
     block=_gated_block("interleave"),
     metadata=_ROTARY,
-    rope_factors=True,
+    rope_factors=LLAMA3_FACTORS,
 )
 _DECI = replace(_LLAMA, architecture="deci", lists_widths=True, skips_attention=True)
 _QWEN2 = Target(architecture="qwen2", outer=_outer(), block=_gated_block("copy"), metadata=_ROTARY, even_heads=True)
@@ -153,6 +160,29 @@ _HEAD_NORMS = (
     _norm("attention", "self_attn.k_norm", "attn_k_norm", "h"),
 )
 _QWEN3 = replace(_QWEN2, architecture="qwen3", block=(*_gated_block("copy"), *_HEAD_NORMS), even_heads=False)
+_QWEN3_MOE = replace(
+    _QWEN3,
+    architecture="qwen3moe",
+    block=(
+        *(rule for rule in _QWEN3.block if not rule.source.startswith("mlp.")),
+        Rule(source="mlp.gate.weight", target="ffn_gate_inp.weight", dims=("e", "d"), sublayer="mlp", float32=True),
+        *(
+            Rule(
+                source=f"mlp.experts.{{}}.{source}.weight",
+                target=f"{target}.weight",
+                dims=dims,
+                sublayer="mlp",
+                stacked=True,
+            )
+            for source, target, dims in (
+                ("gate_proj", "ffn_gate_exps", ("f", "d")),
+                ("up_proj", "ffn_up_exps", ("f", "d")),
+                ("down_proj", "ffn_down_exps", ("d", "f")),
+            )
+        ),
+    ),
+    metadata=(*_ROTARY, "experts"),
+)
 _OPENELM = replace(
     _QWEN3,
     architecture="openelm",
@@ -172,6 +202,8 @@ _OPENELM = replace(
 _LLAMA_FAMILY = GgufFamily(
     blocks="model.layers.", activations=("silu",), widths=_WIDTHS, uniform=_LLAMA, uneven=_DECI, window="caps-context"
 )
+_INPUT_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+_MLP_BIASES = ("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
 
 
 def _gemma(architecture: str, metadata: tuple[str, ...], *, sandwich: bool, head_norms: bool) -> Target:
@@ -210,6 +242,7 @@ _PHI3 = Target(
         Rule(source="mlp.down_proj.weight", target="ffn_down.weight", dims=("d", "f"), sublayer="mlp"),
     ),
     metadata=("rms_epsilon", "rotary", "original_context", "sliding_window"),
+    rope_factors=LENGTH_FACTORS,
 )
 
 
@@ -265,10 +298,21 @@ _GPT_NEOX = Target(
 )
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
-    "llama": _LLAMA_FAMILY,
+    "llama": replace(
+        _LLAMA_FAMILY,
+        biases={"attention_bias": (*_INPUT_BIASES, "self_attn.o_proj.bias"), "mlp_bias": _MLP_BIASES},
+    ),
     "mistral": _LLAMA_FAMILY,
-    "qwen2": replace(_LLAMA_FAMILY, uniform=_QWEN2),
+    "qwen2": replace(_LLAMA_FAMILY, uniform=_QWEN2, biases={"": _INPUT_BIASES}),
     "qwen3": replace(_LLAMA_FAMILY, uniform=_QWEN3, uneven=_OPENELM),
+    "qwen3_moe": replace(
+        _LLAMA_FAMILY,
+        uniform=_QWEN3_MOE,
+        uneven=None,
+        widths=_WIDTHS | {"f": ("mlp.experts.0.up_proj.weight", 0)},
+        # llama.cpp takes the weights of the chosen experts as shares of their sum.
+        requires={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
     "gemma": GgufFamily(
         blocks="model.layers.",
         activations=(_GELU_TANH,),

@@ -1,0 +1,195 @@
+"""Tensors of a GGUF file under a checkpoint's names, shapes and row orders: dequantised when they are asked for.
+
+`GgufWeights` answers as an open safetensors file does (`keys`, `get_slice`), so the checkpoint reader has one way of
+reading. A tensor is made in pieces of about _CHUNK_NUMBERS float32 numbers, each of which goes straight into a tensor
+of the width that the checkpoint has; only a transposed tensor is in memory twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from structprune.checkpoint.gguf_file import GgufHeader, GgufTensorInfo, dequantiser, read_rows
+from structprune.errors import NumericalError
+
+_CHUNK_NUMBERS = 2**20
+# Of each number of a piece: its bytes, float32 in the dequantiser's groups, joined, in the checkpoint's order.
+_PIECE_BYTES = 4 * 4
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+RowOrder = Literal["stored", "halves", "grouped"]
+"""halves: a head's rows are pairs in the file, and first half, second half in the checkpoint; grouped: queries of all
+heads, then keys, then values in the file, and head by head in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufRows:
+    """Rows of one tensor of the file; in a stacked tensor the rows of one expert follow those of another."""
+
+    source: str
+    first: int
+    count: int
+    order: RowOrder = "stored"
+    heads: int = 1
+
+    def indices(self, first: int, last: int) -> np.ndarray[Any, Any]:
+        """Which rows of the file's tensor are rows `first` up to `last` of this piece."""
+        wanted = np.arange(first, last)
+        if self.order == "halves":
+            size = self.count // self.heads
+            head, row = np.divmod(wanted, size)
+            half, pair = np.divmod(row, size // 2)
+            wanted = head * size + 2 * pair + half
+        elif self.order == "grouped":
+            size = self.count // (3 * self.heads)
+            head, row = np.divmod(wanted, 3 * size)
+            part, inner = np.divmod(row, size)
+            wanted = (part * self.heads + head) * size + inner
+        return self.first + wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufEntry:
+    """How one tensor of the checkpoint is made."""
+
+    shape: tuple[int, ...]
+    parts: tuple[GgufRows, ...]
+    """Joined along the rows; none: zeros."""
+    shift: float = 0.0
+    """Added to every number."""
+    transposed: bool = False
+    """The parts are the tensor's columns."""
+
+
+class GgufWeights:
+    """An open GGUF file. `dtype` is the width of every tensor that is read.
+
+    Raises UnsupportedError for a type that cannot be dequantised, before any weight is read.
+    """
+
+    def __init__(self, header: GgufHeader, entries: Mapping[str, GgufEntry], dtype: torch.dtype) -> None:
+        self.header = header
+        self.dtype = dtype
+        self._entries = entries
+        by_kind = {info.kind: info for info in header.tensors.values()}
+        self._dequantisers = {kind: dequantiser(info) for kind, info in by_kind.items()}
+
+    def keys(self) -> list[str]:
+        """Names of the tensors in the checkpoint, as safetensors says them."""
+        return list(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def get_slice(self, name: str) -> GgufSlice:
+        """The tensor `name`, of which rows can be read."""
+        return GgufSlice(self, name, self._entries[name])
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files."""
+        return self.header.paths
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """What reading holds beside the tensor that is read, at most."""
+        piece = max(_CHUNK_NUMBERS, *(info.shape[-1] for info in self.header.tensors.values()))
+        whole = [math.prod(entry.shape) for entry in self._entries.values() if entry.transposed]
+        return _PIECE_BYTES * piece + max(whole, default=0) * (4 + self.dtype.itemsize)
+
+    def __enter__(self) -> GgufWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open between two readings."""
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds the tensor, or its first part."""
+        parts = self._entries[name].parts
+        return self.header.tensors[parts[0].source].path if parts else self.header.path
+
+    def rows(self, info: GgufTensorInfo, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """These rows of the file's tensor, float32."""
+        make = self._dequantisers[info.kind]
+        low, high = int(indices.min()), int(indices.max()) + 1
+        if high - low <= 2 * len(indices):
+            rows = make(read_rows(info, low, high))
+            return rows if len(rows) == len(indices) and _ascending(indices) else rows[indices - low]
+        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+        return np.concatenate([make(read_rows(info, int(run[0]), int(run[-1]) + 1)) for run in runs])
+
+
+def _ascending(indices: np.ndarray[Any, Any]) -> bool:
+    return bool((np.diff(indices) == 1).all())
+
+
+class GgufSlice:
+    """One tensor, as safetensors' own slices are used: `[...]` for all of it, `[first:last]` for some rows."""
+
+    def __init__(self, weights: GgufWeights, name: str, entry: GgufEntry) -> None:
+        self._weights, self._name, self._entry = weights, name, entry
+
+    def get_shape(self) -> list[int]:
+        """The shape in the checkpoint."""
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        """The width that is read, by safetensors' name."""
+        return _SAFETENSORS_NAMES[self._weights.dtype]
+
+    def __getitem__(self, part: Any) -> Tensor:
+        entry = self._entry
+        if entry.transposed:
+            return self._read(entry.shape[::-1], 0, entry.shape[1]).T[part]
+        if not isinstance(part, slice):
+            return self._read(entry.shape, 0, entry.shape[0])
+        first, last, _ = part.indices(entry.shape[0])
+        return self._read((last - first, *entry.shape[1:]), first, last)
+
+    def _read(self, shape: tuple[int, ...], first: int, last: int) -> Tensor:
+        """Rows `first` up to `last` of the parts. Raises NumericalError for a number that float16 cannot hold."""
+        weights, entry = self._weights, self._entry
+        if not entry.parts:
+            return torch.zeros(shape, dtype=weights.dtype)
+        columns = shape[-1] if len(shape) > 1 else 1
+        result = torch.empty((last - first, columns), dtype=weights.dtype)
+        for rows, start, stop in self._pieces(first, last, columns):
+            info = weights.header.tensors[rows.source]
+            if len(entry.shape) == 1:
+                # A vector is one row in the file.
+                values = weights.rows(info, np.zeros(1, np.int64)).reshape(-1)[rows.indices(start[0], start[1])]
+            else:
+                values = weights.rows(info, rows.indices(start[0], start[1]))
+            piece = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(-1, columns)
+            piece = piece + entry.shift if entry.shift else piece
+            result[stop : stop + len(piece)] = piece
+            if weights.dtype == torch.float16:
+                self._check_float16(piece, result[stop : stop + len(piece)])
+        return result.reshape(shape)
+
+    def _pieces(self, first: int, last: int, columns: int) -> Iterator[tuple[GgufRows, tuple[int, int], int]]:
+        """(part, its rows, row of the result): no piece has more than _CHUNK_NUMBERS numbers unless it is one row."""
+        step = max(1, _CHUNK_NUMBERS // columns)
+        place = 0
+        for rows in self._entry.parts:
+            low, high = max(first, place), min(last, place + rows.count)
+            for start in range(low, high, step):
+                yield rows, (start - place, min(start + step, high) - place), start - first
+            place += rows.count
+
+    def _check_float16(self, wide: Tensor, narrow: Tensor) -> None:
+        if torch.isfinite(wide).all() and not torch.isfinite(narrow).all():
+            raise NumericalError(
+                f"tensor {self._name!r} holds values that float16 cannot",
+                where=str(self._weights.header.path),
+                do="ask for --output-dtype bfloat16 or float32",
+            )

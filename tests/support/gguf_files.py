@@ -1,0 +1,58 @@
+"""GGUF files written by the gguf package itself: copies of a file with other keys, tensors or types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+def copy_gguf(
+    source: Path,
+    target: Path,
+    *,
+    keys: Mapping[str, Any] | None = None,
+    change: Callable[[Tensors], Any] | None = None,
+    quantise: gguf.GGMLQuantizationType | None = None,
+    architecture: str | None = None,
+    keep: Callable[[str], bool] | None = None,
+) -> Path:
+    """`source` again: with `keys` (None takes one away), after `change` of its float32 tensors, matrices quantised.
+
+    `keep` chooses tensors by name. A key's value is a pair (value, gguf type) where its type does not follow from it.
+    """
+    reader: Any = gguf.GGUFReader(str(source))
+    writer: Any = gguf.GGUFWriter(None, architecture or reader.get_field("general.architecture").contents())
+    wanted = dict(keys or {})
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in wanted:
+            continue
+        sub_type = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+    for key, value in wanted.items():
+        if value is not None:
+            value, kind = value if isinstance(value, tuple) else (value, None)
+            writer.add_key_value(key, value, kind or gguf.GGUFValueType.get_type(value))
+    tensors: Tensors = {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1]).copy()
+        for tensor in reader.tensors
+    }
+    if change is not None:
+        change(tensors)
+    for name, value in tensors.items():
+        if keep is not None and not keep(name):
+            continue
+        if quantise is not None and value.ndim > 1 and "position" not in name:
+            writer.add_tensor(name, gguf.quantize(value, quantise), raw_dtype=quantise)
+        else:
+            writer.add_tensor(name, value.astype(np.float32))
+    writer.write_header_to_file(target)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
