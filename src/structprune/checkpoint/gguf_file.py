@@ -54,7 +54,7 @@ class GgufTensorInfo:
     offset: int
     """Bytes from the start of the file."""
     row_bytes: int
-    """Of the last dimension."""
+    """Bytes of one row of the last dimension."""
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +63,7 @@ class GgufTensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """In the file."""
+        """Bytes in the file."""
         return self.num_rows * self.row_bytes
 
 
@@ -83,7 +83,7 @@ class GgufHeader:
 
 
 def gguf_package() -> Any:
-    """The `gguf` package, for its table of types and its dequantisation. Raises UnsupportedError without it."""
+    """Return the `gguf` package, for its table of types and its dequantisation. Raises UnsupportedError without it."""
     try:
         return importlib.import_module("gguf")
     except ImportError:
@@ -91,7 +91,7 @@ def gguf_package() -> Any:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """The header of the file `path`, and of the other parts where it is one of a split file.
+    """Read the header of the file `path`, and of the other parts where it is one of a split file.
 
     Raises CheckpointError for a file that is damaged, says sizes that it does not have, or misses its other parts.
     """
@@ -129,7 +129,7 @@ def _check_lone(header: GgufHeader) -> None:
 
 
 def _joined(parts: list[GgufHeader]) -> GgufHeader:
-    """One header of all parts. Raises CheckpointError if they are not parts of one file."""
+    """Join the headers of all parts. Raises CheckpointError if they are not parts of one file."""
     tensors: dict[str, GgufTensorInfo] = {}
     for number, part in enumerate(parts):
         told = (part.metadata.get("split.no"), part.metadata.get("split.count"))
@@ -280,7 +280,7 @@ class _Parser:
     def _placed(
         self, raw: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
     ) -> dict[str, GgufTensorInfo]:
-        """The tensors with their places. Raises CheckpointError where they overlap or lie outside of the file."""
+        """Return the tensors with their places. Raises CheckpointError if they overlap or lie outside of the file."""
         sizes, names = _type_table()
         tensors: dict[str, GgufTensorInfo] = {}
         for name, dims, kind, offset in raw:
@@ -316,13 +316,13 @@ class _Parser:
 
 
 def _type_table() -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
-    """ggml type -> (numbers, bytes) of a block, and -> its name."""
+    """Return ggml type -> (numbers, bytes) of a block, and -> its name."""
     table = gguf_package().GGML_QUANT_SIZES
     return {int(kind): sizes for kind, sizes in table.items()}, {int(kind): kind.name for kind in table}
 
 
 def dequantiser(info: GgufTensorInfo) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """What makes float32 rows of a tensor's bytes, (rows, row bytes) uint8 -> (rows, columns).
+    """Return what makes float32 rows of a tensor's bytes, (rows, row bytes) uint8 -> (rows, columns).
 
     Raises UnsupportedError for a type that the gguf package cannot dequantise; that is found on one block of zeros.
     """
@@ -341,7 +341,7 @@ def dequantiser(info: GgufTensorInfo) -> Callable[[np.ndarray[Any, Any]], np.nda
 
 
 def read_rows(info: GgufTensorInfo, first: int, last: int) -> np.ndarray[Any, Any]:
-    """Bytes of rows `first` up to `last`, (rows, row bytes) uint8. Raises CheckpointError if the file ends there."""
+    """Read rows `first` up to `last`, (rows, row bytes) uint8. Raises CheckpointError if the file ends there."""
     data = np.empty((last - first, info.row_bytes), np.uint8)
     try:
         with info.path.open("rb") as handle:

@@ -42,7 +42,7 @@ class GgufRows:
     heads: int = 1
 
     def indices(self, first: int, last: int) -> np.ndarray[Any, Any]:
-        """Which rows of the file's tensor are rows `first` up to `last` of this piece."""
+        """Return which rows of the file's tensor are rows `first` up to `last` of this piece."""
         wanted = np.arange(first, last)
         if self.order == "halves":
             size = self.count // self.heads
@@ -84,14 +84,14 @@ class GgufWeights:
         self._dequantisers = {kind: dequantiser(info) for kind, info in by_kind.items()}
 
     def keys(self) -> list[str]:
-        """Names of the tensors in the checkpoint, as safetensors says them."""
+        """Return the tensors' names in the checkpoint."""
         return list(self._entries)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def get_slice(self, name: str) -> GgufSlice:
-        """The tensor `name`, of which rows can be read."""
+        """Return the tensor `name`, of which rows can be read."""
         return GgufSlice(self, name, self._entries[name])
 
     @property
@@ -110,15 +110,16 @@ class GgufWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held open between two readings."""
+        # No file is open between two readings.
+        return
 
     def path_of(self, name: str) -> Path:
-        """The file that holds the tensor, or its first part."""
+        """Return the file that holds the tensor, or its first part."""
         parts = self._entries[name].parts
         return self.header.tensors[parts[0].source].path if parts else self.header.path
 
     def rows(self, info: GgufTensorInfo, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """These rows of the file's tensor, float32."""
+        """Read these rows of the file's tensor, float32."""
         make = self._dequantisers[info.kind]
         low, high = int(indices.min()), int(indices.max()) + 1
         if high - low <= 2 * len(indices):
@@ -139,11 +140,11 @@ class GgufSlice:
         self._weights, self._name, self._entry = weights, name, entry
 
     def get_shape(self) -> list[int]:
-        """The shape in the checkpoint."""
+        """Return the shape in the checkpoint."""
         return list(self._entry.shape)
 
     def get_dtype(self) -> str:
-        """The width that is read, by safetensors' name."""
+        """Return the width that is read, by safetensors' name."""
         return _SAFETENSORS_NAMES[self._weights.dtype]
 
     def __getitem__(self, part: Any) -> Tensor:
@@ -156,7 +157,7 @@ class GgufSlice:
         return self._read((last - first, *entry.shape[1:]), first, last)
 
     def _read(self, shape: tuple[int, ...], first: int, last: int) -> Tensor:
-        """Rows `first` up to `last` of the parts. Raises NumericalError for a number that float16 cannot hold."""
+        """Read rows `first` up to `last` of the parts. Raises NumericalError for a number that float16 cannot hold."""
         weights, entry = self._weights, self._entry
         if not entry.parts:
             return torch.zeros(shape, dtype=weights.dtype)
@@ -177,7 +178,7 @@ class GgufSlice:
         return result.reshape(shape)
 
     def _pieces(self, first: int, last: int, columns: int) -> Iterator[tuple[GgufRows, tuple[int, int], int]]:
-        """(part, its rows, row of the result): no piece has more than _CHUNK_NUMBERS numbers unless it is one row."""
+        """Yield (part, its rows, row of the result); no piece but a single row has more than _CHUNK_NUMBERS numbers."""
         step = max(1, _CHUNK_NUMBERS // columns)
         place = 0
         for rows in self._entry.parts:

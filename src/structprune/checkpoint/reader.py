@@ -64,8 +64,6 @@ class CheckpointReader:
     def __init__(self, directory: Path, weights: GgufWeights | None = None) -> None:
         self.directory = directory
         self.weights = weights
-        self.tokenizer_origin: str | None = None
-        """What the directory's tokenizer was made of; None: the files are the source's own."""
         check_folder(directory)
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
         check_names_no_code(self.config, str(directory / "config.json"))

@@ -40,7 +40,8 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
         (
             "bytes on disk",
-            f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} ({saved:.1%} less)",
+            f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} "
+            f"({abs(saved):.1%} {'less' if saved >= 0 else 'more'})",
         ),
         (
             "calibration",

@@ -54,7 +54,7 @@ _opened: dict[Path, _GgufSource] = {}
 
 
 def open_gguf(path: Path, dtype: torch.dtype | None = None) -> CheckpointReader:
-    """The checkpoint in the file `path`, every tensor in `dtype`, by default in the width that the file has.
+    """Open the checkpoint in the file `path`, every tensor in `dtype`, by default in the width that the file has.
 
     Raises CheckpointError for a file that is damaged or incomplete, UnsupportedError for what cannot be read of it.
     """
@@ -65,13 +65,20 @@ def open_gguf(path: Path, dtype: torch.dtype | None = None) -> CheckpointReader:
     width = dtype or stored_width(source.header)
     weights = GgufWeights(source.header, source.entries, width)
     reader = CheckpointReader(source.directory, weights)
-    reader.tokenizer_origin = source.tokenizer
+    reader.notes = _notes(source, width)
     reader.config["dtype"] = str(width).removeprefix("torch.")
     return reader
 
 
+def _notes(source: _GgufSource, width: torch.dtype) -> tuple[str, ...]:
+    """Say what a person should know of the weights and the tokenizer."""
+    kinds = sorted({info.kind_name for info in source.header.tensors.values()} - _WIDTHS.keys())
+    found = [f"weights are dequantised from {', '.join(kinds)} to {str(width).removeprefix('torch.')}"] if kinds else []
+    return (*found, f"the tokenizer is {source.tokenizer}") if source.tokenizer else tuple(found)
+
+
 def stored_width(header: GgufHeader) -> torch.dtype:
-    """The width that most numbers of the matrices have, quantised ones taken as bfloat16."""
+    """Return the width that most numbers of the matrices have, quantised ones taken as bfloat16."""
     counts: Counter[torch.dtype] = Counter()
     for info in header.tensors.values():
         if len(info.shape) > 1:
@@ -109,7 +116,7 @@ def _read(path: Path) -> _GgufSource:
 
 
 def _vocab_size(fields: GgufFields) -> int:
-    """Rows of the embedding. Raises CheckpointError if the file says another number."""
+    """Return the embedding's rows. Raises CheckpointError if the file says another number."""
     info = fields.header.tensors.get("token_embd.weight")
     if info is None or len(info.shape) != 2:
         raise CheckpointError("the GGUF file has no token embedding", where=fields.where, wanted="token_embd.weight")
@@ -146,7 +153,7 @@ class _Entries:
         }
 
     def all(self) -> Iterator[tuple[str, GgufEntry]]:
-        """(name in the checkpoint, how it is made). Raises CheckpointError for a missing tensor or another shape."""
+        """Yield (name in the checkpoint, how it is made). Raises CheckpointError if one is missing or of another shape."""
         target, family = self._family.uniform, self._family
         for rule in target.outer:
             yield from self._tensor(rule, rule.source, rule.target)
@@ -188,7 +195,7 @@ class _Entries:
             yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
 
     def _parts(self, rule: Rule, target: str, shape: tuple[int, ...]) -> tuple[GgufRows, ...]:
-        """Rows of the file that make the tensor; none for an optional one that is not there."""
+        """Return the file's rows that make the tensor; none for an optional one that is not there."""
         sizes, order = self._sizes, _ORDERS.get(rule.transform, "stored")
         heads = sizes.kv_heads if rule.dims[0] == "k" else sizes.heads
         *block, stem, ending = target.split(".")

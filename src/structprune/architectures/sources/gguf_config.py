@@ -27,7 +27,7 @@ class GgufSizes:
     kv_heads: int
     head_size: int
     channels: int
-    """Of an MLP, or of one expert."""
+    """Channels of an MLP, or of one expert."""
     positions: int
     experts: int = 0
 
@@ -45,7 +45,7 @@ class GgufReading:
 
 
 def read_sizes(fields: GgufFields, reading: GgufReading) -> GgufSizes:
-    """The sizes that every architecture has. Raises CheckpointError for numbers that do not go together."""
+    """Read the sizes that every architecture has. Raises CheckpointError for numbers that do not go together."""
     blocks = fields.integer("block_count")
     if blocks > len(fields.header.tensors):
         raise CheckpointError(
@@ -89,7 +89,7 @@ def _factors(fields: GgufFields) -> tuple[str, ...]:
 
 
 def _rms(fields: GgufFields, sizes: GgufSizes, activation: str = "silu", *, partial: bool = False) -> dict[str, Any]:
-    """Entries of the families with RMSNorm, rotary positions and grouped heads."""
+    """Read the entries of the families with RMSNorm, rotary positions and grouped heads."""
     return {
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.channels,
@@ -144,7 +144,7 @@ def _qwen3_moe(fields: GgufFields, sizes: GgufSizes) -> dict[str, Any]:
 
 
 def _gemma(fields: GgufFields, sizes: GgufSizes, *, period: int, large_blocks: int) -> dict[str, Any]:
-    """Entries of Gemma 2 and 3; the largest of each, which llama.cpp knows by its blocks, scales queries otherwise."""
+    """Read Gemma 2 or 3; the largest of each, which llama.cpp knows by its blocks, scales queries otherwise."""
     entries = _rms(fields, sizes)
     entries["hidden_activation"] = "gelu_pytorch_tanh"
     del entries["hidden_act"]
@@ -237,7 +237,7 @@ READINGS: Mapping[str, GgufReading] = {
 
 
 def read_config(fields: GgufFields) -> tuple[dict[str, Any], GgufSizes]:
-    """The config of the file without its vocabulary, dtype and biases, and the sizes.
+    """Read the config without its vocabulary, dtype and biases, and the sizes.
 
     Raises UnsupportedError for an architecture that is not in READINGS.
     """

@@ -78,7 +78,7 @@ class GgufFields:
         )
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """A whole number; a list with one number per block that are all the same is that number."""
+        """Read a whole number; a list with one number per block that are all the same is that number."""
         value = self._take(name)
         if value is None and default is not None:
             return default
@@ -89,7 +89,7 @@ class GgufFields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number, as the shortest decimal that is the same in float32, which the file has."""
+        """Read a finite number, as the shortest decimal that is the same in float32, which the file has."""
         value = self._take(name)
         if value is None and default is not None:
             return default
@@ -98,7 +98,7 @@ class GgufFields:
         return shortest(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or False."""
+        """Read a flag."""
         value = self._take(name)
         if value is None:
             return default
@@ -107,7 +107,7 @@ class GgufFields:
         return value
 
     def text(self, name: str, default: str) -> str:
-        """A text."""
+        """Read a text."""
         value = self._take(name)
         if value is None:
             return default
@@ -116,7 +116,7 @@ class GgufFields:
         return value
 
     def pattern(self, name: str, num_blocks: int, period: int) -> list[bool]:
-        """Which blocks have a window: a period (the last block of each has none) or one flag per block."""
+        """Read which blocks have a window: a period (the last block of each has none) or one flag per block."""
         value = self._take(name)
         if isinstance(value, np.ndarray) and value.dtype.kind in "biu" and len(value) == num_blocks:
             return [bool(item) for item in value]
@@ -163,5 +163,5 @@ def is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that is the same number in float32: 1e-05 for the float32 next to it."""
+    """Return the shortest decimal that is the same number in float32: 1e-05 for the float32 next to it."""
     return value if isinstance(value, int) else float(str(np.float32(value)))

@@ -26,7 +26,7 @@ _TOLERANCE = 1e-5
 def read_rope(
     fields: GgufFields, head_size: int, context: int, *, partial: bool, factors: Sequence[str]
 ) -> dict[str, Any]:
-    """The `rope_parameters` of full attention; `factors` names the tensors that the architecture reads if it has them.
+    """Read full attention's `rope_parameters`; `factors` names the tensors that the architecture reads, if any.
 
     Raises UnsupportedError for a scaling that transformers does not have, CheckpointError for factors of another
     number.
@@ -108,7 +108,7 @@ def _scaled(
     base: float,
     rotated: int,
 ) -> dict[str, Any]:
-    """The entries for factors of each frequency, one for all, and one of attention, any of which may be 1."""
+    """Return the entries for factors of each frequency, one for all, and one of attention, any of which may be 1."""
     both = {name: [scale * value for value in values] for name, values in factors.items()}
     if "rope_factors_long.weight" in both and "rope_factors_short.weight" in both:
         return _longrope(
@@ -138,7 +138,7 @@ def _longrope(short: list[float], long: list[float], attention: float, original:
 
 
 def _llama3(factors: np.ndarray[Any, Any], base: float, context: int) -> dict[str, Any] | None:
-    """LLaMA 3's parameters that give these factors, or None.
+    """Return LLaMA 3's parameters that give these factors, or None.
 
     1 / factor_i = 1/F + s_i (1 - 1/F) with s_i = clip(a f_i - b, 0, 1) for the frequency f_i, in turns per position:
     F is the largest factor, a and b follow from the factors between. The low frequency factor is 1, as in every model,

@@ -60,7 +60,7 @@ class _Entries:
         self._used: set[str] = set()
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value, or `default`. Raises CheckpointError for one of another type."""
+        """Return the value, or `default`. Raises CheckpointError for one of another type."""
         self._used.add(name)
         value = self._values.get(name, default)
         if value is not default and not isinstance(value, kind):
@@ -124,7 +124,7 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def _tokens(entries: _Entries, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Token of each id, and its type."""
+    """Read the token of each id, and its type."""
     tokens: list[str] = entries.take("tokens", list, [])
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError("the GGUF file's tokenizer has no tokens", where=entries.where)
@@ -155,13 +155,13 @@ def _numbers(entries: _Entries, name: str, count: int) -> np.ndarray[Any, Any] |
 
 
 def _special(entries: _Entries, name: str, tokens: list[str]) -> int | None:
-    """The id of a token with a task; one beyond the vocabulary counts as none, as in llama.cpp."""
+    """Read the id of a token with a task; one beyond the vocabulary counts as none, as in llama.cpp."""
     index = entries.take(name, int)
     return index if index is not None and 0 <= index < len(tokens) else None
 
 
 def _byte_level(entries: _Entries, tokens: list[str]) -> tuple[Tokenizer, bool, str]:
-    """The tokenizer without its marked tokens, whether a start token is usual, and what it was made of."""
+    """Return the tokenizer without its marked tokens, whether a start token is usual, and what it was made of."""
     name = entries.take("pre", str, DEFAULT) or DEFAULT
     # Scores of a BPE are not used; byte-level text has no prefix and keeps its spaces.
     entries.take("scores", np.ndarray)
@@ -186,7 +186,7 @@ def _byte_level(entries: _Entries, tokens: list[str]) -> tuple[Tokenizer, bool, 
 
 
 def _pair(entries: _Entries, merge: Any, vocabulary: Mapping[str, int]) -> tuple[str, str]:
-    """The two tokens of a merge, which a space parts; one in front would be part of the first."""
+    """Return the two tokens of a merge, which a space parts; one in front would be part of the first."""
     cut = merge.find(" ", 1) if isinstance(merge, str) else -1
     first, second = (merge[:cut], merge[cut + 1 :]) if cut > 0 else ("", "")
     if not {first, second, first + second} <= vocabulary.keys():
@@ -234,7 +234,7 @@ def _scored(entries: _Entries, tokens: list[str], types: list[int]) -> tuple[Tok
 
 
 def _add_marked(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Tokens that are found in a text before anything is cut."""
+    """Add the tokens that are found in a text before anything is cut."""
     special = [
         AddedToken(token, normalized=False, special=True)
         for token, kind in zip(tokens, types, strict=True)
@@ -252,7 +252,7 @@ def _add_marked(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> No
 def _add_ends(
     tokenizer: Tokenizer, entries: _Entries, special: Mapping[str, int | None], tokens: list[str], *, add_bos: bool
 ) -> None:
-    """The tokens that are put before and behind a text that is encoded with special tokens."""
+    """Add the tokens that are put before and behind a text that is encoded with special tokens."""
     starts, ends = entries.take("add_bos_token", bool, add_bos), entries.take("add_eos_token", bool, False)
     bos, eos = special["bos"] if starts else None, special["eos"] if ends else None
     before, behind = ([] if index is None else [tokens[index]] for index in (bos, eos))

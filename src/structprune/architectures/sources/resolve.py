@@ -31,7 +31,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def open_model(model: str) -> CheckpointReader:
-    """The checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
+    """Open the checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
 
     Raises CheckpointError when nothing is found under that name or it is damaged, UnsupportedError for what cannot be
     read of it.
@@ -42,7 +42,7 @@ def open_model(model: str) -> CheckpointReader:
 
 
 def _named_gguf(model: str) -> Path | None:
-    """The GGUF file that `model` names, whether it is there or not."""
+    """Return the GGUF file that `model` names, whether it is there or not."""
     if model == BUNDLED:
         return bundled_gguf()
     path = expand_user(model)
@@ -50,7 +50,7 @@ def _named_gguf(model: str) -> Path | None:
 
 
 def resolve_model(model: str) -> Path:
-    """The local directory of `model`: a Hugging Face one, downloaded once, or config and tokenizer of a GGUF file.
+    """Return the directory of `model`: a Hugging Face one, downloaded once, or a GGUF file's config and tokenizer.
 
     A hub id may name a branch, tag or commit: `organisation/name@revision`.
     Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.

@@ -1,4 +1,5 @@
 """GGUF files for llama.cpp: planned from headers, then written tensor by tensor.
 
-Read first: `families.py`, which architecture of llama.cpp holds which family; then `plan.py` and `export.py`.
+Which architecture of llama.cpp holds which family is one table for readers too: architectures/sources/gguf_families.
+Read first: `plan.py`, then `export.py`.
 """

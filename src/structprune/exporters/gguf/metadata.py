@@ -71,7 +71,7 @@ def hyperparameters(model: GgufModel) -> dict[str, Value]:
 
 
 def rope_factors(model: GgufModel) -> dict[str, Tensor]:
-    """Tensors by which the rotary frequencies are divided, (rotated dimensions / 2,) float32: LLaMA 3's or LongRoPE's.
+    """Return the tensors that divide the frequencies, (rotated dimensions / 2,) float32: LLaMA 3's or LongRoPE's.
 
     None where the scaling needs none, or where the architecture does not read the tensors that it needs.
     """
@@ -189,7 +189,7 @@ def _rotary(model: GgufModel) -> dict[str, Value]:
 
 
 def _attention_factor(model: GgufModel, parameters: Mapping[str, Any]) -> dict[str, Value]:
-    """What LongRoPE multiplies sines and cosines with (transformers' _compute_longrope_parameters)."""
+    """Return what LongRoPE multiplies sines and cosines with (transformers' _compute_longrope_parameters)."""
     _, factor = ROPE_INIT_FUNCTIONS["longrope"](model.config)
     original = int(parameters["original_max_position_embeddings"])
     return {"rope.scaling.attn_factor": float(factor), "rope.scaling.original_context_length": original}

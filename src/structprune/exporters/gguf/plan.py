@@ -341,7 +341,7 @@ def _joined(
 
 
 def _stacked(reader: CheckpointReader, place: _Place, rule: Rule, used: set[str]) -> dict[str, GgufTensor]:
-    """One tensor of the file for all experts of a block."""
+    """Make one tensor of the file for all experts of a block."""
     sources: list[tuple[str, Transform, int]] = []
     shape, experts = tuple(place.dims[dim] for dim in rule.dims), place.dims["e"]
     if rule.sublayer not in place.gone:
