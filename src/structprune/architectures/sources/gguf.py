@@ -153,7 +153,7 @@ class _Entries:
         }
 
     def all(self) -> Iterator[tuple[str, GgufEntry]]:
-        """Yield (name in the checkpoint, how it is made). Raises CheckpointError if one is missing or of another shape."""
+        """Yield (name in the checkpoint, how it is made). Raises CheckpointError for a missing one or another shape."""
         target, family = self._family.uniform, self._family
         for rule in target.outer:
             yield from self._tensor(rule, rule.source, rule.target)
