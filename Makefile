@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 PEERS := .venv-peers
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: other-python setup run test fast quick lint bench zero-shot peers-setup docs clean
+.PHONY: other-python setup run picture test fast quick lint bench zero-shot peers-setup docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ $(STAMP): pyproject.toml constraints.txt $(OTHER)
 
 run: setup
 	$(BIN)/python examples/bundled_model.py
+
+# The picture of the README, drawn anew.
+picture: run
+	cp out/smollm2/demo.svg docs/images/demo.svg
 
 test: setup lint
 	$(PYTEST)
