@@ -121,7 +121,12 @@ BAD: dict[str, tuple[dict[str, Any], type[StructPruneError], str, dict[str, Any]
     "tokenizer": ({}, InputError, "--format onnx takes no tokenizer from a GGUF file", {"tokenizer_gguf": "a.gguf"}),
     "family": ({"model_type": "bloom"}, UnsupportedError, "unknown model family", {}),
     "rope": (rope("dynamic", factor=2.0), UnsupportedError, "positions that change with the length.*rope_type dyn", {}),
-    "quantised": ({"quantization_config": {}}, UnsupportedError, "the checkpoint is quantised", {}),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        UnsupportedError,
+        "announces a quantisation that the weights do not have",
+        {},
+    ),
 }
 
 

@@ -45,7 +45,7 @@ def test_figures_of_the_page() -> None:
     sensitivity = sensitivity_exchange(groups, 8192)
     structprune = pruning_exchange(groups, kept, 8192, 2, parts=2, follows_dense=True)
     fasp = pruning_exchange(groups, kept, 8192, 2, parts=1, follows_dense=False)
-    rows = (("survey", sensitivity), ("`structprune`", structprune), ("`fasp`", fasp))
+    rows = (("sensitivity pass", sensitivity), ("`structprune`", structprune), ("`fasp`", fasp))
     text = PAGE.read_text(encoding="utf-8")
     for name, exchange in rows:
         assert f"| {name} | {exchange.sums / GIB:.2f} GiB | {exchange.tensors / GIB:.2f} GiB |" in text

@@ -1,6 +1,6 @@
 """The container of a GGUF file: its metadata and where its tensors lie, read under bounds.
 
-The format is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. Nothing that the file says of its own sizes
+The format is GGUF as ggml defines it, versions 2 and 3, little-endian. Nothing that the file says of its own sizes
 is believed before it was compared with the bytes that are there: counts, lengths, dimensions, offsets. So a header
 costs memory in proportion to the file, at most _MOST_HEADER_BYTES of it, and reading it always ends.
 """

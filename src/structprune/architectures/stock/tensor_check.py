@@ -56,8 +56,7 @@ def check_tensors(
             f"the checkpoint has {unknown}",
             where=where,
             got=origin,
-            do=way_back
-            or "check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save "
+            do="check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save "
             "it with save_pretrained",
         )
     for name, shape in expected.items():
