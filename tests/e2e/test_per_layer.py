@@ -81,8 +81,8 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]], head
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
     writer.write(writer.num_shards, reader.read(stock.layout.outer_tensors))
     config = per_layer_config(reader.config, stock, kept)
-    write_companions(source, target, config)
     write_modeling_file(target, stock.family, config)
+    write_companions(source, target, config)
     writer.finish()
     return target
 
