@@ -267,6 +267,7 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
     facts = strict_json(result.out)
     groups = {group.pop("kind"): group for group in facts.pop("groups")}
     runtimes = facts.pop("runtimes")
+    assert facts.pop("notes") == []
     assert facts == {
         "model": str(directory),
         "family": family,

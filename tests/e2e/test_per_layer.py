@@ -75,7 +75,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]], head
     target.mkdir()
     stock = StockModel(CheckpointReader(source), head_units)
     reader = stock.reader
-    writer = CheckpointWriter(target, len(stock.layout.blocks) + 1)
+    shards = target / "shards"
+    shards.mkdir()
+    writer = CheckpointWriter(shards, len(stock.layout.blocks) + 1)
     for block in stock.layout.blocks:
         tensors = compacted(stock, block, kept)
         writer.write(block.index + 1, {block.prefix + name: tensor for name, tensor in tensors.items()})
@@ -83,7 +85,9 @@ def write_per_layer(source: Path, target: Path, kept: dict[str, list[int]], head
     config = per_layer_config(reader.config, stock, kept)
     write_modeling_file(target, stock.family, config)
     write_companions(source, target, config)
-    writer.finish()
+    writer.weight_files(10**9).write(target)
+    writer.remove()
+    shards.rmdir()
     return target
 
 
