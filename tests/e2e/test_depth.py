@@ -331,6 +331,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], deep_llama: Path, text
         *(f"measured loss, removal 1 of 2 {i}/5" for i in range(1, 6)),
         *(f"measured loss, removal 2 of 2 {i}/4" for i in range(1, 5)),
         *(f"write {i}/5" for i in range(1, 6)),
+        "write files 1/1",
         "reload check 1/1",
     ]
     evaluated, _ = run(
