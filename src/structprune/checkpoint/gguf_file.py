@@ -7,7 +7,6 @@ costs memory in proportion to the file, at most _MOST_HEADER_BYTES of it, and re
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import stat
@@ -85,9 +84,10 @@ class GgufHeader:
 def gguf_package() -> Any:
     """Return the `gguf` package, for its table of types and its dequantisation. Raises UnsupportedError without it."""
     try:
-        return importlib.import_module("gguf")
+        import gguf
     except ImportError:
         raise UnsupportedError("GGUF files need the gguf package", do="pip install 'structprune[gguf]'") from None
+    return gguf
 
 
 def read_gguf(path: Path) -> GgufHeader:
