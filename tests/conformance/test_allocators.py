@@ -17,9 +17,12 @@ from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.errors import InputError
+from structprune.kinds import UnitKind
 
 # Allocators that weigh the blocks against each other by what their removals cost.
-GLOBAL = [name for name in ALLOCATORS if name != "uniform"]
+DECIDING = [name for name in ALLOCATORS if not ALLOCATORS.get(name).reads_widths]
+"""Those that hold themselves to a sparsity."""
+GLOBAL = [name for name in DECIDING if name != "uniform"]
 # Of these, those to which a block's overall level of cost means something.
 LEVELS = [name for name in GLOBAL if name != "standardised"]
 
@@ -72,7 +75,7 @@ def models(draw: st.DrawFn, *, whole_multiples: bool = False) -> tuple[list[Bloc
     return budgets, multiple_of
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 @settings(deadline=None, max_examples=20)
 @given(
     model=models(),
@@ -97,7 +100,7 @@ def test_removes_the_asked_share_and_at_most_one_multiple_more(
     assert removed < asked + (max(steps) if name in GLOBAL else sum(steps)) + 1e-6
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 @pytest.mark.parametrize("num_units", [1, 7, 48, 1537])
 @pytest.mark.parametrize("multiple_of", [1, 32, 4096])
 def test_sparsity_zero_keeps_everything(name: str, num_units: int, multiple_of: int) -> None:
@@ -105,7 +108,7 @@ def test_sparsity_zero_keeps_everything(name: str, num_units: int, multiple_of: 
     assert allocate(name, budgets, 0.0, multiple_of) == [num_units] * 3
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 @settings(deadline=None, max_examples=20)
 @given(
     model=models(whole_multiples=True),
@@ -126,7 +129,7 @@ def test_monotone_in_sparsity(
     assert sum(low) >= sum(high)
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 def test_binary_rounding_takes_no_unit(name: str) -> None:
     """In binary 0.07 * 100 and 0.29 * 100 lie beside the whole number; the request is met exactly."""
     assert 0.07 * 100 > 7
@@ -134,14 +137,14 @@ def test_binary_rounding_takes_no_unit(name: str) -> None:
     assert allocate(name, [budget(100)], 0.29) == [71]
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 @pytest.mark.parametrize(("num_units", "sparsity", "multiple_of"), [(48, 0.5, 32), (10, 0.95, 1), (1, 0.01, 1)])
 def test_refuses_to_leave_nothing(name: str, num_units: int, sparsity: float, multiple_of: int) -> None:
     with pytest.raises(InputError, match=r"--sparsity.*--multiple-of"):
         allocate(name, [budget(num_units, 96)], sparsity, multiple_of)
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 def test_deterministic(name: str) -> None:
     budgets = [budget(200, 3, block=block, cost_U=rising_costs(200, block)) for block in range(3)]
     assert allocate(name, budgets, 0.4, 8, temperature=0.7) == allocate(name, budgets, 0.4, 8, temperature=0.7)
@@ -267,7 +270,7 @@ def test_uniform_never_removes_a_group() -> None:
         allocate("uniform", [budget(48, 96)], 0.5, 32, allow_removal=True)
 
 
-@pytest.mark.parametrize("name", list(ALLOCATORS))
+@pytest.mark.parametrize("name", DECIDING)
 def test_protected_blocks_lose_nothing(name: str) -> None:
     budgets = [budget(100, block=block) for block in range(3)]
     kept = allocate(name, budgets, 0.3, protected=frozenset({1}))
@@ -308,3 +311,16 @@ def test_standardised_sees_the_shape_of_the_scores_and_not_their_level() -> None
     # All but the outlier are a tenth of a deviation below the mean: dearer than the lowest of the even block.
     assert kept[1] == 100 - (60 - (100 - kept[0]))
     assert kept[0] < 70
+
+
+def test_widths_from_outside_are_kept_as_they_are() -> None:
+    """What is not named keeps everything, an odd dense width too; another number is held to the multiple."""
+    budgets = [
+        BlockBudget(block=block, kind="mlp", num_units=20, unit_parameters=3, module_parameters=60, multiple_of=8)
+        for block in range(3)
+    ]
+    widths: dict[int, dict[UnitKind, int]] = {0: {"mlp": 16}, 2: {"attention": 1, "mlp": 0}}
+    options = AllocationOptions(sparsity=0.9, min_retention=0.5, protected=frozenset({0}), widths=widths)
+    assert ALLOCATORS.get("widths").allocate(budgets, options) == [16, 20, 0]
+    with pytest.raises(InputError, match=r"block 1, mlp: .*multiple of 8; got 15, wanted 8 or 16"):
+        ALLOCATORS.get("widths").allocate(budgets, AllocationOptions(sparsity=0.1, widths={1: {"mlp": 15}}))

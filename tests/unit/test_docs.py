@@ -162,9 +162,22 @@ def file_of(name: str, near: Path) -> Path | None:
 
 
 RESULT_FILES = {
-    *("config.json", "tokenizer.json", "README.md", "pruning_report.json", "recovery_report.json", "comparison.json"),
-    *("comparison.csv", "eval.json", "bench.json", "REJECTED.json", "modeling_structprune.py", "widths.json"),
-    *("model.safetensors.index.json", "params.json", "trainer_state.json", "adapter_config.json"),
+    *(
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "pruning_report.json",
+        "pruning_widths.json",
+        "recovery_report.json",
+    ),
+    *("comparison.json", "comparison.csv", "eval.json", "bench.json", "REJECTED.json"),
+    *(
+        "modeling_structprune.py",
+        "model.safetensors.index.json",
+        "params.json",
+        "trainer_state.json",
+        "adapter_config.json",
+    ),
 }
 """Files that a run writes, or that come with every checkpoint."""
 

@@ -18,6 +18,7 @@ ALLOCATORS: Registry[Allocator] = Registry(
         "fermi-dirac": "structprune.allocation.across:FERMI_DIRAC",
         "standardised": "structprune.allocation.across:STANDARDISED",
         "softmax": "structprune.allocation.across:SOFTMAX",
+        "widths": "structprune.allocation.outside:WIDTHS",
     },
     group="structprune.allocators",
     aliases={"energy": "fermi-dirac"},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from structprune.errors import InputError
+from structprune.kinds import UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,7 @@ class BlockBudget:
     """One unit group of one block."""
 
     block: int
-    kind: str
+    kind: UnitKind
     num_units: int
     unit_parameters: int
     module_parameters: int
@@ -42,6 +43,8 @@ class AllocationOptions:
     protected: frozenset[int] = frozenset()
     """Blocks that lose nothing."""
     temperature: float = 0.0
+    widths: Mapping[int, Mapping[UnitKind, int]] = field(default_factory=dict)
+    """Block -> kind -> units to keep, for an allocator that reads them."""
 
 
 def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -> int:

@@ -49,7 +49,8 @@ _LEFT_FOLDERS: tuple[tuple[tuple[str, ...], str], ...] = (
 # Written by the run itself under the same name.
 _REWRITTEN = (
     *("config.json", "README.md", "model.safetensors.index.json"),
-    *("pruning_report.json", "pruning_report.html", "pruning_manifest.json", "modeling_structprune.py"),
+    *("pruning_report.json", "pruning_report.html", "pruning_manifest.json"),
+    *("pruning_widths.json", "modeling_structprune.py"),
 )
 # Without these the output would read texts otherwise than the source.
 _NEEDED = (

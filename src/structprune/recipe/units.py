@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.common import Recipe, ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
@@ -79,9 +82,34 @@ class UnitsRecipe(Recipe, frozen=True):
     protect_last: Annotated[int | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
         default=None, ge=0, description="blocks at the end that lose nothing"
     )
+    widths: Annotated[Widths, Flag(Group.WHAT, unset="the allocator decides")] = Field(
+        default=ALL_KEPT,
+        description="JSON file with the units that each block keeps, such as an earlier run's "
+        f"{WIDTHS_NAME}: {{block: {{kind: units}}}}",
+    )
     sensitivity_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
     ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")
+
+    @classmethod
+    def own_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out other pipelines' fields; widths that are given say the scope and the units where nothing else does.
+
+        Raises UnsupportedError for a field without a meaning, InputError for widths in other units than are asked for.
+        """
+        own = super().own_values(values)
+        widths = as_widths(own.get("widths"))
+        if not widths.blocks:
+            return own
+        asked = own.get("head_units") or widths.head_units
+        if widths.head_units not in (None, asked) and "attention" in widths.kinds:
+            raise InputError(
+                "--widths counts attention in other units than are asked for",
+                got=f"--head-units {asked}",
+                wanted=f"--head-units {widths.head_units}",
+            )
+        kinds = sorted(widths.kinds)
+        return {"scope": kinds[0] if len(kinds) == 1 else "all", **own, "widths": widths, "head_units": asked}
 
 
 class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):

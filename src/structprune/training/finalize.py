@@ -35,6 +35,7 @@ from structprune.exporters.per_layer import write_modeling_file
 from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.phases import by_name
+from structprune.recipe.widths import WIDTHS_NAME
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
 from structprune.results.schema import REPORT_NAME, MemoryReport
 from structprune.runs.directory import RunDirectory
@@ -60,7 +61,7 @@ def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDire
         write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
     write_companions(streamed.reader.directory, directory, streamed.reader.config, streamed.reader.weight_files)
     check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
-    for name in (MANIFEST_NAME, REPORT_NAME):
+    for name in (MANIFEST_NAME, REPORT_NAME, WIDTHS_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)
     files = writer.weight_files(context.settings.max_shard_size)

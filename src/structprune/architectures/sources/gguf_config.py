@@ -112,7 +112,7 @@ def _llama(fields: GgufFields, sizes: GgufSizes) -> dict[str, Any]:
             "the GGUF file is a mixture of experts of architecture llama (Mixtral), which is no family here",
             where=fields.where,
             got=f"{fields.integer('expert_count')} experts",
-            wanted=f"a dense llama, or one of {', '.join(name for name in READINGS if name != 'llama')}",
+            wanted=f"a dense llama, or another of {', '.join(READINGS)}",
         )
     entries = _rms(fields, sizes)
     if sizes.hidden % sizes.heads:

@@ -8,7 +8,7 @@ a token of two others is a merge here, in the order of the scores.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,16 @@ def write_tokenizer(header: GgufHeader, vocab_size: int, directory: Path) -> str
     kind = entries.take("model", str, "none")
     if kind in ("none", "no_vocab"):
         return None
-    if kind not in ("gpt2", "llama"):
+    if kind not in _KINDS:
         raise UnsupportedError(
             "this kind of tokenizer cannot be read from a GGUF file",
             where=entries.where,
             got=kind,
-            wanted="gpt2 (byte-level BPE) or llama (SentencePiece BPE)",
+            wanted=" or ".join(_KINDS),
             do="start from the model's Hugging Face checkpoint",
         )
     tokens, types = _tokens(entries, vocab_size)
-    if kind == "gpt2":
-        tokenizer, add_bos, origin = _byte_level(entries, tokens)
-    else:
-        tokenizer, add_bos, origin = _scored(entries, tokens, types)
+    tokenizer, add_bos, origin = _KINDS[kind](entries, tokens, types)
     special = {name: _special(entries, f"{key}_token_id", tokens) for name, key in _SPECIAL.items()}
     _add_marked(tokenizer, tokens, types)
     _add_ends(tokenizer, entries, special, tokens, add_bos=add_bos)
@@ -160,7 +157,7 @@ def _special(entries: _Entries, name: str, tokens: list[str]) -> int | None:
     return index if index is not None and 0 <= index < len(tokens) else None
 
 
-def _byte_level(entries: _Entries, tokens: list[str]) -> tuple[Tokenizer, bool, str]:
+def _byte_level(entries: _Entries, tokens: list[str], _: list[int]) -> tuple[Tokenizer, bool, str]:
     """Return the tokenizer without its marked tokens, whether a start token is usual, and what it was made of."""
     name = entries.take("pre", str, DEFAULT) or DEFAULT
     # Scores of a BPE are not used; byte-level text has no prefix and keeps its spaces.
@@ -231,6 +228,13 @@ def _scored(entries: _Entries, tokens: list[str], types: list[int]) -> tuple[Tok
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer, True, f"SentencePiece BPE with scores, {'a' if prefix else 'no'} space in front"
+
+
+_KINDS: Mapping[str, Callable[[_Entries, list[str], list[int]], tuple[Tokenizer, bool, str]]] = {
+    "gpt2": _byte_level,
+    "llama": _scored,
+}
+"""Kind of tokenizer, by the file's word for it -> its reader: byte-level BPE, and SentencePiece's BPE."""
 
 
 def _add_marked(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:

@@ -18,7 +18,7 @@ from structprune.engine.pipelines.counted_settings import num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
-from structprune.engine.planning.widths import check_shared_out
+from structprune.engine.planning.widths import Widths, check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
@@ -31,7 +31,7 @@ from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.depth import DepthRecipe, ResolvedDepth
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import BlockLayout, ModelLayout
+from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
@@ -192,4 +192,13 @@ def _write_blocks(context: RunContext, writer: ModelWriter, kept: list[int], cho
         kept_indices={"blocks": kept},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        widths=_widths(context.stock.layout, kept),
     )
+
+
+def _widths(layout: ModelLayout, kept: Sequence[int]) -> Widths:
+    """Count all units of the blocks that stay, and none of the others."""
+    return {
+        kind: [block.group(kind).num_units if block.index in kept and block.has(kind) else 0 for block in layout.blocks]
+        for kind in UNIT_KINDS
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,11 +13,12 @@ from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.widths import are_even, share_removed
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
-from structprune.recipe import default_sensitivity_samples
+from structprune.recipe import default_sensitivity_samples, flag_name
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.solvers import SOLVERS
@@ -27,6 +29,7 @@ _NARROW = 4096
 # Where nothing is to be compared, or to be made up for.
 _EVEN_ALLOCATOR = "uniform"
 _IDLE_SOLVER = "mask-only"
+_OUTSIDE_ALLOCATOR = "widths"
 
 
 def unit_settings(
@@ -37,10 +40,13 @@ def unit_settings(
     Raises UnsupportedError for combinations without a meaning, InputError for numbers that cannot be kept.
     """
     groups = _groups_in_scope(method, recipe, stock)
+    if recipe.widths.blocks:
+        recipe = _with_widths(recipe, groups, stock)
     _check_constants(recipe.solver or method.solver, groups, stock)
-    if recipe.allow_block_removal and any(group.kind == "attention" for group in groups):
+    if _may_lose_attention(recipe, groups):
         check_attention_can_go(stock.config)
-    multiple_of = _checked_multiple(recipe.multiple_of or _default_multiple(groups), groups, stock)
+    default = math.lcm(*(g.multiple_of for g in groups)) if recipe.widths.blocks else _default_multiple(groups)
+    multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
     resolved = _resolved(recipe, method, stock, groups, multiple_of)
     for group in groups:
         if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":
@@ -48,10 +54,49 @@ def unit_settings(
     return resolved, groups
 
 
+def _with_widths(recipe: UnitsRecipe, groups: Sequence[UnitGroup], stock: StockModel) -> UnitsRecipe:
+    """Put what the widths decide into the recipe: the sparsity, and that no block is held to anything else.
+
+    Raises InputError for widths that are not the model's, UnsupportedError for settings that would decide them too.
+    """
+    decided = {
+        "sparsity": share_removed(stock, _kinds(groups), recipe.widths),
+        "allow_block_removal": any(0 in block.values() for block in recipe.widths.blocks.values()),
+        "allocator": _OUTSIDE_ALLOCATOR,
+        "temperature": 0.0,
+        "min_retention": UnitsRecipe.model_fields["min_retention"].default,
+        "max_retention": 1.0,
+        "outer_iterations": 0,
+        "protect_first": 0,
+        "protect_last": 0,
+    }
+    asked = {name: getattr(recipe, name) for name in decided if name in recipe.model_fields_set}
+    # A sublayer that the widths leave without units needs no permission, and permission is none to keep them.
+    asked.pop("allow_block_removal", None)
+    other = {name: value for name, value in asked.items() if value is not None and value != decided[name]}
+    if other:
+        raise UnsupportedError(
+            f"{', '.join(map(flag_name, other))} and --widths would decide the same thing",
+            got=", ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in other.values()),
+            wanted=f"--widths alone, which removes {decided['sparsity']:.4%} of the scope",
+        )
+    return recipe.model_copy(update=decided)
+
+
+def _may_lose_attention(recipe: UnitsRecipe, groups: Sequence[UnitGroup]) -> bool:
+    if recipe.widths.blocks:
+        return any(block.get("attention") == 0 for block in recipe.widths.blocks.values())
+    return recipe.allow_block_removal and any(group.kind == "attention" for group in groups)
+
+
+def _kinds(groups: Sequence[UnitGroup]) -> tuple[UnitKind, ...]:
+    return tuple(dict.fromkeys(group.kind for group in groups))
+
+
 def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, stock: StockModel) -> PlanRequest:
     """Add what the planner has to know: what is measured first, what is held beside a block, and what is solved."""
     sensitivity = method.sensitivity_for(recipe.allocator)
-    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in request.groups))
+    kinds = _kinds(request.groups)
     solver = SOLVERS.get(recipe.solver)
     return replace(
         request,
@@ -125,7 +170,10 @@ def _resolved(
     narrows = any(group.kind == "attention" for group in groups) and stock.head_units == "value-channel"
     evenly = recipe.structure == Structure.UNIFORM
     allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
-    even = ALLOCATORS.get(allocator).even
+    entry = ALLOCATORS.get(allocator)
+    if entry.reads_widths and not recipe.widths.blocks:
+        raise InputError(f"allocator {allocator!r} has nothing to read", wanted="--widths FILE")
+    even = entry.even or (entry.reads_widths and are_even(stock, _kinds(groups), recipe.widths))
     temperature = method.temperature if allocator == method.allocator else 0.0
     target = _checked_target(recipe, method, groups)
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
@@ -146,6 +194,11 @@ def _resolved(
             wanted="the first at most the second",
         )
     uneven = _has_uneven_blocks(recipe, stock, protect_first + protect_last)
+    if not even and evenly:
+        raise UnsupportedError(
+            f"allocator {allocator!r} gives every block its own width",
+            wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
+        )
     _check_allocator(recipe, method, score, allocator)
     _check_path(method, solver, target)
     return ResolvedUnits.of(
@@ -231,11 +284,6 @@ def _check_allocator(recipe: UnitsRecipe, method: Method, score: str, allocator:
             f"{score!r} gives no number per unit that blocks could be compared by",
             got=f"--allocator {allocator}",
             wanted=f"another allocator, or --score {', '.join(SCORES)}",
-        )
-    if not entry.even and recipe.structure == Structure.UNIFORM:
-        raise UnsupportedError(
-            f"allocator {allocator!r} gives every block its own width",
-            wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
         )
     if recipe.outer_iterations and entry.compares == "none":
         raise UnsupportedError(

@@ -9,11 +9,18 @@ from typing import Any
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
+from structprune.engine.planning.widths import (
+    Widths,
+    check_shared_out,
+    choose_widths,
+    indivisible,
+    removed_parameters,
+    sublayers,
+)
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
-from structprune.kinds import Structure
+from structprune.kinds import Structure, UnitKind
 from structprune.recipe import Recipe
 from structprune.recipe.units import ResolvedUnits
 from structprune.solvers import SOLVERS
@@ -30,7 +37,7 @@ class Forecast:
     """None where the calibration text decides, or where biases are added."""
 
 
-def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str]) -> Forecast:
+def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
     """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
     if ALLOCATORS.get(recipe.allocator).compares != "none":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
@@ -47,10 +54,7 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str
         return Forecast(shape=shape, kept=None, num_parameters=None)
     kept = choose_widths(stock, recipe, kinds, None)
     removed = sum(
-        (group.num_units - kept[group.kind][block.index]) * block.unit_parameters(group)
-        for block in stock.layout.blocks
-        for group in block.groups
-        if group.kind in kept
+        removed_parameters(block, group, kept[group.kind][block.index]) for block, group in sublayers(stock, kinds)
     )
     return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),

@@ -10,39 +10,36 @@ from torch import Tensor
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.units import ResolvedUnits
-from structprune.types import BlockLayout, UnitGroup
+from structprune.recipe.widths import BlockWidths
+from structprune.types import UNIT_KINDS, BlockLayout, UnitGroup, UnitKind
 
 Widths = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
 
 
 def choose_widths(
-    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], costs: Mapping[str, Sequence[Tensor]] | None
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]] | None
 ) -> Widths:
     """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
 
     Without costs for an allocator that compares nothing. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
-    blocks = stock.layout.blocks
-    num_blocks = len(blocks)
+    num_blocks = len(stock.layout.blocks)
     budgets = [
         BlockBudget(
             block=block.index,
             kind=group.kind,
             num_units=group.num_units,
-            unit_parameters=sum(block.unit_parameters(part) for part in block.groups_of(kind)),
+            unit_parameters=sum(block.unit_parameters(part) for part in block.groups_of(group.kind)),
             module_parameters=block.module_parameters(group),
             multiple_of=_multiple(recipe, group),
             cost_U=None if costs is None else costs[group.kind][block.index],
         )
-        for kind in kinds
-        for block in blocks
-        if block.has(kind)
-        for group in (block.group(kind),)
+        for block, group in sublayers(stock, kinds)
     ]
     options = AllocationOptions(
         sparsity=recipe.sparsity,
@@ -52,12 +49,81 @@ def choose_widths(
         allow_removal=recipe.allow_block_removal,
         protected=frozenset(range(recipe.protect_first))
         | frozenset(range(num_blocks - recipe.protect_last, num_blocks)),
+        widths=recipe.widths.blocks,
     )
     kept: Widths = {kind: [0] * num_blocks for kind in kinds}
     for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
         kept[budget.kind][budget.block] = num_keep
     check_shared_out(stock, recipe, kept)
     return kept
+
+
+def share_removed(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWidths) -> float:
+    """Compute the share of the parameters of `kinds` that goes where `widths` are kept.
+
+    Raises InputError for a block or a kind that is not in scope, and for more units than there are.
+    """
+    blocks = stock.layout.blocks
+    for number, named in widths.blocks.items():
+        if number >= len(blocks):
+            raise InputError(
+                "--widths names a block that the model does not have",
+                got=f"block {number}",
+                wanted=f"blocks 0 to {len(blocks) - 1}",
+            )
+        for kind in named:
+            if kind not in kinds:
+                raise InputError(
+                    f"--widths names {kind}, which is not in scope", where=f"block {number}", do="use --scope all"
+                )
+            if not blocks[number].has(kind):
+                raise InputError(f"--widths names {kind}, which the block has lost", where=f"block {number}")
+    removed, total = 0, 0
+    for block, group in sublayers(stock, kinds):
+        total += block.module_parameters(group)
+        keep = widths.blocks.get(block.index, {}).get(group.kind, group.num_units)
+        if keep > group.num_units:
+            raise InputError(
+                "--widths asks for more units than there are",
+                where=f"block {block.index}, {group.kind}",
+                got=str(keep),
+                wanted=f"at most {group.num_units}",
+                do="write the widths for this model and its --head-units",
+            )
+        removed += removed_parameters(block, group, keep)
+    if removed >= total:
+        raise InputError("--widths leaves nothing of the scope", wanted="at least one sublayer with units")
+    return removed / total
+
+
+def block_widths(stock: StockModel, kept: Mapping[str, Sequence[int]]) -> BlockWidths:
+    """Put kind -> units of each block into the form that is saved, block by block; without any, all units are kept."""
+    blocks: dict[int, dict[UnitKind, int]] = {block.index: {} for block in stock.layout.blocks}
+    for block, group in sublayers(stock, [kind for kind in UNIT_KINDS if kind in kept or not kept]):
+        blocks[block.index][group.kind] = kept[group.kind][block.index] if kept else group.num_units
+    attention = any("attention" in kinds for kinds in blocks.values())
+    return BlockWidths(blocks=blocks, head_units=stock.head_units if attention else None)
+
+
+def are_even(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWidths) -> bool:
+    """Whether every block keeps as many units of a kind, and some: a config without entries per block can say it."""
+    kept = {
+        (group.kind, widths.blocks.get(block.index, {}).get(group.kind, group.num_units))
+        for block, group in sublayers(stock, kinds)
+    }
+    return len(kept) == len(kinds) and all(count for _, count in kept)
+
+
+def sublayers(stock: StockModel, kinds: Sequence[UnitKind]) -> list[tuple[BlockLayout, UnitGroup]]:
+    """List the sublayers in scope, kind by kind; one group stands for all experts of a mixture."""
+    return [(block, block.group(kind)) for kind in kinds for block in stock.layout.blocks if block.has(kind)]
+
+
+def removed_parameters(block: BlockLayout, group: UnitGroup, keep: int) -> int:
+    """Count the parameters that leave a sublayer which keeps so many units; with the last one goes its norm too."""
+    if keep == 0:
+        return block.sublayer_parameters(group.kind)
+    return (group.num_units - keep) * sum(block.unit_parameters(part) for part in block.groups_of(group.kind))
 
 
 def check_shared_out(stock: StockModel, recipe: Recipe, kept: Mapping[str, Sequence[int]]) -> None:

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from structprune.checkpoint.weight_files import WeightFiles
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
+from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
 from structprune.engine.streaming.model import StreamedModel
@@ -38,6 +39,7 @@ from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
 from structprune.phases import Phase, by_name
+from structprune.recipe.widths import WIDTHS_NAME, saved_widths
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.rebuild import read_report
@@ -75,6 +77,8 @@ class Outcome:
     dense_NSD: Tensor
     """Last hidden states of the reported windows."""
     pruned_NSD: Tensor
+    widths: Widths = field(default_factory=dict[str, list[int]])
+    """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
     """What an earlier run had measured for this one."""
 
@@ -210,6 +214,7 @@ def commit(
         "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
+    write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, outcome.widths)))
     write_weights(files, checkpoint, context.observer)
     # Reads every header back and compares it with the new config: what was written is what stock code expects.
     written = StockModel(CheckpointReader(checkpoint))
