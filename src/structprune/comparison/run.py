@@ -201,7 +201,7 @@ def _locked(output: Path) -> Generator[None]:
 
 
 def _resumed(fresh: Comparison, cells: Sequence[CellSpec], output: Path) -> Comparison:
-    """The table with what an earlier run left. Raises InputError if that was another comparison."""
+    """Complete the table with what an earlier run left. Raises InputError if that was another comparison."""
     path = output / RESULT_NAME
     if not path.exists():
         return fresh

@@ -46,7 +46,8 @@ def tiled_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Implement transformers' attention interface: (B, H, S, D), (B, K, S, D), (B, K, S, V) -> (B, S, H, V).
 
-    SDPA does what is not bfloat16 on a CPU, not plainly causal, differentiated, or of a length that gains nothing.
+    Returns no weights. SDPA does what is not bfloat16 on a CPU, not plainly causal, differentiated, or of a length that
+    gains nothing.
     """
     tensors = (query, key, value)
     if (
