@@ -147,7 +147,7 @@ def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path |
 
 
 def _left_to_tidy(run: RunDirectory) -> PruneReport:
-    """Finish a run that was interrupted when all work was done: discard its directory and return its report."""
+    """Finish a run that was interrupted when all work was done: tidy its directory and return its report."""
     run.discard()
     return load_report(run.output)
 

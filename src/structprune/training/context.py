@@ -37,7 +37,7 @@ class RecoveryContext:
     """Resolved."""
     texts: Texts
     targets: tuple[int, ...]
-    """Number of teacher blocks behind which each student block's output should be there; () if not known."""
+    """Number of teacher blocks, for each student block, whose output it should match; () if not known."""
     resident: bool
     """Whether what the optimiser keeps between steps stays in memory."""
     observer: Observer = field(default_factory=SilentObserver)
@@ -144,7 +144,7 @@ def check_pair(teacher: StockModel, student: StockModel) -> None:
 
 
 def target_boundaries(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
-    """Return after how many teacher blocks each student block's output should be there; () if that is not known.
+    """Return the number of teacher blocks, for each student block, whose output it should match; () if not known.
 
     A block's output is compared behind the block that it was; the last one's at the teacher's end. Which blocks those
     were is in the student's manifest where blocks were removed from this teacher. Raises CheckpointError.

@@ -111,7 +111,7 @@ def draw_tokens(probabilities_RV: Tensor, generator: torch.Generator) -> Tensor:
 
     The generator is the host's, so that what is drawn does not depend on where the model runs.
 
-    First among segments of the vocabulary, then inside one: cumulated in float64 as a whole they took longer than the
+    It is drawn among segments of the vocabulary first, then inside one: cumulating all in float64 took longer than the
     softmax. `multinomial` and Gumbel noise draw one number per vocabulary entry, which took a tenth of a decoding step.
     """
     num_tokens = probabilities_RV.shape[1]

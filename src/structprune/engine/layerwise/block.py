@@ -147,7 +147,7 @@ def _advance(
 def _cached_inputs(
     context: RunContext, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
 ) -> Tensor | None:
-    """Return the cached inputs of the consumer, if its sublayer is finished from them; None for all others."""
+    """Return the cache for a consumer's inputs, if its sublayer is finished from them; None for all others."""
     kind = stage[0]
     if streams.cache is None or kind not in context.plan.cached or not num_keep.get(kind) or not block.has(kind):
         return None

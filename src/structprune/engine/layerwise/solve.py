@@ -121,7 +121,7 @@ def _decide(context: RunContext, problem: LayerProblem, num_keep: int) -> tuple[
 def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
     """Compare the objective of the search for units with that of as many units by their own output energy.
 
-    A search in units of the loss has another objective, and two factorisations are too dear for a remark.
+    A search in units of the loss has another objective, and two factorisations would cost more than they tell.
     """
     if context.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
         return {}

@@ -35,7 +35,7 @@ from structprune.types import BlockLayout, ModelLayout
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
-    """Return the smallest number of blocks that holds `sparsity` of the blocks' parameters; blocks are all alike."""
+    """Return the smallest number of blocks with at least `sparsity` of all blocks' parameters; blocks are alike."""
     return num_to_remove(sparsity, len(layout.blocks))
 
 

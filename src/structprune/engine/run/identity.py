@@ -166,7 +166,7 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> 
 def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
     """Load the stored windows and the name of their source; None if there are none.
 
-    Raises InputError if the run has `begun` and its text holds something else by now; one that is gone may be gone.
+    Raises InputError if the run has `begun` and its text holds something else by now; a text that is gone is no error.
     """
     line = run.journal.find(_WINDOWS)
     if line is None:
