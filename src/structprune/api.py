@@ -61,9 +61,10 @@ class RunPlan:
 
 
 def plan(model: str | Path, recipe: Recipe) -> RunPlan:
-    """What `prune` would do: its memory and disk, the size of the result, and who will load it; reads headers only.
+    """Plan a run of `prune`: its memory and disk, the size of its result, and which runtimes load that.
 
-    Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
+    Reads headers only. Raises the errors that `prune` would raise before its first weight, but for those of the
+    calibration text.
     """
     bound_hidden_memory()
     resolved = check(model, recipe)
@@ -120,7 +121,7 @@ def prune(
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
-    """This process alone, or the ranks that a launcher started. Raises InputError."""
+    """Return this process alone, or join the ranks that a launcher started. Raises InputError."""
     if not timeout_s > 0:
         raise InputError("--rank-timeout is not usable", got=timeout_s, wanted="more than 0 seconds")
     if launched()[1] == 1:
@@ -146,7 +147,7 @@ def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path |
 
 
 def _left_to_tidy(run: RunDirectory) -> PruneReport:
-    """Of a run that was cut when all was done."""
+    """Finish a run that was interrupted when all work was done: tidy its directory and return its report."""
     run.discard()
     return load_report(run.output)
 
@@ -185,7 +186,7 @@ def _context(
     started: float,
     shared: Path | None,
 ) -> RunContext:
-    """What the run works by: begun here, or as it was begun. Raises InputError if another run was begun there."""
+    """Start the run, or continue the one in its directory. Raises InputError if another run was started there."""
 
     def plan(budgets: Budgets, num_windows: int) -> PrunePlan:
         update = {"memory": budgets.host, "device_memory": budgets.device or 0}
@@ -232,7 +233,7 @@ def _context(
 
 
 def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
-    """The calibration windows; the tokenizer is gone when this returns."""
+    """Load the calibration windows and the name of their source; the tokenizer is freed when this returns."""
     recipe = resolved.recipe
     source = source_context(
         resolved.stock,
@@ -265,12 +266,12 @@ def recover(
 
 
 def inspect(model: str | Path) -> ModelLayout:
-    """The blocks of `model`, what can be removed from them, and their sizes; reads headers only."""
+    """Describe the blocks of `model`, the units that can be removed from them, and their sizes. Reads headers only."""
     return inspect_with_runtimes(model)[0]
 
 
 def inspect_with_runtimes(model: str | Path) -> tuple[ModelLayout, list[RuntimeSupport]]:
-    """What `inspect` says, and the runtimes that load `model` as it is, as far as known."""
+    """Return what `inspect` returns, and which runtimes load `model` as it is, as far as that is known."""
     stock = StockModel(open_model(str(model)))
     return stock.layout, runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
@@ -318,7 +319,7 @@ def export(
 
 
 def _source_gguf(model: str, directory: Path) -> Path | None:
-    """The GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there."""
+    """Find the GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there."""
     report = directory / REPORT_NAME
     source = model
     if report.is_file():

@@ -47,7 +47,7 @@ class EvaluationRequest:
     """Local task files; without `tasks`, all of them."""
     task_limit: int | None = None
     batch_size: int = 8
-    """Of the tasks' requests."""
+    """Batch size of the tasks' requests."""
     stream: bool = False
     """One block in memory at a time."""
     memory: str | int | None = None
@@ -98,7 +98,7 @@ def evaluate(
 
 
 def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observer | None = None) -> Evaluation:
-    """All that `request` asks of `model`, loaded by stock transformers or streamed. Raises StructPruneError."""
+    """Measure all that `request` asks of `model`, loaded by stock transformers or streamed. Raises StructPruneError."""
     bound_hidden_memory()
     request.check()
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
@@ -158,7 +158,7 @@ def _in_memory(
 
 
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
-    """The reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
+    """Open the reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
     names = [model] if request.against is None else [request.against, model]
     models = [StockModel(open_model(str(name))) for name in names]
     for stock in models:
@@ -176,7 +176,7 @@ def _streamed(
     dtype: torch.dtype,
     observer: Observer,
 ) -> tuple[list[PerplexityResult], int]:
-    """The results and the planned peak."""
+    """Evaluate the models one block at a time; return the results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
     encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size)
     windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
@@ -202,7 +202,7 @@ def _check_same_vocabulary(vocab_size: int, other: int) -> None:
 
 
 def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """The stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
+    """Load the stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
     reader = open_model(str(model))
     loaded = load_model(reader, device, dtype)
@@ -222,7 +222,7 @@ def bench(
     dtype: str = "auto",
     advance: Callable[[str], None] = lambda text: None,
 ) -> Bench:
-    """Prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
+    """Measure prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
 
     With `against` both models are in memory and timed in turn, and speeds are given as ratios too; models in `also` are
     measured beside them in the same way. `advance` hears of each point of the grid. Raises StructPruneError.

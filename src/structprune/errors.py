@@ -42,12 +42,12 @@ class StructPruneError(Exception):
         return text + ("" if text.endswith((".", "?", "!")) else ".")
 
     def inside(self, where: str) -> Self:
-        """The same error, with the larger place in which it happened named first."""
+        """Return the same error, with the larger place in which it happened named first."""
         place = where if self.where is None else f"{where}, {self.where}"
         return type(self)(self.what, where=place, got=self.got, wanted=self.wanted, do=self.do)
 
     def to_dict(self) -> dict[str, object]:
-        """The parts as JSON-ready values."""
+        """Return the parts as JSON-ready values."""
         return {
             "error": type(self).__name__,
             "what": self.what,
@@ -59,7 +59,7 @@ class StructPruneError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the error's type where it has none."""
+    """Return the first line of another library's message, or the error's type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

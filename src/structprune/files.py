@@ -124,7 +124,7 @@ def read_json(path: Path, *, do: str | None = None) -> dict[str, Any]:
 
 
 def expand_user(path: str) -> Path:
-    """`~` and `~user` expanded; a name that only looks like a user stays as it is."""
+    """Expand `~` and `~user`; a name that only looks like a user stays as it is."""
     with contextlib.suppress(RuntimeError):
         return Path(path).expanduser()
     return Path(path)
@@ -159,7 +159,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def file_sum(path: Path) -> list[int]:
-    """[bytes, CRC-32] of a file: enough to notice a flipped bit or a missing end, at the speed of the disk."""
+    """Return [bytes, CRC-32] of a file: enough to notice a flipped bit or a missing end, at the disk's speed."""
     crc, size = 0, 0
     with path.open("rb", buffering=0) as handle:
         while chunk := handle.read(_CHUNK_BYTES):

@@ -10,7 +10,7 @@ HeadUnits = Literal["kv-group", "query-head", "value-channel"]
 """What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a
 KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
-"""In the order of a block's forward pass."""
+"""Kinds of units in the order of a block's forward pass."""
 
 
 class Structure(StrEnum):

@@ -35,7 +35,7 @@ _UNITS = {
 
 
 def parse_bytes(text: str | int) -> int:
-    """`"4GiB"`, `"512 MB"`, `"4g"` (binary) or a plain number of bytes -> bytes. Raises InputError."""
+    """Parse `"4GiB"`, `"512 MB"`, `"4g"` (binary) or a plain number of bytes. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     if not match or match[2].lower() not in _UNITS:
         raise InputError(
@@ -48,7 +48,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes -> a short text in binary units, e.g. `1.5 GiB`."""
+    """Format bytes as a short text in binary units, e.g. `1.5 GiB`."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024 or unit == "GiB":
@@ -58,12 +58,12 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_budget(num_bytes: int) -> str:
-    """Bytes -> whole mebibytes, rounded up: a budget that is printed must do when it is typed."""
+    """Format bytes as whole mebibytes, rounded up: a budget that is printed must do when it is typed."""
     return f"{-(-num_bytes // 2**20)} MiB"
 
 
 def available_bytes() -> int:
-    """Host memory that new allocations can take: the machine's, or the control group's where that is less."""
+    """Return the host memory that new allocations can take: the machine's, or the control group's if that is less."""
     available = psutil.virtual_memory().available
     limit_file = Path("/sys/fs/cgroup/memory.max")
     usage_file = Path("/sys/fs/cgroup/memory.current")
@@ -102,7 +102,7 @@ def bound_hidden_memory() -> None:
 
 
 def unbounded_environment() -> dict[str, str]:
-    """The environment without the bounds of `bound_hidden_memory`, for a process whose speed is to be measured.
+    """Return the environment without the bounds of `bound_hidden_memory`, for a process whose speed is measured.
 
     A model of uneven widths has more shapes than the bounded caches hold, and would prepare each product anew.
     """
@@ -110,7 +110,7 @@ def unbounded_environment() -> dict[str, str]:
 
 
 def _clear_mark() -> None:
-    """Linux: let the process's high-water mark start at what it holds now. Raises OSError elsewhere."""
+    """Reset the process's high-water mark to what it holds now, on Linux. Raises OSError elsewhere."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -120,7 +120,7 @@ class MemorySample:
 
     phase: str
     seconds: float
-    """Of the stretch's end, from the moment the meter was entered."""
+    """Time of the stretch's end, from the moment the meter was entered."""
     peak_bytes: int
     """Above the process's size at that moment."""
 
@@ -162,7 +162,7 @@ class PeakMeter:
 
     @contextlib.contextmanager
     def phase(self, phase: PhaseName) -> Generator[None]:
-        """Inside the context the peak is also counted for `phase`. Phases may not be nested."""
+        """Count the peak inside the context for `phase` too. Phases may not be nested."""
         self._take_mark()
         try:
             yield
@@ -170,7 +170,7 @@ class PeakMeter:
             self.phases[phase] = max(self.phases.get(phase, 0), self._take_mark())
 
     def peak_so_far(self) -> int:
-        """Bytes above the baseline at the highest point since entry."""
+        """Return the bytes above the baseline at the highest point since entry."""
         return max(self._earlier_peak, self._mark())
 
     def mark(self, name: str) -> None:
@@ -181,7 +181,7 @@ class PeakMeter:
         self._stretch_peak = 0
 
     def _take_mark(self) -> int:
-        """The mark, which starts anew."""
+        """Return the mark, and start it anew."""
         mark = self._mark()
         self._earlier_peak = max(self._earlier_peak, mark)
         self._stretch_peak = max(self._stretch_peak, mark)

@@ -11,15 +11,15 @@ class Observer(Protocol):
     """Receives progress; never decides anything."""
 
     def note(self, text: str) -> None:
-        """One line that the user should see."""
+        """Show one line that the user should see."""
         ...
 
     def start(self, phase: str, total: int) -> None:
-        """A phase of `total` steps begins."""
+        """Begin a phase of `total` steps."""
         ...
 
     def advance(self, detail: str) -> None:
-        """One step of the phase is done."""
+        """Record that one step of the phase is done."""
         ...
 
 

@@ -39,7 +39,7 @@ class SublayerPhase(StrEnum):
     REMOVAL_COSTS = "sensitivity: costs"
 
     def of(self, kind: UnitKind) -> PhaseOfSublayer:
-        """The name of this stretch for one kind: `solve (mlp)`."""
+        """Name this stretch for one kind: `solve (mlp)`."""
         return PhaseOfSublayer(f"{self} ({kind})")
 
 
@@ -51,10 +51,10 @@ PhaseBytes = dict[PhaseName, int]
 
 
 def fullest(phases: PhaseBytes) -> PhaseName:
-    """The phase whose peak is the highest, the first of several."""
+    """Return the phase whose peak is the highest, the first of several."""
     return max(phases, key=lambda phase: phases[phase])
 
 
 def by_name(phases: PhaseBytes) -> dict[str, int]:
-    """The same under the names that reports and plans are written with."""
+    """Return the same bytes under the names that reports and plans are written with."""
     return {str(phase): num_bytes for phase, num_bytes in phases.items()}

@@ -40,34 +40,34 @@ class Ranks:
         return self.rank == 0
 
     def local_range(self, first: int, last: int) -> tuple[int, int]:
-        """Which of this rank's windows, counted among its own, are the run's windows first..last."""
+        """Return which of this rank's windows, counted among its own, are the run's windows first..last."""
         return _upward(first - self.rank, self.size), _upward(last - self.rank, self.size)
 
     def num_local(self, num_windows: int) -> int:
-        """How many of the run's first `num_windows` windows are this rank's."""
+        """Return how many of the run's first `num_windows` windows are this rank's."""
         return self.local_range(0, num_windows)[1]
 
     def broadcast(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives or raises on the first rank, on every rank. Elsewhere it is not called."""
+        """Return or raise on every rank what `work` does on the first one. Elsewhere it is not called."""
         return work()
 
     def all_gather(self, tasks: Mapping[Key, Task[Result]]) -> dict[Key, Result]:
-        """Each rank does its tasks, all at the same time; the results of all, or the first error, on every rank."""
+        """Run each rank's tasks, all at the same time; every rank gets the results of all, or the first error."""
         return {key: work() for key, (_, work) in tasks.items()}
 
     def reduce(self, tensors: Iterable[Tensor], owner: int) -> None:
         """Sum each tensor over the ranks, in place at `owner`. Elsewhere the content is of no use afterwards."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in place; the same bits on every rank."""
+        """Sum over the ranks in place, with the same bits on every rank."""
         return tensor
 
     def broadcast_window(self, number: int, read: Callable[[int], Tensor]) -> Tensor:
-        """The run's window `number` of what `read` finds under a rank's own count, from the rank that has it."""
+        """Send window `number` of the run from the rank that has it, where `read` finds it under its own count."""
         return read(number)
 
     def all_reduce_max(self, value: int) -> int:
-        """Over the ranks."""
+        """Return the largest value over the ranks."""
         return value
 
     def barrier(self) -> None:
@@ -81,7 +81,7 @@ ALONE = Ranks()
 
 
 def add_numbers(ranks: Ranks, values: Sequence[float], owner: int) -> list[float]:
-    """The sums over the ranks of some numbers; right at `owner` only."""
+    """Sum some numbers over the ranks; the sums are right at `owner` only."""
     import torch
 
     total = torch.tensor(values, dtype=torch.float64)
@@ -90,7 +90,7 @@ def add_numbers(ranks: Ranks, values: Sequence[float], owner: int) -> list[float
 
 
 def deal(costs: Mapping[Key, float], size: int) -> dict[Key, int]:
-    """Key -> rank, so that the largest sum of costs of one rank is small: the costliest first, to the least laden."""
+    """Deal keys to ranks so that the largest sum of costs is small: the costliest first, to the least laden."""
     loads = [0.0] * size
     owners: dict[Key, int] = {}
     for key in sorted(costs, key=lambda key: -costs[key]):
@@ -100,7 +100,7 @@ def deal(costs: Mapping[Key, float], size: int) -> dict[Key, int]:
 
 
 def turns(owners: Mapping[Key, int]) -> list[list[Key]]:
-    """The keys in lists, in their order, of which each has at most one key per rank."""
+    """Split the keys, in their order, into lists of at most one key per rank."""
     found: list[list[Key]] = []
     taken: dict[int, int] = {}
     for key, owner in owners.items():
@@ -113,7 +113,7 @@ def turns(owners: Mapping[Key, int]) -> list[list[Key]]:
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of ranks) as a launcher such as torchrun says in the environment; (0, 1) without one.
+    """Read (rank, number of ranks) from the environment, as a launcher such as torchrun sets them; (0, 1) without one.
 
     Raises InputError for an environment that says only half of it.
     """
@@ -134,7 +134,7 @@ def launched() -> tuple[int, int]:
 
 
 def ranks_here() -> int:
-    """How many of the ranks share this machine."""
+    """Return how many of the ranks share this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", 1)) if launched()[1] > 1 else 1
 
 
@@ -161,5 +161,5 @@ def _number(name: str, default: int) -> int:
 
 
 def _upward(distance: int, step: int) -> int:
-    """The quotient, rounded up; 0 for what lies before the start."""
+    """Divide and round up; 0 for what lies before the start."""
     return max(0, -(-distance // step))

@@ -19,15 +19,15 @@ class Rows(Protocol):
     def device(self) -> torch.device: ...
 
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
-        """Rows by a slice or by their numbers, (rows, columns). They may share memory with the matrix."""
+        """Return rows by a slice or by their numbers, (rows, columns). They may share memory with the matrix."""
         ...
 
     def to(self, device: torch.device, /) -> Rows:
-        """The same there."""
+        """Return the same matrix on `device`."""
         ...
 
     def diagonal(self) -> Tensor:
-        """Entries (i, i), (rows,), of a square matrix."""
+        """Return the entries (i, i), (rows,), of a square matrix."""
         ...
 
 

@@ -46,7 +46,7 @@ class AxisSlice:
     gap: int = 0
 
     def indices(self, units: Tensor) -> Tensor:
-        """Indices along the axis that belong to `units`, one unit after the other."""
+        """Return the indices along the axis that belong to `units`, one unit after the other."""
         firsts = self.offset + units * self.width + (units // self.run * self.gap if self.run else 0)
         starts = firsts[:, None, None] + torch.arange(self.repeat, device=units.device)[:, None] * self.stride
         return (starts + torch.arange(self.width, device=units.device)).flatten()
@@ -85,17 +85,17 @@ class UnitGroup:
     multiple_of: int = 1
     """What stock kernels want the number of kept units to be a multiple of."""
     output_module: str | None = None
-    """Of several parts: the module whose output is the sum of what their consumers give."""
+    """Module whose output is the sum of what the consumers of several parts give."""
     output_norm_eps: float | None = None
     """Epsilon of the RMSNorm between the consumer's output and the stream's sum; None: there is no norm."""
     bias_field: str | None = None
     """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
     bias_modules: tuple[str, ...] = ()
     up_module: str | None = None
-    """Of an MLP: consumer(activation(up x)), or with a gate consumer(activation(gate x) * up x)."""
+    """Module of an MLP's up map: consumer(activation(up x)), or with a gate consumer(activation(gate x) * up x)."""
     gate_module: str | None = None
     activation: str | None = None
-    """Its name in the config."""
+    """Name of the activation in the config."""
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class UnitGroup:
 
     @property
     def bias_name(self) -> str:
-        """Of the consumer's bias, whether it has one yet or not."""
+        """Name of the consumer's bias, whether it has one yet or not."""
         return self.consumer_bias or f"{self.consumer_module}.bias"
 
     @property
@@ -117,7 +117,7 @@ class UnitGroup:
         return (*self.producers, self.consumer)
 
     def config_values(self, num_keep: int) -> dict[str, int]:
-        """The entries of `config_fields` with `num_keep` units, a multiple of `partitions`."""
+        """Return the entries of `config_fields` with `num_keep` units, a multiple of `partitions`."""
         assert num_keep % self.partitions == 0
         return {name: num_keep // self.partitions * factor for name, factor in self.config_fields.items()}
 
@@ -132,18 +132,18 @@ class BlockLayout:
     shapes: Mapping[str, tuple[int, ...]]
     """Relative tensor name -> shape."""
     groups: tuple[UnitGroup, ...]
-    """Those of the sublayers that the block still has."""
+    """Groups of the sublayers that the block still has."""
 
     @property
     def num_parameters(self) -> int:
         return sum(_numel(shape) for shape in self.shapes.values())
 
     def group(self, kind: str) -> UnitGroup:
-        """The sublayer's group, the first of several."""
+        """Return the sublayer's group, the first of several."""
         return next(group for group in self.groups if group.kind == kind)
 
     def groups_of(self, kind: str) -> tuple[UnitGroup, ...]:
-        """All groups of the sublayer: one, or as many as there are experts."""
+        """Return all groups of the sublayer: one, or as many as there are experts."""
         return tuple(group for group in self.groups if group.kind == kind)
 
     def has(self, kind: str) -> bool:
@@ -151,21 +151,21 @@ class BlockLayout:
         return any(group.kind == kind for group in self.groups)
 
     def sublayer_tensors(self, kind: str) -> list[str]:
-        """Relative names of the tensors that go when no unit of `kind` is kept: its modules and its norms."""
+        """List the relative names of the tensors that are removed with all units of `kind`: its modules and norms."""
         group = self.group(kind)
         norms = tuple(f"{module}." for module in group.norm_modules)
         return [name for name in self.shapes if name.startswith((group.module_prefix, *norms))]
 
     def sublayer_parameters(self, kind: str) -> int:
-        """Parameters that leave with the whole sublayer: units, norms, and the biases that belong to no unit."""
+        """Count the parameters removed with the sublayer: units, norms, and the biases that belong to no unit."""
         return sum(_numel(self.shapes[name]) for name in self.sublayer_tensors(kind))
 
     def module_parameters(self, group: UnitGroup) -> int:
-        """Parameters of the module that holds `group`: the denominator of `--sparsity`."""
+        """Count the parameters of the module that holds `group`: the denominator of `--sparsity`."""
         return sum(_numel(s) for name, s in self.shapes.items() if name.startswith(group.module_prefix))
 
     def unit_parameters(self, group: UnitGroup) -> int:
-        """Parameters that leave with one unit of `group`."""
+        """Count the parameters that are removed with one unit of `group`."""
         total = 0
         for part in group.slices:
             shape = self.shapes[part.tensor]
@@ -224,7 +224,7 @@ class Moments:
     """Sum of |h|^2, h the residual stream before the consumer's output is added."""
 
     def reordered(self, order_I: Tensor) -> Moments:
-        """The same sums with the inputs in another order."""
+        """Return the same sums with the inputs in another order."""
         return replace(
             self,
             gram_II=self.gram_II[order_I][:, order_I],
@@ -233,7 +233,7 @@ class Moments:
         )
 
     def to(self, device: torch.device) -> Moments:
-        """The same there."""
+        """Return the same sums on `device`."""
         return replace(
             self,
             gram_II=self.gram_II.to(device),
@@ -242,7 +242,10 @@ class Moments:
         )
 
     def __add__(self, other: Moments) -> Moments:
-        """Sums over the tokens of both. Matrices are added row by row whenever they are read: no third one is made."""
+        """Add the sums over the tokens of both.
+
+        Matrices are added row by row whenever they are read: no third one is made.
+        """
         target_OI, energy = self.target_OI, self.target_energy
         if target_OI is not None and energy is not None:
             assert other.target_OI is not None
@@ -287,7 +290,7 @@ class Sensitivity:
     taylor: TaylorSums | None = None
 
     def to(self, device: torch.device) -> Sensitivity:
-        """The same there."""
+        """Return the same sensitivity on `device`."""
         sums = self.taylor
         return Sensitivity(
             sensitivity_OO=None if self.sensitivity_OO is None else self.sensitivity_OO.to(device),
@@ -343,18 +346,18 @@ class LayerProblem:
         return self.weight_OI.device
 
     def total(self) -> Moments:
-        """Sums over all calibration tokens: what units are chosen and answers solved by.
+        """Return the sums over all calibration tokens, by which units are chosen and answers solved.
 
-        Costs no memory; where windows are held out every read of a row adds two.
+        They cost no memory; where windows are held out every read of a row adds two.
         """
         return self.fit if self.held_out is None else self.fit + self.held_out
 
     def without_held_out(self) -> LayerProblem:
-        """The same problem on the windows to fit only."""
+        """Return the same problem on the fitted windows only."""
         return replace(self, held_out=None)
 
     def kept_inputs(self, keep_U: Tensor) -> Tensor:
-        """Indices of the consumer inputs that belong to kept units, ascending."""
+        """Return the indices of the consumer inputs that belong to kept units, ascending."""
         return torch.nonzero(keep_U.repeat_interleave(self.width)).flatten()
 
 
@@ -369,7 +372,7 @@ class SolveResult:
     """What is to be added to the consumer's output; None: nothing."""
 
     def to(self, device: torch.device) -> SolveResult:
-        """The same there."""
+        """Return the same result on `device`."""
         bias_O = None if self.bias_O is None else self.bias_O.to(device)
         return replace(self, weight_OK=self.weight_OK.to(device), bias_O=bias_O)
 

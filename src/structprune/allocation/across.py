@@ -27,7 +27,7 @@ _TINY = 1e-300
 
 
 def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """Lagrangian threshold: unit j of group l goes iff s_lj / c_l <= lambda, one lambda for all groups and kinds.
+    """Remove unit j of group l iff s_lj / c_l <= lambda: one Lagrangian threshold for all groups and kinds.
 
     min sum of s over removed units subject to the parameter budget; the Lagrangian separates (derived, method note
     3a). s is made non-decreasing along each group's removal order first (pooled adjacent violators), so that what a
@@ -37,8 +37,10 @@ def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
 
 
 def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """One threshold on the scores after each group's are brought to mean zero and deviation one; parameters only count
-    toward the budget (FLAP, arXiv 2312.11983, as its public code has it). A group of equal scores is all zeros.
+    """Apply one threshold to the scores after those of each group are brought to mean zero and deviation one.
+
+    Parameters only count toward the budget (FLAP, arXiv 2312.11983, as its public code has it). A group of equal scores
+    is all zeros.
     """
 
     def standard(cost_U: Tensor) -> Tensor:
@@ -49,9 +51,9 @@ def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> 
 
 
 def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """Fermi-Dirac: r_l = mean_j sigmoid((mu - eps_lj) / T), eps_lj = ln(s_lj / c_l) standardised (derived, note 3b).
+    """Remove the Fermi-Dirac share r_l = mean_j sigmoid((mu - eps_lj) / T) of each group; mu meets the budget.
 
-    T -> 0 is `closed_form`, T -> infinity is uniform. mu meets the budget.
+    eps_lj = ln(s_lj / c_l), standardised (derived, note 3b). T -> 0 is `closed_form`, T -> infinity is uniform.
     """
     if options.temperature <= 0:
         return closed_form(budgets, options)
@@ -71,8 +73,10 @@ def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
 
 
 def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """Kept share q_l = clip(kappa exp(I_l / T), q_min, 1), I_l the standardised log of the group's total loss per
-    parameter (derived, note 3c, nearest to the paper's abstract). kappa meets the budget. T <= 0 is read as 1.
+    """Keep the share q_l = clip(kappa exp(I_l / T), q_min, 1) of each group; kappa meets the budget.
+
+    I_l is the standardised log of the group's total loss per parameter (derived, note 3c, nearest to the paper's
+    abstract). T <= 0 is read as 1.
     """
     temperature = options.temperature if options.temperature > 0 else 1.0
     importance = torch.tensor(
@@ -93,7 +97,7 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
 
 
 def _threshold(budgets: Sequence[BlockBudget], costs: list[Tensor], options: AllocationOptions) -> list[int]:
-    """Units to keep when all removals whose cost is at most lambda go; costs ascend within a group."""
+    """Return the units to keep when all removals that cost at most lambda are made; costs ascend within a group."""
 
     def removals(threshold: float) -> list[float]:
         return [
@@ -122,7 +126,7 @@ def _cost(budget: BlockBudget) -> Tensor:
 
 
 def _increasing(cost_U: Tensor) -> Tensor:
-    """The nearest non-decreasing sequence (pool adjacent violators), so the sum over any whole pool is unchanged."""
+    """Return the nearest non-decreasing sequence (pool adjacent violators); the sum over a whole pool is unchanged."""
     values: list[float] = []
     counts: list[int] = []
     for value in cost_U.tolist():
@@ -142,7 +146,7 @@ def _parameters(budgets: Sequence[BlockBudget], removals: Sequence[float]) -> fl
 
 
 def _bisect(removed: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """The largest x that removes no more than `target`, for a non-decreasing `removed`; `high` if all of it is less."""
+    """Find the largest x at which the non-decreasing `removed` is at most `target`; `high` if it never exceeds it."""
     if removed(high) <= target:
         return high
     for _ in range(200):

@@ -48,12 +48,12 @@ class AllocationOptions:
 
 
 def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -> int:
-    """Parameters to remove in all groups together."""
+    """Return the number of parameters to remove in all groups together."""
     return math.ceil(options.sparsity * sum(b.module_parameters for b in budgets) - 1e-6)
 
 
 def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
-    """Units that a group may lose at most, so that the width which stays is a multiple."""
+    """Return the most units that a group may lose if its remaining width is to be a multiple."""
     if budget.block in options.protected:
         return 0
     if options.allow_removal:
@@ -64,7 +64,7 @@ def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
 
 
 def smallest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
-    """Units that a group loses at least, so that the width which stays is a multiple."""
+    """Return the fewest units that a group must lose if its remaining width is to be a multiple."""
     if budget.block in options.protected or options.max_retention >= 1:
         return 0
     # The epsilon keeps 0.9 * 10 from becoming 8 units through binary rounding.
@@ -73,13 +73,13 @@ def smallest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
 
 
 def bounded(removal: float, budget: BlockBudget, options: AllocationOptions) -> float:
-    """`removal` within what the group may lose."""
+    """Clamp `removal` to what the group may lose."""
     low, high = smallest_removal(budget, options), largest_removal(budget, options)
     return min(max(removal, float(low)), float(high))
 
 
 def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], options: AllocationOptions) -> list[int]:
-    """Real-valued removals -> units to keep, in multiples, so that at least the target is removed.
+    """Round real-valued removals to units to keep, in multiples, so that at least the target is removed.
 
     Each group is rounded down to a step it can take; the steps that are still missing go to the groups that lost most
     by rounding (largest remainder; ties to the earlier group). The surplus is less than one step of one group. A
@@ -125,12 +125,12 @@ def _bounds(options: AllocationOptions) -> str:
 
 
 def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:
-    """Removals that leave a multiple, ascending, from the smallest; zero is one whatever the dense width."""
+    """List the removals that leave a multiple, ascending, from the smallest; zero is one whatever the dense width."""
     smallest, largest = smallest_removal(budget, options), largest_removal(budget, options)
     steps = [0, *range(_first_step(budget), largest + 1, budget.multiple_of)]
     return [step for step in steps if step >= smallest]
 
 
 def _first_step(budget: BlockBudget) -> int:
-    """The smallest removal that leaves a multiple."""
+    """Return the smallest removal that leaves a multiple."""
     return budget.num_units % budget.multiple_of or budget.multiple_of

@@ -11,13 +11,13 @@ from structprune.errors import InputError
 
 
 def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
-    """Units to keep per group: at least `sparsity` of the modules' parameters goes, the same share of every group.
+    """Remove the same share of every group, at least `sparsity` of the modules' parameters; return the units to keep.
 
     The share is that of the parameters that belong to units: where a module has others too, such as query and key maps
     beside value channels, all groups lose so much more (FASP, arXiv 2501.09412: s over one less the share of the rest).
-    The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected
-    blocks lose nothing, the others so much more; `min_retention` and `allow_removal` have no part: the
-    share is the same by intent. Raises InputError if a group would be left empty.
+    The kept width is rounded down to a multiple of `multiple_of`, unless nothing is to be removed. Protected blocks
+    lose nothing, the others so much more; `min_retention` and `allow_removal` have no part: the share is the same by
+    intent. Raises InputError if a group would be left empty.
     """
     total = sum(b.module_parameters for b in budgets)
     free = sum(b.num_units * b.unit_parameters for b in budgets if b.block not in options.protected)

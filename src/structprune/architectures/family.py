@@ -30,7 +30,7 @@ def _unchanged(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_after_the_other(_: Any) -> tuple[Stage, ...]:
-    """The usual block: h += attention(h); h += mlp(h)."""
+    """Return the stages of the usual block: h += attention(h); h += mlp(h)."""
     return (("attention",), ("mlp",))
 
 
@@ -55,7 +55,7 @@ class Stream:
     """
 
     sublayers: tuple[StreamSublayer, ...]
-    """In the order of the forward pass."""
+    """Sublayers in the order of the forward pass."""
     eps_field: str
     """Config entry of the norms' epsilon."""
 
@@ -88,7 +88,7 @@ class StockClasses:
     """Our own are called StructPrune<stem>Model and StructPrune<stem>ForCausalLM."""
     layer: str
     chain: tuple[str, ...]
-    """From the class that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
+    """Classes from the one that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ class Family:
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
     """Raises UnsupportedError where attention has no such units."""
     stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
-    """In which order the sublayers read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    """Order in which the sublayers read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
     unstack: Callable[[nn.Module, PretrainedConfig], None] = _as_it_is
     """Exchanges modules of a stock layer that hold several of the checkpoint's tensors as one, in place.
 
@@ -144,11 +144,11 @@ class Family:
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
 
     def per_layer_entries(self, config: PretrainedConfig) -> set[str]:
-        """Config entries that the config of a single block may change."""
+        """Return the config entries that the config of a single block may change."""
         # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
         entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
         return entries | ({VALUES_ENTRY} if self.value_maps else set())
 
     def sublayer_modules(self, kind: UnitKind) -> tuple[str, ...]:
-        """Modules of one sublayer of a block, without its norms."""
+        """Return the modules of one sublayer of a block, without its norms."""
         return (self.attention_module,) if kind == "attention" else self.mlp_modules

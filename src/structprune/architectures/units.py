@@ -30,8 +30,7 @@ def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor)
 
 
 def add_bias(tensors: Mapping[str, Tensor], group: UnitGroup, bias_O: Tensor) -> dict[str, Tensor]:
-    """`tensors` with `bias_O` added to the consumer's bias; where there is none, the sublayer's other maps get zeros
-    too.
+    """Add `bias_O` to the consumer's bias; where there is none, the sublayer's other maps get zeros too.
 
     Raises UnsupportedError if the family has no config entry for such biases.
     """
@@ -57,13 +56,13 @@ def check_bias(group: UnitGroup) -> None:
 
 
 def remove_sublayer(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
-    """`tensors` of `block` (relative names) without those of one sublayer and its norm."""
+    """Remove the tensors of one sublayer and its norm from `tensors` of `block` (relative names)."""
     gone = set(block.sublayer_tensors(kind))
     return {name: tensor for name, tensor in tensors.items() if name not in gone}
 
 
 def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-    """Product over the producers' weight tensors of each unit's L2 norm, shape (units,), float32."""
+    """Compute the product over the producers' weights of each unit's L2 norm, shape (units,), float32."""
     norms = torch.ones(group.num_units)
     for part in group.producers:
         weight = tensors[part.tensor]

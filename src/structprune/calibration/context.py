@@ -54,7 +54,7 @@ class Source:
 
 
 def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Tensor:
-    """Token ids (tokens,) cut into windows (N, S), the tail dropped. Raises InputError when there is not one."""
+    """Cut token ids (tokens,) into windows (N, S), the tail dropped. Raises InputError when there is not one."""
     num_windows = len(ids) // seq_len
     if num_windows == 0:
         raise InputError(

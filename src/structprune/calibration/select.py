@@ -59,5 +59,5 @@ def held_out_text(name: str | Path, render: Render | None = None) -> str:
 
 
 def fingerprint(windows: CalibrationWindows) -> str:
-    """SHA-256 of the token windows."""
+    """Return the SHA-256 of the token windows."""
     return hashlib.sha256(windows.ids_NS.contiguous().numpy().tobytes()).hexdigest()

@@ -111,7 +111,7 @@ class Snapshots:
         self._took_s = self._last - started
 
     def load(self) -> Snapshot | None:
-        """The newest one, if there is one and all of it is as it was written."""
+        """Load the newest snapshot, if there is one and all of it is as it was written."""
         found = self._ranks.broadcast(self._load)
         return None if found is None else replace(found, ranks=self._ranks)
 
@@ -137,7 +137,7 @@ class Snapshots:
         )
 
     def behind(self, done: Sequence[bool]) -> Snapshot | None:
-        """The newest one, if all positions in front of it are done; one that is of no use is removed."""
+        """Load the newest snapshot, if all positions in front of it are done; one that is of no use is removed."""
         found = self.load()
         if found is None or not all(done[: found.position]):
             self.discard()
@@ -155,7 +155,7 @@ class Snapshots:
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:
-    """What `keep` wrote, or None if it is not that any more."""
+    """Read what `keep` wrote, or None if it is not that any more."""
     try:
         state: Any = json.loads(path.read_text(encoding="utf-8"))
         return state if state.pop("check") == _check(state) else None

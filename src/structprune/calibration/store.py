@@ -97,7 +97,7 @@ class FileStore:
             os.fsync(self._file.fileno())
 
     def _places(self, start: int, hidden_BSD: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """(place in the file, memory) of each stretch of `hidden_BSD` that lies in one piece there."""
+        """Yield (place in the file, memory) of each stretch of `hidden_BSD` that lies in one piece there."""
         if self._ranks.size == 1:
             yield start * self._window_bytes, _bytes_of(hidden_BSD)
             return
@@ -141,12 +141,12 @@ def fill(store: HiddenStore, path: Path, ranks: Ranks = ALONE) -> None:
 
 
 def _number(ranks: Ranks, window: int) -> int:
-    """The run's number of a rank's own window."""
+    """Return the run's number of a rank's own window."""
     return ranks.rank + window * ranks.size
 
 
 def num_bytes(store: HiddenStore) -> int:
-    """Of all its windows."""
+    """Return the bytes of all windows of a store."""
     return torch.Size(store.shape).numel() * store.dtype.itemsize
 
 
@@ -166,6 +166,6 @@ def _write_all(file: FileIO, view: memoryview) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory, without a copy. NumPy has no bfloat16, so the view is of bytes."""
+    """Return the tensor's memory, without a copy. NumPy has no bfloat16, so the view is of bytes."""
     array: Any = tensor.view(torch.uint8).numpy()
     return memoryview(array).cast("B")

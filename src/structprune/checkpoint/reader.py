@@ -52,7 +52,7 @@ class _Piece:
     """Stored name of the tensor (experts, rows, columns)."""
     expert: int
     first: int
-    """Its first row."""
+    """First row of the piece."""
 
 
 class CheckpointReader:
@@ -78,7 +78,7 @@ class CheckpointReader:
         self._read_headers()
 
     def renamed(self, prefixes: Mapping[str, str]) -> CheckpointReader:
-        """The same checkpoint under other names: of `prefixes`, stored -> wanted, the first that fits is exchanged."""
+        """Return a view with other names: the first of `prefixes`, stored -> wanted, that fits is exchanged."""
         view = copy.copy(self)
         pairs = list(prefixes.items())
         view._renamings = [*self._renamings, pairs]
@@ -88,13 +88,13 @@ class CheckpointReader:
         return view
 
     def with_config(self, config: dict[str, Any]) -> CheckpointReader:
-        """The same checkpoint with another config."""
+        """Return the same checkpoint with another config."""
         view = copy.copy(self)
         view.config = config
         return view
 
     def without(self, names: Iterable[str]) -> CheckpointReader:
-        """The same checkpoint without these tensors."""
+        """Return the same checkpoint without these tensors."""
         view, left_out = copy.copy(self), set(names)
         view._shard_of = {name: path for name, path in self._shard_of.items() if name not in left_out}
         view.shapes = {name: shape for name, shape in self.shapes.items() if name not in left_out}
@@ -102,7 +102,7 @@ class CheckpointReader:
         return view
 
     def unstacked(self, module: str, stacked: Mapping[str, Sequence[str]]) -> CheckpointReader:
-        """The same checkpoint with a tensor for each map of each expert where files hold those of all experts in one.
+        """Return the same checkpoint with a tensor for each expert's map where files hold those of all experts in one.
 
         `stacked`: name of a tensor (experts, rows, columns) in `module` -> the maps whose rows lie there one after the
         other, as many of each.
@@ -125,7 +125,7 @@ class CheckpointReader:
         return view
 
     def stored_name(self, name: str) -> str:
-        """What the tensor is called in the files, whether it is there or not."""
+        """Return the tensor's name in the files, whether it is there or not."""
         for pairs in reversed(self._renamings):
             name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
         return name
@@ -176,7 +176,7 @@ class CheckpointReader:
         )
 
     def _present(self, placed: Mapping[str, Path]) -> dict[str, Path]:
-        """Tensor -> shard as the shards themselves have it; of the index, stock code takes only which files there are.
+        """Map each tensor to its shard as the shards have it: of the index, stock code uses only the list of files.
 
         Raises CheckpointError for a tensor that is in two shards without the index saying which one counts.
         """
@@ -199,7 +199,10 @@ class CheckpointReader:
         return found
 
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
-        """Headers as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs."""
+        """Open a shard.
+
+        Headers are read as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs.
+        """
         if self.weights is not None:
             return self.weights
         try:
@@ -253,7 +256,7 @@ class CheckpointReader:
                     self.dtypes[name] = _DTYPES[dtype]
 
     def num_bytes(self, names: Iterable[str]) -> int:
-        """Bytes that the named tensors take in the checkpoint."""
+        """Return the bytes that the named tensors take in the checkpoint."""
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
 
     @property
@@ -316,7 +319,7 @@ class CheckpointReader:
         return tensors
 
     def _rows(self, handle: Any, name: str, start: int, stop: int | None) -> Tensor:
-        """Rows start..stop of a tensor, all of it without a stop, as the file's mapping has them."""
+        """Read rows start..stop of a tensor, all of it without a stop, as the file's mapping has them."""
         piece = self._pieces.get(name)
         if piece is None:
             part = handle.get_slice(self.stored_name(name))
@@ -326,7 +329,7 @@ class CheckpointReader:
         return handle.get_slice(piece.stacked)[piece.expert, first:last]
 
     def read_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, private copy of the rows from there), at most `num_rows` at a time, in order.
+        """Yield (first row, private copy of the rows from there), at most `num_rows` at a time, in order.
 
         Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
         """
@@ -351,7 +354,7 @@ class CheckpointReader:
         return True
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config, the tensor names and shapes, and each shard's size (not its content)."""
+        """Return the SHA-256 of the config, the tensor names and shapes, and each shard's size (not its content)."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
             digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self.dtypes[name]}".encode())
@@ -373,7 +376,7 @@ def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
 
 
 def _row_chunks(shape: torch.Size, item_bytes: int) -> list[tuple[int, int | None]]:
-    """Row ranges of about 16 MiB; one range without an end for a tensor that is smaller than two of them."""
+    """Split a tensor into row ranges of about 16 MiB; one without an end if it is smaller than two of them."""
     num_bytes = shape.numel() * item_bytes
     if num_bytes <= 2 * _CHUNK_BYTES or not shape:
         return [(0, None)]

@@ -18,9 +18,9 @@ _ENTRIES = ("license", "license_name", "license_link", "language", "datasets", "
 
 
 def source_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Licence, languages and origin of the model in `directory`, from its README's front matter or its config.
+    """Read licence, languages and origin of the model in `directory` from its README's front matter or its config.
 
-    With `unreadable` where there is a front matter that is no YAML mapping, or has entries that are no texts.
+    The entry `unreadable` is set for a front matter that is no YAML mapping, or has entries that are no texts.
     """
     path = directory / README_NAME
     found: dict[str, Any] = {}

@@ -46,7 +46,7 @@ class CheckpointWriter:
         self._tensors[number] = stored_tensors(self.path(number))
 
     def read(self, number: int, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors `names` of a shard that was written."""
+        """Read the tensors `names` of a shard that was written."""
         stored = load_file(self.path(number))
         return {name: stored[self._stored_name(name)] for name in names}
 

@@ -59,13 +59,13 @@ app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
 
 @app.callback()
 def _root(context: typer.Context) -> None:
-    """Structured pruning of large language models in bounded memory."""
+    """Refuse several ranks for the commands that cannot share their work."""
     if context.invoked_subcommand not in ("prune", "resume"):
         refuse_ranks(f"`structprune {context.invoked_subcommand}`")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `structprune` command."""
+    """Run the `structprune` command with `arguments`, by default those of the process, and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code: str | int | None = None
     with forgiving_streams():

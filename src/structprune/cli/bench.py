@@ -29,7 +29,7 @@ def bench(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Prefill and decode tokens per second (median, quartiles), peak memory and size of MODEL."""
+    """Measure prefill and decode tokens per second (median, quartiles), peak memory and size of MODEL."""
     from structprune.assess import bench as run_bench
     from structprune.cli.progress import progress_observer
     from structprune.cli.render import bench_tables

@@ -16,7 +16,7 @@ from structprune.files import write_text
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Run the cell that the first argument specifies, and write its result: the entry point of the process."""
     spec = CellSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with progress_observer(quiet=spec.quiet) as observer:
         result = run_cell(spec, observer)

@@ -45,7 +45,7 @@ def evaluate(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Perplexity of MODEL on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
+    """Measure MODEL's perplexity on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
     from structprune.assess import EvaluationRequest, evaluate_all
     from structprune.cli.progress import progress_observer
     from structprune.cli.tables import print_pairs

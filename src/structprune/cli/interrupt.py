@@ -21,7 +21,7 @@ Report = TypeVar("Report")
 
 
 class Interrupted(KeyboardInterrupt):
-    """By a signal, whose number is kept."""
+    """Interruption by a signal, whose number is an attribute."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """As a shell reports the death by that signal."""
+    """Return the exit code with which a shell reports the death by that signal."""
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
@@ -65,9 +65,9 @@ def interruptible() -> Generator[None]:
 
 
 def run_or_say_how_to_resume(work: Callable[[Observer], Report], run: Path, *, quiet: bool) -> Report:
-    """The report of `work`, with progress. An interrupt ends the program, and says how the run can go on.
+    """Run `work` with progress and return its report; an interrupt ends the program and says how to resume the run.
 
-    Of several ranks the first one tells it.
+    With several ranks only the first one prints.
     """
     first = launched()[0] == 0
     try:

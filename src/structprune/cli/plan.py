@@ -74,7 +74,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
 
 
 def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
-    """The peak of host or device, and the phases below it."""
+    """Format the planned peak of the host or the device, and the peaks of its phases."""
     from structprune.memory import format_bytes
 
     peak = f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)} that the run may add"

@@ -45,13 +45,13 @@ class _BarObserver:
 
 
 def plain_observer(*, quiet: bool) -> Observer:
-    """Lines only, also on a terminal: for a process whose children draw the bars."""
+    """Return an observer that prints plain lines, also on a terminal: for a process whose children draw the bars."""
     return SilentObserver() if quiet else _PlainObserver()
 
 
 @contextmanager
 def progress_observer(*, quiet: bool) -> Generator[Observer]:
-    """The observer that fits the terminal."""
+    """Yield the observer that fits the terminal."""
     if quiet:
         yield SilentObserver()
         return

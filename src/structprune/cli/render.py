@@ -26,7 +26,7 @@ def report_table(report: PruneReport) -> None:
 
 
 def runtime_rows(supports: Iterable[RuntimeSupport | RuntimeReport]) -> list[tuple[str, str]]:
-    """Who loads a checkpoint, how that is known, and how or why not."""
+    """Format which runtimes load a checkpoint, how that is known, and how they load it or why they do not."""
     return [(s.runtime, f"{s.loads}{f' ({s.basis})' if s.basis else ''}: {s.reason}") for s in supports]
 
 

@@ -26,13 +26,13 @@ class Variant:
     """A method, perhaps with some of its settings changed."""
 
     label: str
-    """As it was written: `fasp`, or `fasp:target=dense-path,damping=0.01`."""
+    """Text of the variant as it was written: `fasp`, or `fasp:target=dense-path,damping=0.01`."""
     method: str
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def parse_variant(text: str) -> Variant:
-    """`METHOD` or `METHOD:FIELD=VALUE,FIELD=VALUE`. Raises InputError."""
+    """Parse `METHOD` or `METHOD:FIELD=VALUE,FIELD=VALUE`. Raises InputError."""
     method, _, settings = text.partition(":")
     return Variant(label=text, method=method, changes=parse_settings(settings.split(",") if settings else [], text))
 
@@ -89,7 +89,7 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) ->
 
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
-    """The recipe for a method that knows no sublayers: as many parameters as asked, taken from all of the blocks."""
+    """Convert the recipe for a method that knows no sublayers: as many parameters are taken from all of the blocks."""
     if PIPELINES.get(method.pipeline).scoped:
         return recipe
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
@@ -120,7 +120,7 @@ def calibration_identity(calibration: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises InputError if it cannot be read."""
+    """Return the SHA-256 of a file. Raises InputError if it cannot be read."""
     try:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
@@ -129,7 +129,7 @@ def file_sha256(path: Path) -> str:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Fields that differ from the defaults, without those that every row has a column for, and without paths."""
+    """Return the fields that differ from the defaults, without paths and those that have a column of their own."""
     changed = recipe.model_dump(mode="json", exclude_defaults=True)
     for name in ("method", "sparsity", "scope", "memory", "device_memory"):
         changed.pop(name, None)

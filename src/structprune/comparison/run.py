@@ -107,7 +107,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
 
 
 def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
-    """The empty table and its cells, all of them resolved. Raises StructPruneError."""
+    """Build the empty table and its cells, all of them resolved. Raises StructPruneError."""
     asked_of_all = common_recipe(request.shared)
     device = resolve_device(asked_of_all.device)
     dtype = str(resolve_dtype(asked_of_all, device)).removeprefix("torch.")
@@ -201,7 +201,7 @@ def _locked(output: Path) -> Generator[None]:
 
 
 def _resumed(fresh: Comparison, cells: Sequence[CellSpec], output: Path) -> Comparison:
-    """The table with what an earlier run left. Raises InputError if that was another comparison."""
+    """Complete the table with what an earlier run left. Raises InputError if that was another comparison."""
     path = output / RESULT_NAME
     if not path.exists():
         return fresh

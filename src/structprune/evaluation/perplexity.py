@@ -41,7 +41,7 @@ class PerplexityResult:
     """The reference's own, over the same tokens."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -65,7 +65,7 @@ class PredictionSums:
         )
 
     def result(self, text_name: str, seq_len: int, num_windows: int, *, compared: bool) -> PerplexityResult:
-        """The means. Raises NumericalError if the logits were not finite."""
+        """Compute the means. Raises NumericalError if the logits were not finite."""
         # Past 700 nats per token the exponential overflows: no model, however bad, is there by pruning.
         if not (self.nll / self.num_tokens < 700 and self.reference_nll / self.num_tokens < 700):
             raise NumericalError(
@@ -101,7 +101,7 @@ class Reference:
 def text_windows(
     max_positions: int, encoder: TextEncoder, text: str, name: str, seq_len: int, num: int | None
 ) -> Tensor:
-    """The text's first `num` windows (N, S). Raises InputError if it is too short, or the windows too long."""
+    """Cut the text into its first `num` windows (N, S). Raises InputError if it is too short or they are too long."""
     if seq_len > max_positions:
         raise InputError(
             "--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {max_positions}"
@@ -111,7 +111,7 @@ def text_windows(
 
 @torch.no_grad()
 def make_reference(model: Any, windows_NS: Tensor) -> Reference:
-    """What `model` predicts on these windows."""
+    """Record what `model` predicts on these windows."""
     hidden = [_hidden_SD(model, windows_NS[index : index + 1]).cpu() for index in range(len(windows_NS))]
     return Reference(hidden_NSD=torch.stack(hidden), head=output_head(model))
 
@@ -120,9 +120,9 @@ def make_reference(model: Any, windows_NS: Tensor) -> Reference:
 def perplexity(
     model: Any, windows_NS: Tensor, text_name: str, *, reference: Reference | None = None
 ) -> PerplexityResult:
-    """Non-overlapping windows, no special tokens; seq_len - 1 predictions each. Measured against `reference` too.
+    """Measure the perplexity over non-overlapping windows, and the distance to `reference` if there is one.
 
-    Raises NumericalError if the logits are not finite.
+    No special tokens; seq_len - 1 predictions in each window. Raises NumericalError if the logits are not finite.
     """
     num_windows, seq_len = windows_NS.shape
     head = output_head(model)
@@ -140,7 +140,7 @@ def perplexity(
 
 
 def score_predictions(logits_TV: Tensor, labels_T: Tensor, wanted_TV: Tensor | None) -> PredictionSums:
-    """Sums of some positions' float32 logits, and against those of a reference; both are overwritten."""
+    """Sum the losses of some positions' float32 logits, and compare with a reference's; both are overwritten."""
     nll = float(nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum"))
     if wanted_TV is None:
         return PredictionSums(num_tokens=len(labels_T), nll=nll)
@@ -159,5 +159,5 @@ def score_predictions(logits_TV: Tensor, labels_T: Tensor, wanted_TV: Tensor | N
 
 
 def _hidden_SD(model: Any, ids_1S: Tensor) -> Tensor:
-    """Last hidden states of one window, without the last position, whose prediction lies outside."""
+    """Compute the last hidden states of one window, without the last position, whose prediction lies outside."""
     return model.base_model(input_ids=ids_1S.to(model.device), use_cache=False).last_hidden_state[0, :-1]

@@ -64,7 +64,7 @@ class ReloadResult(BaseModel):
     same_top1: float = 0.0
     """Share of the positions with the same likeliest token."""
     peak_bytes: int = 0
-    """Of that process, above its size with the libraries imported."""
+    """Peak memory of the process that loads the checkpoint, above its size with the libraries imported."""
 
 
 class ProcessEndedError(Exception):
@@ -96,7 +96,7 @@ def reload_in_a_process(spec: ReloadSpec, work: Path) -> ReloadResult:
 
 
 def reload_here(spec: ReloadSpec) -> ReloadResult:
-    """What the process does. Errors of the loader are part of the result."""
+    """Load the checkpoint and compute its logits in this process. Errors of the loader are part of the result."""
     transformers_logging.disable_progress_bar()
     dtype = getattr(torch, spec.dtype)
     try:
@@ -135,7 +135,7 @@ def _compared(found_SV: Tensor, wanted_SV: Tensor) -> ReloadResult:
 
 
 def _whole(directory: Path, dtype: torch.dtype, own: bool) -> Any:
-    """As a user loads it; our own modelling file, and no other, may run."""
+    """Load the model as a user does; our own modelling file, and no other, may run."""
     with without_global_width_warnings():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, trust_remote_code=own, output_loading_info=True
@@ -152,14 +152,14 @@ class _NotStreamableError(Exception):
 
 
 def _empty_model(directory: Path, dtype: torch.dtype, own: bool) -> Any:
-    """The model as stock code builds it, without storage for its parameters."""
+    """Build the model as stock code does, without storage for its parameters."""
     with without_global_width_warnings(), _parameters_on_meta():
         config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own).eval()
 
 
 def _streamed(directory: Path, dtype: torch.dtype, model: Any) -> Any:
-    """The empty model, of which each module reads its weights when it runs, and drops them."""
+    """Attach hooks to the empty model, so that each module reads its weights when it runs, and drops them."""
     reader = CheckpointReader(directory)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -196,7 +196,7 @@ def _drops(empty: Mapping[str, nn.Parameter]) -> Any:
 
 @contextmanager
 def _parameters_on_meta() -> Generator[None]:
-    """Parameters have no storage; buffers do, because they are computed and not read."""
+    """Create parameters without storage, inside the context; buffers have it: they are computed and not read."""
     original: Any = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -213,7 +213,7 @@ def _parameters_on_meta() -> Generator[None]:
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Run the reload check that the first argument specifies, and write its result: the entry point of the process."""
     spec = ReloadSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     write_text(Path(sys.argv[2]), reload_here(spec).model_dump_json())
 

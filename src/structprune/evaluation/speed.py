@@ -22,17 +22,17 @@ class SpeedResult:
     """Median over the repeats."""
     decode_tokens_per_s: float
     prompt_tokens: int
-    """Of each sequence."""
+    """Tokens in the prompt of each sequence."""
     decoded_tokens: int
     batch: int
     prefill_rates: tuple[float, ...]
-    """Of each repeat; models that were timed together took theirs in turn."""
+    """Prefill tokens per second of each repeat; models that were timed together ran their repeats in turn."""
     decode_rates: tuple[float, ...]
     peak_bytes: int
     """What a run added to this process, or on CUDA to the device: activations, logits and cache."""
 
     def ratios(self, other: SpeedResult) -> tuple[float, float]:
-        """Prefill and decode: the median of this model's speed over the other's in the same repeat."""
+        """Return the median ratios of prefill and of decode speed to the other model's in the same repeat."""
         pairs = ((self.prefill_rates, other.prefill_rates), (self.decode_rates, other.decode_rates))
         prefill, decode = (statistics.median(a / b for a, b in zip(mine, its, strict=True)) for mine, its in pairs)
         return prefill, decode
@@ -83,7 +83,7 @@ def speed_pair(
 
 
 def _peak_of_one_run(model: Any, batch: int, prompt_tokens: int, decode_tokens: int) -> int:
-    """Bytes above what was there before; the run is the warm-up too."""
+    """Measure the peak memory of one run, in bytes above what was there before; the run is the warm-up too."""
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -95,7 +95,7 @@ def _peak_of_one_run(model: Any, batch: int, prompt_tokens: int, decode_tokens: 
 
 
 def _once(model: Any, batch: int, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of the decoding behind it."""
+    """Time one prefill and the decoding behind it, in seconds."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, prompt_tokens)
     ids_BS = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)

@@ -85,7 +85,7 @@ class TaskRunner:
 
 
 def _score(found: Any, task: str) -> TaskScore:
-    """lm-eval names values `acc,none` and `acc_stderr,none`: metric and filter."""
+    """Convert lm-eval's results, whose values are named `acc,none` and `acc_stderr,none` (metric and filter)."""
     numbers = {
         name.partition(",")[0]: float(value)
         for name, value in found["results"][task].items()

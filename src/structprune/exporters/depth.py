@@ -16,7 +16,7 @@ _LEADING_BLOCKS = ("max_window_layers",)
 
 
 def shallower_config(config: Mapping[str, Any], parsed: Any, kept: Sequence[int]) -> dict[str, Any]:
-    """config.json of the blocks `kept` (ascending) alone; `parsed` is the stock config object made of `config`.
+    """Build config.json of the blocks `kept` (ascending) alone; `parsed` is the stock config object made of `config`.
 
     Raises UnsupportedError for a per-layer config and for an entry that lists blocks in a way not known here.
     """

@@ -57,7 +57,7 @@ class ExportResult:
     """The file or directory that the tokenizer comes from."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 

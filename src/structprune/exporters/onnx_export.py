@@ -102,7 +102,7 @@ def _check(request: ExportRequest) -> None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Of all layers; families with several kinds of attention have parameters for each."""
+    """Collect the rotary types of all layers; families with several kinds of attention have parameters for each."""
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else [part for part in parameters.values() if part]
     return {kind["rope_type"] for kind in kinds}
@@ -150,7 +150,7 @@ def _check_logits(model: Any, directory: Path) -> None:
 
 
 def _inputs(model: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Random tokens, (B, S), and a mask that lets all of them be seen."""
+    """Draw random tokens, (B, S), with a mask that lets all of them be seen."""
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(0, model.config.vocab_size, shape, generator=generator)
     return {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
@@ -158,7 +158,7 @@ def _inputs(model: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Without the notes that torch and transformers print and log while they trace."""
+    """Suppress the notes that torch and transformers print and log while they trace."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ from structprune.types import UNIT_KINDS
 
 
 def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """`config`, as JSON that of `stock`, with the widths of every block; `kept` is kind -> kept units of each block.
+    """Add the widths of every block to `config`, the JSON of `stock`; `kept` is kind -> kept units of each block.
 
     The global numbers stay those of the source: an upper bound for readers that know only one width. Widths of
     kinds that are not in `kept` stay as they are, also where the source is per-layer itself. Where nothing of a kind is

@@ -66,7 +66,7 @@ class RuntimeSupport:
 def result_shape(
     config: Mapping[str, Any], *, tied: bool, tensor_parallel: int = 1, indivisible: str | None = None
 ) -> ResultShape:
-    """The shape of the checkpoint with this config.json."""
+    """Return the shape of the checkpoint with this config.json."""
     uneven = config.get("per_layer_config") or config.get(REMOVED_ENTRY)
     heads, hidden, head_dim = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
     model_type = str(config.get("model_type"))
@@ -84,7 +84,7 @@ def result_shape(
 
 
 def runtimes(shape: ResultShape) -> list[RuntimeSupport]:
-    """Who loads a checkpoint of this shape, and why not."""
+    """List which runtimes load a checkpoint of this shape, and why the others do not."""
     return [
         _transformers(shape),
         _shared_out(_vllm_native(shape), shape),
@@ -174,7 +174,7 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
 
 
 def _shared_out(support: RuntimeSupport, shape: ResultShape) -> RuntimeSupport:
-    """The same with `tensor_parallel` processes."""
+    """Restrict the support to models that `tensor_parallel` processes can share."""
     if support.loads == "no" or shape.tensor_parallel == 1:
         return support
     if shape.indivisible is not None:

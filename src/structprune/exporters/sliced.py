@@ -17,7 +17,7 @@ from structprune.files import write_text
 def sliced_config(
     config: Mapping[str, Any], resolved: Any, family: Family, width: int, *, shortcuts: bool
 ) -> dict[str, Any]:
-    """The source's config.json with a stream of `width`; `resolved` is the stock config class made of it.
+    """Return the source's config.json with a stream of `width`; `resolved` is the stock config class made of it.
 
     The norms' epsilon grows as the stream shrinks: the mean over K of x^2 plus eps D/K is D/K times the mean over D
     plus eps. The head has a basis and a scale of its own, so it is no longer tied to the embedding.

@@ -14,7 +14,7 @@ from structprune.types import UnitGroup
 def uniform_config(
     config: Mapping[str, Any], groups: tuple[UnitGroup, ...], kept: Mapping[str, int], family: Family
 ) -> dict[str, Any]:
-    """The source config with the entries that `kept` units per kind change; every other entry stays.
+    """Return the source config with the entries that `kept` units per kind change; every other entry stays.
 
     Raises UnsupportedError if no stock class takes the result, as where a block lacks its attention or its MLP.
     """

@@ -54,7 +54,7 @@ def damped_cholesky(gram_NN: Tensor | Callable[[], Tensor], damping: float, wher
 
 
 def factored(matrix_NN: Tensor) -> tuple[Tensor, bool]:
-    """(lower Cholesky factor, whether there is one) of a symmetric float64 matrix, which is overwritten."""
+    """Factor a symmetric float64 matrix, which is overwritten: (lower Cholesky factor, whether there is one)."""
     # Symmetric, so its transpose is itself, in the layout that LAPACK factors in place.
     factor_NN = matrix_NN.T
     info = torch.empty((), dtype=torch.int32, device=matrix_NN.device)
@@ -63,7 +63,7 @@ def factored(matrix_NN: Tensor) -> tuple[Tensor, bool]:
 
 
 def solved(factor_NN: Tensor, right_MN: Tensor) -> Tensor:
-    """X with X L L^T = B, (M, N); the rows of the float64 right side B are overwritten."""
+    """Solve X L L^T = B for X, (M, N); the rows of the float64 right side B are overwritten."""
     right_NM = right_MN.T
     torch.linalg.solve_triangular(factor_NN, right_NM, upper=False, out=right_NM)
     torch.linalg.solve_triangular(factor_NN.T, right_NM, upper=True, out=right_NM)
@@ -71,6 +71,6 @@ def solved(factor_NN: Tensor, right_MN: Tensor) -> Tensor:
 
 
 def inverted(factor_NN: Tensor) -> Tensor:
-    """(L L^T)^-1, symmetric; the factor is overwritten."""
+    """Compute (L L^T)^-1, symmetric; the factor is overwritten."""
     torch.cholesky_inverse(factor_NN, out=factor_NN)
     return factor_NN.T

@@ -18,19 +18,19 @@ _STRIP_ROWS = 64
 
 
 def strip_rows(count: int, row_numbers: int) -> int:
-    """How many of `count` rows of `row_numbers` float64 numbers make a strip."""
+    """Return how many of `count` rows of `row_numbers` float64 numbers make a strip."""
     return min(max(_STRIP_ROWS, count // 16), max(1, _STRIP_BYTES // (8 * max(1, row_numbers))))
 
 
 def strips(count: int, row_numbers: int) -> Iterator[slice]:
-    """Slices of 0..count, each a strip of rows of `row_numbers` float64 numbers, the last perhaps a smaller one."""
+    """Yield slices of 0..count, each a strip of rows of `row_numbers` float64 numbers, the last perhaps smaller."""
     step = strip_rows(count, row_numbers)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 def block_of(gram_II: Rows, rows_A: Tensor, columns_B: Tensor) -> Tensor:
-    """G[A, B], a new float64 matrix."""
+    """Copy G[A, B] to a new float64 matrix."""
     block_AB = torch.empty(len(rows_A), len(columns_B), dtype=torch.float64, device=gram_II.device)
     for part in strips(len(rows_A), gram_II.shape[1]):
         block_AB[part] = gram_II[rows_A[part]][:, columns_B].to(torch.float64)
@@ -38,7 +38,7 @@ def block_of(gram_II: Rows, rows_A: Tensor, columns_B: Tensor) -> Tensor:
 
 
 def in_float64(values_OI: Rows) -> Tensor:
-    """The whole of a matrix, new and in float64."""
+    """Copy the whole of a matrix to a new one in float64."""
     wide_OI = torch.empty(values_OI.shape, dtype=torch.float64, device=values_OI.device)
     for part in strips(*values_OI.shape):
         wide_OI[part] = values_OI[part]
@@ -46,7 +46,7 @@ def in_float64(values_OI: Rows) -> Tensor:
 
 
 def times_gram(left_OA: Tensor, gram_II: Rows, rows_A: Tensor | None, columns_B: Tensor | None) -> Tensor:
-    """L G[A, B] in float64, (O, B); without a set, all inputs. G is symmetric: its rows are read for its columns."""
+    """Compute L G[A, B] in float64, (O, B); without a set, all inputs. G is symmetric: its rows are read as columns."""
     num_inputs = gram_II.shape[0]
     count = num_inputs if columns_B is None else len(columns_B)
     left_OA = left_OA.to(torch.float64)
@@ -59,9 +59,9 @@ def times_gram(left_OA: Tensor, gram_II: Rows, rows_A: Tensor | None, columns_B:
 
 
 def output_energy(weight_OA: Tensor, gram_II: Rows, inputs_A: Tensor | None = None) -> float:
-    """tr(W G[A, A] W^T) in float64, without a set of all inputs: sum over the tokens of |W x_A|^2.
+    """Compute tr(W G[A, A] W^T) in float64: the sum over the tokens of |W x_A|^2.
 
-    Each pair of inputs is read once: half the product.
+    Without a set, A is all inputs. Each pair of inputs is read once: half the product.
     """
     weight_OA = weight_OA.to(torch.float64)
     total = 0.0
@@ -98,7 +98,7 @@ def add_columns(sum_OK: Tensor, values_OI: Rows, columns_K: Tensor | None) -> Te
 
 
 def column_energies(values_OI: Tensor) -> Tensor:
-    """sum_o v_oi^2 of every column in float64, (I,), without a square of the whole."""
+    """Compute sum_o v_oi^2 of every column in float64, (I,), without a square of the whole."""
     energy_I = values_OI.new_empty(values_OI.shape[1], dtype=torch.float64)
     for part in strips(values_OI.shape[1], values_OI.shape[0]):
         energy_I[part] = values_OI[:, part].to(torch.float64).square().sum(dim=0)
@@ -108,7 +108,7 @@ def column_energies(values_OI: Tensor) -> Tensor:
 def fitting_error(
     weight_OK: Tensor, kept_K: Tensor, original_OI: Tensor, gram_II: Rows, target_OI: Rows | None, energy: float
 ) -> float:
-    """sum over tokens of |V x_K - y|^2 in float64, never below zero.
+    """Compute the sum over tokens of |V x_K - y|^2 in float64, never below zero.
 
     With a target C = sum y x^T and `energy` sum |y|^2; without one y is W x, W the original weight on all inputs.
     """

@@ -100,7 +100,7 @@ def greedy_removal(
 
 
 def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
-    """1/2 tr(V_g ([H^-1]_gg)^-1 V_g^T) for every group, shape (units,)."""
+    """Compute 1/2 tr(V_g ([H^-1]_gg)^-1 V_g^T) for every group, shape (units,)."""
     if width == 1:
         # A dead column has a zero diagonal; its infinite or undefined cost is masked by the caller.
         return 0.5 * column_energies(weight_MA) / inverse_AA.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
@@ -111,9 +111,10 @@ def group_costs(weight_MA: Tensor, inverse_AA: Tensor, width: int) -> Tensor:
 
 
 def set_objective(weight_MI: Tensor, gram_II: Rows, delta: float, keep_U: Tensor, width: int) -> float:
-    """min over V, columns of removed units zero, of 1/2 tr((V - W) H (V - W)^T): what a decision costs, solved anew.
+    """Compute what a decision costs, solved anew: min over V of 1/2 tr((V - W) H (V - W)^T).
 
-    H = G + delta I, `gram_II` G. Raises NumericalError if it is not positive definite on the kept units.
+    V's columns of removed units are zero; H = G + delta I, `gram_II` G. Raises NumericalError if it is not positive
+    definite on the kept units.
     """
     kept, removed = (torch.nonzero(mask.repeat_interleave(width)).flatten() for mask in (keep_U, ~keep_U))
     weight_MR = weight_MI[:, removed].to(torch.float64)
@@ -127,7 +128,7 @@ def set_objective(weight_MI: Tensor, gram_II: Rows, delta: float, keep_U: Tensor
 
 
 def _factor(gram_KK: Tensor) -> Tensor:
-    """The lower factor, in the matrix's place."""
+    """Compute the lower factor in the matrix's place. Raises NumericalError if there is none."""
     factor, definite = factored(gram_KK)
     if not definite:
         raise NumericalError("the Gram matrix of the kept units is not positive definite", do="raise damping")
@@ -135,7 +136,7 @@ def _factor(gram_KK: Tensor) -> Tensor:
 
 
 def compacted(matrix_BA: Tensor, rows_C: Tensor | None, columns_C: Tensor) -> Tensor:
-    """M[rows, columns] of ascending sets, all rows without one, in the front of M's own memory, which is used up."""
+    """Move M[rows, columns] of ascending sets, all rows without one, to the front of M's memory, which is used up."""
     num_rows, num_columns = len(matrix_BA) if rows_C is None else len(rows_C), len(columns_C)
     if not matrix_BA.is_contiguous():
         return matrix_BA[:, columns_C] if rows_C is None else matrix_BA[rows_C][:, columns_C]
@@ -147,7 +148,7 @@ def compacted(matrix_BA: Tensor, rows_C: Tensor | None, columns_C: Tensor) -> Te
 
 
 def metric_root(sensitivity_OO: Tensor, damping: float = 1e-3) -> Tensor:
-    """L with F + damping * mean(diag F) I = L L^T, lower triangular, float64: the map into units of the loss."""
+    """Compute L of F + damping * mean(diag F) I = L L^T, lower triangular, float64: the map into units of the loss."""
     return damped_cholesky(sensitivity_OO, damping, "output sensitivity").factor_NN
 
 
@@ -217,7 +218,7 @@ def swap_units(
 
 
 def _swept(weight_MI: Tensor, gram_II: Tensor, keep_U: Tensor, width: int) -> tuple[Tensor, Tensor, float]:
-    """All that the exchanges need to know about a kept set, by one Cholesky factorisation: values, table, objective.
+    """Compute all that the exchanges need to know about a kept set by one Cholesky: values, table, objective.
 
     The symmetric table is H swept on K: -[H_KK]^-1 in KK, [H_KK]^-1 H_KR in KR, the Schur complement
     S = H_RR - H_RK [H_KK]^-1 H_KR in RR. The values are the same sweep of W H: the re-solved V in the columns K, the
@@ -292,7 +293,7 @@ def _exchange_best_pair(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, wid
 
 
 def _pair_costs(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int) -> Tensor:
-    """Change of the objective by every exchange: one row per removed unit r, one column per kept unit k, ascending.
+    """Compute the objective's change by each exchange: rows are removed units r, columns kept units k, ascending.
 
     With r back, V_k becomes V_k - c_r S_r^-1 B_rk and [H^-1]_kk grows by B_kr S_r^-1 B_rk, B = H_RK [H_KK]^-1; the
     pair cost is the cost of k then, less the gain of r.
@@ -323,7 +324,7 @@ def _pair_costs(values_MI: Tensor, table_II: Tensor, keep_U: Tensor, width: int)
 
 
 def _swept_costs(values_MI: Tensor, table_II: Tensor, width: int) -> Tensor:
-    """Gain of every removed and cost of every kept unit, both positive, shape (U,)."""
+    """Compute the gain of every removed unit and the cost of every kept one, both positive, shape (U,)."""
     # A block of the table is S_r or -[H_KK]^-1_kk: definite either way, so the sign can wait until after the solve.
     if width == 1:
         return 0.5 * values_MI.square().sum(dim=0) / table_II.diagonal().abs()
@@ -338,13 +339,13 @@ def _lowest(score_U: Tensor, among_U: Tensor, count: int) -> Tensor:
 
 
 def _diagonal_blocks(matrix_AA: Tensor, width: int) -> Tensor:
-    """The blocks of the units on the diagonal, shape (U, w, w)."""
+    """Stack the units' blocks on the diagonal, shape (U, w, w)."""
     starts = range(0, matrix_AA.shape[0], width)
     return torch.stack([matrix_AA[a : a + width, a : a + width] for a in starts])
 
 
 def _block_costs(weight_MA: Tensor, blocks_Uww: Tensor) -> Tensor:
-    """1/2 tr(V_g B_g^-1 V_g^T) for every group, shape (U,)."""
+    """Compute 1/2 tr(V_g B_g^-1 V_g^T) for every group, shape (U,)."""
     num_units, width, _ = blocks_Uww.shape
     weight_UMw = weight_MA.reshape(len(weight_MA), num_units, width).permute(1, 0, 2)
     solved = torch.linalg.solve(blocks_Uww, weight_UMw.transpose(1, 2))

@@ -11,10 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def exact_bfloat16_products() -> Generator[None]:
-    """Inside the context the CPU multiplies float32 matrices as bfloat16 and adds in float32, where it can.
+    """Let the CPU multiply float32 matrices as bfloat16 inside the context and add in float32, where it can.
 
-    For matrices whose values are bfloat16 numbers, where this is exact but for the order of the sums. Twice as fast on
-    CPUs with matrix units, and no change on others.
+    This is for matrices whose values are bfloat16 numbers, where it is exact but for the order of the sums. Twice as
+    fast on CPUs with matrix units, and no change on others.
     """
     products: Any = getattr(torch.backends.mkldnn, "matmul", None)
     # Older versions of torch have one setting for the whole process instead, which is not ours to change.

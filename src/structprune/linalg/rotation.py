@@ -11,11 +11,11 @@ from torch import Tensor
 from structprune.errors import NumericalError
 
 CHUNK_BYTES = 16 * 2**20
-"""Of float64 at a time while a weight is rotated."""
+"""Bytes of float64 numbers at a time while a weight is rotated."""
 
 
 def principal_basis(gram_DD: Tensor, num_keep: int, damping: float, where: str) -> Tensor:
-    """Orthonormal eigenvectors (D, K) of the `num_keep` largest eigenvalues of a Gram, largest first, in float64.
+    """Compute the orthonormal eigenvectors (D, K) of a Gram's `num_keep` largest eigenvalues, descending, in float64.
 
     `damping` times the mean diagonal is added to the diagonal: it moves every eigenvalue and no eigenvector, so that
     directions without a signal are far from zero for the solver. Each column's entry of largest size is positive, as
@@ -49,7 +49,7 @@ def dropped_share(gram_DD: Tensor, basis_DK: Tensor) -> float:
 
 
 def rotated(weight: Tensor, basis_DK: Tensor, axis: int, scale_D: Tensor | None = None) -> Tensor:
-    """`weight` with its `axis` of D entries expressed in the K columns of `basis_DK`, each entry scaled first.
+    """Express the `axis` of `weight`, of D entries, in the K columns of `basis_DK`, each entry scaled first.
 
     Along axis 1 this is W diag(scale) B, along axis 0 it is B^T diag(scale) W; a vector has axis 0 alone. Computed in
     float64, some rows at a time, and returned in the dtype of `weight` on its device.
@@ -67,5 +67,5 @@ def rotated(weight: Tensor, basis_DK: Tensor, axis: int, scale_D: Tensor | None 
 
 
 def rows_per_chunk(num_columns: int) -> int:
-    """Rows of so many float64 that are rotated at once."""
+    """Return how many rows of so many float64 numbers are rotated at once."""
     return max(1, CHUNK_BYTES // (8 * num_columns))

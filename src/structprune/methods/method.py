@@ -50,7 +50,7 @@ class Method:
     protect: tuple[float, float] = (0.0, 0.0)
     """Shares of the blocks, at the start and at the end, that lose nothing unless the recipe says how many."""
     temperature: float = 0.0
-    """Of the method's own allocator."""
+    """Temperature of the method's own allocator."""
     target: Literal["local", "dense-path"] = "local"
     damping: float | Literal["auto"] = 1e-4
     shrinkage: float = 0.0
@@ -66,6 +66,6 @@ class Method:
         return compared if self.sensitivity is SensitivityKind.NONE else self.sensitivity
 
     def protected_blocks(self, num_blocks: int) -> tuple[int, int]:
-        """Blocks at the start and at the end that lose nothing by default: the shares, rounded down."""
+        """Return how many blocks at the start and at the end lose nothing by default: the shares, rounded down."""
         first, last = self.protect
         return int(first * num_blocks), int(last * num_blocks)

@@ -108,7 +108,7 @@ class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
         return None if self.minutes is None else 60 * self.minutes
 
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of every field."""
+        """Return the SHA-256 of the canonical JSON of every field."""
         return settings_fingerprint(self)
 
 

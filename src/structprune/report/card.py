@@ -23,7 +23,7 @@ _CARRIED = ("license", "license_name", "license_link", "language", "datasets")
 
 
 def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | None) -> str:
-    """The text of README.md.
+    """Render the text of README.md.
 
     `source` is what `source_metadata` found, `hub_id` the source's name on the hub or None.
     """
@@ -90,7 +90,7 @@ _HEAD_UNITS: Mapping[HeadUnits, str] = {
 
 
 def _removed(blocks: Sequence[BlockReport], head_units: HeadUnits | None) -> str:
-    """One line per kind where all blocks are alike, else a table of the blocks."""
+    """Describe what was removed: one line per kind where all blocks are alike, else a table of the blocks."""
     kinds = list(dict.fromkeys(block.kind for block in blocks))
     if kinds == ["block"]:
         gone = [str(block.block) for block in blocks if block.kept_units == 0]

@@ -18,7 +18,7 @@ _NUM_COLOURS = 8
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page of a comparison, also of one that is not finished."""
+    """Render the page of a comparison, also of one that is not finished."""
     windows = "all windows" if comparison.max_windows is None else f"the first {comparison.max_windows} windows"
     return render(
         "comparison.html",
@@ -37,7 +37,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _failures(comparison: Comparison) -> list[str]:
-    """One line per method and reason."""
+    """List the failures, one line per method and reason."""
     shares: dict[tuple[str, str], list[str]] = {}
     for failure in sorted(comparison.failures, key=lambda failure: failure.sparsity):
         shares.setdefault((failure.label, failure.error), []).append(f"{failure.sparsity:.4g}")
@@ -45,7 +45,7 @@ def _failures(comparison: Comparison) -> list[str]:
 
 
 def _asked(comparison: Comparison, cell: Cell) -> str:
-    """The asked share; of what, only where the cells differ in that."""
+    """Format the requested share of parameters, with its scope where the cells differ in that."""
     scopes = {other.scope for other in comparison.cells}
     return f"{100 * cell.sparsity:.4g}%" + (f" {cell.scope}" if len(scopes) > 1 else "")
 

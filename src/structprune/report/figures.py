@@ -28,17 +28,17 @@ class Chart:
 
 
 def percent(value: float) -> str:
-    """A share without decimals."""
+    """Format a share in percent, without decimals."""
     return f"{value:.0%}"
 
 
 def short(value: float) -> str:
-    """Three digits, with a power of ten where it is far from one."""
+    """Format a number with three digits, and with a power of ten where it is far from one."""
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def retention_charts(report: PruneReport) -> list[Chart]:
-    """Per kind of unit, the share of its units that each block keeps."""
+    """Draw the share of its units that each block keeps, a chart per kind of unit."""
     low, high = blocks_at_a_bound(report)
     bounded = {(block.kind, block.block) for block in (*low, *high)}
     charts: list[Chart] = []
@@ -65,7 +65,7 @@ def retention_charts(report: PruneReport) -> list[Chart]:
 
 
 def fit_charts(report: PruneReport) -> list[Chart]:
-    """Per kind of unit what each block lost, and the context that makes it large or small."""
+    """Draw each block's error, per kind of unit, and the statistics that make it large or small."""
     charts: list[Chart] = []
     for kind, blocks in _by_kind(report.blocks).items():
         if any(block.error is not None for block in blocks):
@@ -106,7 +106,7 @@ def _error_chart(kind: str, blocks: Sequence[BlockReport]) -> Chart:
 
 
 def _by_block(title: str, blocks: Sequence[BlockReport], name: str, caption: str) -> Chart:
-    """One of the statistics."""
+    """Draw one of the statistics by block."""
     series = Series(label="block", points=[(float(block.block), block.statistics.get(name)) for block in blocks])
     axis = Axis(label="", format=short, log=True)
     return Chart(
@@ -117,7 +117,7 @@ def _by_block(title: str, blocks: Sequence[BlockReport], name: str, caption: str
 
 
 def objective_charts(report: PruneReport) -> list[Chart]:
-    """Per kind, the objective of an iterative solver, each block relative to where it started."""
+    """Draw the objective of an iterative solver, each block relative to its start, a chart per kind of unit."""
     charts: list[Chart] = []
     solver = report.recipe.solver if isinstance(report.recipe, ResolvedUnits) else "the solver"
     for kind, blocks in _by_kind(report.blocks).items():
@@ -149,7 +149,7 @@ def objective_charts(report: PruneReport) -> list[Chart]:
 
 
 def memory_charts(report: PruneReport) -> list[Chart]:
-    """What was measured over time, beside what was planned; none for a report without the measurements."""
+    """Draw the measured memory over time and the plan; no charts for a report without the measurements."""
     memory = report.memory
     charts: list[Chart] = []
     mib = 2.0**20

@@ -38,7 +38,7 @@ class _Tile:
 
 
 def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ()) -> str:
-    """The page of a report, with what was measured on the result since."""
+    """Render the page of a report, with what was measured on its result since."""
     name, source = Path(report.output).name, Path(report.source).name
     size = report.size
     return render(
@@ -82,7 +82,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def drawable(charts: Sequence[Chart]) -> list[Chart]:
-    """The charts with their drawings marked as such: `svg.py` has escaped what is in them."""
+    """Mark the charts' drawings as safe markup: `svg.py` has escaped what is in them."""
     return [replace(chart, svg=Markup(chart.svg)) for chart in charts]
 
 
@@ -178,7 +178,7 @@ def _compared(name: str, before: float, after: float, form: str) -> tuple[str, s
 
 
 def _notes(measured: Sequence[Evaluation | Bench]) -> list[str]:
-    """How the added rows were measured."""
+    """Describe how the added rows were measured."""
     notes: list[str] = []
     for result in measured:
         if isinstance(result, Bench):
@@ -199,7 +199,7 @@ def _recipe_rows(report: PruneReport) -> list[tuple[str, str]]:
 
 
 def _phase_rows(report: PruneReport) -> list[tuple[str, str, str]]:
-    """(phase, its planned peak, share of the largest in percent), the largest first."""
+    """List (phase, planned peak, share of the largest in percent), the largest first."""
     largest = report.memory.planned_peak_bytes
     phases = sorted(report.memory.phases.items(), key=lambda item: -item[1])
     return [(name, format_bytes(size), f"{100 * size / largest:.1f}") for name, size in phases]

@@ -24,7 +24,7 @@ def check_matplotlib() -> None:
 
 
 def plot_comparison(comparison: Comparison, directory: Path) -> list[Path]:
-    """Perplexity against parameters kept, and against wall time; one panel per text. Returns the files."""
+    """Plot perplexity against parameters kept, and against wall time; one panel per text. Returns the files."""
     return [
         _curves(
             comparison,
@@ -44,7 +44,7 @@ def plot_comparison(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def plot_report(report: PruneReport, directory: Path) -> list[Path]:
-    """Retention and error of each block by kind, and memory over time, side by side in one file. Returns it."""
+    """Plot each block's retention and error by kind, and memory over time, side by side in one file. Returns it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

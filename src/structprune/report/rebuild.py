@@ -61,7 +61,7 @@ def _drawn(page: Callable[[], str], source: Path) -> str:
 
 
 def read_report(directory: Path) -> PruneReport:
-    """The report in the output of a run. Raises InputError."""
+    """Read the report in the output of a run. Raises InputError."""
     return _validated(directory / REPORT_NAME, PruneReport, SCHEMA_VERSION)
 
 

@@ -75,7 +75,7 @@ class _Scale:
 
 
 def line_chart(title: str, series: Sequence[Series], x: Axis, y: Axis, levels: Sequence[Level] = ()) -> str:
-    """Lines with markers; the legend is the page's business. Points that cannot be shown are left out."""
+    """Draw lines with markers, without a legend, which the page has. Points that cannot be shown are left out."""
     drawn = [
         replace(one, points=[p for p in one.points if _can_show(x, p[0]) and _can_show(y, p[1])]) for one in series
     ]
@@ -107,7 +107,7 @@ def column_chart(
     levels: Sequence[Level] = (),
     marked: Sequence[int] = (),
 ) -> str:
-    """One column per (name, value), from zero; None leaves its place empty. `marked` columns stand out."""
+    """Draw one column per (name, value), from zero; None leaves its place empty. `marked` columns stand out."""
     present = [value for _, value in values if value is not None]
     if not present:
         return _frame(title, [_text(WIDTH / 2, HEIGHT / 2, "nothing was measured", "middle")])
@@ -207,7 +207,7 @@ def _can_show(axis: Axis, value: float | None) -> bool:
 
 
 def _runs(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """The stretches without a gap."""
+    """Split the points into stretches without a gap."""
     runs: list[list[tuple[float, float]]] = [[]]
     for px, py in points:
         if py is None:
@@ -233,7 +233,7 @@ def _scale(values: Sequence[float], axis: Axis, start: float, stop: float, *, nu
 
 
 def _log_scale(low: float, high: float, start: float, stop: float) -> _Scale:
-    """With a margin, and ticks at 1, 2, 5 of each decade, or at decades where there are many."""
+    """Build a logarithmic scale with a margin, and ticks at 1, 2, 5 of each decade, or at decades if there are many."""
     # Of values closer than this the logarithms may be equal.
     if high <= low * (1 + 1e-9):
         low, high = low / 1.5, low * 1.5
@@ -251,7 +251,7 @@ def _log_scale(low: float, high: float, start: float, stop: float) -> _Scale:
 
 
 def _nice(step: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
+    """Round a step up to 1, 2, 2.5, 5 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= step * 0.999)
 

@@ -72,7 +72,7 @@ class Cell(Frozen):
     texts: list[TextScore]
     speed: Speed | None
     wall_seconds: float
-    """Of pruning, with statistics that another cell had measured already counted in full."""
+    """Seconds of pruning, with statistics that another cell had measured already counted in full."""
     shared_seconds: float
     """The part of `wall_seconds` that was another cell's work."""
     planned_peak_bytes: int
@@ -89,7 +89,7 @@ COST_COLUMNS = ("wall", "shared", "peak", "planned", "prefill", "decode")
 
 
 def cost_values(cell: Cell) -> tuple[str, ...]:
-    """What a cell took, as text, in the order of COST_COLUMNS; empty where there is nothing to say."""
+    """Format what a cell took, in the order of COST_COLUMNS; empty where there is nothing to say."""
     speed = cell.speed
     return (
         f"{cell.wall_seconds:.0f} s",
@@ -128,11 +128,11 @@ class Comparison(Frozen):
     failures: list[Failure] = Field(default_factory=list[Failure])
 
     def ordered(self) -> list[Cell]:
-        """By sparsity, then by perplexity on the first text."""
+        """Sort the cells by sparsity, then by perplexity on the first text."""
         return sorted(self.cells, key=lambda cell: (cell.sparsity, cell.texts[0].perplexity))
 
     def to_csv(self) -> str:
-        """One line per cell, the dense model first; columns of a text carry its label."""
+        """Write one line per cell, the dense model first; columns of a text carry its label."""
         stream = io.StringIO()
         columns = ["method", "sparsity", "scope", "parameters", "bytes"]
         for text in self.texts:

@@ -50,16 +50,16 @@ class Evaluation(Frozen):
     streamed: bool
     """One block in memory at a time, instead of the whole model."""
     planned_peak_bytes: int | None
-    """Of a streamed evaluation."""
+    """Planned peak of a streamed evaluation."""
     measured_peak_bytes: int
-    """Of this process above its size with the libraries loaded; device memory is not in it."""
+    """Peak of this process above its size with the libraries loaded; device memory is not in it."""
     texts: list[TextResult]
     tasks: list[TaskResult]
     task_limit: int | None
     """Only the first so many samples of each task."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return self.model_dump(mode="json")
 
 
@@ -95,7 +95,7 @@ class BenchedModel(Frozen):
     parameters: int
     file_bytes: int
     weight_bytes: int
-    """In memory, in the dtype of the forward passes."""
+    """Bytes of the weights in memory, in the dtype of the forward passes."""
     points: list[SpeedPoint]
 
 
@@ -111,5 +111,5 @@ class Bench(Frozen):
     models: list[BenchedModel]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return self.model_dump(mode="json")

@@ -16,7 +16,7 @@ class RecoveredBlock(Frozen):
     """One block of the student, trained alone."""
 
     block: int
-    """Its number in the student."""
+    """Number of the block in the student."""
     target: int
     """After how many of the teacher's blocks its output is compared."""
     error_before: float
@@ -36,7 +36,7 @@ class TraceStep(Frozen):
     """One step of the optimiser."""
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     seconds: float
     loss: float
     """Mean KL divergence from the teacher over the step's tokens, in nats, before the step."""
@@ -59,11 +59,11 @@ class TextReport(Frozen):
     train_windows: int
     held_out_windows: int
     share: float
-    """Of the windows that were drawn for training; 0 where none was."""
+    """Share of the windows that were drawn for training; 0 where none was."""
 
 
 class Quality(Frozen):
-    """Of one model on all held-out windows."""
+    """Quality of one model on all held-out windows."""
 
     perplexity: float
     divergence: float
@@ -86,10 +86,10 @@ class RecoveryReport(Frozen):
     texts: list[TextReport]
     description: str
     fingerprint: str
-    """Of the token windows."""
+    """Fingerprint of the token windows."""
     seq_len: int
     dense_perplexity: float
-    """Of the teacher on the held-out windows."""
+    """Perplexity of the teacher on the held-out windows."""
     before: Quality
     after: Quality
     tokens: int
@@ -104,12 +104,12 @@ class RecoveryReport(Frozen):
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return self.model_dump(mode="json")
 
 
 def recovery_card(report: RecoveryReport) -> str:
-    """The paragraph that a recovery adds to the model card."""
+    """Write the paragraph that a recovery adds to the model card."""
     windows = sum(text.held_out_windows for text in report.texts)
     return (
         "## Recovery\n\n"

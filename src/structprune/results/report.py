@@ -24,7 +24,7 @@ class PruneReport(PruneFacts):
         return rich_table(self._title(), summary_rows(self))
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """Render the summary for notebooks."""
         return html_table(self._title(), summary_rows(self))
 
     def _title(self) -> str:

@@ -35,7 +35,7 @@ class BlockReport(Frozen):
     """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one sublayer of it."""
 
     block: int
-    """Its number in the source."""
+    """Number of the block in the source."""
     kind: str
     num_units: int
     kept_units: int
@@ -49,7 +49,7 @@ class BlockReport(Frozen):
     status: str
     statistics: dict[str, float]
     objective: list[float]
-    """Of an iterative solver, before its first step and after each; empty for the others."""
+    """Objective of an iterative solver, before its first step and after each; empty for the others."""
     seconds: float
 
 
@@ -73,7 +73,7 @@ class MemoryStretch(Frozen):
     phase: str
     """What was going on, as the progress said it."""
     seconds: float
-    """Of its end, from the start of the run."""
+    """Time of the stretch's end, from the start of the run."""
     peak_bytes: int
 
 
@@ -83,7 +83,7 @@ class DeviceMemoryReport(Frozen):
     budget_bytes: int
     planned_peak_bytes: int
     measured_peak_bytes: int
-    """Of the process that finished the run."""
+    """Peak of the process that finished the run."""
     phases: dict[str, int]
     """Planned."""
     sums: Literal["device", "host"]
@@ -101,7 +101,7 @@ class MemoryReport(Frozen):
     phases: dict[str, int]
     """Planned."""
     measured_phases: dict[str, int] = Field(default_factory=dict[str, int])
-    """Those of `phases` that were measured apart."""
+    """Peaks of those of `phases` that were measured apart."""
     store: str
     micro_batch_windows: int
     cached: list[str] = Field(default_factory=list[str])
@@ -135,9 +135,9 @@ class ReloadReport(Frozen):
     same_top1: float | None = None
     """Share of the positions with the same likeliest token."""
     planned_bytes: int | None = None
-    """Of both processes, libraries not counted."""
+    """Planned bytes of both processes, libraries not counted."""
     peak_bytes: int | None = None
-    """Of that process alone."""
+    """Peak of the loading process alone."""
     seconds: float = 0.0
 
 
@@ -194,11 +194,11 @@ class PruneFacts(Frozen):
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """Return the fields as JSON-ready values."""
         return self.model_dump(mode="json")
 
     def to_frame(self) -> DataFrame:
-        """One row per unit group of a block, the statistics as columns. Needs pandas; raises InputError without it."""
+        """Build one row per unit group of a block, statistics as columns. Raises InputError without pandas."""
         try:
             import pandas
         except ImportError:

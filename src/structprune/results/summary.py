@@ -25,7 +25,7 @@ UNITS = {
 
 
 def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
-    """(name, value) of what a run did and cost."""
+    """List what a run did and cost as (name, value)."""
     size, memory, calibration = report.size, report.memory, report.calibration
     saved = 1 - size.bytes_after / size.bytes_before
     commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
@@ -76,7 +76,7 @@ def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:
 
 
 def reload_line(reload: ReloadReport) -> str:
-    """How the finished checkpoint fared in a fresh process."""
+    """Describe how the finished checkpoint fared in a fresh process."""
     if reload.relative_difference is None:
         return f"{'left out' if reload.mode == 'off' else 'not possible'} ({reload.reason})"
     how = "whole model" if reload.mode == "whole" else f"module by module, because {reload.reason}"
@@ -87,7 +87,7 @@ def reload_line(reload: ReloadReport) -> str:
 
 
 def warnings(report: PruneFacts) -> list[str]:
-    """What a reader should not miss."""
+    """List what a reader should not miss."""
     found = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
@@ -148,7 +148,7 @@ def blocks_at_a_bound(report: PruneFacts) -> tuple[list[BlockReport], list[Block
 
 
 def _places(blocks: Iterable[BlockReport]) -> str:
-    """`blocks 3, 4 and 7 (mlp)`, kind after kind."""
+    """Format blocks kind after kind, as in `blocks 3, 4, 7 (mlp)`."""
     by_kind: dict[str, list[str]] = {}
     for block in blocks:
         by_kind.setdefault(block.kind, []).append(str(block.block))
@@ -159,7 +159,7 @@ def _places(blocks: Iterable[BlockReport]) -> str:
 
 
 def rich_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """Two columns without a header."""
+    """Build a table of two columns without a header."""
     # Text, not str: names and paths may hold brackets, which rich would read as markup.
     table = Table(title=Text(title), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -170,7 +170,7 @@ def rich_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
-    """The same for a notebook, which brings its own style."""
+    """Build the same table for a notebook, which brings its own style."""
     cells = "".join(
         f'<tr><th style="text-align: left">{html.escape(name)}</th>'
         f'<td style="text-align: left">{html.escape(value)}</td></tr>'

@@ -60,7 +60,7 @@ class RunDirectory:
 
     @classmethod
     def named(cls, path: Path, notify: Callable[[str], None] = silent) -> RunDirectory:
-        """By its output or by its staging directory."""
+        """Find a run's directory by its output or by its staging directory."""
         direct = cls(path, notify)
         name = direct.output.name.removesuffix(_PARTIAL)
         if direct.staging.exists() or name in ("", direct.output.name):
@@ -103,7 +103,7 @@ class RunDirectory:
         return journal.stat().st_size == 0 and early
 
     def peek(self) -> Mapping[str, Any] | None:
-        """The first step of the run that was cut here, without entering; None if there is nothing to go on with."""
+        """Read the first step of the run that was interrupted here, without entering; None if none can be resumed."""
         return read_journal(self.staging / JOURNAL_NAME).get(_START) if self._is_ours() else None
 
     def is_committed(self) -> bool:
@@ -119,7 +119,7 @@ class RunDirectory:
         return self
 
     def _join(self) -> None:
-        """On the ranks that do not hold it."""
+        """Join the run on a rank that does not hold the directory."""
         if not (self.staging / JOURNAL_NAME).is_file():
             raise InputError(
                 f"rank {self._ranks.rank} does not see the directory that rank 0 works in",
@@ -179,17 +179,17 @@ class RunDirectory:
         return self.staging / SHARDS_NAME
 
     def used_bytes(self) -> int:
-        """Of the disk, by what is in the staging directory."""
+        """Return the bytes of disk that the files in the staging directory take."""
         return sum(path.stat().st_blocks * 512 for path in self.staging.rglob("*") if path.is_file())
 
     def begin(self, **values: Any) -> None:
-        """The run's first step: from here on an interruption keeps what is done."""
+        """Record the run's first step: from here on an interruption keeps what is done."""
         self.journal.record(_START, **values)
         self._accepted = True
         self._make_folders()
 
     def go_on(self) -> None:
-        """The run that was cut here is the one that is asked for, and this process goes on with it."""
+        """Accept the interrupted run here as the one that is asked for, and continue it."""
         self._accepted = True
         if not self.is_committed():
             self._make_folders()

@@ -58,15 +58,15 @@ class Journal:
         return self.earlier_s + time.perf_counter() - self._opened
 
     def line(self, step: str) -> Mapping[str, Any] | None:
-        """What was recorded of `step`, its files not looked at. On the first rank only."""
+        """Return what was recorded of `step`, its files not looked at. On the first rank only."""
         return self._lines.get(step)
 
     def largest(self, name: str) -> int:
-        """The largest recorded value of that name; 0 if there is none. On the first rank only."""
+        """Return the largest recorded value of that name; 0 if there is none. On the first rank only."""
         return max((int(line[name]) for line in self._lines.values() if name in line), default=0)
 
     def find(self, step: str, given: Any = None) -> Mapping[str, Any] | None:
-        """What was recorded of `step`, if it depended on the same `given` and all of its files are as they were."""
+        """Return what was recorded of `step`, if it depended on the same `given` and its files are as they were."""
         return self._ranks.broadcast(lambda: self._find(step, given))
 
     def _find(self, step: str, given: Any) -> Mapping[str, Any] | None:

@@ -15,10 +15,10 @@ from structprune.types import LayerProblem
 
 
 def wanda(problem: LayerProblem) -> Tensor:
-    """Wanda column score sum_i |W_ij| * |X_j|_2 summed over the unit's inputs, shape (U,).
+    """Return Wanda's column scores sum_i |W_ij| * |X_j|_2, summed over each unit's inputs, shape (U,).
 
-    Wanda (arXiv 2306.11695, Eq. 1) summed over output rows, as FASP (arXiv 2501.09412) does; |X_j|_2 is the square
-    root of the Gram's diagonal, divided by the number of tokens.
+    Wanda (arXiv 2306.11695, Eq. 1) summed over output rows, as FASP (arXiv 2501.09412) does; |X_j|_2 is the square root
+    of the Gram's diagonal, divided by the number of tokens.
     """
     total = problem.total()
     norm_I = (total.gram_II.diagonal() / total.num_tokens).sqrt()
@@ -27,7 +27,7 @@ def wanda(problem: LayerProblem) -> Tensor:
 
 
 def l2(problem: LayerProblem) -> Tensor:
-    """|W_:j|^2 G_jj / tokens, summed over the unit's inputs: the squared output error of dropping each input alone."""
+    """Return |W_:j|^2 G_jj / tokens, the squared output error of dropping input j alone, summed over each unit."""
     total = problem.total()
     gram_I = total.gram_II.diagonal() / total.num_tokens
     score_I = problem.weight_OI.to(gram_I.dtype).square().sum(dim=0) * gram_I
@@ -35,7 +35,7 @@ def l2(problem: LayerProblem) -> Tensor:
 
 
 def fluctuation(problem: LayerProblem) -> Tensor:
-    """Var(x_j) sum_i W_ij^2 per input, the mean over the unit's inputs, shape (U,).
+    """Return Var(x_j) sum_i W_ij^2 of the inputs, averaged over each unit's inputs, shape (U,).
 
     FLAP (arXiv 2312.11983), as its public code has it: what a mean cannot stand in for. The variance is E[x^2] - E[x]^2
     from float32 squares and float64 sums, cut at zero.
@@ -49,17 +49,19 @@ def fluctuation(problem: LayerProblem) -> Tensor:
 
 
 def obs(problem: LayerProblem) -> Tensor:
-    """1/2 tr(W_g ([H^-1]_gg)^-1 W_g^T) / tokens: half the squared output error of dropping unit g after the refit.
+    """Return half the squared output error of dropping each unit g after the refit, shape (U,).
 
-    H = G + delta I (optimal brain surgeon, Hassibi & Stork 1993; group form).
+    1/2 tr(W_g ([H^-1]_gg)^-1 W_g^T) / tokens with H = G + delta I (optimal brain surgeon, Hassibi & Stork 1993; group
+    form).
     """
     return _exact_cost(problem, problem.weight_OI.to(torch.float64))
 
 
 def loss(problem: LayerProblem) -> Tensor:
-    """1/2 tr(F W_g ([H^-1]_gg)^-1 W_g^T) / tokens: the second-order increase of the loss, F the output sensitivity.
+    """Return the second-order increase of the loss when each unit g is dropped, shape (U,).
 
-    Derived (docs/methods/structprune.md). Raises ValueError if the sensitivity was not measured.
+    1/2 tr(F W_g ([H^-1]_gg)^-1 W_g^T) / tokens, F the output sensitivity. Derived (docs/methods/structprune.md). Raises
+    ValueError if the sensitivity was not measured.
     """
     if problem.sensitivity_OO is None:
         raise ValueError("score 'loss' needs the output sensitivity")

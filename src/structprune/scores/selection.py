@@ -29,7 +29,7 @@ def keep_best(score_U: Tensor, num_keep: int, partitions: int = 1) -> Tensor:
 
 
 def ascending(score_U: Tensor, partitions: int = 1) -> Tensor:
-    """Scores in the order in which units leave, shape (U,): the lowest of every partition, then the next of each."""
+    """Sort the scores in the order of removal, shape (U,): the lowest of every partition, then the next of each."""
     return score_U.reshape(partitions, -1).sort(dim=1).values.T.flatten()
 
 
@@ -70,7 +70,7 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
 
 
 def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
-    """Objective of the mixed-integer problem for these units, as a share of sum |W x|^2: what no refit can repair.
+    """Return the mixed-integer objective of keeping these units, as a share of sum |W x|^2: what no refit can repair.
 
     min over V, removed columns zero, of sum |V x - W x|^2, up to the ridge of the decision.
     """
@@ -84,11 +84,12 @@ def decision_objective(problem: LayerProblem, keep_U: Tensor) -> float:
 
 
 def shrunk_gram(problem: LayerProblem) -> Tensor:
-    """(1 - a) G + a blockdiag(G), a the problem's shrinkage and one block per unit, (I, I) in float64, a new tensor.
+    """Return the shrunk Gram (1 - a) G + a blockdiag(G), (I, I) in float64, a new tensor.
 
-    A removal may lean on the units that stay only as far as their activations move together, and how they do differs
-    between texts far more than how large they are. Shrinkage of a covariance toward its diagonal is Ledoit and Wolf's
-    (2004); here the share is given, not estimated, because the calibration text alone cannot tell it.
+    a is the problem's shrinkage; blockdiag(G) has one block per unit. A removal may rely on the remaining units only as
+    far as their activations move together, and how they do differs between texts far more than how large they are.
+    Shrinkage of a covariance toward its diagonal is Ledoit and Wolf's (2004); here the share is a setting and not
+    estimated, because the calibration text alone cannot tell it.
     """
     gram_II = in_float64(problem.total().gram_II)
     if problem.shrinkage > 0:
@@ -100,9 +101,10 @@ def shrunk_gram(problem: LayerProblem) -> Tensor:
 
 
 def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
-    """W and H^-1 of 1/2 tr((V - W) H (V - W)^T), and the ridge in H, all in float64; H is the shrunk, damped Gram.
+    """Return W and H^-1 of 1/2 tr((V - W) H (V - W)^T), and the ridge in H, all in float64.
 
-    W is the ridge solution on all inputs, times the root of the damped sensitivity where there is one.
+    H is the shrunk, damped Gram. W is the ridge solution on all inputs, times the root of the damped sensitivity where
+    there is one.
     """
     weight_OI = problem.weight_OI.to(torch.float64, copy=True)
     total = problem.total()
@@ -120,7 +122,7 @@ def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
 
 
 def _greedy_path(problem: LayerProblem, num_remove: int, weight_MI: Tensor, inverse_II: Tensor) -> RemovalPath:
-    """Uses up weight and inverse."""
+    """Remove `num_remove` units greedily with the problem's partitions; weight and inverse are overwritten."""
     step = max(1, problem.num_units // _STEP_SHARE)
     return greedy_removal(
         weight_MI,

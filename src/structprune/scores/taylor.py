@@ -13,22 +13,22 @@ from structprune.types import LayerProblem, TaylorSums
 
 
 def vector(problem: LayerProblem) -> Tensor:
-    """|sum w g|, shape (U,): the first-order change of the loss when the whole unit goes; terms may cancel."""
+    """Return |sum w g|, shape (U,): the first-order loss change of removing the whole unit; terms may cancel."""
     return _sums(problem).signed_U.abs()
 
 
 def first(problem: LayerProblem) -> Tensor:
-    """sum |w g|, shape (U,): first order, weight by weight."""
+    """Return sum |w g|, shape (U,): the first-order change of the loss, weight by weight."""
     return _sums(problem).first_U
 
 
 def second(problem: LayerProblem) -> Tensor:
-    """sum w^2 g2, shape (U,): second order, weight by weight; g2 stands in for the Hessian's diagonal."""
+    """Return sum w^2 g2, shape (U,): the second order, weight by weight; g2 stands in for the Hessian's diagonal."""
     return _sums(problem).second_U
 
 
 def mix(problem: LayerProblem) -> Tensor:
-    """sum |w g - 1/2 w^2 g2|, shape (U,): both orders, subtracted weight by weight before the absolute value."""
+    """Return sum |w g - 1/2 w^2 g2|, shape (U,): both orders, subtracted weight by weight before the absolute value."""
     return _sums(problem).mixed_U
 
 

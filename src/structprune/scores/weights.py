@@ -10,7 +10,7 @@ from structprune.types import LayerProblem
 
 
 def magnitude(problem: LayerProblem) -> Tensor:
-    """Product over the group's matrices of the L2 norm of the unit's slice, shape (U,).
+    """Return the product over the group's matrices of the L2 norm of each unit's slice, shape (U,).
 
     The product is unchanged when a channel's scale moves between the producers and the consumer of a linear unit.
     """
@@ -20,7 +20,7 @@ def magnitude(problem: LayerProblem) -> Tensor:
 
 
 def random(problem: LayerProblem) -> Tensor:
-    """Uniform draws in [0, 1), shape (U,), decided by the problem's seed: what any score must beat."""
+    """Draw uniform scores in [0, 1), shape (U,), from the problem's seed: the baseline that any score must beat."""
     # On the host, so that the draw is the same whatever device the problem lies on.
     generator = torch.Generator().manual_seed(problem.seed)
     return torch.rand(problem.num_units, generator=generator, dtype=torch.float64).to(problem.device)

@@ -50,7 +50,7 @@ def mean_bias(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 
 def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
-    """min over V of sum_t |V x_K - y|^2 + ridge toward the original weights, solved in float64.
+    """Minimise sum_t |V x_K - y|^2 plus a ridge toward the original weights over V, solved in float64.
 
     V = W_K + W_P G_PK (G_KK + delta I)^-1 + R_K (G_KK + delta' I)^-1 with R = C - W G and C = sum y x^T. The first
     correction makes up for the removed inputs: for the local target y = W x, where R is zero, it is the restoration of
@@ -65,7 +65,7 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
 
 def judged_least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
-    """`least_squares` with a statistic `held_out_error`: relative, of the same ridges when the others are solved."""
+    """Solve like `least_squares`, and report its ridges' relative error on windows not fitted as `held_out_error`."""
     return _least_squares(problem, keep_U, judged=True)
 
 
@@ -92,11 +92,11 @@ def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> So
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ridges:
-    """As shares of mean(diag G_KK)."""
+    """Ridges as shares of mean(diag G_KK)."""
 
     local: float
     path: float
-    """Without effect for the local target."""
+    """Ridge of the dense path's correction; without effect for the local target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class _Solution:
 
 
 def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution:
-    """W_K and both corrections, one after the other: one right side and one factor are there at a time."""
+    """Compute W_K and both corrections in turn: one right side and one factor are in memory at a time."""
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
     total = problem.total()
     gram_KK = partial(block_of, total.gram_II, kept_K, kept_K)
@@ -142,7 +142,7 @@ def _held_out_error(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> f
 
 
 def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
-    """The best local ridge on the held-out windows, the path's at its middle, then the best one of the path.
+    """Choose the best local ridge on the held-out windows with the path's at mid-grid, then the best one of the path.
 
     Each trial needs one factorisation, and answers for `SKETCH_ROWS` random mixtures of the outputs instead of all:
     outputs are solved apart and errors are summed over them, so with random signs S the error of S V is that of V in
@@ -163,7 +163,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
         wanted_RK = _mixed(signs_RO, held_out.target_OI)[:, kept_K]
 
     def loss(weight_RK: Tensor) -> float:
-        """Squared error on the held-out windows, for a target less its energy, which all trials share."""
+        """Return the squared error on the held-out windows; a target's energy, equal for all trials, is left out."""
         if wanted_RK is None:
             return fitting_error(weight_RK, kept_K, weight_RI, held_out.gram_II, None, 0.0)
         return output_energy(weight_RK, held_out.gram_II, kept_K) - 2.0 * float((weight_RK * wanted_RK).sum())
@@ -188,7 +188,7 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
 
 
 def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:
-    """(R, O) of -1 and 1; None where there are no more outputs than mixtures, which are then the outputs."""
+    """Draw the signs, (R, O) of -1 and 1; None if there are at most R outputs, which are then used as they are."""
     if num_outputs <= SKETCH_ROWS:
         return None
     # On the host, so that the draw is the same on every device.
@@ -197,7 +197,7 @@ def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:
 
 
 def _mixed(signs_RO: Tensor | None, values_OI: Rows) -> Tensor:
-    """S V in float64, without a float64 copy of V."""
+    """Compute S V in float64, without a float64 copy of V."""
     if signs_RO is None:
         return in_float64(values_OI)
     mixed_RI = signs_RO.new_zeros(len(signs_RO), values_OI.shape[1])

@@ -66,7 +66,7 @@ class GramAccumulator:
             sum_AB.addmm_(left_AT, right_TB)
 
     def _widened(self, x_TI: Tensor) -> Tensor:
-        """In float32. A large copy stays for the next batch: the pages of a new one cost more than the copying."""
+        """Cast to float32. A large copy stays for the next batch: the pages of a new one cost more than the copying."""
         if x_TI.dtype == torch.float32 or x_TI.numel() * 4 < HEAP_BLOCK_BYTES:
             return x_TI.to(torch.float32)
         if len(self._wide_TI) < len(x_TI):
@@ -85,7 +85,7 @@ class GramAccumulator:
         self.num_tokens += other.num_tokens
 
     def reduce(self, ranks: Ranks, owner: int) -> None:
-        """The sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
+        """Sum over the ranks, at `owner`; elsewhere the accumulator cannot be used afterwards."""
         strips = range(0, len(self._gram_II), self._strip)
         ranks.reduce([self._gram_II[start : start + self._strip, start:] for start in strips], owner)
         ranks.reduce([self.sum_I], owner)
@@ -95,7 +95,7 @@ class GramAccumulator:
             (self.target_energy,) = add_numbers(ranks, [self.target_energy], owner)
 
     def finalize(self, where: str) -> Tensor:
-        """The full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.
+        """Return the full symmetric Gram (I, I). Raises NumericalError if an activation was NaN or infinite.
 
         The accumulator gives its memory away and cannot be used afterwards.
         """

@@ -137,7 +137,7 @@ class BlockTrainer:
     """The wanted output."""
 
     def train(self, target: int, share_s: float | None) -> tuple[dict[str, Tensor], RecoveredBlock]:
-        """The block's tensors as they are stored, and how they came about, in at most `share_s` seconds.
+        """Train the block for at most `share_s` seconds; return its tensors as stored, and how they came about.
 
         They are the original ones unless the held-out windows are met better. Raises NumericalError.
         """
@@ -197,7 +197,7 @@ class BlockTrainer:
 
     @torch.no_grad()
     def error(self, module: nn.Module) -> float:
-        """Mean error of the held-out tokens."""
+        """Compute the mean error of the held-out tokens."""
         held_out = self.context.texts.all_held_out
         total = sum(float(self._loss(module, number)) for number in held_out)
         return total / (len(held_out) * self.student.shape[1])
@@ -208,7 +208,7 @@ class BlockTrainer:
         return token_error(output_BSD, self.teacher.read(number, number + 1).to(self.context.student.device))
 
     def _gradient(self, module: nn.Module, parameters: BlockParameters, windows: list[int]) -> Tensor:
-        """Of the mean error of these windows' tokens."""
+        """Compute the gradient of the mean error of these windows' tokens."""
         gradient_P = parameters.gradient_P(self.context.student.device)
         sums = parameters.views(gradient_P)
         weights = [module.get_parameter(name) for name in parameters.shapes]
@@ -229,7 +229,7 @@ def _path(folder: Path, index: int, suffix: str = ".safetensors") -> Path:
 
 
 def _saved_report(folder: Path, index: int) -> RecoveredBlock | None:
-    """Of a block that an earlier run had finished; its tensors were written before."""
+    """Load the report of a block that an earlier run had finished; its tensors were written before."""
     path = _path(folder, index, ".json")
     return load_text(path, RecoveredBlock) if path.is_file() else None
 

@@ -37,13 +37,13 @@ class RecoveryContext:
     """Resolved."""
     texts: Texts
     targets: tuple[int, ...]
-    """Per block of the student, after how many blocks of the teacher its output should be there; () if not known."""
+    """Number of teacher blocks, for each student block, whose output it should match; () if not known."""
     resident: bool
     """Whether what the optimiser keeps between steps stays in memory."""
     observer: Observer = field(default_factory=SilentObserver)
 
     def identity(self) -> dict[str, str]:
-        """What must be the same for a run to go on where another was cut."""
+        """Return what must be the same for a run to continue where another was interrupted."""
         return {
             "settings": self.settings.fingerprint(),
             "teacher": _files(self.teacher.reader),
@@ -82,13 +82,13 @@ class Recovered:
     tensors: Callable[[BlockLayout], Mapping[str, Tensor]]
     """The new tensors of a block of the student, relative names, in the dtype that they are stored in."""
     blocks: list[RecoveredBlock]
-    """Of mode blocks; empty for the others."""
+    """Blocks recovered in mode blocks; empty for the others."""
     trace: list[TraceStep]
     evaluations: list[Evaluation]
     tokens: int
-    """That were learned from, each as often as it was seen."""
+    """Tokens that were learned from, each as often as it was seen."""
     drawn: list[int]
-    """Per text, the windows learned from where their shares differ; empty where all are alike."""
+    """Windows learned from, per text, where their shares differ; empty where all are alike."""
     train_seconds: float
 
 
@@ -97,11 +97,11 @@ class ModeBytes:
     """What a mode needs beside streaming both models."""
 
     held: int
-    """In memory, whatever happens."""
+    """Bytes in memory, whatever happens."""
     resident: int
-    """Of what may lie in memory or in files between steps."""
+    """Bytes of what may lie in memory or in files between steps."""
     disk: int
-    """For what a killed run goes on from, and for the result before it is written as a checkpoint."""
+    """Bytes on disk for what a killed run resumes from, and for the result before it is written as a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ def check_pair(teacher: StockModel, student: StockModel) -> None:
 
 
 def target_boundaries(teacher: StockModel, student: StockModel) -> tuple[int, ...]:
-    """Per block of the student, after how many of the teacher's blocks its output should be there; () if not known.
+    """Return the number of teacher blocks, for each student block, whose output it should match; () if not known.
 
     A block's output is compared behind the block that it was; the last one's at the teacher's end. Which blocks those
     were is in the student's manifest where blocks were removed from this teacher. Raises CheckpointError.

@@ -27,7 +27,7 @@ class Heads:
 
 
 def load_heads(teacher: StreamedModel, student: StreamedModel) -> Heads:
-    """Final norm and output projection of both, in the dtype of the forward passes."""
+    """Load final norm and output projection of both, in the dtype of the forward passes."""
     first, first_tensors = _head(teacher)
     names = {teacher.stock.head_weight: student.stock.head_weight}
     tensors = student.reader.read(student.stock.head_tensors(), dtype=student.dtype)
@@ -75,5 +75,5 @@ def divergence(
 
 
 def _log_softmax(logits_TV: Tensor) -> Tensor:
-    """In place."""
+    """Compute the log-softmax in place."""
     return logits_TV.sub_(logits_TV.logsumexp(dim=-1, keepdim=True))

@@ -165,7 +165,7 @@ def finalize_recovery(
 
 
 def write_report(report: RecoveryReport, student: Path, checkpoint: Path) -> None:
-    """The report, and the student's model card with a paragraph more."""
+    """Write the report, and the student's model card with one more paragraph."""
     write_json(checkpoint / RECOVERY_REPORT_NAME, report.to_dict())
     write_text(checkpoint / README_NAME, _card(student / README_NAME) + recovery_card(report))
 
@@ -223,6 +223,6 @@ def _divergence(heads: Heads, found: HiddenStore, wanted: HiddenStore, device: t
 
 @torch.no_grad()
 def _probe(head: nn.Module, store: HiddenStore, ids_S: torch.Tensor, device: torch.device) -> Probe:
-    """What the reload check compares with: the start of the first held-out window."""
+    """Compute what the reload check compares with: the logits at the start of the first held-out window."""
     logits_SV = head(store.read(0, 1)[0, :RELOAD_TOKENS].to(device))
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV.float().cpu())

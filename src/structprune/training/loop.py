@@ -35,15 +35,15 @@ class Student(Protocol):
     """A model that learns."""
 
     def step(self, windows: Sequence[int], rate: float, number: int) -> float:
-        """One step of the optimiser, the `number`th from 1; the mean KL divergence per token before it."""
+        """Take step `number` (from 1) of the optimiser; return the mean KL divergence per token before it."""
         ...
 
     def measure(self, windows: Sequence[int]) -> list[float]:
-        """Mean KL divergence per token of each of these windows."""
+        """Measure the mean KL divergence per token of each of these windows."""
         ...
 
     def prepare(self, windows: Sequence[int]) -> None:
-        """These windows will be asked for soon."""
+        """Prepare for these windows, which will be asked for soon."""
         ...
 
     def save(self, folder: Path, *, moments: bool) -> None:
@@ -51,7 +51,7 @@ class Student(Protocol):
         ...
 
     def load(self, folder: Path, *, moments: bool) -> None:
-        """The reverse of `save`."""
+        """Load what `save` wrote."""
         ...
 
 
@@ -92,7 +92,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
     last = time.perf_counter()
 
     def clock() -> float:
-        """Seconds of training so far, those of earlier runs included."""
+        """Return the seconds of training so far, those of earlier runs included."""
         nonlocal last
         now = time.perf_counter()
         history.seconds += now - last
@@ -154,7 +154,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
 
 
 def recovered_by(history: History, tensors: Callable[[BlockLayout], Mapping[str, Tensor]]) -> Recovered:
-    """What `distil` leaves, and the new tensors of each block."""
+    """Return what `distil` leaves, and the new tensors of each block."""
     return Recovered(
         tensors=tensors,
         blocks=[],
@@ -167,7 +167,7 @@ def recovered_by(history: History, tensors: Callable[[BlockLayout], Mapping[str,
 
 
 def _link(source: Path, target: Path) -> None:
-    """The files of one folder in another one too, if there are any; they are never changed in place."""
+    """Link the files of one folder, if there are any, into another one too; they are never changed in place."""
     if source.is_dir():
         target.mkdir()
         for path in source.iterdir():

@@ -80,7 +80,7 @@ def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
 
 
 def merged(original: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the updates added in float32, in the dtypes that they are stored in."""
+    """Add the updates to the tensors in float32, in the dtypes that they are stored in."""
     return {n: (t.float() + deltas[n]).to(t.dtype) if n in deltas else t for n, t in original.items()}
 
 
@@ -163,7 +163,7 @@ class LoraStudent:
         self._install()
 
     def save_deltas(self, folder: Path) -> None:
-        """What is to be added to each map, one file per block with relative names, float32."""
+        """Save what is to be added to each map, one file per block with relative names, float32."""
         for block in self._streamed.stock.layout.blocks:
             deltas: dict[str, Tensor] = {}
             for name in self._maps:
@@ -175,7 +175,7 @@ class LoraStudent:
             save_tensors(folder / f"block-{block.index:05d}.safetensors", deltas)
 
     def _hidden_SD(self, window: int) -> Tensor:
-        """Behind the final norm."""
+        """Compute one window's hidden states behind the final norm."""
         ids_1S = self._streamed.windows.ids_NS[window : window + 1].to(self._streamed.device)
         return self._model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
 

@@ -24,13 +24,13 @@ class MixState(BaseModel):
     """What the order of the next windows depends on beside step and seed."""
 
     shares: list[float] = []
-    """Per text; empty: all windows alike."""
+    """Shares of the texts; empty: all windows alike."""
     drawn: list[int] = []
-    """Per text, the windows drawn so far; empty where all are alike."""
+    """Windows drawn so far, per text; empty where all are alike."""
 
 
 def robust_shares(prior: Sequence[float], excess: Sequence[float], radius: float) -> list[float]:
-    """The shares q of the texts, by bisection for eta; `prior` sums to 1 and is positive.
+    """Compute the shares q of the texts, by bisection for eta; `prior` sums to 1 and is positive.
 
     Equal losses leave the prior as it is. Where the ball holds the distribution on the largest loss alone, that is it.
     """
@@ -75,14 +75,14 @@ class Mix:
         self._prior = [len(part) / total for part in texts.train]
 
     def judged(self, state: MixState, by_text: Sequence[float]) -> MixState:
-        """The state after the held-out windows were measured: KL divergence per text."""
+        """Return the state after the held-out windows were measured: KL divergence per text."""
         if not self._robust:
             return state
         shares = robust_shares(self._prior, by_text, self._radius)
         return MixState(shares=shares, drawn=state.drawn or [0] * len(shares))
 
     def drawn(self, state: MixState, windows: Sequence[int]) -> MixState:
-        """The state after a step on these windows."""
+        """Return the state after a step on these windows."""
         if not self._robust:
             return state
         counts = [
@@ -92,7 +92,7 @@ class Mix:
         return state.model_copy(update={"drawn": counts})
 
     def windows(self, state: MixState, step: int, batch: int) -> list[int]:
-        """The windows of step `step` (from 0), at most `batch`; alike, each comes once before any comes again."""
+        """Draw the windows of step `step` (from 0), at most `batch`; alike, each comes once before any comes again."""
         if not self._robust:
             every = self._texts.all_train
             per_pass = -(-len(every) // batch)

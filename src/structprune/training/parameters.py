@@ -28,27 +28,27 @@ class BlockParameters:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def packed(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """The tensors as one vector (P), float32."""
+        """Pack the tensors into one vector (P), float32."""
         result_P = torch.empty(self.size, device=device)
         for name, view in self.views(result_P).items():
             view.copy_(tensors[name])
         return result_P
 
     def views(self, flat_P: Tensor) -> dict[str, Tensor]:
-        """The vector's parts, in the shapes of the tensors."""
+        """Split the vector into parts, in the shapes of the tensors."""
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
         parts = flat_P.split(sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def stored(self, tensors: Mapping[str, Tensor], flat_P: Tensor) -> dict[str, Tensor]:
-        """`tensors` with the vector's values in the place of the parameters, in the dtypes that they have."""
+        """Replace the parameters in `tensors` by the vector's values, in the dtypes that they have."""
         views = self.views(flat_P)
         return {n: views[n].cpu().to(t.dtype, copy=True) if n in views else t for n, t in tensors.items()}
 
     def module(
         self, streamed: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]
     ) -> nn.Module:
-        """The stock layer with the vector's values and the `fixed` other tensors of the block.
+        """Build the stock layer with the vector's values and the `fixed` other tensors of the block.
 
         Its parameters are copies in the dtype of the forward passes, and take gradients.
         """
@@ -61,12 +61,12 @@ class BlockParameters:
         return layer
 
     def gradient_P(self, device: torch.device) -> Tensor:
-        """Room for the sum of gradients, float32 zeros."""
+        """Create float32 zeros for the sum of gradients."""
         return torch.zeros(self.size, device=device)
 
 
 def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameters:
-    """The parameters of the stock layer; buffers that a checkpoint may carry are none."""
+    """Return the parameters of the stock layer; buffers that a checkpoint may carry are none."""
     layer = streamed.stock.skeleton.get_submodule(f"{streamed.stock.layout.blocks_module}.{block.index}")
     names = [name for name, _ in layer.named_parameters() if name in block.shapes]
     return BlockParameters(shapes={name: block.shapes[name] for name in names})
@@ -85,11 +85,11 @@ class States:
         ]
 
     def weights_P(self, index: int) -> Tensor:
-        """The weights of one block, on the device; not to be changed."""
+        """Read the weights of one block to the device; they are not to be changed."""
         return self._stores[index].read(0, 1)[0, 0].to(self._device)
 
     def read_3P(self, index: int) -> Tensor:
-        """All of one block, on the device. What is changed is given back by `write`."""
+        """Read all of one block to the device. What is changed is handed back by `write`."""
         return self._stores[index].read(0, 3)[:, 0].to(self._device)
 
     def write(self, index: int, state_3P: Tensor) -> None:

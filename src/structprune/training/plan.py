@@ -29,7 +29,7 @@ class RecoveryPlan:
 def plan_recovery(
     teacher: StockModel, student: StockModel, settings: RecoverySettings, dtype: torch.dtype, num_windows: int
 ) -> RecoveryPlan:
-    """The plan for resolved settings. Raises MemoryBudgetError, naming the smallest budget that would do."""
+    """Plan a recovery with resolved settings. Raises MemoryBudgetError, naming the smallest budget that would do."""
     item = dtype.itemsize
     layout = student.layout
     widest = max((teacher, student), key=lambda model: max(block.num_parameters for block in model.layout.blocks))

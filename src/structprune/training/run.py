@@ -143,7 +143,7 @@ class RecoveryStart:
 
 
 def find_recovery(run: RunDirectory) -> RecoveryStart | None:
-    """What was asked of the recovery that was cut in this directory; None if there is none."""
+    """Read what was asked of the recovery that was interrupted in this directory; None if there is none."""
     line = run.peek()
     if line is None or "student_path" not in line:
         return None
@@ -156,7 +156,7 @@ def find_recovery(run: RunDirectory) -> RecoveryStart | None:
 
 
 def load_recovery_report(output: Path) -> RecoveryReport:
-    """That of a finished recovery."""
+    """Load the report of a finished recovery. Raises InputError if it is not as it was written."""
     path = output / RECOVERY_REPORT_NAME
     try:
         return RecoveryReport.model_validate(read_json(path))
@@ -171,7 +171,7 @@ def _empty(folder: Path) -> None:
 
 
 def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:
-    """Windows before the texts are read, which may have fewer."""
+    """Bound the number of windows before the texts are read, which may have fewer."""
     return settings.num_samples * max(1, len(texts))
 
 

@@ -22,14 +22,14 @@ Saved = TypeVar("Saved", bound=BaseModel)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, whole and synced."""
+    """Save tensors as one safetensors file, whole and synced, with its checksum."""
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
     write_json(_sum_path(path), file_sum(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What `save_tensors` wrote. Raises DamagedStateError for a file that is damaged or gone."""
+    """Load what `save_tensors` wrote. Raises DamagedStateError for a file that is damaged or gone."""
     try:
         if file_sum(path) != json.loads(_sum_path(path).read_text(encoding="utf-8")):
             raise ValueError("its checksum is another one")
@@ -39,12 +39,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sum_path(path: Path) -> Path:
-    """Where the file's checksum is."""
+    """Return the path of the file's checksum."""
     return path.with_suffix(".sum")
 
 
 def load_text(path: Path, kind: type[Saved]) -> Saved:
-    """A value that was written as JSON. Raises DamagedStateError for a file that is damaged."""
+    """Load a value that was written as JSON. Raises DamagedStateError for a file that is damaged."""
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -66,12 +66,12 @@ class Snapshots:
         self._folder = folder
 
     def newest(self, kind: type[Saved]) -> tuple[Path, Saved] | None:
-        """The newest whole snapshot and what was said with it. Raises DamagedStateError if that is damaged."""
+        """Find the newest whole snapshot and the value saved with it. Raises DamagedStateError if that is damaged."""
         found = sorted(self._folder.glob(f"snapshot-*/{_META_NAME}"))
         return (found[-1].parent, load_text(found[-1], kind)) if found else None
 
     def write(self, step: int, meta: BaseModel, save: Callable[[Path], None]) -> None:
-        """`save` fills the folder that it is given; older snapshots go when that is done."""
+        """Write a snapshot, whose folder `save` fills; older ones are removed when that is done."""
         staging = self._folder / f".snapshot.tmp-{os.getpid()}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()

@@ -33,7 +33,7 @@ from structprune.types import BlockLayout
 
 
 def _check(_: tuple[int, ...], __: StockModel) -> None:
-    """Any pair of models can."""
+    """Accept any pair of models."""
 
 
 def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
@@ -142,7 +142,7 @@ class StreamedStudent:
                 self._reset(block.index, found["weights"].to(self._streamed.device))
 
     def _reset(self, index: int, weights_P: Tensor) -> None:
-        """These weights, and moments of zero."""
+        """Reset the block to these weights, and its moments to zero."""
         state_3P = torch.zeros((3, len(weights_P)), device=weights_P.device)
         state_3P[0] = weights_P
         self._states.write(index, state_3P)
@@ -163,7 +163,7 @@ class StreamedStudent:
         return store.read(place, place + 1)[0].to(self._streamed.device)
 
     def _forward(self, windows: Sequence[int], boundaries: Sequence[HiddenStore] | None) -> HiddenStore:
-        """The states behind the last block; those in front of each go to `boundaries`."""
+        """Compute the states behind the last block; those in front of each block go to `boundaries`."""
         current = MemoryStore((len(windows), *self._inputs.shape[1:]), self._streamed.dtype)
         for place, number in enumerate(windows):
             current.write(place, self._inputs.read(number, number + 1))

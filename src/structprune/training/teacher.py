@@ -50,7 +50,7 @@ class Teacher:
             self.ensure(windows)
 
     def hidden_SD(self, number: int) -> Tensor:
-        """The states behind the last block of one window, on the device."""
+        """Read the states behind the last block of one window to the device."""
         assert number in self._done
         return self._store.read(number, number + 1)[0].to(self._streamed.device)
 

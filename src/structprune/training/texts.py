@@ -25,9 +25,9 @@ class Texts:
     names: tuple[str, ...]
     windows: CalibrationWindows
     train: tuple[tuple[int, ...], ...]
-    """Per text, the numbers of the windows that are learned from."""
+    """Numbers of the windows that are learned from, per text."""
     held_out: tuple[tuple[int, ...], ...]
-    """Per text, the numbers of those that are not."""
+    """Numbers of the windows that are held out, per text."""
 
     @property
     def all_train(self) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Texts:
 
 
 def read_texts(settings: RecoverySettings, context: SourceContext, notify: Callable[[str], None]) -> Texts:
-    """The windows of every text, in the order of a seeded draw; the last ones of each are held out.
+    """Draw the windows of every text in a seeded order; the last ones of each are held out.
 
     Raises InputError for a text that cannot be read, that is named twice, or that has too few windows.
     """

@@ -20,22 +20,22 @@ VALUES_ENTRY = "v_head_dim"
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Dimensions of one head."""
+    """Return the dimensions of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def value_size(config: PretrainedConfig) -> int:
-    """Channels of one KV head's values."""
+    """Return the channels of one KV head's values."""
     return getattr(config, VALUES_ENTRY, None) or head_size(config)
 
 
 def queries_per_group(config: PretrainedConfig) -> int:
-    """Query heads that share a KV head."""
+    """Return the number of query heads that share a KV head."""
     return config.num_attention_heads // config.num_key_value_heads
 
 
 def head_slices(config: PretrainedConfig, head_units: HeadUnits, size: int) -> tuple[AxisSlice, AxisSlice]:
-    """What a unit owns of the query heads, and of the KV heads: slices without a tensor, along axis 0.
+    """Return what a unit owns of the query heads, and of the KV heads: slices without a tensor, along axis 0.
 
     `size` is that of a head along this axis. Raises UnsupportedError where a query head cannot leave without its KV
     head.
@@ -81,7 +81,7 @@ def attention_units(
     bias_modules: Sequence[str] = (),
     output_norm_eps: float | None = None,
 ) -> UnitGroup:
-    """The group whose consumer is `self_attn.o_proj`, with the given producers."""
+    """Build the group whose consumer is `self_attn.o_proj`, with these producers."""
     heads, queries, values = config.num_key_value_heads, queries_per_group(config), value_size(config)
     read = head_slices(config, head_units, values)[0]
     num_units = {"kv-group": heads, "query-head": queries, "value-channel": heads * values}
@@ -119,7 +119,7 @@ def grouped_attention(
     bias_field: str | None = None,
     output_norm_eps: float | None = None,
 ) -> UnitGroup:
-    """Attention with q_proj, k_proj, v_proj and o_proj. `bias_field` is the config entry that gives all four a bias."""
+    """Build attention with q_proj, k_proj, v_proj and o_proj; the config entry `bias_field` gives all four a bias."""
     queries, shared = head_slices(config, head_units, head_size(config))
     values = head_slices(config, head_units, value_size(config))[1]
     parts = ("weight", "bias") if biased_inputs else ("weight",)
@@ -153,7 +153,7 @@ def gated_mlp(
     bias_field: str | None = None,
     output_norm_eps: float | None = None,
 ) -> UnitGroup:
-    """The MLP down_proj(activation(gate_proj x) * up_proj x)."""
+    """Build the MLP down_proj(activation(gate_proj x) * up_proj x)."""
     modules = ("mlp.gate_proj", "mlp.up_proj")
     return UnitGroup(
         kind="mlp",

@@ -50,7 +50,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
 
 
 def _resized(config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma's configs want hidden_size to be a multiple of the number of heads, although head_dim is given."""
+    """Refuse heads that do not divide hidden_size, as Gemma's configs do even where head_dim is set."""
     if config["hidden_size"] % config["num_attention_heads"]:
         raise UnsupportedError(
             "stock Gemma takes no number of heads that does not divide the hidden size",

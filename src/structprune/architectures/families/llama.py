@@ -58,7 +58,7 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
 
 
 def _resized(config: dict[str, Any]) -> dict[str, Any]:
-    """LlamaConfig wants hidden_size to be a multiple of the number of heads, even where head_dim is given.
+    """Use Mistral's class for heads that do not divide hidden_size: LlamaConfig refuses them, even with a head_dim.
 
     Mistral's is the same block (no biases, here without a window) without that check.
     """

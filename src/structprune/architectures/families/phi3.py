@@ -45,7 +45,10 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
 
 
 def _resized(config: dict[str, Any]) -> dict[str, Any]:
-    """Phi3Config checks the long factors against hidden_size // num_attention_heads, even where head_dim is given."""
+    """Refuse factors for long texts that Phi3Config would: it compares them with hidden_size // num_attention_heads.
+
+    It does so even where head_dim is set.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     factors = rope.get("short_factor")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

@@ -23,7 +23,7 @@ def _qwen2_groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[Unit
 
 
 def qwen3_attention(config: PretrainedConfig, head_units: HeadUnits) -> UnitGroup:
-    """Its norms of queries and keys stay whole, so that no unit owns any of them."""
+    """Build Qwen3's attention, whose norms of queries and keys stay whole: no unit owns any of them."""
     return grouped_attention(
         config,
         head_units,

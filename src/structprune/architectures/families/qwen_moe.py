@@ -24,7 +24,7 @@ class _Experts(nn.ModuleList):
     """The experts as modules. The router's weight comes before the last map, so that its output is what is added."""
 
     def forward(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """K experts of every token and their weights -> the weighted sum of their outputs, (T, D)."""
+        """Compute the weighted sum of the outputs of every token's K experts, (T, D)."""
         total_TD = hidden_TD.new_zeros(hidden_TD.shape)
         for number, module in enumerate(self):
             expert: Any = module

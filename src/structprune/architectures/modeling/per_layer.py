@@ -145,12 +145,12 @@ class _LayerConfig:
 
 
 def class_name(classes: StockClasses, suffix: str) -> str:
-    """Our class for `suffix` Model or ForCausalLM."""
+    """Name our class for `suffix` Model or ForCausalLM."""
     return f"StructPrune{classes.stem}{suffix}"
 
 
 def imports(family: Family) -> str:
-    """The lines that import the stock classes, and how their checkpoints' names are translated."""
+    """Write the lines that import the stock classes, and what translates the names in their checkpoints."""
     translation = "from transformers.conversion_mapping import (\n    get_checkpoint_conversion_mapping,\n"
     translation += "    register_checkpoint_conversion_mapping,\n)\n"
     return (translation if family.registers_names else "") + "".join(
@@ -161,7 +161,7 @@ def imports(family: Family) -> str:
 
 
 def _registration(family: Family) -> str:
-    """Lines that turn on the translation of the checkpoint's names, which is off for classes of foreign files."""
+    """Write the lines that turn on the translation of the checkpoint's names: it is off for foreign files' classes."""
     if not family.registers_names:
         return ""
     return "".join(
@@ -185,7 +185,7 @@ def _sublayers(family: Family) -> str:
 
 
 def _models(family: Family, bases: str) -> str:
-    """Our classes of each model type, from the one that holds the blocks outward; `bases` are those of the last one."""
+    """Write our classes of each model type, from the one that holds the blocks outward; the last one has `bases`."""
     text = ""
     for classes in family.classes.values():
         child = f"_layers({classes.layer}, config)"
@@ -211,7 +211,7 @@ def _text_v1(family: Family) -> str:
 
 
 def modeling_source(family: Family, *, narrow: bool = False) -> str:
-    """The text that is written for `family` now; with `narrow` that of checkpoints with fewer value channels."""
+    """Write the text that is current for `family`; with `narrow` that for checkpoints with fewer value channels."""
     layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
     if family.attention_reads_widths:
         layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
@@ -232,7 +232,7 @@ def _with_narrow_values(family: Family, layers: str) -> str:
 
 
 def accepted_sources(family: Family) -> tuple[str, ...]:
-    """Every text that was ever written for `family`."""
+    """Return every text that was ever written for `family`."""
     released = (_text_v1(family),) if family.name in _FIRST_VERSION else ()
     narrow = () if family.value_maps is None else (modeling_source(family, narrow=True),)
     return (modeling_source(family), *narrow, *released)

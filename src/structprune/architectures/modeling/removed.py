@@ -19,7 +19,7 @@ RemovedSublayers = tuple[frozenset[UnitKind], ...]
 
 
 def removed_sublayers(config: Mapping[str, Any], num_blocks: int, where: str) -> RemovedSublayers:
-    """What config.json, read as JSON, says about each block.
+    """Read from the content of config.json which sublayers of each block are removed.
 
     Raises CheckpointError for an entry of another form, UnsupportedError if no block has attention.
     """
@@ -61,7 +61,7 @@ def removed_sublayers(config: Mapping[str, Any], num_blocks: int, where: str) ->
 
 
 def removed_entry(removed: Sequence[frozenset[UnitKind]]) -> dict[str, list[UnitKind]]:
-    """The entry that says `removed`, in the order of a block's forward pass; empty if every block is whole."""
+    """Build the entry that says `removed`, in the order of a block's forward pass; empty if every block is whole."""
     return {str(i): [kind for kind in UNIT_KINDS if kind in kinds] for i, kinds in enumerate(removed) if kinds}
 
 

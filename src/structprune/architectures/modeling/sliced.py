@@ -40,7 +40,7 @@ class _Shortcuts:
 
 
 def sliced_class_name(classes: StockClasses, suffix: str) -> str:
-    """Our class for `suffix` Model, ForCausalLM or DecoderLayer."""
+    """Name our class for `suffix` Model, ForCausalLM or DecoderLayer."""
     return f"StructPruneSliced{classes.stem}{suffix}"
 
 
@@ -77,13 +77,13 @@ class {outer}({causal}):
 
 
 def sliced_source(family: Family) -> str:
-    """The text that is written for `family` now; it must describe its stream."""
+    """Write the text that is current for `family`, which must describe its stream."""
     assert family.stream is not None
     return _HEADER + imports(family) + WITHOUT_LAYERS + _SHORTCUTS + "".join(map(_models, family.classes.values()))
 
 
 def accepted_sliced_sources(family: Family) -> tuple[str, ...]:
-    """Every text that was ever written for `family`."""
+    """Return every text that was ever written for `family`."""
     return (sliced_source(family),)
 
 

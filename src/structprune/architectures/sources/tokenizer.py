@@ -25,7 +25,7 @@ _OWN_CODE = (
 
 
 def tokenizer_bytes(directory: Path) -> int:
-    """Bytes of the files that a tokenizer in `directory` is read from."""
+    """Return the bytes of the files that a tokenizer in `directory` is read from."""
     return sum(path.stat().st_size for name in _FILES if (path := directory / name).is_file())
 
 
@@ -51,7 +51,7 @@ class TextEncoder:
             ) from error
 
     def encode(self, text: str) -> Tensor:
-        """Token ids of `text`, int64, shape (tokens,).
+        """Encode `text` as token ids, int64, shape (tokens,).
 
         Raises CheckpointError where the tokenizer cannot encode it, or gives a token that the embedding has no row for.
         """
@@ -102,7 +102,7 @@ class TextEncoder:
             raise InputError("the chat template refuses these turns", got=first_line(error)) from error
 
     def decode(self, ids: Tensor) -> str:
-        """Token ids -> text."""
+        """Decode token ids to text."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     @property
@@ -116,7 +116,7 @@ class TextEncoder:
 
 
 def _excerpt(text: str) -> str:
-    """The start of the text, short and on one line."""
+    """Quote the start of the text, short and on one line."""
     return repr(text[:40] + ("..." if len(text) > 40 else ""))
 
 

@@ -1,4 +1,4 @@
-"""From hidden states to logits: the output projection, and the cap that some families put on it."""
+"""Head of a model, from hidden states to logits: the output projection, and the cap that some families put on it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class _SoftCap(nn.Module):
 
 
 def capped(projection: nn.Module, family: Family, config: Any) -> nn.Module:
-    """`projection`, and behind it the cap if the family's config has one."""
+    """Append the cap to `projection`, if the family's config has one."""
     cap = None if family.logit_cap_field is None else getattr(config, family.logit_cap_field)
     return projection if cap is None else nn.Sequential(projection, _SoftCap(cap))
 
 
 def output_head(model: Any) -> nn.Module:
-    """What a loaded causal model does to its last hidden states."""
+    """Return what a loaded causal model does to its last hidden states."""
     projection: nn.Module = model.get_output_embeddings()
     if model.config.model_type not in FAMILIES:
         return projection

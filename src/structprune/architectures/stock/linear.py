@@ -19,7 +19,7 @@ class LinearMaps:
 
 
 def linear_maps(model: Any, blocks_module: str) -> LinearMaps:
-    """Those that are modules of their own: the experts of a mixture may be held as one tensor, and are left out."""
+    """Name the linear maps that are modules of their own; experts that are held as one tensor are left out."""
     found: dict[str, nn.Module] = {
         f"{blocks_module}.{name}": module
         for name, module in model.get_submodule(blocks_module).named_modules()

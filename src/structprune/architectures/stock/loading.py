@@ -26,7 +26,7 @@ from structprune.files import read_json
 
 @contextmanager
 def only_errors(logger_name: str) -> Generator[None]:
-    """Inside the context this logger of another library says nothing below an error."""
+    """Suppress what this logger of another library says below an error, inside the context."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -37,7 +37,7 @@ def only_errors(logger_name: str) -> Generator[None]:
 
 
 def without_global_width_warnings() -> AbstractContextManager[None]:
-    """transformers warns of readers that take a per-layer config's global width for every layer's.
+    """Suppress transformers' warning of readers that take a per-layer config's global width for every layer's.
 
     Inside the context the reader is transformers itself, when it checks the config that it has just read.
     """
@@ -45,7 +45,7 @@ def without_global_width_warnings() -> AbstractContextManager[None]:
 
 
 def load_model(source: Path | CheckpointReader, device: torch.device, dtype: torch.dtype) -> Any:
-    """The whole checkpoint as stock transformers loads it; a per-layer or sliced one through our own modelling file.
+    """Load the whole checkpoint as stock transformers does; a per-layer or sliced one through our own modelling file.
 
     `source` is its directory, or its reader where the weights may lie in a GGUF file. Raises CheckpointError with its
     reason if it does not load, or if its modelling file is not ours.
@@ -87,7 +87,7 @@ def has_own_modeling_file(directory: Path) -> bool:
 
 
 def _per_layer_class(directory: Path) -> Any:
-    """The model class in the modelling file of a per-layer or sliced checkpoint, or None for one without such a file.
+    """Import the model class of a per-layer or sliced checkpoint from its modelling file; None without such a file.
 
     `trust_remote_code` would also trust whatever else config.json names and lies in the directory, so it stays off:
     only the one file is imported, and only if it is byte for byte a text of ours.

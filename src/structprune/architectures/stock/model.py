@@ -91,7 +91,7 @@ class StockModel:
         self.layout = self._layout(self.reader)
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
-        """Each block's config. A per-layer config is replaced by its global part, which stock code can build."""
+        """Return each block's config, and replace a per-layer config by its global part, which stock code can build."""
         config, where = self.config, str(reader.directory / "config.json")
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
         if config.is_heterogeneous:
@@ -123,7 +123,7 @@ class StockModel:
             layers[index] = self._empty_layer(index, config, ())
 
     def _empty_layer(self, index: int, config: PretrainedConfig, removed: Collection[UnitKind]) -> nn.Module:
-        """Layer `index` on `meta`, with modules that add nothing for the sublayers that are gone."""
+        """Build layer `index` on `meta`, with modules that add nothing for the removed sublayers."""
         layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
@@ -141,7 +141,7 @@ class StockModel:
         return layer.eval()
 
     def _named_reader(self, reader: CheckpointReader) -> CheckpointReader:
-        """The checkpoint with today's names, and with the base model's in front where it was saved without a head."""
+        """Give tensors today's names, with the base model's in front where the checkpoint was saved without a head."""
         skeleton: Any = self.skeleton
         base, head = f"{skeleton.base_model_prefix}.", f"{self.family.head_module}."
         prefixes = {
@@ -231,12 +231,11 @@ class StockModel:
     def resized_config(
         self, kept: Mapping[str, int], index: int | None = None, biased: Collection[UnitKind] = ()
     ) -> PretrainedConfig:
-        """The config of block `index`, or of every block, with `kept` units per kind; the sublayers `biased` get
-        biases.
+        """Return the config of block `index`, or of every block, with `kept` units per kind.
 
-        For one block, a kind of which nothing is kept keeps its numbers: stock classes divide by some of them, and
-        what is gone is said to `block`. Raises UnsupportedError if the config cannot say so, or for every block if
-        the source's blocks differ or a sublayer would go.
+        The sublayers `biased` get biases. For one block, a kind of which nothing is kept keeps its numbers: stock
+        classes divide by some of them, and what is removed is said to `block`. Raises UnsupportedError if the config
+        cannot say so, or for every block if the source's blocks differ or a sublayer would be removed.
         """
         if index is None and any(block.groups != self.groups for block in self.layout.blocks):
             raise UnsupportedError(
@@ -268,7 +267,7 @@ class StockModel:
         config: PretrainedConfig | None = None,
         removed: Collection[UnitKind] = (),
     ) -> nn.Module:
-        """The stock layer `index` with `tensors` (relative names) assigned; their dtype and device are the layer's.
+        """Build the stock layer `index` from `tensors` (relative names), whose dtype and device it has.
 
         `config` is the block's own unless given. The sublayers in `removed`, and those that the checkpoint lacks, add
         nothing and take no tensors.
@@ -282,15 +281,14 @@ class StockModel:
         return layer.requires_grad_(False)
 
     def stage_of(self, kind: UnitKind) -> Stage:
-        """The stage that the sublayer belongs to."""
+        """Return the stage that the sublayer belongs to."""
         return next(stage for stage in self.stages if kind in stage)
 
     @contextmanager
     def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
-        """Inside the context `block(h)` is `h` plus what the sublayers of `stage` add; all stages in turn are the
-        block.
+        """Restrict `block` to the sublayers of `stage` inside the context: `block(h)` is `h` plus what they add.
 
-        A sublayer that is removed from the block adds nothing.
+        All stages in turn are the block. A sublayer that is removed from the block adds nothing.
         """
         outside: dict[str, nn.Module] = {}
         for kind in UNIT_KINDS:
@@ -308,12 +306,12 @@ class StockModel:
                 block.set_submodule(name, module)
 
     def embedding_tensors(self) -> list[str]:
-        """Names of the tensors that `embed` needs."""
+        """List the tensors that `embed` needs."""
         prefixes = tuple(f"{module}." for module in self.family.embedding_modules)
         return [name for name in self.layout.outer_tensors if name.startswith(prefixes)]
 
     def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, BlockInputs]:
-        """Token ids -> the first block's input (B, S, D) and the arguments that the stock model gives each block."""
+        """Embed token ids: return the first block's input (B, S, D) and the arguments that each block is passed."""
         model = self.skeleton
         dense_blocks: Any = model.get_submodule(self.family.blocks_module)
         names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
@@ -340,7 +338,7 @@ class StockModel:
         return recorders[0].hidden_BSD, BlockInputs(kwargs=tuple(r.kwargs for r in recorders))
 
     def head_tensors(self) -> list[str]:
-        """Names of the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
+        """List the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
         names = [n for n in self.layout.outer_tensors if n.startswith(f"{self._final_norm_module}.")]
         return [*names, self.head_weight]
 
@@ -358,12 +356,12 @@ class StockModel:
         return tied if self.layout.tied_embeddings else f"{self.family.head_module}.weight"
 
     def load_head(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """`head` of the checkpoint's tensors, cast as they are read."""
+        """Build `head` from the checkpoint's tensors, cast as they are read."""
         tensors = self.reader.read(self.head_tensors(), dtype=dtype)
         return self.head({name: tensor.to(device) for name, tensor in tensors.items()})
 
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
+        """Build final norm, output projection and cap of the logits as one module: (N, D) -> (N, V)."""
         parts: list[nn.Module] = []
         norm_name = self._final_norm_module
         if norm_name is not None:
@@ -378,7 +376,7 @@ class StockModel:
 
 
 def _unknown_family(reader: CheckpointReader) -> UnsupportedError:
-    """The refusal of a model type that is no family; of a wrapper, with the way to the text model inside."""
+    """Build the error for a model type that is no family; for a wrapper, with the way to the text model inside."""
     model_type, architectures = reader.config.get("model_type"), str(reader.config.get("architectures"))
     wraps = "text_config" in reader.config or "ForConditionalGeneration" in architectures
     return UnsupportedError(
@@ -394,5 +392,5 @@ def _unknown_family(reader: CheckpointReader) -> UnsupportedError:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """A block's hidden states, whether the layer returns them bare or first in a tuple."""
+    """Return a block's hidden states, whether the layer returns them bare or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output

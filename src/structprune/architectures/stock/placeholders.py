@@ -34,14 +34,14 @@ class Recorder(nn.Module):
 
 
 class _NoAttention(nn.Module):
-    """In the place of the attention, for a while or where it is removed: adds nothing."""
+    """Stand-in for the attention, for a while or where it is removed: adds nothing."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         return hidden_states.new_zeros(()), None
 
 
 class _NoMlp(nn.Module):
-    """In the place of each module of the MLP: the last one adds nothing."""
+    """Stand-in for each module of the MLP: the last one adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())

@@ -50,7 +50,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 def growing_cache(num_blocks: int, length: int) -> Cache:
-    """A cache for `length` tokens."""
+    """Create a cache for `length` tokens."""
     return Cache(layers=[_GrowingLayer(length) for _ in range(num_blocks)])
 
 
@@ -66,7 +66,7 @@ def sample_windows(
     device: torch.device,
     budget_bytes: int,
 ) -> Tensor:
-    """(N, S) token ids sampled at temperature 1 after the start token, which is not part of the text.
+    """Sample token ids, (N, S), at temperature 1 after the start token, which is not part of the text.
 
     Raises InputError if the tokenizer has no start token, MemoryBudgetError if model and cache pass the budget.
     """
@@ -107,11 +107,11 @@ def sample_windows(
 
 
 def draw_tokens(probabilities_RV: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row, (R, 1), by inverting the cumulated float32 probabilities: one random number per row.
+    """Draw one token per row, (R, 1), by inverting the cumulated float32 probabilities: one random number per row.
 
     The generator is the host's, so that what is drawn does not depend on where the model runs.
 
-    First among segments of the vocabulary, then inside one: cumulated in float64 as a whole they took longer than the
+    It is drawn among segments of the vocabulary first, then inside one: cumulating all in float64 took longer than the
     softmax. `multinomial` and Gumbel noise draw one number per vocabulary entry, which took a tenth of a decoding step.
     """
     num_tokens = probabilities_RV.shape[1]

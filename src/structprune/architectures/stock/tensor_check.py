@@ -70,7 +70,7 @@ def check_tensors(
 
 
 def _origin(stored: Sequence[str]) -> tuple[str | None, str | None]:
-    """What left such names behind, and what to do; None where that is not known."""
+    """Find what left such names behind, and what to do; None where that is not known."""
     for pattern, what, do in _ORIGINS:
         if any(re.search(pattern, name) for name in stored):
             return f"names of {what}", do
@@ -78,7 +78,7 @@ def _origin(stored: Sequence[str]) -> tuple[str | None, str | None]:
 
 
 def advice_on_missing(reader: CheckpointReader) -> str:
-    """What to do where tensors are missing and no name says why."""
+    """Say what to do where tensors are missing and no name says why."""
     files, announced = reader.num_files
     if announced > files:
         return f"it is a part of a split checkpoint: fetch all {announced} files and {INDEX_NAME}"
@@ -86,7 +86,7 @@ def advice_on_missing(reader: CheckpointReader) -> str:
 
 
 def _listed(reader: CheckpointReader, names: Sequence[str]) -> str:
-    """The first of the names as stored, sorted, and how many more there are."""
+    """List the first of the names as stored, sorted, and how many more there are."""
     stored = sorted(reader.stored_name(name) for name in names)
     more = f" and {len(stored) - _MAX_NAMES} more" if len(stored) > _MAX_NAMES else ""
     return ", ".join(map(repr, stored[:_MAX_NAMES])) + more

@@ -30,7 +30,7 @@ _POSITIONS = range(512, 2049)
 
 
 def scratch_bytes(seq_len: int) -> int:
-    """What one call holds at most beside inputs and output: scores, probabilities, and these in bfloat16."""
+    """Return the most bytes of one call beside inputs and output: scores, probabilities, and these in bfloat16."""
     return _TILE_SCORES * (4 + 4 + 2) if seq_len in _POSITIONS else 0
 
 
@@ -44,9 +44,10 @@ def tiled_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: (B, H, S, D), (B, K, S, D), (B, K, S, V) -> (B, S, H, V) and no weights.
+    """Implement transformers' attention interface: (B, H, S, D), (B, K, S, D), (B, K, S, V) -> (B, S, H, V).
 
-    SDPA does what is not bfloat16 on a CPU, not plainly causal, differentiated, or of a length that gains nothing.
+    Returns no weights. SDPA does what is not bfloat16 on a CPU, not plainly causal, differentiated, or of a length that
+    gains nothing.
     """
     tensors = (query, key, value)
     if (
@@ -66,7 +67,7 @@ def tiled_attention(
 
 @torch.no_grad()
 def causal_attention(query_BHSD: Tensor, key_BKSD: Tensor, value_BKSV: Tensor, scale: float) -> Tensor:
-    """softmax(scale Q K^T) V over each position and those before it, (B, S, H, V); H / K heads share their keys."""
+    """Compute softmax(scale Q K^T) V over each position and those before it, (B, S, H, V); H / K heads share keys."""
     num_windows, num_heads, length, width = query_BHSD.shape
     num_shared = num_heads // key_BKSD.shape[1]
     step = -(-length // _NUM_TILES)

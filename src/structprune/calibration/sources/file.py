@@ -74,7 +74,7 @@ def file_windows(path: Path, context: SourceContext) -> CalibrationWindows:
 
 
 def _split_field(path: Path) -> tuple[Path, str | None]:
-    """(file, field) of `FILE#FIELD`; a file that has such a name itself is taken as it is."""
+    """Split `FILE#FIELD` into file and field; a file that has such a name itself is taken as it is."""
     name, mark, field = path.name.rpartition("#")
     if not mark or not name or not field or path.exists():
         return path, None
@@ -113,7 +113,7 @@ def _documents_of(
 
 
 def _decoded(content: bytes) -> str:
-    """The text of UTF-8, or of what a byte order mark announces; the mark itself is no text."""
+    """Decode UTF-8, or what a byte order mark announces; the mark itself is no text."""
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     return content.decode(encoding)
 
@@ -134,7 +134,7 @@ def _unzstd(file: BinaryIO, path: Path) -> BinaryIO:
 
 
 def _json_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a JSON array, or of one JSON value per line."""
+    """Yield (place, row) of a JSON array, or of one JSON value per line."""
     if content.lstrip().startswith("["):
         try:
             rows = json.loads(content)
@@ -175,7 +175,7 @@ def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _texts(rows: Iterable[tuple[str, Any]], path: Path, field: str | None, render: Render) -> Iterator[str]:
-    """Each row's text; rows whose text is empty are left out. Raises InputError for the first row without one."""
+    """Yield each row's text; rows whose text is empty are left out. Raises InputError for the first row without one."""
     for where, row in rows:
         text = _row_text(row, where if str(path) in where else f"{path}, {where}", field, render)
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -216,7 +216,7 @@ def _pair_text(prompt: str, extra: Any, completion: str) -> str:
 
 
 def _chat_text(messages: Sequence[Any], where: str, render: Render) -> str:
-    """The chat by the model's template, whichever of the usual names its turns have."""
+    """Render the chat by the model's template, whichever of the usual names its turns have."""
     turns: list[dict[str, str]] = []
     for message in messages:
         role = message.get("role", message.get("from")) if isinstance(message, dict) else None

@@ -29,13 +29,13 @@ def _load(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def wikitext2(context: SourceContext) -> CalibrationWindows:
-    """WikiText-2 raw, train split, rows joined by blank lines."""
+    """Draw windows from WikiText-2 raw, train split, rows joined by blank lines."""
     rows = _load("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split="train")
     return draw_windows("\n\n".join(rows["text"]), "wikitext2 (raw, train)", context)
 
 
 def c4(context: SourceContext) -> CalibrationWindows:
-    """Documents of C4's first training shard, streamed until there is ample text for the windows."""
+    """Draw windows from C4's first training shard, streamed until there is ample text for the windows."""
     rows = _load("c4", "allenai/c4", data_files={"train": _C4_SHARD}, split="train", streaming=True)
     texts: list[str] = []
     # Twice the tokens at six characters each, so that the draw is a draw.

@@ -6,7 +6,7 @@ from structprune.calibration.context import CalibrationWindows, Source, SourceCo
 
 
 def self_sampled(context: SourceContext) -> CalibrationWindows:
-    """`num_samples` windows of the model's own text."""
+    """Sample `num_samples` windows of the model's own text."""
     ids_NS = context.sample(context.num_samples, context.seq_len, context.seed)
     return CalibrationWindows(ids_NS=ids_NS, description="self-sampled text (temperature 1)")
 

@@ -147,7 +147,7 @@ def _advance(
 def _cached_inputs(
     context: RunContext, block: BlockLayout, stage: Stage, num_keep: Mapping[str, int], streams: Streams
 ) -> Tensor | None:
-    """Room for the consumer's inputs of a sublayer that is finished from them; None for all others."""
+    """Return the cache for a consumer's inputs, if its sublayer is finished from them; None for all others."""
     kind = stage[0]
     if streams.cache is None or kind not in context.plan.cached or not num_keep.get(kind) or not block.has(kind):
         return None
@@ -202,7 +202,7 @@ def _fill(
 
 
 def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
-    """The stages that the block has something of, and the sublayers that it has."""
+    """List the stages of which the block has sublayers, each with these sublayers."""
     stages: list[tuple[Stage, list[UnitKind]]] = []
     for stage in context.stock.stages:
         sublayers: list[UnitKind] = [kind for kind in stage if block.has(kind)]
@@ -212,7 +212,7 @@ def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[U
 
 
 def _measured(block: BlockLayout, sublayers: Sequence[UnitKind], num_keep: Mapping[str, int]) -> list[UnitGroup]:
-    """One group of each sublayer that is to keep some of its units."""
+    """List one group of each sublayer that is to keep some of its units."""
     return [block.group(kind) for kind in sublayers if num_keep.get(kind, 0) > 0]
 
 
@@ -315,7 +315,7 @@ def _prune_sublayer(
 
 
 def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The statistics of one part, or their means over several, and how many there are."""
+    """Return the statistics of one part, or their means over several parts, and how many there are."""
     if len(statistics) == 1:
         return dict(statistics[0])
     means = {name: sum(each[name] for each in statistics) / len(statistics) for name in statistics[0]}
@@ -325,7 +325,7 @@ def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _module(
     context: RunContext, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]
 ) -> nn.Module:
-    """The stock layer with the units that are left, in the dtype of the forward passes."""
+    """Build the stock layer with the units that are left, in the dtype of the forward passes."""
     # Before a sublayer is solved its tensors are the source's, and so is its bias or the lack of one.
     biased: list[UnitKind] = [kind for kind in UNIT_KINDS if widths.get(kind) and context.adds_bias]
     config = context.stock.resized_config(widths, block.index, biased)
@@ -336,7 +336,7 @@ def _module(
 
 
 def _relative(errors: Sequence[tuple[float, float, float]]) -> tuple[float | None, float | None]:
-    """Both errors of all parts over the energy of all; None where nothing was measured."""
+    """Divide both errors of all parts by the energy of all; None where nothing was measured."""
     if not errors:
         return None, None
     before, after, energy = (sum(values) for values in zip(*errors, strict=True))

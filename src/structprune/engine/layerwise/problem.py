@@ -23,9 +23,9 @@ def layer_problem(
     measured: Sequence[Moments],
     sensitivity: Sensitivity | None = None,
 ) -> LayerProblem:
-    """The consumer's problem, with what was measured: over the windows to fit, and over the held-out ones if any are.
+    """Build the consumer's problem from what was measured over the fitted windows and, if any are, the held-out ones.
 
-    Inputs unit after unit. All of it lies where the plan has it solved.
+    Inputs are ordered unit after unit. All tensors are on the device where the plan has the problem solved.
     """
     where = context.solve_device
     sensitivity = (sensitivity or Sensitivity()).to(where)

@@ -32,7 +32,7 @@ class Refined:
     tensors: dict[str, Tensor]
     """The block's tensors: with new producers and consumer, or those that were given."""
     objective: list[float]
-    """Of the iterative solver, before its first step and after each."""
+    """Objective of the iterative solver, before its first step and after each."""
     statistics: dict[str, float]
 
 
@@ -107,7 +107,7 @@ def _refitted(
     tensors: Mapping[str, Tensor],
     measured: Sequence[Moments | None],
 ) -> SolveResult:
-    """The consumer behind the proposal, on the rank that has the sums."""
+    """Refit the consumer behind the proposal, on the rank that has the sums."""
     problem = layer_problem(context, block, group, tensors, [part for part in measured if part is not None])
     keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
     return SOLVERS.get(context.solver).solve(problem, keep_U).to(torch.device("cpu"))
@@ -122,7 +122,7 @@ def _tokens(
     reference: Reference,
     num_windows: int,
 ) -> MlpTokens:
-    """Inputs and targets of the MLP for this rank's first windows."""
+    """Collect the MLP's inputs and targets for this rank's first windows."""
     assert group.up_module is not None
     # A rank may have none.
     none_TD = torch.empty(0, context.stock.layout.hidden_size, device=context.device)
@@ -146,12 +146,12 @@ def _tokens(
 
 
 def _output_axis(group: UnitGroup, module: str) -> int:
-    """The axis of the map's outputs: 0, or 1 where the weight is transposed."""
+    """Return the axis of the map's outputs: 0, or 1 where the weight is transposed."""
     return next(part.axis for part in group.producers if part.tensor == f"{module}.weight")
 
 
 def _weights(context: RunContext, group: UnitGroup, tensors: Mapping[str, Tensor]) -> MlpWeights:
-    """The pruned MLP in float32. The consumer's bias is left out: it is part of the target."""
+    """Return the pruned MLP in float32, without the consumer's bias, which is part of the target."""
     assert group.up_module is not None
     assert group.activation is not None
 

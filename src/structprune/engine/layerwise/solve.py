@@ -36,7 +36,7 @@ class SolvedGroup:
 
 
 def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
-    """How long a group's problem takes, in multiplications: a factorisation, and products as wide as the outputs."""
+    """Estimate a problem's time in multiplications: a factorisation, and products as wide as the outputs."""
     inputs = group.num_units * group.width
     return inputs**3 + inputs * math.prod(block.shapes[group.consumer.tensor])
 
@@ -81,7 +81,7 @@ def solve_group(
 
 
 def with_group(tensors: Mapping[str, Tensor], group: UnitGroup, part: SolvedGroup) -> dict[str, Tensor]:
-    """The block's tensors with the group cut, and its consumer as it was solved."""
+    """Return the block's tensors with the group cut, and its consumer as it was solved."""
     cut = compact(tensors, group, part.keep_units)
     # Solved unit after unit; in the tensor the kept inputs keep their order.
     order_K = torch.argsort(group.consumer.indices(part.keep_units))
@@ -90,7 +90,7 @@ def with_group(tensors: Mapping[str, Tensor], group: UnitGroup, part: SolvedGrou
 
 
 def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, float]:
-    """What the report says of the place in the stream: energies per token and how much the loss depends on it."""
+    """Collect the report's context of the sublayer: energies per token and how much the loss depends on it."""
     found: dict[str, float] = {}
     total = problem.total()
     if measured:
@@ -119,9 +119,9 @@ def _decide(context: RunContext, problem: LayerProblem, num_keep: int) -> tuple[
 
 
 def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:
-    """What a search for the units was worth: its objective, and that of as many units by their own output energy.
+    """Compare the objective of the search for units with that of as many units by their own output energy.
 
-    A search in units of the loss has another objective, and two factorisations are too dear for a remark.
+    A search in units of the loss has another objective, and two factorisations would cost more than they tell.
     """
     if context.score not in SELECTORS or problem.sensitivity_OO is not None or bool(keep_U.all()):
         return {}
@@ -133,7 +133,7 @@ def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Ten
 
 
 def _squared_errors(problem: LayerProblem, keep_U: Tensor, result: SolveResult) -> tuple[float, float, float]:
-    """Squared error of the cut weight, of the solved one, and energy of the target, over the calibration tokens."""
+    """Compute the squared errors of the cut weight and of the solved one, and the target's energy, over all tokens."""
     kept_K = problem.kept_inputs(keep_U)
     total = problem.total()
     energy = total.target_energy

@@ -121,13 +121,13 @@ def measure(
 
 
 def token_scale(output_BSD: Tensor, eps: float) -> Tensor:
-    """What an RMSNorm divides each token of `output_BSD` by, float32 (T, 1)."""
+    """Compute what an RMSNorm divides each token of `output_BSD` by, float32 (T, 1)."""
     energy_BS1 = output_BSD.float().square().mean(dim=-1, keepdim=True)
     return energy_BS1.add(eps).sqrt().reshape(-1, 1)
 
 
 def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, residual_BSD: Tensor) -> Tensor:
-    """What the consumer's product should be, float32 (T, D)."""
+    """Compute what the consumer's product should be, float32 (T, D)."""
     target_BSD = wanted_BSD.float()
     if not group.output_normed:
         target_BSD = target_BSD - residual_BSD.float()
@@ -168,7 +168,10 @@ def stage_output(
     *,
     write: bool,
 ) -> Reference:
-    """What `module` makes of `store` at the consumer of `group`; with `write` the store moves on as it is asked."""
+    """Return a function that runs `module` on windows of `store` and returns the output of the consumer of `group`.
+
+    With `write` the store moves on as windows are asked for.
+    """
     outputs: list[Tensor] = []
 
     def output(start: int, stop: int) -> Tensor:

@@ -35,7 +35,7 @@ from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
-    """The smallest number of blocks, which are all alike, that holds at least `sparsity` of the blocks' parameters."""
+    """Return the smallest number of blocks with at least `sparsity` of all blocks' parameters; blocks are alike."""
     return num_to_remove(sparsity, len(layout.blocks))
 
 
@@ -84,7 +84,7 @@ def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> Re
 
 
 def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
-    """The bytes' side of the pipeline: how many boundaries' hidden states are kept, and of how many windows."""
+    """Complete the request: how many boundaries' hidden states the pipeline stores, and of how many windows."""
     remove = num_removed(recipe.sparsity, request.layout)
     free = len(request.layout.blocks) - recipe.protect_first - recipe.protect_last
     request = replace(request, needs_statistics=False)
@@ -97,7 +97,10 @@ def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
 
 
 def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[str]) -> Forecast:
-    """All of it: blocks are alike. Raises UnsupportedError where `tensor_parallel` processes could not share them."""
+    """Forecast all of the result, since blocks are alike.
+
+    Raises UnsupportedError where `tensor_parallel` processes could not share them.
+    """
     check_shared_out(stock, recipe, {})
     layout = stock.layout
     remove = num_removed(recipe.sparsity, layout)
@@ -124,7 +127,7 @@ def execute_depth(context: RunContext) -> PruneReport:
 
 
 def _choose(context: RunContext, remove: int) -> Choice:
-    """The blocks that go, from the journal where a process before this one had chosen them."""
+    """Choose the blocks to remove, or read them from the journal if an earlier process chose them."""
     line = context.run.journal.find("choice")
     if line is None:
         choice = Choice(removed=frozenset(), statistics={})

@@ -62,9 +62,9 @@ BLOCK_SCORES: Registry[BlockScore] = Registry(
 
 @torch.no_grad()
 def choose_angular(context: RunContext, num_remove: int) -> Choice:
-    """The run of `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
+    """Choose the `num_remove` consecutive blocks whose input and output are at the smallest mean angular distance.
 
-    Of all windows the hidden states at the last `num_remove` + 1 boundaries are kept, in a ring of stores. What is
+    The hidden states of all windows at the last `num_remove` + 1 boundaries are stored, in a ring of stores. What is
     measured is the residual stream itself, also behind the last block (stock `output_hidden_states` gives that one
     behind the final norm).
     """
@@ -121,11 +121,11 @@ def choose_angular(context: RunContext, num_remove: int) -> Choice:
 
 @torch.no_grad()
 def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
-    """One block after the other, each time the one without which the loss of the first windows is smallest.
+    """Choose one block after the other, each time the one without which the loss of the first windows is smallest.
 
-    In one round each block is read once. The stream of the model as it is moves along; before each block that may go
-    it is copied, and the copy passes that block by. So candidates share what comes before their block, which sublayers
-    the work, and as many boundaries' hidden states are kept as there are candidates, and one more.
+    In each round each block is read once. The stream of the model as it is moves along; before each block that may be
+    removed it is copied, and the copy passes that block by. So candidates share what comes before their block, which
+    halves the work, and as many boundaries' hidden states are stored as there are candidates, and one more.
     """
     num_windows = context.num_backward
     blocks = context.stock.layout.blocks
@@ -186,7 +186,7 @@ def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
 
 
 def _losses(context: RunContext, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
-    """Mean negative log-likelihood of the windows whose last hidden states are in each store."""
+    """Compute the mean negative log-likelihood of the windows whose last hidden states are in each store."""
     head = context.stock.load_head(context.device, context.dtype)
     labels_NS = context.windows.ids_NS[:num_windows, 1:].to(context.device)
     losses: dict[int, float] = {}

@@ -79,12 +79,15 @@ def expert_settings(
 
 
 def expert_request(request: PlanRequest) -> PlanRequest:
-    """The bytes' side of the pipeline: one stream of all windows, and no sums but two numbers per expert."""
+    """Complete the request: one stream of all windows, and no sums but two numbers per expert."""
     return replace(request, needs_statistics=False)
 
 
 def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[str]) -> Forecast:
-    """All of it: every block keeps as many. Raises UnsupportedError where processes could not share them."""
+    """Forecast all of the result, since every block keeps as many experts.
+
+    Raises UnsupportedError where processes could not share them.
+    """
     check_shared_out(stock, recipe, {})
     layout, experts = stock.layout, _experts(stock)
     total = getattr(stock.config, experts.count_field)
@@ -130,7 +133,7 @@ class Saliency:
         return self.norms_E / self.tokens_E.clamp(min=1)
 
     def keep(self, num_keep: int) -> Tensor:
-        """Numbers of the experts that stay, ascending; of two that are equal the one with the lower number stays."""
+        """Return the numbers of the most salient experts, ascending; of two that are equal the lower number wins."""
         order_E = self.mean_E.argsort(descending=True, stable=True)
         return order_E[:num_keep].sort().values
 
@@ -158,7 +161,7 @@ def measure_experts(
 
 
 def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence[int]) -> dict[str, Tensor]:
-    """`tensors` of a block (relative names) with the experts `kept` (ascending) alone, under new numbers."""
+    """Return a block's `tensors` (relative names) with the experts `kept` (ascending) alone, under new numbers."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name == experts.router:
@@ -244,7 +247,7 @@ def _move_pruned(
 
 
 def _statistics(found: Saliency, kept: Sequence[int]) -> dict[str, float]:
-    """For the report: what share of the block's saliency went, and how many experts no token was sent to."""
+    """Compute what the report says: the block's share of removed saliency, and how many experts got no token."""
     total = float(found.mean_E.sum())
     return {
         "saliency_removed": 1 - float(found.mean_E[list(kept)].sum()) / total if total else 0.0,
@@ -264,14 +267,14 @@ def _num_kept(context: RunContext, experts: Experts) -> int:
 
 
 def _with_fewer(config: Mapping[str, Any], stock: StockModel, num_experts: int) -> dict[str, Any]:
-    """config.json with another number of experts, under the name that it has there: stock classes know an older one."""
+    """Set config.json's number of experts, under the name that it has there: stock classes know an older one."""
     field = _experts(stock).count_field
     name = field if field in config else stock.config.attribute_map.get(field, field)
     return dict(config) | {name: num_experts}
 
 
 def _config(context: RunContext, experts: Experts, index: int) -> Any:
-    """The stock config of the block with the experts that stay."""
+    """Return the stock config of the block with the experts that remain."""
     config = copy.deepcopy(context.stock.block_configs[index])
     setattr(config, experts.count_field, _num_kept(context, experts))
     return config

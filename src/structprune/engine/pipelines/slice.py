@@ -207,7 +207,7 @@ def _common_basis(context: RunContext, width: int) -> Tensor:
 
 
 def _directions(hidden_BSD: Tensor) -> Tensor:
-    """Each token at length one; a token of zeros stays."""
+    """Scale each token to length one; a token of zeros stays."""
     return nn.functional.normalize(hidden_BSD.float(), dim=-1)
 
 
@@ -228,7 +228,7 @@ def _projected(hidden_BSD: Tensor, basis_DK: Tensor) -> Tensor:
 
 
 def _moved(propagator: Propagator, module: nn.Module, index: int, store: HiddenStore) -> Iterator[Tensor]:
-    """Each micro-batch's output; it has replaced its input in the store."""
+    """Yield each micro-batch's output, which has replaced its input in the store."""
     with propagator.writing(store) as put:
         for start, _, hidden_BSD in propagator.read(store, 0, store.shape[0]):
             output_BSD = propagator.apply(module, index, hidden_BSD)
@@ -258,7 +258,7 @@ def _cut(context: RunContext, gram_DD: Tensor, width: int, common_DK: Tensor | N
 
 
 def _reports(context: RunContext, block: BlockLayout, cuts: list[Cut], seconds: float) -> list[BlockReport]:
-    """One line per sublayer, with the cut at its input; the statistics have the one at its output."""
+    """Report each sublayer with the cut at its input; the statistics have the one at its output."""
     hidden, width = cuts[0].basis_DK.shape
     return [
         BlockReport(

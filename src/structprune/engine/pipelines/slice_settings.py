@@ -42,7 +42,10 @@ def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockMode
 
 
 def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str]) -> Forecast:
-    """All of it. Raises InputError if no width removes as much, UnsupportedError if it cannot be written or shared."""
+    """Forecast all of the result.
+
+    Raises InputError if no width removes as much, UnsupportedError if the result cannot be written or shared.
+    """
     check_shared_out(stock, recipe, {})
     stream, layout = stock.family.stream, stock.layout
     assert stream is not None
@@ -59,7 +62,7 @@ def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str
 
 
 def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: int, *, shortcuts: bool) -> int:
-    """Parameters of a block whose stream has `width` of `hidden` dimensions, its shortcut matrices counted."""
+    """Count the parameters of a block whose stream has `width` of `hidden` dimensions, with its shortcut matrices."""
     total = block.num_parameters
     for sublayer in stream.sublayers:
         touched = [sublayer.norm, *sublayer.readers, sublayer.writer]
@@ -73,9 +76,10 @@ def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: in
 
 
 def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> int:
-    """The largest width of the stream, a multiple of `multiple_of`, that removes `sparsity` of the blocks' parameters.
+    """Find the largest width of the stream, a multiple of `multiple_of`, that removes enough parameters.
 
-    What the shortcuts add is taken off. Raises InputError, naming the largest share, if no width removes as much.
+    That is `sparsity` of the blocks' parameters, where those of the shortcuts count against it. Raises InputError,
+    naming the largest share, if no width removes as much.
     """
     shortcuts = recipe.structure == Structure.PER_LAYER
     hidden, before = layout.hidden_size, layout.block_parameters

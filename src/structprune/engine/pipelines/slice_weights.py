@@ -20,7 +20,7 @@ from structprune.linalg.rotation import rotated, rows_per_chunk
 def rotated_block(
     tensors: Mapping[str, Tensor], stream: Stream, bases: Sequence[Tensor], *, shortcuts: bool
 ) -> dict[str, Tensor]:
-    """The block (relative names) between the positions of `bases`, one more than it has sublayers.
+    """Rotate the block (relative names) between the positions of `bases`, one more than it has sublayers.
 
     A reader is W diag(norm weight) B sqrt(D / K), a writer B'^T W, the shortcut between them B'^T B; the norms' weights
     become ones. The root makes a norm that divides by the mean over K equal to one over D; it goes into the readers,
@@ -45,12 +45,12 @@ def rotated_block(
 
 
 def rotated_embeddings(context: RunContext, basis_DK: Tensor) -> dict[str, Tensor]:
-    """E B of every embedding, read in row chunks."""
+    """Compute E B of every embedding, read in row chunks."""
     return {name: _rotated_rows(context, name, basis_DK) for name in context.stock.embedding_tensors()}
 
 
 def rotated_head(context: RunContext, basis_DK: Tensor) -> dict[str, Tensor]:
-    """Final norm and head: W diag(norm weight) B sqrt(D / K) from the tied embedding or the head, in row chunks."""
+    """Rotate final norm and head: W diag(norm weight) B sqrt(D / K) of the tied embedding or head, in row chunks."""
     family = context.stock.family
     norm = f"{family.final_norm_module}.weight"
     weight_D = context.reader.read([norm])[norm]
@@ -59,13 +59,13 @@ def rotated_head(context: RunContext, basis_DK: Tensor) -> dict[str, Tensor]:
 
 
 def folded_scale(norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
-    """What a map behind the norm takes over from it, per dimension before the rotation."""
+    """Compute what a map behind the norm takes over from it, per dimension before the rotation."""
     hidden, width = basis_DK.shape
     return norm_weight_D.to(basis_DK.device, torch.float64) * math.sqrt(hidden / width)
 
 
 def ones_like_norm(norm_weight_D: Tensor, basis_DK: Tensor) -> Tensor:
-    """The weight of a norm whose own has been folded away."""
+    """Create the weight of a norm whose own has been folded away."""
     return norm_weight_D.new_ones(basis_DK.shape[1])
 
 

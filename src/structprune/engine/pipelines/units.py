@@ -38,7 +38,7 @@ _COSTS_STEP = "prices"
 
 
 def allocate(context: RunContext, costs: Costs | None) -> Widths:
-    """Units to keep per block, for each kind in scope."""
+    """Choose how many units each block keeps, for each kind in scope."""
     return choose_widths(context.stock, context.settings(ResolvedUnits), context.kinds, costs)
 
 
@@ -156,7 +156,7 @@ def _rehearse(
 
 
 def _open_cache(context: RunContext) -> ActivationCache | None:
-    """Room for the inputs of any sublayer that the plan lets stay in memory; none is touched yet."""
+    """Reserve memory for the inputs of any sublayer that the plan caches; none of it is touched yet."""
     if not context.plan.cached:
         return None
     num_windows, seq_len = context.windows.ids_NS.shape
@@ -169,7 +169,7 @@ def _open_cache(context: RunContext) -> ActivationCache | None:
 
 
 def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:
-    """The newest removal costs of every sublayer; one that was removed in the rehearsal keeps its old ones."""
+    """Return the newest removal costs of every sublayer; one that was removed in the rehearsal keeps its old ones."""
     return {
         kind: [block.get(kind, cost_U) for block, cost_U in zip(found, old, strict=True)] for kind, old in costs.items()
     }

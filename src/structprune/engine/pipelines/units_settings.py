@@ -375,12 +375,12 @@ def _check_score(score: str, method: Method) -> str:
 
 
 def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
-    """32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
+    """Return 32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
     return 32 if max(group.num_units * group.width for group in groups) < _NARROW else 128
 
 
 def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> tuple[UnitGroup, ...]:
-    """In the order of the forward pass."""
+    """List the groups in scope in the order of the forward pass."""
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
     groups = {group.kind: group for group in reversed(stock.groups)}
     for kind in kinds:

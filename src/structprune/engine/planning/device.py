@@ -39,7 +39,7 @@ LIBRARY_BYTES = 64 * 2**20
 
 
 def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place, solves: Place) -> DevicePlan:
-    """What the device holds with micro-batches of so many windows, the sums of activations and the solves there."""
+    """Plan the device's memory with micro-batches of `micro_batch` windows and sums and solves in these places."""
     item, hidden, seq_len = request.compute_dtype.itemsize, request.layout.hidden_size, request.seq_len
     block, vocab_size = widest_block(request), request.layout.vocab_size
     one_each = micro_batch * seq_len * item
@@ -114,7 +114,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
 def _solve_phases(
     request: PlanRequest, block: BlockLayout, kind: UnitKind, parts: Sequence[UnitGroup], beside: int
 ) -> PhaseBytes:
-    """Deciding and solving one part of a sublayer, with the sums of the others and one sensitivity beside it."""
+    """Plan choosing and solving one part of a sublayer, beside the sums of the others and one sensitivity."""
     problem = group_problem(request, block, parts[0])
     sensitivity = request.layout.hidden_size**2 * 4 if request.needs_sensitivity else 0
     # CUDA makes an inverse beside its factor (at::native cholesky_inverse), and libraries copy what is not laid out as
@@ -133,7 +133,7 @@ def _solve_phases(
 
 
 def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: Place) -> int:
-    """Of one consumer: its sums and the tile in which the lower triangle is filled in, or a strip on its way out."""
+    """Return the bytes of a consumer's sums, and of the tile that fills their lower triangle or a strip to the host."""
     gram = gram_bytes(group)
     cross = group.num_units * group.width * request.layout.hidden_size * 4 if request.follows_dense else 0
     return gram + cross + 3 * gram // 16 if sums == "device" else max(gram // NUM_STRIPS, cross)

@@ -32,7 +32,7 @@ NOTHING = Exchange(sums=0, tensors=0)
 
 
 def gram_bytes(order: int) -> int:
-    """Of one Gram's upper strips in float32, the sum of the inputs in float64 and the number of tokens."""
+    """Return the bytes of one Gram's upper strips in float32, the float64 sum of the inputs and the token count."""
     strip = max(1, -(-order // NUM_STRIPS))
     rows = ((start, min(strip, order - start)) for start in range(0, order, strip))
     return sum(count * (order - start) for start, count in rows) * 4 + order * 8 + 8
@@ -47,10 +47,10 @@ def pruning_exchange(
     parts: int,
     follows_dense: bool,
 ) -> Exchange:
-    """Of one block of the pruning pass: Grams in, kept units and consumers out.
+    """Return the bytes exchanged for one block of the pruning pass: Grams in, kept units and consumers out.
 
-    `kept`: kind -> units that stay; `parts`: 2 where windows are held out, else 1; `stored_item`: bytes of a weight.
-    Without iterative solver, added bias and second measurement of costs.
+    `kept`: kind -> units to keep; `parts`: 2 where windows are held out, else 1; `stored_item`: bytes of a weight.
+    Neither an iterative solver, an added bias nor a second measurement of costs is counted.
     """
     total = NOTHING
     for group in groups:
@@ -63,7 +63,7 @@ def pruning_exchange(
 
 
 def sensitivity_exchange(groups: Sequence[UnitGroup], hidden: int) -> Exchange:
-    """Bytes of one block of the sensitivity pass: Grams and sensitivities in, sensitivities and costs out."""
+    """Return the bytes of one block of the sensitivity pass: Grams and sensitivities in, the latter and costs out."""
     kinds = {group.kind: group for group in groups}
     sums = sum(gram_bytes(group.num_units * group.width) for group in groups) + len(kinds) * gram_bytes(hidden)
     # Prices are float64; each kind's parts add theirs up.

@@ -38,7 +38,7 @@ class Forecast:
 
 
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
-    """Of a run that removes units. Raises InputError or UnsupportedError for what cannot be reached or written."""
+    """Forecast a run that removes units. Raises InputError or UnsupportedError if it cannot be reached or written."""
     if ALLOCATORS.get(recipe.allocator).compares != "none":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
         check_shared_out(stock, recipe, {})
@@ -66,7 +66,7 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
 def output_config(
     stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """config.json of the result. Raises UnsupportedError if no stock class takes it."""
+    """Build the result's config.json. Raises UnsupportedError if no stock class takes it."""
     source = dict(stock.layout.config)
     for group in stock.groups:
         adds_bias = _adds_bias(recipe) and group.kind in kinds and group.consumer_bias is None
@@ -85,7 +85,7 @@ def _adds_bias(recipe: ResolvedUnits) -> bool:
 def shape_of(
     stock: StockModel, recipe: Recipe, config: Mapping[str, Any], kept: Mapping[str, Sequence[int]] | None = None
 ) -> ResultShape:
-    """The shape of a result of `stock` with this config; one whose head was untied says so in its config."""
+    """Return the shape of `stock`'s result with this config, which says so if the head was untied."""
     return result_shape(
         config,
         tied=stock.layout.tied_embeddings and config.get("tie_word_embeddings", True) is not False,

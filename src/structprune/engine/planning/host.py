@@ -72,9 +72,9 @@ def make_plan(request: PlanRequest, memory: int | None, device_budget: int | Non
 
 
 def _candidates(request: PlanRequest, *, moved: bool) -> Iterator[tuple[HostChoice, Place, Place]]:
-    """Settings with the places of sums and solves, what is fastest first.
+    """Yield settings with the places of sums and solves, the fastest first.
 
-    A smaller micro-batch costs less than a sublayer that is computed again, or a Gram that is moved for each. Of kept
+    A smaller micro-batch costs less than a sublayer that is computed again, or a Gram that is moved for each. Of cached
     inputs attention's are the narrower ones and save more; a device computes them again sooner than they come back.
     """
     largest = min(max(1, _TARGET_TOKENS // request.seq_len), request.num_windows)
@@ -88,7 +88,7 @@ def _candidates(request: PlanRequest, *, moved: bool) -> Iterator[tuple[HostChoi
 
 
 def _refusal(smallest: PrunePlan, device: DevicePlan | None, budget: int) -> MemoryBudgetError:
-    """The error for the candidates that come nearest to their budgets: the first budget that none of them fits."""
+    """Build the error for the candidates nearest to their budgets: it names the first budget that none of them fits."""
     if device is not None and device.peak_bytes > device.budget_bytes:
         return MemoryBudgetError(
             "does not fit in the device's memory budget",
@@ -115,7 +115,7 @@ def _refusal(smallest: PrunePlan, device: DevicePlan | None, budget: int) -> Mem
 
 
 def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePlan:
-    """The plan with these settings, whether it fits or not. Phases in the order in which reports list them."""
+    """Plan the run with these settings, whether it fits or not; phases are in the order of the reports."""
     sizes = HostSizes(request=request, choice=choice)
     phases = _reading(sizes) | _blocks(sizes) | _ends(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     if request.slices != "no":
@@ -142,7 +142,7 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
 
 
 def _reading(sizes: HostSizes) -> PhaseBytes:
-    """Reading the calibration text, and embedding its windows, with the embeddings alone."""
+    """Plan reading the calibration text, and embedding its windows with the embeddings alone in memory."""
     request = sizes.request
     text = _TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * (request.text_bytes or 0)
     return {
@@ -152,7 +152,7 @@ def _reading(sizes: HostSizes) -> PhaseBytes:
 
 
 def _blocks(sizes: HostSizes) -> PhaseBytes:
-    """Reading a block, running all windows through it, writing it: twice the block, or once and activations."""
+    """Plan reading a block, running all windows through it and writing it: twice the block, or once and activations."""
     beside = sizes.pruning + sizes.weights + sizes.cast
     return {
         Phase.READ_BLOCK: beside + sizes.weights,
@@ -162,7 +162,7 @@ def _blocks(sizes: HostSizes) -> PhaseBytes:
 
 
 def _ends(sizes: HostSizes) -> PhaseBytes:
-    """Behind the last block, where the hidden states are gone but for the few windows of the perplexity."""
+    """Plan the end of the run, where hidden states are left of the few windows of the perplexity only."""
     others = sum(sizes.outer.values()) - sizes.stored_embeddings
     return {
         Phase.COPY_OUTER: sizes.stores_closed + max(sizes.stored_embeddings, others) + CHUNK_BYTES,
@@ -171,7 +171,7 @@ def _ends(sizes: HostSizes) -> PhaseBytes:
 
 
 def _comparisons(sizes: HostSizes) -> PhaseBytes:
-    """Choosing whole blocks, by the states at two boundaries or by the losses that follow from them."""
+    """Plan choosing whole blocks, by the states at two boundaries or by the losses that follow from them."""
     phases: PhaseBytes = {}
     if sizes.request.compares == "boundaries":
         # Both states, their unit vectors and one difference in float32.
@@ -184,7 +184,7 @@ def _comparisons(sizes: HostSizes) -> PhaseBytes:
 
 
 def _sensitivity(sizes: HostSizes) -> PhaseBytes:
-    """Measuring the dense model: backward through one block after the other from the loss, or forward for scores."""
+    """Plan measuring the dense model: backward from the loss through each block in turn, or forward for scores."""
     request, block = sizes.request, sizes.block
     phases: PhaseBytes = {}
     if request.needs_sensitivity or request.needs_weight_gradients:
@@ -207,7 +207,7 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
 
 
 def _slicing(sizes: HostSizes) -> PhaseBytes:
-    """Cutting the residual stream: bases beside block or embeddings, and the eigenvectors that they are made of."""
+    """Plan cutting the residual stream: bases beside block or embeddings, and the eigenvectors they are made of."""
     return slice_phases(
         sizes.request,
         SliceMemory(
@@ -224,7 +224,7 @@ def _slicing(sizes: HostSizes) -> PhaseBytes:
 
 
 def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> PhaseBytes:
-    """One sublayer's statistics, choice and solve; the costs of its removals, and new producers, if they are asked for.
+    """Plan one sublayer's statistics, choice and solve; its removal costs and new producers, if they are asked for.
 
     Its groups are measured in one pass and solved one after the other, with the others' sums beside.
     """
@@ -257,7 +257,7 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
 
 
 def _measuring(sizes: HostSizes, group: UnitGroup) -> int:
-    """A micro-batch where sums are taken of the inputs of a group's consumer."""
+    """Return the bytes of a micro-batch where sums are taken of the inputs of a group's consumer."""
     batch = max(sizes.activations, statistics_bytes(sizes.request, group, sizes.choice.micro_batch))
     if sizes.item == 4:
         return batch
@@ -268,7 +268,7 @@ def _measuring(sizes: HostSizes, group: UnitGroup) -> int:
 
 
 def _added_by_slicing(sizes: HostSizes) -> int:
-    """An embedding that the head no longer shares, and the shortcuts, in no more than eight bytes per number."""
+    """Return the bytes of an embedding that the head no longer shares, and of the shortcuts, at most 8 per number."""
     request = sizes.request
     if request.slices == "no":
         return 0
@@ -278,7 +278,7 @@ def _added_by_slicing(sizes: HostSizes) -> int:
 
 
 def _disk_to_go_on(sizes: HostSizes) -> int:
-    """Disk of what an interrupted run goes on from. A snapshot is there twice while its successor is written."""
+    """Return the disk bytes that a resume needs. A snapshot is there twice while its successor is written."""
     request, hidden = sizes.request, sizes.hidden
     num_blocks = len(request.layout.blocks)
     window = request.seq_len * hidden * sizes.item
@@ -295,7 +295,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
 
 
 def _reload_bound(sizes: HostSizes) -> ReloadBound:
-    """What the process holds that loads the result, beside what the run still holds."""
+    """Return the bound on the process that loads the result, beside what the run still holds."""
     layout = sizes.request.layout
     shapes = {block.prefix + name: shape for block in layout.blocks for name, shape in block.shapes.items()}
     shapes.update(layout.outer_tensors)

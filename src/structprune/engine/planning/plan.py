@@ -21,7 +21,7 @@ class Budgets:
 
     host: int | None = None
     device: int | None = None
-    """Of a device with memory of its own."""
+    """Budget of a device with memory of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class DevicePlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the fullest phase."""
+        """Bytes of the fullest phase."""
         return max(self.phases.values())
 
 
@@ -64,7 +64,7 @@ class PrunePlan:
     device: DevicePlan | None = None
     """None: blocks run in host memory."""
     reload: ReloadBound | None = None
-    """Of the process that loads the result; None: there is none."""
+    """Bound on the process that loads the result; None: there is none."""
     result_size: tuple[int, int] = (0, 0)
     """Upper bounds of the result's parameters and of the bytes of its files."""
 
@@ -75,7 +75,7 @@ class PrunePlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the run's own process."""
+        """Peak bytes of the run's own process."""
         return max(self.phases.values())
 
     @property
@@ -85,7 +85,7 @@ class PrunePlan:
 
     @property
     def reload_bytes(self) -> int:
-        """Of both processes while the result is loaded that way."""
+        """Bytes of both processes while the result is loaded in the planned mode."""
         mode = self.reload_mode
         return 0 if self.reload is None or mode is None else self.reload.bytes(mode, *self.result_size)
 
@@ -126,9 +126,9 @@ class PlanRequest:
     kept: Mapping[str, int] = field(default_factory=dict[str, int])
     """Kind -> most units that any block keeps, where that is known beforehand."""
     tokenizer_bytes: int = 0
-    """Of its files."""
+    """Bytes of the tokenizer's files."""
     text_bytes: int | None = None
-    """Of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
+    """Bytes of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
     num_latents: int = 0
     """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None
@@ -142,7 +142,7 @@ class PlanRequest:
     reload_check: bool = False
     """Whether another process loads the result at the end."""
     other_head_bytes: int = 0
-    """Of another model's head and its logits, where the losses of both are measured side by side."""
+    """Bytes of another model's head and its logits, where the losses of both are measured side by side."""
     num_ranks: int = 1
     """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
     cacheable: tuple[UnitKind, ...] = ()

@@ -28,7 +28,7 @@ class ReloadBound:
     vocab_size: int
 
     def bytes(self, mode: ReloadMode, num_parameters: int, file_bytes: int) -> int:
-        """Upper bound of both processes' bytes together."""
+        """Return an upper bound on the bytes of both processes together."""
         logits = RELOAD_TOKENS * self.vocab_size * (self.item_bytes + 4 * 4)
         common = self.run_bytes + _RUNTIME_BYTES + logits
         if mode == "streamed":
@@ -37,5 +37,5 @@ class ReloadBound:
         return common + file_bytes + (num_parameters * self.item_bytes if self.casts else 0)
 
     def mode(self, num_parameters: int, file_bytes: int, budget_bytes: int) -> ReloadMode:
-        """As a user loads it, if that fits; else one module after the other."""
+        """Choose to load the result as a user does, if that fits; else one module after the other."""
         return "whole" if self.bytes("whole", num_parameters, file_bytes) <= budget_bytes else "streamed"

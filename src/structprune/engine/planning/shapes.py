@@ -30,27 +30,27 @@ _SOLVER_TOKENS = 8192
 
 
 def logit_bytes(vocab_size: int, dtype: torch.dtype) -> int:
-    """Of the logits that are there at once, with what a loss or its gradient makes of them."""
+    """Return the bytes of the logits that are there at once, with what a loss or its gradient makes of them."""
     return LOGIT_TOKENS * vocab_size * (dtype.itemsize + _LOSS_BYTES)
 
 
 def solver_windows(num_windows: int, seq_len: int) -> int:
-    """How many of the windows that are fitted an iterative solver gets."""
+    """Return how many of the fitted windows an iterative solver gets."""
     return max(1, min(num_windows, _SOLVER_TOKENS // seq_len))
 
 
 def widest_block(request: PlanRequest) -> BlockLayout:
-    """The block with the most parameters."""
+    """Return the block with the most parameters."""
     return max(request.layout.blocks, key=lambda block: block.num_parameters)
 
 
 def num_scores(request: PlanRequest) -> int:
-    """Of one window, where attention holds them."""
+    """Count the attention scores of one window, where attention holds them."""
     return request.layout.num_score_heads * request.seq_len**2
 
 
 def embedding_names(request: PlanRequest) -> list[str]:
-    """Tensors outside the blocks that come before them."""
+    """List the tensors of the embeddings: those outside the blocks that come before them."""
     modules = tuple(f"{module}." for module in request.layout.embedding_modules)
     return [name for name in request.layout.outer_tensors if name.startswith(modules)]
 
@@ -58,7 +58,7 @@ def embedding_names(request: PlanRequest) -> list[str]:
 def activation_bytes(
     block: BlockLayout, hidden: int, one_each: int, tiles: int = 0, *, differentiated: bool = False
 ) -> int:
-    """What a block's forward holds at its peak: the MLP's or attention's.
+    """Return the bytes that a block's forward holds at its peak, in the MLP or in attention.
 
     MLP: what `_wide_tensors` counts, or all of it where it is differentiated; attention: q, k, v, turned and with
     repeated heads, the output, `tiles`.
@@ -68,26 +68,27 @@ def activation_bytes(
 
 
 def _wide_tensors(group: UnitGroup) -> int:
-    """As wide as the MLP and there at once: gate, activated gate, up and product.
+    """Count the tensors as wide as the MLP that are there at once: gate, activated gate, up and product.
 
-    Of maps of their own only three, where the activation has one kernel: gate is gone when up is computed.
+    Where gate and up are separate maps and the activation has one kernel they are three: gate is gone when up is
+    computed.
     """
     apart = group.gate_module is not None and group.gate_module != group.up_module
     return 3 if apart and group.activation in _ONE_KERNEL else 4
 
 
 def kept_for_backward(request: PlanRequest, block: BlockLayout) -> int:
-    """What a backward pass keeps of one window: each activation, its gradient, and the products' inputs."""
+    """Return the bytes that backward keeps of one window: activations, their gradients, and the products' inputs."""
     one_each = request.seq_len * request.compute_dtype.itemsize
     activations = activation_bytes(block, request.layout.hidden_size, one_each, differentiated=True)
     return 3 * activations + num_scores(request) * _SCORE_BYTES_BACKWARD
 
 
 def statistics_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -> int:
-    """What a micro-batch adds to its forward pass where sums are taken.
+    """Return the bytes that a micro-batch adds to its forward pass where sums are taken.
 
-    Of one token: the consumer's input, in float32 too; where a target is taken residual, output, target and their
-    pieces; before a norm both streams' inputs and scaled ones.
+    For each token these are the consumer's input, in float32 too; where a target is taken residual, output, target and
+    their pieces; before a norm both streams' inputs and scaled ones.
     """
     item, inputs = request.compute_dtype.itemsize, group.num_units * group.width
     token = inputs * (item + (0 if item == 4 else 4))
@@ -97,7 +98,7 @@ def statistics_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -
 
 
 def mask_bytes(request: PlanRequest, micro_batch: int) -> int:
-    """Attention masks, which stay as long as blocks run; each batch size has its own, and there are up to three."""
+    """Return the bytes of the attention masks, which stay while blocks run: one for each of up to three batch sizes."""
     layout, item = request.layout, request.compute_dtype.itemsize
     square = request.seq_len**2
     windowed = layout.attention_window is not None and layout.attention_window < request.seq_len
@@ -109,7 +110,7 @@ def mask_bytes(request: PlanRequest, micro_batch: int) -> int:
 
 
 def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) -> GroupProblem:
-    """The group's problem by its sizes."""
+    """Describe the group's problem by its sizes."""
     name = group.consumer.tensor
     return GroupProblem(
         inputs=group.num_units * group.width,
@@ -127,23 +128,23 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
 
 
 def numel(block: BlockLayout, name: str) -> int:
-    """Of one of the block's tensors, by its name with or without the block's prefix."""
+    """Count the elements of one of the block's tensors, by its name with or without the block's prefix."""
     return torch.Size(block.shapes[name.removeprefix(block.prefix)]).numel()
 
 
 def most_inputs(layout: ModelLayout, kinds: Collection[UnitKind]) -> int:
-    """Of any consumer of these sublayers in any block; 0 where there is none."""
+    """Return the most inputs of any consumer of these sublayers in any block; 0 where there is none."""
     groups = [group for block in layout.blocks for kind in kinds for group in block.groups_of(kind)]
     return max((group.num_units * group.width for group in groups), default=0)
 
 
 def gram_bytes(group: UnitGroup) -> int:
-    """In float32."""
+    """Return the bytes of the group's Gram in float32."""
     return (group.num_units * group.width) ** 2 * 4
 
 
 def by_kind(groups: tuple[UnitGroup, ...]) -> dict[UnitKind, list[UnitGroup]]:
-    """The parts of each sublayer."""
+    """Group the parts by their sublayer."""
     parts: dict[UnitKind, list[UnitGroup]] = {}
     for group in groups:
         parts.setdefault(group.kind, []).append(group)
@@ -151,9 +152,9 @@ def by_kind(groups: tuple[UnitGroup, ...]) -> dict[UnitKind, list[UnitGroup]]:
 
 
 def weight_gradient_bytes(request: PlanRequest, block: BlockLayout) -> int:
-    """By each weight of the block that shrinks with a unit: one window's gradients and two sums in float32.
+    """Return the bytes beside the weights that shrink with units: one window's gradients and two sums in float32.
 
-    And a weight with its products when they are added up.
+    One weight with its products is counted too, for when they are added up.
     """
     names = {part.tensor for group in request.groups for part in group.slices}
     sizes = [torch.Size(block.shapes[name]).numel() for name in sorted(names) if len(block.shapes[name]) > 1]

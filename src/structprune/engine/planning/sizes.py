@@ -187,7 +187,7 @@ class HostSizes:
 
     @cached_property
     def _outer_in_use(self) -> dict[str, int]:
-        """As they are computed with: cast as they are read."""
+        """Bytes of the tensors outside the blocks as they are computed with: cast as they are read."""
         shapes = self.request.layout.outer_tensors
         return {name: torch.Size(shape).numel() * self.item for name, shape in shapes.items()}
 

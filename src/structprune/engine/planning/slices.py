@@ -33,7 +33,7 @@ class SliceMemory:
 
 
 def slice_phases(request: PlanRequest, memory: SliceMemory) -> PhaseBytes:
-    """Phase -> peak bytes: `hidden` dimensions of the stream become `width`, with several bases or one."""
+    """Plan each phase's peak bytes where the stream's `hidden` dimensions become `width`, with several bases or one."""
     hidden, width, item = request.layout.hidden_size, request.sliced_hidden, request.compute_dtype.itemsize
     several = request.slices == "bases"
     square = hidden * hidden

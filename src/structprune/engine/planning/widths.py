@@ -23,9 +23,9 @@ Widths = dict[str, list[int]]
 def choose_widths(
     stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]] | None
 ) -> Widths:
-    """Units to keep per block, for each kind in scope; all kinds share one budget where the allocator compares them.
+    """Choose the units to keep per block, for each kind in scope; kinds share one budget if the allocator says so.
 
-    Without costs for an allocator that compares nothing. Raises InputError if the sparsity cannot be reached,
+    An allocator that compares nothing needs no costs. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
     num_blocks = len(stock.layout.blocks)
@@ -139,7 +139,7 @@ def check_shared_out(stock: StockModel, recipe: Recipe, kept: Mapping[str, Seque
 
 
 def indivisible(stock: StockModel, processes: int, kept: Mapping[str, Sequence[int]]) -> str | None:
-    """The first number of heads, KV heads or channels that `processes` does not divide, with its block, or None.
+    """Find the first number of heads, KV heads or channels that `processes` does not divide, with its block, or None.
 
     Kinds that are not in `kept` keep what they have.
     """
@@ -153,7 +153,7 @@ def indivisible(stock: StockModel, processes: int, kept: Mapping[str, Sequence[i
 
 
 def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Config entry -> number that the block will have. Sublayers that are gone have none."""
+    """Return config entry -> number that the block will have. Removed sublayers have none."""
     sizes: dict[str, int] = {}
     # Units of query heads leave the KV heads as they are, and say nothing of them.
     for group in stock.family.groups(stock.block_configs[block.index], "kv-group"):
@@ -167,7 +167,7 @@ def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[in
 
 
 def _multiple(recipe: ResolvedUnits, group: UnitGroup) -> int:
-    """What the kept units are a multiple of; channels in every process's share alike."""
+    """Return what the kept units are a multiple of; channels in every process's share alike."""
     if group.kind == "mlp":
         return recipe.multiple_of * recipe.tensor_parallel
     if recipe.head_units == "value-channel":

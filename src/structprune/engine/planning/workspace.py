@@ -40,12 +40,12 @@ class GroupProblem:
 
     @property
     def gram(self) -> int:
-        """In float32."""
+        """Bytes of the Gram in float32."""
         return self.inputs**2 * 4
 
     @property
     def _weight(self) -> int:
-        """In float64."""
+        """Bytes of the weight in float64."""
         return self.inputs * self.outputs * 8
 
     @property
@@ -109,7 +109,7 @@ class GroupProblem:
         return self._kept_bound * self.outputs * 8
 
     def _square(self, *orders: int) -> int:
-        """The larger of the squares of these orders, in float32."""
+        """Return the bytes of the largest square of these orders, in float32."""
         return max(orders) ** 2 * 4
 
     @property
@@ -133,12 +133,15 @@ class GroupProblem:
 
     @property
     def _errors(self) -> int:
-        """Of the cut and the solved weight: the difference to the whole, or the weight and its product with targets."""
+        """Bytes for the errors of the cut and of the solved weight.
+
+        These are the difference to the whole weight, or the weight and its product with targets.
+        """
         return (2 * self._kept_weight if self.follows_dense else self._weight) + 2 * self._strip
 
 
 def iteration_bytes(tokens: int, hidden: int, inputs: int, num_latents: int) -> int:
-    """What an iterative solver holds beside the blocks, for an MLP with `inputs` channels left."""
+    """Return the bytes that an iterative solver holds beside the blocks, for an MLP with `inputs` channels left."""
     return (
         # Inputs and targets, one of them in pieces too; z, s and duals; the temporaries of a chunk.
         tokens * (3 * hidden + num_latents * inputs) * 4

@@ -110,7 +110,7 @@ class Group(Ranks):
             self._inside = self._heartbeat.busy = False
 
     def _share(self, owner: int, outcome: tuple[Any, Exception | None] | None) -> Any:
-        """What `owner` has found, or raise its error, everywhere."""
+        """Return what `owner` has found, or raise its error, on every rank."""
         if outcome is None:
             value, error = self._receive(owner)
             if error is not None:
@@ -159,7 +159,7 @@ class Group(Ranks):
         return value
 
     def _broadcast(self, tensor: Tensor, owner: int, kind: str) -> None:
-        """`tensor` is contiguous."""
+        """Send `tensor`, which is contiguous, from `owner` to all ranks in pieces."""
         for part in _parts(tensor):
             self.counted[kind] += part.nbytes
             self._run(lambda p=part: dist.broadcast(p, owner, group=self._group, async_op=True))
@@ -186,7 +186,7 @@ class Group(Ranks):
 
 @contextlib.contextmanager
 def joined(timeout_s: float) -> Generator[Group]:
-    """The ranks that the environment tells of, all of them present and of the same versions.
+    """Join the ranks that the environment names, all of them present and of the same versions.
 
     Nobody is waited for longer than `timeout_s`. A rank whose body raises ends the run everywhere; one that is
     interrupted because another died says so. Raises RankError, and InputError for another version.
@@ -247,7 +247,7 @@ def joined(timeout_s: float) -> Generator[Group]:
 
 
 def _connect(store: Any, rank: int, size: int, timeout_s: float) -> Any:
-    """The library's group of all ranks; None: its default one. Raises RankError."""
+    """Connect to the library's group of all ranks; None: its default one. Raises RankError."""
     backend = _use_device()
     # The watch is to find what is wrong first.
     limit = timedelta(seconds=2 * timeout_s + 60)
@@ -267,7 +267,7 @@ def _connect(store: Any, rank: int, size: int, timeout_s: float) -> Any:
 
 
 def _use_device() -> str:
-    """The backend by devices; each rank of a machine takes a GPU of its own."""
+    """Choose the backend by the devices; each rank of a machine takes a GPU of its own."""
     if not torch.cuda.is_available():
         return "gloo"
     number = int(os.environ.get("LOCAL_RANK", "0"))
@@ -337,7 +337,7 @@ def raise_difference(everyone: list[dict[str, str]], rank: int) -> None:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most `PIECE_BYTES`, or of one row; none of an empty tensor."""
+    """Yield views of at most `PIECE_BYTES`, or of one row; none of an empty tensor."""
     if tensor.numel() == 0:
         return
     if tensor.is_contiguous():

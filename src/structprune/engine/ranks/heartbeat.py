@@ -50,7 +50,7 @@ class Fault:
     text: str
 
     def error(self) -> RankError:
-        """As an exception. Which rank it is says the text."""
+        """Return the fault as an exception, whose text says which rank it is."""
         return RankError(
             self.text,
             where="shared run",
@@ -59,7 +59,7 @@ class Fault:
 
 
 class Heartbeat:
-    """Of one rank over the others. `store` is this object's own; `timeout_s` as in `--rank-timeout`."""
+    """Watch of one rank over the others. `store` is this object's own; `timeout_s` as in `--rank-timeout`."""
 
     def __init__(self, store: Store, place: str, rank: int, size: int, timeout_s: float) -> None:
         self._store, self._place = store, place
@@ -88,7 +88,7 @@ class Heartbeat:
             thread.start()
 
     def first_sign(self) -> None:
-        """Be seen."""
+        """Give this rank's first sign of life."""
         self._store.set(_beat(self.rank), self._sign(0))
 
     def end(self) -> None:
@@ -96,18 +96,18 @@ class Heartbeat:
         self._stop.set()
 
     def stop(self) -> None:
-        """The run is over: watch no longer, and give no sign any more."""
+        """Stop watching and giving signs of life, as the run is over."""
         self.end()
         self._threads[0].join(timeout=self.silence_s)
 
     def enter(self) -> None:
-        """The main thread comes to the next step that all ranks take, and waits for them."""
+        """Record that the main thread has come to the next step that all ranks take, and waits for them."""
         with self._lock:
             self._step += 1
             self._waits_since = time.monotonic()
 
     def leave(self) -> None:
-        """It waits no longer."""
+        """Record that the main thread waits no longer."""
         with self._lock:
             self._waits_since = None
 
@@ -130,7 +130,7 @@ class Heartbeat:
         time.sleep(2 * BEAT_S)
 
     def lost(self, wait_s: float) -> Fault | None:
-        """Somebody is gone: the fault, as soon as it is known who; None if nobody is after `wait_s`."""
+        """Wait until it is known which rank is gone, and return that fault; None if none is after `wait_s`."""
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and self._fault is None:
             now = time.monotonic()
@@ -145,7 +145,7 @@ class Heartbeat:
         return self._fault
 
     def interrupted(self) -> Fault | None:
-        """This process was interrupted: the fault if that is because another one died, None if all were."""
+        """Record this process's interrupt; return the fault if another's death is why, None if all were interrupted."""
         self._interrupted = True
         return self.lost(2 * _DEAD_S)
 
@@ -224,7 +224,7 @@ class Heartbeat:
 
 
 def prepare(store: Store) -> None:
-    """What the first rank does before any watch starts."""
+    """Clear the fault in the store; the first rank does this before any watch starts."""
     store.set(_FAULT, "")
 
 

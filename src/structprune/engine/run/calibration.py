@@ -26,7 +26,7 @@ def source_context(
     device: torch.device,
     budget_bytes: int,
 ) -> SourceContext:
-    """The request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
+    """Build the request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
     reader = stock.reader
     encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.config)
 

@@ -47,18 +47,18 @@ class RunContext(StreamedModel):
     device_meter: DeviceMeter = field(default_factory=DeviceMeter)
 
     def groups(self, block: BlockLayout) -> tuple[UnitGroup, ...]:
-        """The groups in scope of one block; blocks of an unevenly pruned source differ, and may lack a sublayer."""
+        """Return the groups in scope of one block; blocks of an unevenly pruned source may lack a sublayer."""
         return tuple(group for kind in self.kinds for group in block.groups_of(kind))
 
     def stored_name(self, name: str) -> str:
-        """What a tensor is called in the output's files: as in the source, or as our own modelling file needs it.
+        """Return a tensor's name in the output's files: as in the source, or as our own modelling file needs it.
 
         transformers translates old names for its own classes only.
         """
         return name if self.recipe.per_layer else self.reader.stored_name(name)
 
     def accumulator(self, num_inputs: int, *, num_outputs: int = 0) -> GramAccumulator:
-        """Of activations, where the plan has room for their sums."""
+        """Create an accumulator of activations where the plan has room for their sums."""
         apart = self.plan.device is not None and self.plan.device.sums == "host"
         device = torch.device("cpu") if apart else self.device
         return GramAccumulator(num_inputs, device, num_outputs=num_outputs, apart=apart)

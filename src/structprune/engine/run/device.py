@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises InputError for a device that is not there."""
+    """Resolve a device's name: `auto` is CUDA where there is one, else the CPU. Raises InputError if it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -40,7 +40,7 @@ def host_budget(asked: int | None) -> int:
 
 
 def device_budget(device: torch.device, asked: int | None) -> int | None:
-    """Bytes that a run may add on the device, by default 90% of what is free; None where it has no memory of its own.
+    """Return the bytes that a run may add on the device, by default 90% of the free ones; None without own memory.
 
     Raises InputError if a budget is asked for a device without.
     """
@@ -91,12 +91,12 @@ class DeviceMeter:
             ) from error
 
     def peak_bytes(self) -> int:
-        """The highest point since entry, beside what was there before."""
+        """Return the highest point since entry, in bytes beside what was there before."""
         return 0 if self.plan is None else torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on GPUs that have it and on CPUs where its matrix product is measured to be faster."""
+    """Resolve the dtype: `auto` is bfloat16 on GPUs that have it and on CPUs that are measured to be faster with it."""
     if recipe.dtype != "auto":
         return DTYPES[recipe.dtype]
     if device.type == "cuda":
@@ -106,9 +106,10 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def _product_seconds(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
-    """Best of twelve of a 256 x 512 x 512 product each, in turn: a busy machine slows all alike, and not always.
+    """Time a 256 x 512 x 512 product in each dtype, the best of twelve taken in turn.
 
-    A millisecond each, some where bfloat16 is emulated.
+    A busy machine slows all alike, and not always. Each product takes a millisecond, some more where bfloat16 is
+    emulated.
     """
     best = dict.fromkeys(dtypes, float("inf"))
     factors = {dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)) for dtype in dtypes}
@@ -122,7 +123,7 @@ def _product_seconds(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
 
 
 def machine() -> str:
-    """The processor and how much of it, as far as figures depend on it."""
+    """Describe the processor and how much of it there is, as far as figures depend on it."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -90,7 +90,7 @@ def finalize(
     outcome: Outcome,
     scope_parameters: int,
 ) -> PruneReport:
-    """All that follows the last block's shard where the tensors around the blocks stay as they are.
+    """Finish the run behind the last block's shard, where the tensors around the blocks stay as they are.
 
     `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
     """
@@ -146,7 +146,7 @@ class FinalMetrics:
 
 @torch.no_grad()
 def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
-    """Perplexities of the calibration text, dense and pruned, and the logits that the reload check compares with."""
+    """Compute the calibration text's perplexities, dense and pruned, and the logits for the reload check."""
     head = context.stock.load_head(context.device, context.dtype)
     labels_T = context.windows.ids_NS[: context.num_probe, 1:].reshape(-1).to(context.device)
     result: list[float] = []
@@ -171,7 +171,7 @@ def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
 def size_report(
     context: RunContext, files: WeightFiles, *, removed_in_blocks: int, scope_parameters: int
 ) -> SizeReport:
-    """Sizes before and after; the two parts of what was removed may differ in sign."""
+    """Report sizes before and after; the two parts of what was removed may differ in sign."""
     layout = context.stock.layout
     return SizeReport(
         parameters_before=layout.num_parameters,
@@ -273,7 +273,7 @@ def _memory_report(context: RunContext) -> MemoryReport:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides the bytes of a result."""
+    """Return the versions of everything that decides the bytes of a result."""
     return {
         "structprune": importlib.metadata.version("structprune"),
         "torch": torch.__version__,

@@ -75,7 +75,7 @@ def check_same(
 
 
 def _difference(shown: Any, other: Any) -> str:
-    """The entries in which `shown` is not `other`."""
+    """List the entries in which `shown` is not `other`."""
     if not isinstance(shown, dict) or not isinstance(other, dict):
         return str(shown)[:12]
     changed = [f"{name} {value}" for name, value in shown.items() if name not in other or other[name] != value]
@@ -98,12 +98,12 @@ class StartedRun:
 
     plan: PrunePlan
     name: str
-    """Of the source of the windows."""
+    """Name of the source of the windows."""
     windows: CalibrationWindows
 
 
 def find_request(run: RunDirectory) -> RunRequest | None:
-    """What was asked of the run that was cut in this directory."""
+    """Read what was asked of the interrupted run in this directory; None without one."""
     line = run.peek()
     if line is None:
         return None
@@ -156,7 +156,7 @@ def begin_or_go_on(
 
 
 def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
-    """For a process that goes on: they may have been sampled, or their text may be gone by then."""
+    """Store the windows for a resumed run: they may have been sampled, or their text may be gone by then."""
     path = run.staging / WINDOWS_NAME
     save_file({"ids": windows.ids_NS.contiguous()}, path)
     text = file_sum(Path(name)) if Path(name).is_file() else None
@@ -164,9 +164,9 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> 
 
 
 def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
-    """The name of their source, and the windows that were kept; None if there are none.
+    """Load the stored windows and the name of their source; None if there are none.
 
-    Raises InputError if the run has `begun` and its text holds something else by now; one that is gone may be gone.
+    Raises InputError if the run has `begun` and its text holds something else by now; a text that is gone is no error.
     """
     line = run.journal.find(_WINDOWS)
     if line is None:

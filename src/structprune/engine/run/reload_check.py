@@ -84,7 +84,7 @@ def check_reload(
 def _ask(
     model: StreamedModel, run: RunDirectory, files: WeightFiles, probe: Probe, mode: ReloadMode
 ) -> tuple[stock_reload.ReloadResult, ReloadMode, str]:
-    """The result, how it was got, and by what the first try was ended if there were two.
+    """Run the reload process; return its result, its mode, and what ended the first try if there were two.
 
     A process with the whole model may have needed more memory than there was, which is not the checkpoint's fault: it
     is tried module by module then.
@@ -110,7 +110,7 @@ def _ask(
 
 
 def take_probe(context: RunContext, ids_S: Tensor, logits_SV: Tensor) -> Probe | None:
-    """The first positions of a window, or None if the recipe wants no check."""
+    """Take the first positions of a window, or None if the recipe wants no check."""
     if not context.recipe.reload_check:
         return None
     return Probe(ids_S=ids_S[:RELOAD_TOKENS].clone(), logits_SV=logits_SV[:RELOAD_TOKENS].float().cpu().clone())

@@ -124,7 +124,7 @@ def _visit(context: RunContext, sensitivities: SensitivityStore, labels: Labels,
 
 
 def _on_host(find: Callable[[], Found]) -> Found:
-    """What is sent to other ranks and written to files."""
+    """Compute what is sent to other ranks and written to files, and move it to the host."""
     found, costs = find()
     return on_host(found), on_host(costs)
 
@@ -134,7 +134,7 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _boundary_path(folder: Path, index: int) -> Path:
-    """Of the hidden states in front of block `index`."""
+    """Return the path of the hidden states in front of block `index`."""
     return folder / f"border-{index}.bin"
 
 

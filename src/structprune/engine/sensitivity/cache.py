@@ -35,7 +35,10 @@ class SensitivityPass:
     """What it took the run that measured it; None if this one did."""
 
     def of_block(self, block: int) -> dict[str, Sensitivity]:
-        """Kind of unit, or name of the group where each has its own -> what the decision in one block reads."""
+        """Load the sensitivities that the decision in one block reads.
+
+        They are by kind of unit, or by the name of the group where each has its own.
+        """
         if self.for_widths:
             return {}
         match self.kind:

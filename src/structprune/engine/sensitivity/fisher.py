@@ -78,7 +78,7 @@ def score_pass(context: RunContext, folder: Path) -> Costs:
 def _scores(
     context: RunContext, block: BlockLayout, tensors: Mapping[str, Tensor], sums: dict[str, GramAccumulator]
 ) -> dict[str, Tensor]:
-    """Kind -> scores of the units, ascending. Uses the sums up."""
+    """Score the units of each kind, sorted ascending. The sums are used up."""
     found: dict[str, Tensor] = {}
     for group in context.groups(block):
         a = sums.pop(group.name)
@@ -96,7 +96,7 @@ def add_cost(costs: dict[str, Tensor], group: UnitGroup, cost_U: Tensor) -> None
 def _measure(
     context: RunContext, block: BlockLayout, module: nn.Module, propagator: Propagator, store: HiddenStore, owner: int
 ) -> dict[str, GramAccumulator]:
-    """Dense forward of all windows: name -> sums of each consumer's inputs. The store moves on to the next block.
+    """Run all windows through the dense block, and sum each consumer's inputs, by name; the store moves on.
 
     The sums are those of all ranks at `owner`; elsewhere there are none.
     """
@@ -113,7 +113,7 @@ def _added_up(context: RunContext, sums: Mapping[str, GramAccumulator], owner: i
 
 @contextlib.contextmanager
 def _summed_inputs(context: RunContext, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
-    """Inside the context every consumer's inputs are added up, before a norm scaled as the problem wants them."""
+    """Sum every consumer's inputs inside the context; before a norm they are scaled as the problem wants them."""
     sums = {group.name: context.accumulator(group.num_units * group.width) for group in context.groups(block)}
 
     def add(group: UnitGroup) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -188,7 +188,7 @@ def backward(
 def _measured(
     context: RunContext, block: BlockLayout, inputs: dict[str, GramAccumulator], gradients: dict[str, GramAccumulator]
 ) -> Measured:
-    """Uses the sums up."""
+    """Turn the sums, which are used up, into moments and sensitivities."""
     where = f"block {block.index}"
     return Measured(
         moments={
@@ -206,7 +206,7 @@ def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Momen
 
 
 def _costs(context: RunContext, block: BlockLayout, measured: Measured) -> dict[str, Tensor]:
-    """Kind -> loss added by each removal, by greedy removal on the dense statistics, which are used up."""
+    """Compute the loss that each removal adds, by greedy removal on the dense statistics, which are used up."""
     tensors = context.reader.read(block.shapes, block.prefix)
     result: dict[str, Tensor] = {}
     for group in context.groups(block):

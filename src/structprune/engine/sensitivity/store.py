@@ -53,17 +53,17 @@ class SensitivityStore:
         self.journal.record(f"block {block.index}", [self.folder / name for name in files])
 
     def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
-        """Of all blocks."""
+        """Load the removal costs of all blocks."""
         return load_costs(self.folder, blocks, kinds)
 
 
 def load_found(folder: Path, block: int) -> dict[str, Tensor]:
-    """What was saved of one block for the pruning pass."""
+    """Load what was saved of one block for the pruning pass."""
     return load_file(folder / _found_name(block))
 
 
 def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
-    """Of all blocks."""
+    """Load the removal costs of all blocks."""
     per_block = [load_file(costs_path(folder, block.index)) for block in blocks]
     return {kind: [costs.get(kind, torch.empty(0)) for costs in per_block] for kind in kinds}
 

@@ -114,7 +114,7 @@ def weight_sums(
 
 
 def weight_names(block: BlockLayout, group: UnitGroup) -> list[str]:
-    """The weights that shrink with the group. A bias moves with its row but is no weight of its own."""
+    """List the weights that shrink with the group. A bias moves with its row but is no weight of its own."""
     return list(dict.fromkeys(part.tensor for part in group.slices if len(block.shapes[part.tensor]) > 1))
 
 
@@ -125,7 +125,7 @@ def unit_sums(
     mean: Mapping[str, Tensor],
     square: Mapping[str, Tensor],
 ) -> TaylorSums:
-    """Each unit's sums over its rows of the producers and its columns of the consumer."""
+    """Compute each unit's sums over its rows of the producers and its columns of the consumer."""
     totals = {name: torch.zeros(group.num_units, dtype=torch.float64) for name in _SUMS}
     units_U = torch.arange(group.num_units)
     for part in group.slices:

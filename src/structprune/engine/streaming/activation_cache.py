@@ -22,7 +22,7 @@ from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 
 def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tuple[UnitKind, ...]:
-    """Of the sublayers that are pruned those that can be finished from the inputs of their consumers."""
+    """List the sublayers in `kinds` that can be finished from the inputs of their consumers."""
 
     def finished_so(kind: UnitKind) -> bool:
         groups = [group for block in stock.layout.blocks for group in block.groups_of(kind)]
@@ -41,7 +41,7 @@ class ActivationCache:
         self._flat = torch.empty(num_windows * seq_len * most_inputs, dtype=dtype)
 
     def inputs(self, group: UnitGroup) -> Tensor:
-        """(N, S, I), with whatever was written last."""
+        """Return the consumer's inputs, (N, S, I), with whatever was written last."""
         num_inputs = group.num_units * group.width
         count = self._shape[0] * self._shape[1] * num_inputs
         return self._flat[:count].view(*self._shape, num_inputs)
@@ -66,7 +66,7 @@ class SolvedConsumer:
     def of(
         cls, group: UnitGroup, tensors: Mapping[str, Tensor], units: Sequence[int], dtype: torch.dtype
     ) -> SolvedConsumer:
-        """From the block's tensors with the group cut, and the units that it has kept."""
+        """Build the consumer from the block's tensors with the group cut, and the units that it has kept."""
         consumer = group.consumer
         bias_D = tensors.get(group.bias_name)
         columns_K = None
@@ -79,6 +79,6 @@ class SolvedConsumer:
         )
 
     def added(self, stream_BSD: Tensor, x_BSI: Tensor) -> Tensor:
-        """The stream with what the consumer gives, rounded as a block does it."""
+        """Add the consumer's output to the stream, rounded as a block does it."""
         x_BSK = x_BSI if self.columns_K is None else x_BSI[..., self.columns_K]
         return stream_BSD + torch.nn.functional.linear(x_BSK, self.weight_DK, self.bias_D)

@@ -17,9 +17,9 @@ from structprune.phases import Phase
 
 
 def open_store(model: StreamedModel, path: Path, num_windows: int) -> HiddenStore:
-    """Room for the hidden states of the run's first `num_windows` windows, as far as they are this rank's.
+    """Open a store for the hidden states of the run's first `num_windows` windows, as far as they are this rank's.
 
-    In memory or in the file `path`, as the plan says; with several ranks each has its own file.
+    It is in memory or in the file `path`, as the plan says; with several ranks each has its own file.
     """
     ranks = model.ranks
     shape = (ranks.num_local(num_windows), model.windows.ids_NS.shape[1], model.stock.layout.hidden_size)

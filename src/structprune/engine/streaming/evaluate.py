@@ -65,7 +65,7 @@ def check_streamable(stock: StockModel) -> None:
 def plan_evaluation(
     models: Sequence[StockModel], num_windows: int, seq_len: int, dtype: torch.dtype, memory: int | None
 ) -> EvaluationPlan:
-    """Bytes from shapes. Raises MemoryBudgetError if even one window at a time does not fit in `memory`."""
+    """Plan the bytes from shapes. Raises MemoryBudgetError if even one window at a time does not fit in `memory`."""
     others = [0, *(_head_bytes(model, dtype) for model in models[:-1])]
     requests = [
         PlanRequest(
@@ -96,7 +96,7 @@ def evaluate_streamed(
     dtype: torch.dtype,
     observer: Observer,
 ) -> list[PerplexityResult]:
-    """One result per text, of the last of `models`; the one before it, if there is one, is the reference.
+    """Evaluate the last of `models` on each text; the one before it, if there is one, is the reference.
 
     Raises NumericalError for hidden states or logits that are not finite.
     """
@@ -138,7 +138,7 @@ def evaluate_streamed(
 
 @torch.no_grad()
 def _score_window(heads: Sequence[nn.Module], hidden: Sequence[Tensor], ids_S: Tensor) -> PredictionSums:
-    """Sums over one window; `hidden` (S, D) and `heads` of the reference, if there is one, then of the model."""
+    """Sum one window's losses; `hidden` (S, D) and `heads`: of the reference, if there is one, then of the model."""
     sums = PredictionSums()
     # The last position predicts a token outside the window.
     for start in range(0, len(ids_S) - 1, LOGIT_TOKENS):
@@ -150,6 +150,6 @@ def _score_window(heads: Sequence[nn.Module], hidden: Sequence[Tensor], ids_S: T
 
 
 def _head_bytes(stock: StockModel, dtype: torch.dtype) -> int:
-    """In the dtype that is computed with; logits of a few positions and their temporaries."""
+    """Return the bytes of the head in the compute dtype, and of a few positions' logits and their temporaries."""
     numbers = sum(torch.Size(stock.reader.shapes[name]).numel() for name in stock.head_tensors())
     return numbers * dtype.itemsize + logit_bytes(stock.layout.vocab_size, dtype)

@@ -37,6 +37,6 @@ class StreamedModel:
         return self.stock.reader
 
     def on_windows(self, numbers: tuple[int, ...]) -> Self:
-        """The same model with these windows only."""
+        """Return the same model with these windows only."""
         windows = replace(self.windows, ids_NS=self.windows.ids_NS[list(numbers)])
         return replace(self, windows=windows)

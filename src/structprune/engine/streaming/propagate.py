@@ -32,7 +32,7 @@ class _Tap(nn.Module):
 
 @contextmanager
 def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
-    """Inside the context the consumer `module` is not computed: its input (tokens, inputs) goes to `receive`.
+    """Leave the consumer `module` out inside the context: its input (tokens, inputs) goes to `receive` instead.
 
     For an additive consumer the block's output is then its residual stream before the consumer's sum.
     """
@@ -46,7 +46,7 @@ def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> 
 
 @contextmanager
 def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
-    """Inside the context the input of `module` (tokens, inputs) goes to `receive`; the block computes as usual."""
+    """Pass the input of `module` (tokens, inputs) to `receive` inside the context; the block computes as usual."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         receive(args[0].reshape(-1, args[0].shape[-1]))
@@ -60,7 +60,7 @@ def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -
 
 @contextmanager
 def captured(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
-    """Inside the context the output of `module`, of whatever shape, goes to `receive`; the block computes as usual."""
+    """Pass the output of `module`, of whatever shape, to `receive` inside the context; the block computes as usual."""
 
     def hook(_: nn.Module, __: object, output: Tensor) -> None:
         receive(output)
@@ -93,11 +93,11 @@ class Propagator:
         self._transfer = transfer_for(device)
 
     def kwargs(self, num_windows: int, index: int) -> dict[str, Any]:
-        """What the stock model passes to block `index` for a batch of `num_windows`."""
+        """Return what the stock model passes to block `index` for a batch of `num_windows`."""
         return self._inputs[num_windows].kwargs[index]
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of each micro-batch of the windows first..last, of sizes whose arguments are known."""
+        """Yield (start, stop) of each micro-batch of the windows first..last, of sizes whose arguments are known."""
         start = first
         while start < last:
             size = min(self._micro_batch, last - start)
@@ -106,29 +106,29 @@ class Propagator:
             start = stop
 
     def read(self, store: HiddenStore, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, hidden states on the device) of each micro-batch of the windows first..last.
+        """Yield (start, stop, hidden states on the device) of each micro-batch of the windows first..last.
 
         The next one may be on its way already: what the loop writes is behind it, or in another store.
         """
         return self._transfer.read(store, self.batches(first, last))
 
     def read_each(self, store: HiddenStore, numbers: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """As `read`: the number of each window, of all or of these, and the window by itself, (1, S, D)."""
+        """Read one window after the other: its number, among all or `numbers`, and the window by itself, (1, S, D)."""
         chosen = range(store.shape[0]) if numbers is None else numbers
         found = self._transfer.read(store, ((number, number + 1) for number in chosen))
         return ((number, hidden_BSD) for number, _, hidden_BSD in found)
 
     def writing(self, store: HiddenStore) -> AbstractContextManager[Put]:
-        """What is put inside the context, by first window and from the device, is in the store at its end."""
+        """Store what is put inside the context, by first window and from the device, at the latest at its end."""
         return self._transfer.writing(store)
 
     def fetch(self, store: HiddenStore, start: int, stop: int) -> Tensor:
-        """Some windows on the device, at once."""
+        """Fetch some windows to the device, at once."""
         return self._transfer.fetch(store, start, stop)
 
     @torch.no_grad()
     def apply(self, block: nn.Module, index: int, hidden_BSD: Tensor) -> Tensor:
-        """The output of block `index` for a micro-batch that is on the device, and stays there.
+        """Compute the output of block `index` for a micro-batch that is on the device, and leave it there.
 
         Raises NumericalError if it is not finite.
         """

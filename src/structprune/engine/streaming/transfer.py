@@ -28,18 +28,18 @@ class WindowTransfer(Protocol):
     """How the windows of stores come to the device and back."""
 
     def read(self, store: HiddenStore, batches: Iterable[tuple[int, int]]) -> Generator[tuple[int, int, Tensor]]:
-        """(start, stop, the windows on the device) for each of `batches`.
+        """Yield (start, stop, the windows on the device) for each of `batches`.
 
         What the loop over them writes may not be in a batch that is still to come.
         """
         ...
 
     def writing(self, store: HiddenStore) -> AbstractContextManager[Put]:
-        """What is put inside the context is in the store at its end."""
+        """Store what is put inside the context, at the latest at its end."""
         ...
 
     def fetch(self, store: HiddenStore, start: int, stop: int) -> Tensor:
-        """Some windows on the device, at once."""
+        """Fetch some windows to the device, at once."""
         ...
 
 
@@ -55,7 +55,7 @@ class CopyStream(Protocol):
     """What a device does beside its computation."""
 
     def page_locked(self, num_bytes: int) -> Tensor:
-        """Host memory that the device can copy from and to by itself, uint8."""
+        """Allocate host memory that the device can copy from and to by itself, uint8."""
         ...
 
     def bring(self, staged: Tensor) -> tuple[Tensor, Any]:
@@ -72,7 +72,7 @@ class CopyStream(Protocol):
 
 
 def transfer_for(device: torch.device) -> WindowTransfer:
-    """The one that suits the device."""
+    """Choose the transfer that suits the device."""
     return DeviceTransfer(CudaCopyStream(device)) if device.type == "cuda" else DirectTransfer(device)
 
 
@@ -104,7 +104,7 @@ class _Staging:
         self._turn = 0
 
     def next(self, like: Tensor) -> Tensor:
-        """Of that shape and dtype; it is free again when what `used_until` is told is over."""
+        """Return a piece of that shape and dtype; it is free again when what `used_until` is told is over."""
         self._turn = 1 - self._turn
         if (over := self._users[self._turn]) is not None:
             over()
@@ -116,7 +116,7 @@ class _Staging:
         return piece[:num_bytes].view(like.dtype).view(like.shape)
 
     def used_until(self, over: Callable[[], object]) -> None:
-        """The piece that was given last is in use until this returns."""
+        """Mark the piece that was returned last as in use until `over` returns."""
         self._users[self._turn] = over
 
 

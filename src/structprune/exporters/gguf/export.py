@@ -86,7 +86,7 @@ def _write(plan: GgufPlan, request: ExportRequest) -> None:
 
 
 def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> Tensor:
-    """The tensor as it lies in the file."""
+    """Compute the tensor as it is stored in the file."""
     if tensor.values is not None:
         return tensor.values.to(dtype).contiguous()
     if not tensor.sources:

@@ -31,7 +31,7 @@ class BlockWidths:
     """One block of the file."""
 
     index: int
-    """Its number in the checkpoint."""
+    """Number of the block in the checkpoint."""
     heads: int
     kv_heads: int
     channels: int
@@ -50,7 +50,7 @@ class GgufModel:
 
 
 def hyperparameters(model: GgufModel) -> dict[str, Value]:
-    """Entry without the architecture's name in front -> value. Raises UnsupportedError for what cannot be said."""
+    """Return the entries without the architecture's name in front. Raises UnsupportedError for what cannot be said."""
     config = model.config
     _check_window(model)
     widths = {
@@ -90,7 +90,7 @@ def rope_factors(model: GgufModel) -> dict[str, Tensor]:
 
 
 def _context_length(model: GgufModel) -> int:
-    """Positions; no more than the sliding window where the architecture attends to everything."""
+    """Return the number of positions; no more than the sliding window where the architecture attends to everything."""
     config = model.config
     length: int = config.max_position_embeddings
     if model.family.window == "caps-context" and "sliding_attention" in _layer_types(model):
@@ -99,7 +99,7 @@ def _context_length(model: GgufModel) -> int:
 
 
 def _layer_types(model: GgufModel) -> list[str]:
-    """Of every block, as far as the config says so; Mistral and Phi-3 have one entry for all."""
+    """List the attention type of every block; Mistral and Phi-3 have one config entry for all."""
     config = model.config
     types = getattr(config, "layer_types", None)
     if types:
@@ -109,7 +109,7 @@ def _layer_types(model: GgufModel) -> list[str]:
 
 
 def _check_window(model: GgufModel) -> None:
-    """llama.cpp knows by the block's number which blocks have a window."""
+    """Check that the blocks with a window are those that llama.cpp expects, which knows them by their numbers."""
     period = {"alternating": 2, "five-of-six": 6}.get(model.family.window)
     if period is None:
         return
@@ -148,7 +148,7 @@ def _head_size(model: GgufModel) -> dict[str, Value]:
 
 
 def _rope(model: GgufModel) -> Mapping[str, Any]:
-    """The rotary parameters of the blocks with full attention."""
+    """Return the rotary parameters of the blocks with full attention."""
     config = model.config
     if not hasattr(config, "rope_parameters"):
         return {}
@@ -204,7 +204,7 @@ def _own_yarn_factor(parameters: Mapping[str, Any]) -> bool:
 
 
 def _local_rotary(model: GgufModel) -> dict[str, Value]:
-    """Of the blocks with a sliding window, which have their own base and no scaling."""
+    """Return the rotary entry of the blocks with a sliding window, which have their own base and no scaling."""
     parameters = model.config.rope_parameters["sliding_attention"]
     if parameters.get("rope_type", "default") != "default":
         raise UnsupportedError("llama.cpp scales no rotary positions of sliding windows", got=dict(parameters))

@@ -60,12 +60,12 @@ class GgufPlan:
     tokenizer: tuple[Entry, ...]
 
     def dtype_of(self, tensor: GgufTensor) -> torch.dtype:
-        """Vectors are always float32, as llama.cpp wants them."""
+        """Return the tensor's dtype in the file; vectors are always float32, as llama.cpp wants them."""
         return torch.float32 if tensor.float32 or len(tensor.shape) < 2 else self.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors, without padding."""
+        """Bytes of the tensors, without padding."""
         return sum(torch.Size(t.shape).numel() * self.dtype_of(t).itemsize for t in self.tensors)
 
 
@@ -169,7 +169,7 @@ def _parsed_config(reader: CheckpointReader) -> Any:
 
 
 def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedSublayers) -> list[BlockWidths]:
-    """What each block of the checkpoint has, by its tensors; zeros for a sublayer that is gone."""
+    """Read each block's widths from its tensors; a removed sublayer has zeros."""
     size_of_head = head_size(config)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
@@ -203,7 +203,7 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
 def _target(
     reader: CheckpointReader, family: GgufFamily, config: Any, widths: Sequence[BlockWidths], removed: RemovedSublayers
 ) -> Target:
-    """The native architecture for equal blocks, else the one with per-block widths. Raises UnsupportedError."""
+    """Choose the native architecture for equal blocks, else the one with per-block widths. Raises UnsupportedError."""
     alike = {(block.heads, block.kv_heads, block.channels) for block in widths if len(removed[block.index]) < 2}
     even = len(alike) == 1 and not any(len(kinds) == 1 for kinds in removed)
     shared_out = all(block.heads * head_size(config) in (0, config.hidden_size) for block in widths)
@@ -228,7 +228,7 @@ def _target(
 
 
 def _stored(reader: CheckpointReader, family: GgufFamily, name: str) -> str:
-    """What the tensor is called in the files."""
+    """Return the tensor's name in the files."""
     for old, new in family.renamed.items():
         older = old + name.removeprefix(new)
         if name not in reader.shapes and name.startswith(new) and older in reader.shapes:
@@ -241,7 +241,7 @@ def _untied(reader: CheckpointReader) -> bool:
 
 
 def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedSublayers, target: Target) -> list[BlockWidths]:
-    """The blocks of the file: those with something left, zeros in the place of a sublayer that cannot be left out."""
+    """List the blocks of the file: those with something left, with zeros for a sublayer that cannot be left out."""
     whole = next(block for block in widths if block.heads)
     result: list[BlockWidths] = []
     for block in widths:
@@ -257,7 +257,7 @@ def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedSublayers, ta
 
 
 def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublayers) -> list[GgufTensor]:
-    """Every tensor of the file, in order. Raises CheckpointError if checkpoint and rules do not match one to one."""
+    """List the file's tensors, in order. Raises CheckpointError if checkpoint and rules do not match one to one."""
     target, config = model.target, model.config
     common = {
         "d": config.hidden_size,
@@ -310,7 +310,7 @@ class _Place:
 def _joined(
     reader: CheckpointReader, family: GgufFamily, place: _Place, rules: Sequence[Rule], used: set[str]
 ) -> list[GgufTensor]:
-    """The tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
+    """Build the tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
         if rule.stacked:

@@ -43,11 +43,11 @@ class Entry:
     type: Any
     """gguf.GGUFValueType."""
     sub_type: Any = None
-    """Of an array's items; None for gguf's choice."""
+    """Type of an array's items; None for gguf's choice."""
 
 
 def copied_tokenizer(source: Path, vocab_size: int) -> list[Entry]:
-    """The `tokenizer.*` entries of the GGUF file `source`.
+    """Copy the `tokenizer.*` entries of the GGUF file `source`.
 
     Raises CheckpointError for an unreadable file or one without a tokenizer of `vocab_size` tokens.
     """
@@ -77,7 +77,7 @@ def copied_tokenizer(source: Path, vocab_size: int) -> list[Entry]:
 
 
 def built_tokenizer(directory: Path, vocab_size: int) -> list[Entry]:
-    """The entries for the byte-level BPE in `directory`. Raises UnsupportedError for any other tokenizer."""
+    """Build the entries for the byte-level BPE in `directory`. Raises UnsupportedError for any other tokenizer."""
     import gguf
 
     path = directory / "tokenizer.json"
@@ -130,7 +130,7 @@ def built_tokenizer(directory: Path, vocab_size: int) -> list[Entry]:
 
 
 def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
-    """llama.cpp's name for how the text is cut. Raises UnsupportedError where it has none, or no such BPE."""
+    """Find llama.cpp's name for how the text is cut. Raises UnsupportedError where it has none, or no such BPE."""
     model = tokenizer.get("model") or {}
     problem = None
     if model.get("type") != "BPE" or model.get("byte_fallback"):
@@ -158,7 +158,7 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
 
 
 def _steps(pre_tokenizer: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The steps that cut the text: names, or the regular expression of a split; None for one that is not known here."""
+    """List the steps that cut the text: names, or the regular expression of a split; None if one is not known here."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = parts[-1] if parts else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

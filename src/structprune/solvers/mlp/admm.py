@@ -62,14 +62,14 @@ class MlpOptions:
 
 
 def reference_options(weights: MlpWeights) -> MlpOptions:
-    """From reference code: 0.1 and 4 iterations for OPT, 5 and 8 iterations for the gated LLaMA family."""
+    """Return the reference code's penalty and iterations: 0.1 and 4 for OPT, 5 and 8 for the gated LLaMA family."""
     if weights.gate is None:
         return MlpOptions()
     return MlpOptions(penalties=Penalties(alpha=5, beta=5, gamma=5), loop=IterateOptions(max_iterations=8))
 
 
 def solve_mlp_with_duals(tokens: MlpTokens, weights: MlpWeights) -> MlpSolution:
-    """`solve_mlp` as ADMM proper, with scaled duals."""
+    """Run `solve_mlp` as ADMM proper, with scaled duals."""
     return solve_mlp(tokens, weights, replace(reference_options(weights), duals=True))
 
 
@@ -128,7 +128,7 @@ class _Latents:
 
     @classmethod
     def at(cls, tokens: MlpTokens, weights: MlpWeights, options: MlpOptions) -> _Latents:
-        """z = W1 X + b1, s = Wg X + bg, duals zero."""
+        """Create the latents z = W1 X + b1 and s = Wg X + bg, with duals zero."""
         shape = (len(tokens.x_TD), len(weights.up.weight_OI))
         gated = weights.gate is not None
         latents = cls(
@@ -148,7 +148,7 @@ class _Latents:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _State:
     weights: MlpWeights
-    """Those that the objective is stated for."""
+    """Weights that the objective is stated for."""
     refitted: MlpWeights
     """After (a): those of the next sweep."""
     objective: float
@@ -188,7 +188,7 @@ class _Moments:
 def _start(
     tokens: MlpTokens, weights: MlpWeights, latents: _Latents, options: MlpOptions, x_factor: DampedCholesky
 ) -> tuple[_State, float]:
-    """The consistent start, where J is beta * block error, and what of J is round-off."""
+    """Return the consistent start, where J is beta times the block's error, and how much of J is round-off."""
     penalties = options.penalties
     error, size = zero_sum(tokens), zero_sum(tokens)
     for rows in tokens.chunks(options.chunk_tokens):
@@ -211,7 +211,7 @@ def _start(
 def _sweep(
     tokens: MlpTokens, state: _State, latents: _Latents, options: MlpOptions, x_factor: DampedCholesky
 ) -> _State:
-    """One pass over the tokens: (c), (d), (e), duals and the moments of (a); then (a)."""
+    """Make one pass over the tokens: (c), (d), (e), duals and the moments of (a); then (a)."""
     penalties, weights = options.penalties, state.refitted
     up, gate, down = weights.up, weights.gate, weights.down
     correction_DN = p_correction(down, penalties)
@@ -290,7 +290,7 @@ def _update_latents(
     target_TN: Tensor,
     options: MlpOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """(d) and (e): exact where there is a formula, else Gauss-Newton."""
+    """Update the latents by (d) and (e): exactly where there is a formula, else by Gauss-Newton."""
     penalties = options.penalties
     if s_TN is None or s_center_TN is None:
         if activation.exact_z is not None:
@@ -306,7 +306,7 @@ def _update_latents(
 
 
 def _input_factor(tokens: MlpTokens, up: Affine, options: MlpOptions) -> DampedCholesky:
-    """The Gram of the block's inputs never changes: factored once."""
+    """Factor the Gram of the block's inputs, once because it never changes."""
     order = up.weight_OI.shape[1] + (up.bias_O is not None)
     gram_AA = up.weight_OI.new_zeros(order, order, dtype=torch.float64)
     for rows in tokens.chunks(options.chunk_tokens):
@@ -316,7 +316,7 @@ def _input_factor(tokens: MlpTokens, up: Affine, options: MlpOptions) -> DampedC
 
 
 def _refit_down(tokens: MlpTokens, weights: MlpWeights, options: MlpOptions) -> tuple[Affine, DampedCholesky]:
-    """(f) The consumer's ridge refit on the real activations, toward `weights.down`."""
+    """Refit the consumer (f): by ridge regression on the real activations, toward `weights.down`."""
     moments = _Moments(weights.down, with_gram=True)
     for rows in tokens.chunks(options.chunk_tokens):
         hidden_TN = weights.hidden(tokens.x_TD[rows])

@@ -81,7 +81,7 @@ def alternate(tokens: MlpTokens, weights: MlpWeights, options: AlternatingOption
 
 
 def _update_up(tokens: MlpTokens, state: _State, options: AlternatingOptions) -> _State:
-    """Conjugate gradients on the normal equations of the linearised error, then the longest step that pays."""
+    """Update the up projection: conjugate gradients on the linearised error, then the longest step that lowers it."""
     operator = _UpOperator(tokens, state.weights, options)
     change_NA = operator.solve(options.cg_steps)
     share = 1.0
@@ -125,7 +125,7 @@ class _UpOperator:
         return weights.activation.derivative(weights.up(x_TD))
 
     def residual_moment(self) -> Tensor:
-        """A^T r for the current residual r = y - MLP(x), (N, A) in float64."""
+        """Return A^T r for the current residual r = y - MLP(x), (N, A) in float64."""
         total_NA = torch.zeros(self.shape, dtype=torch.float64, device=self.tokens.x_TD.device)
         for rows in self.tokens.chunks(self.chunk_tokens):
             x_TD = self.tokens.x_TD[rows]
@@ -134,7 +134,7 @@ class _UpOperator:
         return self.tokens.add_up(total_NA)
 
     def normal(self, change_NA: Tensor) -> Tensor:
-        """(A^T A + ridge I) dU, (N, A) in float64."""
+        """Return (A^T A + ridge I) dU, (N, A) in float64."""
         # The ridge is there once, however many add up.
         total_NA = self.ridge / self.tokens.num_holders * change_NA
         change = change_NA.to(self.tokens.x_TD.dtype)
@@ -150,7 +150,7 @@ class _UpOperator:
         return ((self.slope_TN[rows] * (output_TD @ self.weights.down.weight_OI)).T @ x_TA).to(torch.float64)
 
     def solve(self, num_steps: int) -> Tensor:
-        """Conjugate gradients from zero: every step lowers the ridge objective of the linearised problem."""
+        """Run conjugate gradients from zero: every step lowers the ridge objective of the linearised problem."""
         residual = self.residual_moment()
         change = torch.zeros_like(residual)
         direction = residual.clone()
@@ -169,7 +169,7 @@ class _UpOperator:
 
 
 def _update_down(tokens: MlpTokens, weights: MlpWeights, options: AlternatingOptions) -> Affine:
-    """The consumer's ridge refit behind the new up, toward the current consumer."""
+    """Refit the consumer behind the new up projection, with a ridge toward the current consumer."""
     down = weights.down
     order = down.weight_OI.shape[1] + (down.bias_O is not None)
     gram_AA = torch.zeros(order, order, dtype=torch.float64, device=tokens.x_TD.device)

@@ -43,7 +43,7 @@ class MlpTokens:
         assert self.x_TD.dtype in (torch.float32, torch.float64)
 
     def chunks(self, chunk_tokens: int) -> Iterator[slice]:
-        """Rows of one micro-batch after the other."""
+        """Yield the rows of one micro-batch after the other."""
         for start in range(0, len(self.x_TD), chunk_tokens):
             yield slice(start, start + chunk_tokens)
 
@@ -62,12 +62,12 @@ class MlpWeights:
         assert self.gate is None or (self.gate.bias_O is None) == (self.up.bias_O is None)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """The consumer's real inputs, (T, N)."""
+        """Compute the consumer's real inputs, (T, N)."""
         up_TN = self.up(x_TD)
         return self.link(up_TN, None if self.gate is None else self.gate(x_TD))
 
     def link(self, z_TN: Tensor, s_TN: Tensor | None) -> Tensor:
-        """phi(z), or phi(s) * z."""
+        """Compute phi(z), or phi(s) * z for a gated MLP."""
         return self.activation.value(z_TN) if s_TN is None else self.activation.value(s_TN) * z_TN
 
 
@@ -87,7 +87,7 @@ class MlpSolution:
 
 @torch.no_grad()
 def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = CHUNK_TOKENS) -> float:
-    """sum_t |y - MLP(x)|^2 on the real activations."""
+    """Compute sum_t |y - MLP(x)|^2 on the real activations."""
     total = zero_sum(tokens)
     for rows in tokens.chunks(chunk_tokens):
         total += energy(tokens.y_TD[rows] - weights.down(weights.hidden(tokens.x_TD[rows])))
@@ -95,5 +95,5 @@ def block_error(tokens: MlpTokens, weights: MlpWeights, chunk_tokens: int = CHUN
 
 
 def zero_sum(tokens: MlpTokens) -> Tensor:
-    """A float64 sum on the tokens' device: read once per pass."""
+    """Create a float64 zero on the tokens' device, for a sum that is read once per pass."""
     return torch.zeros((), dtype=torch.float64, device=tokens.x_TD.device)

@@ -57,12 +57,12 @@ class Affine:
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
     def with_ones(self, x_TI: Tensor) -> Tensor:
-        """The inputs with a column of ones if there is a bias, (T, A): the bias is then one more column of W."""
+        """Append a column of ones to the inputs if there is a bias, (T, A): the bias is then one more column of W."""
         return x_TI if self.bias_O is None else torch.cat([x_TI, x_TI.new_ones(len(x_TI), 1)], dim=1)
 
 
 def update_affine(affine: Affine, residual_OA: Tensor, factor: DampedCholesky) -> Affine:
-    """(a) min over V, c of sum_t |t - V x - c|^2 + delta (|V - W|^2 + |c - b|^2), in float64.
+    """Solve (a): min over V, c of sum_t |t - V x - c|^2 + delta (|V - W|^2 + |c - b|^2), in float64.
 
     V = W + R (G + delta I)^-1 with R = sum_t (t - W x - b) [x 1]^T taken at the current W, so nothing cancels, and G
     the Gram of [x 1], factored with delta. Published as W = t x^+ by pseudo-inverse; the Cholesky and the ridge toward
@@ -76,7 +76,7 @@ def update_affine(affine: Affine, residual_OA: Tensor, factor: DampedCholesky) -
 
 
 def p_correction(down: Affine, penalties: Penalties) -> Tensor:
-    """M = (W2 W2^T + gamma/beta I)^-1 W2, (D, N), by one float64 Cholesky of order D: once per iteration."""
+    """Compute M = (W2 W2^T + gamma/beta I)^-1 W2, (D, N), by one float64 Cholesky of order D: once per iteration."""
     weight_DN = down.weight_OI.to(torch.float64)
     shifted_DD = weight_DN @ weight_DN.T
     shifted_DD.diagonal().add_(penalties.gamma / penalties.beta)
@@ -86,16 +86,17 @@ def p_correction(down: Affine, penalties: Penalties) -> Tensor:
 
 
 def update_p(link_TN: Tensor, y_TD: Tensor, down: Affine, correction_DN: Tensor) -> Tensor:
-    """(c) min over p of beta |y - W2 p - b2|^2 + gamma |p - link|^2: p = link + M^T (y - b2 - W2 link).
+    """Solve (c): min over p of beta |y - W2 p - b2|^2 + gamma |p - link|^2.
 
-    Published as (beta W2^T W2 + gamma I)^-1 (beta W2^T (y - b2) + gamma link), a Cholesky of order N; this is the same
-    by the push-through identity (derived), of order D < N, and 4 D N flops per token instead of 2 N^2 + 2 D N.
+    p = link + M^T (y - b2 - W2 link). Published as (beta W2^T W2 + gamma I)^-1 (beta W2^T (y - b2) + gamma link), a
+    Cholesky of order N; this is the same by the push-through identity (derived), of order D < N, and 4 D N flops per
+    token instead of 2 N^2 + 2 D N.
     """
     return torch.addmm(link_TN, y_TD - down(link_TN), correction_DN)
 
 
 def relu_z(center: Tensor, target: Tensor, penalties: Penalties) -> Tensor:
-    """(d) min over z of alpha (z - center)^2 + gamma (target - max(z, 0))^2, exact, elementwise.
+    """Solve (d): min over z of alpha (z - center)^2 + gamma (target - max(z, 0))^2, exactly, elementwise.
 
     Each branch is a parabola cut at zero; the lower of the two minima wins (from reference code, checked by grid).
     """
@@ -108,7 +109,10 @@ def relu_z(center: Tensor, target: Tensor, penalties: Penalties) -> Tensor:
 
 
 def gated_z(gate: Tensor, center: Tensor, target: Tensor, penalties: Penalties) -> Tensor:
-    """(d) min over z of alpha (z - center)^2 + gamma (target - gate z)^2 with gate = phi(s): a parabola (published)."""
+    """Solve (d): min over z of alpha (z - center)^2 + gamma (target - gate z)^2, elementwise.
+
+    With gate = phi(s) this is a parabola (published).
+    """
     alpha, gamma = penalties.alpha, penalties.gamma
     return (alpha * center + gamma * gate * target) / (alpha + gamma * gate.square())
 
@@ -126,7 +130,7 @@ class Activation:
 def element_loss(
     activation: Activation, x: Tensor, center: Tensor, target: Tensor, scale: Tensor, penalties: Penalties
 ) -> Tensor:
-    """alpha (x - center)^2 + gamma (scale phi(x) - target)^2, elementwise."""
+    """Compute alpha (x - center)^2 + gamma (scale phi(x) - target)^2, elementwise."""
     fit = (scale * activation.value(x) - target).square()
     return penalties.alpha * (x - center).square() + penalties.gamma * fit
 
@@ -141,7 +145,7 @@ def gauss_newton(
     *,
     max_halvings: int = 8,
 ) -> Tensor:
-    """(d), (e) One damped Gauss-Newton step per element on `element_loss`; no element's loss rises.
+    """Take one damped Gauss-Newton step of (d) or (e) per element on `element_loss`; no element's loss rises.
 
     With r = scale phi(x) - target and J = scale phi'(x): x - t (alpha (x - center) + gamma J r) / (alpha + gamma J^2),
     t = 1, 1/2, 1/4, ... until the loss falls by a tenth of what the gradient promises (with a mere "does not rise" a
