@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from structprune import Recipe, RecoverySettings, prune, recover
-from structprune.assess import side_by_side
+from structprune.assess import EvaluationRequest, SpeedRequest, side_by_side
 from structprune.cli.progress import progress_observer
 from structprune.cli.tables import Column, print_pairs, print_table
 from structprune.memory import format_bytes
@@ -27,7 +27,7 @@ from structprune.results.side_by_side import column_rows
 # no more is removed than a minute of recovery can do something about; docs/compare.md has larger shares.
 RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=64, seq_len=512)
 RECOVERY = RecoverySettings(calibration=("boolq",), minutes=1, num_samples=128, seq_len=512, batch=1, warmup=2)
-TEXTS = ("boolq", "sciq")
+QUALITY = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=6)
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         pruned = prune("smollm2", RECIPE, models["pruned"], observer)
         observer.note("recover: the pruned model learns from the dense one for a minute")
         recovered = recover(models["pruned"], "smollm2", RECOVERY, models["recovered"], observer)
-        columns = side_by_side(models, TEXTS, PROMPT, seq_len=512, max_windows=6, repeats=3, observer=observer)
+        columns = side_by_side(models, PROMPT, QUALITY, SpeedRequest(repeats=3), observer=observer)
     write_picture(output / "demo.svg", "SmolLM2-135M, dense, pruned and recovered", columns, pruned)
 
     def peak(memory: MemoryReport) -> str:

@@ -73,6 +73,21 @@ class EvaluationRequest:
             raise InputError("--limit is about tasks", do="give --tasks or --tasks-dir, or use --max-windows")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRequest:
+    """What to time on a model, beside its name."""
+
+    batches: Sequence[int] = (1,)
+    prompts: Sequence[int] = (512,)
+    """Tokens of the prompts; every batch size is timed with every length."""
+    decode_tokens: int = 32
+    """Tokens to decode behind each prompt."""
+    repeats: int = 5
+    """Timed runs of each point, after a warm-up."""
+    device: str = "auto"
+    dtype: str = "auto"
+
+
 def evaluate(
     model: str | Path,
     text: str | Path,
@@ -211,15 +226,10 @@ def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dt
 
 def bench(
     model: str | Path,
+    request: SpeedRequest | None = None,
     *,
     against: str | Path | None = None,
     also: Sequence[str | Path] = (),
-    batches: Sequence[int] = (1,),
-    prompts: Sequence[int] = (512,),
-    decode_tokens: int = 32,
-    repeats: int = 5,
-    device: str = "auto",
-    dtype: str = "auto",
     advance: Callable[[str], None] = lambda text: None,
 ) -> Bench:
     """Measure prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
@@ -227,7 +237,8 @@ def bench(
     With `against` both models are in memory and timed in turn, and speeds are given as ratios too; models in `also` are
     measured beside them in the same way. `advance` hears of each point of the grid. Raises StructPruneError.
     """
-    recipe = Recipe.build(device=device, dtype=dtype)
+    request = request or SpeedRequest()
+    recipe = Recipe.build(device=request.device, dtype=request.dtype)
     target = resolve_device(recipe.device)
     compute_dtype = resolve_dtype(recipe, target)
     names = [str(model), *([] if against is None else [str(against)]), *map(str, also)]
@@ -237,12 +248,18 @@ def bench(
     readers = {name: open_model(name) for name in names}
     loaded = {name: load_model(reader, target, compute_dtype) for name, reader in readers.items()}
     for name, one in loaded.items():
-        _check_positions(name, one, max(prompts) + decode_tokens)
+        _check_positions(name, one, max(request.prompts) + request.decode_tokens)
     points: dict[str, list[SpeedPoint]] = {name: [] for name in names}
     weights = {name: sum(p.numel() * p.element_size() for p in one.parameters()) for name, one in loaded.items()}
-    for batch in batches:
-        for prompt in prompts:
-            found = speed_pair(loaded, prompt_tokens=prompt, decode_tokens=decode_tokens, batch=batch, repeats=repeats)
+    for batch in request.batches:
+        for prompt in request.prompts:
+            found = speed_pair(
+                loaded,
+                prompt_tokens=prompt,
+                decode_tokens=request.decode_tokens,
+                batch=batch,
+                repeats=request.repeats,
+            )
             base = None if against is None else str(against)
             for name in names:
                 ratios = (None, None) if base in (None, name) else found[name].ratios(found[base])
@@ -252,7 +269,7 @@ def bench(
         device=str(target),
         dtype=str(compute_dtype).removeprefix("torch."),
         machine=machine(),
-        repeats=repeats,
+        repeats=request.repeats,
         models=[
             BenchedModel(
                 model=name,
@@ -278,43 +295,38 @@ def generate(
 
 def side_by_side(
     models: Mapping[str, str | Path],
-    texts: Sequence[str | Path],
     prompt: str,
+    quality: EvaluationRequest,
+    speed: SpeedRequest,
     *,
-    seq_len: int = 2048,
-    max_windows: int | None = None,
     max_new_tokens: int = 32,
-    prompt_tokens: int = 512,
-    repeats: int = 5,
-    dtype: str = "auto",
     observer: Observer | None = None,
 ) -> list[ModelColumn]:
-    """Measure size, perplexity on `texts`, speed and the answer to `prompt` of each model, under its name.
+    """Measure size, perplexities, speed and the answer to `prompt` of each model, under its name.
 
-    Speeds are those of `bench`, batch 1 behind `prompt_tokens` tokens, models timed in turn. Raises StructPruneError.
+    Models are timed in turn, and the speeds are those of the first point of `speed`. Raises StructPruneError.
     """
     observer = observer or SilentObserver()
     observer.start("measure", len(models) + 1)
-    request = EvaluationRequest(texts=texts, seq_len=seq_len, max_windows=max_windows, dtype=dtype)
     measured: dict[str, tuple[Evaluation, str]] = {}
     for name, model in models.items():
-        found = evaluate_all(model, request)
-        measured[name] = found, generate(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype)
+        found = evaluate_all(model, quality)
+        measured[name] = found, generate(model, prompt, max_new_tokens=max_new_tokens, dtype=quality.dtype)
         observer.advance(f"{name}: " + ", ".join(f"{one.text} {one.perplexity:.2f}" for one in found.texts))
     first, *others = models.values()
-    speeds = bench(first, also=others, prompts=[prompt_tokens], repeats=repeats, dtype=dtype).models
+    timed = bench(first, speed, also=others).models
     observer.advance("speed")
     return [
         ModelColumn(
             name=name,
-            parameters=speed.parameters,
-            file_bytes=speed.file_bytes,
+            parameters=rates.parameters,
+            file_bytes=rates.file_bytes,
             perplexities={one.text: one.perplexity for one in found.texts},
-            prefill_tokens_per_s=speed.points[0].prefill.median,
-            decode_tokens_per_s=speed.points[0].decode.median,
+            prefill_tokens_per_s=rates.points[0].prefill.median,
+            decode_tokens_per_s=rates.points[0].decode.median,
             says=says,
         )
-        for (name, (found, says)), speed in zip(measured.items(), speeds, strict=True)
+        for (name, (found, says)), rates in zip(measured.items(), timed, strict=True)
     ]
 
 

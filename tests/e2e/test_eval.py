@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from structprune.api import prune
-from structprune.assess import EvaluationRequest, bench, evaluate, evaluate_all
+from structprune.assess import EvaluationRequest, SpeedRequest, bench, evaluate, evaluate_all
 from structprune.errors import InputError, MemoryBudgetError, NumericalError, UnsupportedError
 from structprune.evaluation.local_tasks import LOCAL_TASKS, write_local_tasks
 from structprune.evaluation.perplexity import PredictionSums, score_predictions
@@ -249,7 +249,7 @@ def test_ratios_are_of_the_same_repeat() -> None:
 
 def test_bench_refuses(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="longer than the model's positions"):
-        bench(tiny_llama, prompts=[250], decode_tokens=8)
+        bench(tiny_llama, SpeedRequest(prompts=[250], decode_tokens=8))
     with pytest.raises(InputError, match="two of the models are the same"):
         bench(tiny_llama, against=tiny_llama)
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from structprune.api import prune
-from structprune.assess import bench, evaluate, generate, side_by_side
+from structprune.assess import EvaluationRequest, SpeedRequest, bench, evaluate, generate, side_by_side
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.recipe import Recipe
 from structprune.report.picture import write_picture
@@ -23,7 +23,11 @@ def test_columns_and_picture(tiny_llama: Path, text_file: Path, tmp_path: Path) 
     report = prune(tiny_llama, Recipe.build(method="structprune", **settings), tmp_path / "out")
     models = {"dense": tiny_llama, "pruned": tmp_path / "out"}
     columns = side_by_side(
-        models, [text_file], "what", seq_len=32, max_windows=3, max_new_tokens=4, prompt_tokens=16, dtype="float32"
+        models,
+        "what",
+        EvaluationRequest(texts=[text_file], seq_len=32, max_windows=3, dtype="float32"),
+        SpeedRequest(prompts=[16], dtype="float32"),
+        max_new_tokens=4,
     )
     assert [one.name for one in columns] == ["dense", "pruned"]
     for one in columns:
@@ -49,7 +53,10 @@ def test_columns_and_picture(tiny_llama: Path, text_file: Path, tmp_path: Path) 
 def test_more_models_are_timed_beside_the_pair(tiny_llama: Path, tmp_path: Path) -> None:
     copies = [shutil.copytree(tiny_llama, tmp_path / name) for name in ("a", "b")]
     found = bench(
-        copies[0], against=tiny_llama, also=[copies[1]], prompts=[8], decode_tokens=2, repeats=2, dtype="float32"
+        copies[0],
+        SpeedRequest(prompts=[8], decode_tokens=2, repeats=2, dtype="float32"),
+        against=tiny_llama,
+        also=[copies[1]],
     )
     assert [one.model for one in found.models] == [str(copies[0]), str(tiny_llama), str(copies[1])]
     assert [one.points[0].prefill_ratio is None for one in found.models] == [False, True, False]

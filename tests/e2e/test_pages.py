@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from structprune.api import prune
-from structprune.assess import EvaluationRequest, bench, evaluate_all
+from structprune.assess import EvaluationRequest, SpeedRequest, bench, evaluate_all
 from structprune.cli import main
 from structprune.errors import InputError
 from structprune.recipe import Recipe
@@ -198,7 +198,7 @@ def test_measurements_go_into_the_table(run: Path, text_file: Path, tmp_path: Pa
         texts=[text_file], against=source, seq_len=32, max_windows=2, dtype="float32", stream=True
     )
     evaluation = evaluate_all(run, request)
-    speeds = bench(run, against=source, prompts=[8], decode_tokens=2, repeats=1, dtype="float32")
+    speeds = bench(run, SpeedRequest(prompts=[8], decode_tokens=2, repeats=1, dtype="float32"), against=source)
     files = [tmp_path / "eval.json", tmp_path / "bench.json"]
     for file, result in zip(files, (evaluation, speeds), strict=True):
         file.write_text(json.dumps(result.to_dict()))

@@ -30,24 +30,22 @@ def bench(
     quiet: QuietFlag = False,
 ) -> None:
     """Measure prefill and decode tokens per second (median, quartiles), peak memory and size of MODEL."""
+    from structprune.assess import SpeedRequest
     from structprune.assess import bench as run_bench
     from structprune.cli.progress import progress_observer
     from structprune.cli.render import bench_tables
 
-    batches, prompts = list(dict.fromkeys(batch or [1])), list(dict.fromkeys(prompt or [512]))
+    request = SpeedRequest(
+        batches=list(dict.fromkeys(batch or [1])),
+        prompts=list(dict.fromkeys(prompt or [512])),
+        decode_tokens=decode,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+    )
     with progress_observer(quiet=quiet) as observer:
-        observer.start("bench", len(batches) * len(prompts))
-        result = run_bench(
-            model,
-            against=against,
-            batches=batches,
-            prompts=prompts,
-            decode_tokens=decode,
-            repeats=repeats,
-            device=device,
-            dtype=dtype,
-            advance=observer.advance,
-        )
+        observer.start("bench", len(request.batches) * len(request.prompts))
+        result = run_bench(model, request, against=against, advance=observer.advance)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
