@@ -27,7 +27,7 @@ from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
-from structprune.files import check_path, expand_user, make_folder, read_json
+from structprune.files import check_path, expand_user, read_json
 from structprune.memory import PeakMeter, bound_hidden_memory
 from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
@@ -297,7 +297,6 @@ def export(
     path = expand_user(str(output))
     check_path(path, "the export", spare=_EXPORT_SPARE)
     check_absent(path)
-    make_folder(path.parent, "the export")
     reader = open_model(str(model))
 
     def start(total: int) -> None:

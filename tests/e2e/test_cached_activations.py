@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from structprune import Recipe, prune
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine import resolve
+from structprune.engine.pipelines import units_settings
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.engine.streaming.propagate import Propagator
 from structprune.types import UNIT_KINDS
@@ -57,7 +57,7 @@ def pruned(source: Path, settings: Recipe, output: Path, *, cached: bool) -> tup
     with pytest.MonkeyPatch.context() as patch:
         passes = Passes(patch)
         if not cached:
-            patch.setattr(resolve, "cacheable", lambda *_: ())
+            patch.setattr(units_settings, "cacheable", lambda *_: ())
         report = prune(source, settings, output)
     tensors = {name: t for path in output.glob("*.safetensors") for name, t in load_file(path).items()}
     return tensors, report, passes.count
@@ -77,7 +77,8 @@ def test_the_same_model_with_fewer_passes(name: str, text_file: Path, tmp_path: 
     assert once.keys() == again.keys()
     for key, tensor in again.items():
         assert once[key].shape == tensor.shape, key
-        torch.testing.assert_close(once[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+        # Solved from sums in float32 that were added up in another order.
+        torch.testing.assert_close(once[key], tensor, rtol=1e-3, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
     assert report.calibration.pruned_perplexity == pytest.approx(recomputed.calibration.pruned_perplexity, rel=1e-5)
 
 

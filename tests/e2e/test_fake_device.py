@@ -16,6 +16,7 @@ from structprune import Recipe, assess, prune
 from structprune.api import recover
 from structprune.assess import evaluate
 from structprune.engine import resolve
+from structprune.engine.pipelines import units_settings
 from structprune.engine.planning import host as host_plan
 from structprune.engine.planning.device import LIBRARY_BYTES
 from structprune.engine.planning.host import PLACES
@@ -76,7 +77,7 @@ class Board(FakeGpu):
 def on_the_host(source: Path, settings: Recipe, output: Path) -> Any:
     """Without activations that are kept, which a device has no room for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "cacheable", lambda *_: ())
+        patch.setattr(units_settings, "cacheable", lambda *_: ())
         return prune(source, settings, output)
 
 

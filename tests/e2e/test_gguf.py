@@ -568,7 +568,7 @@ def test_an_output_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the output file exists"):
         export(source, tmp_path / "tiny.gguf")
     assert (tmp_path / "tiny.gguf").read_text(encoding="utf-8") == "mine"
-    with pytest.raises(InputError, match=r"ending \.gguf"):
+    with pytest.raises(InputError, match=r"ends in \.gguf; got tiny, wanted tiny\.gguf"):
         export(source, tmp_path / "tiny")
 
 

@@ -173,7 +173,7 @@ def test_the_page_says_what_the_report_says(run: Path) -> None:
 def test_memory_over_time(run: Path) -> None:
     memory = report_of(run).memory
     phases = list(dict.fromkeys(stretch.phase for stretch in memory.timeline))
-    assert phases == ["set-up", "sensitivity: forward", "sensitivity: backward", "prune", "finish"]
+    assert phases == ["set-up", "sensitivity: forward", "sensitivity: backward", "prune", "write files", "finish"]
     seconds = [stretch.seconds for stretch in memory.timeline]
     assert seconds == sorted(seconds)
     assert max(stretch.peak_bytes for stretch in memory.timeline) == memory.measured_peak_bytes

@@ -49,12 +49,13 @@ def test_memory_stays_under_a_plan_below_half_of_the_model(
     result = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
     report = json.loads(result.stdout)
     memory = report["memory"]
-    model_bytes = report["size"]["bytes_before"]
+    # The file holds quantised weights; the run computes in float32.
+    model_bytes = 4 * report["size"]["parameters_before"]
     hidden_bytes = 8 * 256 * 576 * 4
     assert model_bytes > 538_000_000
     assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"]
     assert memory["planned_peak_bytes"] < model_bytes / 2 + hidden_bytes
-    assert report["size"]["bytes_after"] < model_bytes
+    assert report["size"]["bytes_after"] == pytest.approx(2 * report["size"]["parameters_after"], rel=0.01)
     assert 0.3 <= report["size"]["removed_share_of_scope"] < 0.33
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from structprune import Recipe, prune
 from structprune.architectures.modeling.per_layer import MODELING_NAME
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, has_weights
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from structprune.checkpoint.weight_files import WeightFiles
 from structprune.cli import main
 from structprune.engine.planning.reload import ReloadBound
@@ -28,6 +28,11 @@ from structprune.runs.directory import REJECTED_NAME
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a loader would find weights there."""
+    return (directory / SINGLE_NAME).exists() or (directory / INDEX_NAME).exists()
 
 
 def run(source: Path, text_file: Path, output: Path, **changes: Any) -> PruneReport:

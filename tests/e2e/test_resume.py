@@ -17,8 +17,7 @@ from structprune import api
 from structprune.api import prune, resume
 from structprune.calibration import snapshots
 from structprune.calibration.context import CalibrationWindows
-from structprune.engine import resolve
-from structprune.engine.pipelines import units
+from structprune.engine.pipelines import units, units_settings
 from structprune.engine.run import identity
 from structprune.engine.sensitivity import fisher
 from structprune.errors import InputError
@@ -119,7 +118,7 @@ def test_without_snapshots_activations_are_kept_again(
     name: str, cached: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not cached:
-        monkeypatch.setattr(resolve, "cacheable", lambda *_: ())
+        monkeypatch.setattr(units_settings, "cacheable", lambda *_: ())
     run_without_snapshots(name, text_file, tmp_path, monkeypatch)
 
 

@@ -39,11 +39,6 @@ _DTYPES = {
 }
 
 
-def has_weights(directory: Path) -> bool:
-    """Whether the weights of a checkpoint are there, which are written after everything else."""
-    return (directory / SINGLE_NAME).exists() or (directory / INDEX_NAME).exists()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
     """Where the tensor of one expert's map lies in a tensor that holds those of all experts."""
