@@ -281,7 +281,7 @@ class TaylorSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """What the sensitivity pass of the dense model leaves for one sublayer of a block, beside the price of its
+    """What the sensitivity pass of the dense model leaves for one sublayer of a block, beside the cost of its
     removals.
     """
 

@@ -56,7 +56,13 @@ def print_pairs(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print names and what each has to say, with a bar between them."""
     console, rows = Console(), list(rows)
     bar = " \u2502 "
-    names, values = _widths((Column(name=""), Column(name="")), rows, console.width - len(bar) + len(_GAP))
+    room = console.width - len(bar)
+    names, values = _widths((Column(name=""), Column(name="")), rows, room + len(_GAP))
+    # Names are read first: they may have a third of the line, unless a word of the values needs it.
+    spare = min(max((len(name) for name, _ in rows), default=0), room // 3) - names
+    longest = _narrowest(Column(name=""), [value for _, value in rows])
+    spare = max(0, min(spare, values - longest))
+    names, values = names + spare, values - spare
     _print_words(console, title)
     for name, value in rows:
         lines = zip_longest(_wrapped(name, names), _wrapped(value, values), fillvalue="")

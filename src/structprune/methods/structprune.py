@@ -1,7 +1,7 @@
 """StructPrune: global structured pruning split into block-sized problems (arXiv 2510.03246).
 
-A sensitivity pass of the dense model gives every removal a price in units of the loss; one Lagrangian threshold on
-price per parameter sets all widths at once; then each block is solved in order against the dense model's residual
+A sensitivity pass of the dense model gives every removal a cost in units of the loss; one Lagrangian threshold on
+cost per parameter sets all widths at once; then each block is solved in order against the dense model's residual
 stream. What is published, what was read in the authors' code and what is derived here: docs/methods/structprune.md.
 """
 
