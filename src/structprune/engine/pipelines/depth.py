@@ -31,7 +31,7 @@ from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.depth import DepthRecipe, ResolvedDepth
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout
+from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout, UnitKind
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
@@ -96,7 +96,7 @@ def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
     return replace(request, num_stores=remove + 1, compares=compares)
 
 
-def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[str]) -> Forecast:
+def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result, since blocks are alike.
 
     Raises UnsupportedError where `tensor_parallel` processes could not share them.

@@ -39,7 +39,7 @@ from structprune.phases import Phase
 from structprune.recipe.experts import ExpertsRecipe, ResolvedExperts
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import BlockLayout, UnitGroup
+from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 # What the report and the manifest call it.
 KIND = "expert"
@@ -83,7 +83,7 @@ def expert_request(request: PlanRequest) -> PlanRequest:
     return replace(request, needs_statistics=False)
 
 
-def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[str]) -> Forecast:
+def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result, since every block keeps as many experts.
 
     Raises UnsupportedError where processes could not share them.

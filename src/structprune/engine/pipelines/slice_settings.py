@@ -14,7 +14,7 @@ from structprune.exporters.sliced import sliced_config
 from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe.slice import ResolvedSlice, SliceRecipe
-from structprune.types import BlockLayout, ModelLayout
+from structprune.types import BlockLayout, ModelLayout, UnitKind
 
 
 def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockModel) -> ResolvedSlice:
@@ -41,7 +41,7 @@ def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockMode
     return ResolvedSlice.of(recipe, damping=recipe.damping or method.damping)
 
 
-def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str]) -> Forecast:
+def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result.
 
     Raises InputError if no width removes as much, UnsupportedError if the result cannot be written or shared.

@@ -64,7 +64,7 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
 
 
 def output_config(
-    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """Build the result's config.json. Raises UnsupportedError if no stock class takes it."""
     source = dict(stock.layout.config)
