@@ -47,6 +47,18 @@ _EXPORT_SPARE = len("..tmp-4194304")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSize:
+    """Bytes of the weight files, before and after."""
+
+    bytes_before: int
+    bytes_after: int
+    exact: bool
+    """Whether it is what the files will have; else what remains if just the asked share goes."""
+    dtypes: list[str]
+    """What the weights will be stored in, that of the most bytes first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """What a run would do, from headers and settings alone."""
 
@@ -58,6 +70,7 @@ class RunPlan:
     forecast: Forecast
     runtimes: list[RuntimeSupport]
     """Who will load the result."""
+    size: PlannedSize
 
 
 def plan(model: str | Path, recipe: Recipe) -> RunPlan:
@@ -74,6 +87,28 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         plan=plan_run(resolved, resolved.recipe.num_samples),
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
+        size=_planned_size(resolved),
+    )
+
+
+def _planned_size(resolved: ResolvedRun) -> PlannedSize:
+    recipe, reader, layout = resolved.recipe, resolved.stock.reader, resolved.stock.layout
+    after = resolved.forecast.num_bytes(recipe.max_shard_size)
+    in_scope = {
+        block.prefix + name
+        for block in layout.blocks
+        for group in block.groups
+        if group.kind in resolved.kinds
+        for name in block.shapes
+        if name.startswith(group.module_prefix)
+    }
+    return PlannedSize(
+        bytes_before=reader.file_bytes,
+        bytes_after=reader.num_bytes(layout.tensors) - round(recipe.sparsity * reader.num_bytes(in_scope))
+        if after is None
+        else after,
+        exact=after is not None,
+        dtypes=reader.dtype_names(layout.tensors),
     )
 
 

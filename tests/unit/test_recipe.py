@@ -49,6 +49,7 @@ CHANGES: dict[str, Any] = {
     "sensitivity_samples": 3,
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
+    "output_dtype": "bfloat16",
     "reload_check": False,
 }
 
@@ -351,7 +352,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    assert set(written) - set(earlier) == {"max_shard_size"}
+    assert set(written) - set(earlier) == {"max_shard_size", "output_dtype"}
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
 

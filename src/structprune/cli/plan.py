@@ -42,6 +42,11 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     rows = [
         ("method", f"{found.recipe.method}, {'per-layer' if found.recipe.per_layer else 'uniform'} widths"),
         ("parameters", f"{before:,} -> {size}"),
+        (
+            "bytes on disk",
+            f"{format_bytes(found.size.bytes_before)} -> {'' if found.size.exact else 'about '}"
+            f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
+        ),
     ]
     for kind, counts in (found.forecast.kept or {}).items():
         low, high = min(counts), max(counts)
@@ -89,6 +94,7 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_before": found.layout.num_parameters,
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
+        "size": asdict(found.size),
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

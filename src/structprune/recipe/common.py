@@ -80,6 +80,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
+    output_dtype: Annotated[Literal["source", "bfloat16", "float16", "float32"], Flag(Group.WHAT)] = Field(
+        default="source",
+        description="number format of the weights as they are written: source, bfloat16, float16 or float32; source: "
+        "each as it is stored, bfloat16 where it is quantised there",
+    )
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows, and of method random"
     )

@@ -60,6 +60,8 @@ class SizeReport(Frozen):
     parameters_after: int
     bytes_before: int = Field(gt=0)
     bytes_after: int
+    dtypes: list[str] = Field(default_factory=list[str])
+    """What the output's weights are stored in, that of the most bytes first; empty in reports of earlier versions."""
     removed_share_of_scope: float
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
     removed_share_of_blocks: float

@@ -174,6 +174,7 @@ def size_report(
         parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
+        dtypes=files.dtype_names,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
         removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
