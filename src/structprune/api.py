@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from structprune.architectures.sources.resolve import gguf_file, open_model
+from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
@@ -17,12 +18,12 @@ from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
-from structprune.engine.run.calibration import source_context
+from structprune.engine.run.calibration import source_context, window_start
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
 from structprune.engine.run.identity import RunRequest, begin_or_go_on, find_request
-from structprune.errors import InputError, UnsupportedError
+from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
@@ -71,6 +72,8 @@ class RunPlan:
     runtimes: list[RuntimeSupport]
     """Who will load the result."""
     size: PlannedSize
+    start: str | None
+    """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
 
 
 def plan(model: str | Path, recipe: Recipe) -> RunPlan:
@@ -88,7 +91,19 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
         size=_planned_size(resolved),
+        start=_planned_start(resolved),
     )
+
+
+def _planned_start(resolved: ResolvedRun) -> str | None:
+    """Find what windows will begin with. Raises InputError for a start token that the tokenizer does not have."""
+    stock = resolved.stock
+    try:
+        encoder = TextEncoder(stock.reader.directory, stock.layout.vocab_size, stock.config)
+        return window_start(encoder, resolved.recipe.bos).text
+    except CheckpointError:
+        # Without a tokenizer there is still much to plan.
+        return None
 
 
 def _planned_size(resolved: ResolvedRun) -> PlannedSize:
@@ -278,6 +293,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
         device=resolved.device,
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
+        bos=recipe.bos,
     )
     return load_windows(recipe.calibration, source, observer.note)
 

@@ -25,6 +25,8 @@ class CalibrationReport(Frozen):
     fingerprint: str
     num_windows: int
     seq_len: int
+    start: str = ""
+    """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     perplexity_windows: int
     """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
     dense_perplexity: float

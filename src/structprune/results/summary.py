@@ -52,7 +52,8 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ),
         (
             "calibration",
-            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
+            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+            f"{beginning(calibration.start)}",
         ),
         (
             "perplexity of that text",
@@ -66,6 +67,11 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def beginning(start: str) -> str:
+    """Say what every window begins with."""
+    return f"each behind the start token {start}" if start else "without a start token"
 
 
 def stored_in(size: SizeReport) -> str:

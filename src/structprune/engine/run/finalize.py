@@ -234,6 +234,7 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
     return CalibrationReport(
         name=context.calibration_name,
         description=context.windows.description,
+        start=context.windows.start,
         fingerprint=fingerprint(context.windows),
         num_windows=context.windows.ids_NS.shape[0],
         seq_len=context.windows.ids_NS.shape[1],
