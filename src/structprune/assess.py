@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.context import WindowStart
 from structprune.calibration.select import held_out_text
-from structprune.engine.run.calibration import renderer
+from structprune.engine.run.calibration import renderer, window_start
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
@@ -22,6 +23,7 @@ from structprune.evaluation.generation import generate_text
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, quartiles, speed_pair
 from structprune.evaluation.zero_shot import TaskRunner
+from structprune.kinds import StartToken
 from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
@@ -41,6 +43,8 @@ class EvaluationRequest:
     """Tokens per window; stride the same."""
     max_windows: int | None = None
     """Only the first so many windows of each text."""
+    bos: StartToken = "auto"
+    """Whether every window begins with the model's start token, as `--bos` of `prune`."""
     tasks: Sequence[str] = ()
     """Zero-shot tasks by lm-eval's names."""
     tasks_dir: str | Path | None = None
@@ -99,7 +103,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> TextResult:
-    """Measure the perplexity of `model` on `text`, a file or a name; see `evaluate_all`."""
+    """Measure the perplexity of `model` on `text`, a file or a name; `evaluate_all` takes every setting."""
     request = EvaluationRequest(
         texts=[text],
         against=against,
@@ -116,7 +120,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     """Measure all that `request` asks of `model`, loaded by stock transformers or streamed. Raises StructPruneError."""
     bound_hidden_memory()
     request.check()
-    recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
+    recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len, bos=request.bos)
     memory = None if request.memory is None else parse_bytes(request.memory)
     render = renderer(open_model(str(model)).directory)
     texts = [(str(path), held_out_text(path, render)) for path in request.texts]
@@ -134,7 +138,13 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
             loaded, encoder = load_with_tokenizer(model, device, dtype)
             results = _in_memory(loaded, encoder, request, texts, device, dtype)
             if runner is not None:
-                scores = runner.run(loaded, encoder.tokenizer, limit=request.task_limit, batch_size=request.batch_size)
+                scores = runner.run(
+                    loaded,
+                    encoder.tokenizer,
+                    limit=request.task_limit,
+                    batch_size=request.batch_size,
+                    starts=_tasks_start(encoder, request.bos),
+                )
                 tasks = [TaskResult(**asdict(score)) for score in scores]
     return Evaluation(
         model=str(model),
@@ -159,17 +169,19 @@ def _in_memory(
     dtype: torch.dtype,
 ) -> list[PerplexityResult]:
     limit = loaded.config.max_position_embeddings
-    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    start = window_start(encoder, request.bos)
+    windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     other: Any = None
     if request.against is not None:
         other, _ = load_with_tokenizer(request.against, device, dtype)
         _check_same_vocabulary(loaded.config.vocab_size, other.config.vocab_size)
-    return [
+    found = [
         perplexity(
             loaded, text.ids_NS, text.name, reference=None if other is None else make_reference(other, text.ids_NS)
         )
         for text in windows
     ]
+    return [replace(result, start=start.text) for result in found]
 
 
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
@@ -194,16 +206,31 @@ def _streamed(
     """Evaluate the models one block at a time; return the results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
     encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size)
-    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    start = window_start(encoder, request.bos)
+    windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     del encoder
     num_windows = sum(len(text.ids_NS) for text in windows)
     plan = plan_evaluation(models, num_windows, request.seq_len, dtype, memory)
     results = evaluate_streamed(models, windows, plan, device=device, dtype=dtype, observer=observer)
-    return results, plan.peak_bytes
+    return [replace(result, start=start.text) for result in results], plan.peak_bytes
 
 
-def _windows(limit: int, encoder: TextEncoder, request: EvaluationRequest, name: str, content: str) -> TextWindows:
-    ids_NS = text_windows(limit, encoder, content, name, request.seq_len, request.max_windows)
+def _tasks_start(encoder: TextEncoder, bos: StartToken) -> bool:
+    """Whether prompts of tasks begin with the start token. Raises InputError for one that the tokenizer does not add.
+
+    lm-eval leaves that to the tokenizer.
+    """
+    if bos == "yes" and not encoder.start_ids("auto"):
+        raise InputError(
+            "tasks are encoded by the tokenizer, which adds no start token", got="--bos yes", wanted="--bos auto or no"
+        )
+    return bool(encoder.start_ids(bos))
+
+
+def _windows(
+    limit: int, encoder: TextEncoder, request: EvaluationRequest, start: WindowStart, name: str, content: str
+) -> TextWindows:
+    ids_NS = text_windows(limit, encoder, content, name, request.seq_len, request.max_windows, start)
     return TextWindows(name=name, ids_NS=ids_NS)
 
 

@@ -7,6 +7,7 @@ of the width that the checkpoint has; only a transposed tensor is in memory twic
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,6 +83,14 @@ class GgufWeights:
         self._entries = entries
         by_kind = {info.kind: info for info in header.tensors.values()}
         self._dequantisers = {kind: dequantiser(info) for kind, info in by_kind.items()}
+
+    def in_width(self, dtype: torch.dtype) -> GgufWeights:
+        """Return the same file, read in `dtype`."""
+        view = copy.copy(self)
+        view.dtype = dtype
+        # A cached property of the other width.
+        view.__dict__.pop("scratch_bytes", None)
+        return view
 
     def keys(self) -> list[str]:
         """Return the tensors' names in the checkpoint."""

@@ -127,6 +127,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         "texts": {label: file_sha256(path) for label, path in texts},
         "seq_len": request.seq_len,
         "max_windows": request.max_windows,
+        "bos": asked_of_all.bos,
     }
     cells: list[CellSpec] = []
     for sparsity in dict.fromkeys(request.sparsities):
@@ -146,6 +147,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
                 texts=texts,
                 seq_len=request.seq_len,
                 max_windows=request.max_windows,
+                bos=asked_of_all.bos,
                 device=str(device),
                 dtype=dtype,
                 time_it=request.time_it,

@@ -16,6 +16,7 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
+from structprune.results.summary import beginning, stored_in
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
@@ -71,7 +72,11 @@ def _figures(report: PruneReport) -> str:
         ("", "before", "after"),
         [
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
-            ("weight files", format_bytes(size.bytes_before), format_bytes(size.bytes_after)),
+            (
+                "weight files",
+                format_bytes(size.bytes_before),
+                f"{format_bytes(size.bytes_after)}{stored_in(size)}",
+            ),
             (
                 f"perplexity of the calibration text (in-sample, {windows})",
                 f"{text.dense_perplexity:.2f}",
@@ -161,8 +166,8 @@ def _making(report: PruneReport) -> str:
         )
     commit = f"Made from commit `{report.source_commit}` of its source. " if report.source_commit else ""
     return (
-        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens "
-        f"({plain_name(calibration.description)}). {checked} "
+        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+        f"{beginning(calibration.start)} ({plain_name(calibration.description)}). {checked} "
         "Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
         f"The recipe, resolved:\n\n```yaml\n{text}```"
     )

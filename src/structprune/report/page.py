@@ -22,7 +22,7 @@ from structprune.report.figures import (
 from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import reload_line, warnings
+from structprune.results.summary import reload_line, stored_in, warnings
 
 PAGE_NAME = "pruning_report.html"
 
@@ -101,7 +101,7 @@ def _tiles(report: PruneReport) -> list[_Tile]:
         _Tile(
             label="on disk",
             value=f"{size.bytes_after / size.bytes_before - 1:+.1%}",
-            more=f"{format_bytes(size.bytes_before)} to {format_bytes(size.bytes_after)}",
+            more=f"{format_bytes(size.bytes_before)} to {format_bytes(size.bytes_after)}{stored_in(size)}",
         ),
         _Tile(
             label="perplexity, in-sample",

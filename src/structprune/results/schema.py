@@ -25,6 +25,8 @@ class CalibrationReport(Frozen):
     fingerprint: str
     num_windows: int
     seq_len: int
+    start: str = ""
+    """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     perplexity_windows: int
     """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
     dense_perplexity: float
@@ -60,6 +62,8 @@ class SizeReport(Frozen):
     parameters_after: int
     bytes_before: int = Field(gt=0)
     bytes_after: int
+    dtypes: list[str] = Field(default_factory=list[str])
+    """What the output's weights are stored in, that of the most bytes first; empty in reports of earlier versions."""
     removed_share_of_scope: float
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
     removed_share_of_blocks: float

@@ -12,7 +12,14 @@ from rich.text import Text
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
+from structprune.results.schema import (
+    BlockReport,
+    DeviceMemoryReport,
+    MemoryReport,
+    PruneFacts,
+    ReloadReport,
+    SizeReport,
+)
 from structprune.solvers import SOLVERS
 
 UNITS = {
@@ -41,11 +48,12 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         (
             "bytes on disk",
             f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} "
-            f"({abs(saved):.1%} {'less' if saved >= 0 else 'more'})",
+            f"({abs(saved):.1%} {'less' if saved >= 0 else 'more'}){stored_in(size)}",
         ),
         (
             "calibration",
-            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
+            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+            f"{beginning(calibration.start)}",
         ),
         (
             "perplexity of that text",
@@ -59,6 +67,16 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def beginning(start: str) -> str:
+    """Say what every window begins with."""
+    return f"each behind the start token {start}" if start else "without a start token"
+
+
+def stored_in(size: SizeReport) -> str:
+    """Name what the output's weights are stored in, behind a comma; nothing in reports of earlier versions."""
+    return f", in {' and '.join(size.dtypes)}" if size.dtypes else ""
 
 
 def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:

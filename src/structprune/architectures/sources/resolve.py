@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -30,15 +31,20 @@ _NOT_AT_FIRST = [
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_model(model: str) -> CheckpointReader:
+def open_model(model: str, width: torch.dtype | None = None) -> CheckpointReader:
     """Open the checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
+
+    `width` is the dtype that every tensor is read in; without it each has its own, and dequantised ones are bfloat16.
 
     Raises CheckpointError when nothing is found under that name or it is damaged, UnsupportedError for what cannot be
     read of it.
     """
     check_path(model, "the model")
     named = _named_gguf(model)
-    return CheckpointReader(resolve_model(model)) if named is None else open_gguf(named)
+    if named is not None:
+        return open_gguf(named, width)
+    reader = CheckpointReader(resolve_model(model))
+    return reader if width is None else reader.in_width(width)
 
 
 def _named_gguf(model: str) -> Path | None:

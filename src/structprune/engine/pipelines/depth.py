@@ -16,7 +16,7 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
-from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.forecast import Forecast, result_tensors, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import Widths, check_shared_out
 from structprune.engine.run.context import RunContext
@@ -108,7 +108,13 @@ def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[Uni
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
-        num_parameters=layout.num_parameters - remove * layout.blocks[0].num_parameters,
+        # Blocks are alike, so it does not matter which ones stay.
+        tensors=result_tensors(
+            stock,
+            recipe,
+            layout.blocks[: len(layout.blocks) - remove],
+            lambda block: ((name, name, shape) for name, shape in block.shapes.items()),
+        ),
     )
 
 

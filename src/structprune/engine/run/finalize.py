@@ -178,6 +178,7 @@ def size_report(
         parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
+        dtypes=files.dtype_names,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
         removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
@@ -238,6 +239,7 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
     return CalibrationReport(
         name=context.calibration_name,
         description=context.windows.description,
+        start=context.windows.start,
         fingerprint=fingerprint(context.windows),
         num_windows=context.windows.ids_NS.shape[0],
         seq_len=context.windows.ids_NS.shape[1],
