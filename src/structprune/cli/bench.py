@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from structprune.cli.command import many_values
-from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument, QuietFlag
 
 BenchCommand = many_values("--batch", "--prompt")
 
 
 def bench(
     model: ModelArgument,
+    merge_adapter: MergeAdapterFlag = "none",
     against: Annotated[
         str | None, typer.Option("--against", help="Another model, the dense one: timed in turn, ratios are given.")
     ] = None,
@@ -39,6 +40,7 @@ def bench(
         observer.start("bench", len(batches) * len(prompts))
         result = run_bench(
             model,
+            merge_adapter=merge_adapter,
             against=against,
             batches=batches,
             prompts=prompts,
