@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
@@ -316,14 +317,19 @@ def recover(
     return recover_model(student, teacher, settings, output, observer or SilentObserver())
 
 
-def inspect(model: str | Path) -> ModelLayout:
-    """Describe the blocks of `model`, the units that can be removed from them, and their sizes. Reads headers only."""
-    return inspect_with_runtimes(model)[0]
+def inspect(model: str | Path, *, merge_adapter: str = NO_ADAPTER) -> ModelLayout:
+    """List the blocks of `model`, what can be removed from them, and their sizes; reads headers only.
+
+    `merge_adapter` is the folder of a LoRA adapter that is merged into it, or `beside`.
+    """
+    return inspect_with_runtimes(model, merge_adapter)[0]
 
 
-def inspect_with_runtimes(model: str | Path) -> tuple[ModelLayout, list[RuntimeSupport]]:
-    """Return what `inspect` returns, and which runtimes load `model` as it is, as far as that is known."""
-    stock = StockModel(open_model(str(model)))
+def inspect_with_runtimes(
+    model: str | Path, merge_adapter: str = NO_ADAPTER
+) -> tuple[ModelLayout, list[RuntimeSupport]]:
+    """Return what `inspect` says, and the runtimes that load `model` as it is, as far as known."""
+    stock = StockModel(open_model(str(model), adapter=merge_adapter))
     return stock.layout, runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
 
@@ -334,10 +340,12 @@ def export(
     format: str = "gguf",
     dtype: str = "stored",
     tokenizer_gguf: str | Path | None = None,
+    merge_adapter: str = NO_ADAPTER,
     observer: Observer | None = None,
 ) -> ExportResult:
     """Write `model` (an output of `prune`, or any model that `prune` takes) for another runtime: `gguf`, `onnx`.
 
+    `merge_adapter` is the folder of a LoRA adapter that is merged into it first, or `beside`.
     In a GGUF file the tokenizer of a model that came from another one is copied from there, as `tokenizer_gguf` would
     be. Raises a subclass of StructPruneError; the output appears whole or not at all.
     """
@@ -348,7 +356,7 @@ def export(
     path = expand_user(str(output))
     check_path(path, "the export", spare=_EXPORT_SPARE)
     check_absent(path)
-    reader = open_model(str(model))
+    reader = open_model(str(model), adapter=merge_adapter)
 
     def start(total: int) -> None:
         observer.start("write", total)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
@@ -37,6 +38,8 @@ class EvaluationRequest:
 
     texts: Sequence[str | Path] = ()
     """Text or jsonl files, or the names of held-out passages, boolq and sciq."""
+    merge_adapter: str = NO_ADAPTER
+    """Folder of a LoRA adapter that is merged into the model, or `beside`."""
     against: str | Path | None = None
     """Another model, of the same vocabulary: how far are the predictions from its?"""
     seq_len: int = 2048
@@ -122,7 +125,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     request.check()
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len, bos=request.bos)
     memory = None if request.memory is None else parse_bytes(request.memory)
-    render = renderer(open_model(str(model)).directory)
+    render = renderer(open_model(str(model), adapter=request.merge_adapter).directory)
     texts = [(str(path), held_out_text(path, render)) for path in request.texts]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
@@ -135,7 +138,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
         if request.stream:
             results, planned = _streamed(models, request, texts, memory, device, dtype, observer or SilentObserver())
         else:
-            loaded, encoder = load_with_tokenizer(model, device, dtype)
+            loaded, encoder = load_with_tokenizer(model, device, dtype, request.merge_adapter)
             results = _in_memory(loaded, encoder, request, texts, device, dtype)
             if runner is not None:
                 scores = runner.run(
@@ -186,8 +189,9 @@ def _in_memory(
 
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
     """Open the reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
-    names = [model] if request.against is None else [request.against, model]
-    models = [StockModel(open_model(str(name))) for name in names]
+    readers = [] if request.against is None else [open_model(str(request.against))]
+    readers.append(open_model(str(model), adapter=request.merge_adapter))
+    models = [StockModel(reader) for reader in readers]
     for stock in models:
         check_streamable(stock)
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
@@ -243,10 +247,12 @@ def _check_same_vocabulary(vocab_size: int, other: int) -> None:
         )
 
 
-def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """Load the stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
+def load_with_tokenizer(
+    model: str | Path, device: torch.device, dtype: torch.dtype, adapter: str = NO_ADAPTER
+) -> tuple[Any, TextEncoder]:
+    """Load the stock model in evaluation mode, `adapter` merged, and its tokenizer. Raises StructPruneError."""
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    reader = open_model(str(model))
+    reader = open_model(str(model), adapter=adapter)
     loaded = load_model(reader, device, dtype)
     return loaded, TextEncoder(reader.directory, loaded.get_input_embeddings().num_embeddings)
 
@@ -255,12 +261,14 @@ def bench(
     model: str | Path,
     request: SpeedRequest | None = None,
     *,
+    merge_adapter: str = NO_ADAPTER,
     against: str | Path | None = None,
     also: Sequence[str | Path] = (),
     advance: Callable[[str], None] = lambda text: None,
 ) -> Bench:
     """Measure prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
 
+    `merge_adapter` is the folder of a LoRA adapter that is merged into `model` first, or `beside`.
     With `against` both models are in memory and timed in turn, and speeds are given as ratios too; models in `also` are
     measured beside them in the same way. `advance` hears of each point of the grid. Raises StructPruneError.
     """
@@ -272,7 +280,7 @@ def bench(
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError("two of the models are the same", got=twice[0], do="name each one once")
     # Headers of all first: a model that is not there is refused before the other is loaded.
-    readers = {name: open_model(name) for name in names}
+    readers = {name: open_model(name, adapter=merge_adapter if name == str(model) else NO_ADAPTER) for name in names}
     loaded = {name: load_model(reader, target, compute_dtype) for name, reader in readers.items()}
     for name, one in loaded.items():
         _check_positions(name, one, max(request.prompts) + request.decode_tokens)

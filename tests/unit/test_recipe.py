@@ -52,6 +52,7 @@ CHANGES: dict[str, Any] = {
     "max_shard_size": "1GB",
     "output_dtype": "bfloat16",
     "bos": "yes",
+    "merge_adapter": "tuned",
     "reload_check": False,
 }
 
@@ -354,7 +355,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    assert set(written) - set(earlier) == {"max_shard_size", "output_dtype", "bos", "widths"} & set(
+    assert set(written) - set(earlier) == {"max_shard_size", "output_dtype", "bos", "merge_adapter", "widths"} & set(
         type(resolved).model_fields
     )
     assert ResolvedRecipe.model_validate(written) == resolved

@@ -108,6 +108,16 @@ class GgufWeights:
         """The files."""
         return self.header.paths
 
+    @property
+    def content_files(self) -> tuple[Path, ...]:
+        """None: all that there is to know is in the files of weights."""
+        return ()
+
+    @property
+    def content(self) -> str:
+        """Nothing: sizes tell two files apart as far as those of safetensors do."""
+        return ""
+
     @cached_property
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read, at most."""

@@ -13,14 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
-from structprune.checkpoint.gguf_weights import GgufWeights
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
 
@@ -32,12 +31,71 @@ _CHUNK_BYTES = 16 * 2**20
 # Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
 _MASK_DTYPES = ("BOOL", "U8")
 _MASK_NAMES = ("attn.bias", "attention.bias")
-_DTYPES = {
+STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""Name of a dtype in a safetensors file -> dtype."""
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a safetensors file."""
+    return next(code for code, stored in STORED_DTYPES.items() if stored == dtype)
+
+
+class WeightSource(Protocol):
+    """What answers as an open safetensors file does, whatever its tensors are made of."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the tensors' names."""
+        ...
+
+    def get_slice(self, name: str) -> Any:
+        """Return the tensor `name`, of which rows can be read, as a safetensors file has it."""
+        ...
+
+    def in_width(self, dtype: torch.dtype) -> WeightSource:
+        """Return the same, read in `dtype`."""
+        ...
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds the tensor, or most of it."""
+        ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files of weights."""
+        ...
+
+    @property
+    def content_files(self) -> tuple[Path, ...]:
+        """Further files that decide what the weights are."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """What tells two of the same names, shapes and sizes apart; empty where sizes do."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading holds beside the tensor that is read, at most."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedAdapter:
+    """An adapter that was merged into the weights."""
+
+    path: str
+    content: str
+    """SHA-256 of its weights and settings."""
+    num_updated: int
+    """Tensors that a low-rank product was added to."""
+    num_replaced: int
+    """Tensors that the adapter has in whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +115,14 @@ class CheckpointReader:
     Raises CheckpointError when the configuration, the index or a shard is missing, truncated or inconsistent.
     """
 
-    def __init__(self, directory: Path, weights: GgufWeights | None = None) -> None:
+    def __init__(self, directory: Path, weights: WeightSource | None = None, *, beside_adapter: bool = False) -> None:
         self.directory = directory
+        self.adapter: MergedAdapter | None = None
+        """What is merged into the weights."""
         self.weights = weights
         self.width: torch.dtype | None = None
         """The dtype that every tensor is read in; None: each in its own."""
-        check_folder(directory)
+        check_folder(directory, with_adapter=beside_adapter)
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
         self._source_config = self.config
         check_names_no_code(self.config, str(directory / "config.json"))
@@ -211,6 +271,14 @@ class CheckpointReader:
             self.notes += (f"{INDEX_NAME} leaves out {len(omitted)} tensor(s) of its shards, such as {omitted[0]}",)
         return found
 
+    def open_slice(self, name: str) -> Any:
+        """Return a tensor as the file has it, of which rows can be read. Raises CheckpointError as reading does."""
+        return self._open(self._shard_of[name]).get_slice(self.stored_name(name))
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds the tensor."""
+        return self._shard_of[name]
+
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
         """Open a shard.
 
@@ -257,16 +325,16 @@ class CheckpointReader:
                     if dtype in _MASK_DTYPES and name.endswith(_MASK_NAMES):
                         del self._shard_of[name]
                         continue
-                    if dtype not in _DTYPES:
+                    if dtype not in STORED_DTYPES:
                         raise CheckpointError(
                             f"tensor {name!r} is stored quantised or as integers",
                             where=str(path),
                             got=dtype,
-                            wanted=", ".join(_DTYPES),
+                            wanted=", ".join(STORED_DTYPES),
                             do="prune the unquantised checkpoint, then quantise the result",
                         )
                     self.shapes[name] = tuple(part.get_shape())
-                    self._stored_dtypes[name] = _DTYPES[dtype]
+                    self._stored_dtypes[name] = STORED_DTYPES[dtype]
 
     def num_bytes(self, names: Iterable[str]) -> int:
         """Count the bytes that the named tensors take as they are read."""
@@ -285,10 +353,11 @@ class CheckpointReader:
     @property
     def file_bytes(self) -> int:
         """Bytes of all weight files on disk."""
-        return sum(path.stat().st_size for path in self._files)
+        return sum(path.stat().st_size for path in self.files)
 
     @property
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """All files of weights."""
         return sorted(set(self._shard_of.values())) if self.weights is None else list(self.weights.paths)
 
     @property
@@ -308,8 +377,11 @@ class CheckpointReader:
 
     @property
     def weight_files(self) -> set[str]:
-        """Names of the files that hold the tensors."""
-        return {path.name for path in self._shard_of.values()}
+        """Names of the files in the directory that the weights are made of."""
+        made_of = [] if self.weights is None else [*self.weights.paths, *self.weights.content_files]
+        return {path.name for path in self._shard_of.values()} | {
+            path.name for path in made_of if path.parent == self.directory
+        }
 
     def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in that of `dtypes`.
@@ -396,14 +468,17 @@ class CheckpointReader:
         digest = hashlib.sha256(json.dumps(self._source_config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
             digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self._stored_dtypes[name]}".encode())
-        for path in self._files:
+        for path in self.files:
             digest.update(f"{path.name}{path.stat().st_size}".encode())
+        if self.weights is not None:
+            digest.update(self.weights.content.encode())
         return digest.hexdigest()
 
     @property
     def content_files(self) -> list[Path]:
         """Everything that an output depends on: weights, config and the tokenizer's files."""
-        return [*self._files, *read_files(self.directory)]
+        more = () if self.weights is None else self.weights.content_files
+        return [*self.files, *read_files(self.directory), *more]
 
 
 def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, STORED_DTYPES
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json
 
@@ -27,12 +26,6 @@ _PATTERN = "model{suffix}.safetensors"
 _METADATA = {"__metadata__": {"format": "pt"}}
 # The library's order inside a file: by dtype, then by name.
 _DTYPE_ORDER = ("F64", "F32", "BF16", "F16")
-_DTYPE_CODES = dict(zip((torch.float64, torch.float32, torch.bfloat16, torch.float16), _DTYPE_ORDER, strict=True))
-
-
-def dtype_code(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in the format."""
-    return _DTYPE_CODES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +145,7 @@ class WeightFiles:
         for file in self.files:
             for tensor in file.tensors:
                 sizes[tensor.dtype] += tensor.num_bytes
-        names = {code: str(dtype).removeprefix("torch.") for dtype, code in _DTYPE_CODES.items()}
-        return [names[code] for code, _ in sizes.most_common()]
+        return [str(STORED_DTYPES[code]).removeprefix("torch.") for code, _ in sizes.most_common()]
 
     @property
     def num_bytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from structprune.cli.command import many_values
-from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument, QuietFlag
 
 if TYPE_CHECKING:
     from structprune.kinds import StartToken
@@ -20,6 +20,7 @@ EvalCommand = many_values("--text", "--tasks")
 
 def evaluate(
     model: ModelArgument,
+    merge_adapter: MergeAdapterFlag = "none",
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="Text or jsonl files, or the held-out passages boolq and sciq.")
     ] = None,
@@ -56,6 +57,7 @@ def evaluate(
 
     request = EvaluationRequest(
         texts=text or [],
+        merge_adapter=merge_adapter,
         against=against,
         seq_len=seq_len,
         max_windows=max_windows,

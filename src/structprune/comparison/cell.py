@@ -50,6 +50,7 @@ class CellSpec(BaseModel):
     seq_len: int
     max_windows: int | None
     bos: StartToken
+    merge_adapter: str
     device: str
     dtype: str
     time_it: bool
@@ -83,8 +84,8 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
 
 
 def _dense_row(spec: CellSpec) -> DenseRow:
-    reader = open_model(spec.model)
-    model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype])
+    reader = open_model(spec.model, adapter=spec.merge_adapter)
+    model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype], spec.merge_adapter)
     start = window_start(encoder, spec.bos)
     limit = model.config.max_position_embeddings
     texts: list[TextScore] = []
@@ -100,7 +101,7 @@ def _dense_row(spec: CellSpec) -> DenseRow:
 
 def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
-    dense, encoder = load_with_tokenizer(spec.model, device, dtype)
+    dense, encoder = load_with_tokenizer(spec.model, device, dtype, spec.merge_adapter)
     start = window_start(encoder, spec.bos)
     pruned, _ = load_with_tokenizer(spec.output, device, dtype)
     limit = dense.config.max_position_embeddings

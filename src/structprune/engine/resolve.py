@@ -57,7 +57,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     opened: list[StockModel] = []
 
     def open_source() -> None:
-        reader = open_model(str(model), DTYPES.get(recipe.output_dtype))
+        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter)
         stock = StockModel(reader, head_units)
         if stock.sliced:
             raise UnsupportedError(

@@ -68,6 +68,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file; auto: the "
         "first of wikitext2, boolq and self that can be had",
     )
+    merge_adapter: Annotated[
+        str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)
+    ] = Field(
+        default="none",
+        description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
+    )
     num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=128, ge=1, description="calibration windows")
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=2048, ge=2, description="tokens per window")
     bos: BosSetting = BOS_FIELD

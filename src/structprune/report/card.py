@@ -42,8 +42,9 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        f"`{origin}`, made smaller by structured pruning with structprune {report.versions['structprune']}: method "
-        f"`{report.method}`, {report.size.removed_share_of_model:.1%} of the parameters removed.",
+        f"`{origin}`{_adapter(report)}, made smaller by structured pruning with structprune "
+        f"{report.versions['structprune']}: method `{report.method}`, {report.size.removed_share_of_model:.1%} of the "
+        "parameters removed.",
         *_licence(front, source),
         "## Before and after",
         _figures(report),
@@ -55,6 +56,10 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         _making(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _adapter(report: PruneReport) -> str:
+    return "" if report.adapter is None else f" with the adapter `{plain_name(Path(report.adapter.path).name)}` merged"
 
 
 def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
@@ -153,8 +158,7 @@ def _making(report: PruneReport) -> str:
     recipe = report.recipe.model_dump(
         mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
     )
-    if recipe["calibration"]:
-        recipe["calibration"] = plain_name(Path(recipe["calibration"]).name)
+    recipe |= {name: plain_name(Path(recipe[name]).name) for name in ("calibration", "merge_adapter")}
     text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)
     calibration, check = report.calibration, report.reload
     checked = "It was not loaded for a check."

@@ -164,6 +164,18 @@ class FilesReport(Frozen):
     """Name -> reason."""
 
 
+class AdapterReport(Frozen):
+    """A LoRA adapter that was merged into the source's weights before anything else."""
+
+    path: str
+    content: str
+    """SHA-256 of its weights and settings."""
+    num_updated: int
+    """Tensors that a low-rank product was added to."""
+    num_replaced: int
+    """Tensors that the adapter has in whole."""
+
+
 class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
@@ -173,6 +185,8 @@ class PruneFacts(Frozen):
     source_fingerprint: str
     source_commit: str | None = None
     """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
+    adapter: AdapterReport | None = None
+    """None: the source's own weights."""
     family: str
     method: str
     recipe: SerializeAsAny[ResolvedRecipe]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
     return [
         *commit,
+        *_adapter(report),
         (
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
@@ -67,6 +69,14 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def _adapter(report: PruneFacts) -> list[tuple[str, str]]:
+    adapter = report.adapter
+    if adapter is None:
+        return []
+    replaced = f", {adapter.num_replaced} replaced" if adapter.num_replaced else ""
+    return [("adapter", f"{Path(adapter.path).name}, merged: {adapter.num_updated} tensors changed{replaced}")]
 
 
 def beginning(start: str) -> str:

@@ -13,7 +13,8 @@ import torch
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, dtype_code
+from structprune.checkpoint.reader import dtype_code
+from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
 from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape

@@ -46,6 +46,7 @@ from structprune.report.rebuild import read_report
 from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
+    AdapterReport,
     BlockReport,
     CalibrationReport,
     DeviceMemoryReport,
@@ -301,6 +302,7 @@ def _report(
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
         source_commit=source_commit(context.reader.directory),
+        adapter=None if context.reader.adapter is None else AdapterReport(**asdict(context.reader.adapter)),
         family=layout.family,
         method=context.method.name,
         recipe=context.recipe,
