@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,8 +87,6 @@ class GgufWeights:
         """Return the same file, read in `dtype`."""
         view = copy.copy(self)
         view.dtype = dtype
-        # A cached property of the other width.
-        view.__dict__.pop("scratch_bytes", None)
         return view
 
     def keys(self) -> list[str]:
@@ -118,7 +115,7 @@ class GgufWeights:
         """Nothing: sizes tell two files apart as far as those of safetensors do."""
         return ""
 
-    @cached_property
+    @property
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read, at most."""
         piece = max(_CHUNK_NUMBERS, *(info.shape[-1] for info in self.header.tensors.values()))
