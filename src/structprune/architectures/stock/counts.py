@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from structprune.architectures.stock.tensor_check import advice_on_missing
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError
 
@@ -32,7 +33,7 @@ def check_counts(reader: CheckpointReader) -> None:
                 where=where,
                 got=f"{count:g}" if isinstance(count, float) else f"{str(count)[:20]}",
                 wanted=f"at most {len(reader.shapes)}",
-                do="check that config.json belongs to the checkpoint",
+                do=advice_on_missing(reader),
             )
     for name in _SIZES:
         size = reader.config.get(name)

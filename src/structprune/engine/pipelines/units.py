@@ -20,7 +20,7 @@ from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
-from structprune.engine.planning.widths import Widths, choose_widths
+from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
@@ -71,6 +71,7 @@ def execute(context: RunContext) -> PruneReport:
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
         reused=None if found is None else found.reused,
+        shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)

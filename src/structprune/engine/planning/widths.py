@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
+from structprune.allocation.budget import removal_target
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.schema import ReachableShares
 from structprune.types import BlockLayout, UnitGroup
+
+# Halvings of the range of shares, finer than any unit.
+_SEARCH_STEPS = 40
 
 Widths = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
@@ -27,9 +33,71 @@ def choose_widths(
     Without costs for an allocator that compares nothing. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
-    blocks = stock.layout.blocks
-    num_blocks = len(blocks)
-    budgets = [
+    budgets, options = _budgets(stock, recipe, kinds, costs), _options(stock, recipe)
+    kept: Widths = {kind: [0] * len(stock.layout.blocks) for kind in kinds}
+    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
+        kept[budget.kind][budget.block] = num_keep
+    check_shared_out(stock, recipe, kept)
+    return kept
+
+
+def reachable_shares(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], kept: Mapping[str, Sequence[int]] | None
+) -> ReachableShares | None:
+    """Find the shares nearest to the one that is asked for.
+
+    `kept` are the widths of the run. Before they are known they do not matter where every removal is as large as any
+    other; elsewhere there is no answer yet.
+    """
+    budgets, options = _budgets(stock, recipe, kinds, None), _options(stock, recipe)
+    if ALLOCATORS.get(recipe.allocator).compares == "none":
+        return _even_shares(budgets, options, ALLOCATORS.get(recipe.allocator).allocate)
+    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
+    if kept is None:
+        odd = any(budget.num_units % budget.multiple_of for budget in budgets)
+        if odd or len(set(steps)) > 1 or options.max_retention < 1:
+            return None
+        removed, largest = -(-target // steps[0]) * steps[0], steps[0]
+    else:
+        gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
+        removed = sum(units * budget.unit_parameters for units, budget in zip(gone, budgets, strict=True))
+        # One step fewer somewhere: of those that miss the target the one that misses it least.
+        back = [step for step, units in zip(steps, gone, strict=True) if units and removed - step < target]
+        largest = min(back, default=removed)
+    below = max(0, removed - largest) / total if target else 0.0
+    return ReachableShares(removed=removed / total, below=below, above=removed / total)
+
+
+def _even_shares(
+    budgets: Sequence[BlockBudget], options: AllocationOptions, allocate: Callable[..., list[int]]
+) -> ReachableShares:
+    """Search what an allocator that compares nothing removes for other shares: more for a larger one, in steps."""
+    total = sum(budget.module_parameters for budget in budgets)
+
+    def removed(asked: float) -> float:
+        kept = allocate(budgets, replace(options, sparsity=asked))
+        units = sum(b.unit_parameters * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
+        return units / total
+
+    found, asked = removed(options.sparsity), options.sparsity
+    below, above, low, high = 0.0, found, 0.0, asked
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        value = removed(middle)
+        # A share that is met exactly must not fail by rounding.
+        if value >= asked * (1 - 1e-12):
+            above, high = value, middle
+        else:
+            below, low = value, middle
+    return ReachableShares(removed=found, below=below, above=above)
+
+
+def _budgets(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], costs: Mapping[str, Sequence[Tensor]] | None
+) -> list[BlockBudget]:
+    """List the unit groups that the parameters to remove are shared out to."""
+    return [
         BlockBudget(
             block=block.index,
             kind=group.kind,
@@ -40,11 +108,15 @@ def choose_widths(
             cost_U=None if costs is None else costs[group.kind][block.index],
         )
         for kind in kinds
-        for block in blocks
+        for block in stock.layout.blocks
         if block.has(kind)
         for group in (block.group(kind),)
     ]
-    options = AllocationOptions(
+
+
+def _options(stock: StockModel, recipe: ResolvedUnits) -> AllocationOptions:
+    num_blocks = len(stock.layout.blocks)
+    return AllocationOptions(
         sparsity=recipe.sparsity,
         min_retention=recipe.min_retention,
         max_retention=recipe.max_retention,
@@ -53,11 +125,6 @@ def choose_widths(
         protected=frozenset(range(recipe.protect_first))
         | frozenset(range(num_blocks - recipe.protect_last, num_blocks)),
     )
-    kept: Widths = {kind: [0] * num_blocks for kind in kinds}
-    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
-        kept[budget.kind][budget.block] = num_keep
-    check_shared_out(stock, recipe, kept)
-    return kept
 
 
 def check_shared_out(stock: StockModel, recipe: Recipe, kept: Mapping[str, Sequence[int]]) -> None:
