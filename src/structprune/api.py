@@ -15,7 +15,7 @@ from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
 from structprune.calibration.select import load_windows
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.forecast import Forecast, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
@@ -39,6 +39,7 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
 from structprune.results.schema import REPORT_NAME
+from structprune.results.summary import share_note
 from structprune.runs.directory import RunDirectory, check_absent
 from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
@@ -73,6 +74,8 @@ class RunPlan:
     runtimes: list[RuntimeSupport]
     """Who will load the result."""
     size: PlannedSize
+    notes: tuple[str, ...]
+    """What a person should know of source and result, a sentence each."""
     start: str | None
     """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
 
@@ -94,6 +97,11 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         runtimes=runtimes(resolved.forecast.shape),
         size=_planned_size(resolved),
         start=_planned_start(resolved),
+        notes=(
+            *resolved.stock.layout.notes,
+            *retyped(resolved.stock.layout.config, {"model_type": resolved.forecast.shape.model_type}),
+            *share_note(resolved.recipe, resolved.forecast.shares),
+        ),
     )
 
 

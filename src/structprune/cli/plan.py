@@ -77,7 +77,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     if memory.reload_mode is not None:
         how = "the whole model" if memory.reload_mode == "whole" else "module by module"
         check = f"{how}, {format_bytes(memory.reload_bytes)} in both processes"
-    return [*rows, ("reload check", check), *(("found", note) for note in found.layout.notes)]
+    return [*rows, ("reload check", check), *(("note", note) for note in found.notes)]
 
 
 def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
@@ -98,7 +98,7 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "kept_units": found.forecast.kept,
         "size": asdict(found.size),
         "start_token": found.start,
-        "notes": found.layout.notes,
+        "notes": found.notes,
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

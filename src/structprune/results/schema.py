@@ -55,6 +55,16 @@ class BlockReport(Frozen):
     seconds: float
 
 
+class ReachableShares(Frozen):
+    """What share of the scope's parameters goes, beside the nearest that its units allow."""
+
+    removed: float
+    below: float
+    """The largest that is less than what was asked for; 0 where there is none."""
+    above: float
+    """The smallest that is at least as much."""
+
+
 class SizeReport(Frozen):
     """Parameters and bytes, before and after."""
 
@@ -66,6 +76,8 @@ class SizeReport(Frozen):
     """What the output's weights are stored in, that of the most bytes first; empty in reports of earlier versions."""
     removed_share_of_scope: float
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
+    reachable: ReachableShares | None = None
+    """None in reports of earlier versions."""
     removed_share_of_blocks: float
     removed_share_of_model: float
     """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""

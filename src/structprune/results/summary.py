@@ -12,16 +12,22 @@ from rich.text import Text
 
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
+from structprune.recipe import ResolvedRecipe
+from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import (
     BlockReport,
     DeviceMemoryReport,
     MemoryReport,
     PruneFacts,
+    ReachableShares,
     ReloadReport,
     SizeReport,
 )
 from structprune.solvers import SOLVERS
+
+# A difference between shares that is not worth a word.
+_CLOSE = 0.01
 
 UNITS = {
     "mlp": "MLP channels",
@@ -114,9 +120,22 @@ def reload_line(reload: ReloadReport) -> str:
     )
 
 
+def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[str, ...]:
+    """Say that another share goes than was asked for, and which ones could be had; nothing where they are close."""
+    if shares is None or abs(shares.removed - recipe.sparsity) <= _CLOSE:
+        return ()
+    finer = isinstance(recipe, ResolvedUnits | ResolvedSlice) and recipe.multiple_of > 1
+    return (
+        f"{shares.removed:.2%} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: the nearest "
+        f"shares that the units allow are {shares.below:.2%} below and {shares.above:.2%} above"
+        + (f"; a smaller --multiple-of than {recipe.multiple_of} allows others" if finer else ""),
+    )
+
+
 def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
-    found = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    notes = (*report.notes, *share_note(report.recipe, report.size.reachable))
+    found = [f"{note[0].upper()}{note[1:]}." for note in notes]
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from transformers import PretrainedConfig
+import transformers
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 from structprune.architectures.families.common import gated_mlp, grouped_attention
 from structprune.architectures.family import Family, StockClasses, Stream, StreamSublayer
@@ -57,6 +58,14 @@ def _groups(config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup,
     return (mlp, attention)
 
 
+# Entries that both classes have, none of which follows from another.
+_DEFAULTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("tie_word_embeddings", "attention_dropout"),
+)
+
+
 def _resized(config: dict[str, Any]) -> dict[str, Any]:
     """Use Mistral's class for heads that do not divide hidden_size: LlamaConfig refuses them, even with a head_dim.
 
@@ -71,7 +80,18 @@ def _resized(config: dict[str, Any]) -> dict[str, Any]:
                 got=f"{config['num_attention_heads']} heads, hidden_size {config['hidden_size']}, {name}",
                 do="use --structure per-layer",
             )
-    return config | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    own, other = LlamaConfig().to_dict(), MistralConfig().to_dict()
+    # What the config leaves out means what LLaMA's class takes for it, not Mistral's.
+    meant = {name: own[name] for name in _DEFAULTS if name not in config and own[name] != other[name]}
+    return {
+        **config,
+        **meant,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+        # An older version makes transformers take the tokenizer for one of Mistral's early ones, and warn.
+        "transformers_version": transformers.__version__,
+    }
 
 
 LlamaLike = partial(

@@ -82,7 +82,7 @@ def advice_on_missing(reader: CheckpointReader) -> str:
     files, announced = reader.num_files
     if announced > files:
         return f"it is a part of a split checkpoint: fetch all {announced} files and {INDEX_NAME}"
-    return "check that config.json belongs to it, and that all of it was fetched"
+    return "check that config.json belongs to the checkpoint, and that all of it was fetched"
 
 
 def _listed(reader: CheckpointReader, names: Sequence[str]) -> str:

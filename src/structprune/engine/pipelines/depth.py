@@ -14,7 +14,7 @@ from torch import Tensor
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
-from structprune.engine.pipelines.counted_settings import num_to_remove
+from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
 from structprune.engine.planning.forecast import Forecast, result_tensors, shape_of
 from structprune.engine.planning.plan import PlanRequest
@@ -108,6 +108,7 @@ def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[Uni
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
+        shares=counted_shares(recipe.sparsity, len(layout.blocks)),
         # Blocks are alike, so it does not matter which ones stay.
         tensors=result_tensors(
             stock,
@@ -202,6 +203,7 @@ def _write_blocks(context: RunContext, writer: ModelWriter, kept: list[int], cho
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
         widths=_widths(context.stock.layout, kept),
+        shares=counted_shares(context.recipe.sparsity, len(context.stock.layout.blocks)),
     )
 
 

@@ -23,7 +23,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
-from structprune.engine.pipelines.counted_settings import num_to_remove
+from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
 from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
@@ -105,6 +105,7 @@ def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
+        shares=counted_shares(recipe.sparsity, total),
         tensors=result_tensors(stock, recipe, layout.blocks, tensors_of),
     )
 
@@ -241,6 +242,7 @@ def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) ->
         kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in result.lines},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        shares=counted_shares(context.recipe.sparsity, total),
     )
 
 

@@ -21,7 +21,7 @@ from structprune.architectures.family import Stream
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visited, run_pass
-from structprune.engine.pipelines.slice_settings import kept_width
+from structprune.engine.pipelines.slice_settings import kept_width, sliced_shares
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, commit, final_metrics, size_report
@@ -79,7 +79,9 @@ def execute_slice(context: RunContext) -> PruneReport:
     if shortcuts:
         write_sliced_modeling_file(context.run.checkpoint, stock.family)
     files = writer.weight_files(context.recipe.max_shard_size)
-    size = size_report(context, files, removed_in_blocks=removed, scope_parameters=layout.block_parameters)
+    size = size_report(
+        context, files, sliced.outcome, removed_in_blocks=removed, scope_parameters=layout.block_parameters
+    )
     return commit(context, files, config, sliced.outcome, size, metrics)
 
 
@@ -152,6 +154,7 @@ def _slice_blocks(context: RunContext, writer: ModelWriter, width: int, common_D
         kept_indices={},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        shares=sliced_shares(context.stock.layout, _stream(context), context.settings(ResolvedSlice)),
     )
     return _Sliced(outcome=outcome, last_DK=result.final["basis"])
 

@@ -15,6 +15,7 @@ from structprune.exporters.sliced import sliced_config
 from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe.slice import ResolvedSlice, SliceRecipe
+from structprune.results.schema import ReachableShares
 from structprune.types import BlockLayout, ModelLayout, UnitKind
 
 
@@ -60,6 +61,7 @@ def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[Uni
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
+        shares=sliced_shares(layout, stream, recipe),
         tensors=result_tensors(
             stock,
             recipe,
@@ -105,7 +107,7 @@ def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> in
         )
 
     def removed(width: int) -> int:
-        return before - sum(sliced_parameters(b, stream, width, shortcuts=shortcuts) for b in layout.blocks)
+        return _removed(layout, stream, recipe, width)
 
     for width in range(hidden // recipe.multiple_of * recipe.multiple_of, 0, -recipe.multiple_of):
         # A share that is met exactly must not fail by the product's rounding.
@@ -116,4 +118,20 @@ def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> in
         got=f"--sparsity {recipe.sparsity:g}, --multiple-of {recipe.multiple_of}",
         wanted=f"at most {int(removed(recipe.multiple_of) / before * 1e4) / 1e4:g}",
         do="lower --sparsity" + (", or use --structure uniform, which needs no shortcuts" if shortcuts else ""),
+    )
+
+
+def sliced_shares(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> ReachableShares:
+    """Return what share of the blocks' parameters goes, and what the next wider stream would remove."""
+    width = kept_width(layout, stream, recipe)
+    removed = _removed(layout, stream, recipe, width) / layout.block_parameters
+    wider = width + recipe.multiple_of
+    below = _removed(layout, stream, recipe, wider) / layout.block_parameters if wider <= layout.hidden_size else 0.0
+    return ReachableShares(removed=removed, below=max(0.0, below), above=removed)
+
+
+def _removed(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice, width: int) -> int:
+    shortcuts = recipe.structure == Structure.PER_LAYER
+    return layout.block_parameters - sum(
+        sliced_parameters(block, stream, width, shortcuts=shortcuts) for block in layout.blocks
     )

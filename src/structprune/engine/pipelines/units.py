@@ -20,7 +20,7 @@ from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.shapes import most_inputs
-from structprune.engine.planning.widths import Widths, choose_widths, sublayers
+from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
@@ -72,6 +72,7 @@ def execute(context: RunContext) -> PruneReport:
         pruned_NSD=result.final["pruned"],
         widths=kept_units,
         reused=None if found is None else found.reused,
+        shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     scope = sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
     return ranks.broadcast(lambda: finalize(context, writer, config, outcome, scope))

@@ -15,13 +15,14 @@ from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import dtype_code
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
-from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
+from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible, reachable_shares
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
 from structprune.kinds import Structure, UnitKind
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.schema import ReachableShares
 from structprune.solvers import SOLVERS
 from structprune.types import BlockLayout
 
@@ -43,6 +44,8 @@ class Forecast:
     shape: ResultShape
     kept: Widths | None
     """None where the calibration text decides, or where no units are removed."""
+    shares: ReachableShares | None
+    """What share of the scope goes; None where the calibration text decides."""
     tensors: Mapping[str, TensorForecast] | None
     """Name in the result's files -> tensor; None where the calibration text decides, or where biases are added."""
 
@@ -113,12 +116,13 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
             removed_sublayers=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
             tensor_parallel=recipe.tensor_parallel,
         )
-        return Forecast(shape=shape, kept=None, tensors=None)
+        return Forecast(shape=shape, kept=None, shares=reachable_shares(stock, recipe, kinds, None), tensors=None)
     kept = choose_widths(stock, recipe, kinds, None)
     blocks = stock.layout.blocks
     return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
         kept=kept,
+        shares=reachable_shares(stock, recipe, kinds, kept),
         tensors=None
         if _adds_bias(recipe)
         else result_tensors(stock, recipe, blocks, lambda block: _cut_tensors(block, kept)),
@@ -155,6 +159,17 @@ def output_config(
 
 def _adds_bias(recipe: ResolvedUnits) -> bool:
     return "biases" in SOLVERS.get(recipe.solver).changes
+
+
+def retyped(source: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say that the result has another model type than the source; nothing where it has the same."""
+    before, after = source.get("model_type"), result.get("model_type")
+    if before == after:
+        return ()
+    return (
+        f"model_type in config.json is {after}, and {before} in the source: stock {before} takes no such numbers of "
+        f"heads, and {after} computes the same with them",
+    )
 
 
 def shape_of(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
+from structprune.allocation.budget import removal_target
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.units import ResolvedUnits
 from structprune.recipe.widths import BlockWidths
+from structprune.results.schema import ReachableShares
 from structprune.types import UNIT_KINDS, BlockLayout, UnitGroup, UnitKind
+
+# Halvings of the range of shares, finer than any unit.
+_SEARCH_STEPS = 40
 
 Widths = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
@@ -28,8 +34,73 @@ def choose_widths(
     An allocator that compares nothing needs no costs. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
-    num_blocks = len(stock.layout.blocks)
-    budgets = [
+    budgets, options = _budgets(stock, recipe, kinds, costs), _options(stock, recipe)
+    kept: Widths = {kind: [0] * len(stock.layout.blocks) for kind in kinds}
+    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
+        kept[budget.kind][budget.block] = num_keep
+    check_shared_out(stock, recipe, kept)
+    return kept
+
+
+def reachable_shares(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], kept: Mapping[str, Sequence[int]] | None
+) -> ReachableShares | None:
+    """Find the shares nearest to the one that is asked for.
+
+    `kept` are the widths of the run. Before they are known they do not matter where every removal is as large as any
+    other; elsewhere there is no answer yet, nor where the widths were decided outside.
+    """
+    if recipe.widths.blocks:
+        return None
+    budgets, options = _budgets(stock, recipe, kinds, None), _options(stock, recipe)
+    if ALLOCATORS.get(recipe.allocator).compares == "none":
+        return _even_shares(budgets, options, ALLOCATORS.get(recipe.allocator).allocate)
+    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
+    if kept is None:
+        odd = any(budget.num_units % budget.multiple_of for budget in budgets)
+        if odd or len(set(steps)) > 1 or options.max_retention < 1:
+            return None
+        removed, largest = -(-target // steps[0]) * steps[0], steps[0]
+    else:
+        gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
+        removed = sum(units * budget.unit_parameters for units, budget in zip(gone, budgets, strict=True))
+        # One step fewer somewhere: of those that miss the target the one that misses it least.
+        back = [step for step, units in zip(steps, gone, strict=True) if units and removed - step < target]
+        largest = min(back, default=removed)
+    below = max(0, removed - largest) / total if target else 0.0
+    return ReachableShares(removed=removed / total, below=below, above=removed / total)
+
+
+def _even_shares(
+    budgets: Sequence[BlockBudget], options: AllocationOptions, allocate: Callable[..., list[int]]
+) -> ReachableShares:
+    """Search what an allocator that compares nothing removes for other shares: more for a larger one, in steps."""
+    total = sum(budget.module_parameters for budget in budgets)
+
+    def removed(asked: float) -> float:
+        kept = allocate(budgets, replace(options, sparsity=asked))
+        units = sum(b.unit_parameters * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
+        return units / total
+
+    found, asked = removed(options.sparsity), options.sparsity
+    below, above, low, high = 0.0, found, 0.0, asked
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        value = removed(middle)
+        # A share that is met exactly must not fail by rounding.
+        if value >= asked * (1 - 1e-12):
+            above, high = value, middle
+        else:
+            below, low = value, middle
+    return ReachableShares(removed=found, below=below, above=above)
+
+
+def _budgets(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]] | None
+) -> list[BlockBudget]:
+    """List the unit groups that the parameters to remove are shared out to."""
+    return [
         BlockBudget(
             block=block.index,
             kind=group.kind,
@@ -41,7 +112,11 @@ def choose_widths(
         )
         for block, group in sublayers(stock, kinds)
     ]
-    options = AllocationOptions(
+
+
+def _options(stock: StockModel, recipe: ResolvedUnits) -> AllocationOptions:
+    num_blocks = len(stock.layout.blocks)
+    return AllocationOptions(
         sparsity=recipe.sparsity,
         min_retention=recipe.min_retention,
         max_retention=recipe.max_retention,
@@ -51,11 +126,6 @@ def choose_widths(
         | frozenset(range(num_blocks - recipe.protect_last, num_blocks)),
         widths=recipe.widths.blocks,
     )
-    kept: Widths = {kind: [0] * num_blocks for kind in kinds}
-    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
-        kept[budget.kind][budget.block] = num_keep
-    check_shared_out(stock, recipe, kept)
-    return kept
 
 
 def share_removed(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWidths) -> float:

@@ -26,7 +26,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.weight_files import WeightFiles
 from structprune.checkpoint.writer import ModelWriter
-from structprune.engine.planning.forecast import shape_of
+from structprune.engine.planning.forecast import retyped, shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
@@ -53,6 +53,7 @@ from structprune.results.schema import (
     FilesReport,
     MemoryReport,
     MemoryStretch,
+    ReachableShares,
     ReloadReport,
     ReusedStatistics,
     RuntimeReport,
@@ -78,6 +79,8 @@ class Outcome:
     dense_NSD: Tensor
     """Last hidden states of the reported windows."""
     pruned_NSD: Tensor
+    shares: ReachableShares | None
+    """What share of the scope goes, beside the nearest that its units allow."""
     widths: Widths = field(default_factory=dict[str, list[int]])
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
@@ -106,7 +109,7 @@ def finalize(
         write_modeling_file(context.run.checkpoint, context.stock.family, config)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     files = writer.weight_files(context.recipe.max_shard_size)
-    size = size_report(context, files, removed_in_blocks=removed, scope_parameters=scope_parameters)
+    size = size_report(context, files, outcome, removed_in_blocks=removed, scope_parameters=scope_parameters)
     return commit(context, files, config, outcome, size, metrics)
 
 
@@ -170,7 +173,7 @@ def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
 
 
 def size_report(
-    context: RunContext, files: WeightFiles, *, removed_in_blocks: int, scope_parameters: int
+    context: RunContext, files: WeightFiles, outcome: Outcome, *, removed_in_blocks: int, scope_parameters: int
 ) -> SizeReport:
     """Report sizes before and after; the two parts of what was removed may differ in sign."""
     layout = context.stock.layout
@@ -181,6 +184,7 @@ def size_report(
         bytes_after=files.num_bytes,
         dtypes=files.dtype_names,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
+        reachable=outcome.shares,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
         removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
     )
@@ -227,7 +231,7 @@ def commit(
     reload = check_reload(context, context.run, files, metrics.probe, context.observer)
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written, context.recipe, config)
-    report = _report(context, memory, outcome, size, calibration, reload, runtimes(shape), beside)
+    report = _report(context, written, memory, outcome, size, calibration, reload, runtimes(shape), beside)
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(context.reader.directory, context.reader.config)
@@ -288,6 +292,7 @@ def versions() -> dict[str, str]:
 
 def _report(
     context: RunContext,
+    written: StockModel,
     memory: MemoryReport,
     outcome: Outcome,
     size: SizeReport,
@@ -316,7 +321,7 @@ def _report(
         reload=reload,
         num_ranks=context.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in supports],
-        notes=layout.notes,
+        notes=(*layout.notes, *retyped(layout.config, written.layout.config)),
         files=FilesReport(**asdict(beside)),
         same_tokens=True,
         wall_seconds=time.perf_counter() - context.started,
