@@ -211,6 +211,7 @@ def _context(
             update={
                 "calibration": begun.name,
                 "num_samples": num_windows,
+                "held_out": begun.windows.num_held_out,
                 "memory": begun.plan.budgets.host,
                 "device_memory": begun.plan.budgets.device or 0,
             }
@@ -234,17 +235,29 @@ def _context(
 def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """The calibration windows; the tokenizer is gone when this returns."""
     recipe = resolved.recipe
+    num_needed = 2 if recipe.chooses_ridge and resolved.method.needs_statistics else 1
     source = source_context(
         resolved.stock,
         num_samples=recipe.num_samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        num_held_out=recipe.held_out,
+        min_samples=num_needed,
         dtype=resolved.dtype,
         device=resolved.device,
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
     )
-    return load_windows(recipe.calibration, source, observer.note)
+    name, windows = load_windows(recipe.calibration, source, observer.note)
+    if (found := len(windows.ids_NS)) < num_needed:
+        raise InputError(
+            "one window cannot both fit and choose the ridge",
+            where=name,
+            got=f"{found} window of {recipe.seq_len} tokens, --damping auto",
+            wanted=f"at least {num_needed} windows, or a number for --damping",
+            do="give more text, or lower --seq-len",
+        )
+    return name, windows
 
 
 def recover(

@@ -16,7 +16,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import held_out_text
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
-from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
+from structprune.engine.streaming.evaluate import TextWindows, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
 from structprune.evaluation.generation import generate_text
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -161,8 +161,6 @@ def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockMo
     """The reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
     names = [model] if request.against is None else [request.against, model]
     models = [StockModel(open_model(str(name))) for name in names]
-    for stock in models:
-        check_streamable(stock)
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
     return models
 

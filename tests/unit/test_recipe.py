@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "calibration": "wikitext2",
     "num_samples": 4,
     "seq_len": 64,
+    "held_out": 3,
     "memory": 2**30,
     "device": "cpu",
     "device_memory": 2**30,
@@ -351,7 +352,8 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    assert set(written) - set(earlier) == {"max_shard_size"}
+    assert set(written) - set(earlier) == {"max_shard_size", "held_out"}
+    assert written["held_out"] == 0
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
 

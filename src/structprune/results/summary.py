@@ -12,8 +12,20 @@ from rich.text import Text
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
+from structprune.results.schema import (
+    BlockReport,
+    CalibrationReport,
+    DeviceMemoryReport,
+    HeldOutReport,
+    MemoryReport,
+    PruneFacts,
+    ReloadReport,
+)
 from structprune.solvers import SOLVERS
+
+# Held-out over in-sample growth of the perplexity from which a run is warned of. One window of 2048 tokens moves either
+# by a few percent.
+OVERFITTING = 1.2
 
 UNITS = {
     "mlp": "MLP channels",
@@ -30,6 +42,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     saved = 1 - size.bytes_after / size.bytes_before
     commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
     return [
+        *perplexity_rows(report),
         *commit,
         (
             f"removed of {report.recipe.scope}",
@@ -47,11 +60,6 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             "calibration",
             f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
         ),
-        (
-            "perplexity of that text",
-            f"{calibration.dense_perplexity:.2f} -> {calibration.pruned_perplexity:.2f} "
-            f"(first {calibration.perplexity_windows} windows, in-sample; use `structprune eval` for unseen text)",
-        ),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
@@ -59,6 +67,24 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say (name, value) of what the result is worth: on windows that nothing was fitted on, then in-sample."""
+    held_out, calibration = report.held_out, report.calibration
+    fitted = _before_and_after(calibration, f"first {calibration.perplexity_windows} calibration windows, fitted")
+    if held_out is None:
+        return [("perplexity, in-sample only", fitted)]
+    measured = _before_and_after(held_out, f"{_windows(held_out)} of the same text")
+    return [("perplexity", measured), ("perplexity, in-sample", fitted)]
+
+
+def _windows(held_out: HeldOutReport) -> str:
+    return f"{held_out.num_windows} held-out window{'' if held_out.num_windows == 1 else 's'}"
+
+
+def _before_and_after(measured: HeldOutReport | CalibrationReport, where: str) -> str:
+    return f"{measured.dense_perplexity:.2f} -> {measured.pruned_perplexity:.2f} ({measured.ratio:.2f} times; {where})"
 
 
 def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:
@@ -88,7 +114,7 @@ def reload_line(reload: ReloadReport) -> str:
 
 def warnings(report: PruneFacts) -> list[str]:
     """What a reader should not miss."""
-    found = [f"{note[0].upper()}{note[1:]}." for note in report.notes]
+    found = [f"{note[0].upper()}{note[1:]}." for note in report.notes] + _perplexity_warnings(report)
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")
@@ -108,6 +134,29 @@ def warnings(report: PruneFacts) -> list[str]:
         found.append(
             f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
             "fit so few too closely (docs/footguns.md)."
+        )
+    return found
+
+
+def _perplexity_warnings(report: PruneFacts) -> list[str]:
+    held_out, calibration = report.held_out, report.calibration
+    if held_out is None:
+        return [
+            "Perplexity is in-sample only, which says little: no window was held out. Give more calibration text, or "
+            "measure with `structprune eval` on another text."
+        ]
+    found: list[str] = []
+    if held_out.set_apart:
+        found.append(
+            "The calibration text has no windows beside those that were asked for, so fewer were fitted: "
+            f"{calibration.num_windows}, and {_windows(held_out)} set apart."
+        )
+    if held_out.ratio > OVERFITTING * calibration.ratio:
+        found.append(
+            f"The perplexity is {held_out.ratio:.2f} times the dense model's on held-out windows and "
+            f"{calibration.ratio:.2f} times in-sample: the calibration text was fitted too closely. Give more of it "
+            "(--num-samples), of the domains that the model is for, or let the result learn again (`structprune "
+            "recover`)."
         )
     return found
 

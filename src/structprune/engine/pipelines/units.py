@@ -74,7 +74,7 @@ def execute(context: RunContext) -> PruneReport:
     )
     sublayers = [(block, kind) for block in layout.blocks for kind in context.kinds if block.has(kind)]
     scope = sum(block.module_parameters(block.group(kind)) for block, kind in sublayers)
-    return ranks.broadcast(lambda: finalize(context, writer, config, outcome, scope))
+    return finalize(context, writer, config, outcome, scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,11 +22,13 @@ def source_context(
     num_samples: int,
     seq_len: int,
     seed: int,
+    num_held_out: int = 0,
+    min_samples: int = 1,
     dtype: torch.dtype,
     device: torch.device,
     budget_bytes: int,
 ) -> SourceContext:
-    """The request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
+    """Make the request for windows, and for held-out ones, with the means of `stock`. Raises CheckpointError."""
     reader = stock.reader
     encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.config)
 
@@ -43,7 +45,14 @@ def source_context(
         )
 
     return SourceContext(
-        encode=encoder.encode, render=encoder.render, sample=sample, num_samples=num_samples, seq_len=seq_len, seed=seed
+        encode=encoder.encode,
+        render=encoder.render,
+        sample=sample,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        num_held_out=num_held_out,
+        min_samples=min_samples,
     )
 
 
