@@ -12,7 +12,7 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
-from structprune.calibration.context import CalibrationWindows
+from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import load_windows
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, retyped, shape_of
@@ -271,6 +271,7 @@ def _context(
             update={
                 "calibration": begun.name,
                 "num_samples": num_windows,
+                "held_out": begun.windows.num_held_out,
                 "memory": begun.plan.budgets.host,
                 "device_memory": begun.plan.budgets.device or 0,
             }
@@ -294,18 +295,32 @@ def _context(
 def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """Load the calibration windows and the name of their source; the tokenizer is freed when this returns."""
     recipe = resolved.recipe
+    num_needed = 2 if recipe.chooses_ridge and resolved.method.needs_statistics else 1
     source = source_context(
         resolved.stock,
-        num_samples=recipe.num_samples,
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
+        WindowRequest(
+            num_samples=recipe.num_samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+            bos=recipe.bos,
+            num_held_out=recipe.held_out,
+            min_samples=num_needed,
+        ),
         dtype=resolved.dtype,
         device=resolved.device,
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
-        bos=recipe.bos,
     )
-    return load_windows(recipe.calibration, source, observer.note)
+    name, windows = load_windows(recipe.calibration, source, observer.note)
+    if (found := len(windows.ids_NS)) < num_needed:
+        raise InputError(
+            "one window cannot both fit and choose the ridge",
+            where=name,
+            got=f"{found} window of {recipe.seq_len} tokens, --damping auto",
+            wanted=f"at least {num_needed} windows, or a number for --damping",
+            do="give more text, or lower --seq-len",
+        )
+    return name, windows
 
 
 def recover(

@@ -18,7 +18,7 @@ from structprune.calibration.context import WindowStart
 from structprune.calibration.select import held_out_text
 from structprune.engine.run.calibration import renderer, window_start
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
-from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
+from structprune.engine.streaming.evaluate import TextWindows, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
 from structprune.evaluation.generation import generate_text
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
@@ -192,8 +192,6 @@ def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockMo
     readers = [] if request.against is None else [open_model(str(request.against))]
     readers.append(open_model(str(model), adapter=request.merge_adapter))
     models = [StockModel(reader) for reader in readers]
-    for stock in models:
-        check_streamable(stock)
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
     return models
 

@@ -134,6 +134,7 @@ class PeakMeter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._kernel_mark = False
+        self._paused = False
         self._stop = threading.Event()
         self._sampled_peak = 0
         self._earlier_peak = 0
@@ -169,12 +170,25 @@ class PeakMeter:
         finally:
             self.phases[phase] = max(self.phases.get(phase, 0), self._take_mark())
 
+    @contextlib.contextmanager
+    def paused(self) -> Generator[None]:
+        """Count nothing inside the context: another process works, and its memory has an entry of its own."""
+        self._take_mark()
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._restart()
+            self._paused = False
+
     def peak_so_far(self) -> int:
         """Return the bytes above the baseline at the highest point since entry."""
         return max(self._earlier_peak, self._mark())
 
     def mark(self, name: str) -> None:
         """End a stretch of the run: its peak goes into `samples`, and the next stretch begins."""
+        if self._paused:
+            return
         self._take_mark()
         seconds = time.perf_counter() - self._entered
         self.samples.append(MemorySample(phase=name, seconds=seconds, peak_bytes=self._stretch_peak))
@@ -185,10 +199,13 @@ class PeakMeter:
         mark = self._mark()
         self._earlier_peak = max(self._earlier_peak, mark)
         self._stretch_peak = max(self._stretch_peak, mark)
+        self._restart()
+        return mark
+
+    def _restart(self) -> None:
         if self._kernel_mark:
             _clear_mark()
         self._sampled_peak = 0
-        return mark
 
     def _mark(self) -> int:
         if self._kernel_mark:

@@ -18,6 +18,7 @@ class Phase(StrEnum):
     WRITE_BLOCK = "write block"
     COPY_OUTER = "copy embeddings and head"
     PERPLEXITY = "perplexity of the calibration text"
+    HELD_OUT = "perplexity of held-out windows"
     ANGULAR_DISTANCES = "angular distances"
     MEASURED_LOSSES = "measured losses"
     SENSITIVITY_BACKWARD = "sensitivity: backward"

@@ -29,6 +29,11 @@ def test_two_ranks_do_what_one_does(tiny_llama: Path, text_file: Path, tmp_path:
     assert len(first["blocks"]) == 2
     assert first["report"] == second["report"]
     assert first["report"]["num_ranks"] == 2
+    assert alone.held_out is not None
+    found = first["report"]["held_out"]
+    assert found["dense_perplexity"] == pytest.approx(alone.held_out.dense_perplexity, rel=1e-6)
+    assert found["pruned_perplexity"] == pytest.approx(alone.held_out.pruned_perplexity, rel=1e-4)
+    assert found["num_windows"] == alone.held_out.num_windows > 1
     assert alone.num_ranks == 1
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["out"]
 

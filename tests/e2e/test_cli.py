@@ -102,7 +102,10 @@ def test_prune_json_in_a_process(tiny_llama: Path, text_file: Path, tmp_path: Pa
     assert [(block["block"], block["kept_units"]) for block in report["blocks"]] == [(0, 33), (1, 33)]
     # Not a terminal: one plain line per block, no escape sequences, no carriage returns.
     lines = result.err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 8
+    # Both models of two blocks.
+    for number, block in ((4, 1), (3, 0), (2, 1), (1, 0)):
+        assert re.fullmatch(rf"held-out windows {number}/4  block {block}  \d+ s left", lines.pop())
     assert re.fullmatch(r"reload check 1/1  whole, relative difference \d\.\de[-+]\d\d  0 s left", lines.pop())
     assert re.fullmatch(r"write files 1/1  model\.safetensors  0 s left", lines.pop())
     for number, line in enumerate(lines, start=1):
@@ -172,7 +175,8 @@ def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_
         ["prune 1/2", "block 0 mlp 33/48"],
         ["prune 2/2", "block 1 mlp 33/48"],
         ["write files 1/1", "model.safetensors"],
-        ["reload check 1/1", lines[-1].split("  ")[1]],
+        ["reload check 1/1", lines[3].split("  ")[1]],
+        *([f"held-out windows {number}/4", f"block {(number - 1) % 2}"] for number in range(1, 5)),
     ]
     # No data, no error figure.
     assert "error" not in result.err
@@ -188,6 +192,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "calibration": str(text_file),
         "num_samples": 3,
         "seq_len": 40,
+        "held_out": 2,
         "memory": 2 * 2**30,
         "device": "cpu",
         "dtype": "bfloat16",

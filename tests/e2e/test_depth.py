@@ -333,6 +333,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], deep_llama: Path, text
         *(f"write {i}/5" for i in range(1, 6)),
         "write files 1/1",
         "reload check 1/1",
+        *(f"held-out windows {i}/8" for i in range(1, 9)),
     ]
     evaluated, _ = run(
         *("eval", tmp_path / "out", "--text", text_file, "--seq-len", SEQ_LEN, "--max-windows", 4),

@@ -16,7 +16,7 @@ import yaml
 
 from structprune.api import prune
 from structprune.assess import EvaluationRequest, SpeedRequest, bench, evaluate, evaluate_all
-from structprune.errors import InputError, MemoryBudgetError, NumericalError, UnsupportedError
+from structprune.errors import InputError, MemoryBudgetError, NumericalError
 from structprune.evaluation.local_tasks import LOCAL_TASKS, write_local_tasks
 from structprune.evaluation.perplexity import PredictionSums, score_predictions
 from structprune.evaluation.speed import SpeedResult, quartiles
@@ -88,8 +88,9 @@ def test_streamed_equals_whole(kind: str, text_file: Path, tmp_path: Path) -> No
         {"method": "structprune", "sparsity": 0.3, "scope": "all", "multiple_of": 1},
         {"method": "depth", "sparsity": 0.5},
         {"method": "slicegpt", "sparsity": 0.2, "structure": "uniform"},
+        {"method": "slicegpt", "sparsity": 0.2},
     ],
-    ids=["uniform", "per-layer", "depth", "sliced to one basis"],
+    ids=["uniform", "per-layer", "depth", "sliced to one basis", "sliced, with shortcuts"],
 )
 def test_streamed_equals_whole_on_outputs(
     settings: dict[str, Any], tiny_llama: Path, two_texts: list[Path], tmp_path: Path
@@ -137,12 +138,6 @@ def test_a_small_budget_is_refused_before_work(tiny_llama: Path, text_file: Path
     request = EvaluationRequest(texts=[text_file], seq_len=40, stream=True, memory="8MiB", dtype="float32")
     with pytest.raises(MemoryBudgetError, match="at least"):
         evaluate_all(tiny_llama, request)
-
-
-def test_a_sliced_model_is_refused_with_the_reason(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    sliced = pruned(tiny_llama, text_file, tmp_path / "out", method="slicegpt", sparsity=0.2)
-    with pytest.raises(UnsupportedError, match=r"stock layers lack the shortcuts.*without --stream"):
-        evaluate_all(sliced, EvaluationRequest(texts=[text_file], seq_len=40, stream=True))
 
 
 @pytest.mark.parametrize(

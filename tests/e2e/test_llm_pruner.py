@@ -90,7 +90,7 @@ def first_order(source: Path, text: Path) -> list[Tensor]:
 
 
 def test_the_lowest_by_whole_model_gradients_go(tiny_llama: Path, eight_windows: Path, tmp_path: Path) -> None:
-    report = pruned(tiny_llama, tmp_path / "out", eight_windows, sparsity=0.4)
+    report = pruned(tiny_llama, tmp_path / "out", eight_windows, sparsity=0.4, held_out=0)
     kept = kept_indices(tmp_path / "out")
     for index, score_U in enumerate(first_order(tiny_llama, eight_windows)):
         assert kept[str(index)]["mlp"] == sorted(score_U.topk(28).indices.tolist())
@@ -99,7 +99,7 @@ def test_the_lowest_by_whole_model_gradients_go(tiny_llama: Path, eight_windows:
 
 
 def test_global_ranking(tiny_llama: Path, eight_windows: Path, tmp_path: Path) -> None:
-    changes = {"allocator": "closed-form", "min_retention": 0.01, "sparsity": 0.25}
+    changes = {"allocator": "closed-form", "min_retention": 0.01, "sparsity": 0.25, "held_out": 0}
     pruned(tiny_llama, tmp_path / "out", eight_windows, **changes)
     lowest = torch.cat(first_order(tiny_llama, eight_windows)).sort().indices[:24].tolist()
     kept = kept_indices(tmp_path / "out")

@@ -202,7 +202,7 @@ def test_fasp_is_least_squares_block_after_block(
     """The written consumer solves the ridge problem on the inputs that the model pruned so far gives it."""
     source, text = sources[family, SINGLE], tmp_path / "text.txt"
     text.write_bytes(text_file.read_bytes()[: 8 * 32])
-    report = structprune.prune(source, recipe(text, damping=1e-3), tmp_path / "out")
+    report = structprune.prune(source, recipe(text, damping=1e-3, held_out=0), tmp_path / "out")
     ids_NS = torch.tensor(
         AutoTokenizer.from_pretrained(source)(text.read_text(), add_special_tokens=False)["input_ids"]
     )
@@ -324,6 +324,7 @@ def test_report_and_manifest(
         "structprune",
         "recipe",
         "source_fingerprint",
+        "held_out",
         "calibration",
         "kept_indices",
         "versions",
@@ -332,7 +333,7 @@ def test_report_and_manifest(
     resolved = Recipe.build(**manifest["recipe"])
     assert resolved.memory == report.memory.budget_bytes
     resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target")
-    resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples")
+    resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples", "held_out")
     settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
     assert {name for name, value in resolved.model_dump().items() if value is None} == {"device_memory"}
@@ -365,23 +366,29 @@ def test_auto_settings_are_resolved_in_the_manifest(tiny_llama: Path, text_file:
 def test_calibration_of_the_report(
     family: str, sources: dict[tuple[str, str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """Four windows of text, eight asked: all are used and said so; the perplexities are those of stock models."""
+    """Four windows of text, eight asked: one is held out and said so; the perplexities are those of stock models."""
     source, text = sources[family, SINGLE], tmp_path / "four.txt"
     text.write_bytes(text_file.read_bytes()[: 4 * 32 + 5])
     report = structprune.prune(source, recipe(text), tmp_path / "out")
     calibration = report.calibration
-    assert (calibration.num_windows, calibration.seq_len, calibration.perplexity_windows) == (4, 32, 4)
+    assert (calibration.num_windows, calibration.seq_len, calibration.perplexity_windows) == (3, 32, 3)
     assert calibration.name == str(text)
     assert "four.txt" in calibration.description
     assert "8 were asked for" in calibration.description
-    assert report.recipe.num_samples == 4
+    assert "1 of its 4 windows held out" in calibration.description
+    assert report.recipe.num_samples == 3
     ids = AutoTokenizer.from_pretrained(source)(text.read_text(), add_special_tokens=False)["input_ids"]
-    windows_NS = torch.tensor(ids[: 4 * 32]).reshape(4, 32)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0))
+    drawn_NS = torch.tensor(ids[: 4 * 32]).reshape(4, 32)[order]
+    windows_NS, held_out_NS = drawn_NS[:3], drawn_NS[3:]
     dense = AutoModelForCausalLM.from_pretrained(source)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert calibration.dense_perplexity == pytest.approx(stock_perplexity(dense, windows_NS), rel=1e-4)
     assert calibration.pruned_perplexity == pytest.approx(stock_perplexity(pruned, windows_NS), rel=1e-4)
     assert calibration.dense_perplexity != calibration.pruned_perplexity
+    assert report.held_out is not None
+    assert report.held_out.dense_perplexity == pytest.approx(stock_perplexity(dense, held_out_NS), rel=1e-4)
+    assert report.held_out.pruned_perplexity == pytest.approx(stock_perplexity(pruned, held_out_NS), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -252,7 +252,7 @@ def test_each_cut_is_measured_behind_the_cuts_before_it(
     text = tmp_path / "text.txt"
     text.write_bytes(text_file.read_bytes()[: 8 * 32])
     # Narrower than the rank of the embeddings of so few letters: beyond it any direction is as good.
-    report = prune(source, recipe(text, sparsity=0.6), tmp_path / "out")
+    report = prune(source, recipe(text, sparsity=0.6, held_out=0), tmp_path / "out")
     width = report.blocks[0].kept_units
     dense = load(source)
     ids_T = torch.tensor([int(i) for i in _encode(source, text)])
@@ -286,7 +286,7 @@ def test_the_one_basis_weighs_every_position_and_token_alike(
     source = sources("llama-untied")
     text = tmp_path / "text.txt"
     text.write_bytes(text_file.read_bytes()[: 8 * 32])
-    report = prune(source, recipe(text, structure="uniform", sparsity=0.4), tmp_path / "out")
+    report = prune(source, recipe(text, structure="uniform", sparsity=0.4, held_out=0), tmp_path / "out")
     dense = load(source)
     seen: list[Tensor] = []
     for name, module in dense.named_modules():

@@ -19,6 +19,7 @@ from structprune.api import export, plan
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.assess import EvaluationRequest, evaluate_all
+from structprune.calibration.context import CalibrationWindows, SourceContext, WindowStart, behind_start
 from structprune.errors import CheckpointError, InputError
 from structprune.recipe import read_yaml
 from structprune.results.summary import summary_rows
@@ -87,7 +88,7 @@ def test_it_is_what_the_tokenizer_puts_there(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["start", "none"])
 def test_calibration_windows(bos: str, name: str, text_file: Path, tmp_path: Path) -> None:
     source = with_template(save_tiny("llama", tmp_path / "source"), name)
-    report = prune(source, recipe(text_file, bos=bos, num_samples=10_000), tmp_path / "out")
+    report = prune(source, recipe(text_file, bos=bos, num_samples=10_000, held_out=0), tmp_path / "out")
     begins = bos == "yes" or (bos == "auto" and name == "start")
     expected = windows(text_ids(source, text_file), 32, (START,) if begins else ())
     order = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0))
@@ -220,3 +221,31 @@ def test_a_window_must_have_room_for_the_text(gemma: Path, text_file: Path) -> N
     request = EvaluationRequest(texts=[text_file], seq_len=2, device="cpu")
     with pytest.raises(InputError, match="no room beside its start token"):
         evaluate_all(gemma, request)
+
+
+def test_held_out_windows_begin_with_it_too() -> None:
+    """A source draws both behind the start, in windows that have room for it."""
+    start = WindowStart(ids=(7,), text="<s>")
+    asked: list[SourceContext] = []
+
+    def draw(inner: SourceContext) -> CalibrationWindows:
+        asked.append(inner)
+        ids_NS = torch.arange(inner.seq_len * (inner.num_samples + inner.num_held_out)).reshape(-1, inner.seq_len)
+        held_out_NS = ids_NS[inner.num_samples :]
+        return CalibrationWindows(ids_NS=ids_NS[: inner.num_samples], held_out_NS=held_out_NS, description="numbers")
+
+    context = SourceContext(
+        encode=lambda text: torch.tensor([len(text)]),
+        sample=lambda *_: torch.zeros(0),
+        num_samples=2,
+        num_held_out=1,
+        seq_len=4,
+        seed=0,
+        start=start,
+    )
+    found = behind_start(draw, context)
+    assert asked[0].seq_len == 3
+    assert found.ids_NS.tolist() == [[7, 0, 1, 2], [7, 3, 4, 5]]
+    assert found.held_out_NS is not None
+    assert found.held_out_NS.tolist() == [[7, 6, 7, 8]]
+    assert found.with_held_out(1, 1) is found

@@ -21,17 +21,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
+from structprune.calibration import SOURCES
+from structprune.calibration.context import CalibrationWindows, Source, SourceContext, draw_windows
 from structprune.calibration.select import fingerprint, held_out_text, load_windows
 from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.errors import InputError
+from structprune.recipe import default_held_out
 
 TEXT = "".join(chr(97 + i % 26) for i in range(1003))
 
 
-def context(num_samples: int = 8, seq_len: int = 10, seed: int = 0) -> SourceContext:
+def context(
+    num_samples: int = 8, seq_len: int = 10, seed: int = 0, num_held_out: int = 0, min_samples: int = 1
+) -> SourceContext:
     """One token per character: its number in the text is lost, its code stays."""
     return SourceContext(
         render=str,
@@ -40,10 +44,14 @@ def context(num_samples: int = 8, seq_len: int = 10, seed: int = 0) -> SourceCon
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
+        num_held_out=num_held_out,
+        min_samples=min_samples,
     )
 
 
-def positions(num_tokens: int, num_samples: int, seq_len: int, seed: int = 0) -> CalibrationWindows:
+def positions(
+    num_tokens: int, num_samples: int, seq_len: int, seed: int = 0, num_held_out: int = 0
+) -> CalibrationWindows:
     """Windows of a text whose token t is the number t."""
     given_context = SourceContext(
         render=str,
@@ -52,6 +60,7 @@ def positions(num_tokens: int, num_samples: int, seq_len: int, seed: int = 0) ->
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
+        num_held_out=num_held_out,
     )
     return draw_windows("any", "numbers", given_context)
 
@@ -213,6 +222,96 @@ def test_load_windows_says_what_it_chose(monkeypatch: pytest.MonkeyPatch) -> Non
     assert notes[1].startswith("calibrating on self;")
 
 
+@settings(deadline=None)
+@given(num_windows=st.integers(1, 30), num_samples=st.integers(1, 25), num_held_out=st.integers(1, 12))
+def test_held_out_windows_come_beside_the_same_others(num_windows: int, num_samples: int, num_held_out: int) -> None:
+    plain = positions(num_windows * 10, num_samples, 10)
+    windows = positions(num_windows * 10, num_samples, 10, num_held_out=num_held_out)
+    assert torch.equal(windows.ids_NS, plain.ids_NS)
+    assert windows.description == plain.description
+    beside = min(num_held_out, max(0, num_windows - num_samples))
+    assert (windows.num_held_out, windows.set_apart) == (beside, False)
+    if windows.held_out_NS is not None:
+        both_N = torch.cat([windows.ids_NS, windows.held_out_NS])[:, 0]
+        assert both_N.unique().numel() == len(both_N)
+        assert (windows.held_out_NS[:, 0] % 10 == 0).all()
+
+
+SET_APART = [
+    # (windows of the text, asked, held out asked, needed to fit) -> (fitted, held out)
+    ((100, 8, 3, 1), (8, 3)),
+    ((9, 8, 3, 1), (8, 1)),
+    ((8, 8, 3, 1), (7, 1)),
+    ((40, 128, 16, 1), (35, 5)),
+    ((40, 128, 4, 1), (36, 4)),
+    ((2, 8, 3, 1), (1, 1)),
+    ((2, 8, 3, 2), (2, 0)),
+    ((3, 8, 3, 2), (2, 1)),
+    ((1, 8, 3, 1), (1, 0)),
+    ((8, 8, 0, 1), (8, 0)),
+    ((100, 8, 0, 1), (8, 0)),
+]
+
+
+@pytest.mark.parametrize(("case", "wanted"), SET_APART)
+def test_windows_of_a_short_text_are_set_apart(
+    case: tuple[int, int, int, int], wanted: tuple[int, int], tmp_path: Path
+) -> None:
+    num_windows, num_samples, num_held_out, min_samples = case
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(chr(97 + i) for i in range(num_windows) for _ in range(10)), encoding="utf-8")
+    asked = context(num_samples, 10, 0, num_held_out, min_samples)
+    windows = load_windows(str(path), asked, print)[1]
+    assert (len(windows.ids_NS), windows.num_held_out) == wanted
+    plain = load_windows(str(path), context(num_samples, 10), print)[1]
+    assert torch.equal(windows.ids_NS, plain.ids_NS[: wanted[0]])
+    assert windows.set_apart == (wanted[1] > 0 and wanted[0] < len(plain.ids_NS))
+    said = f"({wanted[1]} of its {len(plain.ids_NS)} windows held out)"
+    assert windows.description == plain.description + (f" {said}" if windows.set_apart else "")
+    if windows.held_out_NS is not None:
+        assert not set(windows.held_out_NS[:, 0].tolist()) & set(windows.ids_NS[:, 0].tolist())
+
+
+def test_a_source_that_holds_nothing_out_has_it_done_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another package that knows nothing of held-out windows."""
+    ids_NS = torch.arange(80).reshape(8, 10)
+    plain = Source(draw=lambda _: CalibrationWindows(ids_NS=ids_NS, description="theirs"))
+    monkeypatch.setattr(SOURCES, "get", lambda _: plain)
+    windows = load_windows("c4", context(num_held_out=2), print)[1]
+    assert windows.held_out_NS is not None
+    assert torch.equal(torch.cat([windows.ids_NS, windows.held_out_NS]), ids_NS)
+    assert (windows.num_held_out, windows.set_apart) == (1, True)
+
+
+def test_a_model_samples_held_out_windows_by_themselves() -> None:
+    windows = load_windows("self", context(num_samples=3, seq_len=5, seed=9, num_held_out=2), print)[1]
+    assert torch.equal(windows.ids_NS, torch.full((3, 5), 9))
+    assert windows.held_out_NS is not None
+    assert windows.held_out_NS.shape == (2, 5)
+    assert (windows.held_out_NS != 9).all()
+    assert not windows.set_apart
+    last = load_windows("self", context(seed=2**63 - 1, num_held_out=1), print)[1]
+    assert last.held_out_NS is not None
+    assert (last.held_out_NS == 2**32 - 1).all()
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "seq_len", "wanted"),
+    [
+        (128, 2048, 16),
+        (1024, 2048, 16),
+        (16, 512, 4),
+        (64, 512, 8),
+        (8, 64, 8),
+        (8, 2048, 1),
+        (1, 2048, 1),
+        (4, 10**6, 1),
+    ],
+)
+def test_held_out_windows_by_default(num_samples: int, seq_len: int, wanted: int) -> None:
+    assert default_held_out(num_samples, seq_len) == wanted
+
+
 @pytest.mark.parametrize("name", packed.PACKED)
 def test_packed_texts_keep_their_last_tenth_apart(name: str) -> None:
     text = packed.PACKED[name]
@@ -236,12 +335,12 @@ def test_a_text_to_measure_on_is_a_file_otherwise(tmp_path: Path) -> None:
 
 def test_fingerprint_sees_the_tokens_and_not_their_layout() -> None:
     ids_NS = torch.arange(40).reshape(4, 10)
-    one = fingerprint(CalibrationWindows(ids_NS=ids_NS, description="a"))
-    assert fingerprint(CalibrationWindows(ids_NS=ids_NS.T.contiguous().T, description="b")) == one
+    one = fingerprint(ids_NS)
+    assert fingerprint(ids_NS.T.contiguous().T) == one
     changed_NS = ids_NS.clone()
     changed_NS[3, 9] += 1
-    assert fingerprint(CalibrationWindows(ids_NS=changed_NS, description="a")) != one
-    assert fingerprint(CalibrationWindows(ids_NS=ids_NS.flip(0), description="a")) != one
+    assert fingerprint(changed_NS) != one
+    assert fingerprint(ids_NS.flip(0)) != one
 
 
 StoreFactory = Callable[[tuple[int, int, int], torch.dtype, Path], HiddenStore]

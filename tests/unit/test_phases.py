@@ -19,6 +19,7 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
         "write block",
         "copy embeddings and head",
         "perplexity of the calibration text",
+        "perplexity of held-out windows",
         "angular distances",
         "measured losses",
         "sensitivity: backward",

@@ -229,9 +229,9 @@ def test_statistics_have_their_phases() -> None:
 
 def test_an_iterative_solver_has_its_phase() -> None:
     plan = plan_for(
-        LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4, num_latents=2
+        LLAMA_7B, chooses_ridge=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4, num_latents=2
     )
-    without = plan_for(LLAMA_7B, holds_out=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4)
+    without = plan_for(LLAMA_7B, chooses_ridge=True, follows_dense=True, needs_sensitivity=True, sensitivity_windows=4)
     assert set(plan.phases) - set(without.phases) == {Phase.ITERATE}
     # z and s of 32 windows of 256 tokens, at the least.
     assert plan.phases[Phase.ITERATE] > 2 * 32 * 256 * 11008 * 4
@@ -261,7 +261,7 @@ def test_what_a_cut_run_goes_on_from_is_counted() -> None:
 
 
 def test_duals_are_counted() -> None:
-    options: dict[str, Any] = {"holds_out": True, "num_windows": 8}
+    options: dict[str, Any] = {"chooses_ridge": True, "num_windows": 8}
     plain, duals = (plan_for(LLAMA_7B, num_latents=count, **options) for count in (2, 5))
     assert duals.phases[Phase.ITERATE] - plain.phases[Phase.ITERATE] == 3 * 8 * 256 * 11008 * 4
 
@@ -269,7 +269,7 @@ def test_duals_are_counted() -> None:
 @pytest.mark.parametrize("choice", [{}, {"score": "greedy"}, {"num_latents": 2}, {"kept": {"mlp": 7000}}])
 def test_held_out_sums_cost_one_gram(choice: dict[str, Any]) -> None:
     """No third one is there when units are chosen, ridges are tried and answers are judged."""
-    plain, held_out = (plan_for(LLAMA_7B, holds_out=held_out, **choice) for held_out in (False, True))
+    plain, held_out = (plan_for(LLAMA_7B, chooses_ridge=held_out, **choice) for held_out in (False, True))
     for phase in (STATISTICS_MLP, SOLVE_MLP):
         assert held_out.phases[phase] - plain.phases[phase] == 11008**2 * 4
 
@@ -341,6 +341,29 @@ def test_what_only_the_end_holds_is_counted_there_alone() -> None:
     assert few.phases[SOLVE_MLP] == many.phases[SOLVE_MLP]
     end = Phase.PERPLEXITY
     assert many.phases[end] - few.phases[end] == states + 32 * 32000 * 4
+
+
+def test_held_out_windows_are_counted_at_the_end_alone() -> None:
+    """Their states, beside a block, the embeddings or the head, whichever is the most; none where there are none."""
+    none = plan_for(SMALL)
+    assert Phase.HELD_OUT not in none.phases
+    few, many = (plan_for(SMALL, held_out_windows=number) for number in (4, 104))
+    states = 100 * 256 * 64 * 4
+    assert many.phases[Phase.HELD_OUT] - few.phases[Phase.HELD_OUT] == states
+    assert {name: size for name, size in many.phases.items() if name != Phase.HELD_OUT} == none.phases
+    # Tight: all states are in files then, one loop's at a time.
+    with pytest.raises(MemoryBudgetError) as caught:
+        plan_for(SMALL, 2**20, held_out_windows=100_000)
+    named = parse_bytes(str(caught.value.wanted).removeprefix("at least "))
+    tight, ample = plan_for(SMALL, named, held_out_windows=100_000), plan_for(SMALL, held_out_windows=100_000)
+    assert (tight.store, ample.store) == ("file", "memory")
+    assert tight.disk_bytes - ample.disk_bytes == 100_000 * 256 * 64 * 4
+
+
+def test_held_out_windows_pass_the_shortcuts_of_a_sliced_model() -> None:
+    plain, shortcuts = (sliced(LLAMA_7B, 3072, kind, held_out_windows=4) for kind in ("one basis", "bases"))
+    difference = shortcuts.phases[Phase.HELD_OUT] - plain.phases[Phase.HELD_OUT]
+    assert difference == 2 * 3072**2 * 8
 
 
 def test_embeddings_are_copied_together() -> None:
@@ -479,7 +502,7 @@ def test_every_phase_of_a_pipeline_that_uses_the_device_is_there() -> None:
     assert Phase.MEASURED_LOSSES in on_device(2**40, compares="losses", **plain).phases
     assert Phase.ANGULAR_DISTANCES in on_device(2**40, compares="boundaries", **plain).phases
     assert Phase.SLICE_EIGENVECTORS in on_device(2**40, slices="bases", sliced_hidden=2048, **plain).phases
-    assert Phase.ITERATE in on_device(2**40, num_latents=2, holds_out=True).phases
+    assert Phase.ITERATE in on_device(2**40, num_latents=2, chooses_ridge=True).phases
     gradients = on_device(2**40, needs_weight_gradients=True, sensitivity_windows=4, **plain)
     # The block, two sums of the MLP's three matrices in float32, and their gradients in bfloat16.
     block, mlp = LLAMA_7B.blocks[0].num_parameters, 3 * 4096 * 11008

@@ -26,6 +26,7 @@ CHANGES: dict[str, Any] = {
     "calibration": "wikitext2",
     "num_samples": 4,
     "seq_len": 64,
+    "held_out": 3,
     "memory": 2**30,
     "device": "cpu",
     "device_memory": 2**30,
@@ -355,9 +356,9 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    assert set(written) - set(earlier) == {"max_shard_size", "output_dtype", "bos", "merge_adapter", "widths"} & set(
-        type(resolved).model_fields
-    )
+    added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out"}
+    assert set(written) - set(earlier) == added | ({"widths"} & set(type(resolved).model_fields))
+    assert written["held_out"] == 0
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structprune.errors import InputError
+from structprune.kinds import StartToken
 from structprune.types import Render
 
 
@@ -45,6 +46,21 @@ NO_START = WindowStart()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRequest:
+    """Which windows are wanted of a text."""
+
+    num_samples: int
+    seq_len: int
+    seed: int
+    bos: StartToken
+    """Whether each begins with the model's start token."""
+    num_held_out: int = 0
+    """Windows beside those, which nothing will be fitted on."""
+    min_samples: int = 1
+    """Windows that are needed to fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceContext:
     """The request and the model's own means, so that sources need neither a tokenizer nor a model library."""
 
@@ -55,6 +71,11 @@ class SourceContext:
     num_samples: int
     seq_len: int
     seed: int
+    num_held_out: int = 0
+    """Windows to draw beside those, which nothing will be fitted on."""
+    min_samples: int = 1
+    """Windows that are needed to fit: fewer are not left where the text is so short that held-out ones are taken away.
+    """
     render: Render | None = None
     """What writes a chat by the model's template; None where it has none."""
     start: WindowStart = NO_START
@@ -69,6 +90,32 @@ class CalibrationWindows:
     description: str
     start: str = ""
     """What each begins with, as the tokenizer spells it; empty: with the text itself."""
+    held_out_NS: Tensor | None = None
+    """Windows of the same text that nothing is fitted on; None: there are none."""
+    set_apart: bool = False
+    """Whether the text had no more windows than were asked for, so that those held out are missing from the others."""
+
+    @property
+    def num_held_out(self) -> int:
+        """How many windows are held out."""
+        return 0 if self.held_out_NS is None else len(self.held_out_NS)
+
+    def with_held_out(self, num_held_out: int, min_samples: int) -> CalibrationWindows:
+        """Set some of the windows apart, the last ones, if none are held out yet and there are enough.
+
+        At most an eighth of them and at most `num_held_out`, but one at least; `min_samples` stay in any case.
+        """
+        found = len(self.ids_NS)
+        number = min(num_held_out, max(1, found // 8), found - min_samples)
+        if self.held_out_NS is not None or number < 1:
+            return self
+        return replace(
+            self,
+            ids_NS=self.ids_NS[:-number],
+            description=f"{self.description} ({number} of its {found} windows held out)",
+            held_out_NS=self.ids_NS[-number:],
+            set_apart=True,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +147,8 @@ def behind_start(draw: Callable[[SourceContext], CalibrationWindows], context: S
             start=NO_START,
         )
     )
-    return replace(found, ids_NS=start.before(found.ids_NS), start=start.text)
+    held_out_NS = None if found.held_out_NS is None else start.before(found.held_out_NS)
+    return replace(found, ids_NS=start.before(found.ids_NS), held_out_NS=held_out_NS, start=start.text)
 
 
 def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Tensor:
@@ -120,7 +168,8 @@ def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Ten
 def draw_windows(text: str, description: str, context: SourceContext) -> CalibrationWindows:
     """Cut the tokenised text into consecutive windows and draw `num_samples` of them without replacement.
 
-    Fewer windows than asked are all used, and the description says so. Raises InputError when there is not one.
+    Held-out windows are drawn behind them. Fewer windows than asked are all used, and the description says so. Raises
+    InputError when there is not one.
     """
     windows = consecutive_windows(context.encode(text), context.seq_len, "calibration text", description)
     num_windows = len(windows)
@@ -128,4 +177,7 @@ def draw_windows(text: str, description: str, context: SourceContext) -> Calibra
     chosen = order[: context.num_samples]
     if len(chosen) < context.num_samples:
         description += f" (all of its {num_windows} windows; {context.num_samples} were asked for)"
-    return CalibrationWindows(ids_NS=windows[chosen], description=description)
+    beside = order[context.num_samples : context.num_samples + context.num_held_out]
+    return CalibrationWindows(
+        ids_NS=windows[chosen], description=description, held_out_NS=windows[beside] if len(beside) else None
+    )

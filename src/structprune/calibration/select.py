@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from structprune.calibration import SOURCES
 from structprune.calibration.context import CalibrationWindows, SourceContext, behind_start
 from structprune.calibration.sources import packed
@@ -21,9 +23,15 @@ def load_windows(
 ) -> tuple[str, CalibrationWindows]:
     """Draw windows of the named source, or of the first of wikitext2, boolq, self that can be had.
 
-    Each begins with the context's start. Returns the name that was used. Raises InputError for an unknown name or a
-    text that is too short.
+    Each begins with the context's start. Returns the name that was used. Where held-out windows are asked for and the
+    source gives none beside the others, some of those are set apart. Raises InputError for an unknown name or a text
+    that is too short.
     """
+    used, windows = _draw(name, context, notify)
+    return used, windows.with_held_out(context.num_held_out, context.min_samples)
+
+
+def _draw(name: str | None, context: SourceContext, notify: Callable[[str], None]) -> tuple[str, CalibrationWindows]:
     if name is not None and name != "auto":
         if name in SOURCES:
             return name, behind_start(SOURCES.get(name).draw, context)
@@ -59,6 +67,6 @@ def held_out_text(name: str | Path, render: Render | None = None) -> str:
     return read_text(Path(name), render) if found is None else found.split()[1]
 
 
-def fingerprint(windows: CalibrationWindows) -> str:
-    """Return the SHA-256 of the token windows."""
-    return hashlib.sha256(windows.ids_NS.contiguous().numpy().tobytes()).hexdigest()
+def fingerprint(ids_NS: Tensor) -> str:
+    """Hash token windows with SHA-256."""
+    return hashlib.sha256(ids_NS.contiguous().numpy().tobytes()).hexdigest()

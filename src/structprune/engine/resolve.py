@@ -22,7 +22,7 @@ from structprune.kinds import HeadUnits
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
-from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe import Recipe, ResolvedRecipe, default_held_out
 from structprune.recipe.units import UnitsRecipe
 from structprune.types import UnitGroup, UnitKind
 
@@ -82,6 +82,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             "dtype": str(dtype).removeprefix("torch."),
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
             "memory": host_budget(recipe.memory),
+            "held_out": _held_out(recipe, min(recipe.seq_len, stock.layout.max_positions)),
             "device_memory": device_budget(device, recipe.device_memory or None),
         }
     )
@@ -107,6 +108,10 @@ def _head_units(recipe: Recipe, method: Method) -> HeadUnits:
     return "kv-group" if recipe.scope == "mlp" else asked or method.head_units
 
 
+def _held_out(recipe: Recipe, seq_len: int) -> int:
+    return default_held_out(recipe.num_samples, seq_len) if recipe.held_out is None else recipe.held_out
+
+
 def num_probe(recipe: Recipe) -> int:
     """Count the calibration windows whose perplexity is reported."""
     return max(1, _PROBE_TOKENS // recipe.seq_len)
@@ -128,6 +133,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         needs_statistics=resolved.method.needs_statistics,
         score="",
         solves=False,
+        held_out_windows=-(-recipe.held_out // num_ranks),
         kept={kind: max(counts) for kind, counts in (resolved.forecast.kept or {}).items()},
         tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
         text_bytes=text.stat().st_size if text.is_file() else None,

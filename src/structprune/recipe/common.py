@@ -29,11 +29,22 @@ from structprune.registry import Registry
 
 Scope = Literal["mlp", "attention", "all"]
 DEFAULT_METHOD = "structprune"
+# By how much a perplexity has grown is known to a few percent from the first, to about one from the second.
+_FEWEST_HELD_OUT_TOKENS, _MOST_HELD_OUT_TOKENS = 2_048, 32_768
 
 
 def default_sensitivity_samples(seq_len: int) -> int:
     """Choose the windows of the streamed backward pass where the recipe names none: their tokens are what counts."""
     return max(1, min(24, 24_576 // seq_len))
+
+
+def default_held_out(num_samples: int, seq_len: int) -> int:
+    """Choose the windows that are only measured on, where the recipe names none: both models pass them once.
+
+    An eighth of the others, but as many as tell something, and no more than cost little.
+    """
+    fewest = min(num_samples, -(-_FEWEST_HELD_OUT_TOKENS // seq_len))
+    return max(1, min(max(num_samples // 8, fewest), _MOST_HELD_OUT_TOKENS // seq_len))
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
@@ -77,6 +88,14 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=128, ge=1, description="calibration windows")
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=2048, ge=2, description="tokens per window")
     bos: BosSetting = BOS_FIELD
+    held_out: Annotated[
+        int | None, Flag(Group.CALIBRATION, unset="an eighth of --num-samples, 2,048 to 32,768 tokens")
+    ] = Field(
+        default=None,
+        ge=0,
+        description="windows of the same text that nothing is fitted on, to measure perplexity before and after; "
+        "0: none",
+    )
     memory: Annotated[ByteCount | None, Flag(Group.RESOURCES, unset="80% of what is free")] = Field(
         default=None, ge=1, description="host bytes that the run may add, such as 4GiB"
     )
@@ -199,6 +218,8 @@ class ResolvedRecipe(Recipe, frozen=True):
     Before the run has its windows, `calibration` may still be `auto`, and `num_samples` what was asked for.
     """
 
+    held_out: int = 0
+    """Reports of earlier versions name none."""
     memory: int = SAID
     device_memory: DeviceBytes = SAID
 
@@ -223,8 +244,8 @@ class ResolvedRecipe(Recipe, frozen=True):
         return False
 
     @property
-    def holds_out(self) -> bool:
-        """Whether some windows are kept apart, to choose the ridge."""
+    def chooses_ridge(self) -> bool:
+        """Whether the ridge is chosen, on windows whose sums are kept apart."""
         return False
 
     @property

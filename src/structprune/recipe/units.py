@@ -32,7 +32,7 @@ class UnitsRecipe(Recipe, frozen=True):
         default=None, ge=1, description="kept units per block are a multiple of this"
     )
     damping: Annotated[Damping | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
-        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on held-out windows"
+        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on windows kept apart"
     )
     shrinkage: Annotated[float | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
         default=None,
@@ -135,8 +135,8 @@ class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
         return self.structure is Structure.PER_LAYER
 
     @property
-    def holds_out(self) -> bool:
-        """Whether some windows are kept apart, to choose the ridge."""
+    def chooses_ridge(self) -> bool:
+        """Whether the ridge is chosen, on windows whose sums are kept apart."""
         return self.damping == "auto"
 
     @property

@@ -15,7 +15,7 @@ from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport
+from structprune.results.schema import BlockReport, CalibrationReport, HeldOutReport
 from structprune.results.summary import beginning, stored_in
 from structprune.types import HeadUnits
 
@@ -71,21 +71,28 @@ def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(report: PruneReport) -> str:
-    size, text = report.size, report.calibration
-    windows = f"{text.perplexity_windows} windows of {text.seq_len} tokens"
+    size, text, held_out = report.size, report.calibration, report.held_out
+    rows: list[tuple[str, int, CalibrationReport | HeldOutReport]] = [
+        ("perplexity of the calibration text, in-sample", text.perplexity_windows, text)
+    ]
+    if held_out is not None:
+        rows.insert(0, ("perplexity of held-out windows of the calibration text", held_out.num_windows, held_out))
     return _table(
         ("", "before", "after"),
         [
+            *(
+                (
+                    f"{name} ({windows} x {one.seq_len} tokens)",
+                    f"{one.dense_perplexity:.2f}",
+                    f"{one.pruned_perplexity:.2f}",
+                )
+                for name, windows, one in rows
+            ),
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
             (
                 "weight files",
                 format_bytes(size.bytes_before),
                 f"{format_bytes(size.bytes_after)}{stored_in(size)}",
-            ),
-            (
-                f"perplexity of the calibration text (in-sample, {windows})",
-                f"{text.dense_perplexity:.2f}",
-                f"{text.pruned_perplexity:.2f}",
             ),
         ],
     )

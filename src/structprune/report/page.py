@@ -92,8 +92,9 @@ def _scope(report: PruneReport) -> str:
 
 
 def _tiles(report: PruneReport) -> list[_Tile]:
-    size, text, memory = report.size, report.calibration, report.memory
+    size, memory = report.size, report.memory
     return [
+        _perplexity_tile(report),
         _Tile(
             label="parameters",
             value=f"{-size.removed_share_of_model:+.1%}",
@@ -103,11 +104,6 @@ def _tiles(report: PruneReport) -> list[_Tile]:
             label="on disk",
             value=f"{size.bytes_after / size.bytes_before - 1:+.1%}",
             more=f"{format_bytes(size.bytes_before)} to {format_bytes(size.bytes_after)}{stored_in(size)}",
-        ),
-        _Tile(
-            label="perplexity, in-sample",
-            value=f"{text.pruned_perplexity:.2f}",
-            more=f"dense {text.dense_perplexity:.2f}; {text.perplexity_windows} x {text.seq_len} tokens",
         ),
         _Tile(
             label="peak memory",
@@ -122,18 +118,36 @@ def _tiles(report: PruneReport) -> list[_Tile]:
     ]
 
 
+def _perplexity_tile(report: PruneReport) -> _Tile:
+    held_out, text = report.held_out, report.calibration
+    if held_out is None:
+        return _Tile(
+            label="perplexity, in-sample only",
+            value=f"{text.pruned_perplexity:.2f}",
+            more=f"dense {text.dense_perplexity:.2f}; {text.perplexity_windows} x {text.seq_len} tokens",
+        )
+    return _Tile(
+        label="perplexity, held-out windows",
+        value=f"{held_out.pruned_perplexity:.2f}",
+        more=f"dense {held_out.dense_perplexity:.2f}; in-sample {text.dense_perplexity:.2f} to "
+        f"{text.pruned_perplexity:.2f}",
+    )
+
+
 def _before_after(report: PruneReport, measured: Sequence[Evaluation | Bench]) -> list[tuple[str, str, str, str]]:
-    size, text = report.size, report.calibration
+    size, text, held_out = report.size, report.calibration, report.held_out
     rows = [
+        *(
+            _compared(name, one.dense_perplexity, one.pruned_perplexity, "{:.2f}")
+            for name, one in (("perplexity of held-out windows", held_out), ("perplexity, in-sample", text))
+            if one is not None
+        ),
         _compared("parameters", size.parameters_before, size.parameters_after, "{:,.0f}"),
         (
             "weight files",
             format_bytes(size.bytes_before),
             format_bytes(size.bytes_after),
             f"{size.bytes_after / size.bytes_before - 1:+.1%}",
-        ),
-        _compared(
-            "perplexity of the calibration text, in-sample", text.dense_perplexity, text.pruned_perplexity, "{:.2f}"
         ),
     ]
     for result in measured:

@@ -17,6 +17,23 @@ SCHEMA_VERSION = 1
 REPORT_NAME = "pruning_report.json"
 
 
+class HeldOutReport(Frozen):
+    """What the result is worth on windows of the calibration text that nothing was fitted on."""
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    num_windows: int
+    seq_len: int
+    set_apart: bool
+    """Whether the text had no windows beside those that were asked for, so that these are missing from the others."""
+    fingerprint: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the perplexity has become."""
+        return self.pruned_perplexity / self.dense_perplexity
+
+
 class CalibrationReport(Frozen):
     """The text that statistics were taken from."""
 
@@ -28,9 +45,15 @@ class CalibrationReport(Frozen):
     start: str = ""
     """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     perplexity_windows: int
-    """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
+    """The two perplexities below are over the first so many calibration windows: in-sample, beside those of
+    `PruneFacts.held_out` a sign of overfitting."""
     dense_perplexity: float
     pruned_perplexity: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the perplexity has become, in-sample."""
+        return self.pruned_perplexity / self.dense_perplexity
 
 
 class BlockReport(Frozen):
@@ -205,6 +228,8 @@ class PruneFacts(Frozen):
     """What the run worked by, with the fields that its pipeline has."""
     device: str
     compute_dtype: str
+    held_out: HeldOutReport | None = None
+    """None: no window was held out, as in reports of earlier versions; what is known is in-sample only."""
     calibration: CalibrationReport
     size: SizeReport
     memory: MemoryReport

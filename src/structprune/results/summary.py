@@ -17,7 +17,9 @@ from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import (
     BlockReport,
+    CalibrationReport,
     DeviceMemoryReport,
+    HeldOutReport,
     MemoryReport,
     PruneFacts,
     ReachableShares,
@@ -28,6 +30,9 @@ from structprune.solvers import SOLVERS
 
 # A difference between shares that is not worth a word.
 _CLOSE = 0.01
+# Held-out over in-sample growth of the perplexity from which a run is warned of. One window of 2048 tokens moves either
+# by a few percent.
+OVERFITTING = 1.2
 
 UNITS = {
     "mlp": "MLP channels",
@@ -44,6 +49,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     saved = 1 - size.bytes_after / size.bytes_before
     commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
     return [
+        *perplexity_rows(report),
         *commit,
         *_adapter(report),
         (
@@ -62,11 +68,6 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             "calibration",
             f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens, "
             f"{beginning(calibration.start)}",
-        ),
-        (
-            "perplexity of that text",
-            f"{calibration.dense_perplexity:.2f} -> {calibration.pruned_perplexity:.2f} "
-            f"(first {calibration.perplexity_windows} windows, in-sample; use `structprune eval` for unseen text)",
         ),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
@@ -93,6 +94,24 @@ def beginning(start: str) -> str:
 def stored_in(size: SizeReport) -> str:
     """Name what the output's weights are stored in, behind a comma; nothing in reports of earlier versions."""
     return f", in {' and '.join(size.dtypes)}" if size.dtypes else ""
+
+
+def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say (name, value) of what the result is worth: on windows that nothing was fitted on, then in-sample."""
+    held_out, calibration = report.held_out, report.calibration
+    fitted = _before_and_after(calibration, f"first {calibration.perplexity_windows} calibration windows, fitted")
+    if held_out is None:
+        return [("perplexity, in-sample only", fitted)]
+    measured = _before_and_after(held_out, f"{_windows(held_out)} of the same text")
+    return [("perplexity", measured), ("perplexity, in-sample", fitted)]
+
+
+def _windows(held_out: HeldOutReport) -> str:
+    return f"{held_out.num_windows} held-out window{'' if held_out.num_windows == 1 else 's'}"
+
+
+def _before_and_after(measured: HeldOutReport | CalibrationReport, where: str) -> str:
+    return f"{measured.dense_perplexity:.2f} -> {measured.pruned_perplexity:.2f} ({measured.ratio:.2f} times; {where})"
 
 
 def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:
@@ -124,18 +143,18 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
     """Say that another share goes than was asked for, and which ones could be had; nothing where they are close."""
     if shares is None or abs(shares.removed - recipe.sparsity) <= _CLOSE:
         return ()
-    finer = isinstance(recipe, ResolvedUnits | ResolvedSlice) and recipe.multiple_of > 1
+    multiple = recipe.multiple_of if isinstance(recipe, ResolvedUnits | ResolvedSlice) else 1
     return (
         f"{shares.removed:.2%} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: the nearest "
         f"shares that the units allow are {shares.below:.2%} below and {shares.above:.2%} above"
-        + (f"; a smaller --multiple-of than {recipe.multiple_of} allows others" if finer else ""),
+        + (f"; a smaller --multiple-of than {multiple} allows others" if multiple > 1 else ""),
     )
 
 
 def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
     notes = (*report.notes, *share_note(report.recipe, report.size.reachable))
-    found = [f"{note[0].upper()}{note[1:]}." for note in notes]
+    found = [f"{note[0].upper()}{note[1:]}." for note in notes] + _perplexity_warnings(report)
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")
@@ -155,6 +174,29 @@ def warnings(report: PruneFacts) -> list[str]:
         found.append(
             f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
             "fit so few too closely (docs/footguns.md)."
+        )
+    return found
+
+
+def _perplexity_warnings(report: PruneFacts) -> list[str]:
+    held_out, calibration = report.held_out, report.calibration
+    if held_out is None:
+        return [
+            "Perplexity is in-sample only, which says little: no window was held out. Give more calibration text, or "
+            "measure with `structprune eval` on another text."
+        ]
+    found: list[str] = []
+    if held_out.set_apart:
+        found.append(
+            "The calibration text has no windows beside those that were asked for, so fewer were fitted: "
+            f"{calibration.num_windows}, and {_windows(held_out)} set apart."
+        )
+    if held_out.ratio > OVERFITTING * calibration.ratio:
+        found.append(
+            f"The perplexity is {held_out.ratio:.2f} times the dense model's on held-out windows and "
+            f"{calibration.ratio:.2f} times in-sample: the calibration text was fitted too closely. Give more of it "
+            "(--num-samples), of the domains that the model is for, or let the result learn again (`structprune "
+            "recover`)."
         )
     return found
 

@@ -48,7 +48,7 @@ class RecoveryContext:
             "settings": self.settings.fingerprint(),
             "teacher": _files(self.teacher.reader),
             "student": _files(self.student.reader),
-            "windows": fingerprint(self.student.windows),
+            "windows": fingerprint(self.student.windows.ids_NS),
             "dtype": str(self.student.dtype),
         }
 

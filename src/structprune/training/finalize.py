@@ -25,11 +25,9 @@ from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.weight_files import WeightFiles
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
-from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, summed_loss, versions, write_weights
+from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, versions, write_weights
 from structprune.engine.run.reload_check import Probe, check_reload
-from structprune.engine.streaming.blocks import load_block
-from structprune.engine.streaming.embed import embed, open_store
-from structprune.engine.streaming.model import StreamedModel
+from structprune.engine.streaming.losses import last_states, summed_losses
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.files import write_json, write_text
@@ -67,17 +65,6 @@ def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDire
     files = writer.weight_files(context.settings.max_shard_size)
     write_weights(files, directory, context.observer)
     return files
-
-
-def last_states(streamed: StreamedModel, path: Path) -> HiddenStore:
-    """Stream the model over its windows: their states behind the last block. Raises NumericalError."""
-    num_windows = len(streamed.windows.ids_NS)
-    store = open_store(streamed, path, num_windows)
-    propagator = embed(streamed, {store: num_windows})
-    for block in streamed.stock.layout.blocks:
-        propagator.run(load_block(streamed, block)[1], block.index, store)
-        release_free_memory()
-    return store
 
 
 def finalize_recovery(
@@ -139,7 +126,7 @@ def finalize_recovery(
         compute_dtype=str(context.student.dtype).removeprefix("torch."),
         texts=_text_reports(context, recovered),
         description=context.texts.windows.description,
-        fingerprint=fingerprint(context.texts.windows),
+        fingerprint=fingerprint(context.texts.windows.ids_NS),
         seq_len=context.texts.windows.ids_NS.shape[1],
         start=context.texts.windows.start,
         dense_perplexity=dense_perplexity,
@@ -195,13 +182,8 @@ def _text_reports(context: RecoveryContext, recovered: Recovered) -> list[TextRe
     ]
 
 
-@torch.no_grad()
 def _perplexity(head: nn.Module, store: HiddenStore, ids_NS: torch.Tensor, device: torch.device, which: str) -> float:
-    total = 0.0
-    for number in range(len(ids_NS)):
-        hidden_TD = store.read(number, number + 1)[0, :-1].to(device)
-        total += summed_loss(head, hidden_TD, ids_NS[number, 1:].to(device))
-    mean = total / (len(ids_NS) * (ids_NS.shape[1] - 1))
+    mean = summed_losses(head, store, ids_NS, device) / ids_NS[:, 1:].numel()
     if not mean < 700:
         raise NumericalError(
             "the model's output on the held-out windows is NaN, infinite or absurdly large",

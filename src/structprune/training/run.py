@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.context import WindowRequest
 from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import resolve_device, resolve_dtype
@@ -74,13 +75,12 @@ def recover_model(
         planned = plan_recovery(dense, pruned, settings, dtype, _most_windows(settings.calibration, settings))
         source = source_context(
             dense,
-            num_samples=settings.num_samples,
-            seq_len=settings.seq_len,
-            seed=settings.seed,
+            WindowRequest(
+                num_samples=settings.num_samples, seq_len=settings.seq_len, seed=settings.seed, bos=settings.bos
+            ),
             dtype=dtype,
             device=device,
             budget_bytes=planned.plan.budget_bytes,
-            bos=settings.bos,
         )
         texts = read_texts(settings, source, observer.note)
         planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))

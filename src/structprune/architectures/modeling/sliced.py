@@ -8,6 +8,9 @@ a text that has been released must stay loadable: when it changes, keep the old 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 
 from structprune.architectures.family import Family, StockClasses
 from structprune.architectures.modeling.per_layer import WITHOUT_LAYERS, imports
@@ -85,6 +88,20 @@ def sliced_source(family: Family) -> str:
 def accepted_sliced_sources(family: Family) -> tuple[str, ...]:
     """Return every text that was ever written for `family`."""
     return (sliced_source(family),)
+
+
+class SlicedLayer(nn.Module):
+    """A stock layer that has the shortcuts as modules, with the forward pass of the modelling file."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        hidden_states = layer.attention_shortcut(hidden_states) + attention
+        return layer.mlp_shortcut(hidden_states) + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
 SHORTCUTS: Mapping[str, str] = {"attention": "attention_shortcut", "mlp": "mlp_shortcut"}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
-from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY
+from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, SlicedLayer
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
 from structprune.architectures.stock.config import build_config, usable_config
 from structprune.architectures.stock.counts import check_counts
@@ -46,10 +46,9 @@ class StockModel:
     `reader` gives the checkpoint's tensors the names of the stock modules. `config` and `groups` are those of the
     global config; in a per-layer checkpoint each block has its own (`block_configs`, `layout.blocks[i].groups`), and a
     block may lack a sublayer (`removed`). The sublayers of a block read the stream in `stages`. A sliced checkpoint
-    (`sliced`) can be described but not run: its sums pass through matrices that stock layers lack. Code that lies in
-    the checkpoint is never run here. `notes` say what
-    was found that a person should know. Raises UnsupportedError for an unknown family or variant, CheckpointError when
-    tensors are missing or of another shape than the configuration says.
+    (`sliced`) can be run but not pruned: its sums pass through matrices that stock layers lack. Code that lies in the
+    checkpoint is never run here. `notes` say what was found that a person should know. Raises UnsupportedError for an
+    unknown family or variant, CheckpointError when tensors are missing or of another shape than the configuration says.
     """
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
@@ -270,15 +269,15 @@ class StockModel:
         """Build the stock layer `index` from `tensors` (relative names), whose dtype and device it has.
 
         `config` is the block's own unless given. The sublayers in `removed`, and those that the checkpoint lacks, add
-        nothing and take no tensors.
+        nothing and take no tensors. A sliced block is one module around the layer, without sublayers of these names.
         """
-        assert not self.sliced, "the stock layer would ignore the shortcuts"
         own: Any = copy.copy(config or self.block_configs[index])
         if own._attn_implementation == "sdpa":
             own._attn_implementation = TILED
         layer = self._empty_layer(index, own, removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
-        return layer.requires_grad_(False)
+        layer.requires_grad_(False)
+        return SlicedLayer(layer) if self.sliced else layer
 
     def stage_of(self, kind: UnitKind) -> Stage:
         """Return the stage that the sublayer belongs to."""

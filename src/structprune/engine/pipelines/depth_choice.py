@@ -17,9 +17,9 @@ from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import summed_loss
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.losses import summed_losses
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
@@ -188,14 +188,10 @@ def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
 def _losses(context: RunContext, streams: Mapping[int, HiddenStore], num_windows: int) -> dict[int, float]:
     """Compute the mean negative log-likelihood of the windows whose last hidden states are in each store."""
     head = context.stock.load_head(context.device, context.dtype)
-    labels_NS = context.windows.ids_NS[:num_windows, 1:].to(context.device)
+    ids_NS = context.windows.ids_NS[:num_windows]
     losses: dict[int, float] = {}
     for index, store in streams.items():
-        total = 0.0
-        for window in range(num_windows):
-            hidden_SD = store.read(window, window + 1)[0, :-1].to(context.device)
-            total += summed_loss(head, hidden_SD, labels_NS[window])
-        losses[index] = total / labels_NS.numel()
+        losses[index] = summed_losses(head, store, ids_NS, context.device) / ids_NS[:, 1:].numel()
         if not math.isfinite(losses[index]):
             raise NumericalError(
                 "the loss is NaN or infinite", where=f"the model without block {index}", do="use --dtype float32"

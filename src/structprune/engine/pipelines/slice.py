@@ -24,7 +24,7 @@ from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visit
 from structprune.engine.pipelines.slice_settings import kept_width, sliced_shares
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, commit, final_metrics, size_report
+from structprune.engine.run.finalize import Outcome, Result, commit, final_metrics, size_report
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator
@@ -71,18 +71,22 @@ def execute_slice(context: RunContext) -> PruneReport:
     common_DK = None if shortcuts else _common_basis(context, width)
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
     sliced = _slice_blocks(context, writer, width, common_DK)
-    release_free_memory()
-    metrics = final_metrics(context, sliced.outcome)
-    release_free_memory()
-    removed = layout.block_parameters - writer.num_block_parameters
-    writer.write_rest(rotated_head(context, sliced.last_DK))
-    if shortcuts:
-        write_sliced_modeling_file(context.run.checkpoint, stock.family)
-    files = writer.weight_files(context.recipe.max_shard_size)
-    size = size_report(
-        context, files, sliced.outcome, removed_in_blocks=removed, scope_parameters=layout.block_parameters
-    )
-    return commit(context, files, config, sliced.outcome, size, metrics)
+
+    def finish() -> Result:
+        release_free_memory()
+        metrics = final_metrics(context, sliced.outcome)
+        release_free_memory()
+        removed = layout.block_parameters - writer.num_block_parameters
+        writer.write_rest(rotated_head(context, sliced.last_DK))
+        if shortcuts:
+            write_sliced_modeling_file(context.run.checkpoint, stock.family)
+        files = writer.weight_files(context.recipe.max_shard_size)
+        size = size_report(
+            context, files, sliced.outcome, removed_in_blocks=removed, scope_parameters=layout.block_parameters
+        )
+        return Result(files=files, config=config, outcome=sliced.outcome, size=size, metrics=metrics)
+
+    return commit(context, finish)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

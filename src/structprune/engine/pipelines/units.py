@@ -75,7 +75,7 @@ def execute(context: RunContext) -> PruneReport:
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     scope = sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
-    return ranks.broadcast(lambda: finalize(context, writer, config, outcome, scope))
+    return finalize(context, writer, config, outcome, scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         needs_weight_gradients=sensitivity is SensitivityKind.TAYLOR,
         follows_dense=recipe.follows_dense,
         rehearses=recipe.outer_iterations > 0,
-        holds_out=recipe.holds_out,
+        chooses_ridge=recipe.chooses_ridge,
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,

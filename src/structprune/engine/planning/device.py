@@ -61,6 +61,11 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
         Phase.PROPAGATE: running,
         Phase.PERPLEXITY: loss + 2 * request.num_probe * seq_len * hidden * item,
     }
+    if request.held_out_windows:
+        # A block of the result is no larger, but for its shortcuts.
+        shortcuts = 2 * request.sliced_hidden**2 * item if request.slices == "bases" else 0
+        head = loss + 2 * seq_len * hidden * item
+        phases[Phase.HELD_OUT] = max(phases[Phase.EMBED], running + shortcuts, head)
     if request.compares == "boundaries":
         phases[Phase.ANGULAR_DISTANCES] = running + micro_batch * seq_len * hidden * (2 * item + 5 * 4)
     if request.compares == "losses":
@@ -96,7 +101,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
         for kind, parts in by_kind(request.groups).items():
             taken = sum(_sum_bytes(request, part, sums) for part in parts)
             batch = max(activations, *(statistics_bytes(request, part, micro_batch) for part in parts))
-            if request.holds_out and sums == "device":
+            if request.chooses_ridge and sums == "device":
                 # Those of the windows that are fitted, while the others' are taken.
                 taken += sum(group_problem(request, block, part).sums // 2 for part in parts)
             phases[SublayerPhase.STATISTICS.of(kind)] = base + weights + batch + taken

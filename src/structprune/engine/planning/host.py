@@ -3,7 +3,7 @@
 The figures are upper bounds from shapes. They count what this process adds to its size after the libraries are
 imported: one block, one micro-batch of activations, one Gram matrix, the solver's workspace, the hidden states.
 Embeddings and head are each held once, alone: at the start to embed the windows, at the end to copy them and to
-compute two perplexities. One function bounds each stretch of a run; what they add up is in `sizes.py`. What a device
+compute perplexities. One function bounds each stretch of a run; what they add up is in `sizes.py`. What a device
 with memory of its own holds is bounded in `device.py`.
 """
 
@@ -117,12 +117,15 @@ def _refusal(smallest: PrunePlan, device: DevicePlan | None, budget: int) -> Mem
 def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePlan:
     """Plan the run with these settings, whether it fits or not; phases are in the order of the reports."""
     sizes = HostSizes(request=request, choice=choice)
-    phases = _reading(sizes) | _blocks(sizes) | _ends(sizes) | _comparisons(sizes) | _sensitivity(sizes)
+    phases = (
+        _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
+    )
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.needs_statistics:
         for kind, groups in by_kind(request.groups).items():
             phases |= _pruning(sizes, kind, groups)
+    num_ranks = request.num_ranks
     model_bytes, added = sum(request.stored_bytes.values()), _added_by_slicing(sizes)
     return PrunePlan(
         budget_bytes=budget,
@@ -135,7 +138,7 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
         # The result twice: as the run's shards, and as the weight files that are made of them.
         disk_bytes=2 * (model_bytes + added)
         + _disk_to_go_on(sizes)
-        + (sizes.num_stores * sizes.store * request.num_ranks if choice.store == "file" else 0),
+        + (max(sizes.num_stores * sizes.store, sizes.held_out_store) * num_ranks if choice.store == "file" else 0),
         reload=_reload_bound(sizes) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
     )
@@ -168,6 +171,20 @@ def _ends(sizes: HostSizes) -> PhaseBytes:
         Phase.COPY_OUTER: sizes.stores_closed + max(sizes.stored_embeddings, others) + CHUNK_BYTES,
         Phase.PERPLEXITY: sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits,
     }
+
+
+def _held_out(sizes: HostSizes) -> PhaseBytes:
+    """Bound the passes of the held-out windows through the dense model and, after it, through what was written."""
+    request = sizes.request
+    if not request.held_out_windows:
+        return {}
+    # A block of the result is no larger, but for its shortcuts.
+    shortcuts = 2 * request.sliced_hidden**2 * 8 if request.slices == "bases" else 0
+    blocks = sizes.weights + sizes.cast + shortcuts + max(sizes.weights, sizes.activations)
+    embeddings = sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states
+    head = sizes.head + CHUNK_BYTES + sizes.logits + 2 * sizes.micro_batch_states
+    in_memory = sizes.held_out_store if sizes.choice.store == "memory" else 0
+    return {Phase.HELD_OUT: sizes.stores_closed + in_memory + max(blocks, embeddings, head)}
 
 
 def _comparisons(sizes: HostSizes) -> PhaseBytes:

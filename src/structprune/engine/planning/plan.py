@@ -105,7 +105,9 @@ class PlanRequest:
     num_windows: int
     seq_len: int
     num_probe: int
-    """Windows whose perplexity is reported."""
+    """Calibration windows whose perplexity is reported, in-sample."""
+    held_out_windows: int = 0
+    """Windows that both models pass at the end, with nothing else there; 0: there are none."""
     needs_statistics: bool
     needs_sensitivity: bool = False
     """Whether the sensitivity pass brings the gradient of the loss to the consumers' outputs."""
@@ -117,7 +119,7 @@ class PlanRequest:
     sensitivity_windows: int = 0
     rehearses: bool = False
     """Whether passes come before the one that is written."""
-    holds_out: bool = False
+    chooses_ridge: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
     score: str = "wanda"
     """What decides which units stay."""

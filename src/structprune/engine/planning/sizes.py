@@ -91,6 +91,11 @@ class HostSizes:
         return self.request.num_windows * self.request.seq_len * self.hidden * self.item
 
     @cached_property
+    def held_out_store(self) -> int:
+        """Hidden states of the held-out windows at one boundary."""
+        return self.request.held_out_windows * self.request.seq_len * self.hidden * self.item
+
+    @cached_property
     def num_stores(self) -> int:
         """Boundaries whose hidden states are kept at once."""
         return self.request.num_stores or (2 if self.request.follows_dense else 1)

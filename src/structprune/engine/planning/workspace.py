@@ -29,7 +29,7 @@ class GroupProblem:
     score: str
     solves: bool
     """Whether the consumer is solved again, and not only cut."""
-    holds_out: bool
+    chooses_ridge: bool
     judged: bool
     """Whether the answer is also solved without the held-out windows."""
     follows_dense: bool
@@ -67,7 +67,7 @@ class GroupProblem:
     @property
     def sums(self) -> int:
         """The sums over the windows to fit, and those over the held-out ones; what both give is never made."""
-        return (self.gram + self.cross) * (2 if self.holds_out else 1)
+        return (self.gram + self.cross) * (2 if self.chooses_ridge else 1)
 
     @property
     def decide(self) -> int:
@@ -78,7 +78,7 @@ class GroupProblem:
     @property
     def removal_costs(self) -> int:
         """Pricing its removals on the dense model, one after the other, whatever decides later; beside the sums."""
-        return replace(self, score="greedy", holds_out=False, follows_dense=False).decide
+        return replace(self, score="greedy", chooses_ridge=False, follows_dense=False).decide
 
     @property
     def solve(self) -> int:
@@ -120,7 +120,7 @@ class GroupProblem:
         square = max(2 * self._square(self._kept_bound), whole) + self._strip
         # With the second correction the first one's answer is there.
         last = square + self._kept_weight * (2 if self.follows_dense else 1)
-        if not self.holds_out:
+        if not self.chooses_ridge:
             return last
         return max(last, self._trials, self._errors if self.judged else 0)
 

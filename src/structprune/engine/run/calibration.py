@@ -11,24 +11,16 @@ from torch import Tensor
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
-from structprune.calibration.context import SourceContext, WindowStart
+from structprune.calibration.context import SourceContext, WindowRequest, WindowStart
 from structprune.calibration.sources.file import join_turns
 from structprune.kinds import StartToken
 from structprune.types import Render
 
 
 def source_context(
-    stock: StockModel,
-    *,
-    num_samples: int,
-    seq_len: int,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    budget_bytes: int,
-    bos: StartToken,
+    stock: StockModel, wanted: WindowRequest, *, dtype: torch.dtype, device: torch.device, budget_bytes: int
 ) -> SourceContext:
-    """Put together the request for `num_samples` windows with the means of the model `stock`.
+    """Put together the request for windows with the means of the model `stock`.
 
     Raises CheckpointError for a tokenizer that cannot be used, InputError for a start token that it does not have.
     """
@@ -51,10 +43,12 @@ def source_context(
         encode=encoder.encode,
         render=encoder.render,
         sample=sample,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        seed=seed,
-        start=window_start(encoder, bos),
+        num_samples=wanted.num_samples,
+        seq_len=wanted.seq_len,
+        seed=wanted.seed,
+        start=window_start(encoder, wanted.bos),
+        num_held_out=wanted.num_held_out,
+        min_samples=wanted.min_samples,
     )
 
 

@@ -39,7 +39,7 @@ class RunContext(StreamedModel):
     """Unit kinds in scope."""
     calibration_name: str
     num_probe: int
-    """Windows whose perplexity is reported, dense and pruned."""
+    """Calibration windows, the first ones, whose perplexity is reported, dense and pruned: in-sample."""
     started: float
     """`time.perf_counter()` at the start of the run."""
     shared: Path | None = None
@@ -77,7 +77,7 @@ class RunContext(StreamedModel):
 
     @property
     def damping(self) -> float:
-        """The ridge of the decision, and of the solver unless it is chosen on held-out windows."""
+        """The ridge of the decision, and of the solver unless it is chosen on windows kept apart."""
         damping = self.settings(ResolvedUnits).damping
         return _DECISION_DAMPING if damping == "auto" else damping
 
@@ -112,24 +112,24 @@ class RunContext(StreamedModel):
         return self.recipe.protected
 
     @property
-    def num_held_out(self) -> int:
+    def num_validation(self) -> int:
         """Windows, the last ones, whose sums are kept apart to choose the ridge; 0 where it is given."""
-        return max(1, len(self.windows.ids_NS) // 4) if self.recipe.holds_out else 0
+        return max(1, len(self.windows.ids_NS) // 4) if self.recipe.chooses_ridge else 0
 
     @property
     def window_ranges(self) -> tuple[tuple[int, int], ...]:
-        """(first, last) of this rank's windows that are fitted, and of those held out if there are any."""
+        """(first, last) of this rank's windows that are fitted, and of those that choose the ridge if any do."""
         num_windows = len(self.windows.ids_NS)
-        fitted, held_out = (
+        fitted, validation = (
             self.ranks.local_range(0, self.num_fitted),
             self.ranks.local_range(self.num_fitted, num_windows),
         )
-        return (fitted, held_out) if self.num_held_out else (fitted,)
+        return (fitted, validation) if self.num_validation else (fitted,)
 
     @property
     def num_fitted(self) -> int:
-        """Windows, the first ones, that are not held out."""
-        return len(self.windows.ids_NS) - self.num_held_out
+        """Windows, the first ones, that do not choose the ridge."""
+        return len(self.windows.ids_NS) - self.num_validation
 
     @property
     def num_backward(self) -> int:

@@ -1,4 +1,4 @@
-"""The end of every run: perplexities of the calibration text, sizes, report, manifest, index.
+"""The end of every run: perplexities, sizes, manifest, index, report.
 
 Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
 """
@@ -9,13 +9,13 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structprune.architectures.sources.resolve import hub_id, source_commit
 from structprune.architectures.sources.same_tokens import check_same_tokens
@@ -30,11 +30,13 @@ from structprune.engine.planning.forecast import retyped, shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
+from structprune.engine.run.held_out import measure_held_out
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
+from structprune.engine.streaming.losses import summed_loss
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
-from structprune.exporters.runtimes import RuntimeSupport, runtimes
+from structprune.exporters.runtimes import runtimes
 from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
@@ -51,6 +53,7 @@ from structprune.results.schema import (
     CalibrationReport,
     DeviceMemoryReport,
     FilesReport,
+    HeldOutReport,
     MemoryReport,
     MemoryStretch,
     ReachableShares,
@@ -87,6 +90,27 @@ class Outcome:
     """What an earlier run had measured for this one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalMetrics:
+    """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
+
+    dense_perplexity: float
+    pruned_perplexity: float
+    probe: Probe | None
+    """None if the recipe wants no reload check."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """All that is to be committed."""
+
+    files: WeightFiles
+    config: Mapping[str, Any]
+    outcome: Outcome
+    size: SizeReport
+    metrics: FinalMetrics
+
+
 def finalize(
     context: RunContext,
     writer: ModelWriter,
@@ -96,8 +120,20 @@ def finalize(
 ) -> PruneReport:
     """Finish the run behind the last block's shard, where the tensors around the blocks stay as they are.
 
-    `scope_parameters` is what `--sparsity` is a share of. Raises NumericalError if the outputs are not finite.
+    `scope_parameters` is what `--sparsity` is a share of. All ranks call it, and get the report. Raises NumericalError
+    if the outputs are not finite.
     """
+    return commit(context, lambda: _with_outer(context, writer, config, outcome, scope_parameters))
+
+
+def _with_outer(
+    context: RunContext,
+    writer: ModelWriter,
+    config: Mapping[str, Any],
+    outcome: Outcome,
+    scope_parameters: int,
+) -> Result:
+    """Measure the perplexity of the calibration text, and copy what lies around the blocks."""
     release_free_memory()
     with context.meter.phase(Phase.PERPLEXITY):
         metrics = final_metrics(context, outcome)
@@ -110,7 +146,7 @@ def finalize(
     removed = context.stock.layout.num_parameters - writer.num_parameters
     files = writer.weight_files(context.recipe.max_shard_size)
     size = size_report(context, files, outcome, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return commit(context, files, config, outcome, size, metrics)
+    return Result(files=files, config=config, outcome=outcome, size=size, metrics=metrics)
 
 
 def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
@@ -126,26 +162,6 @@ def write_weights(files: WeightFiles, directory: Path, observer: Observer) -> No
     """Put the weight files together; the run's shards stay until the directory has its name."""
     observer.start("write files", len(files.files))
     files.write(directory, observer.advance)
-
-
-@torch.no_grad()
-def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
-    """Sum over tokens of the negative log-likelihood, a few logits at a time; may be NaN or infinite."""
-    total = 0.0
-    for start in range(0, len(hidden_TD), LOGIT_TOKENS):
-        logits_TV = head(hidden_TD[start : start + LOGIT_TOKENS]).float()
-        total += float(nn.functional.cross_entropy(logits_TV, labels_T[start : start + LOGIT_TOKENS], reduction="sum"))
-    return total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinalMetrics:
-    """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
-
-    dense_perplexity: float
-    pruned_perplexity: float
-    probe: Probe | None
-    """None if the recipe wants no reload check."""
 
 
 @torch.no_grad()
@@ -190,16 +206,43 @@ def size_report(
     )
 
 
-def commit(
-    context: RunContext,
-    files: WeightFiles,
-    config: Mapping[str, Any],
-    outcome: Outcome,
-    size: SizeReport,
-    metrics: FinalMetrics,
-) -> PruneReport:
-    """Write config, companions, manifest and weights, load them, write report and card, and make it the output."""
-    checkpoint = context.run.checkpoint
+def commit(context: RunContext, finish: Callable[[], Result]) -> PruneReport:
+    """Write what `finish` returns, load it, measure it on held-out windows, report, and make it the output.
+
+    All ranks call it, and get the report; `finish` is called on the first one.
+    """
+    ranks = context.ranks
+    made: list[_Written] = []
+    ranks.broadcast(lambda: made.append(_written(context, finish())))
+    model = made[0].model if made else StockModel(CheckpointReader(context.run.checkpoint))
+    held_out = measure_held_out(context, model)
+    return ranks.broadcast(lambda: _complete(context, made[0], held_out))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A result in the run's directory, with its weights and without its report."""
+
+    result: Result
+    beside: FolderFiles
+    model: StockModel
+    reload: ReloadReport
+
+
+def _written(context: RunContext, result: Result) -> _Written:
+    """Write all but the report, and load it: what does not load, or predicts otherwise, is measured no further."""
+    beside = _write_files(context, result)
+    # Reads every header back and compares it with the new config: what was written is what stock code expects.
+    model = StockModel(CheckpointReader(context.run.checkpoint))
+    context.meter.mark("write files")
+    with context.meter.paused():
+        reload = check_reload(context, context.run, result.files, result.metrics.probe, context.observer)
+    return _Written(result=result, beside=beside, model=model, reload=reload)
+
+
+def _write_files(context: RunContext, result: Result) -> FolderFiles:
+    """Write config, companions and weights; the manifest and what a reader is told come when all is measured."""
+    checkpoint, config = context.run.checkpoint, result.config
     if (start := context.run.start) is not None:
         check_unchanged(context.reader.content_files, start["source_contents"])
     beside = write_companions(
@@ -210,28 +253,55 @@ def commit(
         same_width=config.get("hidden_size") == context.reader.config.get("hidden_size"),
     )
     check_same_tokens(context.reader.directory, checkpoint, context.stock.config)
-    calibration = _calibration_report(context, metrics)
+    write_weights(result.files, checkpoint, context.observer)
+    return beside
+
+
+def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | None) -> PruneReport:
+    """Write the manifest, report and card, and make it the output."""
+    checkpoint, result = context.run.checkpoint, written.result
+    calibration = _calibration_report(context, result.metrics)
     manifest = {
         "structprune": importlib.metadata.version("structprune"),
         "recipe": context.recipe.model_dump(mode="json"),
         "source_fingerprint": context.reader.fingerprint(),
+        "held_out": None if held_out is None else held_out.model_dump(mode="json"),
         "calibration": calibration.model_dump(mode="json"),
-        "kept_indices": outcome.kept_indices,
+        "kept_indices": result.outcome.kept_indices,
         "versions": versions(),
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
-    write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, outcome.widths)))
-    write_weights(files, checkpoint, context.observer)
-    # Reads every header back and compares it with the new config: what was written is what stock code expects.
-    written = StockModel(CheckpointReader(checkpoint))
-    # Taken before: the other process's memory is in its own entry.
+    write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, result.outcome.widths)))
     context.meter.mark("finish")
-    memory = _memory_report(context)
-
-    reload = check_reload(context, context.run, files, metrics.probe, context.observer)
     # The shape of what lies there, not of what was planned.
-    shape = shape_of(written, context.recipe, config)
-    report = _report(context, written, memory, outcome, size, calibration, reload, runtimes(shape), beside)
+    shape = shape_of(written.model, context.recipe, result.config)
+    layout, adapter = context.stock.layout, context.reader.adapter
+    report = PruneReport(
+        output=str(context.run.output),
+        source=context.source,
+        source_fingerprint=context.reader.fingerprint(),
+        source_commit=source_commit(context.reader.directory),
+        adapter=None if adapter is None else AdapterReport(**asdict(adapter)),
+        family=layout.family,
+        method=context.method.name,
+        recipe=context.recipe,
+        device=str(context.device),
+        compute_dtype=str(context.dtype).removeprefix("torch."),
+        held_out=held_out,
+        calibration=calibration,
+        size=result.size,
+        memory=_memory_report(context),
+        blocks=result.outcome.reports,
+        reused=result.outcome.reused,
+        reload=written.reload,
+        num_ranks=context.ranks.size,
+        runtimes=[RuntimeReport(**asdict(support)) for support in runtimes(shape)],
+        notes=(*layout.notes, *retyped(layout.config, written.model.layout.config)),
+        files=FilesReport(**asdict(written.beside)),
+        same_tokens=True,
+        wall_seconds=time.perf_counter() - context.started,
+        versions=versions(),
+    )
     write_json(checkpoint / REPORT_NAME, report.to_dict())
     write_text(checkpoint / PAGE_NAME, prune_page(report))
     source = source_metadata(context.reader.directory, context.reader.config)
@@ -245,7 +315,7 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
         name=context.calibration_name,
         description=context.windows.description,
         start=context.windows.start,
-        fingerprint=fingerprint(context.windows),
+        fingerprint=fingerprint(context.windows.ids_NS),
         num_windows=context.windows.ids_NS.shape[0],
         seq_len=context.windows.ids_NS.shape[1],
         perplexity_windows=context.num_probe,
@@ -288,42 +358,3 @@ def versions() -> dict[str, str]:
         "safetensors": importlib.metadata.version("safetensors"),
         "python": platform.python_version(),
     }
-
-
-def _report(
-    context: RunContext,
-    written: StockModel,
-    memory: MemoryReport,
-    outcome: Outcome,
-    size: SizeReport,
-    calibration: CalibrationReport,
-    reload: ReloadReport,
-    supports: Sequence[RuntimeSupport],
-    beside: FolderFiles,
-) -> PruneReport:
-    layout = context.stock.layout
-    return PruneReport(
-        output=str(context.run.output),
-        source=context.source,
-        source_fingerprint=context.reader.fingerprint(),
-        source_commit=source_commit(context.reader.directory),
-        adapter=None if context.reader.adapter is None else AdapterReport(**asdict(context.reader.adapter)),
-        family=layout.family,
-        method=context.method.name,
-        recipe=context.recipe,
-        device=str(context.device),
-        compute_dtype=str(context.dtype).removeprefix("torch."),
-        calibration=calibration,
-        size=size,
-        memory=memory,
-        blocks=outcome.reports,
-        reused=outcome.reused,
-        reload=reload,
-        num_ranks=context.ranks.size,
-        runtimes=[RuntimeReport(**asdict(support)) for support in supports],
-        notes=(*layout.notes, *retyped(layout.config, written.layout.config)),
-        files=FilesReport(**asdict(beside)),
-        same_tokens=True,
-        wall_seconds=time.perf_counter() - context.started,
-        versions=versions(),
-    )

@@ -24,12 +24,15 @@ from structprune.runs.contents import file_contents, sums
 from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
 
 _WINDOWS = "windows"
+# Tensors of the file that keeps them.
+_IDS, _HELD_OUT = "ids", "held_out"
 _PARTS = {
     "recipe": "with other settings",
     "source": "from another source checkpoint",
     "source_files": "from another source checkpoint (a file holds something else)",
     "versions": "by other versions",
     "windows": "on another calibration text",
+    "held_out": "with other held-out windows",
 }
 
 
@@ -126,7 +129,9 @@ def begin_or_go_on(
     same = identity(reader, recipe, start.asked, before)
     budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory or None), recipe.num_samples
     if before is not None:
-        check_same(before, {**same, "windows": before["windows"]}, run.staging)
+        # What the windows are is not known yet.
+        unknown = {name: before.get(name) for name in ("windows", "held_out")}
+        check_same(before, {**same, **unknown}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.
         budgets = Budgets(host=before["budget_bytes"], device=before["device_budget_bytes"])
     chosen = plan(budgets, num_samples)
@@ -135,17 +140,19 @@ def begin_or_go_on(
         found = read_windows(chosen)
         _keep_windows(run, *found)
     name, windows = found
-    digest = fingerprint(windows)
+    same |= {
+        "windows": fingerprint(windows.ids_NS),
+        "held_out": "none" if windows.held_out_NS is None else fingerprint(windows.held_out_NS),
+    }
     check_free_disk(run.output, chosen.disk_bytes - run.used_bytes())
     if len(windows.ids_NS) < num_samples:
         chosen = plan(budgets, len(windows.ids_NS))
     if before is not None:
-        check_same(before, {**same, "windows": digest}, run.staging)
+        check_same(before, same, run.staging)
         run.go_on()
     else:
         run.begin(
             **same,
-            windows=digest,
             budget_bytes=chosen.budgets.host,
             device_budget_bytes=chosen.budgets.device,
             model=start.model,
@@ -158,9 +165,11 @@ def begin_or_go_on(
 def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
     """Store the windows for a resumed run: they may have been sampled, or their text may be gone by then."""
     path = run.staging / WINDOWS_NAME
-    save_file({"ids": windows.ids_NS.contiguous()}, path)
+    held_out = {} if windows.held_out_NS is None else {_HELD_OUT: windows.held_out_NS.contiguous()}
+    save_file({_IDS: windows.ids_NS.contiguous(), **held_out}, path)
     text = file_sum(Path(name)) if Path(name).is_file() else None
-    run.journal.record(_WINDOWS, [path], name=name, description=windows.description, start=windows.start, text=text)
+    values = {"description": windows.description, "start": windows.start, "set_apart": windows.set_apart}
+    run.journal.record(_WINDOWS, [path], name=name, text=text, **values)
 
 
 def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
@@ -180,5 +189,11 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
             where=str(path),
             do=f"put the text back, remove {run.staging} to start again, or choose another -o",
         )
-    ids_NS = load_file(run.staging / WINDOWS_NAME)["ids"]
-    return line["name"], CalibrationWindows(ids_NS=ids_NS, description=line["description"], start=line.get("start", ""))
+    tensors = load_file(run.staging / WINDOWS_NAME)
+    return line["name"], CalibrationWindows(
+        ids_NS=tensors[_IDS],
+        description=line["description"],
+        held_out_NS=tensors.get(_HELD_OUT),
+        set_apart=line["set_apart"],
+        start=line["start"],
+    )

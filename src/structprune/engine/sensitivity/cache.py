@@ -96,7 +96,7 @@ def _key(context: RunContext) -> str:
     recipe = context.settings(ResolvedUnits)
     question = {
         "source": context.reader.fingerprint(),
-        "windows": fingerprint(context.windows),
+        "windows": fingerprint(context.windows.ids_NS),
         "sensitivity": context.sensitivity,
         "score": None if context.sensitivity is SensitivityKind.LOSS else context.score,
         "kinds": context.kinds,

@@ -22,7 +22,6 @@ from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.planning.shapes import LOGIT_TOKENS, logit_bytes
 from structprune.engine.streaming.embed import embed_windows
-from structprune.errors import UnsupportedError
 from structprune.evaluation.perplexity import PerplexityResult, PredictionSums, score_predictions
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
@@ -50,16 +49,6 @@ class EvaluationPlan:
     def store(self) -> str:
         """`memory` or `file`: of all hidden states, where one of the models leaves no room for them."""
         return "file" if any(plan.store == "file" for plan in self.plans) else "memory"
-
-
-def check_streamable(stock: StockModel) -> None:
-    """Raise UnsupportedError for a model whose blocks are not stock layers."""
-    if stock.sliced:
-        raise UnsupportedError(
-            "a sliced model with shortcut matrices cannot be run block by block: stock layers lack the shortcuts",
-            where=str(stock.reader.directory),
-            do="evaluate it without --stream, or slice with --structure uniform",
-        )
 
 
 def plan_evaluation(
