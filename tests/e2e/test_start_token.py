@@ -41,7 +41,7 @@ TEMPLATES = {
 
 def with_template(directory: Path, name: str, **changes: Any) -> Path:
     """`directory` with a tokenizer that puts these tokens around a text."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     pieces, _ = TEMPLATES[name]
     special = [(token, int(tokenizer.convert_tokens_to_ids(token))) for token in ("<s>", "!")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
@@ -175,7 +175,7 @@ def test_a_tokenizer_without_one(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_start_token_beyond_the_embedding(text_file: Path, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<far>", "additional_special_tokens": ["<a>", "<b>", "<c>", "<d>"]})
     source = save_tiny("llama", tmp_path / "source")
     far = int(tokenizer.convert_tokens_to_ids("<d>"))
