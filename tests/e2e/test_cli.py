@@ -215,6 +215,9 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "sensitivity_samples": 3,
         "tensor_parallel": 1,
         "max_shard_size": 2 * 10**9,
+        "output_dtype": "bfloat16",
+        "bos": "yes",
+        "merge_adapter": "none",
         "reload_check": False,
     }
     flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
@@ -350,6 +353,7 @@ def test_eval_is_the_stock_perplexity(
         "kl_to_reference": None,
         "top1_agreement": None,
         "reference_perplexity": None,
+        "start": "",
         "seq_len": seq_len,
         "stride": seq_len,
         "num_windows": num_windows,

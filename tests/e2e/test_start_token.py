@@ -42,7 +42,7 @@ TEMPLATES = {
 
 def with_template(directory: Path, name: str, **changes: Any) -> Path:
     """`directory` with a tokenizer that puts these tokens around a text."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     pieces, _ = TEMPLATES[name]
     special = [(token, int(tokenizer.convert_tokens_to_ids(token))) for token in ("<s>", "!")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
@@ -153,7 +153,7 @@ def test_a_text_that_begins_with_it_itself_has_it_once(tmp_path: Path) -> None:
     source = with_template(save_tiny("llama", tmp_path / "source"), "start", chat_template=template)
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": [{"role": "user", "content": "x" * 62}]}) + "\n")
-    report = prune(source, recipe(chats, num_samples=9), tmp_path / "out")
+    report = prune(source, recipe(chats, num_samples=9, held_out=0), tmp_path / "out")
     wanted = torch.full((2, 32), int(text_ids_of(source, "x")))
     wanted[:, 0] = START
     assert report.calibration.fingerprint == hashlib.sha256(wanted.numpy().tobytes()).hexdigest()
@@ -179,7 +179,7 @@ def test_a_tokenizer_without_one(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_start_token_beyond_the_embedding(text_file: Path, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<far>", "additional_special_tokens": ["<a>", "<b>", "<c>", "<d>"]})
     source = save_tiny("llama", tmp_path / "source")
     far = int(tokenizer.convert_tokens_to_ids("<d>"))

@@ -25,7 +25,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give options that may stand without a value the one that this means."""
         spelled: list[str] = []
-        for argument, following in zip(args, [*args[1:], "-"], strict=True):
+        for argument, following in zip(args, [*args, "-"][1:], strict=True):
             spelled.append(argument)
             if argument in _BARE and following.startswith("-"):
                 spelled.append(_BARE[argument])
