@@ -12,7 +12,14 @@ from rich.text import Text
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import BlockReport, DeviceMemoryReport, MemoryReport, PruneFacts, ReloadReport
+from structprune.results.schema import (
+    BlockReport,
+    DeviceMemoryReport,
+    FilesReport,
+    MemoryReport,
+    PruneFacts,
+    ReloadReport,
+)
 from structprune.solvers import SOLVERS
 
 UNITS = {
@@ -55,20 +62,19 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
-        *_beside_the_weights(report),
+        *beside_the_weights(report.files),
+        *([("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
 
 
-def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:
+def beside_the_weights(files: FilesReport | None) -> list[tuple[str, str]]:
     """Name the files that the source had beside its weights; nothing in reports of earlier versions."""
-    if report.files is None:
+    if files is None:
         return []
-    left = "; ".join(f"{name} ({reason})" for name, reason in report.files.left_out.items())
-    carried = f"{len(report.files.carried)} files carried over, left out: {left or 'none'}"
-    same = [("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []
-    return [("beside the weights", carried), *same]
+    left = "; ".join(f"{name} ({reason})" for name, reason in files.left_out.items())
+    return [("beside the weights", f"{len(files.carried)} files carried over, left out: {left or 'none'}")]
 
 
 def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:
