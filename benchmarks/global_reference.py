@@ -28,6 +28,7 @@ from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.sampler import draw_tokens
 from structprune.calibration.context import SourceContext, draw_windows
+from structprune.engine.run.calibration import window_start
 from structprune.evaluation.perplexity import perplexity, text_windows
 from structprune.memory import PeakMeter
 from structprune.methods.structprune import STRUCTPRUNE
@@ -216,7 +217,9 @@ def main() -> None:
             seconds = time.perf_counter() - started
             peak = meter.peak_so_far()
         text = valid.read_text(encoding="utf-8")
-        result = perplexity(model, text_windows(model, encoder, text, str(valid), 1024, 16), str(valid))
+        start, positions = window_start(encoder, "auto"), model.config.max_position_embeddings
+        windows_NS = text_windows(positions, encoder, text, str(valid), 1024, 16, start)
+        result = perplexity(model, windows_NS, str(valid))
         row = {
             "method": "global reference",
             "sparsity": sparsity,

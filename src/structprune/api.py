@@ -7,7 +7,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import gguf_file, open_model
+from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows
@@ -17,12 +19,12 @@ from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
-from structprune.engine.run.calibration import source_context
+from structprune.engine.run.calibration import source_context, window_start
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
 from structprune.engine.run.identity import RunRequest, begin_or_go_on, find_request
-from structprune.errors import InputError, UnsupportedError
+from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
 from structprune.exporters.push import push as push_directory
@@ -47,6 +49,18 @@ _EXPORT_SPARE = len("..tmp-4194304")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSize:
+    """Bytes of the weight files, before and after."""
+
+    bytes_before: int
+    bytes_after: int
+    exact: bool
+    """Whether it is what the files will have; else what remains if just the asked share goes."""
+    dtypes: list[str]
+    """What the weights will be stored in, that of the most bytes first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """What a run would do, from headers and settings alone."""
 
@@ -58,6 +72,9 @@ class RunPlan:
     forecast: Forecast
     runtimes: list[RuntimeSupport]
     """Who will load the result."""
+    size: PlannedSize
+    start: str | None
+    """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
 
 
 def plan(model: str | Path, recipe: Recipe) -> RunPlan:
@@ -75,6 +92,40 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         plan=plan_run(resolved, resolved.recipe.num_samples),
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
+        size=_planned_size(resolved),
+        start=_planned_start(resolved),
+    )
+
+
+def _planned_start(resolved: ResolvedRun) -> str | None:
+    """Find what windows will begin with. Raises InputError for a start token that the tokenizer does not have."""
+    stock = resolved.stock
+    try:
+        encoder = TextEncoder(stock.reader.directory, stock.layout.vocab_size, stock.config)
+        return window_start(encoder, resolved.recipe.bos).text
+    except CheckpointError:
+        # Without a tokenizer there is still much to plan.
+        return None
+
+
+def _planned_size(resolved: ResolvedRun) -> PlannedSize:
+    recipe, reader, layout = resolved.recipe, resolved.stock.reader, resolved.stock.layout
+    after = resolved.forecast.num_bytes(recipe.max_shard_size)
+    in_scope = {
+        block.prefix + name
+        for block in layout.blocks
+        for group in block.groups
+        if group.kind in resolved.kinds
+        for name in block.shapes
+        if name.startswith(group.module_prefix)
+    }
+    return PlannedSize(
+        bytes_before=reader.file_bytes,
+        bytes_after=reader.num_bytes(layout.tensors) - round(recipe.sparsity * reader.num_bytes(in_scope))
+        if after is None
+        else after,
+        exact=after is not None,
+        dtypes=reader.dtype_names(layout.tensors),
     )
 
 
@@ -244,6 +295,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
         device=resolved.device,
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
+        bos=recipe.bos,
     )
     return load_windows(recipe.calibration, source, observer.note)
 
@@ -265,14 +317,19 @@ def recover(
     return recover_model(student, teacher, settings, output, observer or SilentObserver())
 
 
-def inspect(model: str | Path) -> ModelLayout:
-    """Describe the blocks of `model`, the units that can be removed from them, and their sizes. Reads headers only."""
-    return inspect_with_runtimes(model)[0]
+def inspect(model: str | Path, *, merge_adapter: str = NO_ADAPTER) -> ModelLayout:
+    """List the blocks of `model`, what can be removed from them, and their sizes; reads headers only.
+
+    `merge_adapter` is the folder of a LoRA adapter that is merged into it, or `beside`.
+    """
+    return inspect_with_runtimes(model, merge_adapter)[0]
 
 
-def inspect_with_runtimes(model: str | Path) -> tuple[ModelLayout, list[RuntimeSupport]]:
-    """Return what `inspect` returns, and which runtimes load `model` as it is, as far as that is known."""
-    stock = StockModel(open_model(str(model)))
+def inspect_with_runtimes(
+    model: str | Path, merge_adapter: str = NO_ADAPTER
+) -> tuple[ModelLayout, list[RuntimeSupport]]:
+    """Return what `inspect` says, and the runtimes that load `model` as it is, as far as known."""
+    stock = StockModel(open_model(str(model), adapter=merge_adapter))
     return stock.layout, runtimes(shape_of(stock, Recipe(), stock.layout.config))
 
 
@@ -283,10 +340,12 @@ def export(
     format: str = "gguf",
     dtype: str = "stored",
     tokenizer_gguf: str | Path | None = None,
+    merge_adapter: str = NO_ADAPTER,
     observer: Observer | None = None,
 ) -> ExportResult:
     """Write `model` (an output of `prune`, or any model that `prune` takes) for another runtime: `gguf`, `onnx`.
 
+    `merge_adapter` is the folder of a LoRA adapter that is merged into it first, or `beside`.
     In a GGUF file the tokenizer of a model that came from another one is copied from there, as `tokenizer_gguf` would
     be. Raises a subclass of StructPruneError; the output appears whole or not at all.
     """
@@ -297,7 +356,7 @@ def export(
     path = expand_user(str(output))
     check_path(path, "the export", spare=_EXPORT_SPARE)
     check_absent(path)
-    reader = open_model(str(model))
+    reader = open_model(str(model), adapter=merge_adapter)
 
     def start(total: int) -> None:
         observer.start("write", total)

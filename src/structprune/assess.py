@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.context import WindowStart
 from structprune.calibration.select import held_out_text
-from structprune.engine.run.calibration import renderer
+from structprune.engine.run.calibration import renderer, window_start
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, check_streamable, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
@@ -22,6 +24,7 @@ from structprune.evaluation.generation import generate_text
 from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, quartiles, speed_pair
 from structprune.evaluation.zero_shot import TaskRunner
+from structprune.kinds import StartToken
 from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
@@ -35,12 +38,16 @@ class EvaluationRequest:
 
     texts: Sequence[str | Path] = ()
     """Text or jsonl files, or the names of held-out passages, boolq and sciq."""
+    merge_adapter: str = NO_ADAPTER
+    """Folder of a LoRA adapter that is merged into the model, or `beside`."""
     against: str | Path | None = None
     """Another model, of the same vocabulary: how far are the predictions from its?"""
     seq_len: int = 2048
     """Tokens per window; stride the same."""
     max_windows: int | None = None
     """Only the first so many windows of each text."""
+    bos: StartToken = "auto"
+    """Whether every window begins with the model's start token, as `--bos` of `prune`."""
     tasks: Sequence[str] = ()
     """Zero-shot tasks by lm-eval's names."""
     tasks_dir: str | Path | None = None
@@ -99,7 +106,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> TextResult:
-    """Measure the perplexity of `model` on `text`, a file or a name; see `evaluate_all`."""
+    """Measure the perplexity of `model` on `text`, a file or a name; `evaluate_all` takes every setting."""
     request = EvaluationRequest(
         texts=[text],
         against=against,
@@ -116,9 +123,9 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     """Measure all that `request` asks of `model`, loaded by stock transformers or streamed. Raises StructPruneError."""
     bound_hidden_memory()
     request.check()
-    recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len)
+    recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len, bos=request.bos)
     memory = None if request.memory is None else parse_bytes(request.memory)
-    render = renderer(open_model(str(model)).directory)
+    render = renderer(open_model(str(model), adapter=request.merge_adapter).directory)
     texts = [(str(path), held_out_text(path, render)) for path in request.texts]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
@@ -131,10 +138,16 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
         if request.stream:
             results, planned = _streamed(models, request, texts, memory, device, dtype, observer or SilentObserver())
         else:
-            loaded, encoder = load_with_tokenizer(model, device, dtype)
+            loaded, encoder = load_with_tokenizer(model, device, dtype, request.merge_adapter)
             results = _in_memory(loaded, encoder, request, texts, device, dtype)
             if runner is not None:
-                scores = runner.run(loaded, encoder.tokenizer, limit=request.task_limit, batch_size=request.batch_size)
+                scores = runner.run(
+                    loaded,
+                    encoder.tokenizer,
+                    limit=request.task_limit,
+                    batch_size=request.batch_size,
+                    starts=_tasks_start(encoder, request.bos),
+                )
                 tasks = [TaskResult(**asdict(score)) for score in scores]
     return Evaluation(
         model=str(model),
@@ -159,23 +172,26 @@ def _in_memory(
     dtype: torch.dtype,
 ) -> list[PerplexityResult]:
     limit = loaded.config.max_position_embeddings
-    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    start = window_start(encoder, request.bos)
+    windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     other: Any = None
     if request.against is not None:
         other, _ = load_with_tokenizer(request.against, device, dtype)
         _check_same_vocabulary(loaded.config.vocab_size, other.config.vocab_size)
-    return [
+    found = [
         perplexity(
             loaded, text.ids_NS, text.name, reference=None if other is None else make_reference(other, text.ids_NS)
         )
         for text in windows
     ]
+    return [replace(result, start=start.text) for result in found]
 
 
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
     """Open the reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
-    names = [model] if request.against is None else [request.against, model]
-    models = [StockModel(open_model(str(name))) for name in names]
+    readers = [] if request.against is None else [open_model(str(request.against))]
+    readers.append(open_model(str(model), adapter=request.merge_adapter))
+    models = [StockModel(reader) for reader in readers]
     for stock in models:
         check_streamable(stock)
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
@@ -194,16 +210,31 @@ def _streamed(
     """Evaluate the models one block at a time; return the results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
     encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size)
-    windows = [_windows(limit, encoder, request, name, content) for name, content in texts]
+    start = window_start(encoder, request.bos)
+    windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     del encoder
     num_windows = sum(len(text.ids_NS) for text in windows)
     plan = plan_evaluation(models, num_windows, request.seq_len, dtype, memory)
     results = evaluate_streamed(models, windows, plan, device=device, dtype=dtype, observer=observer)
-    return results, plan.peak_bytes
+    return [replace(result, start=start.text) for result in results], plan.peak_bytes
 
 
-def _windows(limit: int, encoder: TextEncoder, request: EvaluationRequest, name: str, content: str) -> TextWindows:
-    ids_NS = text_windows(limit, encoder, content, name, request.seq_len, request.max_windows)
+def _tasks_start(encoder: TextEncoder, bos: StartToken) -> bool:
+    """Whether prompts of tasks begin with the start token. Raises InputError for one that the tokenizer does not add.
+
+    lm-eval leaves that to the tokenizer.
+    """
+    if bos == "yes" and not encoder.start_ids("auto"):
+        raise InputError(
+            "tasks are encoded by the tokenizer, which adds no start token", got="--bos yes", wanted="--bos auto or no"
+        )
+    return bool(encoder.start_ids(bos))
+
+
+def _windows(
+    limit: int, encoder: TextEncoder, request: EvaluationRequest, start: WindowStart, name: str, content: str
+) -> TextWindows:
+    ids_NS = text_windows(limit, encoder, content, name, request.seq_len, request.max_windows, start)
     return TextWindows(name=name, ids_NS=ids_NS)
 
 
@@ -216,10 +247,12 @@ def _check_same_vocabulary(vocab_size: int, other: int) -> None:
         )
 
 
-def load_with_tokenizer(model: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, TextEncoder]:
-    """Load the stock model in evaluation mode and its tokenizer. Raises StructPruneError."""
+def load_with_tokenizer(
+    model: str | Path, device: torch.device, dtype: torch.dtype, adapter: str = NO_ADAPTER
+) -> tuple[Any, TextEncoder]:
+    """Load the stock model in evaluation mode, `adapter` merged, and its tokenizer. Raises StructPruneError."""
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
-    reader = open_model(str(model))
+    reader = open_model(str(model), adapter=adapter)
     loaded = load_model(reader, device, dtype)
     return loaded, TextEncoder(reader.directory, loaded.get_input_embeddings().num_embeddings)
 
@@ -228,12 +261,14 @@ def bench(
     model: str | Path,
     request: SpeedRequest | None = None,
     *,
+    merge_adapter: str = NO_ADAPTER,
     against: str | Path | None = None,
     also: Sequence[str | Path] = (),
     advance: Callable[[str], None] = lambda text: None,
 ) -> Bench:
     """Measure prefill and decode speed, memory and size of `model`, at every batch size and prompt length.
 
+    `merge_adapter` is the folder of a LoRA adapter that is merged into `model` first, or `beside`.
     With `against` both models are in memory and timed in turn, and speeds are given as ratios too; models in `also` are
     measured beside them in the same way. `advance` hears of each point of the grid. Raises StructPruneError.
     """
@@ -245,7 +280,7 @@ def bench(
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError("two of the models are the same", got=twice[0], do="name each one once")
     # Headers of all first: a model that is not there is refused before the other is loaded.
-    readers = {name: open_model(name) for name in names}
+    readers = {name: open_model(name, adapter=merge_adapter if name == str(model) else NO_ADAPTER) for name in names}
     loaded = {name: load_model(reader, target, compute_dtype) for name, reader in readers.items()}
     for name, one in loaded.items():
         _check_positions(name, one, max(request.prompts) + request.decode_tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
+StartToken = Literal["auto", "yes", "no"]
+"""Whether windows of a text begin with the model's start token; auto: as its tokenizer does."""
 UnitKind = Literal["attention", "mlp"]
 HeadUnits = Literal["kv-group", "query-head", "value-channel"]
 """What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a

@@ -206,6 +206,11 @@ class ModelLayout:
     def block_parameters(self) -> int:
         return sum(b.num_parameters for b in self.blocks)
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Checkpoint names of all tensors."""
+        return (*self.outer_tensors, *(block.prefix + name for block in self.blocks for name in block.shapes))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:

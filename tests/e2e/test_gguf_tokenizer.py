@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from structprune.api import export
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.architectures.sources.gguf_pretokenizers import PRE_TOKENIZERS
+from structprune.errors import StructPruneError
 from support.gguf_files import copy_gguf
 from support.llama_runtime import run_llama
 
@@ -76,3 +77,85 @@ def test_a_byte_level_tokenizer_cuts_text_as_llama_cpp_does(name: str, plain: Pa
     # The exact strings of special tokens in a text.
     marked = run_llama(path, PROMPTS[:1], VOCAB, texts=SPECIAL, parse_special=True).tokens
     assert ids(path, SPECIAL) == marked
+
+
+SPACE = "\u2581"
+PIECES = [
+    *("a", "b", "e", "h", "l", "o", "i", "t", "r", "n", "d", "1", "2", "3", ",", ".", SPACE, "\u00e9", "\u4f60"),
+    *("he", "ll", "hell", "hello", f"{SPACE}a", f"{SPACE}h", f"{SPACE}he", f"{SPACE}hello", "ab", "in", "it", "ti"),
+    *(f"{SPACE}{SPACE}", f"{SPACE}{SPACE}{SPACE}", "12", "23", "th", "the", f"{SPACE}the", "er", "re", "en", "nd"),
+]
+SPM_TEXTS = [
+    *("hello hello", " hello", "  a  ab\tb", "the 123 23 12 1 3", "her there render", "\u00e9t\u00e9 \u4f60\u597d"),
+    *("nothing, it is the end.", "\U0001f642 hello\n\nthe", "   ", "abababab lllll", "tititi iti", "x", "hell o"),
+]
+
+
+@pytest.fixture(scope="module")
+def scored(plain: Path) -> Path:
+    """The same model with SentencePiece's tokens: special ones, every byte, pieces with scores, a marked word."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES, "[word]"]
+    types = [2, 3, 3, *[6] * 256, *[1] * len(PIECES), 4]
+    # Longer pieces are not always the better ones.
+    scores = [0.0] * 259 + [-float((7 * index) % len(PIECES)) for index in range(len(PIECES))] + [0.0]
+    rest = VOCAB - len(tokens)
+    tokens += [f"[unused{index}]" for index in range(rest)]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores + [-1000.0] * rest,
+        "tokenizer.ggml.token_type": types + [5] * rest,
+        "tokenizer.ggml.merges": None,
+        **{
+            f"tokenizer.ggml.{name}_token_id": (index, gguf.GGUFValueType.UINT32)
+            for name, index in (("unknown", 0), ("bos", 1), ("eos", 2))
+        },
+    }
+    return copy_gguf(plain, plain.with_name("scored.gguf"), keys=keys)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_with_scores_merges_as_llama_cpp_does(prefix: bool, scored: Path, tmp_path: Path) -> None:
+    path = copy_gguf(scored, tmp_path / "a.gguf", keys={"tokenizer.ggml.add_space_prefix": prefix})
+    wanted = run_llama(path, PROMPTS[:1], VOCAB, texts=SPM_TEXTS).tokens
+    for text, found, right in zip(SPM_TEXTS, ids(path, SPM_TEXTS), wanted, strict=True):
+        assert found == right, text
+    marked = ["[word]the", "a[word] b", "the<s>the</s>"]
+    special = run_llama(path, PROMPTS[:1], VOCAB, texts=marked, parse_special=True).tokens
+    assert ids(path, marked[:2]) == special[:2]
+
+
+@pytest.mark.parametrize("kind", ["plain", "scored"])
+@pytest.mark.parametrize(("bos", "eos"), [(None, None), (True, False), (False, False), (True, True), (False, True)])
+def test_tokens_at_the_ends(
+    kind: str, bos: bool | None, eos: bool | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """What stands before and behind a text, by the file's keys, or by what is usual where it has none."""
+    keys = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
+    path = copy_gguf(request.getfixturevalue(kind), tmp_path / "a.gguf", keys=keys)
+    texts = ["hello the", "ab"]
+    assert (
+        ids(path, texts, add_special_tokens=True)
+        == run_llama(path, PROMPTS[:1], VOCAB, texts=texts, add_special=True).tokens
+    )
+
+
+def test_tokenizers_that_cannot_be_read(plain: Path, scored: Path, tmp_path: Path) -> None:
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (plain, {"tokenizer.ggml.model": "t5"}, "this kind of tokenizer .* got t5, wanted gpt2 or llama"),
+        (plain, {"tokenizer.ggml.pre": "nobody's"}, 'no known way to cut text; got tokenizer.ggml.pre "nobody\'s"'),
+        (plain, {"tokenizer.ggml.merges": ["zz yy"]}, "a merge of tokens that it lacks; got 'zz yy'"),
+        (plain, {"tokenizer.ggml.tokens": ["a", "a"]}, "a token twice; got 'a'"),
+        (
+            plain,
+            {"tokenizer.ggml.tokens": [str(n) for n in range(VOCAB + 1)]},
+            f"got {VOCAB + 1}, wanted at most {VOCAB}",
+        ),
+        (scored, {"tokenizer.ggml.scores": [0.5]}, "tokenizer.ggml.scores is too short; got 1, wanted 900"),
+        (scored, {"tokenizer.ggml.scores": None}, "SentencePiece tokenizer has no scores"),
+    ]
+    for number, (source, keys, message) in enumerate(cases):
+        path = copy_gguf(source, tmp_path / f"{number}.gguf", keys=keys)
+        with pytest.raises(StructPruneError, match=message):
+            open_gguf(path)

@@ -144,6 +144,9 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
 def test_an_adapter_is_never_ignored(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"an adapter and no model; got {name}"):
+        check_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=rf"an adapter lies beside the weights.*; got {name}"):
         check_folder(tmp_path)
 

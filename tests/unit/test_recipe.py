@@ -50,6 +50,9 @@ CHANGES: dict[str, Any] = {
     "sensitivity_samples": 3,
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
+    "output_dtype": "bfloat16",
+    "bos": "yes",
+    "merge_adapter": "tuned",
     "reload_check": False,
 }
 
@@ -352,7 +355,9 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    assert set(written) - set(earlier) == {"max_shard_size", "widths"} & set(type(resolved).model_fields)
+    assert set(written) - set(earlier) == {"max_shard_size", "output_dtype", "bos", "merge_adapter", "widths"} & set(
+        type(resolved).model_fields
+    )
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
 

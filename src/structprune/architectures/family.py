@@ -132,6 +132,8 @@ class Family:
     """
     experts: Experts | None = None
     """None where a block's MLP is no mixture."""
+    inputs_first: bool = False
+    """Whether linear maps of a block store their weights as (inputs, outputs)."""
     registers_names: bool = False
     """Whether stock code loads the checkpoint's names by a translation, which our modelling file must ask for."""
     renamed: Mapping[str, str] = field(default_factory=dict[str, str])

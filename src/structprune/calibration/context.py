@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.types import Render
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowStart:
+    """The tokens that every window of a text begins with; they count as part of its length."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    """The same as the tokenizer spells them; empty: there are none."""
+
+    def room(self, seq_len: int) -> int:
+        """Return how many tokens of text a window holds. Raises InputError if that is none."""
+        if seq_len <= len(self.ids):
+            raise InputError(
+                "a window has no room beside its start token", got=f"--seq-len {seq_len}", wanted=len(self.ids) + 1
+            )
+        return seq_len - len(self.ids)
+
+    def stripped(self, ids: Tensor) -> Tensor:
+        """Return the tokens of a text without the start that it may have itself, as one by a chat template has."""
+        own = torch.tensor(self.ids, dtype=ids.dtype)
+        return ids[len(own) :] if len(own) and torch.equal(ids[: len(own)], own) else ids
+
+    def before(self, ids_NS: Tensor) -> Tensor:
+        """Return the windows with the start in front of each."""
+        if not self.ids:
+            return ids_NS
+        return torch.cat([torch.tensor(self.ids, dtype=ids_NS.dtype).expand(len(ids_NS), -1), ids_NS], dim=1)
+
+
+NO_START = WindowStart()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +57,8 @@ class SourceContext:
     seed: int
     render: Render | None = None
     """What writes a chat by the model's template; None where it has none."""
+    start: WindowStart = NO_START
+    """What every window is to begin with; a source gives windows without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +67,8 @@ class CalibrationWindows:
 
     ids_NS: Tensor
     description: str
+    start: str = ""
+    """What each begins with, as the tokenizer spells it; empty: with the text itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +86,21 @@ class Source:
     def missing(self) -> list[str]:
         """Modules of `packages` that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+def behind_start(draw: Callable[[SourceContext], CalibrationWindows], context: SourceContext) -> CalibrationWindows:
+    """Let `draw` make windows of the text alone, and put the start in front of each. Raises InputError as it does."""
+    start = context.start
+    encode = context.encode
+    found = draw(
+        replace(
+            context,
+            encode=lambda text: start.stripped(encode(text)),
+            seq_len=start.room(context.seq_len),
+            start=NO_START,
+        )
+    )
+    return replace(found, ids_NS=start.before(found.ids_NS), start=start.text)
 
 
 def consecutive_windows(ids: Tensor, seq_len: int, what: str, where: str) -> Tensor:

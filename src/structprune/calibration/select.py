@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from structprune.calibration import SOURCES
-from structprune.calibration.context import CalibrationWindows, SourceContext
+from structprune.calibration.context import CalibrationWindows, SourceContext, behind_start
 from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.errors import InputError
@@ -21,14 +21,15 @@ def load_windows(
 ) -> tuple[str, CalibrationWindows]:
     """Draw windows of the named source, or of the first of wikitext2, boolq, self that can be had.
 
-    Returns the name that was used. Raises InputError for an unknown name or a text that is too short.
+    Each begins with the context's start. Returns the name that was used. Raises InputError for an unknown name or a
+    text that is too short.
     """
     if name is not None and name != "auto":
         if name in SOURCES:
-            return name, SOURCES.get(name).draw(context)
+            return name, behind_start(SOURCES.get(name).draw, context)
         path = expand_user(name)
         if path.exists() or "/" in name or path.suffix:
-            return str(path), file_windows(path, context)
+            return str(path), behind_start(lambda inner: file_windows(path, inner), context)
         raise InputError(
             f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file"
         )
@@ -40,12 +41,12 @@ def load_windows(
         notify(f"no --calibration given; {preferred} is not tried because HF_HUB_OFFLINE is set")
     else:
         try:
-            return preferred, source.draw(context)
+            return preferred, behind_start(source.draw, context)
         except InputError as error:
             notify(f"no --calibration given; {error}")
     chosen = "boolq" if packed.is_installed() else "self"
     notify(f"calibrating on {chosen}; the domain of this text decides more than the method (docs/footguns.md)")
-    return chosen, SOURCES.get(chosen).draw(context)
+    return chosen, behind_start(SOURCES.get(chosen).draw, context)
 
 
 def held_out_text(name: str | Path, render: Render | None = None) -> str:

@@ -77,16 +77,24 @@ class FolderFiles:
     """Name -> reason."""
 
 
-def check_folder(directory: Path) -> None:
-    """Raise CheckpointError for an adapter beside the weights, and for a pipe or device among the files at the top."""
+def check_folder(directory: Path, *, with_adapter: bool = False) -> None:
+    """Raise CheckpointError for an adapter beside the weights, and for a pipe or device among the files at the top.
+
+    `with_adapter`: one is expected there.
+    """
     for name in ADAPTER_NAMES:
-        if os.path.lexists(directory / name):
+        if os.path.lexists(directory / name) and not with_adapter:
+            alone = not (directory / "config.json").exists()
             raise CheckpointError(
-                "an adapter lies beside the weights; the model that is meant is the two together",
+                "the folder holds an adapter and no model"
+                if alone
+                else "an adapter lies beside the weights; the model that is meant is the two together",
                 where=str(directory),
                 got=name,
-                do="merge it first, with peft's `merge_and_unload` and `save_pretrained`, or move the adapter away if "
-                "the model without it is meant",
+                do=f"name the model that it was trained on, and pass --merge-adapter {directory}"
+                if alone
+                else "pass --merge-adapter beside to merge it, or move the adapter away if the model without it is "
+                "meant",
             )
     if directory.is_dir():
         for path in directory.iterdir():

@@ -7,10 +7,10 @@ of the width that the checkpoint has; only a transposed tensor is in memory twic
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,12 @@ class GgufWeights:
         by_kind = {info.kind: info for info in header.tensors.values()}
         self._dequantisers = {kind: dequantiser(info) for kind, info in by_kind.items()}
 
+    def in_width(self, dtype: torch.dtype) -> GgufWeights:
+        """Return the same file, read in `dtype`."""
+        view = copy.copy(self)
+        view.dtype = dtype
+        return view
+
     def keys(self) -> list[str]:
         """Return the tensors' names in the checkpoint."""
         return list(self._entries)
@@ -99,7 +105,17 @@ class GgufWeights:
         """The files."""
         return self.header.paths
 
-    @cached_property
+    @property
+    def content_files(self) -> tuple[Path, ...]:
+        """None: all that there is to know is in the files of weights."""
+        return ()
+
+    @property
+    def content(self) -> str:
+        """Nothing: sizes tell two files apart as far as those of safetensors do."""
+        return ""
+
+    @property
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read, at most."""
         piece = max(_CHUNK_NUMBERS, *(info.shape[-1] for info in self.header.tensors.values()))

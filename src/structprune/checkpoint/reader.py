@@ -9,17 +9,17 @@ import copy
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
-from structprune.checkpoint.gguf_weights import GgufWeights
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
 
@@ -31,12 +31,71 @@ _CHUNK_BYTES = 16 * 2**20
 # Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
 _MASK_DTYPES = ("BOOL", "U8")
 _MASK_NAMES = ("attn.bias", "attention.bias")
-_DTYPES = {
+STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+"""Name of a dtype in a safetensors file -> dtype."""
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a safetensors file."""
+    return next(code for code, stored in STORED_DTYPES.items() if stored == dtype)
+
+
+class WeightSource(Protocol):
+    """What answers as an open safetensors file does, whatever its tensors are made of."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the tensors' names."""
+        ...
+
+    def get_slice(self, name: str) -> Any:
+        """Return the tensor `name`, of which rows can be read, as a safetensors file has it."""
+        ...
+
+    def in_width(self, dtype: torch.dtype) -> WeightSource:
+        """Return the same, read in `dtype`."""
+        ...
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds the tensor, or most of it."""
+        ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files of weights."""
+        ...
+
+    @property
+    def content_files(self) -> tuple[Path, ...]:
+        """Further files that decide what the weights are."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """What tells two of the same names, shapes and sizes apart; empty where sizes do."""
+        ...
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading holds beside the tensor that is read, at most."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedAdapter:
+    """An adapter that was merged into the weights."""
+
+    path: str
+    content: str
+    """SHA-256 of its weights and settings."""
+    num_updated: int
+    """Tensors that a low-rank product was added to."""
+    num_replaced: int
+    """Tensors that the adapter has in whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +115,16 @@ class CheckpointReader:
     Raises CheckpointError when the configuration, the index or a shard is missing, truncated or inconsistent.
     """
 
-    def __init__(self, directory: Path, weights: GgufWeights | None = None) -> None:
+    def __init__(self, directory: Path, weights: WeightSource | None = None, *, beside_adapter: bool = False) -> None:
         self.directory = directory
+        self.adapter: MergedAdapter | None = None
+        """What is merged into the weights."""
         self.weights = weights
-        check_folder(directory)
+        self.width: torch.dtype | None = None
+        """The dtype that every tensor is read in; None: each in its own."""
+        check_folder(directory, with_adapter=beside_adapter)
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
+        self._source_config = self.config
         check_names_no_code(self.config, str(directory / "config.json"))
         self._pieces: dict[str, _Piece] = {}
         self.notes: tuple[str, ...] = ()
@@ -69,8 +133,20 @@ class CheckpointReader:
         # Renamings one after the other, each a list of (stored, wanted).
         self._renamings: list[list[tuple[str, str]]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        self._stored_dtypes: dict[str, torch.dtype] = {}
         self._read_headers()
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Tensor -> the dtype that it is read in."""
+        return self._stored_dtypes if self.width is None else dict.fromkeys(self._stored_dtypes, self.width)
+
+    def in_width(self, dtype: torch.dtype) -> CheckpointReader:
+        """Return the same checkpoint with every tensor in `dtype`."""
+        view = copy.copy(self)
+        view.width = dtype
+        view.weights = None if self.weights is None else self.weights.in_width(dtype)
+        return view
 
     def renamed(self, prefixes: Mapping[str, str]) -> CheckpointReader:
         """Return a view with other names: the first of `prefixes`, stored -> wanted, that fits is exchanged."""
@@ -79,7 +155,7 @@ class CheckpointReader:
         view._renamings = [*self._renamings, pairs]
         view._shard_of = {_exchanged(name, pairs): path for name, path in self._shard_of.items()}
         view.shapes = {_exchanged(name, pairs): shape for name, shape in self.shapes.items()}
-        view.dtypes = {_exchanged(name, pairs): dtype for name, dtype in self.dtypes.items()}
+        view._stored_dtypes = {_exchanged(name, pairs): dtype for name, dtype in self._stored_dtypes.items()}
         return view
 
     def with_config(self, config: dict[str, Any]) -> CheckpointReader:
@@ -93,7 +169,7 @@ class CheckpointReader:
         view, left_out = copy.copy(self), set(names)
         view._shard_of = {name: path for name, path in self._shard_of.items() if name not in left_out}
         view.shapes = {name: shape for name, shape in self.shapes.items() if name not in left_out}
-        view.dtypes = {name: dtype for name, dtype in self.dtypes.items() if name not in left_out}
+        view._stored_dtypes = {name: dtype for name, dtype in self._stored_dtypes.items() if name not in left_out}
         return view
 
     def unstacked(self, module: str, stacked: Mapping[str, Sequence[str]]) -> CheckpointReader:
@@ -103,19 +179,21 @@ class CheckpointReader:
         other, as many of each.
         """
         view, pieces = copy.copy(self), dict(self._pieces)
-        view._shard_of, view.shapes, view.dtypes = dict(self._shard_of), dict(self.shapes), dict(self.dtypes)
+        view._shard_of, view.shapes = dict(self._shard_of), dict(self.shapes)
+        view._stored_dtypes = dict(self._stored_dtypes)
         for name, shape in self.shapes.items():
             place, _, last = name.rpartition(".")
             if last not in stacked or not place.endswith(module) or len(shape) != 3:
                 continue
-            path, dtype = view._shard_of.pop(name), view.dtypes.pop(name)
+            path, dtype = view._shard_of.pop(name), view._stored_dtypes.pop(name)
             del view.shapes[name]
             rows = shape[1] // len(stacked[last])
             for expert in range(shape[0]):
                 for number, label in enumerate(stacked[last]):
                     piece = f"{place}.{expert}.{label}.weight"
                     pieces[piece] = _Piece(stacked=self.stored_name(name), expert=expert, first=number * rows)
-                    view._shard_of[piece], view.dtypes[piece], view.shapes[piece] = path, dtype, (rows, shape[2])
+                    view._shard_of[piece], view._stored_dtypes[piece] = path, dtype
+                    view.shapes[piece] = (rows, shape[2])
         view._pieces = pieces
         return view
 
@@ -193,6 +271,14 @@ class CheckpointReader:
             self.notes += (f"{INDEX_NAME} leaves out {len(omitted)} tensor(s) of its shards, such as {omitted[0]}",)
         return found
 
+    def open_slice(self, name: str) -> Any:
+        """Return a tensor as the file has it, of which rows can be read. Raises CheckpointError as reading does."""
+        return self._open(self._shard_of[name]).get_slice(self.stored_name(name))
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds the tensor."""
+        return self._shard_of[name]
+
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
         """Open a shard.
 
@@ -239,34 +325,48 @@ class CheckpointReader:
                     if dtype in _MASK_DTYPES and name.endswith(_MASK_NAMES):
                         del self._shard_of[name]
                         continue
-                    if dtype not in _DTYPES:
+                    if dtype not in STORED_DTYPES:
                         raise CheckpointError(
                             f"tensor {name!r} is stored quantised or as integers",
                             where=str(path),
                             got=dtype,
-                            wanted=", ".join(_DTYPES),
+                            wanted=", ".join(STORED_DTYPES),
                             do="prune the unquantised checkpoint, then quantise the result",
                         )
                     self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = _DTYPES[dtype]
+                    self._stored_dtypes[name] = STORED_DTYPES[dtype]
 
     def num_bytes(self, names: Iterable[str]) -> int:
-        """Return the bytes that the named tensors take in the checkpoint."""
-        return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+        """Count the bytes that the named tensors take as they are read."""
+        return sum(torch.Size(self.shapes[name]).numel() * self._dtype(name).itemsize for name in names)
+
+    def dtype_names(self, names: Iterable[str]) -> list[str]:
+        """Name the dtypes that the named tensors are read in, that of the most bytes first."""
+        sizes: Counter[str] = Counter()
+        for name in names:
+            sizes[str(self._dtype(name)).removeprefix("torch.")] += self.num_bytes([name])
+        return [dtype for dtype, _ in sizes.most_common()]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.width or self._stored_dtypes[name]
 
     @property
     def file_bytes(self) -> int:
         """Bytes of all weight files on disk."""
-        return sum(path.stat().st_size for path in self._files)
+        return sum(path.stat().st_size for path in self.files)
 
     @property
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """All files of weights."""
         return sorted(set(self._shard_of.values())) if self.weights is None else list(self.weights.paths)
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading holds beside the tensor that is read, at most, where weights are made of something else."""
-        return 0 if self.weights is None else self.weights.scratch_bytes
+        """What reading holds beside the tensor that is read, at most, where weights are not read as they are stored."""
+        if self.weights is not None:
+            return self.weights.scratch_bytes
+        # Rows in the common width, on their way from the file.
+        return 0 if self.width is None else 2 * _CHUNK_BYTES
 
     @property
     def num_files(self) -> tuple[int, int]:
@@ -277,14 +377,17 @@ class CheckpointReader:
 
     @property
     def weight_files(self) -> set[str]:
-        """Names of the files that hold the tensors."""
-        return {path.name for path in self._shard_of.values()}
+        """Names of the files in the directory that the weights are made of."""
+        made_of = [] if self.weights is None else [*self.weights.paths, *self.weights.content_files]
+        return {path.name for path in self._shard_of.values()} | {
+            path.name for path in made_of if path.parent == self.directory
+        }
 
     def read(self, names: Iterable[str], prefix: str = "", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in the stored one.
+        """Read tensors by name, `prefix` added to each, as private copies in `dtype`, or in that of `dtypes`.
 
         Another dtype is cast to as the file is read, so that the tensor is in memory once. Raises CheckpointError for a
-        missing name and NumericalError for a value that is not finite in the file.
+        missing name and NumericalError for a value that is not finite in the file, or that float16 cannot hold.
         """
         wanted = list(names)
         tensors: dict[str, Tensor] = {}
@@ -297,13 +400,14 @@ class CheckpointReader:
         for path, short_names in by_shard.items():
             handle = self._open(path)
             for name in short_names:
-                stored = self.dtypes[prefix + name]
-                tensor = torch.empty(self.shapes[prefix + name], dtype=dtype or stored)
+                stored = self._stored_dtypes[prefix + name]
+                tensor = torch.empty(self.shapes[prefix + name], dtype=dtype or self.width or stored)
                 for start, stop in _row_chunks(tensor.shape, max(stored.itemsize, tensor.itemsize)):
                     # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
                     handle = handle or self._open(path)
                     rows = self._rows(handle, prefix + name, start, stop)
-                    _check_finite(rows, prefix + name, path)
+                    rows = self._in_width(rows, prefix + name, path)
+                    _check_finite(rows, prefix + name, path, tensor.dtype)
                     if stop is None:
                         tensor.copy_(rows)
                     else:
@@ -326,7 +430,7 @@ class CheckpointReader:
     def read_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, private copy of the rows from there), at most `num_rows` at a time, in order.
 
-        Raises CheckpointError for a missing name and NumericalError for a value that is not finite.
+        Raises CheckpointError for a missing name and NumericalError as `read` does.
         """
         if name not in self._shard_of:
             raise CheckpointError(f"the checkpoint lacks tensor {name!r}", where=str(self.directory))
@@ -334,33 +438,47 @@ class CheckpointReader:
         for start in range(0, self.shapes[name][0], num_rows):
             # Pages of the file's mapping stay resident as long as the handle lives: reopened per chunk.
             stop = min(start + num_rows, self.shapes[name][0])
-            rows = self._rows(self._open(path), name, start, stop).clone()
-            _check_finite(rows, name, path)
-            yield start, rows
+            rows = self._rows(self._open(path), name, start, stop)
+            _check_finite(rows, name, path, self._dtype(name))
+            yield start, rows.to(self._dtype(name), copy=True)
+
+    def _in_width(self, rows: Tensor, name: str, path: Path) -> Tensor:
+        """Round rows to the dtype that all tensors are read in; what is computed with is then what is written."""
+        if self.width is None or rows.dtype == self.width:
+            return rows
+        _check_finite(rows, name, path, self.width)
+        return rows.to(self.width)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same numbers in the same dtype; reads up to the first difference."""
-        if self.shapes[name] != self.shapes[other] or self.dtypes[name] != self.dtypes[other]:
+        stored = self._stored_dtypes
+        if self.shapes[name] != self.shapes[other] or stored[name] != stored[other]:
             return False
-        for start, stop in _row_chunks(torch.Size(self.shapes[name]), self.dtypes[name].itemsize):
+        for start, stop in _row_chunks(torch.Size(self.shapes[name]), stored[name].itemsize):
             first, second = (self._rows(self._open(self._shard_of[n]), n, start, stop) for n in (name, other))
             if not torch.equal(first, second):
                 return False
         return True
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the config, the tensor names and shapes, and each shard's size (not its content)."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        """Hash with SHA-256 the config, the tensor names and shapes, and each shard's size (not its content).
+
+        It is that of the files: what is read of them in another width, or with a corrected config, has the same.
+        """
+        digest = hashlib.sha256(json.dumps(self._source_config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
-            digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self.dtypes[name]}".encode())
-        for path in self._files:
+            digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self._stored_dtypes[name]}".encode())
+        for path in self.files:
             digest.update(f"{path.name}{path.stat().st_size}".encode())
+        if self.weights is not None:
+            digest.update(self.weights.content.encode())
         return digest.hexdigest()
 
     @property
     def content_files(self) -> list[Path]:
         """Everything that an output depends on: weights, config and the tokenizer's files."""
-        return [*self._files, *read_files(self.directory)]
+        more = () if self.weights is None else self.weights.content_files
+        return [*self.files, *read_files(self.directory), *more]
 
 
 def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
@@ -379,7 +497,8 @@ def _row_chunks(shape: torch.Size, item_bytes: int) -> list[tuple[int, int | Non
     return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
-def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
+def _check_finite(tensor: Tensor, name: str, path: Path, wanted: torch.dtype) -> None:
+    """Raise NumericalError for a value that is not finite in the file, or would not be in the dtype `wanted`."""
     if tensor.numel() == 0:
         return
     # Extremes carry NaN and infinity along, and need no temporary of the tensor's size as isfinite does.
@@ -389,4 +508,13 @@ def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
             f"tensor {name!r} holds NaN or infinity",
             where=str(path),
             do="the source checkpoint is damaged; download it again",
+        )
+    largest, limit = max(-float(low), float(high)), torch.finfo(wanted).max
+    if largest > limit:
+        raise NumericalError(
+            f"tensor {name!r} holds values that {str(wanted).removeprefix('torch.')} cannot",
+            where=str(path),
+            got=f"{largest:.6g}",
+            wanted=f"at most {limit:.6g}",
+            do="ask for bfloat16 or float32 (--output-dtype, --dtype)",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, STORED_DTYPES
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json
 
@@ -136,6 +137,15 @@ class WeightFiles:
     def num_parameters(self) -> int:
         """Numbers in all files."""
         return sum(tensor.num_parameters for file in self.files for tensor in file.tensors)
+
+    @property
+    def dtype_names(self) -> list[str]:
+        """Name the dtypes of the tensors as torch does, that of the most bytes first."""
+        sizes: Counter[str] = Counter()
+        for file in self.files:
+            for tensor in file.tensors:
+                sizes[tensor.dtype] += tensor.num_bytes
+        return [str(STORED_DTYPES[code]).removeprefix("torch.") for code, _ in sizes.most_common()]
 
     @property
     def num_bytes(self) -> int:

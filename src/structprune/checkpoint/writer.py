@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, stored_tensors
+from structprune.errors import NumericalError
 from structprune.files import atomic_path
 
 
@@ -30,7 +32,12 @@ class CheckpointWriter:
         return self._folder / f"shard-{number:05d}.safetensors"
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> Path:
-        """Write one shard and return its path. Tensors are stored in the dtype they have."""
+        """Write one shard and return its path. Tensors are stored in the dtype they have.
+
+        Raises NumericalError for a value that is not finite, as where a weight that was solved passes float16.
+        """
+        for name, tensor in tensors.items():
+            _check_finite(self._stored_name(name), tensor)
         path = self.path(number)
         with atomic_path(path) as temporary:
             save_file(
@@ -121,3 +128,16 @@ class ModelWriter(CheckpointWriter):
 def _of_block(index: int) -> int:
     """Return the number of a block's shard: the first one is that of the embeddings."""
     return index + 2
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    low, high = tensor.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        narrow = tensor.dtype == torch.float16
+        raise NumericalError(
+            f"tensor {name!r} of the result "
+            + ("holds values that float16 cannot" if narrow else "holds NaN or infinity"),
+            do="ask for --output-dtype bfloat16 or float32" if narrow else "raise --damping",
+        )

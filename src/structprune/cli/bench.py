@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from structprune.cli.command import many_values
-from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument, QuietFlag
 
 BenchCommand = many_values("--batch", "--prompt")
 
 
 def bench(
     model: ModelArgument,
+    merge_adapter: MergeAdapterFlag = "none",
     against: Annotated[
         str | None, typer.Option("--against", help="Another model, the dense one: timed in turn, ratios are given.")
     ] = None,
@@ -45,7 +46,7 @@ def bench(
     )
     with progress_observer(quiet=quiet) as observer:
         observer.start("bench", len(request.batches) * len(request.prompts))
-        result = run_bench(model, request, against=against, advance=observer.advance)
+        result = run_bench(model, request, merge_adapter=merge_adapter, against=against, advance=observer.advance)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

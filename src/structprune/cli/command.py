@@ -15,10 +15,21 @@ MAX_WIDTH = 100
 _OWN_OPTIONS = "Options"
 _NAMES_WIDTH = 30
 _Row = tuple[str, str]
+# Option -> what it means without a value.
+_BARE = {"--merge-adapter": "beside"}
 
 
 class Command(TyperCommand):
     """A verb: its options under the groups that `rich_help_panel` names, its epilog (examples) as written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give options that may stand without a value the one that this means."""
+        spelled: list[str] = []
+        for argument, following in zip(args, [*args[1:], "-"], strict=True):
+            spelled.append(argument)
+            if argument in _BARE and following.startswith("-"):
+                spelled.append(_BARE[argument])
+        return super().parse_args(ctx, spelled)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the whole help text."""

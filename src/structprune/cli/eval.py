@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from structprune.cli.command import many_values
-from structprune.cli.flags import JsonFlag, ModelArgument, QuietFlag
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument, QuietFlag
 
 if TYPE_CHECKING:
+    from structprune.kinds import StartToken
     from structprune.results.measured import Evaluation, TextResult
 
 EvalCommand = many_values("--text", "--tasks")
@@ -19,6 +20,7 @@ EvalCommand = many_values("--text", "--tasks")
 
 def evaluate(
     model: ModelArgument,
+    merge_adapter: MergeAdapterFlag = "none",
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="Text or jsonl files, or the held-out passages boolq and sciq.")
     ] = None,
@@ -28,6 +30,9 @@ def evaluate(
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows of each text.")] = None,
+    bos: Annotated[
+        str, typer.Option(help="Whether windows begin with the start token: auto (as the tokenizer does), yes or no.")
+    ] = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="One block in memory at a time.")] = False,
     memory: Annotated[
         str | None, typer.Option(help="Budget of --stream, e.g. 4GiB.  [default: 80% of what is free]")
@@ -45,16 +50,19 @@ def evaluate(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Measure MODEL's perplexity on texts: consecutive windows, no special tokens, tail dropped. Or zero-shot tasks."""
+    """Measure the perplexity of MODEL on texts, in consecutive windows, the tail dropped. Or zero-shot tasks."""
     from structprune.assess import EvaluationRequest, evaluate_all
     from structprune.cli.progress import progress_observer
     from structprune.cli.tables import print_pairs
 
     request = EvaluationRequest(
         texts=text or [],
+        merge_adapter=merge_adapter,
         against=against,
         seq_len=seq_len,
         max_windows=max_windows,
+        # Checked with the other settings.
+        bos=cast("StartToken", bos),
         tasks=[name for part in tasks or [] for name in part.split(",") if name],
         tasks_dir=tasks_dir,
         task_limit=limit,
@@ -91,6 +99,8 @@ def _rows(result: Evaluation) -> list[tuple[str, str]]:
 
 
 def _text_rows(text: TextResult, against: str | None) -> list[tuple[str, str]]:
+    from structprune.results.summary import beginning
+
     rows = [("text", text.text), ("perplexity", f"{text.perplexity:.4f}")]
     if text.kl_to_reference is not None and text.top1_agreement is not None:
         rows += [
@@ -98,5 +108,5 @@ def _text_rows(text: TextResult, against: str | None) -> list[tuple[str, str]]:
             (f"KL from {against}", f"{text.kl_to_reference:.4f} nats per token"),
             ("same likeliest token", f"{text.top1_agreement:.2%}"),
         ]
-    windows = f"{text.seq_len} tokens, stride {text.stride}, {text.num_windows} windows"
+    windows = f"{text.seq_len} tokens, stride {text.stride}, {text.num_windows} windows, {beginning(text.start)}"
     return [*rows, ("window", windows)]

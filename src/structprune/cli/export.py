@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from structprune.cli.flags import JsonFlag, QuietFlag
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, QuietFlag
 
 
 def export(
@@ -21,6 +21,7 @@ def export(
     tokenizer_gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the dense model, whose tokenizer is copied.")
     ] = None,
+    merge_adapter: MergeAdapterFlag = "none",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -34,7 +35,13 @@ def export(
     try:
         with interruptible(), progress_observer(quiet=quiet) as observer:
             result = run_export(
-                model, output, format=format, dtype=dtype, tokenizer_gguf=tokenizer_gguf, observer=observer
+                model,
+                output,
+                format=format,
+                dtype=dtype,
+                tokenizer_gguf=tokenizer_gguf,
+                merge_adapter=merge_adapter,
+                observer=observer,
             )
     except KeyboardInterrupt:
         typer.echo("structprune: interrupted; nothing was written", err=True)

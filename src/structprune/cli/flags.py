@@ -18,4 +18,11 @@ RankTimeoutFlag = Annotated[
         rich_help_panel=Group.RESOURCES.value,
     ),
 ]
+MergeAdapterFlag = Annotated[
+    str,
+    typer.Option(
+        "--merge-adapter",
+        help="Folder of a LoRA adapter that is merged into MODEL first; beside: the one in its folder.",
+    ),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

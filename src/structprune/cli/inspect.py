@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from structprune.cli.flags import JsonFlag, ModelArgument
+from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument
 
 
 def inspect(
     model: ModelArgument,
+    merge_adapter: MergeAdapterFlag = "none",
     as_json: JsonFlag = False,
 ) -> None:
     """Show the blocks of MODEL and the units that can be removed. Reads headers only."""
@@ -17,7 +18,7 @@ def inspect(
     from structprune.cli.render import runtime_rows
     from structprune.cli.tables import print_pairs
 
-    layout, supports = inspect_with_runtimes(model)
+    layout, supports = inspect_with_runtimes(model, merge_adapter)
     block = max(layout.blocks, key=lambda b: b.num_parameters)
     uneven = any(b.groups != block.groups for b in layout.blocks)
     groups = [

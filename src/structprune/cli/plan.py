@@ -35,6 +35,7 @@ def plan(
 
 def _rows(found: RunPlan) -> list[tuple[str, str]]:
     from structprune.memory import format_bytes
+    from structprune.results.summary import beginning
 
     memory = found.plan
     before, after = found.layout.num_parameters, found.forecast.num_parameters
@@ -42,11 +43,17 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     rows = [
         ("method", f"{found.recipe.method}, {'per-layer' if found.recipe.per_layer else 'uniform'} widths"),
         ("parameters", f"{before:,} -> {size}"),
+        (
+            "bytes on disk",
+            f"{format_bytes(found.size.bytes_before)} -> {'' if found.size.exact else 'about '}"
+            f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
+        ),
     ]
     for kind, counts in (found.forecast.kept or {}).items():
         low, high = min(counts), max(counts)
         rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
     rows += [
+        ("windows", "the tokenizer cannot be loaded" if found.start is None else beginning(found.start)),
         *_peak_rows("peak memory", memory),
         (
             "hidden states",
@@ -70,7 +77,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     if memory.reload_mode is not None:
         how = "the whole model" if memory.reload_mode == "whole" else "module by module"
         check = f"{how}, {format_bytes(memory.reload_bytes)} in both processes"
-    return [*rows, ("reload check", check)]
+    return [*rows, ("reload check", check), *(("found", note) for note in found.layout.notes)]
 
 
 def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
@@ -89,6 +96,9 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_before": found.layout.num_parameters,
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
+        "size": asdict(found.size),
+        "start_token": found.start,
+        "notes": found.layout.notes,
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

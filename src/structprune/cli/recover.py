@@ -48,7 +48,7 @@ def recovery_table(report: RecoveryReport) -> None:
     """Print what a recovery did and cost."""
     from structprune.cli.tables import print_pairs
     from structprune.memory import format_bytes
-    from structprune.results.summary import beside_the_weights, reload_line
+    from structprune.results.summary import beginning, beside_the_weights, reload_line
 
     windows = sum(text.held_out_windows for text in report.texts)
     rows = [
@@ -57,7 +57,10 @@ def recovery_table(report: RecoveryReport) -> None:
             "perplexity",
             f"{report.before.perplexity:.2f} -> {report.after.perplexity:.2f} (dense {report.dense_perplexity:.2f})",
         ),
-        ("measured on", f"{windows} held-out windows of {report.seq_len} tokens: {report.description}"),
+        (
+            "measured on",
+            f"{windows} held-out windows of {report.seq_len} tokens, {beginning(report.start)}: {report.description}",
+        ),
         ("learned from", f"{report.tokens:,} tokens, mode {report.settings['mode']}"),
     ]
     if report.blocks:

@@ -16,11 +16,13 @@ from structprune.architectures.sources.resolve import open_model
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cells import settings_of
+from structprune.engine.run.calibration import window_start
 from structprune.engine.run.device import DTYPES, machine
 from structprune.engine.run.finalize import load_report
 from structprune.errors import StructPruneError
 from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
 from structprune.evaluation.speed import SpeedResult, speed_pair
+from structprune.kinds import StartToken
 from structprune.observer import Observer
 from structprune.recipe import Recipe
 from structprune.results.comparison import Cell, DenseRow, Failure, Speed, TextScore
@@ -47,6 +49,8 @@ class CellSpec(BaseModel):
     """Label and file."""
     seq_len: int
     max_windows: int | None
+    bos: StartToken
+    merge_adapter: str
     device: str
     dtype: str
     time_it: bool
@@ -80,13 +84,14 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
 
 
 def _dense_row(spec: CellSpec) -> DenseRow:
-    reader = open_model(spec.model)
-    model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype])
+    reader = open_model(spec.model, adapter=spec.merge_adapter)
+    model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype], spec.merge_adapter)
+    start = window_start(encoder, spec.bos)
     limit = model.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
         windows_NS = text_windows(
-            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows
+            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows, start
         )
         texts.append(_text_score(label, perplexity(model, windows_NS, label)))
     return DenseRow(
@@ -96,13 +101,14 @@ def _dense_row(spec: CellSpec) -> DenseRow:
 
 def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
-    dense, encoder = load_with_tokenizer(spec.model, device, dtype)
+    dense, encoder = load_with_tokenizer(spec.model, device, dtype, spec.merge_adapter)
+    start = window_start(encoder, spec.bos)
     pruned, _ = load_with_tokenizer(spec.output, device, dtype)
     limit = dense.config.max_position_embeddings
     texts: list[TextScore] = []
     for label, path in spec.texts:
         windows_NS = text_windows(
-            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows
+            limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows, start
         )
         reference = make_reference(dense, windows_NS)
         texts.append(_text_score(label, perplexity(pruned, windows_NS, label, reference=reference)))

@@ -118,7 +118,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         raise InputError(
             "two texts have the same file name", got=", ".join(label for label, _ in texts), do="rename one"
         )
-    reader = open_model(request.model)
+    reader = open_model(request.model, adapter=asked_of_all.merge_adapter)
     for _, path in texts:
         read_text(path, renderer(reader.directory))
     layout = StockModel(reader).layout
@@ -127,6 +127,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         "texts": {label: file_sha256(path) for label, path in texts},
         "seq_len": request.seq_len,
         "max_windows": request.max_windows,
+        "bos": asked_of_all.bos,
     }
     cells: list[CellSpec] = []
     for sparsity in dict.fromkeys(request.sparsities):
@@ -146,6 +147,8 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
                 texts=texts,
                 seq_len=request.seq_len,
                 max_windows=request.max_windows,
+                bos=asked_of_all.bos,
+                merge_adapter=asked_of_all.merge_adapter,
                 device=str(device),
                 dtype=dtype,
                 time_it=request.time_it,

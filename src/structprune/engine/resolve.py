@@ -15,7 +15,7 @@ from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
-from structprune.engine.run.device import device_budget, host_budget, resolve_device, resolve_dtype
+from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
 from structprune.errors import UnsupportedError
 from structprune.files import check_path, expand_user
 from structprune.kinds import HeadUnits
@@ -57,7 +57,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     opened: list[StockModel] = []
 
     def open_source() -> None:
-        reader = open_model(str(model))
+        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter)
         stock = StockModel(reader, head_units)
         if stock.sliced:
             raise UnsupportedError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.head import output_head
-from structprune.calibration.context import consecutive_windows
+from structprune.calibration.context import WindowStart, consecutive_windows
 from structprune.errors import InputError, NumericalError
 
 # Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
@@ -33,6 +33,8 @@ class PerplexityResult:
     num_windows: int
     num_predicted_tokens: int
     text: str
+    start: str = ""
+    """The start token that every window begins with; empty: there is none."""
     kl_to_reference: float | None = None
     """Mean over the predicted tokens of KL(reference || model), in nats; None without a reference."""
     top1_agreement: float | None = None
@@ -99,14 +101,24 @@ class Reference:
 
 
 def text_windows(
-    max_positions: int, encoder: TextEncoder, text: str, name: str, seq_len: int, num: int | None
+    max_positions: int,
+    encoder: TextEncoder,
+    text: str,
+    name: str,
+    seq_len: int,
+    num: int | None,
+    start: WindowStart,
 ) -> Tensor:
-    """Cut the text into its first `num` windows (N, S). Raises InputError if it is too short or they are too long."""
+    """Return the text's first `num` windows (N, S), each behind `start`.
+
+    Raises InputError if the text is too short, or the windows too long.
+    """
     if seq_len > max_positions:
         raise InputError(
             "--seq-len is longer than the model's positions", got=seq_len, wanted=f"at most {max_positions}"
         )
-    return consecutive_windows(encoder.encode(text), seq_len, "text", name)[:num]
+    ids = start.stripped(encoder.encode(text))
+    return start.before(consecutive_windows(ids, start.room(seq_len), "text", name)[:num])
 
 
 @torch.no_grad()

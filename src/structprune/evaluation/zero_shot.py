@@ -70,16 +70,18 @@ class TaskRunner:
                     do="check the network, or give local task files with --tasks-dir",
                 ) from error
 
-    def run(self, model: Any, tokenizer: Any, *, limit: int | None, batch_size: int) -> list[TaskScore]:
+    def run(self, model: Any, tokenizer: Any, *, limit: int | None, batch_size: int, starts: bool) -> list[TaskScore]:
         """Score a stock model, without examples in the prompt unless a task says otherwise.
 
-        `limit`: only the first so many samples of each task.
+        `limit`: only the first so many samples of each task. `starts`: prompts begin with the tokenizer's start token.
         """
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         with only_errors(_LOGGER):
-            wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+            wrapped: Any = HFLM(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=starts
+            )
             found: Any = simple_evaluate(wrapped, tasks=self._tasks, limit=limit, log_samples=False)
         return [_score(found, task) for task in found["results"]]
 

@@ -14,8 +14,10 @@ from pydantic.fields import FieldInfo
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, check_regular
 from structprune.recipe.fields import (
+    BOS_FIELD,
     DEFAULT_SHARD_BYTES,
     SAID,
+    BosSetting,
     ByteCount,
     Flag,
     Group,
@@ -66,8 +68,15 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file; auto: the "
         "first of wikitext2, boolq and self that can be had",
     )
+    merge_adapter: Annotated[
+        str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)
+    ] = Field(
+        default="none",
+        description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
+    )
     num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=128, ge=1, description="calibration windows")
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=2048, ge=2, description="tokens per window")
+    bos: BosSetting = BOS_FIELD
     memory: Annotated[ByteCount | None, Flag(Group.RESOURCES, unset="80% of what is free")] = Field(
         default=None, ge=1, description="host bytes that the run may add, such as 4GiB"
     )
@@ -79,6 +88,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     )
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
+    )
+    output_dtype: Annotated[Literal["source", "bfloat16", "float16", "float32"], Flag(Group.WHAT)] = Field(
+        default="source",
+        description="number format of the weights as they are written: source, bfloat16, float16 or float32; source: "
+        "each as it is stored, bfloat16 where it is quantised there",
     )
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows, and of method random"

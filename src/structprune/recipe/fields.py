@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from structprune.errors import InputError
 from structprune.files import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
+from structprune.kinds import StartToken
 from structprune.memory import parse_bytes
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -66,6 +67,19 @@ def _read_share(value: Any) -> Any:
         )
     return value
 
+
+def _read_switch(value: Any) -> Any:
+    """Read the values that YAML makes of yes and no."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+BosSetting = Annotated[StartToken, BeforeValidator(_read_switch), Flag(Group.CALIBRATION)]
+"""Whether windows begin with the start token."""
+BOS_FIELD: Any = Field(
+    default="auto",
+    description="whether every window begins with the model's start token: auto, yes or no; auto: as its tokenizer "
+    "encodes a text",
+)
 
 Share = Annotated[float, BeforeValidator(_read_share)]
 """A number from 0 to below 1, or a text such as `30%`."""

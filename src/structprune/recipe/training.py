@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from structprune.recipe.fields import DEFAULT_SHARD_BYTES, SAID, ByteCount, Flag, Group, settings_fingerprint, validated
+from structprune.recipe.fields import (
+    BOS_FIELD,
+    DEFAULT_SHARD_BYTES,
+    SAID,
+    BosSetting,
+    ByteCount,
+    Flag,
+    Group,
+    settings_fingerprint,
+    validated,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +48,7 @@ class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
         default=512, ge=2, description="windows of each text, held-out ones included"
     )
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=1024, ge=2, description="tokens per window")
+    bos: BosSetting = BOS_FIELD
     held_out: Annotated[int | None, Flag(Group.CALIBRATION, unset="an eighth, at most 8")] = Field(
         default=None, ge=1, description="windows of each text that are only measured on"
     )

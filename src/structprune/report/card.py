@@ -18,6 +18,7 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
+from structprune.results.summary import beginning, stored_in
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
@@ -40,8 +41,9 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        f"`{origin}`, made smaller by structured pruning with structprune {report.versions['structprune']}: method "
-        f"`{report.method}`, {report.size.removed_share_of_model:.1%} of the parameters removed.",
+        f"`{origin}`{_adapter(report)}, made smaller by structured pruning with structprune "
+        f"{report.versions['structprune']}: method `{report.method}`, {report.size.removed_share_of_model:.1%} of the "
+        "parameters removed.",
         *_licence(front, source),
         "## Before and after",
         _figures(report),
@@ -72,6 +74,10 @@ def _for_the_hub(report: PruneReport, source: Mapping[str, Any]) -> dict[str, An
     return {**kind, "tags": list(dict.fromkeys(tags))}
 
 
+def _adapter(report: PruneReport) -> str:
+    return "" if report.adapter is None else f" with the adapter `{plain_name(Path(report.adapter.path).name)}` merged"
+
+
 def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
     if source.get("unreadable"):
         return ["The front matter of the source's README could not be read: look there for its licence."]
@@ -87,7 +93,11 @@ def _figures(report: PruneReport) -> str:
         ("", "before", "after"),
         [
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
-            ("weight files", format_bytes(size.bytes_before), format_bytes(size.bytes_after)),
+            (
+                "weight files",
+                format_bytes(size.bytes_before),
+                f"{format_bytes(size.bytes_after)}{stored_in(size)}",
+            ),
             (
                 f"perplexity of the calibration text (in-sample, {windows})",
                 f"{text.dense_perplexity:.2f}",
@@ -170,8 +180,7 @@ def _making(report: PruneReport) -> str:
     recipe = report.recipe.model_dump(
         mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
     )
-    if recipe["calibration"]:
-        recipe["calibration"] = plain_name(Path(recipe["calibration"]).name)
+    recipe |= {name: plain_name(Path(recipe[name]).name) for name in ("calibration", "merge_adapter")}
     text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)
     calibration, check = report.calibration, report.reload
     checked = "It was not loaded for a check."
@@ -183,8 +192,8 @@ def _making(report: PruneReport) -> str:
         )
     commit = f"Made from commit `{report.source_commit}` of its source. " if report.source_commit else ""
     return (
-        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens "
-        f"({plain_name(calibration.description)}). {checked} "
+        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+        f"{beginning(calibration.start)} ({plain_name(calibration.description)}). {checked} "
         "Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
         f"The recipe, resolved:\n\n```yaml\n{text}```"
     )

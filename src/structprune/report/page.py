@@ -22,7 +22,7 @@ from structprune.report.figures import (
 from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import reload_line, warnings
+from structprune.results.summary import reload_line, stored_in, warnings
 
 PAGE_NAME = "pruning_report.html"
 
@@ -46,7 +46,8 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
         title=f"{name}: pruning report",
         name=name,
         lead=f"{source}, pruned by {report.method}: {size.removed_share_of_scope:.2%} of the parameters of "
-        f"{_scope(report)} removed ({report.recipe.sparsity:.2%} asked), calibrated on "
+        f"{_scope(report)} removed ({report.recipe.sparsity:.2%} asked), "
+        f"{'' if report.adapter is None else f'adapter {Path(report.adapter.path).name} merged, '}calibrated on "
         f"{report.calibration.description}.",
         tiles=_tiles(report),
         warnings=warnings(report),
@@ -101,7 +102,7 @@ def _tiles(report: PruneReport) -> list[_Tile]:
         _Tile(
             label="on disk",
             value=f"{size.bytes_after / size.bytes_before - 1:+.1%}",
-            more=f"{format_bytes(size.bytes_before)} to {format_bytes(size.bytes_after)}",
+            more=f"{format_bytes(size.bytes_before)} to {format_bytes(size.bytes_after)}{stored_in(size)}",
         ),
         _Tile(
             label="perplexity, in-sample",
@@ -193,8 +194,7 @@ def _notes(measured: Sequence[Evaluation | Bench]) -> list[str]:
 
 def _recipe_rows(report: PruneReport) -> list[tuple[str, str]]:
     recipe = report.recipe.model_dump(mode="json", exclude=set(_LEFT_OUT))
-    if recipe["calibration"]:
-        recipe["calibration"] = Path(recipe["calibration"]).name
+    recipe |= {name: Path(recipe[name]).name for name in ("calibration", "merge_adapter")}
     return [(name.replace("_", " "), str(value)) for name, value in recipe.items() if value is not None]
 
 

@@ -20,6 +20,8 @@ class TextResult(Frozen):
     """Tokens from the start of one window to the start of the next; the same as `seq_len`: no overlap."""
     num_windows: int
     num_predicted_tokens: int
+    start: str = ""
+    """The start token that every window begins with; empty where there is none, and in results of earlier versions."""
     kl_to_reference: float | None
     """Mean KL(reference, model) per predicted token, in nats; None without `--against`."""
     top1_agreement: float | None

@@ -88,6 +88,8 @@ class RecoveryReport(Frozen):
     fingerprint: str
     """Fingerprint of the token windows."""
     seq_len: int
+    start: str = ""
+    """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     dense_perplexity: float
     """Perplexity of the teacher on the held-out windows."""
     before: Quality

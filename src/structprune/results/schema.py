@@ -25,6 +25,8 @@ class CalibrationReport(Frozen):
     fingerprint: str
     num_windows: int
     seq_len: int
+    start: str = ""
+    """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     perplexity_windows: int
     """The two perplexities below are over the first so many calibration windows: in-sample, for orientation."""
     dense_perplexity: float
@@ -60,6 +62,8 @@ class SizeReport(Frozen):
     parameters_after: int
     bytes_before: int = Field(gt=0)
     bytes_after: int
+    dtypes: list[str] = Field(default_factory=list[str])
+    """What the output's weights are stored in, that of the most bytes first; empty in reports of earlier versions."""
     removed_share_of_scope: float
     """Removed parameters over the parameters of the modules in scope: what `--sparsity` asks for."""
     removed_share_of_blocks: float
@@ -160,6 +164,18 @@ class FilesReport(Frozen):
     """Name -> reason."""
 
 
+class AdapterReport(Frozen):
+    """A LoRA adapter that was merged into the source's weights before anything else."""
+
+    path: str
+    content: str
+    """SHA-256 of its weights and settings."""
+    num_updated: int
+    """Tensors that a low-rank product was added to."""
+    num_replaced: int
+    """Tensors that the adapter has in whole."""
+
+
 class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
@@ -169,6 +185,8 @@ class PruneFacts(Frozen):
     source_fingerprint: str
     source_commit: str | None = None
     """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
+    adapter: AdapterReport | None = None
+    """None: the source's own weights."""
     family: str
     method: str
     recipe: SerializeAsAny[ResolvedRecipe]

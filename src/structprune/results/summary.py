@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,7 @@ from structprune.results.schema import (
     MemoryReport,
     PruneFacts,
     ReloadReport,
+    SizeReport,
 )
 from structprune.solvers import SOLVERS
 
@@ -38,6 +40,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     commit = [] if report.source_commit is None else [("commit of the source", report.source_commit)]
     return [
         *commit,
+        *_adapter(report),
         (
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
@@ -48,11 +51,12 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         (
             "bytes on disk",
             f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} "
-            f"({abs(saved):.1%} {'less' if saved >= 0 else 'more'})",
+            f"({abs(saved):.1%} {'less' if saved >= 0 else 'more'}){stored_in(size)}",
         ),
         (
             "calibration",
-            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens",
+            f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+            f"{beginning(calibration.start)}",
         ),
         (
             "perplexity of that text",
@@ -67,6 +71,24 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def _adapter(report: PruneFacts) -> list[tuple[str, str]]:
+    adapter = report.adapter
+    if adapter is None:
+        return []
+    replaced = f", {adapter.num_replaced} replaced" if adapter.num_replaced else ""
+    return [("adapter", f"{Path(adapter.path).name}, merged: {adapter.num_updated} tensors changed{replaced}")]
+
+
+def beginning(start: str) -> str:
+    """Say what every window begins with."""
+    return f"each behind the start token {start}" if start else "without a start token"
+
+
+def stored_in(size: SizeReport) -> str:
+    """Name what the output's weights are stored in, behind a comma; nothing in reports of earlier versions."""
+    return f", in {' and '.join(size.dtypes)}" if size.dtypes else ""
 
 
 def beside_the_weights(files: FilesReport | None) -> list[tuple[str, str]]:

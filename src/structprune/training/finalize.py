@@ -144,6 +144,7 @@ def finalize_recovery(
         description=context.texts.windows.description,
         fingerprint=fingerprint(context.texts.windows),
         seq_len=context.texts.windows.ids_NS.shape[1],
+        start=context.texts.windows.start,
         dense_perplexity=dense_perplexity,
         before=qualities[0],
         after=qualities[1],

@@ -80,6 +80,7 @@ def recover_model(
             dtype=dtype,
             device=device,
             budget_bytes=planned.plan.budget_bytes,
+            bos=settings.bos,
         )
         texts = read_texts(settings, source, observer.note)
         planned = plan_recovery(dense, pruned, settings, dtype, len(texts.windows.ids_NS))

@@ -70,7 +70,9 @@ def read_texts(settings: RecoverySettings, context: SourceContext, notify: Calla
     return Texts(
         names=tuple(names),
         windows=CalibrationWindows(
-            ids_NS=torch.cat([part.ids_NS for part in parts]), description="; ".join(part.description for part in parts)
+            ids_NS=torch.cat([part.ids_NS for part in parts]),
+            description="; ".join(part.description for part in parts),
+            start=context.start.text,
         ),
         train=tuple(train),
         held_out=tuple(held_out),

@@ -74,6 +74,7 @@ GPT2 = Family(
     classes={
         "gpt2": StockClasses(module="gpt2", stem="GPT2", layer="GPT2Block", chain=("GPT2Model", "GPT2LMHeadModel"))
     },
+    inputs_first=True,
     groups=_groups,
     check=_check,
 )

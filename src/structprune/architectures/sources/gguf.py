@@ -29,7 +29,7 @@ from structprune.checkpoint.readme import README_NAME
 from structprune.errors import CheckpointError
 from structprune.files import write_json, write_text
 
-# Widths that a file can have in common with a checkpoint; whatever is quantised becomes bfloat16.
+# Widths that a file can have in common with a checkpoint.
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORDERS: Mapping[str, RowOrder] = {"interleave": "halves", "ungroup": "grouped"}
 # Architectures whose queries, keys and values may be one tensor, or three: the names in the file, in its order.
@@ -62,12 +62,10 @@ def open_gguf(path: Path, dtype: torch.dtype | None = None) -> CheckpointReader:
     source = _opened.get(path)
     if source is None or source.stamp != _stamp(source.header.paths):
         source = _opened[path] = _read(path)
-    width = dtype or stored_width(source.header)
-    weights = GgufWeights(source.header, source.entries, width)
-    reader = CheckpointReader(source.directory, weights)
-    reader.notes = _notes(source, width)
-    reader.config["dtype"] = str(width).removeprefix("torch.")
-    return reader
+    stored = stored_width(source.header)
+    reader = CheckpointReader(source.directory, GgufWeights(source.header, source.entries, stored))
+    reader.notes = _notes(source, dtype or stored)
+    return reader if dtype is None else reader.in_width(dtype)
 
 
 def _notes(source: _GgufSource, width: torch.dtype) -> tuple[str, ...]:
@@ -78,11 +76,16 @@ def _notes(source: _GgufSource, width: torch.dtype) -> tuple[str, ...]:
 
 
 def stored_width(header: GgufHeader) -> torch.dtype:
-    """Return the width that most numbers of the matrices have, quantised ones taken as bfloat16."""
+    """Return bfloat16 where any matrix is quantised, else the width that most numbers of the matrices have.
+
+    What such a file holds in float32 beside quantised weights is not worth four bytes for each of them.
+    """
     counts: Counter[torch.dtype] = Counter()
     for info in header.tensors.values():
         if len(info.shape) > 1:
-            counts[_WIDTHS.get(info.kind_name, torch.bfloat16)] += info.num_rows * info.shape[-1]
+            if info.kind_name not in _WIDTHS:
+                return torch.bfloat16
+            counts[_WIDTHS[info.kind_name]] += info.num_rows * info.shape[-1]
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 

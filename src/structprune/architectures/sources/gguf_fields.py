@@ -42,6 +42,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "nextn_predict_layers": (0,),
     "pooling_type": (0,),
     "residual_scale": (0.0, 1.0),
+    # llama.cpp reads these for architectures that are not here; the others have its own values, which are these.
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
 }
 _ADVICE = "start from the model's Hugging Face checkpoint"
 

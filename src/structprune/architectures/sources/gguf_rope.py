@@ -46,13 +46,13 @@ def read_rope(
     scale = fields.number("rope.scaling.factor", 0.0) or fields.number("rope.scale_linear", 0.0) or 1.0
     fields.number("rope.scale_linear", 0.0)
     original = fields.integer("rope.scaling.original_context_length", context)
-    attention = fields.number("rope.scaling.attn_factor", 1.0) * fields.number("rope.scaling.yarn_attn_factor", 1.0)
+    attention = fields.number("rope.scaling.attn_factor", 1.0)
     if kind == "none":
         scale = 1.0
     if kind == "yarn":
         if any(fields.has_tensor(name) for name in factors):
             raise _unknown(fields, "yarn together with factors of each frequency")
-        return parameters | _yarn(fields, scale, original, attention)
+        return parameters | _yarn(scale, original, attention)
     if kind not in ("none", "linear", "longrope"):
         raise _unknown(fields, kind)
     found = {name: _factors(fields, name, rotated // 2) for name in factors if fields.take_tensor(name)}
@@ -69,15 +69,13 @@ def _unknown(fields: GgufFields, kind: str) -> UnsupportedError:
     )
 
 
-def _yarn(fields: GgufFields, scale: float, original: int, attention: float) -> dict[str, Any]:
-    if fields.number("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
-        raise _unknown(fields, "yarn with an extrapolation factor of its own")
+def _yarn(scale: float, original: int, attention: float) -> dict[str, Any]:
     values: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": scale,
         "original_max_position_embeddings": original,
-        "beta_fast": fields.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
     }
     if attention != 1.0:
         values["attention_factor"] = attention * (0.1 * math.log(scale) + 1.0)

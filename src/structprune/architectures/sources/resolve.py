@@ -6,6 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -15,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from structprune.architectures.sources.adapter import BESIDE, NO_ADAPTER, adapter_folder, is_beside, open_merged
+from structprune.architectures.sources.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.checkpoint.folder import CODE_SUFFIXES, WEIGHT_SUFFIXES, module_folders
 from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
@@ -30,15 +33,25 @@ _NOT_AT_FIRST = [
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_model(model: str) -> CheckpointReader:
+def open_model(model: str, width: torch.dtype | None = None, adapter: str = NO_ADAPTER) -> CheckpointReader:
     """Open the checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
+
+    `width` is the dtype that every tensor is read in; without it each has its own, and dequantised ones are bfloat16.
+    `adapter` is the folder of a LoRA adapter that is merged into the weights, or `beside`, or `none`.
 
     Raises CheckpointError when nothing is found under that name or it is damaged, UnsupportedError for what cannot be
     read of it.
     """
     check_path(model, "the model")
     named = _named_gguf(model)
-    return CheckpointReader(resolve_model(model)) if named is None else open_gguf(named)
+    if named is not None:
+        reader = open_gguf(named, width if adapter == NO_ADAPTER else None)
+    else:
+        directory = resolve_model(model, with_adapter=adapter == BESIDE)
+        reader = CheckpointReader(directory, beside_adapter=is_beside(adapter, directory))
+    if adapter != NO_ADAPTER:
+        reader = open_merged(reader, adapter_folder(adapter, reader.directory))
+    return reader if width is None or reader.width == width else reader.in_width(width)
 
 
 def _named_gguf(model: str) -> Path | None:
@@ -49,9 +62,10 @@ def _named_gguf(model: str) -> Path | None:
     return path if path.suffix == ".gguf" and not path.is_dir() else None
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, with_adapter: bool = False) -> Path:
     """Return the directory of `model`: a Hugging Face one, downloaded once, or a GGUF file's config and tokenizer.
 
+    `with_adapter`: an adapter that a hub's model has beside its weights is fetched too.
     A hub id may name a branch, tag or commit: `organisation/name@revision`.
     Raises CheckpointError when nothing is found under that name, UnsupportedError when an extra is missing.
     """
@@ -71,7 +85,7 @@ def resolve_model(model: str) -> Path:
     if revision == "":
         raise CheckpointError("the revision after @ is empty", got=repr(model), wanted="a branch, tag or commit")
     try:
-        return _fetched(name, revision)
+        return _fetched(name, revision, [ADAPTER_WEIGHTS] if with_adapter else [])
     except HFValidationError:
         raise CheckpointError(f"{model!r} is neither a directory nor a hub id", do="check the path") from None
     except RepositoryNotFoundError:
@@ -90,15 +104,15 @@ def resolve_model(model: str) -> Path:
         ) from None
 
 
-def _fetched(name: str, revision: str | None) -> Path:
-    """Load a hub model: all that belongs to it, and of its weights those that the reader will open, once.
+def _fetched(name: str, revision: str | None, more: list[str]) -> Path:
+    """Load a hub model: all that belongs to it, of its weights those that the reader will open, and `more`; once.
 
     Repositories hold the same weights in several formats, and may hold them under a second name in this one.
     """
     directory = Path(snapshot_download(name, revision=revision, ignore_patterns=_NOT_AT_FIRST))
     # The same commit, whatever a branch has become meanwhile.
     revision = source_commit(directory) or revision
-    return Path(snapshot_download(name, revision=revision, allow_patterns=_weight_names(directory)))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*_weight_names(directory), *more]))
 
 
 def _weight_names(directory: Path) -> list[str]:

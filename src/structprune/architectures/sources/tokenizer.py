@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.errors import CheckpointError, InputError, first_line
+from structprune.kinds import StartToken
 from structprune.types import Render
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -79,6 +80,11 @@ class TextEncoder:
                 do="check that its files belong to the model; a vocabulary needs an unknown token or all characters",
             ) from error
         ids = torch.tensor(found, dtype=torch.int64)
+        self._check_rows(ids)
+        return ids
+
+    def _check_rows(self, ids: Tensor) -> None:
+        """Raise CheckpointError for a token that the embedding has no row for."""
         if self.num_rows is not None and len(ids) and int(ids.max()) >= self.num_rows:
             token = int(ids.max())
             raise CheckpointError(
@@ -88,7 +94,54 @@ class TextEncoder:
                 wanted=f"tokens below {self.num_rows}, the rows of the embedding",
                 do="use the tokenizer that the model was saved with, or a text without that token",
             )
+
+    def start_ids(self, asked: StartToken) -> tuple[int, ...]:
+        """Return what is put in front of a text: by default what the tokenizer itself puts there.
+
+        Raises InputError where a start token is asked for and there is none, CheckpointError where the tokenizer cannot
+        be asked or the embedding has no row for it.
+        """
+        if asked == "no":
+            return ()
+        ids = self._own_start()
+        if not ids and asked == "yes":
+            if not isinstance(self.tokenizer.bos_token_id, int):
+                raise InputError(
+                    "the tokenizer has no start token", where=str(self.directory), got="--bos yes", wanted="--bos no"
+                )
+            ids = (self.tokenizer.bos_token_id,)
+        self._check_rows(torch.tensor(ids, dtype=torch.int64))
         return ids
+
+    def _own_start(self) -> tuple[int, ...]:
+        """Return what the tokenizer puts in front of a text that it encodes with special tokens."""
+        for text in self._probes():
+            try:
+                alone = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                whole = self.tokenizer(text, verbose=False)["input_ids"]
+            except Exception:
+                # A vocabulary without an unknown token cannot encode what it lacks; the next may be in it.
+                continue
+            for first in range(len(whole) - len(alone) + 1 if alone else 0):
+                if whole[first : first + len(alone)] == alone:
+                    return tuple(whole[:first])
+        raise CheckpointError(
+            "the tokenizer does not show whether a text begins with a start token",
+            where=str(self.directory),
+            do="say it with --bos yes or --bos no",
+        )
+
+    def _probes(self) -> Iterator[str]:
+        """Yield texts of a token or two, of which the tokenizer can encode at least one."""
+        yield "a"
+        for token in range(min(len(self.tokenizer), 512)):
+            text = self.tokenizer.decode([token], skip_special_tokens=True)
+            if text.strip():
+                yield text
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """Write tokens as the vocabulary spells them."""
+        return "".join(map(str, self.tokenizer.convert_ids_to_tokens(list(ids))))
 
     @property
     def render(self) -> Render | None:

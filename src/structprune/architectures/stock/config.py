@@ -37,20 +37,25 @@ def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, 
                 do=f"remove {name} from config.json if the weights are the merged or dequantised ones",
             )
         notes.append(f"{name} in config.json is empty and left out: the weights are not quantised")
-    for name in _DTYPES:
-        if config.get(name) == "auto":
-            config[name] = stored_dtype(reader)
-            notes.append(f"{name} in config.json is 'auto', which names no dtype: read as {config[name]}")
-    return config, tuple(notes)
+    return config | _agreeing_dtype(reader, notes), tuple(notes)
 
 
-def stored_dtype(reader: CheckpointReader) -> str:
-    """Return the dtype that most of the checkpoint's numbers are stored in, as config.json spells it."""
-    numbers: dict[str, int] = {}
-    for name, dtype in reader.dtypes.items():
-        key = str(dtype).removeprefix("torch.")
-        numbers[key] = numbers.get(key, 0) + reader.num_bytes([name])
-    return max(numbers, key=lambda key: numbers[key])
+def _agreeing_dtype(reader: CheckpointReader, notes: list[str]) -> dict[str, Any]:
+    """Return the entry for the weights' dtype, where config.json says another or none and that matters; note why."""
+    read = reader.dtype_names(reader.shapes)[0]
+    names = [name for name in _DTYPES if reader.config.get(name) is not None]
+    if reader.width is not None:
+        # Asked for, so there is nothing to note.
+        return dict.fromkeys(names or _DTYPES[:1], read)
+    corrected: dict[str, Any] = {}
+    for name in names:
+        said = reader.config[name]
+        if said == "auto":
+            notes.append(f"{name} in config.json is 'auto', which names no dtype: read as {read}")
+        elif said != read:
+            notes.append(f"{name} in config.json is {said} and the weights are {read}: read and written as {read}")
+        corrected[name] = read
+    return corrected
 
 
 def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:

@@ -48,25 +48,25 @@ def without_global_width_warnings() -> AbstractContextManager[None]:
 def load_model(source: Path | CheckpointReader, device: torch.device, dtype: torch.dtype) -> Any:
     """Load the whole checkpoint as stock transformers does; a per-layer or sliced one through our own modelling file.
 
-    `source` is its directory, or its reader where the weights may lie in a GGUF file. Raises CheckpointError with its
-    reason if it does not load, or if its modelling file is not ours.
+    `source` is its directory, or its reader where the weights may be made of something else. Raises CheckpointError
+    with its reason if it does not load, or if its modelling file is not ours.
     """
     directory = source if isinstance(source, Path) else source.directory
     weights = None if isinstance(source, Path) else source.weights
     transformers_logging.disable_progress_bar()
     try:
-        loader: Any = _per_layer_class(directory) or AutoModelForCausalLM
+        own: Any = _per_layer_class(directory)
         with without_global_width_warnings():
             options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             if weights is None:
-                model, info = loader.from_pretrained(
+                model, info = (own or AutoModelForCausalLM).from_pretrained(
                     str(directory), local_files_only=True, use_safetensors=True, **options
                 )
             else:
                 # Slices are read one after the other, as those of safetensors are.
                 tensors = {name: weights.get_slice(name) for name in weights}
                 config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-                stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                stock: Any = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 model, info = stock.from_pretrained(None, config=config, state_dict=tensors, **options)
         _check_complete(model, sorted(info["missing_keys"]), str(directory))
         return model.to(device).eval()

@@ -16,7 +16,7 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
-from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.forecast import Forecast, result_tensors, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import Widths, check_shared_out
 from structprune.engine.run.context import RunContext
@@ -31,7 +31,7 @@ from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.depth import DepthRecipe, ResolvedDepth
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout
+from structprune.types import UNIT_KINDS, BlockLayout, ModelLayout, UnitKind
 
 
 def num_removed(sparsity: float, layout: ModelLayout) -> int:
@@ -96,7 +96,7 @@ def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
     return replace(request, num_stores=remove + 1, compares=compares)
 
 
-def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[str]) -> Forecast:
+def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result, since blocks are alike.
 
     Raises UnsupportedError where `tensor_parallel` processes could not share them.
@@ -108,7 +108,13 @@ def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[str
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
-        num_parameters=layout.num_parameters - remove * layout.blocks[0].num_parameters,
+        # Blocks are alike, so it does not matter which ones stay.
+        tensors=result_tensors(
+            stock,
+            recipe,
+            layout.blocks[: len(layout.blocks) - remove],
+            lambda block: ((name, name, shape) for name, shape in block.shapes.items()),
+        ),
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import num_to_remove
-from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
@@ -39,7 +38,7 @@ from structprune.phases import Phase
 from structprune.recipe.experts import ExpertsRecipe, ResolvedExperts
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
-from structprune.types import BlockLayout, UnitGroup
+from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 # What the report and the manifest call it.
 KIND = "expert"
@@ -83,7 +82,7 @@ def expert_request(request: PlanRequest) -> PlanRequest:
     return replace(request, needs_statistics=False)
 
 
-def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[str]) -> Forecast:
+def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result, since every block keeps as many experts.
 
     Raises UnsupportedError where processes could not share them.
@@ -93,16 +92,25 @@ def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence
     total = getattr(stock.config, experts.count_field)
     remove = num_to_remove(recipe.sparsity, total)
     config = _with_fewer(layout.config, stock, total - remove)
-    each = sum(
-        math.prod(shape) // (total if name == experts.router else 1)
-        for name, shape in layout.blocks[0].shapes.items()
-        if name == experts.router or name.startswith(f"{experts.module}.0.")
-    )
+    keep = total - remove
+
+    def tensors_of(block: BlockLayout) -> BlockTensors:
+        # Experts are alike, so it does not matter which ones stay.
+        for name, shape in block.shapes.items():
+            if name == experts.router:
+                yield name, name, (keep, *shape[1:])
+            elif not name.startswith(f"{experts.module}.") or _expert_number(name, experts) < keep:
+                yield name, name, shape
+
     return Forecast(
         shape=shape_of(stock, recipe, config),
         kept=None,
-        num_parameters=layout.num_parameters - remove * each * len(layout.blocks),
+        tensors=result_tensors(stock, recipe, layout.blocks, tensors_of),
     )
+
+
+def _expert_number(name: str, experts: Experts) -> int:
+    return int(name.removeprefix(f"{experts.module}.").partition(".")[0])
 
 
 def execute_experts(context: RunContext) -> PruneReport:

@@ -22,7 +22,7 @@ from structprune.recipe.depth import DepthRecipe, ResolvedDepth
 from structprune.recipe.slice import ResolvedSlice, SliceRecipe
 from structprune.registry import Registry
 from structprune.results.report import PruneReport
-from structprune.types import UnitGroup
+from structprune.types import UnitGroup, UnitKind
 
 Asked = TypeVar("Asked", bound=Recipe)
 Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
@@ -34,7 +34,7 @@ class Pipeline(Generic[Asked, Resolved]):
 
     resolve: Callable[[Asked, Method, StockModel], tuple[Resolved, tuple[UnitGroup, ...]]]
     """The recipe with every entry filled, and the unit groups in scope. Raises StructPruneError before any work."""
-    forecast: Callable[[StockModel, Resolved, Sequence[str]], Forecast]
+    forecast: Callable[[StockModel, Resolved, Sequence[UnitKind]], Forecast]
     """What is known of the result, from (model, resolved recipe, kinds in scope). Raises StructPruneError."""
     request: Callable[[PlanRequest, Resolved, Method, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""

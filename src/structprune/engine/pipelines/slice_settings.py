@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 
 from structprune.architectures.family import Stream
+from structprune.architectures.modeling.sliced import SHORTCUTS
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config
 from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe.slice import ResolvedSlice, SliceRecipe
-from structprune.types import BlockLayout, ModelLayout
+from structprune.types import BlockLayout, ModelLayout, UnitKind
 
 
 def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockModel) -> ResolvedSlice:
@@ -41,7 +42,7 @@ def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockMode
     return ResolvedSlice.of(recipe, damping=recipe.damping or method.damping)
 
 
-def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str]) -> Forecast:
+def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast all of the result.
 
     Raises InputError if no width removes as much, UnsupportedError if the result cannot be written or shared.
@@ -51,28 +52,41 @@ def forecast_slice(stock: StockModel, recipe: ResolvedSlice, kinds: Sequence[str
     assert stream is not None
     width = kept_width(layout, stream, recipe)
     shortcuts = recipe.structure == Structure.PER_LAYER
-    outer = {name: math.prod(shape) // layout.hidden_size * width for name, shape in layout.outer_tensors.items()}
-    blocks = sum(sliced_parameters(b, stream, layout.hidden_size, width, shortcuts=shortcuts) for b in layout.blocks)
+    # All of them end in the stream's axis.
+    outer = {name: (name, (*shape[:-1], width)) for name, shape in layout.outer_tensors.items()}
     # The head has a basis of its own.
-    head = layout.vocab_size * width if layout.tied_embeddings else 0
+    outer[f"{layout.head_module}.weight"] = stock.head_weight, (layout.vocab_size, width)
     config = sliced_config(layout.config, stock.config, stock.family, width, shortcuts=shortcuts)
     return Forecast(
-        shape=shape_of(stock, recipe, config), kept=None, num_parameters=blocks + sum(outer.values()) + head
+        shape=shape_of(stock, recipe, config),
+        kept=None,
+        tensors=result_tensors(
+            stock,
+            recipe,
+            layout.blocks,
+            lambda block: sliced_tensors(block, stream, width, shortcuts=shortcuts),
+            outer,
+        ),
     )
 
 
-def sliced_parameters(block: BlockLayout, stream: Stream, hidden: int, width: int, *, shortcuts: bool) -> int:
-    """Count the parameters of a block whose stream has `width` of `hidden` dimensions, with its shortcut matrices."""
-    total = block.num_parameters
+def sliced_tensors(block: BlockLayout, stream: Stream, width: int, *, shortcuts: bool) -> BlockTensors:
+    """List the tensors of a block whose stream has `width` dimensions, its shortcut matrices with them."""
+    cut: dict[str, int] = {}
     for sublayer in stream.sublayers:
-        touched = [sublayer.norm, *sublayer.readers, sublayer.writer]
-        for name, shape in block.shapes.items():
-            module = name.rpartition(".")[0]
-            # A reader's bias is as long as its output, which stays.
-            if module in touched and not (name.endswith(".bias") and module in sublayer.readers):
-                total -= math.prod(shape) // hidden * (hidden - width)
-        total += width * width if shortcuts else 0
-    return total
+        cut |= {f"{sublayer.norm}.weight": 0, f"{sublayer.writer}.weight": 0, f"{sublayer.writer}.bias": 0}
+        # A reader's bias is as long as its output, which stays.
+        cut |= {f"{name}.weight": 1 for name in sublayer.readers}
+        if shortcuts:
+            yield f"{SHORTCUTS[sublayer.kind]}.weight", f"{sublayer.writer}.weight", (width, width)
+    for name, shape in block.shapes.items():
+        axis = cut.get(name)
+        yield name, name, shape if axis is None else (*shape[:axis], width, *shape[axis + 1 :])
+
+
+def sliced_parameters(block: BlockLayout, stream: Stream, width: int, *, shortcuts: bool) -> int:
+    """Count the parameters of a block whose stream has `width` dimensions, its shortcut matrices counted."""
+    return sum(math.prod(shape) for _, _, shape in sliced_tensors(block, stream, width, shortcuts=shortcuts))
 
 
 def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> int:
@@ -91,7 +105,7 @@ def kept_width(layout: ModelLayout, stream: Stream, recipe: ResolvedSlice) -> in
         )
 
     def removed(width: int) -> int:
-        return before - sum(sliced_parameters(b, stream, hidden, width, shortcuts=shortcuts) for b in layout.blocks)
+        return before - sum(sliced_parameters(b, stream, width, shortcuts=shortcuts) for b in layout.blocks)
 
     for width in range(hidden // recipe.multiple_of * recipe.multiple_of, 0, -recipe.multiple_of):
         # A share that is met exactly must not fail by the product's rounding.

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.widths import (
-    Widths,
-    check_shared_out,
-    choose_widths,
-    indivisible,
-    removed_parameters,
-    sublayers,
-)
+from structprune.checkpoint.reader import dtype_code
+from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
+from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
 from structprune.kinds import Structure, UnitKind
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
 from structprune.solvers import SOLVERS
+from structprune.types import BlockLayout
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorForecast:
+    """One tensor of the result."""
+
+    shape: Shape
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +43,60 @@ class Forecast:
     shape: ResultShape
     kept: Widths | None
     """None where the calibration text decides, or where no units are removed."""
-    num_parameters: int | None
-    """None where the calibration text decides, or where biases are added."""
+    tensors: Mapping[str, TensorForecast] | None
+    """Name in the result's files -> tensor; None where the calibration text decides, or where biases are added."""
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Parameters of the result, where its tensors are known."""
+        return None if self.tensors is None else sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def num_bytes(self, max_shard_size: int) -> int | None:
+        """Count the bytes of the result's weight files, headers included, where its tensors are known."""
+        if self.tensors is None:
+            return None
+        stored = [
+            StoredTensor(
+                name=name,
+                dtype=dtype_code(tensor.dtype),
+                shape=tensor.shape,
+                path=Path(),
+                start=0,
+                num_bytes=math.prod(tensor.shape) * tensor.dtype.itemsize,
+            )
+            for name, tensor in self.tensors.items()
+        ]
+        return WeightFiles.of(stored, max_shard_size).num_bytes
+
+
+BlockTensors = Iterator[tuple[str, str, Shape]]
+"""Triples: a tensor's name in the block, that of the source's tensor whose dtype it has, its shape."""
+
+
+def result_tensors(
+    stock: StockModel,
+    recipe: ResolvedRecipe,
+    blocks: Sequence[BlockLayout],
+    tensors_of: Callable[[BlockLayout], BlockTensors],
+    outer: Mapping[str, tuple[str, Shape]] | None = None,
+) -> dict[str, TensorForecast]:
+    """Find the tensors of a result that has these `blocks` of the source under new numbers.
+
+    `outer`: name -> (source's tensor whose dtype it has, shape) of what lies around them; by default as it is.
+    """
+    layout, dtypes = stock.layout, stock.reader.dtypes
+
+    def stored(name: str) -> str:
+        # As in a run's `stored_name`.
+        return name if recipe.per_layer else stock.reader.stored_name(name)
+
+    around = {name: (name, shape) for name, shape in layout.outer_tensors.items()} if outer is None else outer
+    found = {stored(name): TensorForecast(shape=shape, dtype=dtypes[like]) for name, (like, shape) in around.items()}
+    for number, block in enumerate(blocks):
+        for name, like, shape in tensors_of(block):
+            full = f"{layout.blocks_module}.{number}.{name}"
+            found[stored(full)] = TensorForecast(shape=shape, dtype=dtypes[block.prefix + like])
+    return found
 
 
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
@@ -51,20 +113,33 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
             removed_sublayers=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
             tensor_parallel=recipe.tensor_parallel,
         )
-        return Forecast(shape=shape, kept=None, num_parameters=None)
+        return Forecast(shape=shape, kept=None, tensors=None)
     kept = choose_widths(stock, recipe, kinds, None)
-    removed = sum(
-        removed_parameters(block, group, kept[group.kind][block.index]) for block, group in sublayers(stock, kinds)
-    )
+    blocks = stock.layout.blocks
     return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
         kept=kept,
-        num_parameters=None if _adds_bias(recipe) else stock.layout.num_parameters - removed,
+        tensors=None
+        if _adds_bias(recipe)
+        else result_tensors(stock, recipe, blocks, lambda block: _cut_tensors(block, kept)),
     )
 
 
+def _cut_tensors(block: BlockLayout, kept: Mapping[str, Sequence[int]]) -> BlockTensors:
+    """List the tensors of a block that keeps so many units of each kind that it has; without units a sublayer goes."""
+    gone = {kind for kind, counts in kept.items() if block.has(kind) and not counts[block.index]}
+    without = {name for kind in gone for name in block.sublayer_tensors(kind)}
+    shapes = {name: list(shape) for name, shape in block.shapes.items() if name not in without}
+    for group in block.groups:
+        if group.kind in kept and group.kind not in gone:
+            removed = group.num_units - kept[group.kind][block.index]
+            for part in group.slices:
+                shapes[part.tensor][part.axis] -= removed * part.width * part.repeat
+    yield from ((name, name, tuple(shape)) for name, shape in shapes.items())
+
+
 def output_config(
-    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[str], kept: Mapping[str, Sequence[int]]
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], kept: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """Build the result's config.json. Raises UnsupportedError if no stock class takes it."""
     source = dict(stock.layout.config)

@@ -11,8 +11,9 @@ from torch import Tensor
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
-from structprune.calibration.context import SourceContext
+from structprune.calibration.context import SourceContext, WindowStart
 from structprune.calibration.sources.file import join_turns
+from structprune.kinds import StartToken
 from structprune.types import Render
 
 
@@ -25,8 +26,12 @@ def source_context(
     dtype: torch.dtype,
     device: torch.device,
     budget_bytes: int,
+    bos: StartToken,
 ) -> SourceContext:
-    """Build the request for `num_samples` windows with the means of the model `stock`. Raises CheckpointError."""
+    """Put together the request for `num_samples` windows with the means of the model `stock`.
+
+    Raises CheckpointError for a tokenizer that cannot be used, InputError for a start token that it does not have.
+    """
     reader = stock.reader
     encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.config)
 
@@ -43,8 +48,20 @@ def source_context(
         )
 
     return SourceContext(
-        encode=encoder.encode, render=encoder.render, sample=sample, num_samples=num_samples, seq_len=seq_len, seed=seed
+        encode=encoder.encode,
+        render=encoder.render,
+        sample=sample,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        start=window_start(encoder, bos),
     )
+
+
+def window_start(encoder: TextEncoder, bos: StartToken) -> WindowStart:
+    """Find what windows begin with. Raises InputError and CheckpointError as `TextEncoder.start_ids` does."""
+    ids = encoder.start_ids(bos)
+    return WindowStart(ids=ids, text=encoder.spelled(ids))
 
 
 def renderer(directory: Path) -> Render:

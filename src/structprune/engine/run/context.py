@@ -17,7 +17,7 @@ from structprune.recipe.units import ResolvedUnits
 from structprune.runs.directory import RunDirectory
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, UnitGroup
+from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 # Costs and selection come before the ridge is chosen; the prototype's value.
 _DECISION_DAMPING = 1e-2
@@ -35,7 +35,7 @@ class RunContext(StreamedModel):
     observer: Observer = field(default_factory=SilentObserver)
     recipe: ResolvedRecipe
     method: Method
-    kinds: tuple[str, ...]
+    kinds: tuple[UnitKind, ...]
     """Unit kinds in scope."""
     calibration_name: str
     num_probe: int

@@ -46,6 +46,7 @@ from structprune.report.rebuild import read_report
 from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
+    AdapterReport,
     BlockReport,
     CalibrationReport,
     DeviceMemoryReport,
@@ -178,6 +179,7 @@ def size_report(
         parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
+        dtypes=files.dtype_names,
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
         removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
@@ -238,6 +240,7 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
     return CalibrationReport(
         name=context.calibration_name,
         description=context.windows.description,
+        start=context.windows.start,
         fingerprint=fingerprint(context.windows),
         num_windows=context.windows.ids_NS.shape[0],
         seq_len=context.windows.ids_NS.shape[1],
@@ -299,6 +302,7 @@ def _report(
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
         source_commit=source_commit(context.reader.directory),
+        adapter=None if context.reader.adapter is None else AdapterReport(**asdict(context.reader.adapter)),
         family=layout.family,
         method=context.method.name,
         recipe=context.recipe,

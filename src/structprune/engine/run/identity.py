@@ -160,7 +160,7 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> 
     path = run.staging / WINDOWS_NAME
     save_file({"ids": windows.ids_NS.contiguous()}, path)
     text = file_sum(Path(name)) if Path(name).is_file() else None
-    run.journal.record(_WINDOWS, [path], name=name, description=windows.description, text=text)
+    run.journal.record(_WINDOWS, [path], name=name, description=windows.description, start=windows.start, text=text)
 
 
 def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
@@ -181,4 +181,4 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
             do=f"put the text back, remove {run.staging} to start again, or choose another -o",
         )
     ids_NS = load_file(run.staging / WINDOWS_NAME)["ids"]
-    return line["name"], CalibrationWindows(ids_NS=ids_NS, description=line["description"])
+    return line["name"], CalibrationWindows(ids_NS=ids_NS, description=line["description"], start=line.get("start", ""))

@@ -105,6 +105,7 @@ def _key(context: RunContext) -> str:
         "sensitivity_samples": recipe.sensitivity_samples,
         "seed": recipe.seed,
         "dtype": str(context.dtype),
+        "width": str(context.reader.width),
         "device": str(context.device),
     }
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]

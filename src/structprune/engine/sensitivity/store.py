@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import Journal
-from structprune.types import BlockLayout
+from structprune.types import BlockLayout, UnitKind
 
 Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
@@ -52,7 +52,7 @@ class SensitivityStore:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.folder / name)
         self.journal.record(f"block {block.index}", [self.folder / name for name in files])
 
-    def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
+    def costs(self, blocks: Sequence[BlockLayout], kinds: Sequence[UnitKind]) -> Costs:
         """Load the removal costs of all blocks."""
         return load_costs(self.folder, blocks, kinds)
 
@@ -62,7 +62,7 @@ def load_found(folder: Path, block: int) -> dict[str, Tensor]:
     return load_file(folder / _found_name(block))
 
 
-def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[str]) -> Costs:
+def load_costs(folder: Path, blocks: Sequence[BlockLayout], kinds: Sequence[UnitKind]) -> Costs:
     """Load the removal costs of all blocks."""
     per_block = [load_file(costs_path(folder, block.index)) for block in blocks]
     return {kind: [costs.get(kind, torch.empty(0)) for costs in per_block] for kind in kinds}

@@ -94,12 +94,14 @@ def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> 
         return torch.zeros(tensor.shape, dtype=dtype)
     parts: list[Tensor] = []
     for source, transform, heads in tensor.sources:
-        part = _transformed(reader.read([source])[source], transform, heads).to(dtype)
-        if part.dtype == torch.float16 and not torch.isfinite(part.aminmax()[1] - part.aminmax()[0]):
+        part = _transformed(reader.read([source])[source], transform, heads)
+        low, high = part.aminmax()
+        if max(-float(low), float(high)) > torch.finfo(dtype).max:
             raise NumericalError(
-                f"tensor {source!r} holds values that float16 cannot", wanted="--dtype bfloat16 or float32"
+                f"tensor {source!r} holds values that {str(dtype).removeprefix('torch.')} cannot",
+                wanted="--dtype bfloat16 or float32",
             )
-        parts.append(part)
+        parts.append(part.to(dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
