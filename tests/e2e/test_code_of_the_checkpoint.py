@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,34 +15,13 @@ from transformers import AutoModelForCausalLM
 from structprune.architectures.stock.loading import check_runs_ours_only, load_model
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError
+from support.checkpoints import change, hostile
 from support.command_line import CommandLine
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PRUNE = ("--sparsity", "0.3", "--multiple-of", "8", "--num-samples", "4", "--seq-len", "32", "--dtype", "float32", "-q")
-
-
-def change(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def hostile(folder: Path, family: str = "llama") -> tuple[Path, Path]:
-    """A model of which every loader could run code, and the file that such code would make."""
-    model, marker = save_tiny(family, folder / "model"), folder / "ran"
-    code = f"open({str(marker)!r}, 'w').close()\n"
-    (model / "evil.py").write_text(code)
-    for name in ("custom_generate", "sub"):
-        (model / name).mkdir()
-        (model / name / "generate.py").write_text(code)
-    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor")
-    change(model / "config.json", auto_map=dict.fromkeys(names, "evil.Thing"))
-    change(
-        model / "tokenizer_config.json",
-        auto_map={"AutoTokenizer": ["evil.Thing", "evil.Thing"]},
-    )
-    (model / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "evil.Thing"}, "size": 3}))
-    return model, marker
 
 
 def says_yes(*arguments: object) -> subprocess.CompletedProcess[str]:

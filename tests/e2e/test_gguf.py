@@ -597,3 +597,25 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         main(["export", str(source), "-o", str(tmp_path / "new" / "a.gguf")])
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"structprune: {tmp_path / 'new' / 'a.gguf'}: the output file exists")
+
+
+def test_names_of_the_files_do_not_count(tmp_path: Path) -> None:
+    """A base model's names, a tied embedding that is stored as the head, stacked experts: the same bytes."""
+    source, _ = stock_checkpoint(LlamaConfig(**SIZES, tie_word_embeddings=True), tmp_path / "model")
+    export(source, tmp_path / "whole" / "a.gguf")
+    weights = load_file(source / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    head = {"lm_head.weight" if "embed" in name else name: tensor for name, tensor in weights.items()}
+    for name, tensors in {"bare": bare, "head": head}.items():
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        export(source, tmp_path / name / "a.gguf")
+        assert (tmp_path / name / "a.gguf").read_bytes() == (tmp_path / "whole" / "a.gguf").read_bytes()
+
+
+def test_stacked_experts_are_taken_apart(tmp_path: Path) -> None:
+    source, model = stock_checkpoint(UNIFORM["qwen3_moe"][0](), tmp_path / "model")
+    export(source, tmp_path / "apart" / "a.gguf")
+    model.save_pretrained(source, save_original_format=False)
+    assert any(name.endswith("gate_up_proj") for name in load_file(source / "model.safetensors"))
+    export(source, tmp_path / "stacked" / "a.gguf")
+    assert (tmp_path / "stacked" / "a.gguf").read_bytes() == (tmp_path / "apart" / "a.gguf").read_bytes()

@@ -14,7 +14,9 @@ import pytest
 
 from structprune.checkpoint.readme import source_metadata
 from structprune.files import plain_name
+from support.checkpoints import change
 from support.command_line import CommandLine
+from support.public_folders import LIKENESSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,10 +36,6 @@ def prune(command_line: CommandLine, model: Path, text_file: Path, tmp_path: Pat
         return command_line("prune", model, "-o", output, "--calibration", calibration, *SMALL, *more)
 
     return run
-
-
-def change(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def refused(result: tuple[Any, str, str], *words: str) -> None:
@@ -205,17 +203,22 @@ def numbers(value: Any, place: tuple[Any, ...] = ()) -> Any:
 
 @pytest.mark.parametrize("verb", ["prune", "compare", "export"])
 def test_places_that_cannot_be_made(
-    verb: str, prune: Any, command_line: CommandLine, model: Path, text_file: Path
+    verb: str, prune: Any, command_line: CommandLine, model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Even the superuser makes no folder there."""
+    place = "/proc/nowhere"
     if verb == "prune":
         result = prune(output="/proc/nowhere/out")
     elif verb == "export":
-        result = command_line("export", model, "-o", "/proc/nowhere/a.gguf", "-q")
+        # Its tokenizer has a GGUF form, and there is free disk, so that the place is what stops it.
+        source = LIKENESSES["Qwen2.5-0.5B-Instruct"].build(tmp_path / "qwen")
+        place = str(tmp_path / "file" / "below")
+        (tmp_path / "file").write_text("mine")
+        result = command_line("export", source, "-o", f"{place}/a.gguf", "-q")
     else:
         cells = ("--methods", "fasp", "--sparsities", 0.3, "--calibration", text_file, "--text", text_file)
         result = command_line("compare", model, "-o", "/proc/nowhere/t", *cells, "--no-plots", "-q")
-    refused(result, "/proc/nowhere", "cannot be made")
+    refused(result, place, "cannot be made")
 
 
 def test_a_comparison_does_not_empty_what_is_there(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OPTForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -18,22 +18,11 @@ from structprune import Recipe, prune
 from structprune.api import inspect
 from structprune.assess import evaluate
 from structprune.errors import CheckpointError, UnsupportedError
+from support.checkpoints import change_config, change_weights
 from support.command_line import CommandLine
 from support.models import COMMON, byte_tokenizer, opt_config, save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def change_config(directory: Path, **changes: Any) -> Path:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return directory
-
-
-def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Path:
-    path = directory / "model.safetensors"
-    save_file(dict(change(load_file(path))), path, metadata={"format": "pt"})
-    return directory
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
@@ -180,13 +169,16 @@ NAMES: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_names_that_another_program_left(case: str, tmp_path: Path) -> None:
+def test_names_that_another_program_left(case: str, tmp_path: Path, text_file: Path) -> None:
     renamed, what = NAMES[case]
     source = save_tiny("llama", tmp_path / "source")
     change_weights(source, lambda w: {renamed(name): tensor for name, tensor in w.items()})
     with pytest.raises(CheckpointError, match=f"names of a .*{what}|names of {what}") as caught:
         inspect(source)
     assert "ownload" not in str(caught.value)
+    # Stock code would draw what is missing at random, and measure that.
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensor\(s\), which stock transformers would draw at random"):
+        evaluate(source, text_file, seq_len=32, max_windows=1)
 
 
 def test_a_model_with_eyes_says_where_its_text_model_is(tmp_path: Path) -> None:

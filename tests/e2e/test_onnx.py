@@ -56,6 +56,8 @@ def test_an_uneven_model_without_some_halves(
     settings = {"method": "structprune", "scope": "all", "sparsity": 0.7, "allow_block_removal": True}
     output = pruned(source, text_file, tmp_path / "out", **settings)
     assert "structprune_removed" in json.loads((output / "config.json").read_text())
+    (output / "original").mkdir()
+    (output / "original" / "consolidated.00.pth").write_bytes(b"PK")
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(["export", str(output), "--format", "onnx", "-o", str(tmp_path / "files" / "graph"), "--json"])
@@ -65,11 +67,12 @@ def test_an_uneven_model_without_some_halves(
     graph = tmp_path / "files" / "graph"
     assert (result["format"], result["dtype"]) == ("onnx", "float32")
     assert result["bytes"] == sum(path.stat().st_size for path in graph.iterdir())
-    # One line per step.
+    # One line per step, and what is no part of the output.
     assert [line.split("  ")[:2] for line in err.splitlines()] == [
         ["write 1/3", "load"],
         ["write 2/3", "trace"],
         ["write 3/3", "compare"],
+        ["original/ is left out: a folder of weights that were not read"],
     ]
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= {p.name for p in graph.iterdir()}
     assert [path.name for path in graph.parent.iterdir()] == ["graph"]

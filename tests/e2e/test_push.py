@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -22,7 +17,7 @@ from structprune import Recipe, prune
 from structprune.api import push
 from structprune.cli import main
 from structprune.errors import CheckpointError, InputError
-from support.local_hub import local_hub
+from support.local_hub import OID, Hub, local_hub, upload_handler
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,105 +25,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
 ]
 
-OID = "0" * 40
-
-
-@dataclass
-class Hub:
-    """What the endpoint answers, and what it was sent."""
-
-    address: str = ""
-    public: bool = False
-    """Whether the repository is there already, and public."""
-    status: int = 200
-    """Of every answer."""
-    created: list[dict[str, Any]] = field(default_factory=list)
-    branches: list[str] = field(default_factory=list)
-    large: dict[str, bytes] = field(default_factory=dict)
-    """SHA-256 -> content."""
-    commits: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
-    """Path of the request, and its lines."""
-    tokens: set[str] = field(default_factory=set)
-
-    def files(self) -> dict[str, bytes]:
-        """What the last commit holds."""
-        _, lines = self.commits[-1]
-        found: dict[str, bytes] = {}
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                found[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                found[value["path"]] = self.large[value["oid"]]
-        return found
-
-
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def answer(self, value: Any, status: int = 200) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def body(self) -> bytes:
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-        def do_GET(self) -> None:
-            self.answer({"id": "me/small", "private": not hub.public, "siblings": []})
-
-        def do_PUT(self) -> None:
-            content = self.body()
-            hub.large[hashlib.sha256(content).hexdigest()] = content
-            self.answer({})
-
-        def do_POST(self) -> None:
-            body = self.body()
-            hub.tokens.add(self.headers.get("Authorization", ""))
-            path = self.path.partition("?")[0]
-            if hub.status != 200:
-                self.answer({"error": "no"}, hub.status)
-            elif path == "/api/repos/create":
-                hub.created.append(json.loads(body))
-                exists = {"error": "You already created this model repo"}
-                made = {"url": f"{hub.address}/me/small"}
-                self.answer(exists | made if hub.public else made, 409 if hub.public else 200)
-            elif path == "/api/validate-yaml":
-                self.answer({"errors": [], "warnings": []})
-            elif "/branch/" in path:
-                hub.branches.append(path.rpartition("/")[2])
-                self.answer({})
-            elif "/preupload/" in path:
-                self.answer({"files": [self.mode(file) for file in json.loads(body)["files"]]})
-            elif path.endswith("/info/lfs/objects/batch"):
-                objects = json.loads(body)["objects"]
-                upload = {"actions": {"upload": {"href": f"{hub.address}/upload"}}}
-                self.answer({"transfer": "basic", "objects": [{**item, **upload} for item in objects]})
-            elif "/commit/" in path:
-                hub.commits.append((path, [json.loads(line) for line in body.splitlines()]))
-                self.answer({"commitUrl": f"{hub.address}/me/small/commit/{OID}", "commitOid": OID, "success": True})
-            else:
-                self.answer({"error": path}, 404)
-
-        @staticmethod
-        def mode(file: dict[str, Any]) -> dict[str, Any]:
-            large = file["path"].endswith(".safetensors")
-            return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-
-    return Handler
-
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
     """The endpoint, and the hub's client told to use it."""
     found = Hub()
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    with local_hub(handler(found), monkeypatch) as found.address:
+    with local_hub(upload_handler(found), monkeypatch) as found.address:
         yield found
 
 

@@ -14,7 +14,7 @@ _MAX_BYTES = 2**18
 _MAX_TEXT = 500
 _MARK = "---"
 # Entries that are read, each a text or a list of texts.
-_ENTRIES = ("license", "license_name", "license_link", "language", "datasets", "base_model")
+_ENTRIES = ("license", "license_name", "license_link", "language", "datasets", "base_model", "pipeline_tag")
 
 
 def source_metadata(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def recovery_table(report: RecoveryReport) -> None:
     """Print what a recovery did and cost."""
     from structprune.cli.tables import print_pairs
     from structprune.memory import format_bytes
-    from structprune.results.summary import beginning, reload_line
+    from structprune.results.summary import beginning, beside_the_weights, reload_line
 
     windows = sum(text.held_out_windows for text in report.texts)
     rows = [
@@ -75,6 +75,7 @@ def recovery_table(report: RecoveryReport) -> None:
             f"measured {format_bytes(report.memory.measured_peak_bytes)}",
         ),
         ("reload check", reload_line(report.reload)),
+        *beside_the_weights(report.files),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("time", f"training {report.train_seconds:.1f} s, the whole run {report.wall_seconds:.1f} s"),
     ]

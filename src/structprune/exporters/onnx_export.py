@@ -62,7 +62,10 @@ def export_onnx(request: ExportRequest) -> ExportResult:
         _check_logits(model, staging)
         request.advance("compare")
         source = request.reader.directory
-        carry_over(source, staging, sort_files(source, request.reader.weight_files))
+        files = sort_files(source, request.reader.weight_files)
+        carry_over(source, staging, files)
+        for name, reason in files.left_out.items():
+            request.note(f"{name} is left out: {reason}")
         mask = os.umask(0)
         os.umask(mask)
         staging.chmod(0o777 & ~mask)

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from structprune.checkpoint.folder import MODULES_NAME
+from structprune.checkpoint.readme import is_text
 from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
@@ -21,6 +23,7 @@ from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets")
+_EMBEDDING_LIBRARY = "sentence-transformers"
 
 
 def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | None) -> str:
@@ -32,11 +35,7 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
     base = hub_id or source.get("base_model")
     if base:
         front["base_model"] = base
-    front |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["pruned", "structured-pruning", "structprune", report.method])),
-    }
+    front |= _for_the_hub(report, source)
     name = plain_name(Path(report.output).name)
     origin = plain_name(report.source if hub_id else Path(report.source).name)
     parts = [
@@ -56,6 +55,23 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
         _making(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _embeds(report: PruneReport) -> bool:
+    """Whether the modules of an embedding model were carried over."""
+    return report.files is not None and MODULES_NAME in (*report.files.carried, *report.files.rewritten)
+
+
+def _for_the_hub(report: PruneReport, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Say under what the hub lists the model: text generation, or what the source embeds for."""
+    tags = ["pruned", "structured-pruning", "structprune", report.method]
+    if not _embeds(report):
+        kind = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    else:
+        tags.append(_EMBEDDING_LIBRARY)
+        task = source.get("pipeline_tag")
+        kind = {"library_name": _EMBEDDING_LIBRARY, "pipeline_tag": task if is_text(task) else "feature-extraction"}
+    return {**kind, "tags": list(dict.fromkeys(tags))}
 
 
 def _adapter(report: PruneReport) -> str:
@@ -148,6 +164,12 @@ def _loading(report: PruneReport, name: str) -> list[str]:
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     ]
+    if _embeds(report):
+        code.append(
+            "For embeddings, with the modules that lie beside it (not run here):\n\n"
+            "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("{name}"{", trust_remote_code=True" if own else ""})\n```'
+        )
     if own:
         code.append("The code that this allows, `modeling_structprune.py`, consists of stock classes and little more.")
     for support in report.runtimes:

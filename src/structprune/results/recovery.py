@@ -7,7 +7,7 @@ from typing import Any
 
 from structprune.files import plain_name
 from structprune.results.frozen import Frozen
-from structprune.results.schema import MemoryReport, ReloadReport
+from structprune.results.schema import FilesReport, MemoryReport, ReloadReport
 
 RECOVERY_SCHEMA_VERSION = 1
 
@@ -101,6 +101,8 @@ class RecoveryReport(Frozen):
     evaluations: list[Evaluation]
     memory: MemoryReport
     reload: ReloadReport
+    files: FilesReport | None = None
+    """Files of the student's folder; None in reports of earlier versions."""
     train_seconds: float
     wall_seconds: float
     versions: dict[str, str]

@@ -19,6 +19,7 @@ from structprune.results.schema import (
     BlockReport,
     CalibrationReport,
     DeviceMemoryReport,
+    FilesReport,
     HeldOutReport,
     MemoryReport,
     PruneFacts,
@@ -72,7 +73,8 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
-        *_beside_the_weights(report),
+        *beside_the_weights(report.files),
+        *([("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
@@ -114,14 +116,12 @@ def _before_and_after(measured: HeldOutReport | CalibrationReport, where: str) -
     return f"{measured.dense_perplexity:.2f} -> {measured.pruned_perplexity:.2f} ({measured.ratio:.2f} times; {where})"
 
 
-def _beside_the_weights(report: PruneFacts) -> list[tuple[str, str]]:
+def beside_the_weights(files: FilesReport | None) -> list[tuple[str, str]]:
     """Name the files that the source had beside its weights; nothing in reports of earlier versions."""
-    if report.files is None:
+    if files is None:
         return []
-    left = "; ".join(f"{name} ({reason})" for name, reason in report.files.left_out.items())
-    carried = f"{len(report.files.carried)} files carried over, left out: {left or 'none'}"
-    same = [("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []
-    return [("beside the weights", carried), *same]
+    left = "; ".join(f"{name} ({reason})" for name, reason in files.left_out.items())
+    return [("beside the weights", f"{len(files.carried)} files carried over, left out: {left or 'none'}")]
 
 
 def _peaks(memory: MemoryReport | DeviceMemoryReport) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.calibration.store import HiddenStore
-from structprune.checkpoint.folder import write_companions
+from structprune.checkpoint.folder import FolderFiles, write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.weight_files import WeightFiles
@@ -35,7 +35,7 @@ from structprune.memory import release_free_memory
 from structprune.phases import by_name
 from structprune.recipe.widths import WIDTHS_NAME
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
-from structprune.results.schema import REPORT_NAME, MemoryReport
+from structprune.results.schema import REPORT_NAME, FilesReport, MemoryReport
 from structprune.runs.directory import RunDirectory
 from structprune.training.context import Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import Heads, divergence, load_heads
@@ -44,8 +44,10 @@ RECOVERY_REPORT_NAME = "recovery_report.json"
 _MAX_CARD_BYTES = 2**22
 
 
-def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDirectory) -> WeightFiles:
-    """Write all files of the checkpoint in the student's format, the weights last."""
+def write_recovered(
+    context: RecoveryContext, recovered: Recovered, run: RunDirectory
+) -> tuple[WeightFiles, FolderFiles]:
+    """Write all files of the checkpoint in the student's format, the weights last; return what became of others."""
     streamed, directory = context.student, run.checkpoint
     blocks = streamed.stock.layout.blocks
     writer = ModelWriter(run.shards, len(blocks), streamed.stock.layout.blocks_module, streamed.reader.stored_name)
@@ -57,14 +59,15 @@ def write_recovered(context: RecoveryContext, recovered: Recovered, run: RunDire
     copy_outer(streamed, writer)
     if has_own_modeling_file(streamed.reader.directory):
         write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
-    write_companions(streamed.reader.directory, directory, streamed.reader.config, streamed.reader.weight_files)
+    reader = streamed.reader
+    beside = write_companions(reader.directory, directory, reader.config, reader.weight_files)
     check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
     for name in (MANIFEST_NAME, REPORT_NAME, WIDTHS_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)
     files = writer.weight_files(context.settings.max_shard_size)
     write_weights(files, directory, context.observer)
-    return files
+    return files, beside
 
 
 def finalize_recovery(
@@ -82,7 +85,7 @@ def finalize_recovery(
     Raises CheckpointError if the reload check fails, NumericalError for outputs that are not finite.
     """
     checkpoint = run.checkpoint
-    files = write_recovered(context, recovered, run)
+    files, beside = write_recovered(context, recovered, run)
     # Reads every header back and compares it with the config.
     written = replace(context.student, stock=StockModel(CheckpointReader(checkpoint)))
     held_out = context.texts.all_held_out
@@ -146,6 +149,7 @@ def finalize_recovery(
             micro_batch_windows=plan.micro_batch_windows,
         ),
         reload=reload,
+        files=FilesReport(**asdict(beside)),
         train_seconds=recovered.train_seconds,
         wall_seconds=time.perf_counter() - started,
         versions=versions(),

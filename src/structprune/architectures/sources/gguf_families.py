@@ -77,8 +77,6 @@ class GgufFamily:
     uneven: Target | None = None
     window: Literal["none", "caps-context", "alternating", "five-of-six"] = "none"
     """How a sliding window is treated: the target has none and is right within one window, or has this pattern."""
-    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Start of a tensor's name in older checkpoints -> in the rules."""
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Config entry -> biases of a block that stock code has together, by their names in the checkpoint; an entry
     without a name is one that is always on."""
@@ -345,8 +343,6 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
         activations=("gelu_new", _GELU_TANH, "gelu_fast"),
         widths={"q": ("attn.c_proj.weight", 0), "f": ("mlp.c_fc.weight", 1)},
         uniform=_GPT2,
-        # Saved without the head, as the ones on the hub are.
-        renamed={"": "transformer."},
         requires={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     ),
     "gpt_neox": GgufFamily(
@@ -354,7 +350,6 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
         activations=("gelu", "gelu_new", _GELU_TANH, "gelu_fast"),
         widths={"q": ("attention.dense.weight", 1), "f": ("mlp.dense_h_to_4h.weight", 0)},
         uniform=_GPT_NEOX,
-        renamed={"embed_out.": "lm_head."},
     ),
 }
 """`config.model_type` -> where its tensors go."""

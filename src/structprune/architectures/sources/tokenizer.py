@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
+from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.errors import CheckpointError, InputError, first_line
 from structprune.kinds import StartToken
 from structprune.types import Render
@@ -39,9 +40,10 @@ class TextEncoder:
         """Rows of the embedding that ids are looked up in; None: not checked."""
         # Without `config` the loader reads it itself, and fails where an entry was corrected.
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False, config=config
-            )
+            with without_global_width_warnings():
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                    str(directory), local_files_only=True, trust_remote_code=False, config=config
+                )
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
             raise CheckpointError(

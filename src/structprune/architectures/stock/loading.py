@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
+from structprune.architectures.stock.tensor_check import without_head
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError
@@ -56,18 +57,18 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
     try:
         own: Any = _per_layer_class(directory)
         with without_global_width_warnings():
-            model: Any
+            options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             if weights is None:
-                model = (own or AutoModelForCausalLM).from_pretrained(
-                    str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                model, info = (own or AutoModelForCausalLM).from_pretrained(
+                    str(directory), local_files_only=True, use_safetensors=True, **options
                 )
             else:
                 # Slices are read one after the other, as those of safetensors are.
                 tensors = {name: weights.get_slice(name) for name in weights}
                 config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
                 stock: Any = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-                options = {"config": config, "state_dict": tensors, "dtype": dtype}
-                model = stock.from_pretrained(None, trust_remote_code=False, **options)
+                model, info = stock.from_pretrained(None, config=config, state_dict=tensors, **options)
+        _check_complete(model, sorted(info["missing_keys"]), str(directory))
         return model.to(device).eval()
     except StructPruneError:
         raise
@@ -79,6 +80,21 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
             got=str(error),
             do="code that lies in a checkpoint is never run here" if "custom code" in str(error) else None,
         ) from error
+
+
+def _check_complete(model: Any, missing: Sequence[str], where: str) -> None:
+    """Raise CheckpointError for parameters that the checkpoint lacks: the stock loader has drawn them at random."""
+    if not missing:
+        return
+    family = FAMILIES.find(str(model.config.model_type))
+    if family is not None and list(missing) == [f"{family.head_module}.weight"]:
+        raise without_head(where, missing[0])
+    raise CheckpointError(
+        f"the checkpoint lacks {len(missing)} tensor(s), which stock transformers would draw at random",
+        where=where,
+        got=f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+        do="check that config.json belongs to it, and that all of it was fetched",
+    )
 
 
 def has_own_modeling_file(directory: Path) -> bool:

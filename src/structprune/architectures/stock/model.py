@@ -25,6 +25,7 @@ from structprune.architectures.stock.config import build_config, usable_config
 from structprune.architectures.stock.counts import check_counts
 from structprune.architectures.stock.head import capped
 from structprune.architectures.stock.loading import without_global_width_warnings
+from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
 from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
@@ -77,7 +78,7 @@ class StockModel:
             if self.config.num_hidden_layers < 1:
                 raise CheckpointError("the model has no blocks", where=str(reader.directory / "config.json"))
             self._fit_skeleton()
-            self.reader = self._read_stacked(self._read_tied(self._named_reader(reader)))
+            self.reader = self._read_tied(self._named_reader(reader))
         except StructPruneError:
             raise
         except Exception as error:
@@ -140,23 +141,13 @@ class StockModel:
         return layer.eval()
 
     def _named_reader(self, reader: CheckpointReader) -> CheckpointReader:
-        """Give tensors today's names, with the base model's in front where the checkpoint was saved without a head."""
-        skeleton: Any = self.skeleton
-        base, head = f"{skeleton.base_model_prefix}.", f"{self.family.head_module}."
-        prefixes = {
-            old: new for old, new in self.family.renamed.items() if any(name.startswith(old) for name in reader.shapes)
-        }
-        if not any(name.startswith(base) for name in reader.shapes):
-            prefixes |= {head: head, "": base}
-        return reader.renamed(prefixes) if prefixes else reader
-
-    def _read_stacked(self, reader: CheckpointReader) -> CheckpointReader:
-        """Read experts that transformers 5 stacked in one tensor as the tensors of their maps."""
-        experts = self.family.experts
-        if experts is None or not experts.stacked:
-            return reader
-        view = reader.unstacked(experts.module, experts.stacked)
-        if view.shapes != reader.shapes:
+        """Give tensors the names of the stock modules, those of experts that are stored stacked too."""
+        family, skeleton = self.family, self.skeleton
+        base: str = skeleton.base_model_prefix  # pyright: ignore[reportAssignmentType]
+        view = with_stock_names(
+            reader, base=base, head=family.head_module, renamed=family.renamed, experts=family.experts
+        )
+        if len(view.shapes) != len(reader.shapes):
             self.notes += ("experts are stored stacked; the output has one tensor for each map of each expert",)
         return view
 
@@ -172,7 +163,7 @@ class StockModel:
         stored = reader.stored_name(head)
         if embedding not in reader.shapes:
             self.notes += (f"the tied embedding is stored as {stored} only",)
-            return reader.renamed({head: embedding})
+            return with_tied_embedding(reader, embedding, head)
         if reader.equal(embedding, head):
             self.notes += (f"{stored} equals the embedding that it is tied to: the copy is left out",)
             return reader.without([head])
@@ -189,7 +180,7 @@ class StockModel:
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
         if tied:
             del expected[head_weight]
-        check_tensors(reader, expected, skeleton._keys_to_ignore_on_load_unexpected or ())
+        check_tensors(reader, expected, head_weight, skeleton._keys_to_ignore_on_load_unexpected or ())
         blocks: list[BlockLayout] = []
         for index in range(self.config.num_hidden_layers):
             prefix = f"{family.blocks_module}.{index}."

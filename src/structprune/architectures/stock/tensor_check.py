@@ -31,11 +31,12 @@ _ORIGINS = (
 
 
 def check_tensors(
-    reader: CheckpointReader, expected: Mapping[str, tuple[int, ...]], computed: Sequence[str] = ()
+    reader: CheckpointReader, expected: Mapping[str, tuple[int, ...]], head: str, computed: Sequence[str] = ()
 ) -> None:
     """Raise CheckpointError, with the names as they are stored, for tensors that are missing, left over or misshapen.
 
-    `expected` is name -> shape. Left over but harmless is what matches one of the patterns `computed`.
+    `expected` is name -> shape, `head` the name of the head's weight. Left over but harmless is what matches one of the
+    patterns `computed`.
     """
     where = str(reader.directory)
     missing = [name for name in expected if name not in reader.shapes]
@@ -43,6 +44,8 @@ def check_tensors(
     extra = [name for name in reader.shapes if name not in expected and not harmless.search(name)]
     unknown = f"{len(extra)} tensor(s) that the configuration does not have: {_listed(reader, extra)}"
     origin, way_back = _origin([reader.stored_name(name) for name in extra])
+    if missing == [head] and not extra:
+        raise without_head(where, reader.stored_name(head))
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensor(s): {_listed(reader, missing)}",
@@ -67,6 +70,18 @@ def check_tensors(
                 got=reader.shapes[name],
                 wanted=shape,
             )
+
+
+def without_head(where: str, name: str) -> CheckpointError:
+    """Describe a checkpoint that lacks nothing but the head, as embedding models do; stock code would draw one."""
+    return CheckpointError(
+        "the checkpoint has no head, so it predicts no tokens: it is a base model, as those for embeddings are",
+        where=where,
+        got=f"no tensor {name!r}, and tie_word_embeddings is false",
+        wanted="a causal language model",
+        do="take the language model that it was made from; if its head is the embedding, set tie_word_embeddings to "
+        "true in config.json",
+    )
 
 
 def _origin(stored: Sequence[str]) -> tuple[str | None, str | None]:

@@ -13,7 +13,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
 from structprune.errors import NumericalError
 from structprune.exporters.export import Exporter, ExportRequest, ExportResult
-from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf
+from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf, stock_names
 from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk
 
@@ -29,10 +29,11 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     tokenizer_gguf = request.tokenizer_gguf or request.source_gguf
     if tokenizer_gguf is not None:
         request.note(f"tokenizer copied from {tokenizer_gguf}")
-    plan = plan_gguf(request.reader, request.dtype, tokenizer_gguf)
+    reader = stock_names(request.reader)
+    plan = plan_gguf(reader, request.dtype, tokenizer_gguf)
     check_free_disk(path, plan.num_bytes)
     make_folder(path.parent, "the export")
-    _write(plan, request)
+    _write(plan, reader, request)
     return ExportResult(
         format="gguf",
         path=str(path),
@@ -44,7 +45,7 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     )
 
 
-def _write(plan: GgufPlan, request: ExportRequest) -> None:
+def _write(plan: GgufPlan, reader: CheckpointReader, request: ExportRequest) -> None:
     import gguf
 
     kinds = {
@@ -77,7 +78,7 @@ def _write(plan: GgufPlan, request: ExportRequest) -> None:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in plan.tensors:
-                value = _value(tensor, request.reader, plan.dtype_of(tensor))
+                value = _value(tensor, reader, plan.dtype_of(tensor))
                 writer.write_tensor_data(value.view(torch.uint8).numpy())
                 del value
                 request.advance(tensor.name)

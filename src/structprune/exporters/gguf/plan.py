@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from structprune.architectures import FAMILIES
 from structprune.architectures.families.common import head_size
 from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedSublayers, removed_sublayers
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.sources.gguf_families import GGUF_FAMILIES, GgufFamily, Rule, Target, Transform
+from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
+from structprune.architectures.stock.tensor_check import without_head
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
@@ -31,6 +34,8 @@ from structprune.types import UNIT_KINDS
 
 # Channels of an MLP of zeros: the narrowest row that llama.cpp's quantisation takes.
 _ZERO_CHANNELS = 32
+# Of every stock class that has rules.
+_HEAD_MODULE = "lm_head"
 # Computed by the stock model, and in old checkpoints all the same.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 # Entries that say what this module reads from the tensors; without them the config is a stock one.
@@ -69,11 +74,36 @@ class GgufPlan:
         return sum(torch.Size(t.shape).numel() * self.dtype_of(t).itemsize for t in self.tensors)
 
 
+def stock_names(reader: CheckpointReader) -> CheckpointReader:
+    """Return a view of the checkpoint under the names of the stock model, whatever the files call its tensors.
+
+    Raises UnsupportedError where the family has no GGUF form, CheckpointError for a model without a head.
+    """
+    rules = _family(reader)
+    embedding = next(rule.source for rule in rules.uniform.outer if rule.target == "token_embd.weight")
+    known = FAMILIES.find(reader.config["model_type"])
+    view = with_stock_names(
+        reader,
+        base=rules.blocks.partition(".")[0],
+        head=_HEAD_MODULE,
+        renamed=known.renamed if known else {},
+        experts=known.experts if known else None,
+    )
+    head = f"{_HEAD_MODULE}.weight"
+    if getattr(_parsed_config(reader), "tie_word_embeddings", False):
+        return with_tied_embedding(view, embedding, head)
+    if head not in view.shapes:
+        # llama.cpp would take the embedding for it.
+        raise without_head(str(reader.directory), view.stored_name(head))
+    return view
+
+
 def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None) -> GgufPlan:
     """Check that the checkpoint has a GGUF form and say which; reads headers and the tokenizer only.
 
-    `dtype` is a name of EXPORT_DTYPES or `stored`. Raises UnsupportedError where no architecture of llama.cpp computes
-    the same, CheckpointError for tensors that are missing, left over or of another shape.
+    `reader` is a view by `stock_names`, `dtype` a name of EXPORT_DTYPES or `stored`. Raises UnsupportedError where no
+    architecture of llama.cpp computes the same, CheckpointError for tensors that are missing, left over or of another
+    shape.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UnsupportedError("writing GGUF needs the gguf package", do="pip install 'structprune[gguf]'")
@@ -182,7 +212,7 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
         for dim, (name, axis) in family.widths.items():
             kind = "mlp" if dim == "f" else "attention"
             if kind not in kinds:
-                full = _stored(reader, family, f"{family.blocks}{index}.{name}")
+                full = f"{family.blocks}{index}.{name}"
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
                 size[dim] = reader.shapes[full][axis]
@@ -227,17 +257,8 @@ def _target(
     return family.uneven
 
 
-def _stored(reader: CheckpointReader, family: GgufFamily, name: str) -> str:
-    """Return the tensor's name in the files."""
-    for old, new in family.renamed.items():
-        older = old + name.removeprefix(new)
-        if name not in reader.shapes and name.startswith(new) and older in reader.shapes:
-            return older
-    return name
-
-
 def _untied(reader: CheckpointReader) -> bool:
-    return "lm_head.weight" in reader.shapes
+    return f"{_HEAD_MODULE}.weight" in reader.shapes
 
 
 def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedSublayers, target: Target) -> list[BlockWidths]:
@@ -267,7 +288,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
         "e": getattr(config, "num_experts", None) or 0,
     }
     used: set[str] = set()
-    result = _joined(reader, model.family, _Place(dims=common), target.outer, used)
+    result = _joined(reader, _Place(dims=common), target.outer, used)
     for name, factors in rope_factors(model).items():
         result.append(GgufTensor(name=name, shape=tuple(factors.shape), values=factors))
     for number, block in enumerate(model.blocks):
@@ -281,7 +302,7 @@ def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublaye
             heads=(block.heads, block.kv_heads),
             gone=removed[block.index],
         )
-        result += _joined(reader, model.family, place, rules, used)
+        result += _joined(reader, place, rules, used)
     left = [name for name in reader.shapes if name not in used and not name.endswith(_COMPUTED)]
     if left:
         raise UnsupportedError(
@@ -307,16 +328,14 @@ class _Place:
     """Sublayers that the block lost, whose tensors are zeros."""
 
 
-def _joined(
-    reader: CheckpointReader, family: GgufFamily, place: _Place, rules: Sequence[Rule], used: set[str]
-) -> list[GgufTensor]:
+def _joined(reader: CheckpointReader, place: _Place, rules: Sequence[Rule], used: set[str]) -> list[GgufTensor]:
     """Build the tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
     result: dict[str, GgufTensor] = {}
     for rule in rules:
         if rule.stacked:
             result |= _stacked(reader, place, rule, used)
             continue
-        name = _stored(reader, family, place.source_prefix + rule.source)
+        name = place.source_prefix + rule.source
         zeros = rule.sublayer in place.gone
         if rule.optional and (zeros or name not in reader.shapes):
             continue

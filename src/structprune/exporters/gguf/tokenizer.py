@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,8 @@ def built_tokenizer(directory: Path, vocab_size: int) -> list[Entry]:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special: Any = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
+    with _without_pair_warnings():
+        special: Any = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
     # llama.cpp would fill in what it takes for usual.
     for name in ("bos", "eos"):
         special.add_special_token.setdefault(name, False)
@@ -127,6 +130,21 @@ def built_tokenizer(directory: Path, vocab_size: int) -> list[Entry]:
         for key, item in writer.kv_data[0].items()
         if key.startswith("tokenizer.")
     ]
+
+
+@contextmanager
+def _without_pair_warnings() -> Generator[None]:
+    """Suppress what the gguf package logs of a template for pairs of texts, which a language model never gets."""
+    logger = logging.getLogger("gguf.vocab")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "TemplateProcessing<pair>" not in record.getMessage()
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
