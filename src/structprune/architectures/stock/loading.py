@@ -59,7 +59,7 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
         with without_global_width_warnings():
             options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             if weights is None:
-                model, info = (own or AutoModelForCausalLM).from_pretrained(
+                loaded: Any = (own or AutoModelForCausalLM).from_pretrained(
                     str(directory), local_files_only=True, use_safetensors=True, **options
                 )
             else:
@@ -67,7 +67,8 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
                 tensors = {name: weights.get_slice(name) for name in weights}
                 config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
                 stock: Any = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-                model, info = stock.from_pretrained(None, config=config, state_dict=tensors, **options)
+                loaded = stock.from_pretrained(None, config=config, state_dict=tensors, **options)
+        model, info = loaded
         _check_complete(model, sorted(info["missing_keys"]), str(directory))
         return model.to(device).eval()
     except StructPruneError:
