@@ -59,7 +59,8 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
         with without_global_width_warnings():
             options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
             if weights is None:
-                model, info = (own or AutoModelForCausalLM).from_pretrained(
+                loader: Any = own or AutoModelForCausalLM
+                model, info = loader.from_pretrained(
                     str(directory), local_files_only=True, use_safetensors=True, **options
                 )
             else:
