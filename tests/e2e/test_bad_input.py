@@ -657,39 +657,31 @@ def test_corrupt_gguf(content: bytes, refused: Refused, tmp_path: Path) -> None:
     assert refused(path).startswith(f"{path}: the file is truncated or not GGUF")
 
 
-def _write_gguf(path: Path, architecture: str) -> None:
-    """A readable GGUF file with one tensor and no metadata but the architecture."""
-    import gguf
-    import numpy
-
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_block_count(1)
-    writer.add_tensor("token_embd.weight", numpy.ones((8, 64), dtype=numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_truncated_gguf(refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
+    from support.gguf_files import plain_gguf
+
     path = tmp_path / "model.gguf"
-    _write_gguf(path, "llama")
+    plain_gguf(path, "llama")
     path.write_bytes(path.read_bytes()[:-100])
     assert refused(path).startswith(f"{path}: the file is truncated or not GGUF")
 
 
 def test_gguf_of_another_architecture(refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
+    from support.gguf_files import plain_gguf
+
     path = tmp_path / "model.gguf"
-    _write_gguf(path, "bloom")
+    plain_gguf(path, "bloom")
     assert refused(path).startswith(f"{path}: this GGUF architecture cannot be read; got bloom, wanted llama")
 
 
 def test_gguf_without_its_metadata(refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
+    from support.gguf_files import plain_gguf
+
     path = tmp_path / "model.gguf"
-    _write_gguf(path, "llama")
+    plain_gguf(path, "llama")
     message = refused(path)
     assert message.startswith(f"{path}: the GGUF file's llama.embedding_length is not usable; got nothing")
 

@@ -56,3 +56,14 @@ def copy_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def plain_gguf(path: Path, architecture: str) -> None:
+    """A readable GGUF file with one tensor and no metadata but the architecture."""
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.ones((8, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -73,7 +73,7 @@ def upload_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     """Speaks as much of the hub's protocol as an upload needs."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
         def answer(self, value: Any, status: int = 200) -> None:

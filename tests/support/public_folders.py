@@ -99,7 +99,8 @@ def _pieces(special: list[str], *, gemma: bool) -> Tokenizer:
 
 def _sentencepiece(tokenizer: Tokenizer) -> bytes:
     """tokenizer.model of the same pieces, as the sentencepiece library writes it."""
-    proto: Any = sentencepiece.ModelProto()
+    library: Any = sentencepiece
+    proto = library.ModelProto()
     proto.trainer_spec.model_type = 2
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
@@ -283,7 +284,7 @@ def _end() -> int:
 
 
 def _qwen_files(tokenizer: Tokenizer) -> Files:
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end: Any = tokenizer.token_to_id("<|endoftext|>")
     return {
         ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
         "LICENSE": "Apache License\nVersion 2.0, January 2004\n",
@@ -349,8 +350,8 @@ def _llama_files(tokenizer: Tokenizer) -> Files:
     }
 
 
-_LLAMA_SPECIAL = [f"<|{name}|>" for name in ("begin_of_text", "end_of_text", "eom_id", "eot_id", "python_tag")]
-_LLAMA_SPECIAL += ["<|start_header_id|>", "<|end_header_id|>"]
+_LLAMA_NAMES = ("begin_of_text", "end_of_text", "eom_id", "eot_id", "python_tag", "start_header_id", "end_header_id")
+_LLAMA_SPECIAL = [f"<|{name}|>" for name in _LLAMA_NAMES]
 
 
 def _llama_tokenizer() -> Tokenizer:
@@ -371,7 +372,7 @@ def _llama_id(name: str) -> int:
 
 
 def _embedding_files(tokenizer: Tokenizer) -> Files:
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end: Any = tokenizer.token_to_id("<|endoftext|>")
     results = "".join(
         f"  - task:\n      type: Retrieval\n    dataset:\n      type: mteb/d{number}\n      name: MTEB D{number}\n"
         f"    metrics:\n    - type: ndcg_at_10\n      value: {number}.5\n"

@@ -5,15 +5,11 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
-import csv
-import gzip
 import importlib.util
-import io
 import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,6 +25,7 @@ from structprune.calibration.sources.file import file_windows, read_text
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.errors import InputError
 from structprune.recipe import default_held_out
+from support.texts import CHATS, FORMS, JOINED, ROWS, json_lines
 
 TEXT = "".join(chr(97 + i % 26) for i in range(1003))
 
@@ -422,38 +419,6 @@ def test_file_that_was_cut_is_noticed(tmp_path: Path) -> None:
     store.close()
 
 
-ROWS = ["the first text", 'two, with a "quote"', "drei: \u00e4\u00f6\u00fc \u4f60\u597d"]
-JOINED = "\n\n".join(ROWS)
-
-
-def json_lines(field: str = "text") -> str:
-    return "\n".join(json.dumps({field: text}, ensure_ascii=False) for text in ROWS)
-
-
-def csv_rows(separator: str = ",") -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, delimiter=separator)
-    writer.writerows([("number", "text"), *enumerate(ROWS)])
-    return out.getvalue()
-
-
-FORMS: dict[str, bytes] = {
-    "array.json": json.dumps([{"text": text} for text in ROWS]).encode(),
-    "strings.json": json.dumps(ROWS).encode(),
-    "lines.json": json_lines().encode(),
-    "lines.jsonl": json_lines().encode(),
-    "lines.ndjson": json_lines().encode(),
-    "marked.jsonl": b"\xef\xbb\xbf" + json_lines().encode(),
-    "wide.jsonl": json_lines().encode("utf-16"),
-    "lines.jsonl.gz": gzip.compress(json_lines().encode()),
-    "rows.csv": csv_rows().encode(),
-    "rows.tsv": csv_rows("\t").encode(),
-    "plain.txt": JOINED.encode(),
-    "wide.txt": JOINED.encode("utf-16"),
-    "plain.txt.gz": gzip.compress(JOINED.encode()),
-}
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_files_as_other_tools_write_them(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FORMS[name])
@@ -490,14 +455,6 @@ def test_another_field(tmp_path: Path) -> None:
     # A file that is called so itself.
     (tmp_path / "a#b").write_text("plain")
     assert read_text(tmp_path / "a#b") == "plain"
-
-
-CHAT = [("user", "Who?"), ("assistant", "Me.")]
-CHATS: dict[str, Any] = {
-    "messages": {"messages": [{"role": role, "content": content} for role, content in CHAT]},
-    "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": c}, {"type": "image"}]} for r, c in CHAT]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]},
-}
 
 
 @pytest.mark.parametrize("form", CHATS)

@@ -174,6 +174,8 @@ RESULT_FILES = {
     *(
         "modeling_structprune.py",
         "model.safetensors.index.json",
+        "vocab.json",
+        "added_tokens.json",
         "params.json",
         "trainer_state.json",
         "adapter_config.json",

@@ -49,7 +49,7 @@ class TextEncoder:
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
                 where=str(directory),
-                got=first_line(error),
+                got=first_line(error) if tokenizer_bytes(directory) else f"none of {', '.join(_FILES)}",
                 do=_OWN_CODE if "custom code" in str(error) else "copy its files there",
             ) from error
 
