@@ -57,3 +57,29 @@ class RowSum:
 
     def diagonal(self) -> Tensor:
         return self.first.diagonal() + self.second.diagonal()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiagonalRows:
+    """A diagonal matrix, of which nothing is made but the rows that are asked for."""
+
+    values_I: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.values_I), len(self.values_I)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.values_I.device
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        numbers = torch.arange(len(self.values_I), device=self.device)[rows]
+        found = self.values_I.new_zeros(len(numbers), len(self.values_I))
+        return found.scatter_(1, numbers[:, None], self.values_I[numbers][:, None])
+
+    def to(self, device: torch.device, /) -> DiagonalRows:
+        return DiagonalRows(values_I=self.values_I.to(device))
+
+    def diagonal(self) -> Tensor:
+        return self.values_I

@@ -20,7 +20,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import growing_cache
 from structprune.calibration.context import consecutive_windows
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.errors import NumericalError, UnsupportedError
+from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.results.report import PruneReport
 from support.models import TINY_MODELS, save_tiny
@@ -246,14 +246,19 @@ def test_every_expert_has_its_own_choice(text_file: Path, tmp_path: Path) -> Non
     assert torch.equal(after[router], before[router])
 
 
-def test_an_expert_without_tokens_is_an_error(text_file: Path, tmp_path: Path) -> None:
+def test_experts_without_tokens_keep_their_weights(text_file: Path, tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "qwen3_moe")
     tensors = load_file(source / "model.safetensors")
     # Equal shares for all: every token goes to the same two.
     tensors["model.layers.0.mlp.gate.weight"].zero_()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NumericalError, match=r"block 0 mlp\.\d: no calibration token is sent to this expert"):
-        run(source, tmp_path / "out", text_file, method="fasp")
+    report = run(source, tmp_path / "out", text_file, method="fasp")
+    assert [block.statistics["experts_without_tokens"] for block in report.blocks] == [2, 0]
+    kept = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text())["kept_indices"]["0"]
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    names = [f"model.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(4)]
+    same = [torch.equal(after[name], tensors[name][:, kept[f"mlp.{i}"]]) for i, name in enumerate(names)]
+    assert sum(same) == 2
 
 
 def test_a_model_saved_without_its_head(text_file: Path, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def test_strips_of_a_gram() -> None:
 def test_one_block_by_hand() -> None:
     mlp = group("mlp", 8, 1)
     local = pruning_exchange([mlp], {"mlp": 6}, 4, 2, parts=1, follows_dense=False)
-    assert (local.sums, local.tensors) == (gram_bytes(8) + 8, 6 * 8 + 6 * 4 * 2)
+    assert (local.sums, local.tensors) == (gram_bytes(8) + 16, 6 * 8 + 6 * 4 * 2)
     dense = pruning_exchange([mlp], {"mlp": 6}, 4, 2, parts=2, follows_dense=True)
-    assert (dense.sums, dense.tensors) == (2 * (gram_bytes(8) + 16 + 8 * 4 * 4), local.tensors)
+    assert (dense.sums, dense.tensors) == (2 * (gram_bytes(8) + 24 + 8 * 4 * 4), local.tensors)
     sensitivity = sensitivity_exchange([mlp, group("attention", 2, 4)], 4)
     assert sensitivity.sums == 2 * gram_bytes(8) + 2 * gram_bytes(4)
     assert sensitivity.tensors == 2 * 4 * 4 * 4 + (8 + 2) * 8

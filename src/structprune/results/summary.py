@@ -70,6 +70,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"{calibration.description}: {calibration.num_windows} windows of {calibration.seq_len} tokens, "
             f"{beginning(calibration.start)}",
         ),
+        *_starved_row(report),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
@@ -106,6 +107,46 @@ def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
         return [("perplexity, in-sample only", fitted)]
     measured = _before_and_after(held_out, f"{_windows(held_out)} of the same text")
     return [("perplexity", measured), ("perplexity, in-sample", fitted)]
+
+
+def _starved(report: PruneFacts) -> list[BlockReport]:
+    """Find the sublayers of a mixture with experts that too few calibration tokens were sent to."""
+    names = ("experts_without_tokens", "experts_with_few_tokens")
+    return [block for block in report.blocks if any(block.statistics.get(name) for name in names)]
+
+
+def _starved_row(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say how many experts had too few tokens, and in which blocks; nothing where all had enough."""
+    blocks = _starved(report)
+    if not blocks:
+        return []
+    without, few = (_counted(blocks, name) for name in ("experts_without_tokens", "experts_with_few_tokens"))
+    return [("experts with few tokens", f"without any: {without}; with too few: {few}")]
+
+
+def _counted(blocks: Iterable[BlockReport], name: str) -> str:
+    found = [block for block in blocks if block.statistics.get(name)]
+    if not found:
+        return "none"
+    numbers = ", ".join(str(block.block) for block in found)
+    total = sum(block.statistics[name] for block in found)
+    return f"{total:.0f} in {'block' if len(found) == 1 else 'blocks'} {numbers}"
+
+
+def _starved_warnings(report: PruneFacts) -> list[str]:
+    """Name the calibration tokens that would do, by the share of the expert that is used least."""
+    # Reports of earlier versions say of some methods how many experts had none, and no more.
+    blocks = [block for block in _starved(report) if "wanted_tokens" in block.statistics]
+    if not blocks:
+        return []
+    ((_, counted),) = _starved_row(report)
+    worst = max(blocks, key=lambda block: block.statistics["wanted_tokens"]).statistics
+    return [
+        f"Experts were sent too few calibration tokens ({worst['enough_expert_tokens']:.0f} are enough for one) and "
+        f"were pruned by their weights alone, or nearer to them. {counted[0].upper()}{counted[1:]}. "
+        f"{'About' if worst['least_expert_tokens'] else 'More than'} {worst['wanted_tokens']:,.0f} tokens would do "
+        f"instead of {worst['tokens']:,.0f}: raise --num-samples, and --sensitivity-samples where gradients decide."
+    ]
 
 
 def _windows(held_out: HeldOutReport) -> str:
@@ -155,6 +196,7 @@ def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
     notes = (*report.notes, *share_note(report.recipe, report.size.reachable))
     found = [f"{note[0].upper()}{note[1:]}." for note in notes] + _perplexity_warnings(report)
+    found += _starved_warnings(report)
     raised = _places(block for block in report.blocks if block.status == "damping-raised")
     if raised:
         found.append(f"A factorisation failed at the asked ridge, which was raised: {raised}.")

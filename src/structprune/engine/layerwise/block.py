@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.units import remove_sublayer
+from structprune.engine.layerwise.few_tokens import token_statistics
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import SolvedGroup, solve_cost, solve_group, with_group
 from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure
@@ -284,6 +285,8 @@ def _prune_sublayer(
                 cut = with_group(cut, groups[name], parts[name])
     parts = {name: parts[name] for name in groups}
     statistics = _means([part.statistics for part in parts.values()])
+    counts = [part.tokens for part in parts.values() if part.tokens is not None]
+    statistics |= token_statistics(counts, context.num_measured_tokens)
     objective: list[float] = []
     group, first = next(iter(groups.values())), next(iter(parts.values()))
     if kind == "mlp" and SOLVERS.get(context.solver).propose is not None and 0 < num_keep < group.num_units:
@@ -315,10 +318,14 @@ def _prune_sublayer(
 
 
 def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the statistics of one part, or their means over several parts, and how many there are."""
+    """Average each statistic over the parts that have it, and count the parts; those of one part are as they are."""
     if len(statistics) == 1:
         return dict(statistics[0])
-    means = {name: sum(each[name] for each in statistics) / len(statistics) for name in statistics[0]}
+    by_name: dict[str, list[float]] = {}
+    for each in statistics:
+        for name, value in each.items():
+            by_name.setdefault(name, []).append(value)
+    means = {name: sum(values) / len(values) for name, values in by_name.items()}
     return means | {"parts": float(len(statistics))}
 
 

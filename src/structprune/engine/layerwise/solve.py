@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.units import add_bias, compact
+from structprune.engine.layerwise.few_tokens import ExpertTokens, with_missing_tokens
 from structprune.engine.layerwise.problem import layer_problem
 from structprune.engine.run.context import RunContext
 from structprune.errors import NumericalError
@@ -20,6 +21,7 @@ from structprune.linalg.gram_products import fitting_error, output_energy
 from structprune.memory import release_free_memory
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, keep_best, removal_path
+from structprune.scores.weights import MAGNITUDE
 from structprune.solvers import SOLVERS
 from structprune.types import BlockLayout, LayerProblem, Moments, Sensitivity, SolveResult, UnitGroup
 
@@ -33,6 +35,8 @@ class SolvedGroup:
     errors: tuple[float, float, float] | None
     statistics: dict[str, float]
     cost_U: Tensor | None
+    tokens: ExpertTokens | None
+    """Tokens that an expert was sent; None for what every token passes."""
 
 
 def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
@@ -53,23 +57,20 @@ def solve_group(
     measure_costs: bool,
 ) -> SolvedGroup:
     """Decide and solve one group, on one rank. Takes what was measured: the list is empty afterwards."""
-    where = f"block {block.index} {group.name}"
-    if any(moments.num_tokens == 0 for moments in measured[:1]):
-        raise NumericalError(
-            "no calibration token is sent to this expert", where=where, do="raise --num-samples or --seq-len"
-        )
-    problem = layer_problem(context, block, group, tensors, measured, sensitivity)
-    statistics = _context(problem, measured)
+    measured_problem = layer_problem(context, block, group, tensors, measured, sensitivity)
+    tokens = ExpertTokens.of(group, measured, measured_problem)
+    problem = with_missing_tokens(measured_problem) if tokens is not None and measured else measured_problem
+    statistics = _context(measured_problem, measured)
     # The problem has them in its own order, or as they are.
     measured.clear()
     try:
-        keep_U, result = _decide(context, problem, num_keep)
+        keep_U, result = _decide(context, problem, num_keep, by_weights=tokens is not None and tokens.sent == 0)
         statistics |= _decision_objectives(context, problem, keep_U)
     except NumericalError as error:
         # Scores and solvers see a matrix, not where it is from.
-        raise error.inside(where) from error
-    errors = _squared_errors(problem, keep_U, result) if context.method.needs_statistics else None
-    cost_U = removal_path(problem, group.num_units).cost.cpu() if measure_costs else None
+        raise error.inside(f"block {block.index} {group.name}") from error
+    errors = _squared_errors(measured_problem, keep_U, result) if context.method.needs_statistics else None
+    cost_U = _removal_costs(problem, tokens) if measure_costs else None
     # Wherever it was solved, it is written from the host.
     return SolvedGroup(
         keep_units=torch.nonzero(keep_U).flatten().cpu(),
@@ -77,7 +78,15 @@ def solve_group(
         errors=errors,
         statistics=statistics | dict(result.statistics),
         cost_U=cost_U,
+        tokens=tokens,
     )
+
+
+def _removal_costs(problem: LayerProblem, tokens: ExpertTokens | None) -> Tensor:
+    """Measure what each removal adds to the loss: nothing where no token comes by."""
+    if tokens is not None and tokens.sent == 0:
+        return torch.zeros(problem.num_units, dtype=torch.float64)
+    return removal_path(problem, problem.num_units).cost.cpu()
 
 
 def with_group(tensors: Mapping[str, Tensor], group: UnitGroup, part: SolvedGroup) -> dict[str, Tensor]:
@@ -93,21 +102,26 @@ def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, fl
     """Collect the report's context of the sublayer: energies per token and how much the loss depends on it."""
     found: dict[str, float] = {}
     total = problem.total()
-    if measured:
+    if total.num_tokens and measured:
         found["residual_energy"] = total.residual_energy / total.num_tokens
-    if total.target_energy is not None:
+    if total.num_tokens and total.target_energy is not None:
         found["target_energy"] = total.target_energy / total.num_tokens
     if problem.sensitivity_OO is not None:
         found["sensitivity"] = float(problem.sensitivity_OO.diagonal().sum(dtype=torch.float64))
     return found
 
 
-def _decide(context: RunContext, problem: LayerProblem, num_keep: int) -> tuple[Tensor, SolveResult]:
-    """Choose the units, solve the consumer."""
+def _decide(
+    context: RunContext, problem: LayerProblem, num_keep: int, *, by_weights: bool
+) -> tuple[Tensor, SolveResult]:
+    """Choose the units, solve the consumer. Gradients that no token gave are zero: then the weights decide."""
     if context.score in SELECTORS:
         keep_U = SELECTORS.get(context.score).keep(problem, num_keep)
     else:
-        score_U = SCORES.get(context.score).score(problem)
+        score = SCORES.get(context.score)
+        if by_weights and "gradients" in score.reads:
+            score = MAGNITUDE
+        score_U = score.score(problem)
         if not torch.isfinite(score_U).all():
             raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
         keep_U = keep_best(score_U, num_keep, problem.partitions)

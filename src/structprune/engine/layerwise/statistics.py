@@ -80,7 +80,7 @@ def measure(
     accumulators = {
         group.name: context.accumulator(group.num_units * group.width, num_outputs=num_outputs) for group in groups
     }
-    residual_energy = 0.0
+    residual_energy, num_passed = 0.0, 0
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
@@ -89,6 +89,7 @@ def measure(
                 stack.enter_context(tapped(module, group.consumer_module, partial(inputs.__setitem__, group.name)))
             residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         residual_energy += float(energy(residual_BSD))
+        num_passed += residual_BSD.shape[0] * residual_BSD.shape[1]
         while inputs:
             name, x_TI = inputs.popitem()
             if inputs_NSI is not None:
@@ -107,8 +108,11 @@ def measure(
     for name, accumulator in accumulators.items():
         owner = owners.get(name, 0)
         accumulator.reduce(context.ranks, owner)
-        (total_residual,) = add_numbers(context.ranks, [residual_energy], owner)
+        total_residual, passed = add_numbers(context.ranks, [residual_energy, num_passed], owner)
         if owner == context.ranks.rank:
+            if accumulator.num_tokens < passed:
+                # An expert's share of the tokens that pass the block.
+                total_residual *= accumulator.num_tokens / passed
             found[name] = Moments(
                 sum_I=accumulator.sum_I,
                 num_tokens=accumulator.num_tokens,

@@ -22,6 +22,7 @@ from structprune.architectures.family import Experts
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.layerwise.few_tokens import ExpertTokens, token_statistics
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
 from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
@@ -40,6 +41,8 @@ from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
+# The mean of so many norms is known to about a tenth of their spread.
+_ENOUGH_TOKENS = 100
 # What the report and the manifest call it.
 KIND = "expert"
 
@@ -206,7 +209,7 @@ def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) ->
             error_mask_only=None,
             error=None,
             status="ok",
-            statistics=_statistics(found, kept),
+            statistics=_statistics(context, found, kept),
             objective=[],
             seconds=time.perf_counter() - started,
         )
@@ -256,13 +259,12 @@ def _move_pruned(
         state.propagator.run(module, block.index, state.stores["pruned"])
 
 
-def _statistics(found: Saliency, kept: Sequence[int]) -> dict[str, float]:
-    """Compute what the report says: the block's share of removed saliency, and how many experts got no token."""
+def _statistics(context: RunContext, found: Saliency, kept: Sequence[int]) -> dict[str, float]:
+    """Say for the report what share of the saliency went, and how many experts got no tokens or few."""
     total = float(found.mean_E.sum())
-    return {
-        "saliency_removed": 1 - float(found.mean_E[list(kept)].sum()) / total if total else 0.0,
-        "experts_without_tokens": float((found.tokens_E == 0).sum()),
-    }
+    removed = 1 - float(found.mean_E[list(kept)].sum()) / total if total else 0.0
+    counts = [ExpertTokens(sent=int(sent), enough=_ENOUGH_TOKENS) for sent in found.tokens_E]
+    return {"saliency_removed": removed, **token_statistics(counts, context.num_measured_tokens)}
 
 
 def _experts(stock: StockModel) -> Experts:

@@ -55,8 +55,8 @@ def pruning_exchange(
     total = NOTHING
     for group in groups:
         inputs, num_keep = group.num_units * group.width, kept[group.kind]
-        # The residual's energy is a float64 number, and so is the target's.
-        sums = gram_bytes(inputs) + 8 + (inputs * hidden * 4 + 8 if follows_dense else 0)
+        # The residual's energy and its tokens are float64 numbers, and so is the target's energy.
+        sums = gram_bytes(inputs) + 16 + (inputs * hidden * 4 + 8 if follows_dense else 0)
         tensors = num_keep * 8 + num_keep * group.width * hidden * stored_item
         total += Exchange(sums=parts * sums, tensors=tensors)
     return total

@@ -137,6 +137,12 @@ class RunContext(StreamedModel):
         return min(self.recipe.backward_samples, len(self.windows.ids_NS))
 
     @property
+    def num_measured_tokens(self) -> int:
+        """Tokens that pass a block while it is measured: all, or those of the backward pass where nothing else is."""
+        num_windows, seq_len = self.windows.ids_NS.shape
+        return (num_windows if self.method.needs_statistics else self.num_backward) * seq_len
+
+    @property
     def follows_dense(self) -> bool:
         """Whether the dense model's hidden states of all windows are kept beside the pruned ones."""
         return self.recipe.follows_dense

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
@@ -82,6 +83,10 @@ def _scores(
     found: dict[str, Tensor] = {}
     for group in context.groups(block):
         a = sums.pop(group.name)
+        if a.num_tokens == 0:
+            # An expert that no token is sent to: no removal costs anything.
+            add_cost(found, group, torch.zeros(group.num_units, dtype=torch.float64))
+            continue
         moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(context, block, group, tensors, [moments])
         add_cost(found, group, ascending(SCORES.get(context.score).score(problem), group.partitions))
