@@ -514,14 +514,17 @@ def test_missing_tensor(refused: Refused, tiny_llama: Path, tmp_path: Path) -> N
     names = ["input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"]
     names += [f"self_attn.{name}_proj" for name in "koqv"]
     listed = ", ".join(f"'model.layers.2.{name}.weight'" for name in names)
-    assert f"the checkpoint lacks 9 tensor(s): {listed}. Check that config.json belongs to it" in message
+    assert f"the checkpoint lacks 9 tensor(s): {listed}. Check that config.json belongs to the checkpoint" in message
 
 
 def test_many_missing_tensors(refused: Refused, tiny_llama: Path, tmp_path: Path) -> None:
     source = with_config(tiny_llama, tmp_path / "source", num_hidden_layers=4)
     message = refused(source)
     assert "the checkpoint lacks 18 tensor(s): 'model.layers.2.input_layernorm.weight', " in message
-    assert "'model.layers.3.input_layernorm.weight' and 8 more. Check that config.json belongs to it" in message
+    assert (
+        "'model.layers.3.input_layernorm.weight' and 8 more. Check that config.json belongs to the checkpoint"
+        in message
+    )
 
 
 def with_extra(tiny: Path, target: Path, *names: str) -> Path:
@@ -547,7 +550,7 @@ def test_extra_tensors(names: tuple[str, ...], refused: Refused, tiny_llama: Pat
             f"{source}: the checkpoint has {len(names)} tensor(s) that the configuration does not have: {listed}"
         )
         assert message.endswith(
-            "Check that config.json belongs to it; to leave them out, load it with AutoModelForCausalLM and save it "
+            "Check that config.json belongs to the checkpoint; to leave them out, load it with AutoModelForCausalLM and save it "
             "with save_pretrained."
         )
     # What the message advises.

@@ -57,17 +57,19 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
     try:
         own: Any = _per_layer_class(directory)
         with without_global_width_warnings():
-            options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+            options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
             if weights is None:
                 loaded: Any = (own or AutoModelForCausalLM).from_pretrained(
-                    str(directory), local_files_only=True, use_safetensors=True, **options
+                    str(directory), local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
                 )
             else:
                 # Slices are read one after the other, as those of safetensors are.
                 tensors = {name: weights.get_slice(name) for name in weights}
                 config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
                 stock: Any = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-                loaded = stock.from_pretrained(None, config=config, state_dict=tensors, **options)
+                loaded = stock.from_pretrained(
+                    None, config=config, state_dict=tensors, trust_remote_code=False, **options
+                )
         model, info = loaded
         _check_complete(model, sorted(info["missing_keys"]), str(directory))
         return model.to(device).eval()
