@@ -267,6 +267,7 @@ def test_companions_that_the_source_lacks_are_not_invented(tiny_llama: Path, tex
     present = {path.name for path in (tmp_path / "out").iterdir()}
     assert present == {
         "config.json",
+        "pruning_widths.json",
         "model.safetensors",
         "README.md",
         "pruning_manifest.json",
@@ -336,7 +337,7 @@ def test_report_and_manifest(
     resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples", "held_out")
     settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
-    assert {name for name, value in resolved.model_dump().items() if value is None} == {"device_memory"}
+    assert {name for name, value in resolved.model_dump().items() if value is None} == {"device_memory", "widths"}
     assert manifest["calibration"] == written["calibration"]
     assert manifest["source_fingerprint"] == report.source_fingerprint == CheckpointReader(source).fingerprint()
     assert CheckpointReader(output).fingerprint() != report.source_fingerprint
@@ -359,7 +360,7 @@ def test_auto_settings_are_resolved_in_the_manifest(tiny_llama: Path, text_file:
     assert manifest["device"] != "auto"
     assert manifest["dtype"] == report.compute_dtype
     assert manifest["dtype"] != "auto"
-    assert {name for name, value in manifest.items() if value is None} == {"device_memory"}
+    assert {name for name, value in manifest.items() if value is None} == {"device_memory", "widths"}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
