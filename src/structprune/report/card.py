@@ -15,7 +15,7 @@ from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport
+from structprune.results.schema import BlockReport, CalibrationReport, HeldOutReport
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
@@ -66,7 +66,9 @@ def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _figures(report: PruneReport) -> str:
     size, text, held_out = report.size, report.calibration, report.held_out
-    rows = [("perplexity of the calibration text, in-sample", text.perplexity_windows, text)]
+    rows: list[tuple[str, int, HeldOutReport | CalibrationReport]] = [
+        ("perplexity of the calibration text, in-sample", text.perplexity_windows, text)
+    ]
     if held_out is not None:
         rows.insert(0, ("perplexity of held-out windows of the calibration text", held_out.num_windows, held_out))
     return _table(
