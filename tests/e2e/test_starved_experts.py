@@ -29,8 +29,9 @@ NUM_EXPERTS, WIDTH, NUM_WINDOWS, SEQ_LEN = 32, 24, 2, 12
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of 32 experts of 24 channels; a token is sent to two of them."""
     sizes: dict[str, Any] = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
+    sizes |= {"head_dim": 16, "norm_topk_prob": True}
     with pytest.MonkeyPatch.context() as patch:
-        config = Qwen3MoeConfig(**COMMON, **sizes, head_dim=16, norm_topk_prob=True)
+        config = Qwen3MoeConfig(**COMMON, **sizes)
         patch.setitem(TINY_MODELS, "many-experts", lambda: Qwen3MoeForCausalLM(config))
         return save_tiny("many-experts", tmp_path_factory.mktemp("many") / "model")
 

@@ -30,6 +30,7 @@ def last_states(
     The peak is counted for `phase`, and `advance` hears of each block. Raises NumericalError for states that are not
     finite.
     """
+    stretch: Callable[[], contextlib.AbstractContextManager[None]]
     stretch = contextlib.nullcontext if phase is None else partial(model.meter.phase, phase)
     num_windows = len(model.windows.ids_NS)
     store = open_store(model, path, num_windows)
