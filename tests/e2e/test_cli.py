@@ -228,9 +228,10 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     # Without attention in scope there are no units of it to choose.
-    assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", "device_memory": None}
-    # That of a device is refused here; test_device_memory.py has it.
-    assert {*given, "device_memory"} == set(UnitsRecipe.model_fields)
+    unset = {"device_memory": None, "widths": None}
+    assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", **unset}
+    # Memory of a device is refused here, widths decide what other flags do: test_device_memory.py and test_widths.py.
+    assert {*given, *unset} == set(UnitsRecipe.model_fields)
 
 
 def test_flags_win_over_the_recipe_file(cli: Run, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
