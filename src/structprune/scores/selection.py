@@ -13,6 +13,7 @@ from torch import Tensor
 from structprune.linalg.cholesky import damped_cholesky, inverted, solved
 from structprune.linalg.gram_products import add_columns, energy, in_float64, output_energy, times_gram
 from structprune.linalg.obs import RemovalPath, greedy_removal, metric_root, set_objective, swap_units
+from structprune.rows import Rows
 from structprune.scores.score import Selector, Workspace
 from structprune.types import LayerProblem
 
@@ -106,19 +107,25 @@ def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
     H is the shrunk, damped Gram. W is the ridge solution on all inputs, times the root of the damped sensitivity where
     there is one.
     """
-    weight_OI = problem.weight_OI.to(torch.float64, copy=True)
-    total = problem.total()
-    if total.target_OI is not None:
-        # What the weights should be without a removal is a matter of fitting: there the correlations count in full.
-        residual_OI = times_gram(weight_OI, total.gram_II, None, None).neg_()
-        add_columns(residual_OI, total.target_OI, None)
-        factor = damped_cholesky(partial(in_float64, total.gram_II), problem.damping, "greedy removal")
-        weight_OI = solved(factor.factor_NN, residual_OI).add_(problem.weight_OI)
-        del factor
+    target_OI = problem.total().target_OI
+    weight_OI = problem.weight_OI.to(torch.float64, copy=True) if target_OI is None else _refitted(problem, target_OI)
     if problem.sensitivity_OO is not None:
         weight_OI = metric_root(problem.sensitivity_OO).T @ weight_OI
     factor = damped_cholesky(lambda: shrunk_gram(problem), problem.damping, "greedy removal")
     return weight_OI, inverted(factor.factor_NN), factor.delta
+
+
+def _refitted(problem: LayerProblem, target_OI: Rows) -> Tensor:
+    """Return the ridge solution on all inputs, (O, I) in float64.
+
+    What the weights should be without a removal is a matter of fitting: there the correlations count in full.
+    """
+    gram_II = problem.total().gram_II
+    # Nothing of the weight in float64 is left when the Gram is factored.
+    residual_OI = times_gram(problem.weight_OI, gram_II, None, None).neg_()
+    add_columns(residual_OI, target_OI, None)
+    factor = damped_cholesky(partial(in_float64, gram_II), problem.damping, "greedy removal")
+    return solved(factor.factor_NN, residual_OI).add_(problem.weight_OI)
 
 
 def _greedy_path(problem: LayerProblem, num_remove: int, weight_MI: Tensor, inverse_II: Tensor) -> RemovalPath:
