@@ -25,7 +25,7 @@ from structprune.results.side_by_side import column_rows
 
 # Chosen so that everything after the installation takes less than six minutes on two cores without matrix units, and
 # no more is removed than a minute of recovery can do something about; docs/compare.md has larger shares.
-RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=64, seq_len=512)
+RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=32, seq_len=512, sensitivity_samples=16)
 RECOVERY = RecoverySettings(calibration=("boolq",), minutes=1, num_samples=128, seq_len=512, batch=1, warmup=2)
 QUALITY = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=6)
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -54,7 +54,8 @@ def main() -> None:
     )
     memory = ("peak memory: planned, measured", "", peak(pruned.memory), peak(recovered.memory))
     header = [Column(name=""), *(Column(name=name) for name in models)]
-    print_table(title, header, [*column_rows(columns), memory])
+    legend = "The source is a file in four bits; what is pruned is written in bfloat16, as wide as the weights need."
+    print_table(title, header, [*column_rows(columns), memory], legend=[legend])
     print_pairs(
         PROMPT,
         [

@@ -45,7 +45,18 @@ def test_memory_stays_under_a_plan_below_half_of_the_model(
         "--json",
         "--quiet",
     ]
-    flags = ["--method", "fasp", "--calibration", str(texts[0]), "--num-samples", "8", "--seq-len", "256", "--dtype", "float32"]
+    flags = [
+        "--method",
+        "fasp",
+        "--calibration",
+        str(texts[0]),
+        "--num-samples",
+        "8",
+        "--seq-len",
+        "256",
+        "--dtype",
+        "float32",
+    ]
     result = subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
     report = json.loads(result.stdout)
     memory = report["memory"]
