@@ -24,10 +24,13 @@ from structprune.results.schema import MemoryReport
 from structprune.results.side_by_side import column_rows
 
 # Chosen so that everything after the installation takes less than six minutes on two cores without matrix units, and
-# no more is removed than a minute of recovery can do something about; docs/compare.md has larger shares.
-RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=32, seq_len=512, sensitivity_samples=16)
-RECOVERY = RecoverySettings(calibration=("boolq",), minutes=1, num_samples=128, seq_len=512, batch=1, warmup=2)
-QUALITY = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=6)
+# no more is removed than a minute of recovery can do something about; docs/compare.md has larger shares. 64 windows of
+# 512 tokens are the fewest that a run does not warn of.
+RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=64, seq_len=512, sensitivity_samples=8, held_out=4)
+RECOVERY = RecoverySettings(
+    calibration=("boolq",), minutes=0.8, num_samples=64, held_out=4, seq_len=512, batch=1, warmup=2
+)
+QUALITY = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=3)
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -40,9 +43,9 @@ def main() -> None:
     with progress_observer(quiet=False) as observer:
         observer.note("prune: the bundled GGUF file is read tensor by tensor")
         pruned = prune("smollm2", RECIPE, models["pruned"], observer)
-        observer.note("recover: the pruned model learns from the dense one for a minute")
+        observer.note("recover: the pruned model learns from the dense one for most of a minute")
         recovered = recover(models["pruned"], "smollm2", RECOVERY, models["recovered"], observer)
-        columns = side_by_side(models, PROMPT, QUALITY, SpeedRequest(repeats=3), observer=observer)
+        columns = side_by_side(models, PROMPT, QUALITY, SpeedRequest(repeats=2, decode_tokens=16), observer=observer)
     write_picture(output / "demo.svg", "SmolLM2-135M, dense, pruned and recovered", columns, pruned)
 
     def peak(memory: MemoryReport) -> str:
