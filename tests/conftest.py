@@ -21,14 +21,6 @@ from structprune.evaluation import reload
 from support.command_line import CommandLine
 from support.models import save_tiny
 
-# Files whose tests run the product in processes of their own, several times.
-_LONG = ("test_compare.py", "test_memory_promise.py", "test_fake_device.py", "test_interrupt.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first: at the end of a run one worker would wait for the other's two minutes."""
-    items.sort(key=lambda item: (item.get_closest_marker("realmodel") is None, item.path.name not in _LONG))
-
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
