@@ -15,7 +15,7 @@ from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import load_windows
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.engine.planning.forecast import Forecast, retyped, shape_of
+from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
 from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
@@ -47,18 +47,6 @@ from structprune.types import ModelLayout
 
 # An export is written beside its place first, under a longer name.
 _EXPORT_SPARE = len("..tmp-4194304")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedSize:
-    """Bytes of the weight files, before and after."""
-
-    bytes_before: int
-    bytes_after: int
-    exact: bool
-    """Whether it is what the files will have; else what remains if just the asked share goes."""
-    dtypes: list[str]
-    """What the weights will be stored in, that of the most bytes first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +83,7 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
         plan=plan_run(resolved, resolved.recipe.num_samples),
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
-        size=_planned_size(resolved),
+        size=planned_size(resolved.stock, resolved.recipe, resolved.kinds, resolved.forecast),
         start=_planned_start(resolved),
         notes=(
             *resolved.stock.layout.notes,
@@ -114,27 +102,6 @@ def _planned_start(resolved: ResolvedRun) -> str | None:
     except CheckpointError:
         # Without a tokenizer there is still much to plan.
         return None
-
-
-def _planned_size(resolved: ResolvedRun) -> PlannedSize:
-    recipe, reader, layout = resolved.recipe, resolved.stock.reader, resolved.stock.layout
-    after = resolved.forecast.num_bytes(recipe.max_shard_size)
-    in_scope = {
-        block.prefix + name
-        for block in layout.blocks
-        for group in block.groups
-        if group.kind in resolved.kinds
-        for name in block.shapes
-        if name.startswith(group.module_prefix)
-    }
-    return PlannedSize(
-        bytes_before=reader.file_bytes,
-        bytes_after=reader.num_bytes(layout.tensors) - round(recipe.sparsity * reader.num_bytes(in_scope))
-        if after is None
-        else after,
-        exact=after is not None,
-        dtypes=reader.dtype_names(layout.tensors),
-    )
 
 
 def prune(

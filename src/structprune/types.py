@@ -160,9 +160,13 @@ class BlockLayout:
         """Count the parameters removed with the sublayer: units, norms, and the biases that belong to no unit."""
         return sum(_numel(self.shapes[name]) for name in self.sublayer_tensors(kind))
 
+    def module_tensors(self, group: UnitGroup) -> list[str]:
+        """List the relative names of the tensors of the module that holds `group`."""
+        return [name for name in self.shapes if name.startswith(group.module_prefix)]
+
     def module_parameters(self, group: UnitGroup) -> int:
         """Count the parameters of the module that holds `group`: the denominator of `--sparsity`."""
-        return sum(_numel(s) for name, s in self.shapes.items() if name.startswith(group.module_prefix))
+        return sum(_numel(self.shapes[name]) for name in self.module_tensors(group))
 
     def unit_parameters(self, group: UnitGroup) -> int:
         """Count the parameters that are removed with one unit of `group`."""

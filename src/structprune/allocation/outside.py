@@ -20,12 +20,11 @@ def read_out(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list
 
 def _checked(budget: BlockBudget, kinds: Mapping[UnitKind, int]) -> int:
     keep = kinds.get(budget.kind, budget.num_units)
-    where = f"block {budget.block}, {budget.kind}"
     if keep % budget.multiple_of and keep != budget.num_units:
         below = keep // budget.multiple_of * budget.multiple_of
         raise InputError(
             f"--widths has a number that is no multiple of {budget.multiple_of}",
-            where=where,
+            where=f"block {budget.block}, {budget.kind}",
             got=str(keep),
             wanted=f"{below} or {below + budget.multiple_of}",
             do="change the file, or --multiple-of and --tensor-parallel where they ask for it",

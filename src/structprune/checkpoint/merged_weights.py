@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from structprune.checkpoint.reader import STORED_DTYPES, CheckpointReader, dtype_code
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.weight_source import STORED_DTYPES, dtype_code
 from structprune.errors import CheckpointError, NumericalError
 from structprune.files import check_regular
 

@@ -9,17 +9,17 @@ import copy
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
+from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter, WeightSource, names_by_bytes
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
 
@@ -31,71 +31,6 @@ _CHUNK_BYTES = 16 * 2**20
 # Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
 _MASK_DTYPES = ("BOOL", "U8")
 _MASK_NAMES = ("attn.bias", "attention.bias")
-STORED_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""Name of a dtype in a safetensors file -> dtype."""
-
-
-def dtype_code(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in a safetensors file."""
-    return next(code for code, stored in STORED_DTYPES.items() if stored == dtype)
-
-
-class WeightSource(Protocol):
-    """What answers as an open safetensors file does, whatever its tensors are made of."""
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the tensors' names."""
-        ...
-
-    def get_slice(self, name: str) -> Any:
-        """Return the tensor `name`, of which rows can be read, as a safetensors file has it."""
-        ...
-
-    def in_width(self, dtype: torch.dtype) -> WeightSource:
-        """Return the same, read in `dtype`."""
-        ...
-
-    def path_of(self, name: str) -> Path:
-        """Return the file that holds the tensor, or most of it."""
-        ...
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """All files of weights."""
-        ...
-
-    @property
-    def content_files(self) -> tuple[Path, ...]:
-        """Further files that decide what the weights are."""
-        ...
-
-    @property
-    def content(self) -> str:
-        """What tells two of the same names, shapes and sizes apart; empty where sizes do."""
-        ...
-
-    @property
-    def scratch_bytes(self) -> int:
-        """What reading holds beside the tensor that is read, at most."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedAdapter:
-    """An adapter that was merged into the weights."""
-
-    path: str
-    content: str
-    """SHA-256 of its weights and settings."""
-    num_updated: int
-    """Tensors that a low-rank product was added to."""
-    num_replaced: int
-    """Tensors that the adapter has in whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,10 +277,7 @@ class CheckpointReader:
 
     def dtype_names(self, names: Iterable[str]) -> list[str]:
         """Name the dtypes that the named tensors are read in, that of the most bytes first."""
-        sizes: Counter[str] = Counter()
-        for name in names:
-            sizes[str(self._dtype(name)).removeprefix("torch.")] += self.num_bytes([name])
-        return [dtype for dtype, _ in sizes.most_common()]
+        return names_by_bytes((self._dtype(name), self.num_bytes([name])) for name in names)
 
     def _dtype(self, name: str) -> torch.dtype:
         return self.width or self._stored_dtypes[name]

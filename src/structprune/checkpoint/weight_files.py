@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, STORED_DTYPES
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from structprune.checkpoint.weight_source import STORED_DTYPES, names_by_bytes
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json
 
@@ -141,11 +141,8 @@ class WeightFiles:
     @property
     def dtype_names(self) -> list[str]:
         """Name the dtypes of the tensors as torch does, that of the most bytes first."""
-        sizes: Counter[str] = Counter()
-        for file in self.files:
-            for tensor in file.tensors:
-                sizes[tensor.dtype] += tensor.num_bytes
-        return [str(STORED_DTYPES[code]).removeprefix("torch.") for code, _ in sizes.most_common()]
+        tensors = (tensor for file in self.files for tensor in file.tensors)
+        return names_by_bytes((STORED_DTYPES[tensor.dtype], tensor.num_bytes) for tensor in tensors)
 
     @property
     def num_bytes(self) -> int:

@@ -29,6 +29,10 @@ class BlockWidths(BaseModel, frozen=True, extra="forbid"):
         """Kinds of units that are named for some block."""
         return frozenset(kind for block in self.blocks.values() for kind in block)
 
+    def kept(self, block: int, kind: UnitKind, num_units: int) -> int:
+        """Return the units that a sublayer of so many keeps."""
+        return self.blocks.get(block, {}).get(kind, num_units)
+
 
 ALL_KEPT = BlockWidths()
 """Widths that name no block: nothing is decided outside."""

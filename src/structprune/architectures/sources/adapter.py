@@ -14,7 +14,8 @@ from typing import Any
 
 from structprune.architectures import FAMILIES
 from structprune.checkpoint.merged_weights import AdapterFile, LowRankUpdate, MergedEntry, MergedWeights
-from structprune.checkpoint.reader import STORED_DTYPES, CheckpointReader, MergedAdapter
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter
 from structprune.errors import CheckpointError, InputError, StructPruneError, UnsupportedError
 from structprune.files import check_path, expand_user, read_json
 

@@ -13,8 +13,8 @@ import torch
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.checkpoint.reader import dtype_code
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
+from structprune.checkpoint.weight_source import dtype_code
 from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible, reachable_shares
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
@@ -70,6 +70,39 @@ class Forecast:
             for name, tensor in self.tensors.items()
         ]
         return WeightFiles.of(stored, max_shard_size).num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSize:
+    """Bytes of the weight files, before and after."""
+
+    bytes_before: int
+    bytes_after: int
+    exact: bool
+    """Whether it is what the files will have; else what remains if just the asked share goes."""
+    dtypes: list[str]
+    """What the weights will be stored in, that of the most bytes first."""
+
+
+def planned_size(
+    stock: StockModel, recipe: ResolvedRecipe, kinds: Sequence[UnitKind], forecast: Forecast
+) -> PlannedSize:
+    """Count the bytes of the weight files: those of the forecast, or less the share of the scope that is asked for."""
+    reader, layout = stock.reader, stock.layout
+    after = forecast.num_bytes(recipe.max_shard_size)
+    exact = after is not None
+    if after is None:
+        in_scope = {
+            block.prefix + name
+            for block in layout.blocks
+            for group in block.groups
+            if group.kind in kinds
+            for name in block.module_tensors(group)
+        }
+        after = reader.num_bytes(layout.tensors) - round(recipe.sparsity * reader.num_bytes(in_scope))
+    return PlannedSize(
+        bytes_before=reader.file_bytes, bytes_after=after, exact=exact, dtypes=reader.dtype_names(layout.tensors)
+    )
 
 
 BlockTensors = Iterator[tuple[str, str, Shape]]

@@ -53,8 +53,9 @@ def reachable_shares(
     if recipe.widths.blocks:
         return None
     budgets, options = _budgets(stock, recipe, kinds, None), _options(stock, recipe)
-    if ALLOCATORS.get(recipe.allocator).compares == "none":
-        return _even_shares(budgets, options, ALLOCATORS.get(recipe.allocator).allocate)
+    allocator = ALLOCATORS.get(recipe.allocator)
+    if allocator.compares == "none":
+        return _even_shares(budgets, options, allocator.allocate)
     total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
     steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
     if kept is None:
@@ -151,7 +152,7 @@ def share_removed(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWid
     removed, total = 0, 0
     for block, group in sublayers(stock, kinds):
         total += block.module_parameters(group)
-        keep = widths.blocks.get(block.index, {}).get(group.kind, group.num_units)
+        keep = widths.kept(block.index, group.kind, group.num_units)
         if keep > group.num_units:
             raise InputError(
                 "--widths asks for more units than there are",
@@ -178,8 +179,7 @@ def block_widths(stock: StockModel, kept: Mapping[str, Sequence[int]]) -> BlockW
 def are_even(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWidths) -> bool:
     """Whether every block keeps as many units of a kind, and some: a config without entries per block can say it."""
     kept = {
-        (group.kind, widths.blocks.get(block.index, {}).get(group.kind, group.num_units))
-        for block, group in sublayers(stock, kinds)
+        (group.kind, widths.kept(block.index, group.kind, group.num_units)) for block, group in sublayers(stock, kinds)
     }
     return len(kept) == len(kinds) and all(count for _, count in kept)
 
