@@ -261,6 +261,25 @@ def _chat_ml(system: str) -> str:
     )
 
 
+def _qwen_settings(template: str) -> dict[str, Any]:
+    """Return tokenizer_config.json of Qwen2's tokenizer, which chat and embedding models share."""
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "additional_special_tokens": _QWEN_SPECIAL[1:],
+        "bos_token": None,
+        "chat_template": template,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+
+
 def _merges(tokenizer: Tokenizer) -> dict[str, str | dict[str, Any]]:
     """vocab.json and merges.txt of a byte-level BPE."""
     model = json.loads(tokenizer.to_str())["model"]
@@ -565,21 +584,7 @@ LIKENESSES: dict[str, Likeness] = {
             "use_sliding_window": False,
         },
         tokenizer=_qwen_tokenizer,
-        tokenizer_config={
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "additional_special_tokens": _QWEN_SPECIAL[1:],
-            "bos_token": None,
-            "chat_template": _chat_ml("You are Qwen."),
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": 131072,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
+        tokenizer_config=_qwen_settings(_chat_ml("You are Qwen.")),
         files=_qwen_files,
         carried=(
             "LICENSE",
@@ -656,21 +661,7 @@ LIKENESSES: dict[str, Likeness] = {
             "use_sliding_window": False,
         },
         tokenizer=_embedding_tokenizer,
-        tokenizer_config={
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "additional_special_tokens": _QWEN_SPECIAL[1:],
-            "bos_token": None,
-            "chat_template": _chat_ml("none"),
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": 131072,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
+        tokenizer_config=_qwen_settings(_chat_ml("none")),
         files=_embedding_files,
         carried=(
             *("1_Pooling/config.json", "config_sentence_transformers.json", "generation_config.json", "merges.txt"),
