@@ -12,7 +12,11 @@ import os
 import shutil
 import sys
 import time
+import timeit
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from structprune import Recipe, RecoverySettings, prune, recover
 from structprune.assess import EvaluationRequest, SpeedRequest, side_by_side
@@ -23,29 +27,63 @@ from structprune.report.picture import write_picture
 from structprune.results.schema import MemoryReport
 from structprune.results.side_by_side import column_rows
 
-# Chosen so that everything after the installation takes less than six minutes on two cores without matrix units, and
-# no more is removed than a minute of recovery can do something about; docs/compare.md has larger shares. 64 windows of
-# 512 tokens are the fewest that a run does not warn of.
-RECIPE = Recipe(sparsity=0.2, calibration="boolq", num_samples=64, seq_len=512, sensitivity_samples=8, held_out=4)
-RECOVERY = RecoverySettings(
-    calibration=("boolq",), minutes=0.8, num_samples=64, held_out=4, seq_len=512, batch=1, warmup=2
-)
-QUALITY = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=3)
+# Chosen so that everything after the installation takes about six minutes on two cores without matrix units, and no
+# more is removed than a minute of recovery can do something about; docs/compare.md has larger shares. Slow processors
+# get fewer windows, as few as a run is not warned of (8 tokens for each of 1,536 channels), and still take longer.
+FAST_PRODUCTS = 100e9
+"""Float32 operations a second; two cores with AVX-512 do 200e9, two of the first processors with AVX2 65e9."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much text the demonstration uses."""
+
+    windows: int
+    gradient_windows: int
+    minutes: float
+    test_windows: int
+    repeats: int
+
+
+AMPLE = Amount(windows=64, gradient_windows=8, minutes=0.8, test_windows=3, repeats=2)
+LEAN = Amount(windows=24, gradient_windows=6, minutes=0.6, test_windows=2, repeats=1)
 PROMPT = "What is the capital of France, and what is it known for?"
+
+
+def affordable() -> Amount:
+    """Time a product, the best of five, and choose."""
+    a, b = torch.ones(1024, 1536), torch.ones(1536, 1024)
+    seconds = min(timeit.repeat(lambda: a @ b, number=1, repeat=5))
+    return AMPLE if 2 * 1024 * 1536 * 1024 / seconds > FAST_PRODUCTS else LEAN
 
 
 def main() -> None:
     started = time.perf_counter()
+    amount = affordable()
+    recipe = Recipe(
+        sparsity=0.2,
+        calibration="boolq",
+        num_samples=amount.windows,
+        seq_len=512,
+        sensitivity_samples=amount.gradient_windows,
+        held_out=4,
+    )
+    recovery = RecoverySettings(
+        calibration=("boolq",), minutes=amount.minutes, num_samples=64, held_out=2, seq_len=512, batch=1, warmup=2
+    )
+    quality = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=amount.test_windows)
+    speed = SpeedRequest(repeats=amount.repeats, decode_tokens=16)
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "out/smollm2")
     if output.exists() and len(sys.argv) == 1:
         shutil.rmtree(output)  # our own default directory, from an earlier run
     models = {"dense": "smollm2", "pruned": output / "pruned", "recovered": output / "recovered"}
     with progress_observer(quiet=False) as observer:
+        observer.note(f"this machine's products are {'fast' if amount is AMPLE else 'slow'}: {amount.windows} windows")
         observer.note("prune: the bundled GGUF file is read tensor by tensor")
-        pruned = prune("smollm2", RECIPE, models["pruned"], observer)
+        pruned = prune("smollm2", recipe, models["pruned"], observer)
         observer.note("recover: the pruned model learns from the dense one for most of a minute")
-        recovered = recover(models["pruned"], "smollm2", RECOVERY, models["recovered"], observer)
-        columns = side_by_side(models, PROMPT, QUALITY, SpeedRequest(repeats=2, decode_tokens=16), observer=observer)
+        recovered = recover(models["pruned"], "smollm2", recovery, models["recovered"], observer)
+        columns = side_by_side(models, PROMPT, quality, speed, observer=observer)
     write_picture(output / "demo.svg", "SmolLM2-135M, dense, pruned and recovered", columns, pruned)
 
     def peak(memory: MemoryReport) -> str:

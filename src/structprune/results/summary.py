@@ -34,6 +34,9 @@ _CLOSE = 0.01
 # Held-out over in-sample growth of the perplexity from which a run is warned of. One window of 2048 tokens moves either
 # by a few percent.
 OVERFITTING = 1.2
+# Calibration tokens, for each unit of the widest sublayer, below which a run that solves weights again is warned of.
+TOKENS_PER_UNIT = 8
+LEAST_TOKENS = 4096
 
 UNITS = {
     "mlp": "MLP channels",
@@ -212,11 +215,13 @@ def warnings(report: PruneFacts) -> list[str]:
     if reload.relative_difference is None:
         found.append(f"The result was not loaded for a check: {reload.reason}.")
     solver = SOLVERS.find(report.recipe.solver) if isinstance(report.recipe, ResolvedUnits) else None
-    if solver is not None and "consumer" in solver.changes and calibration.num_windows * calibration.seq_len < 32_768:
-        found.append(
-            f"Only {calibration.num_windows * calibration.seq_len:,} calibration tokens: methods that re-solve weights "
-            "fit so few too closely (docs/footguns.md)."
-        )
+    if solver is not None and "consumer" in solver.changes:
+        tokens, widest = calibration.num_windows * calibration.seq_len, max(block.num_units for block in report.blocks)
+        if tokens < max(LEAST_TOKENS, TOKENS_PER_UNIT * widest):
+            found.append(
+                f"Only {tokens:,} calibration tokens for up to {widest:,} units of a block: methods that re-solve "
+                "weights fit so few too closely (docs/footguns.md)."
+            )
     return found
 
 

@@ -31,6 +31,8 @@ CHUNK_BYTES = 16 * 2**20
 _HEAP_STATES = 8
 # Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
 _RUNTIME_BYTES = 40 * 2**20
+# Code of the libraries at its first use, in builds of torch for GPUs, with or without one: up to 9 MiB were seen.
+_GPU_BUILD_BYTES = 16 * 2**20
 _TEXT_READER_BYTES = 48 * 2**20
 # What the CPU library keeps of its last products in another dtype than float32 (memory.py bounds their number), and its
 # code for them. Measured, not derived: on SmolLM2 `fasp` stays 37 MiB under its plan with that. Where a backward pass
@@ -103,7 +105,7 @@ class HostSizes:
     @cached_property
     def runtime(self) -> int:
         """The process itself, whatever the model: libraries as they are used, and the heap's end."""
-        total = _RUNTIME_BYTES + HEAP_END_BYTES
+        total = _RUNTIME_BYTES + HEAP_END_BYTES + (_GPU_BUILD_BYTES if torch.backends.cuda.is_built() else 0)
         if self.item != 4:
             total += _KERNEL_CACHE_BYTES + (_SENSITIVITY_KERNEL_BYTES if self.request.needs_sensitivity else 0)
         return total + (_TEXT_READER_BYTES if self.request.text_bytes is None else 0)
