@@ -286,6 +286,22 @@ def test_report_summary_page_and_card_name_it(untied: Path, adapter: Path, text_
     assert str(adapter.parent) not in page + card
 
 
+def test_a_tokenizer_beside_an_adapter_is_named(untied: Path, adapter: Path, text_file: Path, tmp_path: Path) -> None:
+    """A trainer saves one; that it was given other tokens is nothing to keep quiet about."""
+    folder = shutil.copytree(adapter, tmp_path / "tuned")
+    shutil.copy(untied / "tokenizer.json", folder)
+    shutil.copy(untied / "tokenizer_config.json", folder)
+    (folder / "trainer_state.json").write_text("{}")
+    assert len(plan(untied, recipe(text_file, merge_adapter=str(folder))).notes) == 1
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    wanted = "not taken from the adapter's folder, the model's own stay: chat_template.jinja, tokenizer_config.json"
+    assert plan(untied, recipe(text_file, merge_adapter=str(folder))).notes[1:] == (wanted,)
+    report = prune(untied, recipe(text_file, merge_adapter=str(folder)), tmp_path / "out")
+    assert wanted in report.notes
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == (untied / "tokenizer_config.json").read_bytes()
+
+
 def changed(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"

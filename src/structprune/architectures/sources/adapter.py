@@ -17,7 +17,7 @@ from structprune.checkpoint.merged_weights import AdapterFile, LowRankUpdate, Me
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter
 from structprune.errors import CheckpointError, InputError, StructPruneError, UnsupportedError
-from structprune.files import check_path, expand_user, read_json
+from structprune.files import check_path, expand_user, file_sum, read_json
 
 BESIDE, NO_ADAPTER = "beside", "none"
 """What stands for the adapter in the model's own folder, and for none."""
@@ -37,6 +37,8 @@ _WITHOUT_EFFECT = (
 # Those that leave the base's weights as they are when they begin.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
+# What a trainer saves beside an adapter, and what the adapter may have been trained with.
+_TOKENIZER_FILE = re.compile(r"^(tokenizer|special_tokens|added_tokens|vocab|merges)|\.(jinja|model|tiktoken)$")
 _KINDS = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
@@ -107,8 +109,25 @@ def open_merged(base: CheckpointReader, folder: Path) -> CheckpointReader:
     reader.notes = (
         *base.notes,
         f"adapter {folder.name!r} is merged into the weights: {updated} tensors changed{whole}",
+        *_files_not_read(folder, base.directory),
     )
     return reader
+
+
+def _files_not_read(folder: Path, model: Path) -> Iterable[str]:
+    """Name files of an adapter apart from the model that would change its tokens, and are not the model's own."""
+    if _same(folder, model):
+        return ()
+    others = sorted(
+        path.name
+        for path in folder.iterdir()
+        if _TOKENIZER_FILE.search(path.name)
+        and path.is_file()
+        and not ((model / path.name).is_file() and file_sum(model / path.name) == file_sum(path))
+    )
+    if not others:
+        return ()
+    return (f"not taken from the adapter's folder, the model's own stay: {', '.join(name[:80] for name in others)}",)
 
 
 def adapter_folder(asked: str, model: Path) -> Path:
