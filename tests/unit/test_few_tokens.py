@@ -5,6 +5,7 @@ Shape suffixes: T tokens, O outputs, I inputs, U units, K kept inputs.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -92,11 +93,16 @@ def test_missing_tokens_have_independent_inputs(num: int) -> None:
     torch.testing.assert_close(found.sum_I, x_TI.sum(dim=0).double())
 
 
+def unchanged(found: LayerProblem, given: LayerProblem) -> None:
+    """The very same sums: tensors have no equality of one bit."""
+    assert all(getattr(found, field.name) is getattr(given, field.name) for field in dataclasses.fields(given))
+
+
 def test_enough_tokens_are_left_alone() -> None:
     given = problem(tokens(INPUTS))
-    assert with_missing_tokens(given) == given
+    unchanged(with_missing_tokens(given), given)
     both = problem(tokens(INPUTS - 4), tokens(4, seed=2))
-    assert with_missing_tokens(both) == both
+    unchanged(with_missing_tokens(both), both)
 
 
 @pytest.mark.parametrize("empty", [0, 1])
