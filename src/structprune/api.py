@@ -13,7 +13,7 @@ from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.calibration.context import CalibrationWindows, WindowRequest
-from structprune.calibration.select import load_windows
+from structprune.calibration.select import load_texts
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -236,7 +236,7 @@ def _context(
         stock=resolved.stock,
         recipe=resolved.recipe.model_copy(
             update={
-                "calibration": begun.name,
+                "calibration": begun.calibration,
                 "num_samples": num_windows,
                 "held_out": begun.windows.num_held_out,
                 "memory": begun.plan.budgets.host,
@@ -278,7 +278,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
         # A text that the model samples itself takes all of it, which passes the host on its way to a device.
         budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
     )
-    name, windows = load_windows(recipe.calibration, source, observer.note)
+    name, windows = load_texts(recipe.texts, source, observer.note)
     if (found := len(windows.ids_NS)) < num_needed:
         raise InputError(
             "one window cannot both fit and choose the ridge",

@@ -148,7 +148,7 @@ def test_no_source_named(tiny_llama: Path, tmp_path: Path) -> None:
     notes = Notes()
     report = structprune.prune(tiny_llama, recipe(), tmp_path / "out", notes)
     expected = "boolq" if HAS_BOOLQ else "self"
-    assert report.calibration.name == report.recipe.calibration == expected
+    assert (report.calibration.name,) == report.recipe.calibration == (expected,)
     assert ("first nine tenths" if HAS_BOOLQ else "self-sampled") in report.calibration.description
     manifest = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text())
     assert manifest["recipe"]["calibration"] == manifest["calibration"]["name"] == expected
@@ -161,7 +161,7 @@ def test_no_source_named_and_no_passages(tiny_llama: Path, tmp_path: Path, monke
     monkeypatch.setattr(packed, "is_installed", lambda: False)
     notes = Notes()
     report = structprune.prune(tiny_llama, recipe(), tmp_path / "out", notes)
-    assert report.calibration.name == report.recipe.calibration == "self"
+    assert (report.calibration.name,) == report.recipe.calibration == ("self",)
     assert notes.notes[-1].startswith("calibrating on self; ")
 
 

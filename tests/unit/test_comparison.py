@@ -53,7 +53,7 @@ def test_the_key_follows_what_decides_and_nothing_else(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
     fasp = cell_recipe(SHARED, parse_variant("fasp"), 0.5)
     keys = {
-        name: cell_key(fasp.model_copy(update={"calibration": str(path)}), {"source": "a"})
+        name: cell_key(fasp.model_copy(update={"calibration": (str(path),)}), {"source": "a"})
         for name, path in (("first", first), ("second", second), ("other", other))
     }
     # A text counts by its content, not by its place.

@@ -83,6 +83,20 @@ class SourceContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextWindows:
+    """Which windows are of one text."""
+
+    name: str
+    """Name of a built-in text, or path of a file."""
+    description: str
+    weight: float
+    windows: tuple[int, ...]
+    """Numbers of those that are fitted on."""
+    held_out: tuple[int, ...]
+    """Numbers of the held-out ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationWindows:
     """Token windows and where they came from."""
 
@@ -93,7 +107,9 @@ class CalibrationWindows:
     held_out_NS: Tensor | None = None
     """Windows of the same text that nothing is fitted on; None: there are none."""
     set_apart: bool = False
-    """Whether the text had no more windows than were asked for, so that those held out are missing from the others."""
+    """Whether a text had no more windows than were asked for, so that those held out are missing from the others."""
+    texts: tuple[TextWindows, ...] = ()
+    """Where windows of several texts are mixed, what is of which."""
 
     @property
     def num_held_out(self) -> int:

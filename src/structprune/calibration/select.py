@@ -4,18 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from structprune.calibration import SOURCES
-from structprune.calibration.context import CalibrationWindows, SourceContext, behind_start
+from structprune.calibration.context import CalibrationWindows, SourceContext, TextWindows, behind_start
 from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.errors import InputError
 from structprune.files import expand_user
+from structprune.texts import WeightedText, shares
 from structprune.types import Render
+
+
+def load_texts(
+    texts: Sequence[WeightedText], context: SourceContext, notify: Callable[[str], None]
+) -> tuple[str, CalibrationWindows]:
+    """Draw the windows of every text, as many as its weight says, and mix them evenly.
+
+    However many windows are taken from the front, each text has its share of them. Where one has too few, the others
+    give no more. Returns the names that were used, and the windows. Raises InputError as `load_windows` does, and where
+    there are fewer windows than texts.
+    """
+    if len(texts) == 1:
+        return load_windows(texts[0].name, context, notify)
+    if context.num_samples < len(texts):
+        raise InputError(
+            "there are fewer calibration windows than texts",
+            got=f"--num-samples {context.num_samples}, {len(texts)} texts",
+            wanted=f"at least {len(texts)}",
+        )
+    weights = [text.weight for text in texts]
+    wanted = shares(weights, context.num_samples)
+    # One of each at least: what a text has lost can be said only where something was measured on it.
+    held_out = shares(weights, max(context.num_held_out, len(texts))) if context.num_held_out else [0] * len(texts)
+    drawn = [
+        load_windows(text.name, replace(context, num_samples=n, num_held_out=h, min_samples=1), notify)
+        for text, n, h in zip(texts, wanted, held_out, strict=True)
+    ]
+    parts = [windows for _, windows in drawn]
+    fitted, apart = _mixed([len(part.ids_NS) for part in parts]), _mixed([part.num_held_out for part in parts])
+    return ", ".join(name for name, _ in drawn), CalibrationWindows(
+        ids_NS=torch.stack([parts[text].ids_NS[number] for text, number in fitted]),
+        description="; ".join(f"{len(part.ids_NS)} windows of {part.description}" for part in parts),
+        start=context.start.text,
+        held_out_NS=torch.stack([_held_out(parts[text])[number] for text, number in apart]) if apart else None,
+        set_apart=any(part.set_apart for part in parts),
+        texts=tuple(
+            TextWindows(
+                name=name,
+                description=part.description,
+                weight=text.weight,
+                windows=tuple(place for place, (of, _) in enumerate(fitted) if of == number),
+                held_out=tuple(place for place, (of, _) in enumerate(apart) if of == number),
+            )
+            for number, (text, (name, part)) in enumerate(zip(texts, drawn, strict=True))
+        ),
+    )
+
+
+def _mixed(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Order (text, number of a window of it), so that each stretch has every text's share."""
+    places = [((number + 0.5) / count, text, number) for text, count in enumerate(counts) for number in range(count)]
+    return [(text, number) for _, text, number in sorted(places)]
+
+
+def _held_out(windows: CalibrationWindows) -> Tensor:
+    assert windows.held_out_NS is not None
+    return windows.held_out_NS
 
 
 def load_windows(

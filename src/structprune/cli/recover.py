@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _settings(values: dict[str, Any]) -> RecoverySettings:
-    return RecoverySettings.build(**{**given(values), "calibration": tuple(values["calibration"] or ())})
+    return RecoverySettings.build(**given(values))
 
 
 @takes_fields(RecoverySettings.model_fields, _settings)

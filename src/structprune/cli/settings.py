@@ -76,7 +76,8 @@ def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the options that are on the command line."""
-    return {name: value for name, value in values.items() if value is not None}
+    # An option that may come several times is an empty list where it is not there.
+    return {name: value for name, value in values.items() if value is not None and value != []}
 
 
 def _kind(field: FieldInfo) -> Any:

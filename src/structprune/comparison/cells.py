@@ -15,6 +15,7 @@ from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError
 from structprune.methods.method import Method
 from structprune.recipe import Recipe, all_fields, flag_name
+from structprune.texts import AUTO, WeightedText, shown_texts
 from structprune.types import UNIT_KINDS, ModelLayout
 
 # Every cell has its own.
@@ -107,16 +108,20 @@ def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
     """Hash of the recipe and of what else decides the figures; the calibration text counts by its content."""
     # Without the defaults, a recipe keeps its hash when recipes learn another field.
     fields = recipe.model_dump(mode="json", exclude_defaults=True) | {"method": recipe.method}
-    fields["calibration"] = calibration_identity(recipe.calibration)
+    fields["calibration"] = calibration_identity(recipe.texts)
     text = json.dumps([fields, dict(identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def calibration_identity(calibration: str) -> str:
-    """Name a file by its hash, a source by its name."""
-    if Path(calibration).is_file():
-        return file_sha256(Path(calibration))
-    return "default" if calibration == "auto" else calibration
+def calibration_identity(texts: Sequence[WeightedText]) -> str:
+    """Name files by their hashes, sources by their names; weights that are not one behind them."""
+    return ", ".join(_text_identity(text) + (f":{text.weight:g}" if text.weight != 1 else "") for text in texts)
+
+
+def _text_identity(text: WeightedText) -> str:
+    if text.path is not None:
+        return file_sha256(text.path)
+    return "default" if text.name == AUTO else text.name
 
 
 def file_sha256(path: Path) -> str:
@@ -134,5 +139,5 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     for name in ("method", "sparsity", "scope", "memory", "device_memory"):
         changed.pop(name, None)
     if "calibration" in changed:
-        changed["calibration"] = Path(changed["calibration"]).name
+        changed["calibration"] = shown_texts(recipe.calibration)
     return changed

@@ -40,6 +40,7 @@ from structprune.recipe import Recipe
 from structprune.report.comparison_page import COMPARISON_PAGE_NAME, comparison_page
 from structprune.report.plots import check_matplotlib, plot_comparison
 from structprune.results.comparison import RESULT_NAME, Comparison, Failure, TextInfo
+from structprune.texts import AUTO, shown_texts
 
 CSV_NAME = "comparison.csv"
 _WORK_NAME = "work"
@@ -158,11 +159,11 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
             )
             if key not in {cell.key for cell in cells}:
                 cells.append(spec)
-    calibration = asked_of_all.calibration
+    calibration = shown_texts(asked_of_all.calibration)
     comparison = Comparison(
         model=Path(request.model).name,
         source_fingerprint=identity["source"],
-        calibration="chosen by each run" if calibration == "auto" else Path(calibration).name,
+        calibration="chosen by each run" if calibration == AUTO else calibration,
         texts=[TextInfo(label=label, sha256=digest) for label, digest in identity["texts"].items()],
         seq_len=request.seq_len,
         max_windows=request.max_windows,

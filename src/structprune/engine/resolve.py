@@ -17,7 +17,7 @@ from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
 from structprune.errors import UnsupportedError
-from structprune.files import check_path, expand_user
+from structprune.files import check_path
 from structprune.kinds import HeadUnits
 from structprune.methods import METHODS
 from structprune.methods.method import Method
@@ -49,7 +49,8 @@ class ResolvedRun:
 
 def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRun:
     """Check everything that headers and settings tell. Raises a subclass of StructPruneError."""
-    check_path(recipe.calibration, "the text file")
+    for text in recipe.texts:
+        check_path(text.name, "the text file")
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory or None)
@@ -120,7 +121,7 @@ def num_probe(recipe: Recipe) -> int:
 def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     """Plan how a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
     recipe, stock, num_ranks = resolved.recipe, resolved.stock, resolved.ranks.size
-    text = expand_user(recipe.calibration)
+    files = [text.path.stat().st_size for text in recipe.texts if text.path is not None]
     request = PlanRequest(
         layout=stock.layout,
         groups=resolved.groups,
@@ -136,7 +137,8 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         held_out_windows=-(-recipe.held_out // num_ranks),
         kept={kind: max(counts) for kind, counts in (resolved.forecast.kept or {}).items()},
         tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
-        text_bytes=text.stat().st_size if text.is_file() else None,
+        text_bytes=max(files, default=0),
+        packaged_text=len(files) < len(recipe.texts),
         sensitivity_windows=-(-min(recipe.backward_samples, num_windows) // num_ranks),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,

@@ -19,6 +19,7 @@ from structprune.recipe.fields import (
     SAID,
     BosSetting,
     ByteCount,
+    CalibrationTexts,
     Flag,
     Group,
     Share,
@@ -26,6 +27,7 @@ from structprune.recipe.fields import (
     validated,
 )
 from structprune.registry import Registry
+from structprune.texts import AUTO, WeightedText, weighted_texts
 
 Scope = Literal["mlp", "attention", "all"]
 DEFAULT_METHOD = "structprune"
@@ -72,12 +74,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     scope: Annotated[Scope, Flag(Group.WHAT)] = Field(
         default="mlp", description="sublayers to prune: mlp, attention or all"
     )
-    calibration: Annotated[
-        str, BeforeValidator(lambda value: "auto" if value is None else value), Flag(Group.CALIBRATION)
-    ] = Field(
-        default="auto",
+    calibration: Annotated[CalibrationTexts, Flag(Group.CALIBRATION, unset=AUTO)] = Field(
+        default=(AUTO,),
         description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file; auto: the "
-        "first of wikitext2, boolq and self that can be had",
+        "first of wikitext2, boolq and self that can be had; given several times, the windows are shared out to the "
+        "texts, by weights if some have one, as in code.jsonl:2",
     )
     merge_adapter: Annotated[
         str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)
@@ -198,6 +199,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def from_yaml(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
         return cls.build(**{**read_yaml(path), **overrides})
+
+    @property
+    def texts(self) -> tuple[WeightedText, ...]:
+        """The calibration texts with their weights."""
+        return weighted_texts(self.calibration)
 
     def fingerprint(self) -> str:
         """Hash the canonical JSON of every field with SHA-256."""

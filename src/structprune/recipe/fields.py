@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from structprune.errors import InputError
 from structprune.files import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
 from structprune.kinds import StartToken
 from structprune.memory import parse_bytes
+from structprune.texts import AUTO, weighted_texts
 
 Settings = TypeVar("Settings", bound=BaseModel)
 METHODS_OWN = "the method's"
@@ -103,3 +104,25 @@ def settings_fingerprint(settings: BaseModel) -> str:
     """Hash the canonical JSON of every field with SHA-256."""
     text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return (AUTO,)
+    return (value,) if isinstance(value, str) else value
+
+
+def _checked(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if not texts:
+        raise ValueError("no text is named")
+    weighted_texts(texts)
+    return texts
+
+
+# One text is a plain string in files, as it was before there could be several.
+CalibrationTexts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_checked),
+    PlainSerializer(lambda texts: texts[0] if len(texts) == 1 else list(texts)),
+]

@@ -17,8 +17,9 @@ from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, CalibrationReport, HeldOutReport
+from structprune.results.schema import BlockReport, CalibrationReport, HeldOutReport, HeldOutText
 from structprune.results.summary import beginning, stored_in
+from structprune.texts import shown_texts
 from structprune.types import HeadUnits
 
 # Entries of the source's front matter that hold for what is made of it.
@@ -88,17 +89,21 @@ def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _figures(report: PruneReport) -> str:
     size, text, held_out = report.size, report.calibration, report.held_out
-    rows: list[tuple[str, int, CalibrationReport | HeldOutReport]] = [
+    rows: list[tuple[str, int, CalibrationReport | HeldOutReport | HeldOutText]] = [
         ("perplexity of the calibration text, in-sample", text.perplexity_windows, text)
     ]
     if held_out is not None:
-        rows.insert(0, ("perplexity of held-out windows of the calibration text", held_out.num_windows, held_out))
+        several = [(f"the same of {plain_name(Path(t.name).name)}", t.num_windows, t) for t in held_out.texts]
+        rows[:0] = [
+            ("perplexity of held-out windows of the calibration text", held_out.num_windows, held_out),
+            *several,
+        ]
     return _table(
         ("", "before", "after"),
         [
             *(
                 (
-                    f"{name} ({windows} x {one.seq_len} tokens)",
+                    f"{name} ({windows} x {text.seq_len} tokens)",
                     f"{one.dense_perplexity:.2f}",
                     f"{one.pruned_perplexity:.2f}",
                 )
@@ -187,7 +192,10 @@ def _making(report: PruneReport) -> str:
     recipe = report.recipe.model_dump(
         mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
     )
-    recipe |= {name: plain_name(Path(recipe[name]).name) for name in ("calibration", "merge_adapter")}
+    recipe |= {
+        "calibration": plain_name(shown_texts(report.recipe.calibration)),
+        "merge_adapter": plain_name(Path(recipe["merge_adapter"]).name),
+    }
     text = yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}, sort_keys=False)
     calibration, check = report.calibration, report.reload
     checked = "It was not loaded for a check."

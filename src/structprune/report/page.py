@@ -23,6 +23,7 @@ from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
 from structprune.results.summary import reload_line, stored_in, warnings
+from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
 
@@ -142,6 +143,10 @@ def _before_after(report: PruneReport, measured: Sequence[Evaluation | Bench]) -
             for name, one in (("perplexity of held-out windows", held_out), ("perplexity, in-sample", text))
             if one is not None
         ),
+        *(
+            _compared(f"perplexity, {Path(one.name).name}", one.dense_perplexity, one.pruned_perplexity, "{:.2f}")
+            for one in (held_out.texts if held_out is not None else ())
+        ),
         _compared("parameters", size.parameters_before, size.parameters_after, "{:,.0f}"),
         (
             "weight files",
@@ -208,7 +213,10 @@ def _notes(measured: Sequence[Evaluation | Bench]) -> list[str]:
 
 def _recipe_rows(report: PruneReport) -> list[tuple[str, str]]:
     recipe = report.recipe.model_dump(mode="json", exclude=set(_LEFT_OUT))
-    recipe |= {name: Path(recipe[name]).name for name in ("calibration", "merge_adapter")}
+    recipe |= {
+        "calibration": shown_texts(report.recipe.calibration),
+        "merge_adapter": Path(recipe["merge_adapter"]).name,
+    }
     return [(name.replace("_", " "), str(value)) for name, value in recipe.items() if value is not None]
 
 

@@ -17,8 +17,22 @@ SCHEMA_VERSION = 1
 REPORT_NAME = "pruning_report.json"
 
 
+class HeldOutText(Frozen):
+    """What the result is worth on the held-out windows of one of several texts."""
+
+    name: str
+    num_windows: int
+    dense_perplexity: float
+    pruned_perplexity: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the perplexity has become."""
+        return self.pruned_perplexity / self.dense_perplexity
+
+
 class HeldOutReport(Frozen):
-    """What the result is worth on windows of the calibration text that nothing was fitted on."""
+    """What the result is worth on windows of the calibration texts that nothing was fitted on."""
 
     dense_perplexity: float
     pruned_perplexity: float
@@ -27,11 +41,22 @@ class HeldOutReport(Frozen):
     set_apart: bool
     """Whether the text had no windows beside those that were asked for, so that these are missing from the others."""
     fingerprint: str
+    texts: list[HeldOutText] = Field(default_factory=list[HeldOutText])
+    """The same for each text, where there are several."""
 
     @property
     def ratio(self) -> float:
         """How many times larger the perplexity has become."""
         return self.pruned_perplexity / self.dense_perplexity
+
+
+class CalibrationText(Frozen):
+    """One of several texts that statistics were taken from."""
+
+    name: str
+    description: str
+    weight: float
+    num_windows: int
 
 
 class CalibrationReport(Frozen):
@@ -49,6 +74,8 @@ class CalibrationReport(Frozen):
     `PruneFacts.held_out` a sign of overfitting."""
     dense_perplexity: float
     pruned_perplexity: float
+    texts: list[CalibrationText] = Field(default_factory=list[CalibrationText])
+    """Each text, where there are several."""
 
     @property
     def ratio(self) -> float:

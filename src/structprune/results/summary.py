@@ -21,6 +21,7 @@ from structprune.results.schema import (
     DeviceMemoryReport,
     FilesReport,
     HeldOutReport,
+    HeldOutText,
     MemoryReport,
     PruneFacts,
     ReachableShares,
@@ -34,6 +35,8 @@ _CLOSE = 0.01
 # Held-out over in-sample growth of the perplexity from which a run is warned of. One window of 2048 tokens moves either
 # by a few percent.
 OVERFITTING = 1.2
+# Growth of the perplexity of one text over that of all, from which it is said to have lost far more.
+UNEVEN = 1.25
 # Calibration tokens, for each unit of the widest sublayer, below which a run that solves weights again is warned of.
 TOKENS_PER_UNIT = 8
 LEAST_TOKENS = 4096
@@ -108,8 +111,13 @@ def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
     fitted = _before_and_after(calibration, f"first {calibration.perplexity_windows} calibration windows, fitted")
     if held_out is None:
         return [("perplexity, in-sample only", fitted)]
-    measured = _before_and_after(held_out, f"{_windows(held_out)} of the same text")
-    return [("perplexity", measured), ("perplexity, in-sample", fitted)]
+    texts = f"{len(held_out.texts)} texts" if held_out.texts else "the same text"
+    measured = _before_and_after(held_out, f"{_windows(held_out)} of {texts}")
+    return [
+        ("perplexity", measured),
+        *((f"perplexity, {Path(text.name).name}", _before_and_after(text, _windows(text))) for text in held_out.texts),
+        ("perplexity, in-sample", fitted),
+    ]
 
 
 def _starved(report: PruneFacts) -> list[BlockReport]:
@@ -152,11 +160,11 @@ def _starved_warnings(report: PruneFacts) -> list[str]:
     ]
 
 
-def _windows(held_out: HeldOutReport) -> str:
+def _windows(held_out: HeldOutReport | HeldOutText) -> str:
     return f"{held_out.num_windows} held-out window{'' if held_out.num_windows == 1 else 's'}"
 
 
-def _before_and_after(measured: HeldOutReport | CalibrationReport, where: str) -> str:
+def _before_and_after(measured: HeldOutReport | HeldOutText | CalibrationReport, where: str) -> str:
     return f"{measured.dense_perplexity:.2f} -> {measured.pruned_perplexity:.2f} ({measured.ratio:.2f} times; {where})"
 
 
@@ -238,6 +246,14 @@ def _perplexity_warnings(report: PruneFacts) -> list[str]:
             "The calibration text has no windows beside those that were asked for, so fewer were fitted: "
             f"{calibration.num_windows}, and {_windows(held_out)} set apart."
         )
+    if held_out.texts:
+        worst = max(held_out.texts, key=lambda text: text.ratio)
+        if worst.ratio > UNEVEN * held_out.ratio:
+            found.append(
+                f"{Path(worst.name).name} lost far more than the other texts: its perplexity is {worst.ratio:.2f} "
+                f"times the dense model's, over all texts {held_out.ratio:.2f} times. Give it a larger weight "
+                "(--calibration TEXT:WEIGHT), or remove less."
+            )
     if held_out.ratio > OVERFITTING * calibration.ratio:
         found.append(
             f"The perplexity is {held_out.ratio:.2f} times the dense model's on held-out windows and "

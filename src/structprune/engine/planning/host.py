@@ -147,7 +147,7 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
 def _reading(sizes: HostSizes) -> PhaseBytes:
     """Plan reading the calibration text, and embedding its windows with the embeddings alone in memory."""
     request = sizes.request
-    text = _TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * (request.text_bytes or 0)
+    text = _TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * request.text_bytes
     return {
         Phase.CALIBRATION_TEXT: sizes.runtime + _TEXT_BYTES + text,
         Phase.EMBED: sizes.stores_open + sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states,

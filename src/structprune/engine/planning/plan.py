@@ -129,8 +129,10 @@ class PlanRequest:
     """Kind -> most units that any block keeps, where that is known beforehand."""
     tokenizer_bytes: int = 0
     """Bytes of the tokenizer's files."""
-    text_bytes: int | None = None
-    """Bytes of the calibration file; None: the text comes from elsewhere, whose readers stay in memory."""
+    text_bytes: int = 0
+    """Bytes of the largest calibration file."""
+    packaged_text: bool = True
+    """Whether a text comes from elsewhere: its readers stay in memory."""
     num_latents: int = 0
     """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None

@@ -108,7 +108,7 @@ class HostSizes:
         total = _RUNTIME_BYTES + HEAP_END_BYTES + (_GPU_BUILD_BYTES if torch.backends.cuda.is_built() else 0)
         if self.item != 4:
             total += _KERNEL_CACHE_BYTES + (_SENSITIVITY_KERNEL_BYTES if self.request.needs_sensitivity else 0)
-        return total + (_TEXT_READER_BYTES if self.request.text_bytes is None else 0)
+        return total + (_TEXT_READER_BYTES if self.request.packaged_text else 0)
 
     @cached_property
     def final_states(self) -> int:

@@ -51,6 +51,7 @@ from structprune.results.schema import (
     AdapterReport,
     BlockReport,
     CalibrationReport,
+    CalibrationText,
     DeviceMemoryReport,
     FilesReport,
     HeldOutReport,
@@ -321,6 +322,12 @@ def _calibration_report(context: RunContext, metrics: FinalMetrics) -> Calibrati
         perplexity_windows=context.num_probe,
         dense_perplexity=metrics.dense_perplexity,
         pruned_perplexity=metrics.pruned_perplexity,
+        texts=[
+            CalibrationText(
+                name=text.name, description=text.description, weight=text.weight, num_windows=len(text.windows)
+            )
+            for text in context.windows.texts
+        ],
     )
 
 

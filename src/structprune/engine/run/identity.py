@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from structprune.calibration.context import CalibrationWindows
+from structprune.calibration.context import CalibrationWindows, TextWindows
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -101,8 +101,16 @@ class StartedRun:
 
     plan: PrunePlan
     name: str
-    """Name of the source of the windows."""
+    """Name of the source of the windows, or names of several."""
     windows: CalibrationWindows
+
+    @property
+    def calibration(self) -> tuple[str, ...]:
+        """The texts that were used, as a recipe names them."""
+        texts = self.windows.texts
+        return tuple(text.name if text.weight == 1 else f"{text.name}:{text.weight:g}" for text in texts) or (
+            self.name,
+        )
 
 
 def find_request(run: RunDirectory) -> RunRequest | None:
@@ -167,9 +175,11 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> 
     path = run.staging / WINDOWS_NAME
     held_out = {} if windows.held_out_NS is None else {_HELD_OUT: windows.held_out_NS.contiguous()}
     save_file({_IDS: windows.ids_NS.contiguous(), **held_out}, path)
-    text = file_sum(Path(name)) if Path(name).is_file() else None
+    names = [text.name for text in windows.texts] or [name]
+    text_sums = {name: file_sum(Path(name)) for name in names if Path(name).is_file()}
     values = {"description": windows.description, "start": windows.start, "set_apart": windows.set_apart}
-    run.journal.record(_WINDOWS, [path], name=name, text=text, **values)
+    texts = [asdict(text) for text in windows.texts]
+    run.journal.record(_WINDOWS, [path], name=name, text_sums=text_sums, texts=texts, **values)
 
 
 def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWindows] | None:
@@ -180,8 +190,9 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
     line = run.journal.find(_WINDOWS)
     if line is None:
         return None
-    path = Path(line["name"])
-    if line.get("text") is not None and path.is_file() and file_sum(path) != line["text"]:
+    for path in (Path(name) for name in line["text_sums"]):
+        if not path.is_file() or file_sum(path) == line["text_sums"][str(path)]:
+            continue
         if not begun:
             return None
         raise InputError(
@@ -196,4 +207,8 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
         held_out_NS=tensors.get(_HELD_OUT),
         set_apart=line["set_apart"],
         start=line["start"],
+        texts=tuple(
+            TextWindows(**{**text, "windows": tuple(text["windows"]), "held_out": tuple(text["held_out"])})
+            for text in line["texts"]
+        ),
     )

@@ -58,10 +58,14 @@ def summed_loss(head: nn.Module, hidden_TD: Tensor, labels_T: Tensor) -> float:
     return total
 
 
+def window_losses(head: nn.Module, store: HiddenStore, ids_NS: Tensor, device: torch.device) -> list[float]:
+    """Compute `summed_loss` over the predictions within each of the windows whose last states are in `store`."""
+    return [
+        summed_loss(head, store.read(number, number + 1)[0, :-1].to(device), ids_S[1:].to(device))
+        for number, ids_S in enumerate(ids_NS)
+    ]
+
+
 def summed_losses(head: nn.Module, store: HiddenStore, ids_NS: Tensor, device: torch.device) -> float:
-    """Add up `summed_loss` over all predictions within the windows whose last states are in `store`."""
-    total = 0.0
-    for number, ids_S in enumerate(ids_NS):
-        hidden_TD = store.read(number, number + 1)[0, :-1].to(device)
-        total += summed_loss(head, hidden_TD, ids_S[1:].to(device))
-    return total
+    """Add them up over all windows."""
+    return sum(window_losses(head, store, ids_NS, device))

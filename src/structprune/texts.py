@@ -1,0 +1,76 @@
+"""Texts as they are asked for: names, each with a weight behind a colon where it is not one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from structprune.files import expand_user
+
+AUTO = "auto"
+"""The first of the built-in texts that can be had."""
+_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedText:
+    """One text, and its share of the windows beside those of the others."""
+
+    name: str
+    """Name of a built-in text, or path of a file."""
+    weight: float = 1.0
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where it is one."""
+        path = expand_user(self.name)
+        return path if path.is_file() else None
+
+
+def weighted_text(asked: str) -> WeightedText:
+    """Split `TEXT:WEIGHT`; a file of such a name is taken as it is. Raises ValueError for a weight of 0."""
+    match = _WEIGHT.fullmatch(asked)
+    if match is None or _exists(asked):
+        return WeightedText(name=asked)
+    if not float(match[2]) > 0:
+        raise ValueError(f"the weight of {match[1]} must be positive, got {match[2]}")
+    return WeightedText(name=match[1], weight=float(match[2]))
+
+
+def weighted_texts(asked: Sequence[str]) -> tuple[WeightedText, ...]:
+    """Split each. Raises ValueError as `weighted_text` does, and for a text that is named twice."""
+    texts = tuple(weighted_text(text) for text in asked)
+    names = [text.name for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is named twice: give it a weight instead, such as {twice[0]}:2")
+    return texts
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Share `total` windows out by weight: whole numbers, none of them zero, the largest remainders rounded up.
+
+    Raises ValueError if there are fewer windows than texts.
+    """
+    if total < len(weights):
+        raise ValueError(f"{total} windows cannot be shared out to {len(weights)} texts")
+    # One each first, so that a small weight does not vanish.
+    exact = [1 + (total - len(weights)) * weight / sum(weights) for weight in weights]
+    found = [int(number) for number in exact]
+    for index in sorted(range(len(exact)), key=lambda i: found[i] - exact[i])[: total - sum(found)]:
+        found[index] += 1
+    return found
+
+
+def shown_texts(asked: Sequence[str]) -> str:
+    """Name the texts without their folders, for what is made to be published."""
+    return ", ".join(Path(text).name for text in asked)
+
+
+def _exists(asked: str) -> bool:
+    try:
+        return expand_user(asked).exists()
+    except (OSError, ValueError):
+        # No name that a file could have.
+        return False
