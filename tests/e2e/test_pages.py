@@ -253,7 +253,7 @@ def test_every_value_is_escaped(run: Path) -> None:
             "memory": memory,
             "device": BAD,
             "calibration": report.calibration.model_copy(update={"description": BAD, "name": BAD}),
-            "recipe": report.recipe.model_copy(update={"calibration": BAD, "score": BAD}),
+            "recipe": report.recipe.model_copy(update={"calibration": (BAD,), "score": BAD}),
             "runtimes": [runtime.model_copy(update={"reason": BAD}) for runtime in report.runtimes],
             "versions": {BAD: BAD},
         }

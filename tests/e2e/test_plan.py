@@ -59,7 +59,7 @@ def test_what_is_forecast_comes_true(name: str, tiny_llama: Path, text_file: Pat
     if name != "block removal":
         assert [runtime.loads for runtime in found.runtimes] == [runtime.loads for runtime in report.runtimes]
     assert found.recipe == report.recipe.model_copy(
-        update={"memory": found.recipe.memory, "calibration": str(text_file), "num_samples": 4}
+        update={"memory": found.recipe.memory, "calibration": (str(text_file),), "num_samples": 4}
     )
     assert json.loads((tmp_path / "out" / "pruning_report.json").read_text())["runtimes"] == [
         runtime.model_dump() for runtime in report.runtimes
