@@ -12,6 +12,8 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
+from structprune.errors import StructPruneError
+from structprune.ranks import launched
 from structprune.recipe import Flag, Recipe, all_fields
 
 Verb = Callable[..., None]
@@ -49,7 +51,13 @@ def takes_fields(
         @functools.wraps(verb)
         def command(**values: Any) -> None:
             given = {name: values.pop(name) for name in flags}
-            verb(settings=build(given), **values)
+            try:
+                settings = build(given)
+            except StructPruneError as error:
+                # Of several ranks each finds it, before any has heard of another: the first one tells.
+                error.elsewhere = launched()[0] > 0
+                raise
+            verb(settings=settings, **values)
 
         # typer reads the options from here.
         command.__dict__["__signature__"] = inspect.Signature([*parameters, *flags.values()])
