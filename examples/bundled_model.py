@@ -31,7 +31,7 @@ from structprune.results.side_by_side import column_rows
 # more is removed than a minute of recovery can do something about; docs/compare.md has larger shares. Slow processors
 # get fewer windows, as few as a run is not warned of (8 tokens for each of 1,536 channels), and still take longer.
 FAST_PRODUCTS = 100e9
-"""Float32 operations a second; two cores with AVX-512 do 200e9, two of the first processors with AVX2 65e9."""
+"""Float32 operations a second; two cores of a first-generation EPYC do 65e9."""
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ _REWRITTEN = (
     *("pruning_report.json", "pruning_report.html", "pruning_manifest.json"),
     *("pruning_widths.json", "modeling_structprune.py"),
 )
-# Without these the output would read texts otherwise than the source.
-_NEEDED = (
+TOKENIZER_FILES = (
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("*.model", "*.tiktoken", "tekken.json"),
 )
+"""Patterns of files without which a text is read otherwise."""
 CODE_ENTRIES = ("auto_map", "custom_pipelines")
 """Entries of configs that name code, which loaders run if they are told to trust it."""
 # Larger than any description; such a file is somebody's data.
@@ -157,7 +157,7 @@ def sort_files(directory: Path, weights: Collection[str], *, same_width: bool = 
 def check_needed(directory: Path, files: FolderFiles) -> None:
     """Raise CheckpointError if one of the tokenizer's files would be left out."""
     for name, reason in files.left_out.items():
-        if "/" not in name and _fits(name, _NEEDED):
+        if "/" not in name and _fits(name, TOKENIZER_FILES):
             raise CheckpointError(
                 "a file of the tokenizer cannot be carried over",
                 where=str(directory / name),
@@ -168,7 +168,7 @@ def check_needed(directory: Path, files: FolderFiles) -> None:
 
 def read_files(directory: Path) -> list[Path]:
     """List the files at the top of a model's folder that decide what the model is and how it reads a text."""
-    names = ("config.json", "generation_config.json", "chat_template*", *_NEEDED)
+    names = ("config.json", "generation_config.json", "chat_template*", *TOKENIZER_FILES)
     return sorted(path for path in directory.iterdir() if path.is_file() and _fits(path.name, names))
 
 

@@ -17,7 +17,7 @@ from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, CalibrationReport, HeldOutReport, HeldOutText
+from structprune.results.schema import BlockReport, Perplexities
 from structprune.results.summary import beginning, stored_in
 from structprune.texts import shown_texts
 from structprune.types import HeadUnits
@@ -89,11 +89,11 @@ def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 def _figures(report: PruneReport) -> str:
     size, text, held_out = report.size, report.calibration, report.held_out
-    rows: list[tuple[str, int, CalibrationReport | HeldOutReport | HeldOutText]] = [
+    rows: list[tuple[str, int, Perplexities]] = [
         ("perplexity of the calibration text, in-sample", text.perplexity_windows, text)
     ]
     if held_out is not None:
-        several = [(f"the same of {plain_name(Path(t.name).name)}", t.num_windows, t) for t in held_out.texts]
+        several = [(f"the same of {plain_name(t.label)}", t.num_windows, t) for t in held_out.texts]
         rows[:0] = [
             ("perplexity of held-out windows of the calibration text", held_out.num_windows, held_out),
             *several,

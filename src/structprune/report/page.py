@@ -144,7 +144,7 @@ def _before_after(report: PruneReport, measured: Sequence[Evaluation | Bench]) -
             if one is not None
         ),
         *(
-            _compared(f"perplexity, {Path(one.name).name}", one.dense_perplexity, one.pruned_perplexity, "{:.2f}")
+            _compared(f"perplexity, {one.label}", one.dense_perplexity, one.pruned_perplexity, "{:.2f}")
             for one in (held_out.texts if held_out is not None else ())
         ),
         _compared("parameters", size.parameters_before, size.parameters_after, "{:,.0f}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny
@@ -17,11 +18,9 @@ SCHEMA_VERSION = 1
 REPORT_NAME = "pruning_report.json"
 
 
-class HeldOutText(Frozen):
-    """What the result is worth on the held-out windows of one of several texts."""
+class Perplexities(Frozen):
+    """Perplexities of the dense and of the pruned model over the same windows."""
 
-    name: str
-    num_windows: int
     dense_perplexity: float
     pruned_perplexity: float
 
@@ -31,11 +30,21 @@ class HeldOutText(Frozen):
         return self.pruned_perplexity / self.dense_perplexity
 
 
-class HeldOutReport(Frozen):
+class HeldOutText(Perplexities):
+    """What the result is worth on the held-out windows of one of several texts."""
+
+    name: str
+    num_windows: int
+
+    @property
+    def label(self) -> str:
+        """The name without its folder, for what is made to be published."""
+        return Path(self.name).name
+
+
+class HeldOutReport(Perplexities):
     """What the result is worth on windows of the calibration texts that nothing was fitted on."""
 
-    dense_perplexity: float
-    pruned_perplexity: float
     num_windows: int
     seq_len: int
     set_apart: bool
@@ -43,11 +52,6 @@ class HeldOutReport(Frozen):
     fingerprint: str
     texts: list[HeldOutText] = Field(default_factory=list[HeldOutText])
     """The same for each text, where there are several."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times larger the perplexity has become."""
-        return self.pruned_perplexity / self.dense_perplexity
 
 
 class CalibrationText(Frozen):
@@ -59,7 +63,7 @@ class CalibrationText(Frozen):
     num_windows: int
 
 
-class CalibrationReport(Frozen):
+class CalibrationReport(Perplexities):
     """The text that statistics were taken from."""
 
     name: str
@@ -70,17 +74,10 @@ class CalibrationReport(Frozen):
     start: str = ""
     """The start token that every window begins with; empty where there is none, and in reports of earlier versions."""
     perplexity_windows: int
-    """The two perplexities below are over the first so many calibration windows: in-sample, beside those of
+    """The two perplexities are over the first so many calibration windows: in-sample, beside those of
     `PruneFacts.held_out` a sign of overfitting."""
-    dense_perplexity: float
-    pruned_perplexity: float
     texts: list[CalibrationText] = Field(default_factory=list[CalibrationText])
     """Each text, where there are several."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times larger the perplexity has become, in-sample."""
-        return self.pruned_perplexity / self.dense_perplexity
 
 
 class BlockReport(Frozen):

@@ -17,12 +17,12 @@ from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import (
     BlockReport,
-    CalibrationReport,
     DeviceMemoryReport,
     FilesReport,
     HeldOutReport,
     HeldOutText,
     MemoryReport,
+    Perplexities,
     PruneFacts,
     ReachableShares,
     ReloadReport,
@@ -115,7 +115,7 @@ def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
     measured = _before_and_after(held_out, f"{_windows(held_out)} of {texts}")
     return [
         ("perplexity", measured),
-        *((f"perplexity, {Path(text.name).name}", _before_and_after(text, _windows(text))) for text in held_out.texts),
+        *((f"perplexity, {text.label}", _before_and_after(text, _windows(text))) for text in held_out.texts),
         ("perplexity, in-sample", fitted),
     ]
 
@@ -164,7 +164,7 @@ def _windows(held_out: HeldOutReport | HeldOutText) -> str:
     return f"{held_out.num_windows} held-out window{'' if held_out.num_windows == 1 else 's'}"
 
 
-def _before_and_after(measured: HeldOutReport | HeldOutText | CalibrationReport, where: str) -> str:
+def _before_and_after(measured: Perplexities, where: str) -> str:
     return f"{measured.dense_perplexity:.2f} -> {measured.pruned_perplexity:.2f} ({measured.ratio:.2f} times; {where})"
 
 
@@ -250,7 +250,7 @@ def _perplexity_warnings(report: PruneFacts) -> list[str]:
         worst = max(held_out.texts, key=lambda text: text.ratio)
         if worst.ratio > UNEVEN * held_out.ratio:
             found.append(
-                f"{Path(worst.name).name} lost far more than the other texts: its perplexity is {worst.ratio:.2f} "
+                f"{worst.label} lost far more than the other texts: its perplexity is {worst.ratio:.2f} "
                 f"times the dense model's, over all texts {held_out.ratio:.2f} times. Give it a larger weight "
                 "(--calibration TEXT:WEIGHT), or remove less."
             )

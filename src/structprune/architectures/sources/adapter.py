@@ -9,10 +9,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from structprune.architectures import FAMILIES
+from structprune.checkpoint.folder import TOKENIZER_FILES
 from structprune.checkpoint.merged_weights import AdapterFile, LowRankUpdate, MergedEntry, MergedWeights
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter
@@ -37,8 +39,6 @@ _WITHOUT_EFFECT = (
 # Those that leave the base's weights as they are when they begin.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
-# What a trainer saves beside an adapter, and what the adapter may have been trained with.
-_TOKENIZER_FILE = re.compile(r"^(tokenizer|special_tokens|added_tokens|vocab|merges)|\.(jinja|model|tiktoken)$")
 _KINDS = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
@@ -121,7 +121,7 @@ def _files_not_read(folder: Path, model: Path) -> Iterable[str]:
     others = sorted(
         path.name
         for path in folder.iterdir()
-        if _TOKENIZER_FILE.search(path.name)
+        if any(fnmatchcase(path.name, pattern) for pattern in (*TOKENIZER_FILES, "*.jinja"))
         and path.is_file()
         and not ((model / path.name).is_file() and file_sum(model / path.name) == file_sum(path))
     )
