@@ -39,14 +39,19 @@ class Amount:
     """How much text the demonstration uses."""
 
     windows: int
+    """Of 512 tokens, to calibrate on."""
     gradient_windows: int
+    held_out: int
     minutes: float
+    """For the steps of the recovery."""
+    seq_len: int
+    """Tokens of a window that teaches or tests, and of the prompt that is timed."""
     test_windows: int
     repeats: int
 
 
-AMPLE = Amount(windows=64, gradient_windows=8, minutes=0.8, test_windows=3, repeats=2)
-LEAN = Amount(windows=24, gradient_windows=6, minutes=0.6, test_windows=2, repeats=1)
+AMPLE = Amount(windows=64, gradient_windows=8, held_out=4, minutes=0.8, seq_len=512, test_windows=3, repeats=2)
+LEAN = Amount(windows=24, gradient_windows=3, held_out=2, minutes=0.8, seq_len=256, test_windows=2, repeats=1)
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -66,13 +71,19 @@ def main() -> None:
         num_samples=amount.windows,
         seq_len=512,
         sensitivity_samples=amount.gradient_windows,
-        held_out=4,
+        held_out=amount.held_out,
     )
     recovery = RecoverySettings(
-        calibration=("boolq",), minutes=amount.minutes, num_samples=64, held_out=2, seq_len=512, batch=1, warmup=2
+        calibration=("boolq",),
+        minutes=amount.minutes,
+        num_samples=64,
+        held_out=2,
+        seq_len=amount.seq_len,
+        batch=1,
+        warmup=2,
     )
-    quality = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=amount.test_windows)
-    speed = SpeedRequest(repeats=amount.repeats, decode_tokens=16)
+    quality = EvaluationRequest(texts=("boolq", "sciq"), seq_len=amount.seq_len, max_windows=amount.test_windows)
+    speed = SpeedRequest(prompts=(amount.seq_len,), repeats=amount.repeats, decode_tokens=16)
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "out/smollm2")
     if output.exists() and len(sys.argv) == 1:
         shutil.rmtree(output)  # our own default directory, from an earlier run

@@ -6,6 +6,7 @@ that was cut ends where an uninterrupted one does, unless the clock decides.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -27,6 +28,7 @@ from structprune.types import BlockLayout
 # Snapshots may take this share of the time, and come no sooner than this after one another.
 _SNAPSHOT_SHARE = 0.04
 _LEAST_PAUSE_S = 20.0
+# The teacher reads each of its blocks once for so many steps; where the clock ends the run, for no more than will come.
 _STEPS_AHEAD = 8
 _BEST_NAME = "best"
 
@@ -129,11 +131,21 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
     context.observer.start("recover", total - history.step)
     limit = settings.limit_s
+    first_step, begun = history.step, clock()
+
+    def steps_ahead() -> int:
+        """Return how many of the next steps to prepare for."""
+        if limit is None:
+            return _STEPS_AHEAD
+        taken, spent = history.step - first_step, clock() - begun
+        # Until a step was timed, nothing is known but that it comes.
+        coming = math.ceil(taken * (limit - clock()) / spent) if taken else 1
+        return max(1, min(_STEPS_AHEAD, coming))
+
     while history.step < total and (limit is None or clock() < limit):
         windows = mix.windows(history.mix, history.step, settings.batch)
-        student.prepare(
-            [w for ahead in range(_STEPS_AHEAD) for w in mix.windows(history.mix, history.step + ahead, settings.batch)]
-        )
+        coming = range(history.step, history.step + steps_ahead())
+        student.prepare([w for step in coming for w in mix.windows(history.mix, step, settings.batch)])
         progress = max(history.step / total, 0.0 if limit is None else clock() / limit)
         rate = settings.learning_rate * course(history.step, settings.warmup, progress)
         loss = student.step(windows, rate, history.step + 1)

@@ -18,6 +18,7 @@ from structprune.ranks import ranks_here
 from structprune.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TIMING_S = 0.2
 
 
 def resolve_device(name: str) -> torch.device:
@@ -106,14 +107,17 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def _product_seconds(dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
-    """Time a 256 x 512 x 512 product in each dtype, the best of twelve taken in turn.
+    """Time a 256 x 512 x 512 product in each dtype, the best of up to twelve taken in turn.
 
-    A busy machine slows all alike, and not always. Each product takes a millisecond, some more where bfloat16 is
-    emulated.
+    A busy machine slows all alike, and not always. Each product takes a millisecond; where bfloat16 is emulated it can
+    be half a second, and then the first two are enough to tell.
     """
     best = dict.fromkeys(dtypes, float("inf"))
     factors = {dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)) for dtype in dtypes}
+    started = time.perf_counter()
     for attempt in range(13):
+        if attempt > 1 and time.perf_counter() - started > _TIMING_S:
+            break
         for dtype, (a, b) in factors.items():
             start = time.perf_counter()
             torch.mm(a, b)
