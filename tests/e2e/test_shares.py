@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from structprune import Recipe, prune
 from structprune.api import plan
+from structprune.errors import InputError
 from structprune.results.schema import PruneFacts
 from structprune.results.summary import warnings
 from support.command_line import CommandLine
@@ -88,13 +89,40 @@ def test_the_share_below_can_be_had(run: str, text_file: Path, tmp_path: Path) -
     assert between.removed == pytest.approx(shares.above)
 
 
-def test_costs_of_unequal_steps_are_known_afterwards(text_file: Path, tmp_path: Path) -> None:
+# Multiple of channels -> (below, above, most) in parameters, by hand. 32% of two blocks with 48 channels of 96 each and
+# two KV groups of 1,536 each, of which one stays, are 4,916 of 15,360.
+UNEQUAL = {
+    # Steps of 768 and 1,536.
+    8: (4608, 5376, 6144),
+    # Eight channels may go first, 768, then twenty, 1,920: 768 + 768 + 2 * 1,536, 2,688 + 768 + 1,536, 2,688 + 768 +
+    # 2 * 1,536; 2 * 2,688 + 1,536 lies a whole step beyond.
+    20: (4608, 4992, 6528),
+}
+
+
+@pytest.mark.parametrize("multiple_of", UNEQUAL)
+def test_costs_of_unequal_steps(multiple_of: int, text_file: Path, tmp_path: Path) -> None:
+    below, above, most = (parameters / 15360 for parameters in UNEQUAL[multiple_of])
     source = save_tiny("llama", tmp_path / "source")
-    asked = recipe(text_file, method="structprune", scope="all", multiple_of=8)
-    assert plan(source, asked).forecast.shares is None
+    asked = recipe(text_file, method="structprune", scope="all", multiple_of=multiple_of, sparsity=0.32)
+    planned = plan(source, asked)
+    shares = planned.forecast.shares
+    assert shares is not None
+    assert not shares.decided
+    assert (shares.below, shares.above, shares.removed) == pytest.approx((below, above, most))
+    (note,) = [note for note in planned.notes if "were asked for" in note]
+    assert note.startswith(f"{above:.2%} to {most:.2%} of the parameters in scope go and 32.00% were asked")
     found = prune(source, asked, tmp_path / "out").size
     assert found.reachable is not None
-    assert found.reachable.below < 0.3 <= found.reachable.above == pytest.approx(found.removed_share_of_scope)
+    assert found.reachable.decided
+    assert shares.above <= found.removed_share_of_scope <= shares.removed
+    assert found.reachable.below < 0.32 <= found.reachable.above == pytest.approx(found.removed_share_of_scope)
+
+
+def test_a_share_that_costs_cannot_meet_is_refused_by_the_plan(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source")
+    with pytest.raises(InputError, match=r"cannot be reached within the groups' bounds; got sparsity 0.95"):
+        plan(source, recipe(text_file, method="structprune", sparsity=0.95))
 
 
 def test_reports_of_earlier_versions_have_none(text_file: Path, tmp_path: Path) -> None:

@@ -78,21 +78,12 @@ def bounded(removal: float, budget: BlockBudget, options: AllocationOptions) -> 
     return min(max(removal, float(low)), float(high))
 
 
-def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], options: AllocationOptions) -> list[int]:
-    """Round real-valued removals to units to keep, in multiples, so that at least the target is removed.
-
-    Each group is rounded down to a step it can take; the steps that are still missing go to the groups that lost most
-    by rounding (largest remainder; ties to the earlier group). The surplus is less than one step of one group. A
-    group that loses nothing keeps its dense width even if that is no multiple.
-    """
-    steps = [_steps(budget, options) for budget in budgets]
-    positions: list[int] = []
-    for allowed, value in zip(steps, wanted, strict=True):
-        positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
-    target = removal_target(budgets, options)
-    total = sum(b.module_parameters for b in budgets)
+def check_bounds(budgets: Sequence[BlockBudget], options: AllocationOptions) -> None:
+    """Raise InputError if the groups must lose more than is asked for, or cannot lose as much."""
+    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    removals = [(allowed_removals(budget, options), budget.unit_parameters) for budget in budgets]
+    least, most = (sum(allowed[end] * size for allowed, size in removals) for end in (0, -1))
     # What the widest steps leave beyond the target is rounding; more than a step of each group is not.
-    least = sum(s[0] * b.unit_parameters for s, b in zip(steps, budgets, strict=True))
     if least - sum(b.multiple_of * b.unit_parameters for b in budgets) >= target and options.max_retention < 1:
         raise InputError(
             "--max-retention takes more than the sparsity asks for",
@@ -100,18 +91,31 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
             wanted=f"a sparsity of at least {least / total:.4f}",
             do="raise --max-retention or --sparsity",
         )
+    if most < target:
+        raise InputError(
+            "the sparsity cannot be reached within the groups' bounds",
+            got=f"sparsity {options.sparsity:g}, {_bounds(options)}",
+            wanted=f"at most {most / total:.4f}",
+            do="lower --sparsity" if options.allow_removal else "lower --sparsity, --min-retention or --multiple-of",
+        )
+
+
+def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], options: AllocationOptions) -> list[int]:
+    """Round real-valued removals to units to keep, in multiples, so that at least the target is removed.
+
+    Each group is rounded down to a step it can take; the steps that are still missing go to the groups that lost most
+    by rounding (largest remainder; ties to the earlier group). The surplus is less than one step of one group. A
+    group that loses nothing keeps its dense width even if that is no multiple. Raises InputError as `check_bounds`.
+    """
+    check_bounds(budgets, options)
+    steps = [allowed_removals(budget, options) for budget in budgets]
+    positions: list[int] = []
+    for allowed, value in zip(steps, wanted, strict=True):
+        positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
+    target = removal_target(budgets, options)
     removed = sum(s[p] * b.unit_parameters for s, p, b in zip(steps, positions, budgets, strict=True))
     while removed < target:
         open_groups = [i for i, (s, p) in enumerate(zip(steps, positions, strict=True)) if p + 1 < len(s)]
-        if not open_groups:
-            raise InputError(
-                "the sparsity cannot be reached within the groups' bounds",
-                got=f"sparsity {options.sparsity:g}, {_bounds(options)}",
-                wanted=f"at most {removed / total:.4f}",
-                do="lower --sparsity"
-                if options.allow_removal
-                else "lower --sparsity, --min-retention or --multiple-of",
-            )
         best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / _first_step(budgets[i]), -i))
         removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_parameters
         positions[best] += 1
@@ -124,7 +128,7 @@ def _bounds(options: AllocationOptions) -> str:
     return f"at least {options.min_retention:g} of each group kept"
 
 
-def _steps(budget: BlockBudget, options: AllocationOptions) -> list[int]:
+def allowed_removals(budget: BlockBudget, options: AllocationOptions) -> list[int]:
     """List the removals that leave a multiple, ascending, from the smallest; zero is one whatever the dense width."""
     smallest, largest = smallest_removal(budget, options), largest_removal(budget, options)
     steps = [0, *range(_first_step(budget), largest + 1, budget.multiple_of)]

@@ -110,6 +110,9 @@ class ReachableShares(Frozen):
     """The largest that is less than what was asked for; 0 where there is none."""
     above: float
     """The smallest that is at least as much."""
+    decided: bool = True
+    """Whether `removed` is what goes. Before a run whose costs decide it is the most that may go, and at least `above`
+    does."""
 
 
 class SizeReport(Frozen):

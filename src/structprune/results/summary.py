@@ -196,8 +196,9 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
     if shares is None or abs(shares.removed - recipe.sparsity) <= _CLOSE:
         return ()
     multiple = recipe.multiple_of if isinstance(recipe, ResolvedUnits | ResolvedSlice) else 1
+    goes = f"{shares.removed:.2%}" if shares.decided else f"{shares.above:.2%} to {shares.removed:.2%}"
     return (
-        f"{shares.removed:.2%} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: the nearest "
+        f"{goes} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: the nearest "
         f"shares that the units allow are {shares.below:.2%} below and {shares.above:.2%} above"
         + (f"; a smaller --multiple-of than {multiple} allows others" if multiple > 1 else ""),
     )

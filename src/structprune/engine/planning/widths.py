@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
-from structprune.allocation.budget import removal_target
+from structprune.allocation.budget import allowed_removals, check_bounds, removal_target
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import InputError, UnsupportedError
@@ -21,6 +21,8 @@ from structprune.types import UNIT_KINDS, BlockLayout, UnitGroup, UnitKind
 
 # Halvings of the range of shares, finer than any unit.
 _SEARCH_STEPS = 40
+# Sums of removals that are looked at, in units of what all have in common: one bit each.
+_MOST_SUMS = 2**23
 
 Widths = dict[str, list[int]]
 """Kind -> units of each block; zero where the block has no such sublayer, or is to lose it."""
@@ -47,8 +49,9 @@ def reachable_shares(
 ) -> ReachableShares | None:
     """Find the shares nearest to the one that is asked for.
 
-    `kept` are the widths of the run. Before they are known they do not matter where every removal is as large as any
-    other; elsewhere there is no answer yet, nor where the widths were decided outside.
+    `kept` are the widths of the run; before they are known, the most that may go stands for what goes. Returns None
+    where the widths were decided outside, and where the sizes of removals have so little in common that there are too
+    many sums of them.
     """
     if recipe.widths.blocks:
         return None
@@ -56,21 +59,56 @@ def reachable_shares(
     allocator = ALLOCATORS.get(recipe.allocator)
     if allocator.compares == "none":
         return _even_shares(budgets, options, allocator.allocate)
+    if kept is None:
+        return _possible_shares(budgets, options)
     total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
     steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
-    if kept is None:
-        odd = any(budget.num_units % budget.multiple_of for budget in budgets)
-        if odd or len(set(steps)) > 1 or options.max_retention < 1:
-            return None
-        removed, largest = -(-target // steps[0]) * steps[0], steps[0]
-    else:
-        gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
-        removed = sum(units * budget.unit_parameters for units, budget in zip(gone, budgets, strict=True))
-        # One step fewer somewhere: of those that miss the target the one that misses it least.
-        back = [step for step, units in zip(steps, gone, strict=True) if units and removed - step < target]
-        largest = min(back, default=removed)
-    below = max(0, removed - largest) / total if target else 0.0
+    gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
+    removed = sum(units * budget.unit_parameters for units, budget in zip(gone, budgets, strict=True))
+    # One step fewer somewhere: of those that miss the target the one that misses it least.
+    back = [step for step, units in zip(steps, gone, strict=True) if units and removed - step < target]
+    below = max(0, removed - min(back, default=removed)) / total if target else 0.0
     return ReachableShares(removed=removed / total, below=below, above=removed / total)
+
+
+def _possible_shares(budgets: Sequence[BlockBudget], options: AllocationOptions) -> ReachableShares | None:
+    """Find which sums of removals the groups allow, whatever the costs say.
+
+    An allocator ends less than one step of one group behind the target (`round_to_budget`). Raises InputError if
+    the groups allow none that would do.
+    """
+    check_bounds(budgets, options)
+    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    # In parameters: what must go, and of each group the first step beyond that and those after it, which are equal.
+    least, steps = 0, list[tuple[int, int, int]]()
+    for budget in budgets:
+        allowed, size = allowed_removals(budget, options), budget.unit_parameters
+        least += allowed[0] * size
+        if len(allowed) > 1:
+            steps.append(((allowed[1] - allowed[0]) * size, budget.multiple_of * size, len(allowed) - 2))
+    if least >= target:
+        return ReachableShares(removed=least / total, below=0.0, above=least / total)
+    unit = math.gcd(*(size for first, further, _ in steps for size in (first, further)))
+    largest = max(max(first, further) for first, further, _ in steps)
+    num_sums = (target - 1 + largest - least) // unit + 1
+    if num_sums > _MOST_SUMS:
+        return None
+    # Bit i: `least` and i units more can go.
+    sums, all_sums = 1, (1 << num_sums) - 1
+    for first, further, count in steps:
+        longer = sums << first // unit
+        taken = 1
+        while count > 0:
+            taken = min(taken, count)
+            longer |= longer << further // unit * taken & all_sums
+            count, taken = count - taken, 2 * taken
+        sums = (sums | longer) & all_sums
+    wanted = -(-(target - least) // unit)
+    low = (sums & (1 << wanted) - 1).bit_length() - 1
+    high = sums >> wanted
+    above = wanted + (high & -high).bit_length() - 1
+    found = [(least + unit * place) / total for place in (sums.bit_length() - 1, low, above)]
+    return ReachableShares(removed=found[0], below=found[1], above=found[2], decided=found[0] == found[2])
 
 
 def _even_shares(
