@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structprune import Recipe, prune
-from structprune.api import export, inspect, plan
+from structprune.api import export, inspect, plan, recover
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.loading import load_model
 from structprune.assess import EvaluationRequest, SpeedRequest, bench, evaluate, evaluate_all
 from structprune.comparison.cell import CellSpec, run_cell
 from structprune.errors import CheckpointError, InputError, NumericalError, StructPruneError, UnsupportedError
 from structprune.observer import SilentObserver
+from structprune.recipe.training import RecoverySettings
 from structprune.results.summary import summary_rows
 from support.command_line import CommandLine
 from support.models import save_tiny
@@ -179,6 +180,34 @@ def test_every_verb_sees_the_merged_model(untied: Path, adapter: Path, text_file
     assert [b.kept_units for b in ours.blocks] == [b.kept_units for b in theirs.blocks]
     assert ours.calibration.dense_perplexity == pytest.approx(theirs.calibration.dense_perplexity, rel=1e-5)
     assert ours.calibration.pruned_perplexity == pytest.approx(theirs.calibration.pruned_perplexity, rel=1e-3)
+
+
+def test_a_recovery_s_teacher_is_the_merged_model(
+    untied: Path, adapter: Path, text_file: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    merged = tmp_path / "merged"
+    prune(untied, recipe(text_file, merge_adapter=str(adapter)), merged)
+    student = tmp_path / "student"
+    prune(merged, recipe(text_file, sparsity=0.3, multiple_of=8), student)
+    asked: dict[str, Any] = {"calibration": (str(text_file),), "num_samples": 8, "seq_len": 32, "dtype": "float32"}
+    wanted = recover(student, merged, RecoverySettings.build(**asked), tmp_path / "wanted")
+    settings = RecoverySettings.build(**asked, merge_adapter=str(adapter))
+    found = recover(student, untied, settings, tmp_path / "found")
+    assert (found.dense_perplexity, found.after) == (wanted.dense_perplexity, wanted.after)
+    theirs = weights(tmp_path / "wanted")
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "found").items())
+    # Against the base alone the student starts elsewhere.
+    assert recover(student, untied, RecoverySettings.build(**asked), tmp_path / "base").before != found.before
+    both = shutil.copytree(untied, tmp_path / "both")
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, both)
+    flags = ["--teacher", both, "--calibration", text_file, "--num-samples", 8, "--seq-len", 32, "--dtype", "float32"]
+    code, _, error = command_line("recover", student, "-o", tmp_path / "new", *flags)
+    assert code == 2
+    assert "--merge-adapter beside" in " ".join(error.split())
+    code, _, error = command_line("recover", student, "-o", tmp_path / "new", *flags, "--merge-adapter", "beside")
+    assert code == 0, error
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "new").items())
 
 
 def test_an_adapter_beside_the_weights(untied: Path, adapter: Path, text_file: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from structprune.recipe.fields import (
     BOS_FIELD,
     DEFAULT_SHARD_BYTES,
     SAID,
+    AdapterSetting,
     BosSetting,
     ByteCount,
     CalibrationTexts,
@@ -80,9 +81,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         "first of wikitext2, boolq and self that can be had; given several times, the windows are shared out to the "
         "texts, by weights if some have one, as in code.jsonl:2",
     )
-    merge_adapter: Annotated[
-        str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)
-    ] = Field(
+    merge_adapter: AdapterSetting = Field(
         default="none",
         description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
     )

@@ -82,6 +82,9 @@ BOS_FIELD: Any = Field(
     "encodes a text",
 )
 
+AdapterSetting = Annotated[str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)]
+"""Folder of a LoRA adapter, `beside` or `none`."""
+
 Share = Annotated[float, BeforeValidator(_read_share)]
 """A number from 0 to below 1, or a text such as `30%`."""
 

@@ -11,6 +11,7 @@ from structprune.recipe.fields import (
     BOS_FIELD,
     DEFAULT_SHARD_BYTES,
     SAID,
+    AdapterSetting,
     BosSetting,
     ByteCount,
     Flag,
@@ -43,6 +44,10 @@ class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
     )
     calibration: Annotated[tuple[str, ...], Flag(Group.CALIBRATION, unset="as in `prune`")] = Field(
         default=(), description="text to learn from, as in `prune`; given several times, each is a domain of its own"
+    )
+    merge_adapter: AdapterSetting = Field(
+        default="none",
+        description="folder of a LoRA adapter that is merged into the teacher first; beside: the one in its folder",
     )
     num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=512, ge=2, description="windows of each text, held-out ones included"

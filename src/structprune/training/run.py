@@ -57,14 +57,14 @@ def recover_model(
     mode = MODES.get(settings.mode)
     asked, settings = settings, settings.resolved()
     device = resolve_device(settings.device)
-    pair = [StockModel(open_model(str(model))) for model in (teacher, student)]
-    dense, pruned = pair
+    dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter))
+    pruned = StockModel(open_model(str(student)))
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
     targets = target_boundaries(dense, pruned)
     mode.check(targets, pruned)
     dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
-    most = min(model.layout.max_positions for model in pair)
+    most = min(model.layout.max_positions for model in (dense, pruned))
     if settings.seq_len > most:
         raise InputError(
             "--seq-len is longer than the models' positions", got=settings.seq_len, wanted=f"at most {most}"
