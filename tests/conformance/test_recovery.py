@@ -28,7 +28,7 @@ from structprune.training.blocks import token_error
 from structprune.training.context import RecoveryContext
 from structprune.training.divergence import LOGIT_TOKENS, divergence
 from structprune.training.mix import Mix, MixState, robust_shares
-from structprune.training.parameters import parameters_of
+from structprune.training.parameters import parameters_of, scales_of
 from structprune.training.stream import StreamedStudent
 from structprune.training.texts import Texts
 from support.models import TINY_MODELS, save_tiny
@@ -137,6 +137,63 @@ def test_streamed_gradient_is_autograd_s(kind: str, tmp_path: Path) -> None:
     for name, tensor in found.items():
         torch.testing.assert_close(tensor / (1 - BETAS[0]), expected[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
     assert student.step((0, 2), 1e-3, 2) < loss
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_the_gradient_of_scales_is_autograd_s(kind: str, tmp_path: Path) -> None:
+    """A scale of one multiplies a column of the consumer's weight: its derivative is W's, summed against W."""
+    dense, directory = perturbed(kind, tmp_path)
+    context = context_for(dense, directory)
+    student = StreamedStudent(context, tmp_path, scales_of)
+    ids_NS = context.student.windows.ids_NS
+    gradients, loss = whole_gradients(dense, directory, (ids_NS[0], ids_NS[2]))
+    assert student.step((0, 2), 1e-3, 1) == pytest.approx(loss, rel=1e-4)
+    folder = tmp_path / "first"
+    folder.mkdir()
+    student.save(folder, moments=True)
+    num_scales = 0
+    for block in context.student.stock.layout.blocks:
+        tensors = context.student.reader.read(block.shapes, block.prefix)
+        learning = scales_of(context.student, block)
+        first_P = load_file(folder / f"block-{block.index:05d}.safetensors")["first"]
+        largest = float(first_P.abs().amax()) / (1 - BETAS[0])
+        for name, found in learning.views(first_P / (1 - BETAS[0])).items():
+            if name in learning.consumers:
+                part = learning.consumers[name]
+                products = gradients[block.prefix + part.tensor] * tensors[part.tensor]
+                expected = products.movedim(part.axis, 0).flatten(1).sum(dim=1)
+                num_scales += 1
+            else:
+                expected = gradients[block.prefix + name]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
+    assert num_scales >= (2 if "moe" not in kind else 1)
+    assert student.step((0, 2), 1e-3, 2) < loss
+    student.close()
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_scales_are_folded_into_the_consumers(kind: str, tmp_path: Path) -> None:
+    dense, directory = perturbed(kind, tmp_path)
+    context = context_for(dense, directory)
+    streamed = context.student
+    block = streamed.stock.layout.blocks[1]
+    learning = scales_of(streamed, block)
+    tensors = streamed.reader.read(block.shapes, block.prefix)
+    start_P = learning.packed(tensors, streamed.device)
+    unchanged = learning.stored(tensors, start_P)
+    assert all(torch.equal(unchanged[name], tensor) for name, tensor in tensors.items())
+    moved_P = start_P + 0.1 * torch.randn(start_P.shape, generator=torch.Generator().manual_seed(2))
+    student = StreamedStudent(context, tmp_path)
+    hidden_BSD = student._inputs.read(0, 1)  # pyright: ignore[reportPrivateUsage]
+    propagator = student._propagator  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        scaled = learning.module(streamed, block, moved_P, learning.fixed(tensors))
+        folded = streamed.stock.block(block.index, learning.stored(tensors, moved_P))
+        outputs = [propagator.apply(module, block.index, hidden_BSD) for module in (scaled, folded)]
+        before = propagator.apply(streamed.stock.block(block.index, tensors), block.index, hidden_BSD)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    assert float((outputs[1] - before).abs().amax()) > 1e-2
+    student.close()
 
 
 def test_files_and_memory_give_the_same_steps(tmp_path: Path) -> None:

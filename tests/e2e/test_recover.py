@@ -91,6 +91,28 @@ def test_recovers(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("kind", ["uniform", "uneven"])
+def test_scales_leave_the_other_matrices(
+    kind: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    student, output = students[kind], tmp_path / "out"
+    asked = settings(text_file, "scales", learning_rate=3e-3, batch=1, reload_check=True)
+    report = recover(student, tiny_llama, asked, output)
+    assert report.after.divergence < report.before.divergence
+    assert report.reload.mode == "whole"
+    assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
+    old, new = weights(student), weights(output)
+    learned = ("o_proj.weight", "down_proj.weight", "layernorm.weight")
+    for name, tensor in new.items():
+        assert torch.equal(tensor, old[name]) == (not name.endswith(learned)), name
+        if name.endswith(learned[:2]):
+            # One number per column.
+            ratio = tensor / old[name]
+            torch.testing.assert_close(ratio, ratio.median(dim=0).values.expand_as(ratio), rtol=1e-4, atol=1e-4)
+    weighty = recover(student, tiny_llama, settings(text_file, "stream", batch=1), tmp_path / "all")
+    assert report.memory.planned_peak_bytes < weighty.memory.planned_peak_bytes
+
+
 def test_the_report_s_figures_are_those_of_stock_code(
     students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -113,7 +135,7 @@ def test_the_report_s_figures_are_those_of_stock_code(
     assert [entry.step for entry in report.trace] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("mode", ["stream", "blocks"])
+@pytest.mark.parametrize("mode", ["stream", "scales", "blocks"])
 def test_a_worse_state_is_not_kept(
     mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -144,7 +166,9 @@ class _Stop(SilentObserver):
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize(("mode", "mix"), [("stream", "given"), ("stream", "robust"), ("blocks", "given")])
+@pytest.mark.parametrize(
+    ("mode", "mix"), [("stream", "given"), ("stream", "robust"), ("scales", "given"), ("blocks", "given")]
+)
 def test_a_cut_run_ends_as_an_uncut_one(
     mode: str,
     mix: str,
@@ -165,13 +189,13 @@ def test_a_cut_run_ends_as_an_uncut_one(
         blocks_mode.BlockTrainer, "train", lambda self, *a: (trained.append(self.block.index), train(self, *a))[1]
     )
     output = tmp_path / "out"
-    for after in (1, 5) if mode == "stream" else (1, 2):
+    for after in (1, 2) if mode == "blocks" else (1, 5):
         with pytest.raises(KeyboardInterrupt):
             recover(students["uneven"], tiny_llama, wanted, output, _Stop(after))
         assert not output.exists()
     last = _Stop(-1)
     recover(students["uneven"], tiny_llama, wanted, output, last)
-    if mode == "stream":
+    if mode != "blocks":
         assert any("going on after step" in note for note in last.notes)
     else:
         assert sorted(trained) == [0, 1]
@@ -220,14 +244,14 @@ def test_another_run_is_refused_and_resume_goes_on(
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize("mode", ["stream", "blocks"])
+@pytest.mark.parametrize("mode", ["stream", "scales", "blocks"])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_state_is_named_and_made_again(
     damage: str, mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     args = (students["uniform"], tiny_llama, settings(text_file, mode), tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        recover(*args, _Stop(3 if mode == "stream" else 1))
+        recover(*args, _Stop(1 if mode == "blocks" else 3))
     (damaged, *_) = sorted((tmp_path / "out.partial" / "recovery").rglob("block-00000.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -240,7 +264,7 @@ def test_a_damaged_state_is_named_and_made_again(
     assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
-@pytest.mark.parametrize("mode", ["stream", "blocks"])
+@pytest.mark.parametrize("mode", ["stream", "scales", "blocks"])
 def test_the_clock_ends_it(
     mode: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

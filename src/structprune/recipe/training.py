@@ -31,6 +31,7 @@ class _Defaults:
 _DEFAULTS = {
     "stream": _Defaults(learning_rate=1e-4, epochs=1),
     "blocks": _Defaults(learning_rate=3e-4, epochs=4),
+    "scales": _Defaults(learning_rate=3e-3, epochs=1),
     "lora": _Defaults(learning_rate=1e-3, epochs=1),
 }
 
@@ -38,9 +39,10 @@ _DEFAULTS = {
 class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
     """How to recover, on what, and for how long. `None` means: the mode's own."""
 
-    mode: Annotated[Literal["stream", "blocks", "lora"], Flag(Group.HOW)] = Field(
+    mode: Annotated[Literal["stream", "blocks", "scales", "lora"], Flag(Group.HOW)] = Field(
         default="stream",
-        description="how it learns. stream: all blocks together; blocks: one after the other; lora: low-rank updates",
+        description="how it learns. stream: all blocks together; blocks: one after the other; scales: as stream, but "
+        "only norms, biases and a scale for each channel; lora: low-rank updates",
     )
     calibration: Annotated[tuple[str, ...], Flag(Group.CALIBRATION, unset="as in `prune`")] = Field(
         default=(), description="text to learn from, as in `prune`; given several times, each is a domain of its own"

@@ -12,6 +12,7 @@ MODES: Registry[Mode] = Registry(
     {
         "stream": "structprune.training.stream:STREAM",
         "blocks": "structprune.training.blocks:BLOCKS",
+        "scales": "structprune.training.stream:SCALES",
         "lora": "structprune.training.lora:LORA",
     },
 )

@@ -53,7 +53,8 @@ def _check(targets: tuple[int, ...], student: StockModel) -> None:
 
 def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
     stored = sum(student.reader.num_bytes(block.prefix + n for n in block.shapes) for block in student.layout.blocks)
-    return ModeBytes(held=0, resident=0, disk=stored)
+    numbers = max(block.num_parameters for block in student.layout.blocks)
+    return ModeBytes(held=0, numbers=numbers, resident=0, disk=stored)
 
 
 def _recover(context: RecoveryContext, place: Workplace) -> Recovered:

@@ -98,6 +98,10 @@ class ModeBytes:
 
     held: int
     """Bytes in memory, whatever happens."""
+    numbers: int
+    """Numbers of the block with most of them that learn at a time."""
+    weight_gradients: bool = True
+    """Whether a backward pass makes derivatives as large as the block."""
     resident: int
     """Bytes of what may lie in memory or in files between steps."""
     disk: int

@@ -55,7 +55,7 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
     kept = len(layout.blocks) * settings.seq_len * width * item
     # The files are mapped while the model is loaded. Updates: parameters, gradients twice, and the optimiser's three.
     held = layout.num_parameters * item + student.reader.file_bytes + kept + 6 * 4 * updates
-    return ModeBytes(held=held, resident=0, disk=3 * 3 * 4 * updates)
+    return ModeBytes(held=held, numbers=widest.num_parameters, resident=0, disk=3 * 3 * 4 * updates)
 
 
 def _recover(context: RecoveryContext, place: Workplace) -> Recovered:

@@ -1,12 +1,15 @@
-"""The trainable tensors of the student's blocks as flat float32 vectors, with what AdamW keeps of them.
+"""What learns in the student's blocks as flat float32 vectors, with what AdamW keeps of them.
 
-Shape suffixes: P parameters of a block, one after the other, 3P the same with both moments.
+Either all parameters of a block, or its vectors and a scale for every input of its consumers: some thousand numbers.
+
+Shape suffixes: P parameters of a block, one after the other, 3P the same with both moments, I consumer inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from structprune.calibration.store import FileStore, MemoryStore
 from structprune.engine.streaming.model import StreamedModel
-from structprune.types import BlockLayout
+from structprune.types import AxisSlice, BlockLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,10 @@ class BlockParameters:
         views = self.views(flat_P)
         return {n: views[n].cpu().to(t.dtype, copy=True) if n in views else t for n, t in tensors.items()}
 
+    def fixed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pick the block's other tensors that stay in memory, for `module`."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self.shapes}
+
     def module(
         self, streamed: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]
     ) -> nn.Module:
@@ -65,11 +72,80 @@ class BlockParameters:
         return torch.zeros(self.size, device=device)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleParameters(BlockParameters):
+    """The block's vectors (gains of norms, biases) and scales of its consumers' inputs, which are one at the start.
+
+    The matrices do not learn and are read anew for every module. A scale is a float32 parameter of the consumer's
+    module; in a checkpoint it is folded into the consumer's weight.
+    """
+
+    consumers: Mapping[str, AxisSlice]
+    """Name of the scale -> the consumer's weight and the axis of its inputs."""
+
+    def packed(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+        result_P = torch.ones(self.size, device=device)
+        for name, view in self.views(result_P).items():
+            if name not in self.consumers:
+                view.copy_(tensors[name])
+        return result_P
+
+    def fixed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def stored(self, tensors: Mapping[str, Tensor], flat_P: Tensor) -> dict[str, Tensor]:
+        views = self.views(flat_P.cpu())
+        result = {n: views[n].to(t.dtype, copy=True) if n in views else t for n, t in tensors.items()}
+        for name, part in self.consumers.items():
+            weight = result[part.tensor]
+            scaled = weight.movedim(part.axis, -1).float() * views[name]
+            result[part.tensor] = scaled.movedim(-1, part.axis).to(weight.dtype).contiguous()
+        return result
+
+    def module(
+        self, streamed: StreamedModel, block: BlockLayout, flat_P: Tensor, fixed: Mapping[str, Tensor]
+    ) -> nn.Module:
+        views = self.views(flat_P)
+        tensors = streamed.reader.read(block.shapes, block.prefix)
+        put = partial(Tensor.to, device=streamed.device, dtype=streamed.dtype)
+        layer = streamed.stock.block(
+            block.index, {n: put(views[n], copy=True) if n in views else put(t) for n, t in tensors.items()}
+        )
+        for name in self.shapes:
+            if name in self.consumers:
+                consumer = layer.get_submodule(name.removesuffix(_SCALE))
+                consumer.register_parameter(_SCALE.removeprefix("."), nn.Parameter(views[name].clone()))
+                consumer.register_forward_pre_hook(_scale_inputs)
+            else:
+                layer.get_parameter(name).requires_grad_(True)
+        return layer
+
+
+_SCALE = ".structprune_input_scale"
+
+
+def _scale_inputs(consumer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = args
+    return (x * consumer.get_parameter(_SCALE.removeprefix("."))).to(x.dtype), *others
+
+
 def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameters:
     """Return the parameters of the stock layer; buffers that a checkpoint may carry are none."""
     layer = streamed.stock.skeleton.get_submodule(f"{streamed.stock.layout.blocks_module}.{block.index}")
     names = [name for name, _ in layer.named_parameters() if name in block.shapes]
     return BlockParameters(shapes={name: block.shapes[name] for name in names})
+
+
+def scales_of(streamed: StreamedModel, block: BlockLayout) -> ScaleParameters:
+    """Return the block's vectors, and a scale for each input of its consumers.
+
+    The experts of a mixture have no scales: there are as many consumers as experts, few of which meet a token.
+    """
+    vectors = {name: shape for name, shape in parameters_of(streamed, block).shapes.items() if len(shape) == 1}
+    groups = [group for group in block.groups if len(block.groups_of(group.kind)) == 1]
+    consumers = {f"{group.consumer_module}{_SCALE}": group.consumer for group in groups}
+    scales = {name: (block.shapes[part.tensor][part.axis],) for name, part in consumers.items()}
+    return ScaleParameters(shapes={**vectors, **scales}, consumers=consumers)
 
 
 class States:

@@ -35,11 +35,10 @@ def plan_recovery(
     widest = max((teacher, student), key=lambda model: max(block.num_parameters for block in model.layout.blocks))
     batch_bytes = settings.batch * settings.seq_len * layout.hidden_size * item
     block = max(block.num_parameters for block in layout.blocks)
-    held = _FLAT_VECTORS * 4 * block + 2 * item * block + 2 * batch_bytes
+    mode = MODES.get(settings.mode).bytes(student, settings, item)
+    held = mode.held + _FLAT_VECTORS * 4 * mode.numbers + 2 * item * block + 2 * batch_bytes
     # Both heads, and the logits of a part: two in the dtype of the forward passes, four in float32.
     held += 2 * layout.vocab_size * layout.hidden_size * item + LOGIT_TOKENS * layout.vocab_size * (2 * item + 4 * 4)
-    mode = MODES.get(settings.mode).bytes(student, settings, item)
-    held += mode.held
     request = PlanRequest(
         layout=widest.layout,
         groups=widest.groups,
@@ -50,7 +49,7 @@ def plan_recovery(
         seq_len=settings.seq_len,
         num_probe=0,
         needs_statistics=False,
-        needs_weight_gradients=True,
+        needs_weight_gradients=mode.weight_gradients,
         sensitivity_windows=settings.batch,
         num_stores=2,
         reload_check=settings.reload_check,

@@ -1,8 +1,9 @@
-"""Mode stream: the whole model learns from the teacher's predictions, with one block of it in memory.
+"""Modes stream and scales: the student learns from the teacher's predictions, with one block of it in memory.
 
 A step runs a batch of windows forward and keeps their states at every boundary; then the head gives the gradient of the
 KL divergence, and block after block is recomputed and differentiated, its weights being updated as the gradient passes
-by. Float32 weights and moments lie in memory or in files.
+by. Float32 weights and moments lie in memory or in files. In mode stream all parameters of the blocks learn, in mode
+scales the gains of norms, biases, and a scale for every input of a consumer.
 
 Shape suffixes: B windows, S positions, D hidden size, P parameters of a block.
 """
@@ -10,7 +11,10 @@ Shape suffixes: B windows, S positions, D hidden size, P parameters of a block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +24,14 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.model import StreamedModel
 from structprune.memory import release_free_memory
 from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import adam_step, check_gradient
 from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
 from structprune.training.divergence import divergence, load_heads
 from structprune.training.loop import distil, recovered_by
-from structprune.training.parameters import States, parameters_of
+from structprune.training.parameters import BlockParameters, States, parameters_of, scales_of
 from structprune.training.snapshots import load_tensors, save_tensors
 from structprune.training.teacher import Teacher
 from structprune.types import BlockLayout
@@ -37,17 +42,39 @@ def _check(_: tuple[int, ...], __: StockModel) -> None:
 
 
 def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
+    blocks = student.layout.blocks
+    return _of_numbers(student, settings, item, [block.num_parameters for block in blocks])
+
+
+def _scale_bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
+    blocks = student.layout.blocks
+    numbers = [
+        sum(shape[0] for shape in block.shapes.values() if len(shape) == 1)
+        + sum(block.shapes[group.consumer.tensor][group.consumer.axis] for group in block.groups)
+        for block in blocks
+    ]
+    # A consumer is scaled in float32 before it is written.
+    consumers = [math.prod(block.shapes[group.consumer.tensor]) for block in blocks for group in block.groups]
+    found = _of_numbers(student, settings, item, numbers)
+    return replace(found, held=4 * max(consumers, default=0), weight_gradients=False)
+
+
+def _of_numbers(student: StockModel, settings: RecoverySettings, item: int, numbers: Sequence[int]) -> ModeBytes:
     layout = student.layout
     boundaries = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
-    vectors = 4 * layout.block_parameters
+    vectors = 4 * sum(numbers)
     # Two snapshots for a moment, the best weights of either, and the result.
-    return ModeBytes(held=0, resident=3 * vectors + boundaries, disk=(2 * 3 + 2 + 1) * vectors)
+    return ModeBytes(held=0, numbers=max(numbers), resident=3 * vectors + boundaries, disk=(2 * 3 + 2 + 1) * vectors)
 
 
-def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
+Learning = Callable[[StreamedModel, BlockLayout], BlockParameters]
+"""What of a block learns."""
+
+
+def _recover(context: RecoveryContext, place: Workplace, *, learning: Learning) -> Recovered:
     """Distil until windows or time are used up."""
     with contextlib.ExitStack() as stack:
-        student = StreamedStudent(context, place.scratch)
+        student = StreamedStudent(context, place.scratch, learning)
         stack.callback(student.close)
         history = distil(context, student, place)
         unchanged = history.best.step == 0
@@ -61,7 +88,7 @@ def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
         if unchanged:
             return original
         new = load_tensors(_path(result, block.index))
-        return parameters_of(context.student, block).stored(original, new["weights"])
+        return learning(context.student, block).stored(original, new["weights"])
 
     return recovered_by(history, tensors)
 
@@ -69,18 +96,18 @@ def _recover(context: RecoveryContext, place: Workplace) -> Recovered:
 class StreamedStudent:
     """The student as its blocks are streamed (`recovery.loop.Student`)."""
 
-    def __init__(self, context: RecoveryContext, folder: Path) -> None:
+    def __init__(self, context: RecoveryContext, folder: Path, learning: Learning = parameters_of) -> None:
         self._context = context
         self._streamed = streamed = context.student
         self._folder = folder
         self._blocks = streamed.stock.layout.blocks
-        self._parameters = [parameters_of(streamed, block) for block in self._blocks]
+        self._parameters = [learning(streamed, block) for block in self._blocks]
         self._fixed: list[dict[str, Tensor]] = []
         sizes = [parameters.size for parameters in self._parameters]
         self._states = States(None if context.resident else folder, sizes, streamed.device)
         for block, parameters in zip(self._blocks, self._parameters, strict=True):
             tensors = streamed.reader.read(block.shapes, block.prefix)
-            self._fixed.append({n: t for n, t in tensors.items() if n not in parameters.shapes})
+            self._fixed.append(parameters.fixed(tensors))
             self._reset(block.index, parameters.packed(tensors, streamed.device))
             del tensors
             release_free_memory()
@@ -216,4 +243,5 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
-STREAM = Mode(check=_check, bytes=_bytes, run=_recover)
+STREAM = Mode(check=_check, bytes=_bytes, run=partial(_recover, learning=parameters_of))
+SCALES = Mode(check=_check, bytes=_scale_bytes, run=partial(_recover, learning=scales_of))
