@@ -5,6 +5,7 @@ Shape suffixes: T tokens, O outputs, I inputs, U units, K kept inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -337,6 +338,8 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
 
     def held_out_error(local: float, residual: float) -> float:
         def solve(right_OK: Tensor, damping: float) -> Tensor:
+            if math.isinf(damping):
+                return torch.zeros_like(right_OK)
             gram_KK = fit.gram_II[kept_K][:, kept_K]
             ridge_KK = damping * gram_KK.diagonal().mean() * torch.eye(len(kept_K))
             return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
@@ -348,13 +351,13 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
         square = ((weight_OK @ gram_KK - 2 * held_cross_OI[:, kept_K]) * weight_OK).sum()
         return (energy + float(square)) / energy
 
-    local, residual = result.statistics["damping"], result.statistics.get("path_damping", 1.0)
+    local, residual = (result.statistics.get(name, math.inf) for name in ("damping", "path_damping"))
     assert result.statistics["held_out_error"] == pytest.approx(held_out_error(local, residual), rel=1e-9)
     if path:
-        errors = [held_out_error(local, damping) for damping in (1e-2, 1e-1, 1.0, 10.0, 100.0)]
+        errors = [held_out_error(local, damping) for damping in (1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)]
         assert result.statistics["held_out_error"] == pytest.approx(min(errors), rel=1e-9)
     else:
-        errors = [held_out_error(damping, 1.0) for damping in (1e-3, 1e-2, 1e-1, 1.0)]
+        errors = [held_out_error(damping, math.inf) for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)]
         assert result.statistics["held_out_error"] == pytest.approx(min(errors), rel=1e-9)
 
 
@@ -372,11 +375,14 @@ def test_mixtures_of_outputs_choose_as_all_outputs_do(seed: int, path: bool, mon
 
 
 def test_the_answer_is_solved_on_all_tokens() -> None:
+    # Where the weight lacks something, there is a second correction to make.
+    lacking_OI = 0.3 * torch.randn(6, 12, generator=generator(9), dtype=torch.float64)
     problem = split_problem(2, path=True)
+    problem = replace(problem, weight_OI=problem.weight_OI + lacking_OI)
     keep_U = keep_mask(12, list(range(8)))
     chosen = SOLVERS.get("least-squares").solve(problem, keep_U)
     assert chosen.statistics["damping"] != chosen.statistics["path_damping"]
-    whole = split_problem(2, path=True, held_out=False)
+    whole = replace(split_problem(2, path=True, held_out=False), weight_OI=problem.weight_OI)
     fixed = replace(whole, damping=chosen.statistics["damping"])
     same = replace(whole, damping=chosen.statistics["path_damping"])
     local = replace(whole.fit, target_OI=None, target_energy=None)
@@ -384,6 +390,44 @@ def test_the_answer_is_solved_on_all_tokens() -> None:
     path_ridge_local = SOLVERS.get("least-squares").solve(replace(same, fit=local), keep_U).weight_OK
     path_ridge_both = SOLVERS.get("least-squares").solve(same, keep_U).weight_OK
     torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)
+
+
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("tokens", [2, 8, 16, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_repair_is_never_worse_than_none_on_held_out_tokens(seed: int, tokens: int, path: bool) -> None:
+    """Fewer tokens than inputs, whose correlations are an accident; the ridge of old follows them."""
+    x_TI = torch.randn(2 * tokens, 24, generator=generator(seed), dtype=torch.float64)
+    weight_OI = torch.randn(6, 24, generator=generator(seed + 2), dtype=torch.float64)
+    y_TO = x_TI @ weight_OI.T + torch.randn(2 * tokens, 6, generator=generator(seed + 3), dtype=torch.float64)
+
+    def moments(rows: slice) -> Moments:
+        x, y = x_TI[rows], y_TO[rows]
+        target, energy = (y.T @ x, float(y.square().sum())) if path else (None, None)
+        return Moments(gram_II=x.T @ x, num_tokens=len(x), target_OI=target, target_energy=energy)
+
+    problem = LayerProblem(
+        weight_OI=weight_OI,
+        fit=moments(slice(0, tokens)),
+        held_out=moments(slice(tokens, None)),
+        width=1,
+        damping=1e-4,
+        producer_norm_U=torch.ones(24),
+    )
+    keep_U = keep_mask(24, list(range(16)))
+    kept_K = problem.kept_inputs(keep_U)
+    held_x, held_y = x_TI[tokens:], (y_TO if path else x_TI @ weight_OI.T)[tokens:]
+
+    def relative_error(weight_OK: Tensor) -> float:
+        return float((held_x[:, kept_K] @ weight_OK.T - held_y).square().sum() / held_y.square().sum())
+
+    cut = relative_error(weight_OI[:, kept_K])
+    repaired = judged_least_squares(problem, keep_U).statistics["held_out_error"]
+    assert repaired <= cut * (1 + 1e-9)
+    if tokens <= 8:
+        # What the repair is kept from.
+        fixed = SOLVERS.get("least-squares").solve(problem.without_held_out(), keep_U).weight_OK
+        assert relative_error(fixed) > repaired
 
 
 @pytest.mark.parametrize("width", WIDTHS)

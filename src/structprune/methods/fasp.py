@@ -19,6 +19,7 @@ FASP = Method(
     allocator="uniform",
     solver="least-squares",
     needs_statistics=True,
+    damping="auto",
     kinds=("attention", "mlp"),
     head_units="value-channel",
 )

@@ -16,6 +16,6 @@ OSSCAR = Method(
     allocator="uniform",
     solver="least-squares",
     needs_statistics=True,
-    damping=1e-2,
+    damping="auto",
     kinds=("attention", "mlp"),
 )

@@ -5,6 +5,7 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units, R
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,8 +27,10 @@ from structprune.solvers.solver import Solver
 from structprune.types import LayerProblem, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
-_LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0)
+_LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _PATH_GRID = (1e-2, 1e-1, 1.0, 10.0, 100.0)
+# A ridge beyond all: no correction.
+_NONE = math.inf
 SKETCH_ROWS = 128
 NUM_TRIALS = len(_LOCAL_GRID) + len(_PATH_GRID)
 
@@ -58,8 +61,8 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
     what earlier blocks got wrong; it fits a residual that is mostly noise to these inputs, and wants a larger ridge.
 
     Both ridges are `damping` as a share of mean(diag G_KK), or, with `held_out`, whichever of a grid fits the held-out
-    windows best when the others are solved; the answer is then solved on all windows. What was taken is in the
-    statistics.
+    windows best when the others are solved, each down to no correction at all; the answer is then solved on all
+    windows. What was taken is in the statistics; a correction that was not made has none there.
     """
     return _least_squares(problem, keep_U, judged=False)
 
@@ -79,8 +82,9 @@ def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> So
         if judged:
             statistics["held_out_error"] = _held_out_error(problem, keep_U, ridges)
     found = _solved(problem, keep_U, ridges)
-    statistics["damping"] = found.taken.local
-    if problem.fit.target_OI is not None:
+    if found.taken.local < _NONE:
+        statistics["damping"] = found.taken.local
+    if problem.fit.target_OI is not None and found.taken.path < _NONE:
         statistics["path_damping"] = found.taken.path
     statistics["damping_raises"] = float(found.num_raises)
     return SolveResult(
@@ -92,7 +96,7 @@ def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> So
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ridges:
-    """Ridges as shares of mean(diag G_KK)."""
+    """Ridges as shares of mean(diag G_KK); an infinite one stands for no correction."""
 
     local: float
     path: float
@@ -111,22 +115,24 @@ class _Solution:
 def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution:
     """Compute W_K and both corrections in turn: one right side and one factor are in memory at a time."""
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
-    total = problem.total()
+    total, taken, raises = problem.total(), ridges, 0
     gram_KK = partial(block_of, total.gram_II, kept_K, kept_K)
-    # Nothing but the product stays while the square is factored.
-    right_OK = times_gram(problem.weight_OI[:, removed_P], total.gram_II, removed_P, kept_K)
-    factor = damped_cholesky(gram_KK, ridges.local, "least squares")
-    weight_OK = add_columns(solved(factor.factor_NN, right_OK), problem.weight_OI, kept_K)
-    local, raises = factor.damping, factor.num_raises
-    del factor, right_OK
-    if total.target_OI is None:
-        return _Solution(weight_OK=weight_OK, taken=_Ridges(local=local, path=ridges.path), num_raises=raises)
-    right_OK = times_gram(problem.weight_OI, total.gram_II, None, kept_K).neg_()
-    add_columns(right_OK, total.target_OI, kept_K)
-    factor = damped_cholesky(gram_KK, ridges.path, "least squares")
-    weight_OK += solved(factor.factor_NN, right_OK)
-    taken = _Ridges(local=local, path=factor.damping)
-    return _Solution(weight_OK=weight_OK, taken=taken, num_raises=max(raises, factor.num_raises))
+    if ridges.local < _NONE:
+        # Nothing but the product stays while the square is factored.
+        right_OK = times_gram(problem.weight_OI[:, removed_P], total.gram_II, removed_P, kept_K)
+        factor = damped_cholesky(gram_KK, ridges.local, "least squares")
+        weight_OK = add_columns(solved(factor.factor_NN, right_OK), problem.weight_OI, kept_K)
+        taken, raises = replace(taken, local=factor.damping), factor.num_raises
+        del factor, right_OK
+    else:
+        weight_OK = problem.weight_OI[:, kept_K].to(torch.float64)
+    if total.target_OI is not None and ridges.path < _NONE:
+        right_OK = times_gram(problem.weight_OI, total.gram_II, None, kept_K).neg_()
+        add_columns(right_OK, total.target_OI, kept_K)
+        factor = damped_cholesky(gram_KK, ridges.path, "least squares")
+        weight_OK += solved(factor.factor_NN, right_OK)
+        taken, raises = replace(taken, path=factor.damping), max(raises, factor.num_raises)
+    return _Solution(weight_OK=weight_OK, taken=taken, num_raises=raises)
 
 
 def _held_out_error(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> float:
@@ -143,6 +149,8 @@ def _held_out_error(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> f
 
 def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     """Choose the best local ridge on the held-out windows with the path's at mid-grid, then the best one of the path.
+
+    No correction is one of the choices for each, and for both together.
 
     Each trial needs one factorisation, and answers for `SKETCH_ROWS` random mixtures of the outputs instead of all:
     outputs are solved apart and errors are summed over them, so with random signs S the error of S V is that of V in
@@ -179,11 +187,15 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
         # The next trial makes its own.
         del factor
     base_RK = weight_RI[:, kept_K]
-    path = _PATH_GRID[len(_PATH_GRID) // 2]
-    middle_RK = base_RK if residual_RK is None else base_RK + by_path[path]
-    local = min(_LOCAL_GRID, key=lambda damping: loss(middle_RK + by_local[damping]))
-    if residual_RK is not None:
-        path = min(_PATH_GRID, key=lambda damping: loss(base_RK + by_local[local] + by_path[damping]))
+    nothing_RK = torch.zeros((), dtype=torch.float64, device=problem.device)
+    by_local[_NONE] = by_path[_NONE] = nothing_RK
+    path = _NONE if residual_RK is None else _PATH_GRID[len(_PATH_GRID) // 2]
+    middle_RK = base_RK + by_path[path]
+    local = min(by_local, key=lambda damping: loss(middle_RK + by_local[damping]))
+    losses = {damping: loss(base_RK + by_local[local] + by_path[damping]) for damping in by_path}
+    path = min(losses, key=lambda damping: losses[damping])
+    if loss(base_RK) <= losses[path]:
+        return _Ridges(local=_NONE, path=_NONE)
     return _Ridges(local=local, path=path)
 
 
