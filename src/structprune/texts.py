@@ -49,12 +49,8 @@ def weighted_texts(asked: Sequence[str]) -> tuple[WeightedText, ...]:
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Share `total` windows out by weight: whole numbers, none of them zero, the largest remainders rounded up.
-
-    Raises ValueError if there are fewer windows than texts.
-    """
-    if total < len(weights):
-        raise ValueError(f"{total} windows cannot be shared out to {len(weights)} texts")
+    """Share `total` windows out by weight: whole numbers, none of them zero, the largest remainders rounded up."""
+    assert total >= len(weights)
     # One each first, so that a small weight does not vanish.
     exact = [1 + (total - len(weights)) * weight / sum(weights) for weight in weights]
     found = [int(number) for number in exact]

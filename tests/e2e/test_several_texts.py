@@ -129,8 +129,10 @@ def support_context(**changes: Any) -> SourceContext:
 
 
 def test_fewer_windows_than_texts(texts: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fewer calibration windows than texts"):
-        prune(tiny_llama, recipe(*map(str, texts.values()), num_samples=2), tmp_path / "out")
+    few = recipe(*map(str, texts.values()), num_samples=2)
+    for verb in (lambda: plan(tiny_llama, few), lambda: prune(tiny_llama, few, tmp_path / "out")):
+        with pytest.raises(InputError, match="fewer calibration windows than texts"):
+            verb()
     assert not (tmp_path / "out").exists()
 
 

@@ -27,17 +27,10 @@ def load_texts(
     """Draw the windows of every text, as many as its weight says, and mix them evenly.
 
     However many windows are taken from the front, each text has its share of them. Where one has too few, the others
-    give no more. Returns the names that were used, and the windows. Raises InputError as `load_windows` does, and where
-    there are fewer windows than texts.
+    give no more. Returns the names that were used, and the windows. Raises InputError as `load_windows` does.
     """
     if len(texts) == 1:
         return load_windows(texts[0].name, context, notify)
-    if context.num_samples < len(texts):
-        raise InputError(
-            "there are fewer calibration windows than texts",
-            got=f"--num-samples {context.num_samples}, {len(texts)} texts",
-            wanted=f"at least {len(texts)}",
-        )
     weights = [text.weight for text in texts]
     wanted = shares(weights, context.num_samples)
     # One of each at least: what a text has lost can be said only where something was measured on it.

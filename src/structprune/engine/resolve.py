@@ -16,7 +16,7 @@ from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
 from structprune.kinds import HeadUnits
 from structprune.methods import METHODS
@@ -51,6 +51,12 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     """Check everything that headers and settings tell. Raises a subclass of StructPruneError."""
     for text in recipe.texts:
         check_path(text.name, "the text file")
+    if recipe.num_samples < len(recipe.texts):
+        raise InputError(
+            "there are fewer calibration windows than texts",
+            got=f"--num-samples {recipe.num_samples}, {len(recipe.texts)} texts",
+            wanted=f"at least {len(recipe.texts)}",
+        )
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory or None)
