@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,11 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     request.check()
     recipe = Recipe.build(device=request.device, dtype=request.dtype, seq_len=request.seq_len, bos=request.bos)
     memory = None if request.memory is None else parse_bytes(request.memory)
-    render = renderer(open_model(str(model), adapter=request.merge_adapter).directory)
-    texts = [(str(path), held_out_text(path, render)) for path in request.texts]
+    observer = observer or SilentObserver()
+    render = renderer(open_model(str(model), adapter=request.merge_adapter))
+    texts = [
+        (str(path), held_out_text(path, render, partial(_note_text, observer, str(path)))) for path in request.texts
+    ]
     tasks_dir = None if request.tasks_dir is None else Path(request.tasks_dir)
     runner = TaskRunner(request.tasks, tasks_dir) if request.wants_tasks else None
     device = resolve_device(recipe.device)
@@ -136,7 +140,7 @@ def evaluate_all(model: str | Path, request: EvaluationRequest, observer: Observ
     models = _stock_models(model, request) if request.stream else []
     with PeakMeter() as meter:
         if request.stream:
-            results, planned = _streamed(models, request, texts, memory, device, dtype, observer or SilentObserver())
+            results, planned = _streamed(models, request, texts, memory, device, dtype, observer)
         else:
             loaded, encoder = load_with_tokenizer(model, device, dtype, request.merge_adapter)
             results = _in_memory(loaded, encoder, request, texts, device, dtype)
@@ -207,7 +211,7 @@ def _streamed(
 ) -> tuple[list[PerplexityResult], int]:
     """Evaluate the models one block at a time; return the results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
-    encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size)
+    encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size, models[-1].config)
     start = window_start(encoder, request.bos)
     windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     del encoder
@@ -215,6 +219,10 @@ def _streamed(
     plan = plan_evaluation(models, num_windows, request.seq_len, dtype, memory)
     results = evaluate_streamed(models, windows, plan, device=device, dtype=dtype, observer=observer)
     return [replace(result, start=start.text) for result in results], plan.peak_bytes
+
+
+def _note_text(observer: Observer, name: str, note: str) -> None:
+    observer.note(f"{name}: {note}")
 
 
 def _tasks_start(encoder: TextEncoder, bos: StartToken) -> bool:
@@ -252,7 +260,7 @@ def load_with_tokenizer(
     # Headers first: a damaged checkpoint gets a clear error instead of the stock loader's.
     reader = open_model(str(model), adapter=adapter)
     loaded = load_model(reader, device, dtype)
-    return loaded, TextEncoder(reader.directory, loaded.get_input_embeddings().num_embeddings)
+    return loaded, TextEncoder(reader.directory, loaded.get_input_embeddings().num_embeddings, loaded.config)
 
 
 def bench(

@@ -17,7 +17,7 @@ from structprune.kinds import HeadUnits as HeadUnits
 from structprune.kinds import UnitKind
 from structprune.rows import Rows, RowSum
 
-Render = Callable[[Sequence[Mapping[str, str]]], str]
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
 """Turns of a chat, each {"role": ..., "content": ...} -> its text by a model's chat template. Raises InputError."""
 Statistic = Literal["gram", "sums", "tokens", "gradients", "sensitivity"]
 """What is measured for a problem beside its weights: sums of products of the consumer's inputs, or of the inputs alone,

@@ -115,6 +115,8 @@ def test_everything_is_checked_before_the_first_cell(command_line: Any, argument
         ("fasp:damping", "FIELD=VALUE"),
         ("fasp:sparsity=0.9", "sparsity"),
         ("magnitude:target=dense-path", "dense-path"),
+        ("structprune:min_retention=0.9", "cannot be reached within the groups' bounds"),
+        ("fasp:calibration=corpus", "unknown calibration 'corpus'"),
     ):
         code, _, err = command_line(*arguments, "--methods", "fasp", method)
         assert code == 2, method
@@ -124,14 +126,24 @@ def test_everything_is_checked_before_the_first_cell(command_line: Any, argument
 
 
 def test_a_failing_cell_does_not_stop_the_others(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
-    # Refused only when the widths are shared out: headers alone do not tell.
-    methods = ["structprune:min_retention=0.9", "magnitude"]
+    # Refused only when its windows are drawn: headers alone do not tell how long a text is.
+    (tmp_path / "short.txt").write_text("too short")
+    failing = f"fasp:calibration={tmp_path / 'short.txt'}"
+    methods = [failing, "magnitude"]
     code, _, err = command_line(*arguments, "--methods", *methods, "--sparsities", 0.5)
     assert code == 1
-    assert "structprune:min_retention=0.9 at 0.5 failed" in err
+    assert f"{failing} at 0.5 failed" in err
     found = result_of(tmp_path)
     assert [cell.label for cell in found.cells] == ["magnitude"]
-    assert [failure.label for failure in found.failures] == ["structprune:min_retention=0.9"]
+    assert [failure.label for failure in found.failures] == [failing]
+
+
+def test_a_damaged_table_is_one_error(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "comparison.json").write_bytes(b'{"model": "\xff"}')
+    code, _, err = command_line(*arguments, "--methods", "magnitude")
+    assert code == 2
+    assert "the earlier result cannot be read" in err
 
 
 def test_one_process_fills_a_directory(command_line: Any, arguments: list[str], tmp_path: Path) -> None:

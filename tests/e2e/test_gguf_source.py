@@ -21,7 +21,7 @@ from structprune.architectures.sources.gguf import open_gguf
 from structprune.architectures.sources.gguf_config import READINGS
 from structprune.architectures.stock.loading import load_model
 from structprune.checkpoint.gguf_file import read_gguf
-from structprune.errors import UnsupportedError
+from structprune.errors import CheckpointError, UnsupportedError
 from support.command_line import CommandLine
 from support.gguf_files import copy_gguf
 from support.llama_runtime import run_llama
@@ -220,6 +220,21 @@ def test_a_key_without_a_reader_ends_the_run(case: str, llama: Path, tmp_path: P
     path = copy_gguf(llama, tmp_path / "a.gguf", keys=keys)
     with pytest.raises(UnsupportedError, match=rf"would be lost: .*{re.escape(name)}.* has no reader"):
         open_gguf(path)
+
+
+def test_special_tokens_beyond_the_vocabulary_are_none(llama: Path, tmp_path: Path) -> None:
+    """As in llama.cpp; a padding token without a row would make a model that cannot be built."""
+    rows = open_gguf(llama).config["vocab_size"]
+    keys = {f"tokenizer.ggml.{name}_token_id": (rows, gguf.GGUFValueType.UINT32) for name in ("padding", "eos")}
+    found = open_gguf(copy_gguf(llama, tmp_path / "a.gguf", keys=keys))
+    assert (found.config["pad_token_id"], found.config["eos_token_id"]) == (None, None)
+    assert torch.isfinite(logprobs(read(tmp_path / "a.gguf", torch.float32))).all()
+
+
+def test_a_negative_scaling_of_positions_is_refused(llama: Path, tmp_path: Path) -> None:
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": -2.0, "llama.rope.scaling.attn_factor": 2.0}
+    with pytest.raises(CheckpointError, match=r"the scaling of the rotary positions is not positive; got -2"):
+        open_gguf(copy_gguf(llama, tmp_path / "a.gguf", keys=keys))
 
 
 def test_keys_without_an_effect_are_taken(llama: Path, tmp_path: Path) -> None:

@@ -196,8 +196,10 @@ def test_a_recovery_s_teacher_is_the_merged_model(
     assert (found.dense_perplexity, found.after) == (wanted.dense_perplexity, wanted.after)
     theirs = weights(tmp_path / "wanted")
     assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "found").items())
-    # Against the base alone the student starts elsewhere.
-    assert recover(student, untied, RecoverySettings.build(**asked), tmp_path / "base").before != found.before
+    # Against the base alone the student starts elsewhere, and is said to.
+    base = recover(student, untied, RecoverySettings.build(**asked), tmp_path / "base")
+    assert base.before != found.before
+    assert wanted.notes == []
     both = shutil.copytree(untied, tmp_path / "both")
     for path in adapter.glob("adapter_*"):
         shutil.copy(path, both)
@@ -208,6 +210,12 @@ def test_a_recovery_s_teacher_is_the_merged_model(
     code, _, error = command_line("recover", student, "-o", tmp_path / "new", *flags, "--merge-adapter", "beside")
     assert code == 0, error
     assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "new").items())
+    # Pruned in one go, the student's report says that there was an adapter.
+    prune(untied, recipe(text_file, sparsity=0.3, multiple_of=8, merge_adapter=str(adapter)), tmp_path / "both-at-once")
+    lacking = recover(tmp_path / "both-at-once", untied, RecoverySettings.build(**asked), tmp_path / "lacking")
+    assert any("pruned with an adapter merged, which the teacher lacks" in note for note in lacking.notes)
+    had = recover(tmp_path / "both-at-once", untied, settings, tmp_path / "had")
+    assert had.notes == []
 
 
 def test_an_adapter_beside_the_weights(untied: Path, adapter: Path, text_file: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OPTForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from structprune import Recipe, prune
-from structprune.api import inspect
-from structprune.assess import evaluate
+from structprune.api import inspect, plan
+from structprune.assess import EvaluationRequest, evaluate, evaluate_all
 from structprune.errors import CheckpointError, UnsupportedError
-from support.checkpoints import change_config, change_weights
+from support.checkpoints import change, change_config, change_weights
 from support.command_line import CommandLine
 from support.models import COMMON, byte_tokenizer, opt_config, save_tiny
 
@@ -71,6 +71,37 @@ def test_an_automatic_dtype_is_that_of_the_weights(entry: str, tmp_path: Path, t
     assert any("'auto'" in note for note in report.notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text())[entry] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    # Chats need the tokenizer, whose loader reads the entry too.
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": text_file.read_text()[:2000]}]}))
+    for stream in (False, True):
+        request = EvaluationRequest(texts=[text_file, chats], seq_len=32, max_windows=2, stream=stream)
+        assert all(text.perplexity > 1 for text in evaluate_all(source, request).texts)
+
+
+# Name -> (file, its entry, what stock code says of it).
+REFUSED_SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attention that is not installed": (
+        "config.json",
+        {"attn_implementation": "flash_attention_2"},
+        "FlashAttention2",
+    ),
+    "generation": ("generation_config.json", {"max_new_tokens": -5}, "max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SETTINGS)
+def test_settings_that_stock_code_refuses_are_found_first(name: str, tmp_path: Path, text_file: Path) -> None:
+    """They are copied into the result, which would not load; neither does the source."""
+    file, entries, said = REFUSED_SETTINGS[name]
+    source = save_tiny("llama", tmp_path / "source")
+    change(source / file, **entries)
+    with pytest.raises((ImportError, ValueError, OSError)):
+        AutoModelForCausalLM.from_pretrained(source)
+    asked = Recipe(method="fasp", calibration=str(text_file), num_samples=4, seq_len=32)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        plan(source, asked)
+    assert caught.value.where == str(source / file)
 
 
 def test_a_tied_head_that_is_stored_too_counts_once(tmp_path: Path, text_file: Path) -> None:

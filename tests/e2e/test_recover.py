@@ -91,6 +91,18 @@ def test_recovers(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_another_teacher_is_named(students: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path / "other", num_blocks=3)
+    report = recover(students["uniform"], other, settings(text_file, "stream", num_samples=8), tmp_path / "out")
+    assert report.notes == ["the teacher is not the model that the student was pruned from"]
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan")])
+def test_minutes_that_never_end(minutes: float) -> None:
+    with pytest.raises(InputError, match=r"--minutes is not usable; .*finite number"):
+        RecoverySettings.build(minutes=minutes)
+
+
 @pytest.mark.parametrize("kind", ["uniform", "uneven"])
 def test_scales_leave_the_other_matrices(
     kind: str, students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path

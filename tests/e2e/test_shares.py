@@ -125,6 +125,34 @@ def test_a_share_that_costs_cannot_meet_is_refused_by_the_plan(text_file: Path, 
         plan(source, recipe(text_file, method="structprune", sparsity=0.95))
 
 
+def test_the_attention_of_every_block_cannot_be_asked_for(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source")
+    asked = {"method": "structprune", "scope": "all", "multiple_of": 1, "allow_block_removal": True}
+    # One of four KV groups is a tenth of the scope.
+    with pytest.raises(InputError, match=r"would take the attention of every block; .*wanted at most 0\.9000"):
+        plan(source, recipe(text_file, **asked, sparsity=0.95))
+    assert plan(source, recipe(text_file, **asked, sparsity=0.9)).forecast.shares is not None
+
+
+def test_what_goes_is_counted_once_with_whole_sublayers(text_file: Path, tmp_path: Path) -> None:
+    """Their norms go too; the note and the summary say the same."""
+    source = save_tiny("llama", tmp_path / "source")
+    asked = {"method": "structprune", "scope": "all", "multiple_of": 48, "allow_block_removal": True, "sparsity": 0.7}
+    size = prune(source, recipe(text_file, **asked), tmp_path / "out").size
+    assert size.reachable is not None
+    assert size.reachable.removed == pytest.approx(size.removed_share_of_scope)
+
+
+def test_a_largest_retention_that_asks_for_more_is_named(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source", num_blocks=4)
+    asked = {"method": "structprune", "scope": "all", "multiple_of": 24, "max_retention": 0.5, "sparsity": 0.2}
+    (note,) = [note for note in plan(source, recipe(text_file, **asked)).notes if "were asked for" in note]
+    assert note == (
+        "50.00% of the parameters in scope go and 20.00% were asked for: --max-retention 0.5 takes as much of every "
+        "sublayer, and the widths are to be multiples of 24"
+    )
+
+
 def test_reports_of_earlier_versions_have_none(text_file: Path, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     report = prune(source, recipe(text_file, multiple_of=32), tmp_path / "out").to_dict()

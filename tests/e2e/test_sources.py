@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import structprune
+from structprune.api import inspect
 from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.sources import packed
 from structprune.errors import MemoryBudgetError
@@ -48,6 +50,14 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.build(
         **{"method": "fasp", "num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1, **changes}
     )
+
+
+def test_a_folder_of_the_bundled_model_s_name_is_that_folder(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "smollm2")
+    monkeypatch.chdir(tmp_path)
+    assert inspect("smollm2").num_parameters == inspect(tiny_llama).num_parameters
 
 
 def sampled(model: Path, num_windows: int, seq_len: int, seed: int = 0, budget_bytes: int = 2**30) -> Tensor:

@@ -5,10 +5,12 @@ Shape suffixes: N windows, S positions, D hidden size, B windows of one micro-ba
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,13 +137,125 @@ def test_jsonl_line_that_is_not_json(tmp_path: Path, line: str) -> None:
     assert caught.value.where == f"{path}:3"
 
 
-@pytest.mark.parametrize("line", ["{}", '{"text": 3}', '{"text": null}', "3"])
+@pytest.mark.parametrize("line", ["{}", '{"text": 3}', "3"])
 def test_jsonl_line_without_text(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line, encoding="utf-8")
     with pytest.raises(InputError, match="the row has no text") as caught:
         read_text(path)
     assert caught.value.where == f"{path}:1"
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Bern"}'}}
+
+
+# Name -> (file's name, bytes, text, what is said).
+ODD_FORMS: dict[str, tuple[str, bytes, str, list[str]]] = {
+    "compressed without its suffix": ("a.jsonl", gzip.compress(b'{"text": "one"}\n{"text": "two"}'), "one\n\ntwo", []),
+    "compressed twice named": ("a.jsonl.gz", gzip.compress(b'{"text": "one"}'), "one", []),
+    "rows in a .txt": ("a.jsonl.txt", b'{"text": "one"}\n{"text": "two"}', "one\n\ntwo", ["read as JSON lines"]),
+    "rows without a suffix": ("rows", b'{"prompt": "a", "completion": "b"}\n', "a\nb", ["read as JSON lines"]),
+    "prose behind a row": ("a.txt", b'{"text": "one"}\nprose', '{"text": "one"}\nprose', []),
+    "UTF-32 with a mark": ("a.txt", "caf\u00e9".encode("utf-32"), "caf\u00e9", []),
+    "null rows": (
+        "a.jsonl",
+        b'{"text": null}\n{"text": "one"}\n{"text": null}',
+        "one",
+        ["2 rows left out, whose text is null"],
+    ),
+    "an empty text beside a chat": (
+        "a.jsonl",
+        json.dumps({"text": "", "messages": [{"role": "user", "content": "one"}]}).encode(),
+        "one",
+        [],
+    ),
+    "parts that are strings": (
+        "a.jsonl",
+        json.dumps({"messages": [{"role": "user", "content": ["one ", {"type": "text", "text": "two"}]}]}).encode(),
+        "one two",
+        [],
+    ),
+    "parts of a thread": (
+        "a.jsonl",
+        json.dumps(
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": {"value": "one", "annotations": []}}]}]}
+        ).encode(),
+        "one",
+        [],
+    ),
+    "calls of tools": (
+        "a.jsonl",
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "how is it?"},
+                    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                ]
+            }
+        ).encode(),
+        "how is it?\n\n"
+        + "\n\n".join(['[{"type": "function", "function": {"name": "weather", "arguments": {"town": "Bern"}}}]'] * 2),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ODD_FORMS)
+def test_odd_forms(form: str, tmp_path: Path) -> None:
+    name, content, text, said = ODD_FORMS[form]
+    (tmp_path / name).write_bytes(content)
+    notes: list[str] = []
+    assert read_text(tmp_path / name, notify=notes.append) == text
+    assert notes == said
+    windows = file_windows(tmp_path / name, replace(context(num_samples=1, seq_len=2), render=None))
+    assert all(f"({note})" in windows.description for note in said)
+
+
+def test_a_template_that_writes_no_calls_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    path.write_text(json.dumps({"messages": turns}))
+    notes: list[str] = []
+    assert read_text(path, lambda turns: "".join(turn["content"] for turn in turns), notes.append) == "hi"
+    assert notes == ["calls of tools left out: the chat template does not write them"]
+
+
+# Name -> (file's name, bytes, what the error says).
+NO_FORMS: dict[str, tuple[str, bytes, str]] = {
+    "UTF-16 without a mark": ("a.txt", "plain".encode("utf-16-le"), "the text file holds NUL characters"),
+    "an open quote": ("a.csv", b'text\none\n"two', "the file is not CSV; got unexpected end of data"),
+    "text behind a quote": ("a.csv", b'text\n"one" two\n', "the file is not CSV"),
+    "damaged gzip": ("a.txt.gz", gzip.compress(b"words " * 99)[:30] + b"x" * 60, "the text file cannot be read"),
+    "only null": ("a.jsonl", b'{"text": null}\n', "no row has a text"),
+    "a number for a text": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}',
+        "a turn of the chat has no role or no content",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", NO_FORMS)
+def test_forms_that_are_refused(form: str, tmp_path: Path) -> None:
+    name, content, said = NO_FORMS[form]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        read_text(tmp_path / name)
+
+
+def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    times = pyarrow.array([1_700_000_000_000_000_001, 2**62], pyarrow.timestamp("ns"))
+    parquet.write_table(pyarrow.table({"text": ["one", None], "seen": times}), tmp_path / "a.parquet")
+    notes: list[str] = []
+    assert read_text(tmp_path / "a.parquet", notify=notes.append) == "one"
+    assert notes == ["1 rows left out, whose text is null"]
+    parquet.write_table(pyarrow.table({"body": ["one"], "seen": times[:1]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="the row has no text; got fields body, seen"):
+        read_text(tmp_path / "b.parquet")
+    assert read_text(tmp_path / "b.parquet#body") == "one"
 
 
 def test_jsonl_text_that_is_no_unicode(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.errors import InputError
 from structprune.files import expand_user
-from structprune.texts import WeightedText, shares
+from structprune.texts import AUTO, WeightedText, shares
 from structprune.types import Render
 
 
@@ -71,6 +71,17 @@ def _held_out(windows: CalibrationWindows) -> Tensor:
     return windows.held_out_NS
 
 
+def check_texts(texts: Sequence[WeightedText]) -> None:
+    """Raise InputError for a name that is neither a source nor a file, before anything is read."""
+    for text in texts:
+        path = expand_user(text.name)
+        if text.name != AUTO and text.name not in SOURCES and not (path.exists() or "/" in text.name or path.suffix):
+            raise InputError(
+                f"unknown calibration {text.name!r}",
+                wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file",
+            )
+
+
 def load_windows(
     name: str | None, context: SourceContext, notify: Callable[[str], None]
 ) -> tuple[str, CalibrationWindows]:
@@ -85,15 +96,12 @@ def load_windows(
 
 
 def _draw(name: str | None, context: SourceContext, notify: Callable[[str], None]) -> tuple[str, CalibrationWindows]:
-    if name is not None and name != "auto":
+    if name is not None and name != AUTO:
         if name in SOURCES:
             return name, behind_start(SOURCES.get(name).draw, context)
+        check_texts([WeightedText(name=name)])
         path = expand_user(name)
-        if path.exists() or "/" in name or path.suffix:
-            return str(path), behind_start(lambda inner: file_windows(path, inner), context)
-        raise InputError(
-            f"unknown calibration {name!r}", wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file"
-        )
+        return str(path), behind_start(lambda inner: file_windows(path, inner), context)
     preferred = "wikitext2"
     source = SOURCES.get(preferred)
     if source.missing:
@@ -110,14 +118,16 @@ def _draw(name: str | None, context: SourceContext, notify: Callable[[str], None
     return chosen, behind_start(SOURCES.get(chosen).draw, context)
 
 
-def held_out_text(name: str | Path, render: Render | None = None) -> str:
+def held_out_text(
+    name: str | Path, render: Render | None = None, notify: Callable[[str], None] = lambda said: None
+) -> str:
     """Read a text to measure on: a file, or of `boolq` and `sciq` the passages that nothing is calibrated on.
 
-    `render` turns the chats of a file into text. Raises InputError for a file that cannot be read, or if the package
-    with the passages is missing.
+    `render` turns the chats of a file into text; `notify` hears of what was not taken as it is. Raises InputError for a
+    file that cannot be read, or if the package with the passages is missing.
     """
     found = packed.PACKED.get(str(name))
-    return read_text(Path(name), render) if found is None else found.split()[1]
+    return read_text(Path(name), render, notify) if found is None else found.split()[1]
 
 
 def fingerprint(ids_NS: Tensor) -> str:

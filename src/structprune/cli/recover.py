@@ -68,6 +68,7 @@ def recovery_table(report: RecoveryReport) -> None:
         rows.append(("blocks", f"{changed} of {len(report.blocks)} changed, the others were met no better"))
     if len(report.texts) > 1:
         rows += [(f"share of {text.name}", f"{text.share:.1%}") for text in report.texts]
+    rows += [("note", note) for note in report.notes]
     rows += [
         (
             "peak memory",

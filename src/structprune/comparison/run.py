@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.select import check_texts
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import (
@@ -121,7 +122,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         )
     reader = open_model(request.model, adapter=asked_of_all.merge_adapter)
     for _, path in texts:
-        read_text(path, renderer(reader.directory))
+        read_text(path, renderer(reader))
     layout = StockModel(reader).layout
     identity: dict[str, Any] = {
         "source": reader.fingerprint(),
@@ -135,6 +136,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         for variant in request.variants:
             asked = cell_recipe(shared, variant, sparsity)
             recipe = fitted(asked, METHODS.get(variant.method), layout)
+            check_texts(recipe.texts)
             _check_cell(request.model, recipe, variant.label, sparsity)
             key = cell_key(recipe, identity)
             spec = CellSpec(
@@ -211,7 +213,7 @@ def _resumed(fresh: Comparison, cells: Sequence[CellSpec], output: Path) -> Comp
         return fresh
     try:
         found = Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise InputError(
             "the earlier result cannot be read", where=str(path), got=str(error).splitlines()[0], do="move it away"
         ) from None

@@ -9,7 +9,9 @@ import torch
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
+from structprune.architectures.stock.loading import check_settings
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.select import check_texts
 from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
@@ -51,6 +53,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     """Check everything that headers and settings tell. Raises a subclass of StructPruneError."""
     for text in recipe.texts:
         check_path(text.name, "the text file")
+    check_texts(recipe.texts)
     if recipe.num_samples < len(recipe.texts):
         raise InputError(
             "there are fewer calibration windows than texts",
@@ -73,6 +76,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
                 do="prune the dense model, or a model sliced with --structure uniform",
             )
         check_needed(reader.directory, sort_files(reader.directory, stock.reader.weight_files))
+        check_settings(reader.directory)
         opened.append(stock)
 
     # Downloaded once where the ranks share a cache; and what is wrong with it is said once.

@@ -50,7 +50,7 @@ def default_held_out(num_samples: int, seq_len: int) -> int:
     return max(1, min(max(num_samples // 8, fewest), _MOST_HELD_OUT_TOKENS // seq_len))
 
 
-class Recipe(BaseModel, frozen=True, extra="forbid"):
+class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What to prune and how; `None` means that the method or the planner chooses.
 
     `Recipe(method=..., ...)` is a recipe of the method's pipeline: a UnitsRecipe, DepthRecipe, ExpertsRecipe or

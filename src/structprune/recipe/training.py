@@ -36,7 +36,7 @@ _DEFAULTS = {
 }
 
 
-class RecoverySettings(BaseModel, frozen=True, extra="forbid"):
+class RecoverySettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How to recover, on what, and for how long. `None` means: the mode's own."""
 
     mode: Annotated[Literal["stream", "blocks", "scales", "lora"], Flag(Group.HOW)] = Field(

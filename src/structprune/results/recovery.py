@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from structprune.files import plain_name
 from structprune.results.frozen import Frozen
 from structprune.results.schema import FilesReport, MemoryReport, ReloadReport
@@ -79,6 +81,8 @@ class RecoveryReport(Frozen):
     teacher: str
     student_fingerprint: str
     teacher_fingerprint: str
+    notes: list[str] = Field(default_factory=list[str])
+    """What a reader should know of the pair; empty in reports of earlier versions."""
     settings: dict[str, Any]
     """Resolved."""
     device: str

@@ -197,6 +197,13 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
         return ()
     multiple = recipe.multiple_of if isinstance(recipe, ResolvedUnits | ResolvedSlice) else 1
     goes = f"{shares.removed:.2%}" if shares.decided else f"{shares.above:.2%} to {shares.removed:.2%}"
+    most = recipe.max_retention if isinstance(recipe, ResolvedUnits) else 1.0
+    if most < 1 and not shares.below:
+        return (
+            f"{goes} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: --max-retention {most:g} "
+            f"takes as much of every sublayer"
+            + (f", and the widths are to be multiples of {multiple}" if multiple > 1 else ""),
+        )
     return (
         f"{goes} of the parameters in scope go and {recipe.sparsity:.2%} were asked for: the nearest "
         f"shares that the units allow are {shares.below:.2%} below and {shares.above:.2%} above"

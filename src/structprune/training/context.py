@@ -11,17 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
+from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.finalize import MANIFEST_NAME
 from structprune.engine.streaming.model import StreamedModel
-from structprune.errors import CheckpointError, InputError, UnsupportedError
+from structprune.errors import CheckpointError, InputError, StructPruneError, UnsupportedError
 from structprune.files import read_json
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe.training import RecoverySettings, ResolvedRecovery
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
+from structprune.results.schema import REPORT_NAME
 from structprune.runs.contents import file_contents, sums
 from structprune.training.texts import Texts
 from structprune.types import BlockLayout
@@ -118,6 +120,29 @@ class Mode:
     """(student, resolved settings, bytes per number of the forward passes)."""
     run: Callable[[RecoveryContext, Workplace], Recovered]
     """Raises NumericalError, CheckpointError."""
+
+
+def teacher_notes(teacher: StockModel, student: StockModel, merge_adapter: str) -> list[str]:
+    """Compare the teacher with what the student's own report and manifest say that it was pruned from."""
+    found: list[str] = []
+    directory = student.reader.directory
+    source = _entry(directory / MANIFEST_NAME, "source_fingerprint")
+    if isinstance(source, str) and source != teacher.reader.fingerprint():
+        found.append("the teacher is not the model that the student was pruned from")
+    if isinstance(_entry(directory / REPORT_NAME, "adapter"), dict) and merge_adapter == NO_ADAPTER:
+        found.append(
+            "the student was pruned with an adapter merged, which the teacher lacks: --merge-adapter merges it there"
+        )
+    return found
+
+
+def _entry(path: Path, name: str) -> Any:
+    """Return an entry of a JSON file that may be missing or damaged."""
+    try:
+        content = read_json(path) if path.is_file() else {}
+    except StructPruneError:
+        return None
+    return content.get(name)
 
 
 def check_pair(teacher: StockModel, student: StockModel) -> None:

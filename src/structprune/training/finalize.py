@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def finalize_recovery(
     *,
     student: str,
     teacher: str,
+    notes: Sequence[str],
     started: float,
 ) -> RecoveryReport:
     """Write the checkpoint into the run's directory, measure it on the held-out windows, load it, report.
@@ -122,6 +124,7 @@ def finalize_recovery(
         output=str(run.output),
         student=student,
         teacher=teacher,
+        notes=list(notes),
         student_fingerprint=context.student.reader.fingerprint(),
         teacher_fingerprint=context.teacher.reader.fingerprint(),
         settings=context.settings.model_dump(mode="json"),

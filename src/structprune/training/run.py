@@ -28,7 +28,7 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
-from structprune.training.context import RecoveryContext, Workplace, check_pair, target_boundaries
+from structprune.training.context import RecoveryContext, Workplace, check_pair, target_boundaries, teacher_notes
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.snapshots import DamagedStateError
@@ -61,6 +61,9 @@ def recover_model(
     pruned = StockModel(open_model(str(student)))
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
+    notes = teacher_notes(dense, pruned, settings.merge_adapter)
+    for note in notes:
+        observer.note(note)
     targets = target_boundaries(dense, pruned)
     mode.check(targets, pruned)
     dtype = resolve_dtype(Recipe.build(device=settings.device, dtype=settings.dtype), device)
@@ -125,7 +128,7 @@ def recover_model(
                 _empty(scratch)
                 recovered = mode.run(context, place)
             report = finalize_recovery(
-                context, recovered, run, place, student=str(student), teacher=str(teacher), started=started
+                context, recovered, run, place, student=str(student), teacher=str(teacher), notes=notes, started=started
             )
             write_report(report, pruned.reader.directory, run.checkpoint)
             run.commit()

@@ -104,7 +104,9 @@ def _read(path: Path) -> _GgufSource:
     entries = dict(_Entries(fields, family, sizes, vocab_size, config).all())
     config["tie_word_embeddings"] = "lm_head.weight" not in entries
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{ours}_token_id"] = header.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        token = header.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        # One beyond the vocabulary is none, as in llama.cpp.
+        config[f"{ours}_token_id"] = token if isinstance(token, int) and 0 <= token < vocab_size else None
     config["dtype"] = str(stored_width(header)).removeprefix("torch.")
     fields.check_all_taken()
     directory = Path(tempfile.mkdtemp(prefix="structprune-")) / path.name

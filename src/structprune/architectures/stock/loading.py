@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +21,7 @@ from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sli
 from structprune.architectures.stock.tensor_check import without_head
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.errors import CheckpointError, StructPruneError
+from structprune.errors import CheckpointError, StructPruneError, first_line
 from structprune.files import read_json
 
 
@@ -82,6 +82,31 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
             where=str(directory),
             got=str(error),
             do="code that lies in a checkpoint is never run here" if "custom code" in str(error) else None,
+        ) from error
+
+
+def check_settings(directory: Path) -> None:
+    """Raise CheckpointError for settings beside the weights that stock code would refuse when it loads the result.
+
+    They are copied as they are, so it refuses the source too; it is found here before any work.
+    """
+    where, attention = directory / "config.json", read_json(directory / "config.json").get("attn_implementation")
+    try:
+        if (directory / "generation_config.json").is_file():
+            where = directory / "generation_config.json"
+            GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+        if attention is not None:
+            where = directory / "config.json"
+            with only_errors("transformers"), torch.device("meta"):
+                config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+                AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        # Any type: each means that the settings do not do.
+        raise CheckpointError(
+            "stock transformers refuses the settings beside the weights",
+            where=str(where),
+            got=first_line(error),
+            do="correct or remove the entry, or install what it needs",
         ) from error
 
 

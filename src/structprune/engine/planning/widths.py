@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
-from structprune.allocation.budget import allowed_removals, check_bounds, removal_target
+from structprune.allocation.budget import allowed_removals, check_bounds, largest_removal, removal_target
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import InputError, UnsupportedError
@@ -64,7 +64,8 @@ def reachable_shares(
     total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
     steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
     gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
-    removed = sum(units * budget.unit_parameters for units, budget in zip(gone, budgets, strict=True))
+    # With the last unit goes more than the units.
+    removed = sum(removed_parameters(b, group, kept[group.kind][b.index]) for b, group in sublayers(stock, kinds))
     # One step fewer somewhere: of those that miss the target the one that misses it least.
     back = [step for step, units in zip(steps, gone, strict=True) if units and removed - step < target]
     below = max(0, removed - min(back, default=removed)) / total if target else 0.0
@@ -78,6 +79,7 @@ def _possible_shares(budgets: Sequence[BlockBudget], options: AllocationOptions)
     the groups allow none that would do.
     """
     check_bounds(budgets, options)
+    _check_attention_stays(budgets, options)
     total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
     # In parameters: what must go, and of each group the first step beyond that and those after it, which are equal.
     least, steps = 0, list[tuple[int, int, int]]()
@@ -109,6 +111,24 @@ def _possible_shares(budgets: Sequence[BlockBudget], options: AllocationOptions)
     above = wanted + (high & -high).bit_length() - 1
     found = [(least + unit * place) / total for place in (sums.bit_length() - 1, low, above)]
     return ReachableShares(removed=found[0], below=found[1], above=found[2], decided=found[0] == found[2])
+
+
+def _check_attention_stays(budgets: Sequence[BlockBudget], options: AllocationOptions) -> None:
+    """Raise InputError if so much is to go that the attention of every block would, which no run may do."""
+    attention = [budget for budget in budgets if budget.kind == "attention"]
+    if not options.allow_removal or not attention or any(b.block in options.protected for b in attention):
+        return
+    total, target = sum(b.module_parameters for b in budgets), removal_target(budgets, options)
+    most = sum(largest_removal(b, options) * b.unit_parameters for b in budgets)
+    # One step of one of them has to stay.
+    most -= min(b.multiple_of * b.unit_parameters for b in attention)
+    if most < target:
+        raise InputError(
+            "the sparsity would take the attention of every block",
+            got=f"sparsity {options.sparsity:g}",
+            wanted=f"at most {most / total:.4f}, with some attention left in one block",
+            do="lower --sparsity, or protect a block from pruning",
+        )
 
 
 def _even_shares(

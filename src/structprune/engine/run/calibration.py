@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.config import build_config, usable_config
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.context import SourceContext, WindowRequest, WindowStart
 from structprune.calibration.sources.file import join_turns
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.kinds import StartToken
 from structprune.types import Render
 
@@ -58,8 +59,13 @@ def window_start(encoder: TextEncoder, bos: StartToken) -> WindowStart:
     return WindowStart(ids=ids, text=encoder.spelled(ids))
 
 
-def renderer(directory: Path) -> Render:
-    """Return what writes chats by the template of the model in `directory`, whose tokenizer is loaded for the first
-    one; plainly without a template."""
-    render = functools.cache(lambda: TextEncoder(directory).render or join_turns)
+def renderer(reader: CheckpointReader) -> Render:
+    """Return what writes chats by the model's template, with a tokenizer that is loaded for the first one; plainly
+    without a template."""
+
+    @functools.cache
+    def render() -> Render:
+        config = build_config(reader, usable_config(reader)[0])
+        return TextEncoder(reader.directory, config=config).render or join_turns
+
     return lambda turns: render()(turns)

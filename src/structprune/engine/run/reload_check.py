@@ -57,7 +57,7 @@ def check_reload(
         return ReloadReport(mode="impossible", reason=f"{reason}; {result.impossible}")
     tolerance = _tolerance(model)
     if result.error is not None:
-        raise _rejected(run, files, result.error, "a checkpoint that loads")
+        raise _rejected(run, files, result.error, "a checkpoint that loads", said="cannot be loaded by it")
     if not result.relative_difference <= tolerance:
         raise _rejected(
             run,
@@ -121,15 +121,17 @@ def _tolerance(model: StreamedModel) -> float:
     return max(_TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0) for dtype in dtypes)
 
 
-def _rejected(run: RunDirectory, files: WeightFiles, got: str, wanted: str) -> CheckpointError:
+def _rejected(
+    run: RunDirectory, files: WeightFiles, got: str, wanted: str, said: str = "predicts otherwise than the run did"
+) -> CheckpointError:
     """Take the output back and mark it; the error to raise."""
     files.withdraw(run.checkpoint)
     rejected = run.reject({"got": got, "wanted": wanted})
     return CheckpointError(
-        "the written checkpoint, loaded by stock code in a process of its own, predicts otherwise than the run did",
+        f"the written checkpoint, given to stock code in a process of its own, {said}",
         where=str(rejected),
         got=got,
         wanted=wanted,
-        do="run it again on a sound disk; the directory, which cannot be loaded, is kept to be looked at, and "
-        "--no-reload-check leaves this check out",
+        do="see whether stock code loads the source here; if it does, run this again on a sound disk. The directory, "
+        "whose weights are renamed, is kept to be looked at, and --no-reload-check leaves this check out",
     )
