@@ -89,6 +89,7 @@ def test_structprune_stays_under_its_plan_and_beats_fasp(
     assert found["structprune"] < found["fasp"]
 
 
+@pytest.mark.slow
 def test_least_squares_beats_the_mask_on_unseen_text(smollm2: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     options = {"seq_len": 512, "max_windows": 3, "dtype": "float32"}
     found = {"dense": evaluate(smollm2, texts[1], **options).perplexity}
