@@ -21,7 +21,14 @@ from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.cli import main
-from structprune.errors import CheckpointError, InputError, MemoryBudgetError, StructPruneError, UnsupportedError
+from structprune.errors import (
+    CheckpointError,
+    InputError,
+    MemoryBudgetError,
+    NumericalError,
+    StructPruneError,
+    UnsupportedError,
+)
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
@@ -95,6 +102,15 @@ def test_another_teacher_is_named(students: dict[str, Path], text_file: Path, tm
     other = save_tiny("llama", tmp_path / "other", num_blocks=3)
     report = recover(students["uniform"], other, settings(text_file, "stream", num_samples=8), tmp_path / "out")
     assert report.notes == ["the teacher is not the model that the student was pruned from"]
+
+
+def test_steps_that_are_too_long_are_named(
+    students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    wild = settings(text_file, "stream", num_samples=8, learning_rate=1e30, warmup=0)
+    with pytest.raises(NumericalError, match=r"got step 2. Lower --learning-rate") as caught:
+        recover(students["uniform"], tiny_llama, wild, tmp_path / "out")
+    assert "--dtype" not in str(caught.value)
 
 
 @pytest.mark.parametrize("minutes", [float("inf"), float("nan")])

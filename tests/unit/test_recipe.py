@@ -87,6 +87,12 @@ def test_overrides_win(recipe_file: Path) -> None:
     assert recipe == Recipe(sparsity=0.4, seed=5, memory=2**30)
 
 
+def test_a_field_that_yaml_has_twice(recipe_file: Path) -> None:
+    recipe_file.write_text("sparsity: 0.1\nmethod: fasp\nsparsity: 0.2\n")
+    with pytest.raises(InputError, match="the recipe has the field 'sparsity' twice"):
+        Recipe.from_yaml(recipe_file)
+
+
 def test_unknown_field_in_yaml(recipe_file: Path) -> None:
     recipe_file.write_text("sparsty: 0.2\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"unknown recipe field 'sparsty'\. Known: method, sparsity") as caught:

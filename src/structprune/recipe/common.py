@@ -315,12 +315,21 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def _named_twice(text: str) -> list[str]:
+    """List the fields that a YAML mapping has more than once: a loader takes the last without a word."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    names = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping of recipe fields, not yet validated. Raises InputError."""
     check_path(path, "the recipe file")
     try:
         check_regular(path)
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+        twice = _named_twice(text)
     except InputError:
         raise
     except FileNotFoundError:
@@ -339,6 +348,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             got=type(data).__name__,
             wanted="lines such as `sparsity: 0.3`",
         )
+    if twice:
+        raise InputError(f"the recipe has the field {twice[0]!r} twice", where=str(path), do="remove one of the lines")
     unknown = sorted(set(data) - set(all_fields()))
     if unknown:
         raise InputError(

@@ -10,13 +10,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel
 from torch import Tensor
 
+from structprune.errors import NumericalError
 from structprune.memory import format_bytes
 from structprune.results.recovery import Evaluation, TraceStep
 from structprune.training.adam import course
@@ -104,7 +106,8 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
     def evaluate() -> None:
         if history.evaluations and history.evaluations[-1].step == history.step:
             return
-        by_text = [_mean(student.measure(part)) for part in context.texts.held_out]
+        with _moved(history):
+            by_text = [_mean(student.measure(part)) for part in context.texts.held_out]
         found = Evaluation(step=history.step, seconds=clock(), divergence=_mean(by_text), by_text=by_text)
         history.evaluations.append(found)
         history.mix = mix.judged(history.mix, by_text)
@@ -148,7 +151,8 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
         student.prepare([w for step in coming for w in mix.windows(history.mix, step, settings.batch)])
         progress = max(history.step / total, 0.0 if limit is None else clock() / limit)
         rate = settings.learning_rate * course(history.step, settings.warmup, progress)
-        loss = student.step(windows, rate, history.step + 1)
+        with _moved(history):
+            loss = student.step(windows, rate, history.step + 1)
         history.mix = mix.drawn(history.mix, windows)
         history.step += 1
         history.tokens += len(windows) * context.student.windows.ids_NS.shape[1]
@@ -163,6 +167,19 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
     if history.best.step not in (0, history.step):
         student.load(best, moments=False)
     return history
+
+
+@contextmanager
+def _moved(history: History) -> Generator[None]:
+    """Say of numbers that are not finite what caused them: once a step was taken, the steps."""
+    try:
+        yield
+    except NumericalError as error:
+        if not history.step:
+            raise
+        raise NumericalError(
+            error.what, where=error.where, got=f"step {history.step + 1}", do="lower --learning-rate"
+        ) from error
 
 
 def recovered_by(history: History, tensors: Callable[[BlockLayout], Mapping[str, Tensor]]) -> Recovered:
