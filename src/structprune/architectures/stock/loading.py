@@ -94,12 +94,14 @@ def check_settings(directory: Path) -> None:
     try:
         if (directory / "generation_config.json").is_file():
             where = directory / "generation_config.json"
-            GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+            GenerationConfig.from_dict(read_json(where))
         if attention is not None:
             where = directory / "config.json"
             with only_errors("transformers"), torch.device("meta"):
                 config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
                 AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except StructPruneError:
+        raise
     except Exception as error:
         # Any type: each means that the settings do not do.
         raise CheckpointError(
