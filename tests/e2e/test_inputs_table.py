@@ -563,6 +563,12 @@ SECTIONS: dict[str, list[Case]] = {
     ],
     "Configs": [
         Case(
+            given="an `attn_implementation` whose package is not installed",
+            build=config(attn_implementation="flash_attention_2"),
+            happens="refused",
+            test=f"{ODD}: test_settings_that_stock_code_refuses_are_found_first",
+        ),
+        Case(
             given="dtype `auto`",
             build=config(dtype="auto"),
             happens="adapted",
@@ -712,10 +718,36 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         Case(
             given="chats, for a model without a chat template",
-            build=text("chats.jsonl", json.dumps(CHATS["messages"])),
+            build=text("chats.jsonl", "\n".join([json.dumps(CHATS["messages"])] * 3)),
             happens="adapted",
             test=f"{TEXTS}: test_chats_go_through_the_template",
             said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+        ),
+        Case(
+            given="rows in a file of another name",
+            build=text("rows.txt", json_lines("text")),
+            happens="adapted",
+            test=f"{TEXTS}: test_odd_forms",
+            said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+        ),
+        Case(
+            given="rows whose text is null beside others",
+            build=text("rows.jsonl", json_lines("text") + '\n{"text": null}\n'),
+            happens="adapted",
+            test=f"{TEXTS}: test_odd_forms",
+            said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+        ),
+        Case(
+            given="UTF-16 without a mark",
+            build=text("wide.txt", ("words " * 50).encode("utf-16-le")),
+            happens="refused",
+            test=f"{TEXTS}: test_forms_that_are_refused",
+        ),
+        Case(
+            given="a CSV file with a quote that never ends",
+            build=text("rows.csv", 'text\nwords\n"more words\n'),
+            happens="refused",
+            test=f"{TEXTS}: test_forms_that_are_refused",
         ),
         Case(
             given="a prompt with its completion per row",

@@ -251,7 +251,7 @@ def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["one", None], "seen": times}), tmp_path / "a.parquet")
     notes: list[str] = []
     assert read_text(tmp_path / "a.parquet", notify=notes.append) == "one"
-    assert notes == ["1 rows left out, whose text is null"]
+    assert notes == ["1 row left out, whose text is null"]
     parquet.write_table(pyarrow.table({"body": ["one"], "seen": times[:1]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="the row has no text; got fields body, seen"):
         read_text(tmp_path / "b.parquet")

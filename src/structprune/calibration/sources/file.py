@@ -258,7 +258,7 @@ def _texts(
     if nulls and not any_text:
         raise InputError("no row has a text", where=nulls[0], got="null", do="name the field that holds it: FILE#FIELD")
     if nulls:
-        notify(f"{len(nulls)} rows left out, whose text is null")
+        notify(f"{len(nulls)} row{'s'[: len(nulls) > 1]} left out, whose text is null")
 
 
 def _row_text(row: Any, where: str, field: str | None, render: Render) -> str | None:
