@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.select import check_texts
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import (
@@ -136,7 +135,6 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         for variant in request.variants:
             asked = cell_recipe(shared, variant, sparsity)
             recipe = fitted(asked, METHODS.get(variant.method), layout)
-            check_texts(recipe.texts)
             _check_cell(request.model, recipe, variant.label, sparsity)
             key = cell_key(recipe, identity)
             spec = CellSpec(

@@ -113,20 +113,20 @@ class ScaleParameters(BlockParameters):
         )
         for name in self.shapes:
             if name in self.consumers:
-                consumer = layer.get_submodule(name.removesuffix(_SCALE))
-                consumer.register_parameter(_SCALE.removeprefix("."), nn.Parameter(views[name].clone()))
+                consumer = layer.get_submodule(name.rpartition(".")[0])
+                consumer.register_parameter(_SCALE, nn.Parameter(views[name].clone()))
                 consumer.register_forward_pre_hook(_scale_inputs)
             else:
                 layer.get_parameter(name).requires_grad_(True)
         return layer
 
 
-_SCALE = ".structprune_input_scale"
+_SCALE = "structprune_input_scale"
 
 
 def _scale_inputs(consumer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    return (x * consumer.get_parameter(_SCALE.removeprefix("."))).to(x.dtype), *others
+    return (x * consumer.get_parameter(_SCALE)).to(x.dtype), *others
 
 
 def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameters:
@@ -143,7 +143,7 @@ def scales_of(streamed: StreamedModel, block: BlockLayout) -> ScaleParameters:
     """
     vectors = {name: shape for name, shape in parameters_of(streamed, block).shapes.items() if len(shape) == 1}
     groups = [group for group in block.groups if len(block.groups_of(group.kind)) == 1]
-    consumers = {f"{group.consumer_module}{_SCALE}": group.consumer for group in groups}
+    consumers = {f"{group.consumer_module}.{_SCALE}": group.consumer for group in groups}
     scales = {name: (block.shapes[part.tensor][part.axis],) for name, part in consumers.items()}
     return ScaleParameters(shapes={**vectors, **scales}, consumers=consumers)
 

@@ -303,27 +303,22 @@ def _chat_text(messages: Sequence[Any], where: str, render: Render) -> str:
     """Render the chat by the model's template, whichever of the usual names its turns have."""
     try:
         return render([_turn(message) for message in messages])
-    except _NoTurnError as error:
-        raise InputError(
-            "a turn of the chat has no role or no content",
-            where=where,
-            got=repr(error.message)[:80],
-            wanted='{"role": "user", "content": "..."}',
-        ) from None
     except InputError as error:
         raise error.inside(where) from None
 
 
-class _NoTurnError(Exception):
-    def __init__(self, message: Any) -> None:
-        super().__init__()
-        self.message = message
+def _no_turn(message: Any) -> InputError:
+    return InputError(
+        "a turn of the chat has no role or no content",
+        got=repr(message)[:80],
+        wanted='{"role": "user", "content": "..."}',
+    )
 
 
 def _turn(message: Any) -> dict[str, Any]:
-    """Return role and content as text, and calls of tools where there are some. Raises _NoTurnError."""
+    """Return role and content as text, and calls of tools where there are some. Raises InputError."""
     if not isinstance(message, dict):
-        raise _NoTurnError(message)
+        raise _no_turn(message)
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     calls = message.get("tool_calls")
     if isinstance(content, list):
@@ -332,7 +327,7 @@ def _turn(message: Any) -> dict[str, Any]:
     if content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        raise _NoTurnError(message)
+        raise _no_turn(message)
     turn: dict[str, Any] = {"role": _ROLES.get(role, role), "content": content}
     if isinstance(calls, list) and calls:
         turn["tool_calls"] = [_call(call, message) for call in calls]
@@ -347,7 +342,7 @@ def _part_text(part: Any, message: Any) -> str:
     if text is None and isinstance(part, dict):
         return ""
     if not isinstance(text, str):
-        raise _NoTurnError(message)
+        raise _no_turn(message)
     return text
 
 
@@ -355,7 +350,7 @@ def _call(call: Any, message: Any) -> Any:
     """Return the call with its arguments as the values that templates expect, where they are JSON in a string."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise _NoTurnError(message)
+        raise _no_turn(message)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
