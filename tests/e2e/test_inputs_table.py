@@ -321,6 +321,11 @@ def pipe(folder: Path) -> None:
     os.mkfifo(folder / "config.json")
 
 
+def calibration(_: Place, result: dict[str, Any]) -> list[str]:
+    """What the report says of the text."""
+    return [f"the report's calibration is {result['calibration']['description']}"]
+
+
 ODD, BAD, HOSTILE, FOLDER = "test_odd_checkpoints.py", "test_bad_input.py", "test_hostile_input.py", "test_folder.py"
 PUBLIC, TEXTS, CODE, GGUF = (
     *("test_public_folders.py", "test_calibration.py", "test_code_of_the_checkpoint.py", "test_gguf_source.py"),
@@ -721,21 +726,21 @@ SECTIONS: dict[str, list[Case]] = {
             build=text("chats.jsonl", "\n".join([json.dumps(CHATS["messages"])] * 3)),
             happens="adapted",
             test=f"{TEXTS}: test_chats_go_through_the_template",
-            said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+            said=calibration,
         ),
         Case(
             given="rows in a file of another name",
             build=text("rows.txt", json_lines("text")),
             happens="adapted",
             test=f"{TEXTS}: test_odd_forms",
-            said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+            said=calibration,
         ),
         Case(
             given="rows whose text is null beside others",
             build=text("rows.jsonl", json_lines("text") + '\n{"text": null}\n'),
             happens="adapted",
             test=f"{TEXTS}: test_odd_forms",
-            said=lambda place, result: [f"the report's calibration is {result['calibration']['description']}"],
+            said=calibration,
         ),
         Case(
             given="UTF-16 without a mark",
