@@ -17,7 +17,7 @@ from structprune.calibration.select import load_texts
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
-from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
+from structprune.engine.resolve import ResolvedRun, num_probe, plan_run, repair_windows
 from structprune.engine.resolve import check as check
 from structprune.engine.run.calibration import source_context, window_start
 from structprune.engine.run.context import RunContext
@@ -35,12 +35,14 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe.repaired import RepairedRecipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
 from structprune.results.schema import REPORT_NAME
 from structprune.results.summary import share_note
 from structprune.runs.directory import RunDirectory, check_absent
+from structprune.training import REPAIRS
 from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
 from structprune.types import ModelLayout
@@ -161,6 +163,12 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
     method = METHODS.get(recipe.method)
     run.check()
+    if ranks.size > 1 and (repair := _repair(recipe)) is not None:
+        raise UnsupportedError(
+            "a repair is not for several ranks",
+            got=f"--repair {repair}, {ranks.size} ranks",
+            do="prune without --repair, then `structprune recover --mode scales` in one process",
+        )
     if ranks.size > 1 and (shared is not None or not PIPELINES.get(method.pipeline).shares_windows):
         what = "a place for the measurements of other runs" if shared else f"method {method.name!r}"
         alike = [name for name in METHODS if PIPELINES.get(METHODS.get(name).pipeline).shares_windows]
@@ -170,6 +178,12 @@ def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path |
             wanted="one process" if shared else f"one process, or one of {', '.join(alike)}",
             do="start it without torchrun",
         )
+
+
+def _repair(recipe: Recipe) -> str | None:
+    """Name the repair that a recipe asks for."""
+    asked = recipe.repair if isinstance(recipe, RepairedRecipe) else "none"
+    return None if asked == "none" else asked
 
 
 def _left_to_tidy(run: RunDirectory) -> PruneReport:
@@ -252,6 +266,8 @@ def _context(
         device=resolved.device,
         dtype=resolved.dtype,
         started=started - run.journal.earlier_s,
+        repair=None if (wanted := _repair(resolved.recipe)) is None else REPAIRS.get(wanted),
+        num_repair=repair_windows(resolved.recipe, num_windows),
         shared=shared,
         device_meter=DeviceMeter(device=resolved.device, plan=begun.plan.device),
         meter=meter,
@@ -262,7 +278,8 @@ def _context(
 def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
     """Load the calibration windows and the name of their source; the tokenizer is freed when this returns."""
     recipe = resolved.recipe
-    num_needed = 2 if recipe.chooses_ridge and resolved.method.needs_statistics else 1
+    chooses = recipe.chooses_ridge and resolved.method.needs_statistics
+    num_needed = 2 if chooses or _repair(recipe) else 1
     source = source_context(
         resolved.stock,
         WindowRequest(
@@ -281,10 +298,12 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
     name, windows = load_texts(recipe.texts, source, observer.note)
     if (found := len(windows.ids_NS)) < num_needed:
         raise InputError(
-            "one window cannot both fit and choose the ridge",
+            f"one window cannot both {'fit and choose the ridge' if chooses else 'teach the repair and measure it'}",
             where=name,
-            got=f"{found} window of {recipe.seq_len} tokens, --damping auto",
-            wanted=f"at least {num_needed} windows, or a number for --damping",
+            got=f"{found} window of {recipe.seq_len} tokens"
+            + (", --damping auto" if chooses else f", --repair {_repair(recipe)}"),
+            wanted=f"at least {num_needed} windows"
+            + (", or a number for --damping" if chooses and not _repair(recipe) else ""),
             do="give more text, or lower --seq-len",
         )
     return name, windows

@@ -25,6 +25,7 @@ class Phase(StrEnum):
     SENSITIVITY_LOSS = "sensitivity: loss"
     SENSITIVITY_SCORES = "sensitivity: scores"
     ITERATE = "iterate"
+    REPAIR = "repair"
     SLICE_STATISTICS = "statistics"
     SLICE_EIGENVECTORS = "eigenvectors"
     ROTATE_BLOCK = "rotate block"

@@ -175,9 +175,13 @@ def pid_of_rank(launcher: int, rank: int) -> int:
         (["plan", "MODEL"], "`structprune plan` is one process's work; got 2 ranks"),
         (["prune", "MODEL", "-o", "OUT", "--method", "depth"], "method 'depth' is not for several ranks; got 2 ranks"),
         (["prune", "MODEL", "-o", "OUT", "--method", "slicegpt"], "method 'slicegpt' is not for several ranks"),
+        (
+            ["prune", "MODEL", "-o", "OUT", "--repair", "scales"],
+            "a repair is not for several ranks; got --repair",
+        ),
         (["prune", "MODEL", "-o", "OUT", "--method", "fasq"], "unknown method 'fasq'"),
     ],
-    ids=["eval", "plan", "depth", "slicegpt", "unknown"],
+    ids=["eval", "plan", "depth", "slicegpt", "repair", "unknown"],
 )
 def test_what_is_refused(arguments: list[str], said: str, model: Path, tmp_path: Path) -> None:
     names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}

@@ -87,6 +87,8 @@ RUNS = [
     pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
     ),
+    pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "memory", id="repair"),
+    pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "file", id="repair-smallest-budget"),
     pytest.param({"method": "slicegpt", "sparsity": 0.1}, "memory", id="slicegpt"),
     pytest.param({"solver": "admm", "damping": "auto"}, "memory", id="fasp-admm", marks=SLOW),
 ]

@@ -50,6 +50,8 @@ def content(output: Path) -> dict[str, Any]:
         del block["seconds"]
     for name in ("output", "wall_seconds", "memory", "reload"):
         del report[name]
+    if report["repair"] is not None:
+        del report["repair"]["seconds"]
     del files["README.md"], files["pruning_report.html"]
     return files | {"report": report}
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from structprune.checkpoint.reader import INDEX_NAME
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, stored_tensors
 from structprune.errors import NumericalError
-from structprune.files import atomic_path
+from structprune.files import atomic_path, write_json
 
 
 class CheckpointWriter:
@@ -62,6 +66,15 @@ class CheckpointWriter:
         for number in range(1, self.num_shards + 1):
             self.path(number).unlink(missing_ok=True)
 
+    def link(self, directory: Path) -> None:
+        """Make a checkpoint of the shards in `directory`, by links and an index: it takes no space."""
+        places: dict[str, str] = {}
+        for number, tensors in self._tensors.items():
+            path = self.path(number)
+            os.link(path, directory / path.name)
+            places.update((tensor.name, path.name) for tensor in tensors)
+        write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": places})
+
     @property
     def num_parameters(self) -> int:
         """Parameters in all shards so far."""
@@ -87,6 +100,16 @@ class ModelWriter(CheckpointWriter):
     ) -> None:
         super().__init__(folder, num_blocks + 2, stored_name)
         self._blocks_module = blocks_module
+
+    def beside(self, folder: Path) -> Self:
+        """Return a writer of other blocks in `folder`, with links to these shards in front of the blocks and behind."""
+        other = copy.copy(self)
+        other._folder, other._tensors = folder, {}
+        for number in (1, self.num_shards):
+            other.path(number).unlink(missing_ok=True)
+            os.link(self.path(number), other.path(number))
+            other.adopt(number)
+        return other
 
     def write_embeddings(self, tensors: Mapping[str, Tensor]) -> Path:
         """Write what lies in front of the blocks, under the model's names; the file."""

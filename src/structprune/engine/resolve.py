@@ -25,6 +25,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe, ResolvedRecipe, default_held_out
+from structprune.recipe.repaired import RepairedRecipe
 from structprune.recipe.units import UnitsRecipe
 from structprune.types import UnitGroup, UnitKind
 
@@ -128,6 +129,13 @@ def num_probe(recipe: Recipe) -> int:
     return max(1, _PROBE_TOKENS // recipe.seq_len)
 
 
+def repair_windows(recipe: Recipe, num_windows: int) -> int:
+    """Count the calibration windows that a repair has, of those that there are; 0 where there is none."""
+    if not isinstance(recipe, RepairedRecipe) or recipe.repair == "none":
+        return 0
+    return min(recipe.repair_samples or num_windows, num_windows)
+
+
 def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     """Plan how a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
     recipe, stock, num_ranks = resolved.recipe, resolved.stock, resolved.ranks.size
@@ -149,6 +157,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
         text_bytes=max(files, default=0),
         packaged_text=len(files) < len(recipe.texts),
+        repair_windows=repair_windows(recipe, num_windows),
         sensitivity_windows=-(-min(recipe.backward_samples, num_windows) // num_ranks),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,

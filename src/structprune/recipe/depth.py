@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from structprune.recipe.common import Recipe, ResolvedRecipe, Scope
+from structprune.recipe.common import ResolvedRecipe, Scope
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.repaired import RepairedRecipe
 
 # What a run does that takes or leaves blocks and experts as they are.
 LEFT_AS_THEY_ARE: Mapping[str, Any] = {
@@ -24,7 +25,7 @@ LEFT_AS_THEY_ARE: Mapping[str, Any] = {
 }
 
 
-class DepthRecipe(Recipe, frozen=True):
+class DepthRecipe(RepairedRecipe, frozen=True):
     """What may be asked of the pipeline that leaves out whole blocks."""
 
     pipeline: ClassVar[str] = "depth"

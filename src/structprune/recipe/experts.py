@@ -7,12 +7,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from structprune.recipe.common import Recipe, ResolvedRecipe
+from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.depth import LEFT_AS_THEY_ARE
 from structprune.recipe.fields import Flag, Group
+from structprune.recipe.repaired import RepairedRecipe
 
 
-class ExpertsRecipe(Recipe, frozen=True):
+class ExpertsRecipe(RepairedRecipe, frozen=True):
     """What may be asked of the pipeline that leaves out experts."""
 
     pipeline: ClassVar[str] = "experts"

@@ -9,15 +9,16 @@ from pydantic import Field
 
 from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
-from structprune.recipe.common import Recipe, ResolvedRecipe
+from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.repaired import RepairedRecipe
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
 
 
-class UnitsRecipe(Recipe, frozen=True):
+class UnitsRecipe(RepairedRecipe, frozen=True):
     """What may be asked of the pipeline that prunes sublayer by sublayer."""
 
     pipeline: ClassVar[str] = "units"

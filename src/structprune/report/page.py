@@ -22,7 +22,7 @@ from structprune.report.figures import (
 from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import reload_line, stored_in, warnings
+from structprune.results.summary import reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
@@ -63,6 +63,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
             (runtime.runtime, runtime.loads + (f", {runtime.basis}" if runtime.basis else ""), runtime.reason)
             for runtime in report.runtimes
         ],
+        repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in repair_rows(report)],
         reload=f"Reload check: {reload_line(report.reload)}.",
         recipe=_recipe_rows(report),
         block_head=("block", "kind", "kept", "of", "error, cut", "error, solved", "status", "seconds"),

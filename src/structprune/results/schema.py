@@ -133,6 +133,26 @@ class SizeReport(Frozen):
     """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
 
 
+class RepairReport(Frozen):
+    """What was learned from the dense model behind the last block."""
+
+    mode: str
+    num_learned: int
+    """Numbers that could change."""
+    num_windows: int
+    """Calibration windows that were learned from, each once."""
+    num_judged: int
+    """Calibration windows that said whether it helped."""
+    steps: int
+    divergence_before: float
+    """Mean KL divergence from the dense model on those, in nats per token."""
+    divergence_after: float
+    """The same of what was kept."""
+    changed: bool
+    """False where nothing met those windows better: the result is as it was."""
+    seconds: float
+
+
 class MemoryStretch(Frozen):
     """The highest point of one stretch of the run, from the end of the stretch before it."""
 
@@ -262,6 +282,8 @@ class PruneFacts(Frozen):
     memory: MemoryReport
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
+    repair: RepairReport | None = None
+    """None: there was none."""
     reload: ReloadReport
     num_ranks: int = 1
     """Processes that shared the work, those of the last start if there were several."""

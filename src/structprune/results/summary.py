@@ -77,6 +77,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"{beginning(calibration.start)}",
         ),
         *_starved_row(report),
+        *repair_rows(report),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
         ("reload check", reload_line(report.reload)),
@@ -93,6 +94,22 @@ def _adapter(report: PruneFacts) -> list[tuple[str, str]]:
         return []
     replaced = f", {adapter.num_replaced} replaced" if adapter.num_replaced else ""
     return [("adapter", f"{Path(adapter.path).name}, merged: {adapter.num_updated} tensors changed{replaced}")]
+
+
+def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say (name, value) of what was learned behind the last block; nothing where nothing was to learn."""
+    repair = report.repair
+    if repair is None:
+        return []
+    return [
+        (
+            f"repair by {repair.mode}",
+            f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
+            f"on {repair.num_judged} of the calibration's windows; {repair.num_windows} others taught "
+            f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
+            + ("" if repair.changed else "; nothing helped, nothing was changed"),
+        )
+    ]
 
 
 def beginning(start: str) -> str:

@@ -3,6 +3,7 @@
 Read first: `run.py`, a recovery from start to end; then `stream.py`, the default mode.
 """
 
+from structprune.engine.run.context import Repair
 from structprune.registry import Registry
 from structprune.training.context import Mode
 
@@ -16,3 +17,6 @@ MODES: Registry[Mode] = Registry(
         "lora": "structprune.training.lora:LORA",
     },
 )
+
+REPAIRS: Registry[Repair] = Registry("repair", Repair, {"scales": "structprune.training.repair:SCALES"})
+"""What `prune --repair` names."""

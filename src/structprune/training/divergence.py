@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
 from structprune.engine.streaming.model import StreamedModel
-
-# More tokens at once make the head's products no faster on a CPU; logits are five float32 matrices of so many rows.
-LOGIT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +55,8 @@ def divergence(
     `wanted_SD` are the teacher's hidden states. The heads may be any maps to logits.
     """
     total = 0.0
-    for start in range(0, len(hidden_SD), LOGIT_TOKENS):
-        part = slice(start, start + LOGIT_TOKENS)
+    for start in range(0, len(hidden_SD), DIVERGENCE_TOKENS):
+        part = slice(start, start + DIVERGENCE_TOKENS)
         with torch.no_grad():
             wanted_TV = _log_softmax(teacher_head(wanted_SD[part]).float())
         part_TD = hidden_SD[part].detach().requires_grad_(gradient_SD is not None)

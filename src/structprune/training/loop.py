@@ -75,10 +75,11 @@ class History(BaseModel):
         return min(self.evaluations, key=lambda entry: (entry.divergence, entry.step))
 
 
-def distil(context: RecoveryContext, student: Student, place: Workplace) -> History:
+def distil(context: RecoveryContext, student: Student, place: Workplace, name: str = "recover") -> History:
     """Train until the windows or the time are used up; `student` then is the best state of all evaluations.
 
-    Those are at the start, whenever the windows have been passed once, and at the end. Raises NumericalError.
+    `name` is that of the progress. The evaluations are at the start, whenever the windows have been passed once, and at
+    the end. Raises NumericalError.
     """
     settings = context.settings
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
@@ -132,7 +133,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace) -> Hist
 
     evaluate()
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
-    context.observer.start("recover", total - history.step)
+    context.observer.start(name, total - history.step)
     limit = settings.limit_s
     first_step, begun = history.step, clock()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.modeling.value_channels import NarrowOutputs
 from structprune.calibration.store import FileStore, MemoryStore
 from structprune.engine.streaming.model import StreamedModel
 from structprune.types import AxisSlice, BlockLayout
@@ -126,7 +127,10 @@ _SCALE = "structprune_input_scale"
 
 def _scale_inputs(consumer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    return (x * consumer.get_parameter(_SCALE)).to(x.dtype), *others
+    scale = consumer.get_parameter(_SCALE)
+    if isinstance(consumer, NarrowOutputs):
+        scale = consumer.spread(scale)
+    return (x * scale).to(x.dtype), *others
 
 
 def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameters:

@@ -9,9 +9,9 @@ import torch
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
+from structprune.engine.planning.shapes import divergence_bytes
 from structprune.recipe.training import RecoverySettings
 from structprune.training import MODES
-from structprune.training.divergence import LOGIT_TOKENS
 
 # Weights, two moments, gradient; the best weights so far and a copy for the update.
 _FLAT_VECTORS = 6
@@ -37,8 +37,8 @@ def plan_recovery(
     block = max(block.num_parameters for block in layout.blocks)
     mode = MODES.get(settings.mode).bytes(student, settings, item)
     held = mode.held + _FLAT_VECTORS * 4 * mode.numbers + 2 * item * block + 2 * batch_bytes
-    # Both heads, and the logits of a part: two in the dtype of the forward passes, four in float32.
-    held += 2 * layout.vocab_size * layout.hidden_size * item + LOGIT_TOKENS * layout.vocab_size * (2 * item + 4 * 4)
+    # Both heads, and the logits of a part.
+    held += 2 * layout.vocab_size * layout.hidden_size * item + divergence_bytes(layout.vocab_size, dtype)
     request = PlanRequest(
         layout=widest.layout,
         groups=widest.groups,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
+from structprune.engine.planning.shapes import scale_numbers
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.model import StreamedModel
@@ -48,11 +49,7 @@ def _bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBy
 
 def _scale_bytes(student: StockModel, settings: RecoverySettings, item: int) -> ModeBytes:
     blocks = student.layout.blocks
-    numbers = [
-        sum(shape[0] for shape in block.shapes.values() if len(shape) == 1)
-        + sum(block.shapes[group.consumer.tensor][group.consumer.axis] for group in block.groups)
-        for block in blocks
-    ]
+    numbers = [scale_numbers(block) for block in blocks]
     # A consumer is scaled in float32 before it is written.
     consumers = [math.prod(block.shapes[group.consumer.tensor]) for block in blocks for group in block.groups]
     found = _of_numbers(student, settings, item, numbers)
@@ -84,13 +81,17 @@ def _recover(context: RecoveryContext, place: Workplace, *, learning: Learning) 
     release_free_memory()
 
     def tensors(block: BlockLayout) -> Mapping[str, Tensor]:
-        original = context.student.reader.read(block.shapes, block.prefix)
         if unchanged:
-            return original
-        new = load_tensors(_path(result, block.index))
-        return learning(context.student, block).stored(original, new["weights"])
+            return context.student.reader.read(block.shapes, block.prefix)
+        return learned(context.student, block, learning, result)
 
     return recovered_by(history, tensors)
+
+
+def learned(student: StreamedModel, block: BlockLayout, learning: Learning, folder: Path) -> Mapping[str, Tensor]:
+    """Return the student's block with the values that `StreamedStudent.save` left in `folder`."""
+    original = student.reader.read(block.shapes, block.prefix)
+    return learning(student, block).stored(original, load_tensors(_path(folder, block.index))["weights"])
 
 
 class StreamedStudent:
@@ -121,6 +122,11 @@ class StreamedStudent:
         self._states.close()
         self._inputs.close()
         self._teacher.close()
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that learn."""
+        return sum(parameters.size for parameters in self._parameters)
 
     def prepare(self, windows: Sequence[int]) -> None:
         self._teacher.prepare(windows)

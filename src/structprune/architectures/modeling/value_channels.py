@@ -32,7 +32,7 @@ class _Values(nn.Linear):
         return nn.functional.pad(values, (0, self.size - self.kept)).flatten(-2)
 
 
-class _Outputs(nn.Linear):
+class NarrowOutputs(nn.Linear):
     """o_proj of heads of which the first `kept` channels are read."""
 
     def __init__(self, dense: Any, kept: int, size: int) -> None:
@@ -43,6 +43,11 @@ class _Outputs(nn.Linear):
         heads = input.unflatten(-1, (-1, self.size))
         return super().forward(heads[..., : self.kept].flatten(-2))
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Spread one value for each channel that is read to the width of the input, ones for the others."""
+        heads = values.unflatten(-1, (-1, self.kept))
+        return nn.functional.pad(heads, (0, self.size - self.kept), value=1.0).flatten(-2)
+
 
 def narrow_values(layer: nn.Module, config: PretrainedConfig, family: Family) -> None:
     """Exchange v_proj and o_proj of a stock layer on `meta` where the block's config says fewer value channels."""
@@ -50,7 +55,7 @@ def narrow_values(layer: nn.Module, config: PretrainedConfig, family: Family) ->
     if family.value_maps is None or kept == size:
         return
     with torch.device("meta"):
-        for name, narrow in zip(family.value_maps, (_Values, _Outputs), strict=True):
+        for name, narrow in zip(family.value_maps, (_Values, NarrowOutputs), strict=True):
             layer.set_submodule(name, narrow(layer.get_submodule(name), kept, size))
 
 

@@ -19,9 +19,12 @@ from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, Pru
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
     by_kind,
+    divergence_bytes,
     gram_bytes,
     group_problem,
     kept_for_backward,
+    numel,
+    scale_numbers,
     solver_windows,
     statistics_bytes,
     weight_gradient_bytes,
@@ -42,6 +45,9 @@ _TEXT_BYTES = 64 * 2**20
 _TOKENIZER_SHARE = 15
 # The text as bytes, as text, in pieces, and joined; its tokens of four characters in pieces and joined.
 _CHARACTER_BYTES = 8
+# What is kept of each number that learns: its value, two moments. Of a block's, while it learns: those, their copy, the
+# gradient and its square root.
+_LEARNED_VECTORS, _FLAT_VECTORS = 3, 6
 # Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
 PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
 
@@ -120,6 +126,8 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
     phases = (
         _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     )
+    if request.repair_windows:
+        phases |= _repair(sizes, phases[Phase.EMBED])
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.needs_statistics:
@@ -223,6 +231,31 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
     return phases
 
 
+def _repair(sizes: HostSizes, embed: int) -> PhaseBytes:
+    """Plan learning from the dense model, one window a step; `embed` is the bound of embedding without it.
+
+    A step keeps the window's states in front of every block; what learns has its value, two moments and the best value.
+    """
+    request, block = sizes.request, sizes.block
+    window = request.seq_len * sizes.hidden * sizes.item
+    numbers = [scale_numbers(each) for each in request.layout.blocks]
+    beside = sizes.stores_closed
+    if sizes.choice.store == "memory":
+        stores = 2 * request.repair_windows + len(numbers)
+        beside += stores * window + _LEARNED_VECTORS * 4 * sum(numbers)
+    heads = sizes.head + divergence_bytes(request.layout.vocab_size, request.compute_dtype)
+    step = kept_for_backward(request, block) + sizes.widened + request.seq_len * sizes.hidden * 4 + 2 * window
+    learning = sizes.weights + sizes.cast + _FLAT_VECTORS * 4 * max(numbers) + step
+    # A consumer is scaled in float32.
+    consumers = [numel(block, group.consumer.tensor) for group in block.groups]
+    writing = 2 * sizes.weights + 4 * max(consumers, default=0)
+    # Both models' heads are read, and found to be the same.
+    return {
+        Phase.EMBED: max(embed, beside + sizes.embeddings + CHUNK_BYTES + 2 * window),
+        Phase.REPAIR: beside + max(heads + max(learning, writing), 2 * sizes.head) + CHUNK_BYTES,
+    }
+
+
 def _slicing(sizes: HostSizes) -> PhaseBytes:
     """Plan cutting the residual stream: bases beside block or embeddings, and the eigenvectors they are made of."""
     return slice_phases(
@@ -308,6 +341,11 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":
         total += 2 * hidden * hidden * 8
+    if request.repair_windows:
+        # The blocks once more with what was learned, two snapshots, the best values of either, and the result.
+        total += sum(request.stored_bytes.values())
+        total += (2 * _LEARNED_VECTORS + 3) * 4 * sum(scale_numbers(block) for block in request.layout.blocks)
+        total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 
 

@@ -15,6 +15,8 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
 
 # Each piece reads the whole output projection: with 32 tokens that took as long as the products.
 LOGIT_TOKENS = 64
+DIVERGENCE_TOKENS = 128
+"""Tokens whose logits of two models are compared at once: more make the head's products no faster on a CPU."""
 NUM_STAGED = 4
 """Micro-batches that lie in page-locked memory at once, on the way to a device and back."""
 # Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
@@ -32,6 +34,11 @@ _SOLVER_TOKENS = 8192
 def logit_bytes(vocab_size: int, dtype: torch.dtype) -> int:
     """Return the bytes of the logits that are there at once, with what a loss or its gradient makes of them."""
     return LOGIT_TOKENS * vocab_size * (dtype.itemsize + _LOSS_BYTES)
+
+
+def divergence_bytes(vocab_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of two models' logits that are compared at once: two in `dtype`, four in float32."""
+    return DIVERGENCE_TOKENS * vocab_size * (2 * dtype.itemsize + 4 * 4)
 
 
 def solver_windows(num_windows: int, seq_len: int) -> int:
@@ -125,6 +132,13 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
         costed=request.needs_sensitivity,
         reordered=group.consumer.repeat > 1,
     )
+
+
+def scale_numbers(block: BlockLayout) -> int:
+    """Count the block's vectors and one scale for each input of its consumers, those of single experts left out."""
+    vectors = sum(shape[0] for shape in block.shapes.values() if len(shape) == 1)
+    alone = [group.consumer for group in block.groups if len(block.groups_of(group.kind)) == 1]
+    return vectors + sum(block.shapes[consumer.tensor][consumer.axis] for consumer in alone)
 
 
 def numel(block: BlockLayout, name: str) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.streaming.model import StreamedModel
 from structprune.methods.method import Method, SensitivityKind
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.schema import RepairReport
 from structprune.runs.directory import RunDirectory
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
@@ -21,6 +25,26 @@ from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 # Costs and selection come before the ridge is chosen; the prototype's value.
 _DECISION_DAMPING = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """What a repair leaves."""
+
+    writer: ModelWriter
+    """The shards that count: new ones, or those that were there where nothing helped."""
+    pruned_NSD: Tensor | None
+    """New last hidden states of the reported windows; None: they are as they were."""
+    report: RepairReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """One way in which a pruned model learns from the dense one before it is written."""
+
+    run: Callable[[RunContext, ModelWriter, Mapping[str, Any]], Repaired]
+    """(run, shards of the pruned model, its config). Raises NumericalError."""
+
 
 Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
 
@@ -42,6 +66,10 @@ class RunContext(StreamedModel):
     """Calibration windows, the first ones, whose perplexity is reported, dense and pruned: in-sample."""
     started: float
     """`time.perf_counter()` at the start of the run."""
+    repair: Repair | None = None
+    """What learns behind the last block; None: nothing does."""
+    num_repair: int = 0
+    """Calibration windows, the first ones, that the repair learns from and is judged on."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
     device_meter: DeviceMeter = field(default_factory=DeviceMeter)

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from structprune.results.schema import (
     MemoryStretch,
     ReachableShares,
     ReloadReport,
+    RepairReport,
     ReusedStatistics,
     RuntimeReport,
     SizeReport,
@@ -110,6 +111,8 @@ class Result:
     outcome: Outcome
     size: SizeReport
     metrics: FinalMetrics
+    repair: RepairReport | None = None
+    """None: there was none."""
 
 
 def finalize(
@@ -134,20 +137,25 @@ def _with_outer(
     outcome: Outcome,
     scope_parameters: int,
 ) -> Result:
-    """Measure the perplexity of the calibration text, and copy what lies around the blocks."""
-    release_free_memory()
-    with context.meter.phase(Phase.PERPLEXITY):
-        metrics = final_metrics(context, outcome)
-    # Logits of a few positions are small enough to stay in the heap, where no embedding fits into their places.
+    """Copy what lies around the blocks, repair them if that is asked for, and measure the calibration text."""
     release_free_memory()
     with context.meter.phase(Phase.COPY_OUTER):
         copy_outer(context, writer)
     if context.recipe.per_layer:
         write_modeling_file(context.run.checkpoint, context.stock.family, config)
+    repair: RepairReport | None = None
+    if context.repair is not None:
+        repaired = context.repair.run(context, writer, config)
+        writer, repair = repaired.writer, repaired.report
+        if repaired.pruned_NSD is not None:
+            outcome = replace(outcome, pruned_NSD=repaired.pruned_NSD)
+    release_free_memory()
+    with context.meter.phase(Phase.PERPLEXITY):
+        metrics = final_metrics(context, outcome)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     files = writer.weight_files(context.recipe.max_shard_size)
     size = size_report(context, files, outcome, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return Result(files=files, config=config, outcome=outcome, size=size, metrics=metrics)
+    return Result(files=files, config=config, outcome=outcome, size=size, metrics=metrics, repair=repair)
 
 
 def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
@@ -294,6 +302,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
+        repair=result.repair,
         reload=written.reload,
         num_ranks=context.ranks.size,
         runtimes=[RuntimeReport(**asdict(support)) for support in runtimes(shape)],

@@ -1,0 +1,189 @@
+"""The repair of `prune`: behind the last block the pruned model learns from the dense one, matrices left as they are.
+
+It is a distillation in mode scales (stream.py) on the run's own calibration windows, one window a step and each once.
+The last windows of every text are not learned from: they say whether the result is kept. The run's held-out windows
+take no part, so what the report says of them stays a measurement.
+
+Shape suffixes: N windows, S positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structprune.architectures.stock.model import StockModel
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.run.context import Repair, Repaired, RunContext
+from structprune.engine.streaming.final_states import load_final_states, save_final_states
+from structprune.engine.streaming.losses import last_states
+from structprune.engine.streaming.model import StreamedModel
+from structprune.exporters.per_layer import write_modeling_file
+from structprune.files import write_json
+from structprune.memory import release_free_memory
+from structprune.phases import Phase
+from structprune.recipe.training import RecoverySettings
+from structprune.results.schema import RepairReport
+from structprune.training.context import RecoveryContext, Workplace
+from structprune.training.loop import History, distil
+from structprune.training.parameters import scales_of
+from structprune.training.snapshots import DamagedStateError
+from structprune.training.stream import StreamedStudent, learned
+from structprune.training.texts import Texts
+
+_STEP = "repair"
+_FINAL = "repaired states"
+_FEWEST_JUDGED, _MOST_JUDGED = 1, 8
+
+
+def repair_by_scales(context: RunContext, writer: ModelWriter, config: Mapping[str, Any]) -> Repaired:
+    """Let norms, biases and scales of the pruned model learn, or go on with what an interrupted process left of it.
+
+    Raises NumericalError for gradients that are not finite.
+    """
+    folder = context.run.staging / "repair"
+    folder.mkdir(exist_ok=True)
+    shards = folder / "shards"
+    shards.mkdir(exist_ok=True)
+    new = writer.beside(shards)
+    journal = context.run.journal
+    line, final = journal.find(_STEP), load_final_states(journal, _FINAL)
+    if line is None or final is None:
+        report = _learn(context, writer, new, config, folder)
+        files = [new.path(number) for number in range(1, new.num_shards + 1)] if report.changed else []
+        line = journal.record(_STEP, files, report=report.model_dump(mode="json"))
+        final = load_final_states(journal, _FINAL)
+        assert final is not None
+    report = RepairReport(**line["report"])
+    if not report.changed:
+        return Repaired(writer=writer, pruned_NSD=None, report=report)
+    for number in range(1, new.num_shards + 1):
+        new.adopt(number)
+    return Repaired(writer=new, pruned_NSD=final["pruned"], report=report)
+
+
+def _learn(
+    context: RunContext, writer: ModelWriter, new: ModelWriter, config: Mapping[str, Any], folder: Path
+) -> RepairReport:
+    """Distil, write the blocks with what was learned, and keep the last hidden states of the reported windows."""
+    started = time.perf_counter()
+    student = _assembled(context, writer, config, folder / "pruned")
+    recovery = _recovery_context(context, student)
+    place = Workplace(folder=folder / "state", scratch=folder / "scratch")
+    place.folder.mkdir(exist_ok=True)
+    try:
+        history, num_learned = _distilled(recovery, place)
+    except DamagedStateError as error:
+        context.observer.note(f"{error}; the repair begins anew")
+        shutil.rmtree(place.folder)
+        place.folder.mkdir()
+        history, num_learned = _distilled(recovery, place)
+    changed = history.best.step > 0
+    states: dict[str, torch.Tensor] = {}
+    if changed:
+        with context.meter.phase(Phase.REPAIR):
+            for block in student.layout.blocks:
+                new.write_block(block.index, learned(recovery.student, block, scales_of, place.scratch / "result"))
+                release_free_memory()
+        repaired = _assembled(context, new, config, folder / "repaired")
+        probe = replace(recovery.student, stock=repaired, windows=context.windows).on_windows(
+            tuple(range(context.num_probe))
+        )
+        with contextlib.closing(last_states(probe, folder / "probe.bin", Phase.REPAIR)) as store:
+            states["pruned"] = store.read(0, context.num_probe).clone()
+    save_final_states(context.run.journal, states, step=_FINAL)
+    shutil.rmtree(place.scratch)
+    release_free_memory()
+    return RepairReport(
+        mode="scales",
+        num_learned=num_learned,
+        num_windows=len(recovery.texts.all_train),
+        num_judged=len(recovery.texts.all_held_out),
+        steps=history.step,
+        divergence_before=history.evaluations[0].divergence,
+        divergence_after=history.best.divergence,
+        changed=changed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _assembled(context: RunContext, writer: ModelWriter, config: Mapping[str, Any], directory: Path) -> StockModel:
+    """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    write_json(directory / "config.json", config)
+    if context.recipe.per_layer:
+        write_modeling_file(directory, context.stock.family, config)
+    writer.link(directory)
+    return StockModel(CheckpointReader(directory))
+
+
+def _recovery_context(context: RunContext, student: StockModel) -> RecoveryContext:
+    settings = RecoverySettings(
+        mode="scales", seq_len=context.windows.ids_NS.shape[1], batch=1, seed=context.recipe.seed
+    )
+    # Window by window: a run that goes on must not depend on how much memory was free at its start.
+    teacher = StreamedModel(
+        stock=context.stock,
+        windows=replace(context.windows, ids_NS=context.windows.ids_NS[: context.num_repair]),
+        plan=replace(context.plan, micro_batch_windows=1),
+        device=context.device,
+        dtype=context.dtype,
+        meter=context.meter,
+    )
+    train, judged = divided(_by_text(context))
+    return RecoveryContext(
+        teacher=teacher,
+        student=replace(teacher, stock=student),
+        settings=settings.resolved(),
+        texts=Texts(names=(context.calibration_name,), windows=teacher.windows, train=(train,), held_out=judged),
+        targets=(),
+        resident=context.plan.store == "memory",
+        observer=context.observer,
+    )
+
+
+def _by_text(context: RunContext) -> list[list[int]]:
+    """List the numbers of the repair's windows, of each text."""
+    numbers = range(context.num_repair)
+    texts = [[number for number in text.windows if number in numbers] for text in context.windows.texts]
+    return [text for text in texts if text] or [list(numbers)]
+
+
+def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Divide windows into those that are learned from, all together, and those of each text that judge.
+
+    The last ones of each text judge, an eighth of it; a text with a single window only teaches, unless all have one.
+    """
+    counts = [min(max(_FEWEST_JUDGED, len(text) // 8), _MOST_JUDGED) if len(text) > 1 else 0 for text in texts]
+    if not any(counts):
+        counts[-1] = 1
+    train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
+    judged = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
+    return tuple(train), judged
+
+
+def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:
+    """Learn, and leave the best values in the scratch folder; what happened, and how many numbers could change."""
+    shutil.rmtree(place.scratch, ignore_errors=True)
+    place.scratch.mkdir()
+    with contextlib.closing(StreamedStudent(context, place.scratch, scales_of)) as student:
+        with context.student.meter.phase(Phase.REPAIR):
+            history = distil(context, student, place, "repair")
+        result = place.scratch / "result"
+        result.mkdir()
+        student.save(result, moments=False)
+        num_learned = student.num_parameters
+    release_free_memory()
+    return history, num_learned
+
+
+SCALES = Repair(run=repair_by_scales)

@@ -1,0 +1,249 @@
+"""`prune --repair scales`: what it may change, that it helps, what it leaves alone, and how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from structprune import Recipe, prune
+from structprune.api import plan, resume
+from structprune.errors import InputError, NumericalError, UnsupportedError
+from structprune.observer import SilentObserver
+from structprune.phases import Phase
+from structprune.results.report import PruneReport
+from structprune.results.summary import summary_rows
+from structprune.training import loop
+from structprune.training.repair import divided
+from support.models import save_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONSUMERS = ("down_proj.weight", "o_proj.weight")
+
+
+def recipe(text_file: Path, **changes: Any) -> Recipe:
+    settings = {"method": "wanda-sp", "scope": "all", "sparsity": 0.3, "num_samples": 40, "seq_len": 32}
+    common = {"calibration": str(text_file), "dtype": "float32", "multiple_of": 1, "repair": "scales"}
+    return Recipe.build(**{**settings, **common, **changes})
+
+
+def weights(output: Path) -> Mapping[str, Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sharp_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA whose predictions depend on its blocks: what is removed from them is missed."""
+    source = save_tiny("llama", tmp_path_factory.mktemp("sharp") / "llama")
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.mul_(4 if "layers" in name else 2)
+    model.save_pretrained(source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def both(
+    sharp_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PruneReport, PruneReport]:
+    """The reports of a run without a repair and with one."""
+    folder = tmp_path_factory.mktemp("both")
+    without = prune(sharp_llama, recipe(text_file, repair="none", reload_check=False), folder / "without")
+    return without, prune(sharp_llama, recipe(text_file), folder / "repaired")
+
+
+def test_only_vectors_and_scales_of_consumers_change(both: tuple[PruneReport, PruneReport]) -> None:
+    without, repaired = (weights(Path(report.output)) for report in both)
+    assert without.keys() == repaired.keys()
+    for name, old in without.items():
+        new = repaired[name]
+        if name.endswith(CONSUMERS):
+            ratio = new / old
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)
+            assert not torch.equal(new, old)
+        elif old.dim() == 1 and "layers" in name:
+            assert not torch.equal(new, old), name
+        else:
+            assert torch.equal(new, old), name
+
+
+def test_it_is_nearer_to_the_dense_model_on_windows_that_it_has_not_seen(
+    both: tuple[PruneReport, PruneReport],
+) -> None:
+    without, repaired = both
+    found = repaired.repair
+    assert without.repair is None
+    assert found is not None
+    assert found.changed
+    assert found.divergence_after < 0.99 * found.divergence_before
+    assert (found.num_windows, found.num_judged, found.steps) == (35, 5, 35)
+    assert without.held_out is not None
+    assert repaired.held_out is not None
+    assert repaired.held_out.fingerprint == without.held_out.fingerprint
+    assert repaired.held_out.dense_perplexity == without.held_out.dense_perplexity
+    # In-sample: the windows that are learned from are among those of the perplexity.
+    assert repaired.calibration.dense_perplexity == without.calibration.dense_perplexity
+    assert repaired.calibration.pruned_perplexity != without.calibration.pruned_perplexity
+
+
+def test_what_is_reported_is_what_was_written(both: tuple[PruneReport, PruneReport]) -> None:
+    report = both[1]
+    assert report.reload.relative_difference is not None
+    assert report.reload.relative_difference < 1e-4
+    assert report.repair is not None
+    blocks = weights(Path(report.output))
+    learned = [tensor for name, tensor in blocks.items() if "layers" in name and tensor.dim() == 1]
+    inputs = sum(tensor.shape[1] for name, tensor in blocks.items() if name.endswith(CONSUMERS))
+    assert report.repair.num_learned == sum(len(tensor) for tensor in learned) + inputs
+    assert dict(summary_rows(report))["repair by scales"].startswith("KL from the dense model ")
+    assert not any("repair" in name for name, _ in summary_rows(both[0]))
+    pages = [(Path(one.output) / "pruning_report.html").read_text(encoding="utf-8") for one in both]
+    assert ["Repair by scales: KL from the dense model " in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"method": "depth", "sparsity": 0.5}),
+        ("qwen3_moe", {"method": "reap", "sparsity": 0.5}),
+        ("gpt2", {"method": "flap", "scope": "mlp"}),
+        ("llama", {"method": "fasp", "structure": "per-layer", "head_units": "value-channel"}),
+    ],
+    ids=["depth", "experts", "biases", "per-layer"],
+)
+def test_other_results_can_be_repaired(family: str, changes: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
+    settings = dict(recipe(text_file).model_dump(exclude_unset=True)) | changes
+    if changes["method"] in ("depth", "reap"):
+        del settings["multiple_of"], settings["scope"]
+    source = save_tiny(family, tmp_path / "model", num_blocks=4)
+    report = prune(source, Recipe.build(**settings), tmp_path / "out")
+    assert report.repair is not None
+    assert report.repair.divergence_after <= report.repair.divergence_before
+    assert report.reload.relative_difference is not None
+    assert report.reload.relative_difference < 1e-4
+
+
+def test_a_result_that_predicts_as_the_dense_model_stays_as_it_is(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    report = prune(tiny_llama, recipe(text_file, sparsity=0.0, reload_check=False), tmp_path / "out")
+    assert report.repair is not None
+    assert not report.repair.changed
+    assert report.repair.divergence_after == report.repair.divergence_before
+    dense, kept = weights(tiny_llama), weights(tmp_path / "out")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in dense.items())
+    assert "nothing was changed" in dict(summary_rows(report))["repair by scales"]
+
+
+class Stop(BaseException):
+    """The process is gone."""
+
+
+class Stopper(SilentObserver):
+    """Ends the process at a step of the repair."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.name, self.count = at, "", 0
+        self.notes: list[str] = []
+
+    def start(self, name: str, total: int) -> None:
+        self.name, self.count = name, 0
+
+    def advance(self, text: str = "") -> None:
+        self.count += 1
+        if self.name == "repair" and self.count == self.at:
+            raise Stop
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_it_goes_on_from_its_own_snapshot(
+    damaged: bool,
+    sharp_llama: Path,
+    both: tuple[PruneReport, PruneReport],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "_LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", float("inf"))
+    output = tmp_path / "out"
+    with pytest.raises(Stop):
+        prune(sharp_llama, recipe(text_file), output, Stopper(5))
+    snapshots = list((tmp_path / "out.partial" / "repair" / "state").glob("snapshot-*"))
+    assert len(snapshots) == 1
+    assert not output.exists()
+    if damaged:
+        next(snapshots[0].glob("block-*.safetensors")).write_bytes(b"")
+    listener = Stopper(0)
+    resume(output, listener)
+    went_on = [note for note in listener.notes if note.startswith("going on after step")]
+    assert went_on == ([] if damaged else ["going on after step 4 of an earlier run"])
+    assert any("the repair begins anew" in note for note in listener.notes) == damaged
+    expected = weights(Path(both[1].output))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
+
+
+def test_it_is_planned(tiny_llama: Path, text_file: Path) -> None:
+    with_repair = plan(tiny_llama, recipe(text_file)).plan
+    without = plan(tiny_llama, recipe(text_file, repair="none")).plan
+    assert Phase.REPAIR in with_repair.phases
+    assert Phase.REPAIR not in without.phases
+    assert with_repair.disk_bytes > without.disk_bytes
+
+
+def test_its_own_windows(sharp_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = recipe(text_file, repair_samples=5, reload_check=False)
+    report = prune(sharp_llama, asked, tmp_path / "out")
+    assert report.repair is not None
+    assert (report.repair.num_windows, report.repair.num_judged) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "train", "judged"),
+    [
+        ([[0, 1, 2]], (0, 1), ((2,),)),
+        ([list(range(100))], tuple(range(92)), (tuple(range(92, 100)),)),
+        ([[0, 2], [1, 3]], (0, 1), ((2,), (3,))),
+        ([[0, 2, 3], [1]], (0, 1, 2), ((3,),)),
+        ([[0], [1]], (0,), ((1,),)),
+    ],
+)
+def test_windows_that_teach_and_windows_that_judge(
+    texts: list[list[int]], train: tuple[int, ...], judged: tuple[tuple[int, ...], ...]
+) -> None:
+    assert divided(texts) == (train, judged)
+
+
+def test_one_window_is_too_few(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one window cannot both teach the repair and measure it"):
+        prune(tiny_llama, recipe(text_file, num_samples=1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sliced_model_has_none(text_file: Path) -> None:
+    with pytest.raises(UnsupportedError, match="--repair has no meaning for method 'slicegpt'"):
+        Recipe.build(method="slicegpt", calibration=str(text_file), repair="scales")
+
+
+def test_numbers_that_are_not_finite_end_the_run(
+    sharp_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> float:
+        raise NumericalError("the gradient is NaN or infinite", where="block 1")
+
+    monkeypatch.setattr("structprune.training.stream.adam_step", nothing)
+    with pytest.raises(NumericalError):
+        prune(sharp_llama, recipe(text_file), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
