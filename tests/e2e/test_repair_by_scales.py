@@ -85,7 +85,7 @@ def test_it_is_nearer_to_the_dense_model_on_windows_that_it_has_not_seen(
     assert found is not None
     assert found.changed
     assert found.divergence_after < 0.99 * found.divergence_before
-    assert (found.num_windows, found.num_judged, found.steps) == (35, 5, 35)
+    assert (found.num_windows, found.num_measured, found.steps) == (35, 5, 35)
     assert without.held_out is not None
     assert repaired.held_out is not None
     assert repaired.held_out.fingerprint == without.held_out.fingerprint
@@ -207,11 +207,11 @@ def test_its_own_windows(sharp_llama: Path, text_file: Path, tmp_path: Path) -> 
     asked = recipe(text_file, repair_samples=5, reload_check=False)
     report = prune(sharp_llama, asked, tmp_path / "out")
     assert report.repair is not None
-    assert (report.repair.num_windows, report.repair.num_judged) == (4, 1)
+    assert (report.repair.num_windows, report.repair.num_measured) == (4, 1)
 
 
 @pytest.mark.parametrize(
-    ("texts", "train", "judged"),
+    ("texts", "train", "measured"),
     [
         ([[0, 1, 2]], (0, 1), ((2,),)),
         ([list(range(100))], tuple(range(92)), (tuple(range(92, 100)),)),
@@ -220,10 +220,10 @@ def test_its_own_windows(sharp_llama: Path, text_file: Path, tmp_path: Path) -> 
         ([[0], [1]], (0,), ((1,),)),
     ],
 )
-def test_windows_that_teach_and_windows_that_judge(
-    texts: list[list[int]], train: tuple[int, ...], judged: tuple[tuple[int, ...], ...]
+def test_windows_that_teach_and_windows_that_measure(
+    texts: list[list[int]], train: tuple[int, ...], measured: tuple[tuple[int, ...], ...]
 ) -> None:
-    assert divided(texts) == (train, judged)
+    assert divided(texts) == (train, measured)
 
 
 def test_one_window_is_too_few(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

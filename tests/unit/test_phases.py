@@ -26,6 +26,7 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
         "sensitivity: loss",
         "sensitivity: scores",
         "iterate",
+        "repair",
         "statistics",
         "eigenvectors",
         "rotate block",

@@ -141,7 +141,7 @@ class RepairReport(Frozen):
     """Numbers that could change."""
     num_windows: int
     """Calibration windows that were learned from, each once."""
-    num_judged: int
+    num_measured: int
     """Calibration windows that said whether it helped."""
     steps: int
     divergence_before: float

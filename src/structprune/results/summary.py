@@ -105,7 +105,7 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
         (
             f"repair by {repair.mode}",
             f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
-            f"on {repair.num_judged} of the calibration's windows; {repair.num_windows} others taught "
+            f"on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
             f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
             + ("" if repair.changed else "; nothing helped, nothing was changed"),
         )

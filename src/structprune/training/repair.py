@@ -41,7 +41,7 @@ from structprune.training.texts import Texts
 
 _STEP = "repair"
 _FINAL = "repaired states"
-_FEWEST_JUDGED, _MOST_JUDGED = 1, 8
+_FEWEST_MEASURED, _MOST_MEASURED = 1, 8
 
 
 def repair_by_scales(context: RunContext, writer: ModelWriter, config: Mapping[str, Any]) -> Repaired:
@@ -106,7 +106,7 @@ def _learn(
         mode="scales",
         num_learned=num_learned,
         num_windows=len(recovery.texts.all_train),
-        num_judged=len(recovery.texts.all_held_out),
+        num_measured=len(recovery.texts.all_held_out),
         steps=history.step,
         divergence_before=history.evaluations[0].divergence,
         divergence_after=history.best.divergence,
@@ -139,12 +139,12 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
         dtype=context.dtype,
         meter=context.meter,
     )
-    train, judged = divided(_by_text(context))
+    train, measured = divided(_by_text(context))
     return RecoveryContext(
         teacher=teacher,
         student=replace(teacher, stock=student),
         settings=settings.resolved(),
-        texts=Texts(names=(context.calibration_name,), windows=teacher.windows, train=(train,), held_out=judged),
+        texts=Texts(names=(context.calibration_name,), windows=teacher.windows, train=(train,), held_out=measured),
         targets=(),
         resident=context.plan.store == "memory",
         observer=context.observer,
@@ -159,16 +159,16 @@ def _by_text(context: RunContext) -> list[list[int]]:
 
 
 def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Divide windows into those that are learned from, all together, and those of each text that judge.
+    """Divide windows into those that are learned from, all together, and those of each text that only measure.
 
-    The last ones of each text judge, an eighth of it; a text with a single window only teaches, unless all have one.
+    These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
     """
-    counts = [min(max(_FEWEST_JUDGED, len(text) // 8), _MOST_JUDGED) if len(text) > 1 else 0 for text in texts]
+    counts = [min(max(_FEWEST_MEASURED, len(text) // 8), _MOST_MEASURED) if len(text) > 1 else 0 for text in texts]
     if not any(counts):
         counts[-1] = 1
     train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
-    judged = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
-    return tuple(train), judged
+    measured = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
+    return tuple(train), measured
 
 
 def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:

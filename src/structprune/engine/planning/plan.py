@@ -118,7 +118,7 @@ class PlanRequest:
     follows_dense: bool = False
     sensitivity_windows: int = 0
     repair_windows: int = 0
-    """Windows that the result learns from, and is judged on, behind the last block; 0: it does not."""
+    """Windows that the result learns from, and is measured on, behind the last block; 0: it does not."""
     rehearses: bool = False
     """Whether passes come before the one that is written."""
     chooses_ridge: bool = False
