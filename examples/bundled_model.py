@@ -51,7 +51,7 @@ class Amount:
 
 
 AMPLE = Amount(windows=64, gradient_windows=8, held_out=4, minutes=0.8, seq_len=512, test_windows=3, repeats=2)
-LEAN = Amount(windows=24, gradient_windows=3, held_out=2, minutes=0.8, seq_len=256, test_windows=2, repeats=1)
+LEAN = Amount(windows=24, gradient_windows=2, held_out=2, minutes=0.6, seq_len=256, test_windows=2, repeats=1)
 PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -73,7 +73,9 @@ def main() -> None:
         sensitivity_samples=amount.gradient_windows,
         held_out=amount.held_out,
     )
+    # In a minute there is time for a few steps: some thousand scales learn more in them than all the matrices would.
     recovery = RecoverySettings(
+        mode="scales",
         calibration=("boolq",),
         minutes=amount.minutes,
         num_samples=64,

@@ -11,6 +11,8 @@ from structprune.files import expand_user
 
 AUTO = "auto"
 """The first of the built-in texts that can be had."""
+MIX = "mix"
+"""Prose and program text, from what can be had."""
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
 
@@ -29,6 +31,10 @@ class WeightedText:
         return path if path.is_file() else None
 
 
+# Name of a text -> its weight in a mix, which counts as much as they do together.
+_MIXED = {AUTO: 2.0, "python": 1.0}
+
+
 def weighted_text(asked: str) -> WeightedText:
     """Split `TEXT:WEIGHT`; a file of such a name is taken as it is. Raises ValueError for a weight of 0."""
     match = _WEIGHT.fullmatch(asked)
@@ -40,12 +46,18 @@ def weighted_text(asked: str) -> WeightedText:
 
 
 def weighted_texts(asked: Sequence[str]) -> tuple[WeightedText, ...]:
-    """Split each. Raises ValueError as `weighted_text` does, and for a text that is named twice."""
-    texts = tuple(weighted_text(text) for text in asked)
+    """Split each, `mix` into its texts. Raises ValueError as `weighted_text` does, and for a text named twice."""
+    texts = tuple(part for text in asked for part in _parts(weighted_text(text)))
     names = [text.name for text in texts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is named twice: give it a weight instead, such as {twice[0]}:2")
     return texts
+
+
+def _parts(text: WeightedText) -> tuple[WeightedText, ...]:
+    if text.name != MIX or _exists(MIX):
+        return (text,)
+    return tuple(WeightedText(name=name, weight=weight * text.weight) for name, weight in _MIXED.items())
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:

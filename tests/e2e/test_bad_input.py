@@ -774,7 +774,9 @@ def test_eval_of_nan(refused: Refused, tiny_llama: Path, text_file: Path, tmp_pa
 @pytest.mark.parametrize("name", ["wikitext", "selfie"])
 def test_unknown_calibration(name: str, refused: Refused, tiny_llama: Path) -> None:
     message = refused(tiny_llama, calibration=name)
-    assert message.startswith(f"unknown calibration '{name}'; wanted wikitext2, c4, boolq, self, or the path")
+    assert message.startswith(
+        f"unknown calibration '{name}'; wanted wikitext2, c4, boolq, python, self, mix, or the path"
+    )
 
 
 @pytest.mark.parametrize("name", ["none.txt", "no/such/file"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from structprune.errors import InputError
 from structprune.results.schema import HeldOutText
 from structprune.results.summary import summary_rows, warnings
 from structprune.runs.directory import RunDirectory
-from structprune.texts import shares, weighted_text
+from structprune.texts import shares, weighted_text, weighted_texts
 from support.command_line import CommandLine
 from support.models import byte_tokenizer
 
@@ -54,6 +55,55 @@ def recipe(*calibration: str, **changes: Any) -> Recipe:
 )
 def test_shares(weights: list[float], total: int, wanted: list[int]) -> None:
     assert shares(weights, total) == wanted
+
+
+def test_a_mix_is_prose_and_program_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [(text.name, text.weight) for text in weighted_texts(("mix:0.5", "notes.txt"))]
+    assert named == [("auto", 1.0), ("python", 0.5), ("notes.txt", 1.0)]
+    with pytest.raises(ValueError, match="python is named twice"):
+        weighted_texts(("mix", "python"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mix").touch()
+    assert [text.name for text in weighted_texts(("mix",))] == ["mix"]
+
+
+def test_a_run_on_the_mix(tiny_llama: Path, tmp_path: Path) -> None:
+    report = prune(tiny_llama, recipe("mix", reload_check=False), tmp_path / "out")
+    found = [(text.name, text.num_windows) for text in report.calibration.texts]
+    assert found in ([("boolq", 8), ("python", 4)], [("self", 8), ("python", 4)])
+    assert report.held_out is not None
+    assert [text.name for text in report.held_out.texts] == [name for name, _ in found]
+
+
+def test_source_code_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "lib"
+    for name in ("a.py", "b/c.py", "test/t.py", "site-packages/s.py", "idlelib/i.py"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"{Path(name).stem}" * 20_000)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
+    drawn: list[str] = []
+
+    def encode(text: str) -> torch.Tensor:
+        drawn.append(text)
+        return torch.arange(len(text))
+
+    def windows(**changes: Any) -> Any:
+        context = SourceContext(encode=encode, sample=lambda *_: torch.empty(0), num_samples=2, seq_len=4000, seed=0)
+        return load_windows("python", replace(context, **changes), lambda said: None)[1]
+
+    assert windows().ids_NS.shape == (2, 4000)
+    # Both modules are needed, each cut, and none of the folders that are left out.
+    assert set(drawn[-1]) == {"a", "c", "\n"}
+    assert drawn[-1].count("a") == drawn[-1].count("c") == 12_000
+    # One is enough, and the seed says which.
+    seen = set()
+    for seed in range(8):
+        windows(num_samples=1, seq_len=1000, seed=seed)
+        seen.add(drawn[-1][0])
+    assert seen == {"a", "c"}
+    shutil.rmtree(library)
+    with pytest.raises(InputError, match="no source code of its library"):
+        windows()
 
 
 def test_names_with_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,9 @@ def test_load_windows_unknown_name(name: str, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError) as caught:
         load_windows(name, context(), print)
     if name:
-        assert str(caught.value).startswith(f"unknown calibration {name!r}; wanted wikitext2, c4, boolq, self, or")
+        assert str(caught.value).startswith(
+            f"unknown calibration {name!r}; wanted wikitext2, c4, boolq, python, self, mix, or"
+        )
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "no/such/file"])

@@ -13,6 +13,7 @@ SOURCES: Registry[Source] = Registry(
         "wikitext2": "structprune.calibration.sources.hub:WIKITEXT2",
         "c4": "structprune.calibration.sources.hub:C4",
         "boolq": "structprune.calibration.sources.boolq:BOOLQ",
+        "python": "structprune.calibration.sources.python_code:PYTHON",
         "self": "structprune.calibration.sources.self_sampled:SELF_SAMPLED",
     },
     group="structprune.sources",

@@ -17,7 +17,7 @@ from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
 from structprune.errors import InputError
 from structprune.files import expand_user
-from structprune.texts import AUTO, WeightedText, shares
+from structprune.texts import AUTO, MIX, WeightedText, shares
 from structprune.types import Render
 
 
@@ -78,7 +78,7 @@ def check_texts(texts: Sequence[WeightedText]) -> None:
         if text.name != AUTO and text.name not in SOURCES and not (path.exists() or "/" in text.name or path.suffix):
             raise InputError(
                 f"unknown calibration {text.name!r}",
-                wanted=f"{', '.join(SOURCES)}, or the path of a text or jsonl file",
+                wanted=f"{', '.join(SOURCES)}, {MIX}, or the path of a text or jsonl file",
             )
 
 

@@ -77,9 +77,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     )
     calibration: Annotated[CalibrationTexts, Flag(Group.CALIBRATION, unset=AUTO)] = Field(
         default=(AUTO,),
-        description="text to measure on: wikitext2, c4, boolq, self, or the path of a text or jsonl file; auto: the "
-        "first of wikitext2, boolq and self that can be had; given several times, the windows are shared out to the "
-        "texts, by weights if some have one, as in code.jsonl:2",
+        description="text to measure on: wikitext2, c4, boolq, python, self, or the path of a text or jsonl file; "
+        "auto: the first of wikitext2, boolq and self that can be had; mix: two parts of that and one of python; given "
+        "several times, the windows are shared out to the texts, by weights if some have one, as in code.jsonl:2",
     )
     merge_adapter: AdapterSetting = Field(
         default="none",

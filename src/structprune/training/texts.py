@@ -14,6 +14,7 @@ from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.errors import InputError
 from structprune.recipe.training import RecoverySettings
+from structprune.texts import MIX, weighted_texts
 
 _MOST_HELD_OUT = 8
 
@@ -38,6 +39,12 @@ class Texts:
         return tuple(number for part in self.held_out for number in part)
 
 
+def _names(settings: RecoverySettings) -> list[str]:
+    """List the texts, a mix as those that it is of: each is a domain of its own, and none has a weight."""
+    mixed = [text.name for text in weighted_texts((MIX,))]
+    return [part for name in settings.calibration for part in (mixed if name == MIX else [name])]
+
+
 def read_texts(settings: RecoverySettings, context: SourceContext, notify: Callable[[str], None]) -> Texts:
     """Draw the windows of every text in a seeded order; the last ones of each are held out.
 
@@ -50,7 +57,7 @@ def read_texts(settings: RecoverySettings, context: SourceContext, notify: Calla
     train: list[tuple[int, ...]] = []
     held_out: list[tuple[int, ...]] = []
     first = 0
-    for asked in settings.calibration or (None,):
+    for asked in _names(settings) or (None,):
         name, windows = load_windows(asked, context, notify)
         found = len(windows.ids_NS)
         kept_apart = settings.held_out or max(1, min(_MOST_HELD_OUT, found // 8))
