@@ -178,9 +178,11 @@ ALL_THERE = PLACES[0]
 STRUCTPRUNE = {"method": "structprune", "sensitivity_samples": 4}
 # Settings, places, and how many times what is measured may be planned.
 BOUNDS: list[Any] = [
-    *(({}, places, 1.25) for places in PLACES),
-    (STRUCTPRUNE, ALL_THERE, 1.25),
-    *(pytest.param(STRUCTPRUNE, places, 1.25, marks=pytest.mark.slow) for places in PLACES[1:]),
+    # The same method with a sensitivity pass of three micro-batches, and with a short one.
+    ({}, ALL_THERE, 1.25),
+    *(pytest.param({}, places, 1.25, marks=pytest.mark.slow) for places in PLACES[1:]),
+    pytest.param(STRUCTPRUNE, ALL_THERE, 1.25, marks=pytest.mark.slow),
+    *((STRUCTPRUNE, places, 1.25) for places in PLACES[1:]),
     pytest.param({"scope": "all"}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     pytest.param({"damping": 1e-4}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     # Libraries of a GPU may copy what is not laid out as they want it.
