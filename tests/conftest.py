@@ -113,6 +113,16 @@ def fresh_process() -> None:
     """The reload check of this test starts its process."""
 
 
+@pytest.fixture
+def cells_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of a comparison without their processes, which take seconds; test_compare.py has the real ones."""
+    from structprune.comparison import run
+    from structprune.comparison.cell import run_cell
+    from structprune.observer import SilentObserver
+
+    monkeypatch.setattr(run, "_in_a_process", lambda spec, work: run_cell(spec, SilentObserver()))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Generator[None]:
     """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
