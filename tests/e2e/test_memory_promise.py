@@ -84,11 +84,11 @@ def smallest_budget(model: Path, values: dict[str, Any]) -> int:
 SLOW = pytest.mark.slow
 RUNS = [
     pytest.param({}, "memory", id="fasp"),
-    pytest.param({}, "file", id="fasp-smallest-budget"),
+    pytest.param({}, "file", id="fasp-smallest-budget", marks=SLOW),
     pytest.param({"method": "wanda-sp", "scope": "all"}, "memory", id="wanda-sp-all", marks=SLOW),
-    pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform"),
+    pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform", marks=SLOW),
     pytest.param({"method": "osscar"}, "memory", id="osscar", marks=SLOW),
-    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune"),
+    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune", marks=SLOW),
     pytest.param({"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget"),
     pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
