@@ -92,7 +92,7 @@ def kept(output: Path) -> Any:
 
 
 # What differs from another run here in its score, selector or scope alone: of these, `test_device_solves.py` has all.
-ALIKE = ("normed", "fasp-all", "spap", "osscar", "flap-all", "wanda-sp", "magnitude", "random")
+ALIKE = ("normed", "search", "fasp-all", "spap", "osscar", "flap-all", "wanda-sp", "magnitude", "random")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in RUNS])
