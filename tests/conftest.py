@@ -1,7 +1,12 @@
-"""Small models and texts that the tests share. Everything is generated; nothing is downloaded."""
+"""Small models and texts that the tests share. Everything is generated; nothing is downloaded.
+
+torch and the package are imported by the fixtures: with `-n` the process that deals out the tests needs neither, and
+would import them for seconds before any worker starts.
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -13,24 +18,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
-import transformers.dynamic_module_utils
 
-from structprune.cli import main
-from structprune.evaluation import reload
 from support.command_line import CommandLine
-from support.models import save_tiny
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports left out of garbage collection: half a second of each full one, and nothing to find."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA of 2 blocks, hidden 32, 48 channels, 4/2 heads, byte tokenizer, one shard. Do not modify: copy it."""
+    from support.models import save_tiny
+
     return save_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OPT of the same size. Do not modify: copy it."""
+    from support.models import save_tiny
+
     return save_tiny("opt", tmp_path_factory.mktemp("tiny") / "opt")
 
 
@@ -64,9 +74,19 @@ def smollm2() -> Path:
     return bundled_gguf()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def files_need_not_outlast_a_power_cut() -> Generator[None]:
+    """No waiting for the disk, which is a sixth of a tiny run; that the descriptor is open is still checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture
 def command_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     """Runs `structprune` with these arguments in this process: (exit code, standard output, standard error)."""
+    from structprune.cli import main
+
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -83,6 +103,8 @@ def command_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reload check of every run without its fresh process, which takes seconds; test_reload.py has the real one."""
     if "fresh_process" not in request.fixturenames:
+        from structprune.evaluation import reload
+
         monkeypatch.setattr(reload, "reload_in_a_process", lambda spec, work: reload.reload_here(spec))
 
 
@@ -91,9 +113,21 @@ def fresh_process() -> None:
     """The reload check of this test starts its process."""
 
 
+@pytest.fixture
+def cells_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of a comparison without their processes, which take seconds; test_compare.py has the real ones."""
+    from structprune.comparison import run
+    from structprune.comparison.cell import run_cell
+    from structprune.observer import SilentObserver
+
+    monkeypatch.setattr(run, "_in_a_process", lambda spec, work: run_cell(spec, SilentObserver()))
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Generator[None]:
     """On tiny tensors threads only wait for each other, for seconds where the cores are shared."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -103,6 +137,8 @@ def one_thread() -> Generator[None]:
 @pytest.fixture(scope="module")
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers reads HF_MODULES_CACHE at import, so the name it made of it is replaced."""
+    import transformers.dynamic_module_utils
+
     with pytest.MonkeyPatch.context() as patch:
         cache = str(tmp_path_factory.mktemp("modules"))
         patch.setenv("HF_MODULES_CACHE", cache)

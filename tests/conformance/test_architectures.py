@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save_tiny(request.param, tmp_path_factory.mktemp("conformance") / request.param)
 
 
+@functools.cache
+def stock_of(directory: Path, head_units: HeadUnits = "kv-group") -> StockModel:
+    """The model of a run, which makes a new module of each block; the tests share it as the steps of a run do."""
+    return StockModel(CheckpointReader(directory), head_units)
+
+
 def streamed_logits(stock: StockModel, reader: CheckpointReader, ids_BS: torch.Tensor) -> torch.Tensor:
     hidden_BSD, inputs = stock.embed(ids_BS, reader.read(stock.embedding_tensors()))
     for block in stock.layout.blocks:
@@ -35,7 +42,7 @@ def streamed_logits(stock: StockModel, reader: CheckpointReader, ids_BS: torch.T
 
 
 def test_streamed_forward_equals_stock_forward(tiny: Path) -> None:
-    stock = StockModel(CheckpointReader(tiny))
+    stock = stock_of(tiny)
     ids_BS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     with torch.no_grad():
@@ -45,7 +52,7 @@ def test_streamed_forward_equals_stock_forward(tiny: Path) -> None:
 
 
 def test_embedding_twice_gives_the_same(tiny: Path) -> None:
-    stock = StockModel(CheckpointReader(tiny))
+    stock = stock_of(tiny)
     reader = stock.reader
     tensors = reader.read(stock.embedding_tensors())
     ids_BS = torch.arange(30).reshape(2, 15)
@@ -55,7 +62,7 @@ def test_embedding_twice_gives_the_same(tiny: Path) -> None:
 
 
 def test_layout_counts_every_parameter_once(tiny: Path) -> None:
-    layout = StockModel(CheckpointReader(tiny)).layout
+    layout = stock_of(tiny).layout
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert layout.num_parameters == sum(p.numel() for p in model.parameters())
     for block in layout.blocks:
@@ -72,7 +79,7 @@ def test_layout_counts_every_parameter_once(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
-    stock = StockModel(CheckpointReader(tiny))
+    stock = stock_of(tiny)
     reader = stock.reader
     block = stock.layout.blocks[1]
     group = block.group(kind)
@@ -103,7 +110,7 @@ def test_compacted_equals_masked_dense(tiny: Path, kind: str) -> None:
 
 def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
     try:
-        stock = StockModel(CheckpointReader(tiny), "query-head")
+        stock = stock_of(tiny, "query-head")
     except UnsupportedError as error:
         pytest.skip(error.what)
     block = stock.layout.blocks[1]
@@ -125,7 +132,7 @@ def test_query_heads_compacted_equal_masked_dense(tiny: Path) -> None:
 
 def with_value_channels(tiny: Path) -> StockModel:
     try:
-        return StockModel(CheckpointReader(tiny), "value-channel")
+        return stock_of(tiny, "value-channel")
     except UnsupportedError as error:
         pytest.skip(error.what)
 
@@ -185,7 +192,7 @@ def test_value_channels_of_a_head_may_change_places(tiny: Path) -> None:
 )
 def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind, head_units: HeadUnits) -> None:
     """Zeros in all that a unit owns of its producers are zeros in what the consumer reads of it, and nothing else."""
-    stock = with_value_channels(tiny) if head_units == "value-channel" else StockModel(CheckpointReader(tiny))
+    stock = with_value_channels(tiny) if head_units == "value-channel" else stock_of(tiny)
     reader = stock.reader
     block = stock.layout.blocks[1]
     tensors = reader.read(block.shapes, block.prefix)
@@ -206,7 +213,7 @@ def test_without_its_producers_a_unit_is_silent(tiny: Path, kind: UnitKind, head
 
 
 def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
-    stock = StockModel(CheckpointReader(tiny))
+    stock = stock_of(tiny)
     reader = stock.reader
     block = stock.layout.blocks[0]
     module = stock.block(0, reader.read(block.shapes, block.prefix))
@@ -225,7 +232,7 @@ def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", UNIT_KINDS)
 def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKind) -> None:
-    stock = StockModel(CheckpointReader(tiny))
+    stock = stock_of(tiny)
     reader = stock.reader
     block = stock.layout.blocks[0]
     module = stock.block(0, reader.read(block.shapes, block.prefix))

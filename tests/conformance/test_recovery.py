@@ -5,6 +5,7 @@ Shape suffixes: B windows, S positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,12 @@ def texts_of(windows: CalibrationWindows) -> Texts:
     return Texts(names=("tiny",), windows=windows, train=(TRAIN,), held_out=(HELD_OUT,))
 
 
+@functools.cache
+def stock_of(directory: Path) -> StockModel:
+    """The model of a run, which makes a new module of each block; the tests share it as the steps of a run do."""
+    return StockModel(CheckpointReader(directory))
+
+
 def context_for(teacher: Path, student: Path, *, resident: bool = True, **settings: Any) -> RecoveryContext:
     ids_NS = torch.randint(0, 250, (4, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     windows = CalibrationWindows(ids_NS=ids_NS, description="random")
@@ -51,7 +58,7 @@ def context_for(teacher: Path, student: Path, *, resident: bool = True, **settin
     )
     sides = [
         StreamedModel(
-            stock=StockModel(CheckpointReader(directory)),
+            stock=stock_of(directory),
             windows=windows,
             plan=plan,
             device=torch.device("cpu"),
@@ -108,6 +115,19 @@ def whole_gradients(dense: Path, student: Path, windows: Sequence[Tensor]) -> tu
     return gradients, float(loss.detach())
 
 
+@pytest.fixture(scope="module", params=list(TINY_MODELS))
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The teacher and the student of one kind. Do not modify."""
+    return perturbed(request.param, tmp_path_factory.mktemp("recovery"))
+
+
+@pytest.fixture(scope="module")
+def autograd(models: tuple[Path, Path]) -> tuple[dict[str, Tensor], float]:
+    """What autograd says of the first and third window."""
+    ids_NS = context_for(*models).student.windows.ids_NS
+    return whole_gradients(*models, (ids_NS[0], ids_NS[2]))
+
+
 def saved(student: StreamedStudent, context: RecoveryContext, folder: Path, what: str = "weights") -> dict[str, Tensor]:
     """Name -> weights or first moment of all blocks, as a checkpoint would have them."""
     folder.mkdir()
@@ -120,13 +140,12 @@ def saved(student: StreamedStudent, context: RecoveryContext, folder: Path, what
     return result
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_streamed_gradient_is_autograd_s(kind: str, tmp_path: Path) -> None:
-    dense, directory = perturbed(kind, tmp_path)
-    context = context_for(dense, directory)
+def test_streamed_gradient_is_autograd_s(
+    models: tuple[Path, Path], autograd: tuple[dict[str, Tensor], float], tmp_path: Path
+) -> None:
+    context = context_for(*models)
     student = StreamedStudent(context, tmp_path)
-    ids_NS = context.student.windows.ids_NS
-    expected, loss = whole_gradients(dense, directory, (ids_NS[0], ids_NS[2]))
+    expected, loss = autograd
     assert student.step((0, 2), 1e-3, 1) == pytest.approx(loss, rel=1e-4)
     # The first moment starts at zero, so after one step it is a tenth of the gradient.
     found = saved(student, context, tmp_path / "first", "first")
@@ -139,14 +158,13 @@ def test_streamed_gradient_is_autograd_s(kind: str, tmp_path: Path) -> None:
     assert student.step((0, 2), 1e-3, 2) < loss
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_the_gradient_of_scales_is_autograd_s(kind: str, tmp_path: Path) -> None:
+def test_the_gradient_of_scales_is_autograd_s(
+    models: tuple[Path, Path], autograd: tuple[dict[str, Tensor], float], tmp_path: Path
+) -> None:
     """A scale of one multiplies a column of the consumer's weight: its derivative is W's, summed against W."""
-    dense, directory = perturbed(kind, tmp_path)
-    context = context_for(dense, directory)
+    context = context_for(*models)
     student = StreamedStudent(context, tmp_path, scales_of)
-    ids_NS = context.student.windows.ids_NS
-    gradients, loss = whole_gradients(dense, directory, (ids_NS[0], ids_NS[2]))
+    gradients, loss = autograd
     assert student.step((0, 2), 1e-3, 1) == pytest.approx(loss, rel=1e-4)
     folder = tmp_path / "first"
     folder.mkdir()
@@ -166,15 +184,13 @@ def test_the_gradient_of_scales_is_autograd_s(kind: str, tmp_path: Path) -> None
             else:
                 expected = gradients[block.prefix + name]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
-    assert num_scales >= (2 if "moe" not in kind else 1)
+    assert num_scales >= (2 if context.student.stock.family.name != "qwen3_moe" else 1)
     assert student.step((0, 2), 1e-3, 2) < loss
     student.close()
 
 
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_scales_are_folded_into_the_consumers(kind: str, tmp_path: Path) -> None:
-    dense, directory = perturbed(kind, tmp_path)
-    context = context_for(dense, directory)
+def test_scales_are_folded_into_the_consumers(models: tuple[Path, Path], tmp_path: Path) -> None:
+    context = context_for(*models)
     streamed = context.student
     block = streamed.stock.layout.blocks[1]
     learning = scales_of(streamed, block)

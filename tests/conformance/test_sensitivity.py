@@ -5,6 +5,7 @@ Shape suffix: U units.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -44,10 +45,16 @@ from support.recipes import resolved_units
 NUM_WINDOWS, SEQ_LEN = 3, 24
 
 
+@functools.cache
+def stock_of(directory: Path, head_units: HeadUnits) -> StockModel:
+    """The model of a run, which makes a new module of each block; the tests share it as the steps of a run do."""
+    return StockModel(CheckpointReader(directory), head_units)
+
+
 def context_for(
     directory: Path, method: str = "structprune", head_units: HeadUnits = "kv-group", **changes: Any
 ) -> RunContext:
-    stock = StockModel(CheckpointReader(directory), head_units)
+    stock = stock_of(directory, head_units)
     ids_NS = torch.randint(0, 250, (NUM_WINDOWS, SEQ_LEN), generator=torch.Generator().manual_seed(5))
     plan = PrunePlan(
         budget_bytes=2**30, phases={Phase.EMBED: 0}, store="memory", store_bytes=0, micro_batch_windows=2, disk_bytes=0
@@ -72,9 +79,10 @@ def context_for(
     )
 
 
-@pytest.fixture(params=list(TINY_MODELS))
-def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return save_tiny(request.param, tmp_path / "model")
+@pytest.fixture(scope="module", params=list(TINY_MODELS))
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one kind. Do not modify."""
+    return save_tiny(request.param, tmp_path_factory.mktemp("sensitivity") / "model")
 
 
 def test_streamed_gradients_equal_whole_model_autograd(tiny: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_per_layer import FIXED_HEADS, IDS_BS, load, logits, streamed_logits
+from test_per_layer import FIXED_HEADS, IDS_BS, check_exports, load, logits, streamed_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -219,11 +219,13 @@ def test_save_pretrained_keeps_the_model(pruned: Path, tmp_path: Path) -> None:
     assert torch.equal(streamed_logits(again), expected)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(kind, marks=() if kind in ("llama", "opt", "gpt2") else pytest.mark.slow) for kind in KINDS],
+    indirect=True,
+)
 def test_exports(pruned: Path) -> None:
-    model = load(pruned)
-    program = torch.export.export(model, (), {"input_ids": IDS_BS, "use_cache": False}, strict=False)
-    actual = program.module()(input_ids=IDS_BS, use_cache=False).logits
-    torch.testing.assert_close(actual, logits(model), rtol=1e-5, atol=1e-5)
+    check_exports(pruned)
 
 
 def test_load_model_wants_the_modelling_file(pruned: Path, tmp_path: Path) -> None:

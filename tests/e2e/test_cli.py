@@ -446,6 +446,16 @@ def test_help_lists_the_verbs_without_loading_torch() -> None:
         assert re.search(rf"\b{verb}\b", done.stdout)
 
 
+def test_one_process_loads_nothing_of_shared_runs() -> None:
+    """The package alone does not load it; torch and transformers have reasons of their own to import parts of it."""
+    code = (
+        "import sys, structprune.api, structprune.engine.pipelines.registry\n"
+        "print('structprune.engine.ranks.group' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_help_states_the_real_defaults(cli: Run) -> None:
     out = plain(cli("prune", "--help").out)
     for name in ("sparsity", "scope", "method", "num_samples", "seq_len", "device", "dtype", "seed"):

@@ -78,6 +78,7 @@ def test_the_table_says_what_separate_runs_say(
     assert str(tmp_path) not in (tmp_path / "table" / "comparison.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_methods_that_know_no_units_are_rows_too(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     """Asked for as many parameters as the others lose in their scope, of blocks as a whole or of the stream."""
     methods = ["depth", "slicegpt", "magnitude"]
@@ -92,6 +93,7 @@ def test_methods_that_know_no_units_are_rows_too(command_line: Any, arguments: l
     assert len({cell.scope for cell in found.cells}) == 1
 
 
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_what_is_done_is_not_done_again(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     assert command_line(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
     first = result_of(tmp_path).cells[0]
@@ -125,6 +127,7 @@ def test_everything_is_checked_before_the_first_cell(command_line: Any, argument
         assert not (tmp_path / "table").exists()
 
 
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_a_failing_cell_does_not_stop_the_others(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     # Refused only when its windows are drawn: headers alone do not tell how long a text is.
     (tmp_path / "short.txt").write_text("too short")
@@ -155,6 +158,7 @@ def test_one_process_fills_a_directory(command_line: Any, arguments: list[str], 
     assert "another process" in err
 
 
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_kept_checkpoints_load(command_line: Any, arguments: list[str], tmp_path: Path, text_file: Path) -> None:
     assert command_line(*arguments, "--methods", "fasp", "--sparsities", 0.25, "--keep")[0] == 0
     kept = tmp_path / "table" / "checkpoints" / "fasp-0.25"

@@ -91,7 +91,11 @@ def kept(output: Path) -> Any:
     return json.loads((output / "pruning_manifest.json").read_text())["kept_indices"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+# What differs from another run here in its score, selector or scope alone: of these, `test_device_solves.py` has all.
+ALIKE = ("normed", "search", "fasp-all", "spap", "osscar", "flap-all", "wanda-sp", "magnitude", "random")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in RUNS])
 def test_the_bytes_are_the_hosts(name: str, text_file: Path, tmp_path: Path) -> None:
     source = save_tiny(RUNS[name][0], tmp_path / "model", num_blocks=3)
     settings = recipe(name, text_file)
@@ -137,8 +141,17 @@ def test_evaluation(stream: bool, tiny_llama: Path, text_file: Path) -> None:
         assert found().perplexity == pytest.approx(host.perplexity, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fasp", "structprune", "experts", "spap"])
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        *(("structprune", places) for places in PLACES),
+        ("fasp", PLACES[2]),
+        ("experts", PLACES[1]),
+        ("spap", PLACES[1]),
+        *(pytest.param("fasp", places, marks=pytest.mark.slow) for places in PLACES[:2]),
+        *(pytest.param(name, places, marks=pytest.mark.slow) for name in ("experts", "spap") for places in PLACES[::2]),
+    ],
+)
 def test_wherever_the_plan_has_sums_and_solves(
     name: str, places: tuple[str, str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,9 +178,11 @@ ALL_THERE = PLACES[0]
 STRUCTPRUNE = {"method": "structprune", "sensitivity_samples": 4}
 # Settings, places, and how many times what is measured may be planned.
 BOUNDS: list[Any] = [
-    *(({}, places, 1.25) for places in PLACES),
-    (STRUCTPRUNE, ALL_THERE, 1.25),
-    *(pytest.param(STRUCTPRUNE, places, 1.25, marks=pytest.mark.slow) for places in PLACES[1:]),
+    # The same method with a sensitivity pass of three micro-batches, and with a short one.
+    ({}, ALL_THERE, 1.25),
+    *(pytest.param({}, places, 1.25, marks=pytest.mark.slow) for places in PLACES[1:]),
+    pytest.param(STRUCTPRUNE, ALL_THERE, 1.25, marks=pytest.mark.slow),
+    *((STRUCTPRUNE, places, 1.25) for places in PLACES[1:]),
     pytest.param({"scope": "all"}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     pytest.param({"damping": 1e-4}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     # Libraries of a GPU may copy what is not laid out as they want it.

@@ -36,6 +36,12 @@ FUSED_MLP = ("phi3", "phi3-longrope", *MIXTURES)
 FIXED_HEADS = ("gpt2", "gpt2-default-width", "gpt_neox", "gpt_neox-sequential")
 
 
+# The same stock classes with other settings, which a run with the default method and the conformance tests go through.
+VARIANTS = ("gemma3_text-biased", "gpt2-default-width", "gpt_neox-sequential", "phi3-longrope", "qwen3-biased-windowed")
+ONE_OF_A_FAMILY = [pytest.param(kind, marks=pytest.mark.slow if kind in VARIANTS else ()) for kind in KINDS]
+once_per_family = pytest.mark.parametrize("source", ONE_OF_A_FAMILY, indirect=True)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp("families") / request.param, num_blocks=3)
@@ -94,7 +100,15 @@ def check(report: PruneReport, source: Path, output: Path, text_file: Path, spar
     return model
 
 
-@pytest.mark.parametrize("target", ["dense-path", "local"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param(kind, target, marks=pytest.mark.slow if kind in VARIANTS and target == "local" else ())
+        for kind in KINDS
+        for target in ("dense-path", "local")
+    ],
+    indirect=["source"],
+)
 def test_structprune(target: str, source: Path, text_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "structprune", "scope": scope_of(source)}
     if source.name in MIXTURES and target == "dense-path":
@@ -117,12 +131,14 @@ def test_uniform_needs_no_code(source: Path, text_file: Path, tmp_path: Path) ->
     assert type(loaded) is type(AutoModelForCausalLM.from_pretrained(source))
 
 
+@once_per_family
 def test_taylor(source: Path, text_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "llm-pruner", "scope": scope_of(source), "structure": "per-layer"}
     report = run(source, tmp_path / "out", text_file, **settings)
     check(report, source, tmp_path / "out", text_file)
 
 
+@once_per_family
 def test_whole_blocks(source: Path, text_file: Path, tmp_path: Path) -> None:
     check(
         run(source, tmp_path / "out", text_file, method="depth", multiple_of=None), source, tmp_path / "out", text_file
@@ -141,6 +157,7 @@ def test_uniform_heads(source: Path, text_file: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+@once_per_family
 def test_nothing_removed_is_the_source(source: Path, text_file: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "out", text_file, method="structprune", structure="uniform", sparsity=0.0)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
@@ -148,6 +165,7 @@ def test_nothing_removed_is_the_source(source: Path, text_file: Path, tmp_path: 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@once_per_family
 def test_pruned_again(source: Path, text_file: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "once", text_file, method="structprune", scope=scope_of(source))
     report = run(tmp_path / "once", tmp_path / "twice", text_file, method="fasp", multiple_of=multiple(source))
@@ -159,12 +177,14 @@ def test_pruned_again(source: Path, text_file: Path, tmp_path: Path) -> None:
         assert after.group("attention") == before.group("attention")
 
 
+@once_per_family
 def test_bfloat16_stays_bfloat16(source: Path, text_file: Path, tmp_path: Path) -> None:
     half = save_tiny(source.name, tmp_path / "half" / source.name, dtype=torch.bfloat16)
     run(half, tmp_path / "out", text_file, method="structprune", scope=scope_of(source), dtype="bfloat16")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
 
 
+@once_per_family
 @pytest.mark.parametrize("solver", ["admm", "alternating"])
 def test_solvers_that_move_the_producers(solver: str, source: Path, text_file: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {

@@ -7,16 +7,22 @@ when libraries are imported. A limit on the address space would not do: torch re
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from structprune import Recipe
 from structprune.api import plan
+from structprune.checkpoint.reader import SINGLE_NAME
+from structprune.checkpoint.weight_files import stored_tensors
+from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from support.models import byte_tokenizer, llama_config
@@ -78,11 +84,11 @@ def smallest_budget(model: Path, values: dict[str, Any]) -> int:
 SLOW = pytest.mark.slow
 RUNS = [
     pytest.param({}, "memory", id="fasp"),
-    pytest.param({}, "file", id="fasp-smallest-budget"),
+    pytest.param({}, "file", id="fasp-smallest-budget", marks=SLOW),
     pytest.param({"method": "wanda-sp", "scope": "all"}, "memory", id="wanda-sp-all", marks=SLOW),
-    pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform"),
+    pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform", marks=SLOW),
     pytest.param({"method": "osscar"}, "memory", id="osscar", marks=SLOW),
-    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune"),
+    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune", marks=SLOW),
     pytest.param({"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget"),
     pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
@@ -128,3 +134,43 @@ def test_the_real_model_in_bfloat16(method: str, smollm2: Path, shared_data: Pat
     )
     memory = pruned_in_a_process(smollm2, tmp_path / "out", values, threads=0)
     assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= 1.25 * memory["measured_peak_bytes"]
+
+
+_MERGE = """
+import sys
+from pathlib import Path
+from structprune.checkpoint.writer import CheckpointWriter
+from structprune.memory import PeakMeter
+writer = CheckpointWriter(Path(sys.argv[1]), 4)
+for number in range(1, 5):
+    writer.adopt(number)
+with PeakMeter() as meter:
+    writer.weight_files(10**9).write(Path(sys.argv[2]))
+    print(meter.peak_so_far())
+"""
+
+
+def test_weight_files_are_put_together_in_bounded_memory(tmp_path: Path) -> None:
+    """256 MiB of random weights, the largest tensor 63 MiB, in a process that holds none of them."""
+    generator = torch.Generator().manual_seed(2)
+    writer = CheckpointWriter(tmp_path / "shards", 4)
+    (tmp_path / "shards").mkdir()
+    for number in range(1, 5):
+        large = torch.randn(63 * 2**18, generator=generator)
+        writer.write(number, {f"{number}.large": large, f"{number}.small": large[: 2**18].clone()})
+        del large
+    done = subprocess.run(
+        [sys.executable, "-c", _MERGE, str(tmp_path / "shards"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert int(done.stdout) < 40 * 2**20
+    assert (tmp_path / SINGLE_NAME).stat().st_size > 256 * 2**20
+    merged = {tensor.name: tensor for tensor in stored_tensors(tmp_path / SINGLE_NAME)}
+    with (tmp_path / SINGLE_NAME).open("rb") as handle:
+        for number in range(1, 5):
+            for name, tensor in load_file(writer.path(number)).items():
+                handle.seek(merged[name].start)
+                assert handle.read(merged[name].num_bytes) == tensor.numpy().tobytes()

@@ -244,7 +244,19 @@ def test_embeddings_are_tied_as_in_the_source(pruned: Path) -> None:
     assert tied is bool(model.config.tie_word_embeddings)
 
 
+# torch.export of the others is in the slow tests, as is that to ONNX.
+EXPORTED = ("llama", "opt", "gemma2", "gpt2", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "pruned", [pytest.param(kind, marks=() if kind in EXPORTED else pytest.mark.slow) for kind in KINDS], indirect=True
+)
 def test_exports(pruned: Path) -> None:
+    check_exports(pruned)
+
+
+def check_exports(pruned: Path) -> None:
+    """The graph of `torch.export` computes what the model does."""
     model = load(pruned)
     program = torch.export.export(model, (), {"input_ids": IDS_BS, "use_cache": False}, strict=False)
     actual = program.module()(input_ids=IDS_BS, use_cache=False).logits

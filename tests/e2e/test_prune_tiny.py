@@ -23,6 +23,7 @@ from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.solvers import SOLVERS
+from support.combinations import by_pairs
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,9 +119,7 @@ UNIT_METHODS = [name for name in METHODS if METHODS.get(name).pipeline == "units
 UNBIASED = [name for name in UNIT_METHODS if METHODS.get(name).solver != "bias"]
 
 
-@pytest.mark.parametrize("size", [SINGLE, MANY])
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", UNBIASED)
+@pytest.mark.parametrize(("method", "family", "size"), by_pairs(UNBIASED, ["llama", "opt"], [SINGLE, MANY]))
 def test_result_is_the_masked_dense_model(
     method: str, family: str, size: str, sources: dict[tuple[str, str], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -421,8 +420,14 @@ def test_multiple_of(multiple_of: int | None, width: int, tiny_llama: Path, text
     assert report.size.removed_share_of_scope == pytest.approx((48 - width) / 48)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("method", UNIT_METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *((method, "llama") for method in UNIT_METHODS),
+        ("structprune", "opt"),
+        *(pytest.param(method, "opt", marks=pytest.mark.slow) for method in UNIT_METHODS if method != "structprune"),
+    ],
+)
 def test_sparsity_zero_changes_nothing(
     method: str, family: str, sources: dict[tuple[str, str], Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -11,9 +11,6 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from structprune.comparison import run
-from structprune.comparison.cell import run_cell
-from structprune.observer import SilentObserver
 from support.command_line import CommandLine
 from support.llama_runtime import run_llama
 from support.local_hub import Hub, local_hub, upload_handler
@@ -263,11 +260,8 @@ def test_an_embedding_model_stays_one(folders: dict[str, Path], pruned: Any) -> 
     assert 'SentenceTransformer("out")' in (output / "README.md").read_text()
 
 
-def test_comparison(
-    folders: dict[str, Path], verb: Any, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its cells in this process: a process for each takes seconds, and test_compare.py has those."""
-    monkeypatch.setattr(run, "_in_a_process", lambda spec, work: run_cell(spec, SilentObserver()))
+@pytest.mark.usefixtures("cells_in_this_process")
+def test_comparison(folders: dict[str, Path], verb: Any, text_file: Path, tmp_path: Path) -> None:
     source = folders["Mistral-7B-Instruct-v0.3"]
     settings = [f"{name}={value}" for name, value in (("num_samples", 4), ("seq_len", 32), ("dtype", "float32"))]
     cells = ("--methods", "fasp", "--sparsities", 0.3, "--calibration", text_file, "--text", text_file)

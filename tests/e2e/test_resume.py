@@ -102,7 +102,10 @@ def run_through_all_cuts(cutter: Cutter, source: Path, asked: Recipe, output: Pa
     return moments
 
 
-@pytest.mark.parametrize("name", RUNS)
+# `normed` is cut in all the tests of damage below, and `slice-uniform` has all steps of `slice` and one more.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("normed", "slice") else ()) for name in RUNS]
+)
 def test_a_run_that_is_cut_behind_every_step(
     name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +117,20 @@ def test_a_run_that_is_cut_behind_every_step(
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("name", ["structprune", "fasp", "admm", "removal"])
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        ("structprune", True),
+        ("structprune", False),
+        ("fasp", True),
+        ("admm", False),
+        ("removal", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("fasp", False), ("admm", True), ("removal", False))
+        ),
+    ],
+)
 def test_without_snapshots_activations_are_kept_again(
     name: str, cached: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +139,9 @@ def test_without_snapshots_activations_are_kept_again(
     run_without_snapshots(name, text_file, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["normed", "parallel", "angular", "slice-uniform"])
+@pytest.mark.parametrize(
+    "name", ["normed", "parallel", pytest.param("angular", marks=pytest.mark.slow), "slice-uniform"]
+)
 def test_without_snapshots_the_streams_pass_what_is_written(
     name: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

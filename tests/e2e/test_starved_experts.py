@@ -88,8 +88,14 @@ UNITS: dict[str, dict[str, Any]] = {
 }
 
 
+# Second ways to combine scores, allocators and dampings that others here go through.
+SECOND = ("structprune-scores", "osscar-auto", "fasp-obs", "llm-pruner-ranked", "random")
+
+
 @pytest.mark.usefixtures("modules_cache")
-@pytest.mark.parametrize("name", list(UNITS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SECOND else ()) for name in UNITS]
+)
 def test_every_method_finishes(name: str, source: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     report = run(source, text_file, output, multiple_of=8, **UNITS[name])

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_per_layer import (
     IDS_BS,
+    check_exports,
     load,
     logits,
     test_auto_model_loads_the_same_blocks,  # noqa: F401
     test_eager_and_sdpa_agree_and_reach_every_layer,  # noqa: F401
-    test_exports,  # noqa: F401
     test_from_pretrained_equals_the_streamed_blocks,  # noqa: F401
     test_generation_with_both_caches_equals_recomputing,  # noqa: F401
     test_load_model_accepts_our_file_only,  # noqa: F401
@@ -54,6 +54,15 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = tmp_path_factory.mktemp("value-channels")
     source = save_tiny(request.param, root / "dense", num_blocks=3)
     return write_per_layer(source, root / f"narrow-{request.param}", KEPT, "value-channel")
+
+
+@pytest.mark.parametrize(
+    "pruned",
+    [pytest.param(kind, marks=() if kind in ("llama", "gemma2") else pytest.mark.slow) for kind in KINDS],
+    indirect=True,
+)
+def test_exports(pruned: Path) -> None:
+    check_exports(pruned)
 
 
 @pytest.fixture(scope="module")

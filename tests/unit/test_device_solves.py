@@ -1,6 +1,7 @@
 """Units are chosen and weights solved where the sums lie: wholly on that device, with the host's results.
 
 All entries of the registries are run on the fake device (`fake_device.py`), which refuses tensors of the host.
+Of the entries that search, each pair of settings is run by default, and all of them with the slow tests.
 Shape suffixes: T tokens, D hidden, N kept channels, O outputs, I inputs, U units.
 """
 
@@ -26,6 +27,7 @@ from structprune.solvers.mlp.block import MlpTokens, MlpWeights
 from structprune.solvers.mlp.updates import ACTIVATIONS, Affine
 from structprune.types import AxisSlice, LayerProblem, Moments, SolveResult, TaylorSums
 from support import fake_device
+from support.combinations import by_pairs
 
 DEVICE = torch.device("fake", 0)
 NUM_UNITS = 40
@@ -138,10 +140,10 @@ def test_scores(name: str, width: int, target: bool, partitions: int) -> None:
 @pytest.mark.parametrize(
     ("name", "partitions"), [*product(SELECTORS, [1]), *product([x for x in SELECTORS if x != "greedy-swap"], [2])]
 )
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("target", [False, True])
-@pytest.mark.parametrize("sensitivity", [False, True])
-@pytest.mark.parametrize("num_keep", [NUM_KEEP, NUM_UNITS])
+@pytest.mark.parametrize(
+    ("width", "target", "sensitivity", "num_keep"),
+    by_pairs([1, 2], [False, True], [False, True], [NUM_KEEP, NUM_UNITS]),
+)
 def test_selectors(name: str, partitions: int, width: int, target: bool, sensitivity: bool, num_keep: int) -> None:
     problem = make_problem(width, target=target, held_out=False, sensitivity=sensitivity, partitions=partitions)
     keep_U = on_both(lambda problem: SELECTORS.get(name).keep(problem, num_keep), problem)
@@ -149,10 +151,9 @@ def test_selectors(name: str, partitions: int, width: int, target: bool, sensiti
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("target", [False, True])
-@pytest.mark.parametrize("held_out", [False, True])
-@pytest.mark.parametrize("num_keep", [NUM_KEEP, NUM_UNITS])
+@pytest.mark.parametrize(
+    ("width", "target", "held_out", "num_keep"), by_pairs([1, 2], [False, True], [False, True], [NUM_KEEP, NUM_UNITS])
+)
 def test_solvers(name: str, width: int, target: bool, held_out: bool, num_keep: int) -> None:
     problem = make_problem(width, target=target, held_out=held_out)
 
@@ -163,10 +164,15 @@ def test_solvers(name: str, width: int, target: bool, held_out: bool, num_keep: 
     assert result.weight_OK.shape == (NUM_OUTPUTS, num_keep * width)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS.get(name).propose is not None])
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_new"])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "activation", "gated", "bias"),
+    by_pairs(
+        [name for name in SOLVERS if SOLVERS.get(name).propose is not None],
+        ["relu", "silu", "gelu", "gelu_new"],
+        [False, True],
+        [False, True],
+    ),
+)
 def test_iterative_solvers(name: str, activation: str, gated: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(2)
 
@@ -198,9 +204,7 @@ def test_iterative_solvers(name: str, activation: str, gated: bool, bias: bool) 
     assert not torch.equal(up.weight_OI, weights.up.weight_OI)
 
 
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("target", [False, True])
-@pytest.mark.parametrize("partitions", [1, 2])
+@pytest.mark.parametrize(("width", "target", "partitions"), by_pairs([1, 2], [False, True], [1, 2]))
 def test_order_and_costs_of_removal(width: int, target: bool, partitions: int) -> None:
     """To the last unit, and of none."""
     problem = make_problem(width, target=target, held_out=False, partitions=partitions)
@@ -281,12 +285,16 @@ def test_rotation() -> None:
     on_both(run, x_TD, weight_RD)
 
 
-@pytest.mark.parametrize("name", [*SCORES, *SELECTORS])
-@pytest.mark.parametrize("target", [False, True])
-@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(
+    ("name", "target", "held_out"),
+    [
+        pytest.param(name, *sums, marks=pytest.mark.slow if name in SELECTORS and sums[0] != sums[1] else ())
+        for name, *sums in product([*SCORES, *SELECTORS], [False, True], [False, True])
+    ],
+)
 def test_workspace_is_what_the_entry_says(name: str, target: bool, held_out: bool) -> None:
     """To a twentieth of the Gram: numbers per unit and strips of rows are not in it; with held-out sums to a tenth."""
-    num_units = 400
+    num_units = 320
     problem = moved(make_problem(1, target=target, held_out=held_out, sensitivity=name == "loss", num_units=num_units))
     before = fake_device.allocated_bytes()
     fake_device.reset_peak()

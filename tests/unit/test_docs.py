@@ -73,18 +73,35 @@ def text_of(path: Path) -> str:
 
 
 @functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(text_of(path))
+
+
+@functools.cache
 def prose_of_source(path: Path) -> str:
     """Docstrings of a module, its classes, functions and fields."""
     strings: list[str] = []
-    for node in ast.walk(ast.parse(text_of(path))):
+    for node in statements(parsed(path)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             strings.append(node.value.value)
     return "\n".join(strings)
 
 
-TEXTS = [pytest.param(path, text_of, id=relative(path)) for path in PAGES] + [
-    pytest.param(path, prose_of_source, id=relative(path)) for path in MODULES
-]
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All statements at and below a node. `ast.walk` comes by every name and operator, which takes seconds."""
+    yield node
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+        parts = getattr(node, field, ())
+        for part in parts if isinstance(parts, list) else ():
+            yield from statements(part)
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """Every page, and the prose of every module. One test is over all of them: there are hundreds."""
+    for path in PAGES:
+        yield path, text_of(path)
+    for path in MODULES:
+        yield path, prose_of_source(path)
 
 
 # Links
@@ -105,9 +122,10 @@ def test_anchors_are_those_of_mkdocs() -> None:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+def test_links_lead_somewhere() -> None:
+    links = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page))]
+    assert len(links) > 200
+    for page, target in links:
         if re.match(r"https?:|mailto:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -156,9 +174,14 @@ def file_of(name: str, near: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     if "/" not in name:
-        scripts = (*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"))
-        return next((path for path in scripts if path.name == name), None)
+        return next((path for path in scripts() if path.name == name), None)
     return None
+
+
+@functools.cache
+def scripts() -> tuple[Path, ...]:
+    """Those that a page may name without their folder."""
+    return (*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"))
 
 
 RESULT_FILES = {
@@ -184,11 +207,11 @@ RESULT_FILES = {
 """Files that a run writes, or that come with every checkpoint."""
 
 
-@pytest.mark.parametrize(("path", "read"), TEXTS)
-def test_paths_exist(path: Path, read: Any) -> None:
-    if path.parent == DOCS / "log":
-        return  # an entry is of the code of its day
-    for name, inside in paths_in(read(path)):
+def test_paths_exist() -> None:
+    # An entry of the log is of the code of its day.
+    named = [(path, *found) for path, text in texts() if path.parent != DOCS / "log" for found in paths_in(text)]
+    assert len(named) > 300
+    for path, name, inside in named:
         if name.startswith(FOREIGN_PATHS) or name in RESULT_FILES:
             continue
         there = file_of(name, path)
@@ -199,7 +222,7 @@ def test_paths_exist(path: Path, read: Any) -> None:
 
 def defines(path: Path, name: str) -> bool:
     """Whether the file has a function, class or value of that name (`Class.method` for one inside a class)."""
-    nodes: list[ast.stmt] = ast.parse(text_of(path)).body
+    nodes: list[ast.stmt] = parsed(path).body
     for part in name.split("."):
         found = next((node for node in nodes if part in names_of(node)), None)
         if found is None:
@@ -238,20 +261,26 @@ def flags_of_commands() -> set[str]:
 KNOWN_FLAGS = flags_of_commands() | flags_of_benchmarks() | set[str]().union(*FOREIGN_FLAGS.values())
 
 
-@pytest.mark.parametrize(("path", "read"), TEXTS)
-def test_flags_exist(path: Path, read: Any) -> None:
-    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", read(path)))
-    assert used <= KNOWN_FLAGS, f"{relative(path)} names flags that no command has: {sorted(used - KNOWN_FLAGS)}"
+def test_flags_exist() -> None:
+    shown = {path: set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text)) for path, text in texts()}
+    assert len(set[str]().union(*shown.values())) > 50
+    for path, used in shown.items():
+        assert used <= KNOWN_FLAGS, f"{relative(path)} names flags that no command has: {sorted(used - KNOWN_FLAGS)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_commands_exist(page: Path) -> None:
-    text = text_of(page)
+def commands_in(text: str) -> set[str]:
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     code = "\n".join([*fenced, *re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)])
     used = set(re.findall(r"^structprune ([a-z]+)\b", code, flags=re.MULTILINE))
-    used |= set(re.findall(r"`structprune ([a-z]+)[^`\n]*`", text))
-    assert used <= set(COMMANDS), f"{relative(page)} shows commands that are not there: {sorted(used - set(COMMANDS))}"
+    return used | set(re.findall(r"`structprune ([a-z]+)[^`\n]*`", text))
+
+
+def test_commands_exist() -> None:
+    shown = {page: commands_in(text_of(page)) for page in PAGES}
+    assert len(set[str]().union(*shown.values())) > 5
+    for page, used in shown.items():
+        unknown = sorted(used - set(COMMANDS))
+        assert not unknown, f"{relative(page)} shows commands that are not there: {unknown}"
 
 
 def registries() -> list[Registry[Any]]:
@@ -286,16 +315,19 @@ def values_of(flag: str, text: str) -> Iterator[str]:
                 break
 
 
-@pytest.mark.parametrize(("path", "read"), TEXTS)
-def test_names_are_registered(path: Path, read: Any) -> None:
-    text = read(path)
-    for flag, allowed in {**{flag: NAMES[kind] for flag, kind in BY_FLAG.items()}, **ONE_OF}.items():
-        shown = set(values_of(flag, text)) - {"nosuch"}
-        assert shown <= allowed, f"{relative(path)}: {flag} does not take {sorted(shown - allowed)}"
-    # A word in backticks that looks like a name is one.
-    quoted = set(re.findall(r"`([a-z][a-z0-9]*(?:-[a-z0-9]+)+)`", text))
-    unknown = quoted - REGISTERED - set(COMMANDS) - set[str]().union(*WORDS.values())
-    assert not unknown, f"{relative(path)} has names that no registry knows: {sorted(unknown)}"
+def test_names_are_registered() -> None:
+    flags = {**{flag: NAMES[kind] for flag, kind in BY_FLAG.items()}, **ONE_OF}
+    found: set[str] = set()
+    for path, text in texts():
+        for flag, allowed in flags.items():
+            shown = set(values_of(flag, text)) - {"nosuch"}
+            assert shown <= allowed, f"{relative(path)}: {flag} does not take {sorted(shown - allowed)}"
+        # A word in backticks that looks like a name is one.
+        quoted = set(re.findall(r"`([a-z][a-z0-9]*(?:-[a-z0-9]+)+)`", text))
+        unknown = quoted - REGISTERED - set(COMMANDS) - set[str]().union(*WORDS.values())
+        assert not unknown, f"{relative(path)} has names that no registry knows: {sorted(unknown)}"
+        found |= quoted
+    assert len(found) > 10
 
 
 def test_a_name_that_is_gone_is_found() -> None:
@@ -320,14 +352,15 @@ PRIVATE_WORDS = {
 """Words that the documentation does not use, and the field's own."""
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != DOCS / "log"], ids=relative)
-def test_words_are_the_fields(page: Path) -> None:
-    text = text_of(page)
-    for word, better in PRIVATE_WORDS.items():
-        found = re.search(rf"\b{word}(?:s|d|ed)?\b", text, flags=re.IGNORECASE)
-        assert not found, f"{relative(page)} says {found and found[0]!r}: say {better}"
-    fragment = re.search(r"(?:^|[.:] )(?:That of|Those of|Of an?) [^|\n]*", text, flags=re.MULTILINE)
-    assert not fragment, f"{relative(page)} has a sentence without its noun: {fragment and fragment[0]!r}"
+def test_words_are_the_fields() -> None:
+    pages = {page: text_of(page) for page in PAGES if page.parent != DOCS / "log"}
+    assert len(pages) > 30
+    for page, text in pages.items():
+        for word, better in PRIVATE_WORDS.items():
+            found = re.search(rf"\b{word}(?:s|d|ed)?\b", text, flags=re.IGNORECASE)
+            assert not found, f"{relative(page)} says {found and found[0]!r}: say {better}"
+        fragment = re.search(r"(?:^|[.:] )(?:That of|Those of|Of an?) [^|\n]*", text, flags=re.MULTILINE)
+        assert not fragment, f"{relative(page)} has a sentence without its noun: {fragment and fragment[0]!r}"
 
 
 # Pages that list all of something
@@ -433,7 +466,7 @@ def arrows() -> dict[str, set[str]]:
         if module in ("structprune", "structprune.__main__", "structprune.engine"):
             continue
         room = found.setdefault(room_of(module), set())
-        for node in ast.walk(ast.parse(text_of(path))):
+        for node in statements(parsed(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("structprune."):
                 room.add(room_of(node.module or ""))
     return {room: targets - {room} for room, targets in found.items()}

@@ -1,11 +1,8 @@
-"""Weight files from shards: the bytes of the library and of transformers, limits, memory, and a cut in the middle."""
+"""Weight files from shards: the bytes of the library and of transformers, limits, and a cut in the middle."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -167,43 +164,3 @@ def test_the_order_of_bytes_is_read_back(tmp_path: Path) -> None:
     for tensor in found:
         values = torch.frombuffer(bytearray(data[tensor.start : tensor.start + tensor.num_bytes]), dtype=torch.float32)
         assert torch.equal(values, tensors[tensor.name])
-
-
-_MERGE = """
-import sys
-from pathlib import Path
-from structprune.checkpoint.writer import CheckpointWriter
-from structprune.memory import PeakMeter
-writer = CheckpointWriter(Path(sys.argv[1]), 4)
-for number in range(1, 5):
-    writer.adopt(number)
-with PeakMeter() as meter:
-    writer.weight_files(10**9).write(Path(sys.argv[2]))
-    print(meter.peak_so_far())
-"""
-
-
-def test_memory_is_bounded_whatever_the_size(tmp_path: Path) -> None:
-    """256 MiB of random weights, the largest tensor 63 MiB, in a process that holds none of them."""
-    generator = torch.Generator().manual_seed(2)
-    writer = CheckpointWriter(tmp_path / "shards", 4)
-    (tmp_path / "shards").mkdir()
-    for number in range(1, 5):
-        large = torch.randn(63 * 2**18, generator=generator)
-        writer.write(number, {f"{number}.large": large, f"{number}.small": large[: 2**18].clone()})
-        del large
-    done = subprocess.run(
-        [sys.executable, "-c", _MERGE, str(tmp_path / "shards"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
-    assert int(done.stdout) < 40 * 2**20
-    assert (tmp_path / SINGLE_NAME).stat().st_size > 256 * 2**20
-    merged = {tensor.name: tensor for tensor in stored_tensors(tmp_path / SINGLE_NAME)}
-    with (tmp_path / SINGLE_NAME).open("rb") as handle:
-        for number in range(1, 5):
-            for name, tensor in load_file(writer.path(number)).items():
-                handle.seek(merged[name].start)
-                assert handle.read(merged[name].num_bytes) == tensor.numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,19 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
 
 def render(template: str, **values: Any) -> str:
     """Fill a template of this package. A name that is missing is a bug of ours and raises."""
-    environment = Environment(
+    return _environment().get_template(template).render(values) + "\n"
+
+
+@cache
+def _environment() -> Environment:
+    """Return what keeps the compiled templates."""
+    return Environment(
         loader=PackageLoader("structprune.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(values) + "\n"
 
 
 def drawable(charts: Sequence[Chart]) -> list[Chart]:
