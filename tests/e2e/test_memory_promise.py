@@ -88,13 +88,18 @@ RUNS = [
     pytest.param({"method": "wanda-sp", "scope": "all"}, "memory", id="wanda-sp-all", marks=SLOW),
     pytest.param({"method": "flap", "structure": "uniform"}, "memory", id="flap-uniform", marks=SLOW),
     pytest.param({"method": "osscar"}, "memory", id="osscar", marks=SLOW),
-    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune", marks=SLOW),
+    pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune"),
     pytest.param({"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget"),
     pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
     ),
     pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "memory", id="repair"),
-    pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "file", id="repair-smallest-budget"),
+    pytest.param(
+        {"method": "wanda-sp", "repair": "scales", "repair_samples": 4},
+        "file",
+        id="repair-smallest-budget",
+        marks=SLOW,
+    ),
     pytest.param({"method": "slicegpt", "sparsity": 0.1}, "memory", id="slicegpt"),
     pytest.param({"solver": "admm", "damping": "auto"}, "memory", id="fasp-admm", marks=SLOW),
 ]
