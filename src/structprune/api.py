@@ -17,7 +17,7 @@ from structprune.calibration.select import load_texts
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
-from structprune.engine.resolve import ResolvedRun, num_probe, plan_run, repair_windows
+from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
 from structprune.engine.resolve import check as check
 from structprune.engine.run.calibration import source_context, window_start
 from structprune.engine.run.context import RunContext
@@ -35,7 +35,7 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
-from structprune.recipe.repaired import RepairedRecipe
+from structprune.recipe.repaired import RepairedRecipe, repair_of, repair_windows
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
@@ -163,7 +163,7 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
     method = METHODS.get(recipe.method)
     run.check()
-    if ranks.size > 1 and (repair := _repair(recipe)) is not None:
+    if ranks.size > 1 and (repair := repair_of(recipe)) is not None:
         raise UnsupportedError(
             "a repair is not for several ranks",
             got=f"--repair {repair}, {ranks.size} ranks",
@@ -178,12 +178,6 @@ def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path |
             wanted="one process" if shared else f"one process, or one of {', '.join(alike)}",
             do="start it without torchrun",
         )
-
-
-def _repair(recipe: Recipe) -> str | None:
-    """Name the repair that a recipe asks for."""
-    asked = recipe.repair if isinstance(recipe, RepairedRecipe) else "none"
-    return None if asked == "none" else asked
 
 
 def _left_to_tidy(run: RunDirectory) -> PruneReport:
@@ -243,6 +237,7 @@ def _context(
         )
     )
     num_windows = len(begun.windows.ids_NS)
+    num_repair = repair_windows(resolved.recipe, num_windows)
     return RunContext(
         source=request.model,
         run=run,
@@ -256,6 +251,7 @@ def _context(
                 "memory": begun.plan.budgets.host,
                 "device_memory": begun.plan.budgets.device or 0,
             }
+            | ({"repair_samples": num_repair} if isinstance(resolved.recipe, RepairedRecipe) else {})
         ),
         method=resolved.method,
         kinds=resolved.kinds,
@@ -266,8 +262,8 @@ def _context(
         device=resolved.device,
         dtype=resolved.dtype,
         started=started - run.journal.earlier_s,
-        repair=None if (wanted := _repair(resolved.recipe)) is None else REPAIRS.get(wanted),
-        num_repair=repair_windows(resolved.recipe, num_windows),
+        repair=None if (wanted := repair_of(resolved.recipe)) is None else REPAIRS.get(wanted),
+        num_repair=num_repair,
         shared=shared,
         device_meter=DeviceMeter(device=resolved.device, plan=begun.plan.device),
         meter=meter,
@@ -279,7 +275,7 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
     """Load the calibration windows and the name of their source; the tokenizer is freed when this returns."""
     recipe = resolved.recipe
     chooses = recipe.chooses_ridge and resolved.method.needs_statistics
-    num_needed = 2 if chooses or _repair(recipe) else 1
+    num_needed = 2 if chooses or repair_of(recipe) else 1
     source = source_context(
         resolved.stock,
         WindowRequest(
@@ -301,9 +297,9 @@ def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tupl
             f"one window cannot both {'fit and choose the ridge' if chooses else 'teach the repair and measure it'}",
             where=name,
             got=f"{found} window of {recipe.seq_len} tokens"
-            + (", --damping auto" if chooses else f", --repair {_repair(recipe)}"),
+            + (", --damping auto" if chooses else f", --repair {repair_of(recipe)}"),
             wanted=f"at least {num_needed} windows"
-            + (", or a number for --damping" if chooses and not _repair(recipe) else ""),
+            + (", or a number for --damping" if chooses and not repair_of(recipe) else ""),
             do="give more text, or lower --seq-len",
         )
     return name, windows

@@ -187,6 +187,7 @@ BOUNDS: list[Any] = [
     pytest.param({"damping": 1e-4}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     # Libraries of a GPU may copy what is not laid out as they want it.
     pytest.param({"score": "greedy-swap"}, ALL_THERE, 1.5, marks=pytest.mark.slow),
+    ({"method": "magnitude", "repair": "scales", "num_samples": 3}, ALL_THERE, 1.25),
     # Rotated on the host; the plan has it on the device too.
     ({"method": "slicegpt", "sparsity": 0.1}, ALL_THERE, 1.75),
 ]

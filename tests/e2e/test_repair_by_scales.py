@@ -226,9 +226,16 @@ def test_windows_that_teach_and_windows_that_measure(
     assert divided(texts) == (train, measured)
 
 
-def test_one_window_is_too_few(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"num_samples": 1}, {"repair_samples": 1}, {"calibration": "short.txt"}])
+def test_one_window_is_too_few(
+    changes: dict[str, Any], tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the text has no more of them."""
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("a" * 60)
     with pytest.raises(InputError, match="one window cannot both teach the repair and measure it"):
-        prune(tiny_llama, recipe(text_file, num_samples=1), tmp_path / "out")
+        prune(tiny_llama, recipe(text_file, **changes), tmp_path / "out")
+    Path("short.txt").unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -49,6 +49,8 @@ CHANGES: dict[str, Any] = {
     "protect_last": 1,
     "widths": {"blocks": {"0": {"mlp": 3}}},
     "sensitivity_samples": 3,
+    "repair": "scales",
+    "repair_samples": 3,
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
     "output_dtype": "bfloat16",
@@ -363,8 +365,10 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out"}
-    assert set(written) - set(earlier) == added | ({"widths"} & set(type(resolved).model_fields))
+    own = {"widths", "repair", "repair_samples"} & set(type(resolved).model_fields)
+    assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0
+    assert written.get("repair", "none") == "none"
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
 

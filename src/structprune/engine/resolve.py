@@ -25,7 +25,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe, ResolvedRecipe, default_held_out
-from structprune.recipe.repaired import RepairedRecipe
+from structprune.recipe.repaired import RepairedRecipe, repair_windows
 from structprune.recipe.units import UnitsRecipe
 from structprune.types import UnitGroup, UnitKind
 
@@ -98,6 +98,14 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             "device_memory": device_budget(device, recipe.device_memory or None),
         }
     )
+    if isinstance(asked, RepairedRecipe):
+        if repair_windows(asked, asked.num_samples) == 1:
+            raise InputError(
+                "one window cannot both teach the repair and measure it",
+                got=f"--repair {asked.repair}, 1 window",
+                wanted="at least 2 for --num-samples and --repair-samples",
+            )
+        asked = asked.model_copy(update={"repair_samples": repair_windows(asked, asked.num_samples)})
     pipeline = PIPELINES.get(method.pipeline)
     resolved, groups = ranks.broadcast(lambda: pipeline.resolve(asked, method, stock))
     kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
@@ -127,13 +135,6 @@ def _held_out(recipe: Recipe, seq_len: int) -> int:
 def num_probe(recipe: Recipe) -> int:
     """Count the calibration windows whose perplexity is reported."""
     return max(1, _PROBE_TOKENS // recipe.seq_len)
-
-
-def repair_windows(recipe: Recipe, num_windows: int) -> int:
-    """Count the calibration windows that a repair has, of those that there are; 0 where there is none."""
-    if not isinstance(recipe, RepairedRecipe) or recipe.repair == "none":
-        return 0
-    return min(recipe.repair_samples or num_windows, num_windows)
 
 
 def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:

@@ -55,6 +55,8 @@ class ResolvedDepth(ResolvedRecipe, DepthRecipe, frozen=True):
 
     score: str = SAID
     sensitivity_samples: int = SAID
+    repair_samples: int = 0
+    """Reports of earlier versions name none."""
 
     @property
     def protected(self) -> tuple[int, int]:

@@ -32,3 +32,6 @@ class ExpertsRecipe(RepairedRecipe, frozen=True):
 
 class ResolvedExperts(ResolvedRecipe, ExpertsRecipe, frozen=True):
     """What a run that removes whole experts works by."""
+
+    repair_samples: int = 0
+    """Reports of earlier versions name none."""

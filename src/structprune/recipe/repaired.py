@@ -10,6 +10,19 @@ from structprune.recipe.common import Recipe
 from structprune.recipe.fields import Flag, Group
 
 
+def repair_of(recipe: Recipe) -> str | None:
+    """Name the repair that a recipe asks for; None where it asks for none, or its pipeline has none."""
+    asked = recipe.repair if isinstance(recipe, RepairedRecipe) else "none"
+    return None if asked == "none" else asked
+
+
+def repair_windows(recipe: Recipe, num_windows: int) -> int:
+    """Count the calibration windows that a repair has, of those that there are; 0 where there is none."""
+    if not isinstance(recipe, RepairedRecipe) or recipe.repair == "none":
+        return 0
+    return min(recipe.repair_samples or num_windows, num_windows)
+
+
 class RepairedRecipe(Recipe, frozen=True):
     """What may be asked of the pipelines whose result stock blocks can carry: it can learn from the dense model."""
 
@@ -20,6 +33,6 @@ class RepairedRecipe(Recipe, frozen=True):
     )
     repair_samples: Annotated[int | None, Flag(Group.CALIBRATION, unset="all of --num-samples")] = Field(
         default=None,
-        ge=2,
+        ge=0,
         description="calibration windows of the repair; it is measured on an eighth of them and learns from the others",
     )

@@ -129,6 +129,8 @@ class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     protect_first: int = SAID
     protect_last: int = SAID
     sensitivity_samples: int = SAID
+    repair_samples: int = 0
+    """Reports of earlier versions name none."""
 
     @property
     def per_layer(self) -> bool:

@@ -9,12 +9,9 @@ import torch
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
-from structprune.engine.planning.shapes import divergence_bytes
+from structprune.engine.planning.shapes import FLAT_VECTORS, divergence_bytes
 from structprune.recipe.training import RecoverySettings
 from structprune.training import MODES
-
-# Weights, two moments, gradient; the best weights so far and a copy for the update.
-_FLAT_VECTORS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +33,7 @@ def plan_recovery(
     batch_bytes = settings.batch * settings.seq_len * layout.hidden_size * item
     block = max(block.num_parameters for block in layout.blocks)
     mode = MODES.get(settings.mode).bytes(student, settings, item)
-    held = mode.held + _FLAT_VECTORS * 4 * mode.numbers + 2 * item * block + 2 * batch_bytes
+    held = mode.held + FLAT_VECTORS * 4 * mode.numbers + 2 * item * block + 2 * batch_bytes
     # Both heads, and the logits of a part.
     held += 2 * layout.vocab_size * layout.hidden_size * item + divergence_bytes(layout.vocab_size, dtype)
     request = PlanRequest(

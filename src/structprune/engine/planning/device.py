@@ -13,9 +13,11 @@ import torch
 
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
 from structprune.engine.planning.shapes import (
+    FLAT_VECTORS,
     SCORE_BYTES,
     activation_bytes,
     by_kind,
+    divergence_bytes,
     embedding_names,
     gram_bytes,
     group_problem,
@@ -23,6 +25,7 @@ from structprune.engine.planning.shapes import (
     logit_bytes,
     mask_bytes,
     num_scores,
+    scale_numbers,
     solver_windows,
     statistics_bytes,
     weight_gradient_bytes,
@@ -79,6 +82,8 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
             base + weights + moving + kept + (sensitivity if request.needs_sensitivity else 0)
         )
         phases[Phase.SENSITIVITY_LOSS] = loss + 2 * gradient
+    if request.repair_windows:
+        phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
     if request.needs_scores:
         phases[Phase.SENSITIVITY_SCORES] = running + sensitivity
     if request.needs_weight_gradients:
@@ -114,6 +119,16 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
                 proposal = iteration_bytes(tokens, hidden, inputs, request.num_latents)
                 phases[Phase.ITERATE] = running + weights + proposal
     return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
+
+
+def _repair_bytes(request: PlanRequest, block: BlockLayout, weights: int, head: int) -> int:
+    """Return the bytes of both models' heads, which stay, of one window, and of a block that learns or is compared."""
+    window = request.seq_len * request.layout.hidden_size
+    numbers = max(scale_numbers(each) for each in request.layout.blocks)
+    learning = weights + kept_for_backward(request, block) + FLAT_VECTORS * 4 * numbers
+    # States and gradients of three windows: one computed with, one before and one after it.
+    moving = 3 * window * (request.compute_dtype.itemsize + 4)
+    return 2 * head + moving + max(learning, divergence_bytes(request.layout.vocab_size, request.compute_dtype))
 
 
 def _solve_phases(

@@ -18,6 +18,8 @@ from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
+    FLAT_VECTORS,
+    LEARNED_VECTORS,
     by_kind,
     divergence_bytes,
     gram_bytes,
@@ -45,9 +47,6 @@ _TEXT_BYTES = 64 * 2**20
 _TOKENIZER_SHARE = 15
 # The text as bytes, as text, in pieces, and joined; its tokens of four characters in pieces and joined.
 _CHARACTER_BYTES = 8
-# What is kept of each number that learns: its value, two moments. Of a block's, while it learns: those, their copy, the
-# gradient and its square root.
-_LEARNED_VECTORS, _FLAT_VECTORS = 3, 6
 # Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
 PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("device", "host"), ("host", "host"))
 
@@ -242,10 +241,10 @@ def _repair(sizes: HostSizes, embed: int) -> PhaseBytes:
     beside = sizes.stores_closed
     if sizes.choice.store == "memory":
         stores = 2 * request.repair_windows + len(numbers)
-        beside += stores * window + _LEARNED_VECTORS * 4 * sum(numbers)
+        beside += stores * window + LEARNED_VECTORS * 4 * sum(numbers)
     heads = sizes.head + divergence_bytes(request.layout.vocab_size, request.compute_dtype)
     step = kept_for_backward(request, block) + sizes.widened + request.seq_len * sizes.hidden * 4 + 2 * window
-    learning = sizes.weights + sizes.cast + _FLAT_VECTORS * 4 * max(numbers) + step
+    learning = sizes.weights + sizes.cast + FLAT_VECTORS * 4 * max(numbers) + step
     # A consumer is scaled in float32.
     consumers = [numel(block, group.consumer.tensor) for group in block.groups]
     writing = 2 * sizes.weights + 4 * max(consumers, default=0)
@@ -344,7 +343,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
     if request.repair_windows:
         # The blocks once more with what was learned, two snapshots, the best values of either, and the result.
         total += sum(request.stored_bytes.values())
-        total += (2 * _LEARNED_VECTORS + 3) * 4 * sum(scale_numbers(block) for block in request.layout.blocks)
+        total += (2 * LEARNED_VECTORS + 3) * 4 * sum(scale_numbers(block) for block in request.layout.blocks)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
 

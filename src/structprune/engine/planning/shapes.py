@@ -17,6 +17,9 @@ from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
 LOGIT_TOKENS = 64
 DIVERGENCE_TOKENS = 128
 """Tokens whose logits of two models are compared at once: more make the head's products no faster on a CPU."""
+LEARNED_VECTORS, FLAT_VECTORS = 3, 6
+"""What is kept of each number that learns: its value and two moments; and of a block's numbers, while they learn: all
+of those, a copy of the value, the gradient and its square root."""
 NUM_STAGED = 4
 """Micro-batches that lie in page-locked memory at once, on the way to a device and back."""
 # Beside each logit: in float32 it, its log-softmax and a temporary of the loss, or its probability and the gradient.
