@@ -172,7 +172,7 @@ def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tupl
 
 
 def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:
-    """Learn, and leave the best values in the scratch folder; what happened, and how many numbers could change."""
+    """Leave the best values in the scratch folder; return what happened, and how many numbers could change."""
     shutil.rmtree(place.scratch, ignore_errors=True)
     place.scratch.mkdir()
     with contextlib.closing(StreamedStudent(context, place.scratch, scales_of)) as student:
