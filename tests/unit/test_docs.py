@@ -24,6 +24,7 @@ from structprune.cli import app
 from structprune.methods import METHODS
 from structprune.recipe import Group, Recipe
 from structprune.registry import Registry
+from support.syntax import statements
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "structprune"
@@ -85,15 +86,6 @@ def prose_of_source(path: Path) -> str:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             strings.append(node.value.value)
     return "\n".join(strings)
-
-
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements at and below a node. `ast.walk` comes by every name and operator, which takes seconds."""
-    yield node
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        parts = getattr(node, field, ())
-        for part in parts if isinstance(parts, list) else ():
-            yield from statements(part)
 
 
 def texts() -> Iterator[tuple[Path, str]]:

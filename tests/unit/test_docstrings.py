@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.syntax import statements
+
 ROOT = Path(__file__).parents[2] / "src" / "structprune"
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = sorted(path for path in FILES if path.name == "__init__.py")
@@ -19,15 +21,6 @@ OPENINGS = {"Of", "As", "That", "Those", "By", "For", "From", "In", "Per", "On",
 HERE = Path(__file__).parent
 VERBS = set((HERE / "docstrings_verbs.txt").read_text(encoding="ascii").split())
 """Imperatives that a function's docstring may begin with. A verb that is not there is put into the file."""
-
-
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """All statements at and below a node. `ast.walk` comes by every name and operator, which takes seconds."""
-    yield node
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        parts = getattr(node, field, ())
-        for part in parts if isinstance(parts, list) else ():
-            yield from statements(part)
 
 
 def first_lines(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
