@@ -21,13 +21,14 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import PrunePlan
+from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
 from structprune.engine.streaming.model import StreamedModel
 from structprune.phases import Phase
 from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
 from structprune.training.context import RecoveryContext
-from structprune.training.divergence import LOGIT_TOKENS, divergence
+from structprune.training.divergence import divergence
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of, scales_of
 from structprune.training.stream import StreamedStudent
@@ -242,7 +243,7 @@ def test_files_and_memory_give_the_same_steps(tmp_path: Path) -> None:
 
 def test_divergence_and_its_derivative() -> None:
     torch.manual_seed(0)
-    length = LOGIT_TOKENS + 7
+    length = DIVERGENCE_TOKENS + 7
     heads = [nn.Linear(8, 11, bias=False).double() for _ in range(2)]
     found, wanted = torch.randn(length, 8, dtype=torch.float64), torch.randn(length, 8, dtype=torch.float64)
     gradient = torch.empty(length, 8)
