@@ -35,7 +35,7 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
-from structprune.recipe.repaired import RepairedRecipe, repair_of, repair_windows
+from structprune.recipe.repaired import repair_of, repair_windows
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
@@ -237,7 +237,6 @@ def _context(
         )
     )
     num_windows = len(begun.windows.ids_NS)
-    num_repair = repair_windows(resolved.recipe, num_windows)
     return RunContext(
         source=request.model,
         run=run,
@@ -251,7 +250,7 @@ def _context(
                 "memory": begun.plan.budgets.host,
                 "device_memory": begun.plan.budgets.device or 0,
             }
-            | ({"repair_samples": num_repair} if isinstance(resolved.recipe, RepairedRecipe) else {})
+            | ({"repair_samples": found} if (found := repair_windows(resolved.recipe, num_windows)) else {})
         ),
         method=resolved.method,
         kinds=resolved.kinds,
@@ -263,7 +262,6 @@ def _context(
         dtype=resolved.dtype,
         started=started - run.journal.earlier_s,
         repair=None if (wanted := repair_of(resolved.recipe)) is None else REPAIRS.get(wanted),
-        num_repair=num_repair,
         shared=shared,
         device_meter=DeviceMeter(device=resolved.device, plan=begun.plan.device),
         meter=meter,

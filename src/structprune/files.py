@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import zlib
 from collections.abc import Generator
@@ -128,6 +129,12 @@ def expand_user(path: str) -> Path:
     with contextlib.suppress(RuntimeError):
         return Path(path).expanduser()
     return Path(path)
+
+
+def empty_folder(path: Path) -> None:
+    """Make it a folder with nothing in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
 
 
 def write_text(path: Path, text: str) -> None:

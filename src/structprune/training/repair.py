@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,21 @@ from structprune.engine.streaming.final_states import load_final_states, save_fi
 from structprune.engine.streaming.losses import last_states
 from structprune.engine.streaming.model import StreamedModel
 from structprune.exporters.per_layer import write_modeling_file
-from structprune.files import write_json
+from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
+from structprune.recipe.repaired import repair_windows
 from structprune.recipe.training import RecoverySettings
 from structprune.results.schema import RepairReport
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.loop import History, distil
 from structprune.training.parameters import scales_of
-from structprune.training.snapshots import DamagedStateError
+from structprune.training.snapshots import going_on
 from structprune.training.stream import StreamedStudent, learned
-from structprune.training.texts import Texts
+from structprune.training.texts import Texts, num_kept_apart
 
 _STEP = "repair"
 _FINAL = "repaired states"
-_FEWEST_MEASURED, _MOST_MEASURED = 1, 8
 
 
 def repair_by_scales(context: RunContext, writer: ModelWriter, config: Mapping[str, Any]) -> Repaired:
@@ -79,13 +80,12 @@ def _learn(
     recovery = _recovery_context(context, student)
     place = Workplace(folder=folder / "state", scratch=folder / "scratch")
     place.folder.mkdir(exist_ok=True)
-    try:
-        history, num_learned = _distilled(recovery, place)
-    except DamagedStateError as error:
-        context.observer.note(f"{error}; the repair begins anew")
-        shutil.rmtree(place.folder)
-        place.folder.mkdir()
-        history, num_learned = _distilled(recovery, place)
+    history, num_learned = going_on(
+        partial(_distilled, recovery, place),
+        place.folder,
+        place.scratch,
+        lambda error: context.observer.note(f"{error}; the repair begins anew"),
+    )
     changed = history.best.step > 0
     states: dict[str, torch.Tensor] = {}
     if changed:
@@ -117,8 +117,7 @@ def _learn(
 
 def _assembled(context: RunContext, writer: ModelWriter, config: Mapping[str, Any], directory: Path) -> StockModel:
     """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
+    empty_folder(directory)
     write_json(directory / "config.json", config)
     if context.recipe.per_layer:
         write_modeling_file(directory, context.stock.family, config)
@@ -130,16 +129,18 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
     settings = RecoverySettings(
         mode="scales", seq_len=context.windows.ids_NS.shape[1], batch=1, seed=context.recipe.seed
     )
+    ids_NS = context.windows.ids_NS
+    ids_NS = ids_NS[: repair_windows(context.recipe, len(ids_NS))]
     # Window by window: a run that goes on must not depend on how much memory was free at its start.
     teacher = StreamedModel(
         stock=context.stock,
-        windows=replace(context.windows, ids_NS=context.windows.ids_NS[: context.num_repair]),
+        windows=replace(context.windows, ids_NS=ids_NS),
         plan=replace(context.plan, micro_batch_windows=1),
         device=context.device,
         dtype=context.dtype,
         meter=context.meter,
     )
-    train, measured = divided(_by_text(context))
+    train, measured = divided(_by_text(context, len(ids_NS)))
     return RecoveryContext(
         teacher=teacher,
         student=replace(teacher, stock=student),
@@ -151,9 +152,9 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
     )
 
 
-def _by_text(context: RunContext) -> list[list[int]]:
+def _by_text(context: RunContext, num_windows: int) -> list[list[int]]:
     """List the numbers of the repair's windows, of each text."""
-    numbers = range(context.num_repair)
+    numbers = range(num_windows)
     texts = [[number for number in text.windows if number in numbers] for text in context.windows.texts]
     return [text for text in texts if text] or [list(numbers)]
 
@@ -163,7 +164,7 @@ def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tupl
 
     These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
     """
-    counts = [min(max(_FEWEST_MEASURED, len(text) // 8), _MOST_MEASURED) if len(text) > 1 else 0 for text in texts]
+    counts = [num_kept_apart(len(text)) if len(text) > 1 else 0 for text in texts]
     if not any(counts):
         counts[-1] = 1
     train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
@@ -173,8 +174,6 @@ def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tupl
 
 def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:
     """Leave the best values in the scratch folder; return what happened, and how many numbers could change."""
-    shutil.rmtree(place.scratch, ignore_errors=True)
-    place.scratch.mkdir()
     with contextlib.closing(StreamedStudent(context, place.scratch, scales_of)) as student:
         with context.student.meter.phase(Phase.REPAIR):
             history = distil(context, student, place, "repair")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -31,7 +31,7 @@ from structprune.training import MODES
 from structprune.training.context import RecoveryContext, Workplace, check_pair, target_boundaries, teacher_notes
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
-from structprune.training.snapshots import DamagedStateError
+from structprune.training.snapshots import going_on
 from structprune.training.texts import read_texts
 
 _STATE_NAME = "recovery"
@@ -119,14 +119,12 @@ def recover_model(
             folder, scratch = run.staging / _STATE_NAME, run.staging / "scratch"
             folder.mkdir(exist_ok=True)
             place = Workplace(folder=folder, scratch=scratch)
-            _empty(scratch)
-            try:
-                recovered = mode.run(context, place)
-            except DamagedStateError as error:
-                observer.note(f"{error}; the training begins anew")
-                _empty(folder)
-                _empty(scratch)
-                recovered = mode.run(context, place)
+            recovered = going_on(
+                partial(mode.run, context, place),
+                folder,
+                scratch,
+                lambda error: observer.note(f"{error}; the training begins anew"),
+            )
             report = finalize_recovery(
                 context, recovered, run, place, student=str(student), teacher=str(teacher), notes=notes, started=started
             )
@@ -166,12 +164,6 @@ def load_recovery_report(output: Path) -> RecoveryReport:
         return RecoveryReport.model_validate(read_json(path))
     except ValidationError as error:
         raise InputError("the file is not as it was written", where=str(path), got=str(error).splitlines()[0]) from None
-
-
-def _empty(folder: Path) -> None:
-    """Make it a folder with nothing in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
 
 def _most_windows(texts: Sequence[str], settings: RecoverySettings) -> int:

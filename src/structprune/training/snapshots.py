@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.errors import CheckpointError, first_line
-from structprune.files import atomic_path, file_sum, sync_directory, write_json, write_text
+from structprune.files import atomic_path, empty_folder, file_sum, sync_directory, write_json, write_text
 
 _META_NAME = "snapshot.json"
 Saved = TypeVar("Saved", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -57,6 +58,23 @@ class DamagedStateError(CheckpointError):
 
 def _damaged(path: Path, error: Exception) -> DamagedStateError:
     return DamagedStateError("the state of an earlier run is damaged", where=str(path), got=first_line(error))
+
+
+def going_on(
+    work: Callable[[], Result], folder: Path, scratch: Path, damaged: Callable[[DamagedStateError], None]
+) -> Result:
+    """Run `work` with an empty scratch folder, from the snapshots in `folder`; anew if those are found damaged.
+
+    `damaged` is told of it first. Raises what `work` raises.
+    """
+    empty_folder(scratch)
+    try:
+        return work()
+    except DamagedStateError as error:
+        damaged(error)
+        empty_folder(folder)
+        empty_folder(scratch)
+        return work()
 
 
 class Snapshots:

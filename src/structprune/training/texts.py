@@ -39,6 +39,11 @@ class Texts:
         return tuple(number for part in self.held_out for number in part)
 
 
+def num_kept_apart(found: int) -> int:
+    """Choose how many of a text's windows are only measured on: an eighth, but one at least and few enough."""
+    return max(1, min(_MOST_HELD_OUT, found // 8))
+
+
 def _names(settings: RecoverySettings) -> list[str]:
     """List the texts, a mix as those that it is of: each is a domain of its own, and none has a weight."""
     mixed = [text.name for text in weighted_texts((MIX,))]
@@ -60,7 +65,7 @@ def read_texts(settings: RecoverySettings, context: SourceContext, notify: Calla
     for asked in _names(settings) or (None,):
         name, windows = load_windows(asked, context, notify)
         found = len(windows.ids_NS)
-        kept_apart = settings.held_out or max(1, min(_MOST_HELD_OUT, found // 8))
+        kept_apart = settings.held_out or num_kept_apart(found)
         if found <= kept_apart:
             raise InputError(
                 "the text has no windows to learn from beside those held out",

@@ -68,8 +68,6 @@ class RunContext(StreamedModel):
     """`time.perf_counter()` at the start of the run."""
     repair: Repair | None = None
     """What learns behind the last block; None: nothing does."""
-    num_repair: int = 0
-    """Calibration windows, the first ones, that the repair learns from and is measured on."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
     device_meter: DeviceMeter = field(default_factory=DeviceMeter)
