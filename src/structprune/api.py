@@ -12,14 +12,12 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
-from structprune.calibration.context import CalibrationWindows, WindowRequest
-from structprune.calibration.select import load_texts
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
-from structprune.engine.resolve import ResolvedRun, num_probe, plan_run
+from structprune.engine.resolve import ResolvedRun, drawn_windows, num_probe, plan_run
 from structprune.engine.resolve import check as check
-from structprune.engine.run.calibration import source_context, window_start
+from structprune.engine.run.calibration import window_start
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
@@ -233,7 +231,7 @@ def _context(
             resolved.recipe,
             request,
             plan,
-            lambda plan: _windows(resolved, plan, observer),
+            lambda plan: drawn_windows(resolved, plan, observer.note),
         )
     )
     num_windows = len(begun.windows.ids_NS)
@@ -267,40 +265,6 @@ def _context(
         meter=meter,
         ranks=resolved.ranks,
     )
-
-
-def _windows(resolved: ResolvedRun, plan: PrunePlan, observer: Observer) -> tuple[str, CalibrationWindows]:
-    """Load the calibration windows and the name of their source; the tokenizer is freed when this returns."""
-    recipe = resolved.recipe
-    chooses = recipe.chooses_ridge and resolved.method.needs_statistics
-    num_needed = 2 if chooses or repair_of(recipe) else 1
-    source = source_context(
-        resolved.stock,
-        WindowRequest(
-            num_samples=recipe.num_samples,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-            bos=recipe.bos,
-            num_held_out=recipe.held_out,
-            min_samples=num_needed,
-        ),
-        dtype=resolved.dtype,
-        device=resolved.device,
-        # A text that the model samples itself takes all of it, which passes the host on its way to a device.
-        budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
-    )
-    name, windows = load_texts(recipe.texts, source, observer.note)
-    if (found := len(windows.ids_NS)) < num_needed:
-        raise InputError(
-            f"one window cannot both {'fit and choose the ridge' if chooses else 'teach the repair and measure it'}",
-            where=name,
-            got=f"{found} window of {recipe.seq_len} tokens"
-            + (", --damping auto" if chooses else f", --repair {repair_of(recipe)}"),
-            wanted=f"at least {num_needed} windows"
-            + (", or a number for --damping" if chooses and not repair_of(recipe) else ""),
-            do="give more text, or lower --seq-len",
-        )
-    return name, windows
 
 
 def recover(

@@ -380,7 +380,7 @@ def test_another_text_is_refused_where_the_windows_are_lost(halted: Halted) -> N
     (halted.partial / "windows.safetensors").unlink()
     found = CalibrationWindows(ids_NS=torch.ones(5, 32, dtype=torch.long), description="another")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "_windows", lambda *_: ("another", found))
+        patch.setattr(api, "drawn_windows", lambda *_: ("another", found))
         with pytest.raises(InputError, match="started on another calibration text"):
             resume(halted.output)
     assert halted.partial.exists()

@@ -1,7 +1,8 @@
-"""What is checked and planned of a run from headers and settings alone, before a weight is read."""
+"""What is checked, planned and drawn for a run before its first pass: nothing here is pruned."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.loading import check_settings
 from structprune.architectures.stock.model import StockModel
-from structprune.calibration.select import check_texts
+from structprune.calibration.context import CalibrationWindows, WindowRequest
+from structprune.calibration.select import check_texts, load_texts
 from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
+from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
@@ -25,7 +28,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import Recipe, ResolvedRecipe, default_held_out
-from structprune.recipe.repaired import RepairedRecipe, repair_windows
+from structprune.recipe.repaired import RepairedRecipe, repair_of, repair_windows
 from structprune.recipe.units import UnitsRecipe
 from structprune.types import UnitGroup, UnitKind
 
@@ -166,3 +169,42 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     )
     request = PIPELINES.get(resolved.method.pipeline).request(request, recipe, resolved.method, stock)
     return make_plan(request, recipe.memory, recipe.device_memory or None)
+
+
+def drawn_windows(
+    resolved: ResolvedRun, plan: PrunePlan, notify: Callable[[str], None]
+) -> tuple[str, CalibrationWindows]:
+    """Load the calibration windows and the name of their source; the tokenizer is freed when this returns.
+
+    Raises InputError for a text with too few windows.
+    """
+    recipe = resolved.recipe
+    chooses = recipe.chooses_ridge and resolved.method.needs_statistics
+    num_needed = 2 if chooses or repair_of(recipe) else 1
+    source = source_context(
+        resolved.stock,
+        WindowRequest(
+            num_samples=recipe.num_samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+            bos=recipe.bos,
+            num_held_out=recipe.held_out,
+            min_samples=num_needed,
+        ),
+        dtype=resolved.dtype,
+        device=resolved.device,
+        # A text that the model samples itself takes all of it, which passes the host on its way to a device.
+        budget_bytes=min(size for size in (plan.budgets.host, plan.budgets.device) if size is not None),
+    )
+    name, windows = load_texts(recipe.texts, source, notify)
+    if (found := len(windows.ids_NS)) < num_needed:
+        raise InputError(
+            f"one window cannot both {'fit and choose the ridge' if chooses else 'teach the repair and measure it'}",
+            where=name,
+            got=f"{found} window of {recipe.seq_len} tokens"
+            + (", --damping auto" if chooses else f", --repair {repair_of(recipe)}"),
+            wanted=f"at least {num_needed} windows"
+            + (", or a number for --damping" if chooses and not repair_of(recipe) else ""),
+            do="give more text, or lower --seq-len",
+        )
+    return name, windows
