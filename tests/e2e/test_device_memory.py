@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from structprune import Recipe, api, prune
+from structprune import Recipe, prune
 from structprune.api import plan, resume
 from structprune.engine import resolve
 from structprune.errors import MemoryBudgetError
@@ -138,13 +138,13 @@ def test_a_sampled_text_has_the_smaller_of_both_budgets(
 ) -> None:
     """The whole model is in both, one after the other."""
     seen: list[int] = []
-    inner = api.source_context
+    inner = resolve.source_context
 
     def noted(*arguments: Any, budget_bytes: int, **options: Any) -> Any:
         seen.append(budget_bytes)
         return inner(*arguments, budget_bytes=budget_bytes, **options)
 
-    monkeypatch.setattr(api, "source_context", noted)
+    monkeypatch.setattr(resolve, "source_context", noted)
     for number, (host, device) in enumerate([("2GiB", "512MiB"), ("512MiB", "2GiB")]):
         prune(tiny_llama, recipe(text_file, method="fasp", memory=host, device_memory=device), tmp_path / str(number))
     assert seen == [GIB // 2, GIB // 2]
