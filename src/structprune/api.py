@@ -12,6 +12,7 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
+from structprune.engine.pace import Minutes, expected_minutes
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -66,21 +67,25 @@ class RunPlan:
     """What a person should know of source and result, a sentence each."""
     start: str | None
     """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
+    minutes: Minutes | None = None
+    """How long the run is expected to take here; None: nobody asked, or it depends on what the run finds."""
 
 
-def plan(model: str | Path, recipe: Recipe) -> RunPlan:
+def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
     """Plan a run of `prune`: its memory and disk, the size of its result, and which runtimes load that.
 
-    Reads headers only. Raises the errors that `prune` would raise before its first weight, but for those of the
-    calibration text.
+    With `timed` also how long it will take, for which this machine is tried for a few seconds. Reads headers only.
+    Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
     """
     bound_hidden_memory()
     resolved = check(model, recipe)
+    found = plan_run(resolved, resolved.recipe.num_samples)
     return RunPlan(
         source=str(model),
         recipe=resolved.recipe,
         layout=resolved.stock.layout,
-        plan=plan_run(resolved, resolved.recipe.num_samples),
+        plan=found,
+        minutes=_minutes(resolved, found) if timed else None,
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
         size=planned_size(resolved.stock, resolved.recipe, resolved.kinds, resolved.forecast),
@@ -91,6 +96,13 @@ def plan(model: str | Path, recipe: Recipe) -> RunPlan:
             *share_note(resolved.recipe, resolved.forecast.shares),
         ),
     )
+
+
+def _minutes(resolved: ResolvedRun, plan: PrunePlan) -> Minutes | None:
+    """Try this machine; None where the work cannot be counted beforehand."""
+    if plan.work is None:
+        return None
+    return expected_minutes(resolved.stock, resolved.recipe, plan.work, resolved.device, resolved.dtype)
 
 
 def _planned_start(resolved: ResolvedRun) -> str | None:
@@ -112,11 +124,12 @@ def prune(
     shared: Path | None = None,
     *,
     rank_timeout: float = RANK_TIMEOUT_S,
+    timed: bool = False,
 ) -> PruneReport:
     """Prune `model` (directory, hub id, .gguf file or `smollm2`) by `recipe` into the new directory `output`.
 
     A run of the same recipe that was cut goes on where it was. In the directory `shared` the dense model's measurements
-    are left for runs that ask for the same ones.
+    are left for runs that ask for the same ones. With `timed` the observer is first told how long it will take.
 
     Every input is checked before the first weight is read. Raises a subclass of StructPruneError that says what to
     do; nothing half-written looks like a result.
@@ -137,6 +150,10 @@ def prune(
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
         resolved = check(model, recipe, ranks)
+        if timed and ranks.size == 1 and not run.staging.exists():
+            planned = plan_run(resolved, resolved.recipe.num_samples)
+            if (minutes := _minutes(resolved, planned)) is not None:
+                observer.note(f"expected to take {minutes.text} on this machine")
         with PeakMeter() as meter, run:
             request = RunRequest(model=str(model), asked=recipe)
             context = _context(resolved, request, run, meter, observer, started, shared)

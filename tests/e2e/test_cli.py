@@ -100,14 +100,15 @@ def test_prune_json_in_a_process(tiny_llama: Path, text_file: Path, tmp_path: Pa
     report = strict_json(result.out)
     assert report == json.loads((output / "pruning_report.json").read_text())
     assert [(block["block"], block["kept_units"]) for block in report["blocks"]] == [(0, 33), (1, 33)]
-    # Not a terminal: one plain line per block, no escape sequences, no carriage returns.
+    # Not a terminal: what is expected, then one plain line per block, no escape sequences, no carriage returns.
     lines = result.err.splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     # Both models of two blocks.
     for number, block in ((4, 1), (3, 0), (2, 1), (1, 0)):
         assert re.fullmatch(rf"held-out windows {number}/4  block {block}  \d+ s left", lines.pop())
     assert re.fullmatch(r"reload check 1/1  whole, relative difference \d\.\de[-+]\d\d  0 s left", lines.pop())
     assert re.fullmatch(r"write files 1/1  model\.safetensors  0 s left", lines.pop())
+    assert lines.pop(0) == "expected to take about a minute on this machine"
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
             rf"prune {number}/2  block {number - 1} mlp 33/48  error 0\.\d{{4}}  memory \d+\.\d [KM]iB  \d+ s left",
@@ -172,10 +173,11 @@ def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_
     assert result.code == 0
     lines = result.err.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
+        ["expected to take about a minute on this machine"],
         ["prune 1/2", "block 0 mlp 33/48"],
         ["prune 2/2", "block 1 mlp 33/48"],
         ["write files 1/1", "model.safetensors"],
-        ["reload check 1/1", lines[3].split("  ")[1]],
+        ["reload check 1/1", lines[4].split("  ")[1]],
         *([f"held-out windows {number}/4", f"block {(number - 1) % 2}"] for number in range(1, 5)),
     ]
     # No data, no error figure.

@@ -257,7 +257,7 @@ def test_what_a_cut_run_goes_on_from_is_counted() -> None:
     assert plain.disk_bytes > 2 * plain.store_bytes + 2 * 32 * LLAMA_7B.blocks[0].num_parameters * 4
     assert both.disk_bytes - plain.disk_bytes == 2 * plain.store_bytes
     model_bytes = LLAMA_7B.num_parameters * 4
-    assert plan_for(LLAMA_7B, rehearses=True).disk_bytes - plain.disk_bytes == model_bytes
+    assert plan_for(LLAMA_7B, num_rehearsals=1).disk_bytes - plain.disk_bytes == model_bytes
 
 
 def test_duals_are_counted() -> None:

@@ -26,7 +26,7 @@ def plan(
     from structprune.cli.render import runtime_rows
     from structprune.cli.tables import print_pairs
 
-    found = run_plan(model, settings)
+    found = run_plan(model, settings, timed=True)
     if as_json:
         print(json.dumps(_as_dict(found), indent=2))
         return
@@ -49,6 +49,9 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
             f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
         ),
     ]
+    if found.minutes is not None:
+        rows.append(("time", f"{found.minutes.text} on this machine"))
+        rows += [(f"  {name}", f"{seconds:,.0f} s") for name, seconds in found.minutes.stretches.items()]
     for kind, counts in (found.forecast.kept or {}).items():
         low, high = min(counts), max(counts)
         rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
@@ -99,6 +102,9 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "size": asdict(found.size),
         "start_token": found.start,
         "notes": found.notes,
+        "seconds": None
+        if found.minutes is None
+        else {"all": found.minutes.seconds, "stretches": dict(found.minutes.stretches)},
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

@@ -37,7 +37,9 @@ def prune(
     from structprune.cli.render import report_table
 
     report = run_or_say_how_to_resume(
-        lambda observer: run_prune(model, settings, output, observer, rank_timeout=rank_timeout), output, quiet=quiet
+        lambda observer: run_prune(model, settings, output, observer, rank_timeout=rank_timeout, timed=not quiet),
+        output,
+        quiet=quiet,
     )
     if launched()[0] > 0:
         return

@@ -89,7 +89,7 @@ class Journal:
         return self._ranks.broadcast(lambda: self._record(step, files, given, values))
 
     def _record(self, step: str, files: Iterable[Path], given: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        line: dict[str, Any] = {"step": step, **values, "seconds": round(self.seconds, 3)}
+        line: dict[str, Any] = {"step": step, **values, "seconds": round(self.seconds, 6)}
         if given is not None:
             line["given"] = given
         sums = {os.path.relpath(path, self.folder): file_sum(path) for path in files}

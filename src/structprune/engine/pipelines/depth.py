@@ -92,8 +92,14 @@ def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
         return replace(request, num_windows=request.num_probe)
     compares = BLOCK_SCORES.get(recipe.score).compares
     if compares == "losses":
-        return replace(request, num_windows=request.sensitivity_windows, num_stores=free + 1, compares=compares)
-    return replace(request, num_stores=remove + 1, compares=compares)
+        return replace(
+            request,
+            num_windows=request.sensitivity_windows,
+            num_stores=free + 1,
+            compares=compares,
+            num_removed_blocks=remove,
+        )
+    return replace(request, num_stores=remove + 1, compares=compares, num_removed_blocks=remove)
 
 
 def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[UnitKind]) -> Forecast:

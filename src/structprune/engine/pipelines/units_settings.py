@@ -105,7 +105,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         needs_scores=sensitivity is SensitivityKind.SCORES,
         needs_weight_gradients=sensitivity is SensitivityKind.TAYLOR,
         follows_dense=recipe.follows_dense,
-        rehearses=recipe.outer_iterations > 0,
+        num_rehearsals=recipe.outer_iterations,
         chooses_ridge=recipe.chooses_ridge,
         score=recipe.score,
         solves="consumer" in solver.changes,

@@ -33,6 +33,7 @@ from structprune.engine.planning.shapes import (
 )
 from structprune.engine.planning.sizes import CHUNK_BYTES, HostChoice, HostSizes
 from structprune.engine.planning.slices import SliceMemory, slice_phases
+from structprune.engine.planning.work import planned_work
 from structprune.engine.planning.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
@@ -148,6 +149,7 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
         + (max(sizes.num_stores * sizes.store, sizes.held_out_store) * num_ranks if choice.store == "file" else 0),
         reload=_reload_bound(sizes) if request.reload_check else None,
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
+        work=planned_work(request, choice),
     )
 
 
@@ -345,7 +347,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += sum(request.stored_bytes.values())
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(scale_numbers(block) for block in request.layout.blocks)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
-    return total + (sum(request.stored_bytes.values()) if request.rehearses else 0)
+    return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 
 
 def _reload_bound(sizes: HostSizes) -> ReloadBound:

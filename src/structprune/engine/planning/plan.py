@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
+from structprune.engine.planning.pieces import Work
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
 from structprune.phases import PhaseBytes
-from structprune.types import ModelLayout, UnitGroup, UnitKind
+from structprune.types import ModelLayout, Stage, UnitGroup, UnitKind
 
 Place = Literal["device", "host"]
 
@@ -67,6 +68,8 @@ class PrunePlan:
     """Bound on the process that loads the result; None: there is none."""
     result_size: tuple[int, int] = (0, 0)
     """Upper bounds of the result's parameters and of the bytes of its files."""
+    work: Work | None = None
+    """How often the run does what takes its time; None where that cannot be counted beforehand."""
 
     @property
     def budgets(self) -> Budgets:
@@ -97,6 +100,8 @@ class PlanRequest:
     layout: ModelLayout
     groups: tuple[UnitGroup, ...]
     """The groups in scope of the widest block."""
+    stages: tuple[Stage, ...] = (("attention",), ("mlp",))
+    """Sublayers of a block that read the same state of the stream, in the order of the forward pass."""
     stored_bytes: Mapping[str, int]
     """Checkpoint tensor name -> bytes."""
     stored_dtypes: Mapping[str, torch.dtype]
@@ -119,8 +124,8 @@ class PlanRequest:
     sensitivity_windows: int = 0
     repair_windows: int = 0
     """Windows that the result learns from, and is measured on, behind the last block; 0: it does not."""
-    rehearses: bool = False
-    """Whether passes come before the one that is written."""
+    num_rehearsals: int = 0
+    """Passes that come before the one that is written."""
     chooses_ridge: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
     score: str = "wanda"
@@ -141,6 +146,8 @@ class PlanRequest:
     """Borders whose hidden states are kept at once; None: one, and a second where the dense path is followed."""
     compares: Literal["nothing", "boundaries", "losses"] = "nothing"
     """What whole blocks are chosen by: hidden states at two boundaries, or the losses that follow from them."""
+    num_removed_blocks: int = 0
+    """Whole blocks that go."""
     slices: Literal["no", "bases", "one basis"] = "no"
     """Whether the residual stream is cut, with a basis for every position or with one for all."""
     sliced_hidden: int = 0

@@ -1,0 +1,317 @@
+"""How long a run will take on this machine: what it does (`planning/work.py`) times what each of it takes here.
+
+Each kind of work is done once with numbers of no meaning, in the shapes of the model's widest block, on as many tokens
+as a quarter of a second allows; searches and solves are done on problems of up to a thousand inputs, and their time is
+extended from there. Nothing is read from the checkpoint.
+
+Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inputs, O outputs, U units, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock.model import StockModel, output_tensor
+from structprune.engine.planning.pieces import Piece, What, Work
+from structprune.linalg.rotation import principal_basis
+from structprune.memory import release_free_memory
+from structprune.recipe import ResolvedRecipe
+from structprune.recipe.units import ResolvedUnits
+from structprune.scores import SELECTORS
+from structprune.scores.selection import removal_path
+from structprune.solvers import SOLVERS
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout, LayerProblem, Moments, TaylorSums, UnitGroup
+
+# A trial is repeated with more tokens until it takes so long; the first one has so many.
+_LONG_ENOUGH_S = 0.25
+_FIRST_TOKENS = 64
+_TOO_LONG_S = 1.0
+_MOST_INPUTS = 1024
+_MOST_VOCABULARY = 8192
+_DAMPING = 1e-2
+# Reading weights and text, starting the process that loads the result.
+_AROUND_S = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minutes:
+    """A run's time, as it is expected on this machine."""
+
+    seconds: float
+    stretches: Mapping[str, float]
+    """Name of a stretch of the run -> its seconds."""
+
+    @property
+    def text(self) -> str:
+        """The time as a person says it."""
+        if self.seconds < 90:
+            return "about a minute"
+        minutes = self.seconds / 60
+        return f"about {minutes:.0f} minutes" if minutes < 90 else f"about {minutes / 60:.1f} hours"
+
+
+def expected_minutes(
+    stock: StockModel, recipe: ResolvedRecipe, work: Work, device: torch.device, dtype: torch.dtype
+) -> Minutes:
+    """Time every kind of work that `work` has, a few seconds in all, and add up what the run will take."""
+    pieces = {piece for counts in work.values() for piece in counts}
+    weighs = any(piece.what is What.COSTS for piece in pieces)
+    trials = Trials(stock=stock, recipe=recipe, device=device, dtype=dtype, weighs=weighs)
+    seconds = {piece: trials.seconds(piece) for piece in sorted(pieces)}
+    release_free_memory()
+    stretches = {name: sum(times * seconds[piece] for piece, times in counts.items()) for name, counts in work.items()}
+    return Minutes(seconds=_AROUND_S + sum(stretches.values()), stretches=stretches)
+
+
+def _extrapolated(smaller: tuple[int, float], larger: tuple[int, float], width: int) -> float:
+    """Find the time at a larger width from two times, each with its width.
+
+    Matrices are passed over and multiplied: it is a n^2 + b n^3 through both, neither term negative.
+    """
+    (n, first), (m, second) = smaller, larger
+    cubic = (second / m**2 - first / n**2) / (m - n) if m > n else second / m**3
+    cubic = min(max(0.0, cubic), second / m**3)
+    return (second / m**2 + cubic * (width - m)) * width**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trials:
+    """Times one kind of work after the other, on one block of the model."""
+
+    stock: StockModel
+    recipe: ResolvedRecipe
+    device: torch.device
+    dtype: torch.dtype
+    weighs: bool
+    """Whether units are chosen by the loss's sensitivity to the consumer's output."""
+
+    def seconds(self, piece: Piece) -> float:
+        """Measure what one of these takes."""
+        match piece.what:
+            case What.STAGE:
+                assert piece.kind is not None
+                with self._block() as (block, module), self.stock.stage(module, self.stock.stage_of(piece.kind)):
+                    return self._timed(partial(self._forward, block, module))
+            case What.BACKWARD | What.WEIGHT_BACKWARD:
+                with self._block() as (block, module):
+                    module.requires_grad_(piece.what is What.WEIGHT_BACKWARD)
+                    return self._timed(partial(self._backward, block, module))
+            case What.HEAD | What.HEAD_BACKWARD:
+                return self._head(differentiated=piece.what is What.HEAD_BACKWARD)
+            case What.STREAM_SUMS:
+                return self._sums(self.stock.layout.hidden_size, 0)
+            case What.BASIS:
+                return self._basis()
+            case _:
+                assert piece.kind is not None
+                return self._of_group(piece.what, self._widest.group(piece.kind))
+
+    def _of_group(self, what: What, group: UnitGroup) -> float:
+        inputs, hidden = group.num_units * group.width, self.stock.layout.hidden_size
+        if what is What.SUMS:
+            return self._sums(inputs, hidden if self._follows_dense else 0)
+        if what is What.CONSUMER:
+            weight_OI = self._states(hidden, inputs)[0]
+            return self._timed(lambda tokens: partial(nn.functional.linear, self._states(tokens, inputs), weight_OI))
+        return self._problem(what, group)
+
+    @property
+    def _widest(self) -> BlockLayout:
+        return max(self.stock.layout.blocks, key=lambda block: block.num_parameters)
+
+    @property
+    def _follows_dense(self) -> bool:
+        return self.recipe.follows_dense
+
+    @contextlib.contextmanager
+    def _block(self) -> Generator[tuple[BlockLayout, nn.Module]]:
+        """Build the stock layer with weights of no meaning; small ones are random, so a router sends everywhere."""
+        block = self._widest
+        tensors: dict[str, Tensor] = {}
+        for name, shape in block.shapes.items():
+            tensor = torch.empty(shape, device=self.device, dtype=self.dtype)
+            tensors[name] = tensor.normal_(std=0.02) if tensor.numel() < 2**20 else tensor.fill_(0.01)
+        module = self.stock.block(block.index, tensors)
+        del tensors
+        try:
+            yield block, module
+        finally:
+            del module
+            release_free_memory()
+
+    def _states(self, tokens: int, width: int) -> Tensor:
+        return torch.randn(1, tokens, width, device=self.device, dtype=self.dtype)
+
+    def _arguments(self, block: BlockLayout, tokens: int) -> dict[str, Any]:
+        """Return what the stock model passes to the block for one window; its embeddings are one number, repeated."""
+        number = torch.zeros((), device=self.device, dtype=self.dtype)
+        tensors = {
+            name: number.expand(self.stock.layout.outer_tensors[name]) for name in self.stock.embedding_tensors()
+        }
+        ids_1S = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
+        return self.stock.embed(ids_1S, tensors)[1].kwargs[block.index]
+
+    def _forward(self, block: BlockLayout, module: nn.Module, tokens: int) -> Callable[[], object]:
+        hidden_BSD, arguments = self._states(tokens, self.stock.layout.hidden_size), self._arguments(block, tokens)
+
+        @torch.no_grad()
+        def run() -> object:
+            return module(hidden_BSD, **arguments)
+
+        return run
+
+    def _backward(self, block: BlockLayout, module: nn.Module, tokens: int) -> Callable[[], object]:
+        hidden_BSD = self._states(tokens, self.stock.layout.hidden_size).requires_grad_(True)
+        arguments = self._arguments(block, tokens)
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+
+        def run() -> object:
+            output_BSD = output_tensor(module(hidden_BSD, **arguments))
+            return torch.autograd.grad(output_BSD.sum(), [hidden_BSD, *weights], materialize_grads=True)
+
+        return run
+
+    def _head(self, *, differentiated: bool) -> float:
+        """Time the head on part of the vocabulary: its time grows with it."""
+        vocabulary = min(self.stock.layout.vocab_size, _MOST_VOCABULARY)
+        weight_VD = self._states(vocabulary, self.stock.layout.hidden_size)[0]
+
+        def make(tokens: int) -> Callable[[], object]:
+            hidden_TD = self._states(tokens, weight_VD.shape[1])[0].requires_grad_(differentiated)
+            labels_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
+
+            def run() -> object:
+                loss = nn.functional.cross_entropy((hidden_TD @ weight_VD.T).float(), labels_T)
+                return torch.autograd.grad(loss, hidden_TD) if differentiated else loss
+
+            return run
+
+        return self._timed(make) * self.stock.layout.vocab_size / vocabulary
+
+    def _sums(self, inputs: int, outputs: int) -> float:
+        """Time the sums on part of the inputs: most of the time grows with their square."""
+        measured = min(inputs, 2 * _MOST_INPUTS)
+
+        def make(tokens: int) -> Callable[[], object]:
+            accumulator = GramAccumulator(measured, self.device, num_outputs=outputs)
+            x_TI = self._states(tokens, measured)[0]
+            target_TO = torch.randn(tokens, outputs, device=self.device) if outputs else None
+            return lambda: accumulator.update(x_TI, target_TO)
+
+        return self._timed(make) * (inputs / measured) ** 2
+
+    def _basis(self) -> float:
+        hidden = self.stock.layout.hidden_size
+        measured = min(hidden, _MOST_INPUTS)
+        gram_DD = self._gram(measured)
+        run = partial(principal_basis, gram_DD, measured // 2, _DAMPING, "a trial")
+        return self._seconds(run) * (hidden / measured) ** 3
+
+    def _problem(self, what: What, group: UnitGroup) -> float:
+        """Time a choice, a solve or the costs of removals: for a large problem, on two smaller ones of its shape."""
+        assert isinstance(self.recipe, ResolvedUnits)
+        if what is What.CHOICE and self.recipe.score not in SELECTORS:
+            # A score is a sum or two over what is there.
+            return 0.0
+        whole = group.num_units * group.width
+        if whole <= _MOST_INPUTS:
+            return self._problem_of(what, group, group.num_units)[1]
+        half, full = (
+            self._problem_of(what, group, max(1, round(inputs / group.width / group.partitions)) * group.partitions)
+            for inputs in (_MOST_INPUTS // 2, _MOST_INPUTS)
+        )
+        return _extrapolated(half, full, whole)
+
+    def _problem_of(self, what: What, group: UnitGroup, units: int) -> tuple[int, float]:
+        """Return the inputs of a problem of so many units, and its seconds."""
+        assert isinstance(self.recipe, ResolvedUnits)
+        scale = units / group.num_units
+        keep = max(1, round(units * (1 - self.recipe.sparsity) / group.partitions)) * group.partitions
+        problem = self._small_problem(group, units, max(1, round(self.stock.layout.hidden_size * scale)), what)
+        keep_U = torch.arange(units, device=self.device) < keep
+        run: Callable[[], object]
+        match what:
+            case What.COSTS:
+                run = partial(removal_path, problem, units)
+            case What.CHOICE:
+                run = partial(SELECTORS.get(self.recipe.score).keep, problem, keep)
+            case _:
+                run = partial(SOLVERS.get(self.recipe.solver).solve, problem, keep_U)
+        return units * group.width, self._seconds(run)
+
+    def _small_problem(self, group: UnitGroup, units: int, outputs: int, what: What) -> LayerProblem:
+        assert isinstance(self.recipe, ResolvedUnits)
+        inputs = units * group.width
+        weight_OI = torch.randn(outputs, inputs, device=self.device)
+        priced = what is What.COSTS
+
+        def moments() -> Moments:
+            gram_II = self._gram(inputs)
+            followed = self._follows_dense and not priced
+            return Moments(
+                gram_II=gram_II,
+                num_tokens=inputs,
+                sum_I=torch.zeros(inputs, dtype=torch.float64, device=self.device),
+                target_OI=weight_OI @ gram_II if followed else None,
+                target_energy=1.0 if followed else None,
+            )
+
+        numbers_U = torch.ones(units, dtype=torch.float64, device=self.device)
+        chooses = self.recipe.chooses_ridge and not priced
+        return LayerProblem(
+            weight_OI=weight_OI,
+            fit=moments(),
+            held_out=moments() if chooses else None,
+            width=group.width,
+            partitions=group.partitions,
+            damping=_DAMPING,
+            shrinkage=0.0 if priced else self.recipe.shrinkage,
+            producer_norm_U=numbers_U.float(),
+            sensitivity_OO=torch.eye(outputs, device=self.device) if self._weighs(what) else None,
+            taylor=TaylorSums(signed_U=numbers_U, first_U=numbers_U, second_U=numbers_U, mixed_U=numbers_U),
+        )
+
+    def _weighs(self, what: What) -> bool:
+        """Whether the problem has the sensitivity of the loss, as all have whose removals are costed."""
+        return what is What.COSTS or self.weighs
+
+    def _gram(self, width: int) -> Tensor:
+        x_TI = torch.randn(width, width, device=self.device)
+        return x_TI.T @ x_TI
+
+    def _timed(self, make: Callable[[int], Callable[[], object]]) -> float:
+        """Time `make(tokens)()` with more and more tokens, up to a window; return the seconds of a whole window."""
+        window, tokens = self.recipe.seq_len, min(_FIRST_TOKENS, self.recipe.seq_len)
+        # Not the first time: there libraries load their code.
+        make(tokens)()
+        while True:
+            seconds = self._seconds(make(tokens))
+            if seconds >= _LONG_ENOUGH_S or tokens == window:
+                return seconds * window / tokens
+            tokens = min(window, 4 * tokens)
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        """Time it: the better of two, unless one is long enough; the first one also brings pages of memory."""
+        best = float("inf")
+        for _ in range(2):
+            self._wait()
+            started = time.perf_counter()
+            run()
+            self._wait()
+            best = min(best, time.perf_counter() - started)
+            if best > _TOO_LONG_S:
+                break
+        return best
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,167 @@
+"""How often a run will do each of the things that take its time, counted from shapes and settings.
+
+What one of each takes on this machine is measured in `engine/pace.py`. Small things (reading text, reading and writing
+weights) are left out, and every block counts as wide as it is before it is cut.
+"""
+
+from __future__ import annotations
+
+from structprune.engine.planning.pieces import Counts, Piece, What, Work
+from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.shapes import by_kind
+from structprune.engine.planning.sizes import HostChoice
+from structprune.types import UNIT_KINDS, Stage
+
+# Of a repair: the windows that only measure it pass the teacher once, and the student before and after.
+_STUDENT_EVALUATIONS = 2
+_MEASURED_SHARE = 8
+# Experts that a token is sent to, where a sublayer has several parts.
+_PARTS_PER_TOKEN = 2
+
+
+def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
+    """Count the work of the whole run by its stretches, for the rank with the most windows.
+
+    None where an iterative solver takes part, whose number of steps depends on what it finds.
+    """
+    if request.num_latents:
+        return None
+    counted: Work = {
+        "sensitivity": _sensitivity(request),
+        "choice of blocks": _choice_of_blocks(request),
+        "blocks": _slicing(request) if request.slices != "no" else _pruning(request, choice),
+        "repair": _repair(request),
+        "perplexities and checks": _measurements(request),
+    }
+    return {name: counts for name, counts in counted.items() if counts}
+
+
+def _added(*counts: Counts) -> dict[Piece, float]:
+    """Add up, and leave out what is not done at all."""
+    total: dict[Piece, float] = {}
+    for each in counts:
+        for piece, times in each.items():
+            if times:
+                total[piece] = total.get(piece, 0) + times
+    return total
+
+
+def _left(request: PlanRequest) -> float:
+    """Return the share of the blocks that the result has."""
+    return 1 - request.num_removed_blocks / len(request.layout.blocks)
+
+
+def _passes(request: PlanRequest, num_windows: float) -> Counts:
+    """Pass so many windows through all blocks."""
+    times = num_windows * len(request.layout.blocks)
+    return {Piece(What.STAGE, stage[0]): times for stage in request.stages}
+
+
+def _parts(request: PlanRequest, what: What) -> Counts:
+    """Count something once for each part of every block's sublayers in scope."""
+    blocks = len(request.layout.blocks)
+    return {Piece(what, kind): blocks * len(groups) for kind, groups in by_kind(request.groups).items()}
+
+
+def _sums(request: PlanRequest, num_windows: float) -> Counts:
+    """Sum the inputs of every consumer in scope over so many windows."""
+    times = num_windows * len(request.layout.blocks)
+    return {
+        Piece(What.SUMS, kind): times * min(len(groups), _PARTS_PER_TOKEN)
+        for kind, groups in by_kind(request.groups).items()
+    }
+
+
+def _sensitivity(request: PlanRequest) -> Counts:
+    """Count what is measured of the dense model first."""
+    found: Counts = {}
+    windows, blocks = request.sensitivity_windows, len(request.layout.blocks)
+    if request.needs_sensitivity or request.needs_weight_gradients:
+        backward = What.WEIGHT_BACKWARD if request.needs_weight_gradients else What.BACKWARD
+        once = {Piece(backward): windows * blocks, Piece(What.HEAD_BACKWARD): windows}
+        found = _added(_passes(request, windows), once)
+    if request.needs_sensitivity:
+        gradients = {Piece(What.STREAM_SUMS): windows * blocks * len(by_kind(request.groups))}
+        found = _added(found, _sums(request, windows), gradients, _parts(request, What.COSTS))
+    if request.needs_scores:
+        found = _added(found, _passes(request, request.num_windows), _sums(request, request.num_windows))
+    return found
+
+
+def _choice_of_blocks(request: PlanRequest) -> Counts:
+    """Count choosing whole blocks: one pass, or for each that goes one of all candidates."""
+    if request.compares == "boundaries":
+        return _added(_passes(request, request.num_windows))
+    if request.compares != "losses":
+        return {}
+    # One boundary is that of the model as it is.
+    candidates, found = (request.num_stores or 1) - 1, dict[Piece, float]()
+    for gone in range(request.num_removed_blocks):
+        # A candidate's stream begins at its own block; blocks that are gone are passed by nobody.
+        left = candidates - gone
+        share = (len(request.layout.blocks) - gone) / len(request.layout.blocks)
+        passes = _passes(request, request.num_windows * share * (1 + (left - 1) / 2))
+        found = _added(found, passes, {Piece(What.HEAD): request.num_windows * left})
+    return found
+
+
+def _pruning(request: PlanRequest, choice: HostChoice) -> Counts:
+    """Count the pass that prunes, or copies, every block, and the rehearsals of it."""
+    found = _added(*(_stage(request, choice, stage) for stage in request.stages))
+    if request.needs_statistics:
+        solved = (_parts(request, What.CHOICE), _parts(request, What.SOLVE))
+        found = _added(found, _sums(request, request.num_windows), *solved)
+    rehearsal = _added(found, _parts(request, What.COSTS))
+    return _added(found, *[rehearsal] * request.num_rehearsals)
+
+
+def _stage(request: PlanRequest, choice: HostChoice, stage: Stage) -> Counts:
+    """Count one stage of every block: both streams move on, and each sublayer in scope is measured."""
+    blocks, windows = len(request.layout.blocks), request.num_windows
+    measured = windows * sum(kind in by_kind(request.groups) for kind in stage) if request.needs_statistics else 0
+    dense = windows if request.follows_dense else request.num_probe
+    if measured and stage[0] in choice.cached:
+        return {
+            Piece(What.STAGE, stage[0]): blocks * (dense + measured),
+            Piece(What.CONSUMER, stage[0]): blocks * windows,
+        }
+    # Where whole blocks are chosen, only the reported windows pass those that are left.
+    pruned = windows if request.compares == "nothing" else _left(request) * request.num_probe
+    return {Piece(What.STAGE, stage[0]): blocks * (dense + measured + pruned)}
+
+
+def _slicing(request: PlanRequest) -> Counts:
+    """Count cutting the stream at every position: with bases of their own in one pass, else after a dense one."""
+    positions = len(request.layout.blocks) * len(UNIT_KINDS) + 1
+    again = 0 if request.slices == "bases" else request.num_probe
+    return _added(
+        _passes(request, request.num_windows + again + request.num_probe),
+        {
+            Piece(What.STREAM_SUMS): (request.num_windows + again) * positions,
+            Piece(What.BASIS): positions if request.slices == "bases" else 1,
+        },
+    )
+
+
+def _repair(request: PlanRequest) -> Counts:
+    """Count one pass over the windows that teach, the measurements before and after it, and the reported windows."""
+    windows = request.repair_windows
+    if not windows:
+        return {}
+    measured = max(1, windows // _MEASURED_SHARE)
+    taught, blocks = windows - measured, len(request.layout.blocks)
+    return _added(
+        _passes(request, 2 * taught + (1 + _STUDENT_EVALUATIONS) * measured + request.num_probe),
+        {
+            Piece(What.BACKWARD): taught * blocks,
+            Piece(What.HEAD_BACKWARD): 2 * taught,
+            Piece(What.HEAD): 2 * _STUDENT_EVALUATIONS * measured,
+        },
+    )
+
+
+def _measurements(request: PlanRequest) -> Counts:
+    """Count the perplexities of both models; the reload check is in a process of its own."""
+    windows = request.held_out_windows
+    heads = {Piece(What.HEAD): 2 * (windows + request.num_probe)}
+    return _added(_passes(request, (1 + _left(request)) * windows), heads)
