@@ -12,7 +12,7 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
-from structprune.engine.pace import Minutes, expected_minutes
+from structprune.engine.pace import Expected, expected, in_words, measured_pace
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -67,7 +67,7 @@ class RunPlan:
     """What a person should know of source and result, a sentence each."""
     start: str | None
     """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
-    minutes: Minutes | None = None
+    time: Expected | None = None
     """How long the run is expected to take here; None: nobody asked, or it depends on what the run finds."""
 
 
@@ -85,12 +85,13 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
         recipe=resolved.recipe,
         layout=resolved.stock.layout,
         plan=found,
-        minutes=_minutes(resolved, found) if timed else None,
+        time=_time(resolved, found) if timed else None,
         forecast=resolved.forecast,
         runtimes=runtimes(resolved.forecast.shape),
         size=planned_size(resolved.stock, resolved.recipe, resolved.kinds, resolved.forecast),
         start=_planned_start(resolved),
         notes=(
+            *resolved.notes,
             *resolved.stock.layout.notes,
             *retyped(resolved.stock.layout.config, {"model_type": resolved.forecast.shape.model_type}),
             *share_note(resolved.recipe, resolved.forecast.shares),
@@ -98,11 +99,12 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
     )
 
 
-def _minutes(resolved: ResolvedRun, plan: PrunePlan) -> Minutes | None:
-    """Try this machine; None where the work cannot be counted beforehand."""
+def _time(resolved: ResolvedRun, plan: PrunePlan) -> Expected | None:
+    """Try this machine, if it was not tried yet; None where the work cannot be counted beforehand."""
     if plan.work is None:
         return None
-    return expected_minutes(resolved.stock, resolved.recipe, plan.work, resolved.device, resolved.dtype)
+    pace = resolved.pace or measured_pace(resolved.stock, resolved.recipe, plan.work, resolved.device, resolved.dtype)
+    return expected(plan.work, pace)
 
 
 def _planned_start(resolved: ResolvedRun) -> str | None:
@@ -149,11 +151,14 @@ def prune(
             | {"output": str(run.output)}
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
-        resolved = check(model, recipe, ranks)
+        resolved = check(model, ranks.broadcast(lambda: _as_begun(recipe, run)), ranks)
+        for note in resolved.notes:
+            observer.note(note)
+        found = None
         if timed and ranks.size == 1 and not run.staging.exists():
-            planned = plan_run(resolved, resolved.recipe.num_samples)
-            if (minutes := _minutes(resolved, planned)) is not None:
-                observer.note(f"expected to take {minutes.text} on this machine")
+            found = _time(resolved, plan_run(resolved, resolved.recipe.num_samples))
+        if found is not None:
+            observer.note(f"expected to take {in_words(found.seconds)} on this machine")
         with PeakMeter() as meter, run:
             request = RunRequest(model=str(model), asked=recipe)
             context = _context(resolved, request, run, meter, observer, started, shared)
@@ -161,6 +166,14 @@ def prune(
                 return ranks.broadcast(lambda: _left_to_tidy(run))
             with context.device_meter:
                 return PIPELINES.get(resolved.method.pipeline).execute(context)
+
+
+def _as_begun(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """Take the number of windows from a run that was cut here: it was chosen for the machine as it was then."""
+    line = run.peek() if recipe.num_samples is None else None
+    if line is None or "recipe" not in line:
+        return recipe
+    return recipe.model_copy(update={"num_samples": line["recipe"]["num_samples"], "time_budget": 0})
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:

@@ -232,9 +232,10 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     # Without attention in scope there are no units of it to choose.
-    unset = {"device_memory": None, "widths": None}
+    unset = {"device_memory": None, "widths": None, "time_budget": 0}
     assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", **unset}
-    # Memory of a device is refused here, widths decide what other flags do: test_device_memory.py and test_widths.py.
+    # Memory of a device is refused here, a time and widths decide what other flags do: test_device_memory.py,
+    # test_expected_time.py and test_widths.py.
     assert {*given, *unset} == set(UnitsRecipe.model_fields)
 
 
@@ -462,7 +463,7 @@ def test_one_process_loads_nothing_of_shared_runs() -> None:
 
 def test_help_states_the_real_defaults(cli: Run) -> None:
     out = plain(cli("prune", "--help").out)
-    for name in ("sparsity", "scope", "method", "num_samples", "seq_len", "device", "dtype", "seed"):
+    for name in ("sparsity", "scope", "method", "seq_len", "device", "dtype", "seed"):
         assert f"[default: {Recipe.model_fields[name].default}]" in out, name
 
 

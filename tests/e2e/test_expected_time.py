@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from structprune import Recipe, prune
-from structprune.api import plan
+from structprune.api import RunPlan, plan
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.pace import Minutes
-from structprune.engine.planning.pieces import Piece, What
+from structprune.engine import resolve
+from structprune.engine.pace import in_words
+from structprune.engine.planning.pieces import Piece, What, Work
 from structprune.engine.streaming.propagate import Propagator
+from structprune.errors import InputError
+from structprune.recipe import MOST_SAMPLES, ResolvedRecipe
 from structprune.statistics import GramAccumulator
 from structprune.types import Stage
 from support.command_line import CommandLine
@@ -114,17 +117,17 @@ def test_every_kind_of_work_is_timed(models: dict[str, Path]) -> None:
     done: set[What] = set()
     for family, changes in CASES.values():
         found = plan(models[family], Recipe.build(**{**UNITS, "calibration": "auto", **changes}), timed=True)
-        assert found.minutes is not None
+        assert found.time is not None
         assert found.plan.work is not None
-        assert list(found.minutes.stretches) == list(found.plan.work)
-        assert all(seconds > 0 for seconds in found.minutes.stretches.values())
-        assert found.minutes.seconds > sum(found.minutes.stretches.values())
+        assert list(found.time.stretches) == list(found.plan.work)
+        assert all(seconds > 0 for seconds in found.time.stretches.values())
+        assert found.time.seconds > sum(found.time.stretches.values())
         done |= {piece.what for counts in found.plan.work.values() for piece in counts}
     assert done == set(What)
 
 
 def test_an_iterative_solver_is_not_foretold(models: dict[str, Path]) -> None:
-    assert plan(models["llama"], Recipe.build(method="spap"), timed=True).minutes is None
+    assert plan(models["llama"], Recipe.build(method="spap"), timed=True).time is None
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_an_iterative_solver_is_not_foretold(models: dict[str, Path]) -> None:
     ],
 )
 def test_in_words(seconds: float, text: str) -> None:
-    assert Minutes(seconds=seconds, stretches={}).text == text
+    assert in_words(seconds) == text
 
 
 def test_commands_say_it(models: dict[str, Path], text_file: Path, tmp_path: Path, command_line: CommandLine) -> None:
@@ -155,3 +158,93 @@ def test_commands_say_it(models: dict[str, Path], text_file: Path, tmp_path: Pat
     code, _, err = command_line("prune", models["llama"], "-o", tmp_path / "quiet", "--quiet", *flags)
     assert code == 0
     assert "expected" not in err
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every kind of work take so long, in place of a measurement."""
+
+    def pace(stock: StockModel, recipe: ResolvedRecipe, work: Work, *_: Any) -> dict[Piece, float]:
+        return {piece: seconds for counts in work.values() for piece in counts}
+
+    monkeypatch.setattr(resolve, "measured_pace", pace)
+
+
+def chosen(model: Path, **changes: Any) -> RunPlan:
+    return plan(model, Recipe.build(**{"method": "fasp", "seq_len": 64, "dtype": "float32", **changes}), timed=True)
+
+
+def test_windows_are_what_there_is_time_for(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 0.3)
+    found = chosen(models["llama"], time_budget="7m")
+    number = found.recipe.num_samples
+    assert 64 < number < MOST_SAMPLES
+    assert found.time is not None
+    assert 400 < found.time.seconds <= 420
+    more = chosen(models["llama"], num_samples=number + 2)
+    assert more.time is not None
+    assert found.notes[0] == (
+        f"{number} calibration windows of 64 tokens: what this machine does in about 7 minutes "
+        "(--num-samples or --time-budget say otherwise)"
+    )
+    assert more.notes[:1] != found.notes[:1]
+    # An eighth is kept apart, of those that there are.
+    assert found.recipe.held_out == max(number // 8, 32)
+
+
+def test_twenty_minutes_where_nothing_is_said(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 0.9)
+    found = chosen(models["llama"])
+    assert found.time is not None
+    assert 1100 < found.time.seconds <= 1200
+    assert "about 20 minutes" in found.notes[0]
+    slow(monkeypatch, 0.001)
+    found = chosen(models["llama"])
+    assert found.recipe.num_samples == MOST_SAMPLES
+    assert not any("calibration windows" in note for note in found.notes)
+
+
+def test_never_fewer_than_are_good(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 10.0)
+    found = chosen(models["llama"], time_budget="1m")
+    assert found.recipe.num_samples == 64
+    assert found.time is not None
+    assert found.notes[0].startswith("64 calibration windows of 64 tokens, which take about ")
+    assert "instead of about a minute: fewer would be too few for up to 48 units of a block" in found.notes[0]
+
+
+def test_what_cannot_be_counted_is_not_limited(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 10.0)
+    assert chosen(models["llama"], method="spap", time_budget="1m").recipe.num_samples == MOST_SAMPLES
+
+
+def test_two_ways_to_say_it(models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="--num-samples and --time-budget would decide the same thing"):
+        chosen(models["llama"], num_samples=4, time_budget="1m")
+
+
+def test_a_run_goes_on_with_its_windows(
+    models: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the machine is like by then; and a recipe that a report holds can be asked for again."""
+    recipe = Recipe.build(
+        method="fasp", seq_len=64, dtype="float32", calibration=str(text_file), time_budget="7m", multiple_of=1
+    )
+    slow(monkeypatch, 0.3)
+    whole = prune(models["llama"], recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.engine.pipelines.units.finalize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(models["llama"], recipe, tmp_path / "out")
+    slow(monkeypatch, 1e-6)
+    report = prune(models["llama"], recipe, tmp_path / "out")
+    assert report.recipe.num_samples == whole.recipe.num_samples
+    assert 64 < report.recipe.num_samples < MOST_SAMPLES
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    again = prune(models["llama"], Recipe.build(**report.recipe.model_dump(mode="json")), tmp_path / "again")
+    assert again.recipe.num_samples == whole.recipe.num_samples
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

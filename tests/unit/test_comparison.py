@@ -93,7 +93,7 @@ def test_shared_settings_count_where_they_have_a_meaning() -> None:
         "slicegpt:multiple_of=4": ["--shrinkage"],
     }
     assert cell_recipe(shared, variants[2], 0.3) == Recipe(
-        method="slicegpt", sparsity=0.3, scope="mlp", seq_len=32, multiple_of=4
+        method="slicegpt", sparsity=0.3, scope="mlp", num_samples=128, seq_len=32, multiple_of=4
     )
     with pytest.raises(InputError, match="--shrinkage has no meaning for any of the methods"):
         shared_settings(shared, variants[1:])

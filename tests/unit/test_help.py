@@ -72,5 +72,6 @@ def choices(field: FieldInfo) -> list[str]:
 
 def test_the_default_stands_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of("prune", capsys).split())
-    assert f"--num-samples <int> Calibration windows. [default: {Recipe().num_samples}]" in text
+    assert "--num-samples <int> Calibration windows. [default: as many as --time-budget allows, at most 128]" in text
+    assert f"--seq-len <int> Tokens per window. [default: {Recipe().seq_len}]" in text
     assert "[default: 80% of what is free]" in text

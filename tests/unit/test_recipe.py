@@ -27,6 +27,7 @@ CHANGES: dict[str, Any] = {
     "num_samples": 4,
     "seq_len": 64,
     "held_out": 3,
+    "time_budget": "5m",
     "memory": 2**30,
     "device": "cpu",
     "device_memory": 2**30,
@@ -364,13 +365,24 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out"}
+    added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
     own = {"widths", "repair", "repair_samples"} & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0
     assert written.get("repair", "none") == "none"
     assert ResolvedRecipe.model_validate(written) == resolved
     assert Recipe(**written).model_dump(mode="json") == written
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("1.5h", 5400), ("90 s", 90), (45, 45), (0, 0)])
+def test_time_budget(text: str | int, seconds: int) -> None:
+    assert Recipe.build(time_budget=text).time_budget == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "-1m", "10 parsecs", "1e3s"])
+def test_no_time_budget(text: str) -> None:
+    with pytest.raises(InputError, match="a time cannot be read"):
+        Recipe.build(time_budget=text)
 
 
 @pytest.mark.parametrize("pipeline", list(METHOD_OF))

@@ -7,20 +7,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel, Field
 
 from structprune.cli.command import many_values
 from structprune.cli.flags import ModelArgument, QuietFlag
 from structprune.cli.settings import given, takes_fields
-from structprune.recipe import Recipe, read_yaml
+from structprune.recipe import MOST_SAMPLES, Flag, Group, Recipe, read_yaml
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
 
 _SPARSITIES = (0.1, 0.2, 0.3, 0.5)
-_SHARED = ("calibration", "num_samples", "seq_len")
 
 
-@takes_fields({name: Recipe.model_fields[name] for name in _SHARED}, given)
+class _Shared(BaseModel):
+    """Every method gets the same windows, so their number does not follow from the time that each of them takes."""
+
+    num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(
+        default=MOST_SAMPLES, description="calibration windows"
+    )
+
+
+_SHARED = {name: Recipe.model_fields[name] for name in ("calibration", "seq_len")} | _Shared.model_fields
+
+
+@takes_fields(_SHARED, given)
 def compare(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the table; the same again goes on.")],

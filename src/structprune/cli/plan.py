@@ -34,6 +34,7 @@ def plan(
 
 
 def _rows(found: RunPlan) -> list[tuple[str, str]]:
+    from structprune.engine.pace import in_words
     from structprune.memory import format_bytes
     from structprune.results.summary import beginning
 
@@ -49,9 +50,9 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
             f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
         ),
     ]
-    if found.minutes is not None:
-        rows.append(("time", f"{found.minutes.text} on this machine"))
-        rows += [(f"  {name}", f"{seconds:,.0f} s") for name, seconds in found.minutes.stretches.items()]
+    if found.time is not None:
+        rows.append(("time", f"{in_words(found.time.seconds)} on this machine"))
+        rows += [(f"  {name}", f"{seconds:,.0f} s") for name, seconds in found.time.stretches.items()]
     for kind, counts in (found.forecast.kept or {}).items():
         low, high = min(counts), max(counts)
         rows.append((f"{kind} units kept", f"{low} per block" if low == high else f"{low} to {high} per block"))
@@ -102,9 +103,7 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "size": asdict(found.size),
         "start_token": found.start,
         "notes": found.notes,
-        "seconds": None
-        if found.minutes is None
-        else {"all": found.minutes.seconds, "stretches": dict(found.minutes.stretches)},
+        "seconds": None if found.time is None else {"all": found.time.seconds, "stretches": dict(found.time.stretches)},
         "memory": {
             **_peak_dict(memory),
             "store": memory.store,

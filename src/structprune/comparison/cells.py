@@ -14,7 +14,7 @@ import yaml
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError
 from structprune.methods.method import Method
-from structprune.recipe import Recipe, all_fields, flag_name
+from structprune.recipe import MOST_SAMPLES, Recipe, all_fields, flag_name
 from structprune.texts import AUTO, WeightedText, shown_texts
 from structprune.types import UNIT_KINDS, ModelLayout
 
@@ -76,7 +76,7 @@ def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> d
 def common_recipe(shared: Mapping[str, Any]) -> Recipe:
     """Validate what all methods share: device, number format, windows. Raises InputError."""
     common = {name: value for name, value in shared.items() if name in Recipe.model_fields and name != "method"}
-    return Recipe.build(**common)
+    return Recipe.build(**{"num_samples": MOST_SAMPLES, **common})
 
 
 def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) -> Recipe:
@@ -85,7 +85,12 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) ->
     Raises InputError that names the variant's bad setting.
     """
     own = Recipe.kind_for({"method": variant.method}).model_fields
-    fields = {"scope": Recipe().scope, **{name: value for name, value in shared.items() if name in own}}
+    # As many windows for all, whatever each takes.
+    fields = {
+        "scope": Recipe().scope,
+        "num_samples": MOST_SAMPLES,
+        **{name: value for name, value in shared.items() if name in own},
+    }
     return Recipe.build(**{**fields, **variant.changes, "method": variant.method, "sparsity": sparsity})
 
 

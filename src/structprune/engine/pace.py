@@ -43,33 +43,38 @@ _AROUND_S = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Minutes:
+class Expected:
     """A run's time, as it is expected on this machine."""
 
     seconds: float
     stretches: Mapping[str, float]
     """Name of a stretch of the run -> its seconds."""
 
-    @property
-    def text(self) -> str:
-        """The time as a person says it."""
-        if self.seconds < 90:
-            return "about a minute"
-        minutes = self.seconds / 60
-        return f"about {minutes:.0f} minutes" if minutes < 90 else f"about {minutes / 60:.1f} hours"
+
+def in_words(seconds: float) -> str:
+    """Say a time as a person does."""
+    if seconds < 90:
+        return "about a minute"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} minutes" if minutes < 90 else f"about {minutes / 60:.1f} hours"
 
 
-def expected_minutes(
+def measured_pace(
     stock: StockModel, recipe: ResolvedRecipe, work: Work, device: torch.device, dtype: torch.dtype
-) -> Minutes:
-    """Time every kind of work that `work` has, a few seconds in all, and add up what the run will take."""
+) -> dict[Piece, float]:
+    """Time every kind of work that `work` has, once; a few seconds in all."""
     pieces = {piece for counts in work.values() for piece in counts}
     weighs = any(piece.what is What.COSTS for piece in pieces)
     trials = Trials(stock=stock, recipe=recipe, device=device, dtype=dtype, weighs=weighs)
-    seconds = {piece: trials.seconds(piece) for piece in sorted(pieces)}
+    pace = {piece: trials.seconds(piece) for piece in sorted(pieces)}
     release_free_memory()
-    stretches = {name: sum(times * seconds[piece] for piece, times in counts.items()) for name, counts in work.items()}
-    return Minutes(seconds=_AROUND_S + sum(stretches.values()), stretches=stretches)
+    return pace
+
+
+def expected(work: Work, pace: Mapping[Piece, float]) -> Expected:
+    """Add up what the run will take at this pace."""
+    stretches = {name: sum(times * pace[piece] for piece, times in counts.items()) for name, counts in work.items()}
+    return Expected(seconds=_AROUND_S + sum(stretches.values()), stretches=stretches)
 
 
 def _extrapolated(smaller: tuple[int, float], larger: tuple[int, float], width: int) -> float:

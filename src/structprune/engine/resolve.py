@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import check_texts, load_texts
 from structprune.checkpoint.folder import check_needed, sort_files
+from structprune.engine.pace import Expected, expected, in_words, measured_pace
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
+from structprune.engine.planning.pieces import Piece
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
@@ -27,9 +29,10 @@ from structprune.kinds import HeadUnits
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
-from structprune.recipe import Recipe, ResolvedRecipe, default_held_out
+from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, default_held_out
 from structprune.recipe.repaired import RepairedRecipe, repair_of, repair_windows
 from structprune.recipe.units import UnitsRecipe
+from structprune.results.summary import LEAST_TOKENS, TOKENS_PER_UNIT
 from structprune.types import UnitGroup, UnitKind
 
 _PROBE_TOKENS = 2048
@@ -50,6 +53,10 @@ class ResolvedRun:
     kinds: tuple[UnitKind, ...]
     """Kinds of the units in scope, in the order of the forward pass."""
     forecast: Forecast
+    pace: Mapping[Piece, float] | None = None
+    """Seconds that each kind of work takes on this machine, where that was measured."""
+    notes: tuple[str, ...] = ()
+    """What was decided that a person should know, a sentence each."""
     ranks: Ranks = ALONE
 
 
@@ -58,10 +65,16 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     for text in recipe.texts:
         check_path(text.name, "the text file")
     check_texts(recipe.texts)
-    if recipe.num_samples < len(recipe.texts):
+    if recipe.num_samples is not None and recipe.time_budget:
+        raise InputError(
+            "--num-samples and --time-budget would decide the same thing",
+            got=f"--num-samples {recipe.num_samples}, --time-budget {recipe.time_budget}s",
+            wanted="one of them",
+        )
+    if recipe.most_samples < len(recipe.texts):
         raise InputError(
             "there are fewer calibration windows than texts",
-            got=f"--num-samples {recipe.num_samples}, {len(recipe.texts)} texts",
+            got=f"--num-samples {recipe.most_samples}, {len(recipe.texts)} texts",
             wanted=f"at least {len(recipe.texts)}",
         )
     method = METHODS.get(recipe.method)
@@ -97,42 +110,89 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             "dtype": str(dtype).removeprefix("torch."),
             "seq_len": min(recipe.seq_len, stock.layout.max_positions),
             "memory": host_budget(recipe.memory),
-            "held_out": _held_out(recipe, min(recipe.seq_len, stock.layout.max_positions)),
             "device_memory": device_budget(device, recipe.device_memory or None),
         }
     )
+
+    def with_windows(num_samples: int) -> ResolvedRun:
+        """Resolve what depends on how many calibration windows there are."""
+        settings = _counted(asked, num_samples)
+        pipeline = PIPELINES.get(method.pipeline)
+        resolved, groups = ranks.broadcast(lambda: pipeline.resolve(settings, method, stock))
+        kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
+        return ResolvedRun(
+            stock=stock,
+            method=method,
+            groups=groups,
+            recipe=resolved,
+            device=device,
+            dtype=dtype,
+            kinds=kinds,
+            forecast=ranks.broadcast(lambda: pipeline.forecast(stock, resolved, kinds)),
+            ranks=ranks,
+        )
+
+    found = with_windows(recipe.most_samples)
+    if recipe.num_samples is not None:
+        return found
+    budget_s = DEFAULT_TIME_BUDGET_S if recipe.time_budget is None else recipe.time_budget
+    return _within(budget_s, found, with_windows)
+
+
+def _counted(asked: Recipe, num_samples: int) -> Recipe:
+    """Say how many windows there are, and what follows from that."""
+    held_out = default_held_out(num_samples, asked.seq_len) if asked.held_out is None else asked.held_out
+    decided = {"num_samples": num_samples, "time_budget": 0, "held_out": held_out}
     if isinstance(asked, RepairedRecipe):
-        if repair_windows(asked, asked.num_samples) == 1:
+        decided["repair_samples"] = repair_windows(asked, num_samples)
+        if decided["repair_samples"] == 1:
             raise InputError(
                 "one window cannot both teach the repair and measure it",
                 got=f"--repair {asked.repair}, 1 window",
                 wanted="at least 2 for --num-samples and --repair-samples",
             )
-        asked = asked.model_copy(update={"repair_samples": repair_windows(asked, asked.num_samples)})
-    pipeline = PIPELINES.get(method.pipeline)
-    resolved, groups = ranks.broadcast(lambda: pipeline.resolve(asked, method, stock))
-    kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
-    return ResolvedRun(
-        stock=stock,
-        method=method,
-        groups=groups,
-        recipe=resolved,
-        device=device,
-        dtype=dtype,
-        kinds=kinds,
-        forecast=ranks.broadcast(lambda: pipeline.forecast(stock, resolved, kinds)),
-        ranks=ranks,
-    )
+    return asked.model_copy(update=decided)
+
+
+def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], ResolvedRun]) -> ResolvedRun:
+    """Take as many windows as the run has time for here: at most those of `most`, and enough to fit its weights.
+
+    The work grows with the number of windows by as much for each. Where it cannot be counted it is not limited.
+    """
+    seq_len, num_most = most.recipe.seq_len, most.recipe.num_samples
+    plans = {num_most: plan_run(most, num_most)}
+    if plans[num_most].work is None:
+        return most
+    widest = max((group.num_units for group in most.groups), default=0)
+    fewest = -(-max(LEAST_TOKENS, TOKENS_PER_UNIT * widest) // seq_len)
+    fewest = min(num_most, max(fewest, len(most.recipe.texts), 2))
+    plans[fewest] = plan_run(with_windows(fewest), fewest)
+
+    def choose() -> tuple[Mapping[Piece, float], int, Expected]:
+        pace = measured_pace(most.stock, most.recipe, plans[num_most].work or {}, most.device, most.dtype)
+        slow, quick = (expected(plans[count].work or {}, pace) for count in (num_most, fewest))
+        if slow.seconds <= budget_s or num_most == fewest:
+            return pace, num_most, slow
+        each = (slow.seconds - quick.seconds) / (num_most - fewest)
+        count = fewest + max(0, int((budget_s - quick.seconds) / each)) if each > 0 else num_most
+        return pace, min(count, num_most), quick
+
+    pace, count, quick = most.ranks.broadcast(choose)
+    if count == num_most:
+        return replace(most, pace=pace)
+    note = f"{count} calibration windows of {seq_len} tokens: what this machine does in {in_words(budget_s)}"
+    if count == fewest and quick.seconds > budget_s:
+        note = (
+            f"{count} calibration windows of {seq_len} tokens, which take {in_words(quick.seconds)} on this machine "
+            f"instead of {in_words(budget_s)}: fewer would be too few for up to {widest} units of a block"
+        )
+    return replace(with_windows(count), pace=pace, notes=(f"{note} (--num-samples or --time-budget say otherwise)",))
 
 
 def _head_units(recipe: Recipe, method: Method) -> HeadUnits:
     """Decide what attention is counted in; without attention in scope there is no choice."""
     asked = recipe.head_units if isinstance(recipe, UnitsRecipe) else None
     return "kv-group" if recipe.scope == "mlp" else asked or method.head_units
-
-
-def _held_out(recipe: Recipe, seq_len: int) -> int:
-    return default_held_out(recipe.num_samples, seq_len) if recipe.held_out is None else recipe.held_out
 
 
 def num_probe(recipe: Recipe) -> int:

@@ -5,6 +5,8 @@ fields are in `fields.py`; `training.py` has the settings of a recovery.
 """
 
 from structprune.recipe.common import (
+    DEFAULT_TIME_BUDGET_S,
+    MOST_SAMPLES,
     RECIPES,
     RESOLVED,
     Recipe,
@@ -20,6 +22,8 @@ from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Grou
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
+    "DEFAULT_TIME_BUDGET_S",
+    "MOST_SAMPLES",
     "RECIPES",
     "RESOLVED",
     "ByteCount",

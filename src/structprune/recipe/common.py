@@ -23,6 +23,7 @@ from structprune.recipe.fields import (
     CalibrationTexts,
     Flag,
     Group,
+    Seconds,
     Share,
     settings_fingerprint,
     validated,
@@ -34,6 +35,9 @@ Scope = Literal["mlp", "attention", "all"]
 DEFAULT_METHOD = "structprune"
 # By how much a perplexity has grown is known to a few percent from the first, to about one from the second.
 _FEWEST_HELD_OUT_TOKENS, _MOST_HELD_OUT_TOKENS = 2_048, 32_768
+MOST_SAMPLES = 128
+"""Calibration windows of a run that is not told how many, where there is time for them."""
+DEFAULT_TIME_BUDGET_S = 20 * 60
 
 
 def default_sensitivity_samples(seq_len: int) -> int:
@@ -85,7 +89,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         default="none",
         description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
     )
-    num_samples: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=128, ge=1, description="calibration windows")
+    num_samples: Annotated[
+        int | None, Flag(Group.CALIBRATION, unset=f"as many as --time-budget allows, at most {MOST_SAMPLES}")
+    ] = Field(default=None, ge=1, description="calibration windows")
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(default=2048, ge=2, description="tokens per window")
     bos: BosSetting = BOS_FIELD
     held_out: Annotated[
@@ -95,6 +101,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         ge=0,
         description="windows of the same text that nothing is fitted on, to measure perplexity before and after; "
         "0: none",
+    )
+    time_budget: Annotated[Seconds | None, Flag(Group.RESOURCES, unset="20m")] = Field(
+        default=None,
+        ge=0,
+        description="time that the run is to take on this machine, such as 10m or 2h; it decides --num-samples where "
+        "that is not given",
     )
     memory: Annotated[ByteCount | None, Flag(Group.RESOURCES, unset="80% of what is free")] = Field(
         default=None, ge=1, description="host bytes that the run may add, such as 4GiB"
@@ -200,6 +212,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return cls.build(**{**read_yaml(path), **overrides})
 
     @property
+    def most_samples(self) -> int:
+        """The calibration windows that are asked for, or the most that are taken where nothing is."""
+        return MOST_SAMPLES if self.num_samples is None else self.num_samples
+
+    @property
     def texts(self) -> tuple[WeightedText, ...]:
         """The calibration texts with their weights."""
         return weighted_texts(self.calibration)
@@ -223,6 +240,9 @@ class ResolvedRecipe(Recipe, frozen=True):
     Before the run has its windows, `calibration` may still be `auto`, and `num_samples` what was asked for.
     """
 
+    num_samples: int = SAID
+    time_budget: int = 0
+    """0: the number of windows is said."""
     held_out: int = 0
     """Reports of earlier versions name none."""
     memory: int = SAID

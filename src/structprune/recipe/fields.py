@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,25 @@ class Flag:
 
 ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
 """A number, or a text such as `4GiB`."""
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def _read_seconds(value: Any) -> Any:
+    """Read `10m`, `1.5h` or `90s`; numbers are seconds. Raises InputError for a text without a unit."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([smh])\s*", value.lower())
+    if match is None:
+        raise InputError(
+            "a time cannot be read", got=repr(value), wanted="a number with a unit, such as 10m, 1.5h or 90s"
+        )
+    return round(float(match[1]) * _SECONDS[match[2]])
+
+
+Seconds = Annotated[int, BeforeValidator(_read_seconds)]
+"""A number of seconds, or a text such as `10m`."""
 
 
 def _read_share(value: Any) -> Any:

@@ -245,10 +245,10 @@ def _check_solver(recipe: UnitsRecipe, method: Method, solver: str, damping: Dam
             got=f"--damping {damping:g}",
             wanted="--damping auto",
         )
-    if damping == "auto" and recipe.num_samples < 2 and method.needs_statistics:
+    if damping == "auto" and recipe.most_samples < 2 and method.needs_statistics:
         raise InputError(
             "one window cannot both fit and choose the ridge",
-            got=f"--num-samples {recipe.num_samples}, --damping auto",
+            got=f"--num-samples {recipe.most_samples}, --damping auto",
             wanted="at least 2 windows, or a number for --damping",
         )
 
