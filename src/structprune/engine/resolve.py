@@ -14,6 +14,7 @@ from structprune.architectures.stock.loading import check_settings
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import check_texts, load_texts
+from structprune.calibration.sources.parts import held_bytes
 from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.engine.pace import Expected, expected, in_words, measured_pace
 from structprune.engine.pipelines.registry import PIPELINES
@@ -203,7 +204,8 @@ def num_probe(recipe: Recipe) -> int:
 def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     """Plan how a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
     recipe, stock, num_ranks = resolved.recipe, resolved.stock, resolved.ranks.size
-    files = [text.path.stat().st_size for text in recipe.texts if text.path is not None]
+    tokens = (num_windows + recipe.held_out) * recipe.seq_len
+    files = [held_bytes(text.path, tokens) for text in recipe.texts if text.path is not None]
     request = PlanRequest(
         layout=stock.layout,
         groups=resolved.groups,

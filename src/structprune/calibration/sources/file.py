@@ -12,21 +12,24 @@ import gzip
 import io
 import itertools
 import json
+import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
+from structprune.calibration.sources.parts import COMPRESSED, Content, Readable, Share, first_part, most_bytes, pieces
+from structprune.calibration.sources.rows import COLUMNS, join_turns, row_text
 from structprune.errors import InputError, first_line
 from structprune.files import check_path, check_regular
+from structprune.memory import format_bytes
 from structprune.types import Render
 
-_CHATS = ("messages", "conversations")
-_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-# ShareGPT's names of roles.
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+# Enough to see whether lines are rows.
+_HEAD_BYTES = 2**20
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 # The longer ones first: UTF-32's begins with UTF-16's.
 _MARKS = (
@@ -36,16 +39,19 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-_COMPRESSED, _JSON, _TABLES = (".gz", ".gzip", ".zst", ".zstd"), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
-# Columns of a table that may be text; others may hold what Python has no value for.
-_COLUMNS = {"text", "input", *_CHATS, *itertools.chain.from_iterable(_PAIRS)}
+# Bytes of the widest unit of those with wide ones.
+_WIDEST = 4
+_WIDE_MARKS = [(mark, name) for mark, name in _MARKS if name != "utf-8-sig"]
+_JSON, _TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 # Lines that must be rows for a file to be taken for JSON lines against its name.
 _ROWS_SEEN = 20
 Notify = Callable[[str], None]
 
 
-def read_text(path: Path, render: Render | None = None, notify: Notify = lambda said: None) -> str:
-    """Return the file's documents, joined by blank lines.
+def read_text(
+    path: Path, render: Render | None = None, notify: Notify = lambda said: None, share: Share | None = None
+) -> str:
+    """Return the file's documents, joined by blank lines; with `share` no more of a large file than that.
 
     `render` turns chats into text, by default turn by turn; `notify` hears of what was not taken as it is. Raises
     InputError if the file is missing or unreadable, or if a row holds no text.
@@ -55,7 +61,10 @@ def read_text(path: Path, render: Render | None = None, notify: Notify = lambda 
     try:
         check_regular(path)
         with path.open("rb") as file:
-            return "\n\n".join(_documents(file, path, field, _checked(render or join_turns, notify), notify))
+            reading = _Reading(
+                path=path, field=field, render=_checked(render or join_turns, notify), notify=notify, share=share
+            )
+            return "\n\n".join(reading.documents(file))
     except FileNotFoundError:
         raise InputError("the text file does not exist", where=str(path)) from None
     except UnicodeDecodeError as error:
@@ -67,13 +76,6 @@ def read_text(path: Path, render: Render | None = None, notify: Notify = lambda 
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError("the text file cannot be read", where=str(path), got=str(error)) from None
-
-
-def join_turns(turns: Sequence[Mapping[str, Any]]) -> str:
-    """Return a chat as plain text: what was said and called, turn by turn, for models without a chat template."""
-    calls = [json.dumps(turn["tool_calls"], ensure_ascii=False) if "tool_calls" in turn else "" for turn in turns]
-    said = ([turn["content"], called] for turn, called in zip(turns, calls, strict=True))
-    return "\n\n".join("\n".join(part for part in parts if part) for parts in said)
 
 
 def _checked(render: Render, notify: Notify) -> Render:
@@ -97,7 +99,10 @@ def file_windows(path: Path, context: SourceContext) -> CalibrationWindows:
         said["chats as plain text: the model has no chat template"] = None
         return join_turns(turns)
 
-    text = read_text(path, context.render or join, lambda note: said.setdefault(note))
+    share = Share(
+        num_bytes=most_bytes((context.num_samples + context.num_held_out) * context.seq_len), seed=context.seed
+    )
+    text = read_text(path, context.render or join, lambda note: said.setdefault(note), share)
     return draw_windows(text, path.name + "".join(f" ({note})" for note in said), context)
 
 
@@ -109,43 +114,128 @@ def _split_field(path: Path) -> tuple[Path, str | None]:
     return path.with_name(name), field
 
 
-def _documents(file: BinaryIO, path: Path, field: str | None, render: Render, notify: Notify) -> Iterable[str]:
-    start = file.read(4)
-    file.seek(0)
-    if start.startswith(_GZIP):
-        file = io.BytesIO(gzip.decompress(file.read()))
-    elif start == _ZSTD:
-        file = _unzstd(file, path)
-    start = file.read(4)
-    file.seek(0)
-    if start == _PARQUET:
-        return _texts(_parquet_rows(file, path, field), path, field, render, notify)
-    content = _decoded(file.read())
-    if "\0" in content:
-        raise InputError(
-            "the text file holds NUL characters",
-            where=str(path),
-            wanted="text",
-            do="save it as UTF-8, or as UTF-16 with a mark",
-        )
-    suffix = _suffix(path)
-    if suffix in _TABLES:
-        return _texts(_csv_rows(content, path, "\t" if suffix == ".tsv" else ","), path, field, render, notify)
-    if suffix not in _JSON and _begins_with_rows(content, field):
-        notify("read as JSON lines")
-        suffix = ".jsonl"
-    if suffix in _JSON:
-        return _texts(_json_rows(content, path), path, field, render, notify)
-    if field is not None:
-        raise InputError(
-            "plain text has no fields", where=str(path), got=f"#{field}", wanted="a JSON, CSV or parquet file"
-        )
-    return [content]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """One reading of one file."""
+
+    path: Path
+    field: str | None
+    """Field that holds the text of a row; None: the usual ones."""
+    render: Render
+    notify: Notify
+    share: Share | None
+    """How much of it may be read; None: all."""
+
+    def documents(self, file: BinaryIO) -> Iterable[str]:
+        """Return the file's documents. Raises InputError for what is no text."""
+        size, start = file.seek(0, io.SEEK_END), self._start(file)
+        if start == _PARQUET:
+            return self._texts(_parquet_rows(file, self.path, self.field, self._drawn(size)))
+        if start.startswith(_GZIP) or start == _ZSTD:
+            unpacked = gzip.GzipFile(fileobj=file) if start.startswith(_GZIP) else _unzstd(file, self.path)
+            with _unpacking(self.path):
+                if unpacked.peek(4)[:4] == _PARQUET:
+                    # Its directory is at its end.
+                    return self._texts(_parquet_rows(io.BytesIO(unpacked.read()), self.path, self.field, None))
+            return self._decoded_documents(self._first_part(unpacked))
+        share = self._drawn(size)
+        wide = any(start.startswith(mark) for mark, _ in _WIDE_MARKS)
+        if share is None or wide:
+            return self._decoded_documents(self._first_part(file, _WIDEST if wide else 1))
+        head = first_part(file, Share(num_bytes=_HEAD_BYTES, seed=0))
+        file.seek(0)
+        content, suffix = _decoded(head.data), _suffix(self.path)
+        if suffix in _TABLES or (suffix in _JSON and content.lstrip().startswith("[")):
+            # Rows of several lines cannot be told apart from the middle.
+            return self._decoded_documents(self._first_part(file))
+        rows = suffix in _JSON or _begins_with_rows(content, self.field)
+        return self._decoded_documents(pieces(file, share, rows=rows), rows=rows)
+
+    def _start(self, file: BinaryIO) -> bytes:
+        file.seek(0)
+        start = file.read(4)
+        file.seek(0)
+        return start
+
+    def _drawn(self, size: int) -> Share | None:
+        """Return the share of a file that is larger than it; None for one that is read whole."""
+        return self.share if self.share is not None and size > self.share.num_bytes else None
+
+    def _first_part(self, file: Readable, unit: int = 1) -> Content:
+        with _unpacking(self.path):
+            return first_part(file, self.share, unit)
+
+    def _decoded_documents(self, found: Content, *, rows: bool = False) -> Iterable[str]:
+        """Return the documents of what was read; `rows` if it is known to be JSON lines."""
+        if found.left_out:
+            self.notify(found.left_out)
+        content = _decoded(found.data, "ignore" if found.cut else "strict")
+        if "\0" in content:
+            raise InputError(
+                "the text file holds NUL characters",
+                where=str(self.path),
+                wanted="text",
+                do="save it as UTF-8, or as UTF-16 with a mark",
+            )
+        suffix = _suffix(self.path)
+        if suffix in _TABLES:
+            separator = "\t" if suffix == ".tsv" else ","
+            return self._texts(_csv_rows(content, self.path, separator, cut=found.cut))
+        if suffix not in _JSON and (rows or _begins_with_rows(content, self.field)):
+            self.notify("read as JSON lines")
+            suffix = ".jsonl"
+        if suffix in _JSON:
+            return self._texts(_json_rows(content, self.path, found))
+        if self.field is not None:
+            raise InputError(
+                "plain text has no fields",
+                where=str(self.path),
+                got=f"#{self.field}",
+                wanted="a JSON, CSV or parquet file",
+            )
+        return [content]
+
+    def _texts(self, rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
+        """Yield each row's text; empty ones are left out. Raises InputError for the first row without one."""
+        nulls: list[str] = []
+        any_text, seen = False, 0
+        for where, row in rows:
+            place = where if str(self.path) in where else f"{self.path}, {where}"
+            text = row_text(row, place, self.field, self.render)
+            if text is None:
+                nulls.append(where)
+                continue
+            any_text = True
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError("the row's text is no Unicode", where=where, got="half a surrogate pair")
+            if text:
+                yield text
+            seen += len(text)
+            if self.share is not None and seen > self.share.num_bytes:
+                self.notify(f"{format_bytes(seen)} of its text")
+                break
+        if nulls and not any_text:
+            raise InputError(
+                "no row has a text", where=nulls[0], got="null", do="name the field that holds it: FILE#FIELD"
+            )
+        if nulls:
+            self.notify(f"{len(nulls)} row{'s'[: len(nulls) > 1]} left out, whose text is null")
+
+
+@contextlib.contextmanager
+def _unpacking(path: Path) -> Generator[None]:
+    """Name the file where its compression is damaged; the optional library's error is known by its name."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise InputError("the file cannot be decompressed", where=str(path), got=first_line(error)) from None
 
 
 def _suffix(path: Path) -> str:
     """Return the last suffix that says what the file holds, compressed or not."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
@@ -159,19 +249,19 @@ def _begins_with_rows(content: str, field: str | None) -> bool:
             row = json.loads(line)
             if not isinstance(row, dict):
                 return False
-            _row_text(row, "", field, join_turns)
+            row_text(row, "", field, join_turns)
     except (ValueError, RecursionError, InputError):
         return False
     return True
 
 
-def _decoded(content: bytes) -> str:
+def _decoded(content: bytes, errors: str = "strict") -> str:
     """Decode UTF-8, or what a byte order mark announces; the mark itself is no text."""
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    return content.decode(encoding)
+    return content.decode(encoding, errors)
 
 
-def _unzstd(file: BinaryIO, path: Path) -> BinaryIO:
+def _unzstd(file: BinaryIO, path: Path) -> io.BufferedReader:
     try:
         import zstandard
     except ImportError:
@@ -180,32 +270,58 @@ def _unzstd(file: BinaryIO, path: Path) -> BinaryIO:
             where=str(path),
             do="pip install zstandard, or decompress it first",
         ) from None
-    try:
-        return io.BytesIO(zstandard.ZstdDecompressor().stream_reader(file).read())
-    except zstandard.ZstdError as error:
-        raise InputError("the file cannot be decompressed", where=str(path), got=first_line(error)) from None
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file))
 
 
-def _json_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(content: str, path: Path, found: Content) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a JSON array, or of one JSON value per line."""
     if content.lstrip().startswith("["):
-        try:
-            rows = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise InputError("the file is not JSON", where=str(path), got=first_line(error)) from None
-        yield from ((f"{path}, element {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _array_rows(content, path) if found.cut else _whole_array_rows(content, path)
         return
     # Not splitlines: a string may hold other line ends than this one.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number} of {found.left_out}" if found.left_out else f"{path}:{number}"
         try:
-            yield f"{path}:{number}", json.loads(line)
+            yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError("the line is not JSON", where=f"{path}:{number}", got=str(error)) from None
+            raise InputError("the line is not JSON", where=where, got=str(error)) from None
 
 
-def _csv_rows(content: str, path: Path, separator: str) -> Iterator[tuple[str, Any]]:
+def _whole_array_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError("the file is not JSON", where=str(path), got=first_line(error)) from None
+    yield from ((f"{path}, element {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _array_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of an array whose end was not read, up to the one that is not whole."""
+    decoder, place = json.JSONDecoder(), content.index("[") + 1
+    for number in itertools.count(1):
+        place = _behind_space(content, place)
+        try:
+            row, place = decoder.raw_decode(content, place)
+        except (ValueError, RecursionError) as error:
+            if number == 1:
+                raise InputError("the file is not JSON", where=str(path), got=first_line(error)) from None
+            return
+        yield f"{path}, element {number}", row
+        place = _behind_space(content, place)
+        if content[place : place + 1] != ",":
+            return
+        place += 1
+
+
+def _behind_space(content: str, place: int) -> int:
+    while content[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def _csv_rows(content: str, path: Path, separator: str, *, cut: bool) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     number = 0
@@ -213,10 +329,13 @@ def _csv_rows(content: str, path: Path, separator: str) -> Iterator[tuple[str, A
         for number, row in enumerate(reader, start=1):
             yield f"row {number}", row
     except csv.Error as error:
+        if cut and number:
+            return
         raise InputError("the file is not CSV", where=f"{path}, behind row {number}", got=str(error)) from None
 
 
-def _parquet_rows(file: BinaryIO, path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(file: BinaryIO, path: Path, field: str | None, drawn: Share | None) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row); with `drawn` of row groups in a random order, as many of them as are asked for."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -227,132 +346,16 @@ def _parquet_rows(file: BinaryIO, path: Path, field: str | None) -> Iterator[tup
     try:
         table = pyarrow.parquet.ParquetFile(file)
         names = [str(name) for name in table.schema_arrow.names]
-        wanted = [name for name in names if name == field or (field is None and name in _COLUMNS)]
+        wanted = [name for name in names if name == field or (field is None and name in COLUMNS)]
         if not wanted:
             # It has no text, and these are its fields.
             yield f"{path}, row 1", dict.fromkeys(names)
             return
-        batches = table.iter_batches(batch_size=1024, columns=wanted)
+        groups = list(range(table.num_row_groups))
+        if drawn is not None:
+            random.Random(drawn.seed).shuffle(groups)
+        batches = table.iter_batches(batch_size=1024, columns=wanted, row_groups=groups)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError("the file is not parquet", where=str(path), got=first_line(error)) from None
-
-
-def _texts(
-    rows: Iterable[tuple[str, Any]], path: Path, field: str | None, render: Render, notify: Notify
-) -> Iterator[str]:
-    """Yield each row's text; rows whose text is empty are left out. Raises InputError for the first row without one."""
-    nulls: list[str] = []
-    any_text = False
-    for where, row in rows:
-        text = _row_text(row, where if str(path) in where else f"{path}, {where}", field, render)
-        if text is None:
-            nulls.append(where)
-            continue
-        any_text = True
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError("the row's text is no Unicode", where=where, got="half a surrogate pair")
-        if text:
-            yield text
-    if nulls and not any_text:
-        raise InputError("no row has a text", where=nulls[0], got="null", do="name the field that holds it: FILE#FIELD")
-    if nulls:
-        notify(f"{len(nulls)} row{'s'[: len(nulls) > 1]} left out, whose text is null")
-
-
-def _row_text(row: Any, where: str, field: str | None, render: Render) -> str | None:
-    """Return what the row says; None where the field is there and null."""
-    if isinstance(row, str) and field is None:
-        return row
-    name = field or "text"
-    if isinstance(row, dict):
-        value = row.get(name)
-        # An empty text beside a chat is a column that another part of the file uses.
-        if isinstance(value, str) and (value or field is not None):
-            return value
-        if field is None:
-            for chat in _CHATS:
-                if isinstance(row.get(chat), list):
-                    return _chat_text(row[chat], where, render)
-            for first, second in _PAIRS:
-                if isinstance(row.get(first), str) and isinstance(row.get(second), str):
-                    return _pair_text(row[first], row.get("input"), row[second])
-        elif isinstance(value, list):
-            return _chat_text(value, where, render)
-        if isinstance(value, str):
-            return value
-        if name in row and value is None:
-            return None
-    raise InputError(
-        "the row has no text",
-        where=where,
-        got=f"fields {', '.join(map(str, row))}"[:200] if isinstance(row, dict) else type(row).__name__,
-        wanted=f"a field {field!r} with a text"
-        if field
-        else 'a field "text", a chat in "messages" or "conversations", or "prompt" and "completion"',
-        do="name the field that holds the text: FILE#FIELD",
-    )
-
-
-def _pair_text(prompt: str, extra: Any, completion: str) -> str:
-    return "\n".join(part for part in (prompt, extra, completion) if isinstance(part, str) and part)
-
-
-def _chat_text(messages: Sequence[Any], where: str, render: Render) -> str:
-    """Render the chat by the model's template, whichever of the usual names its turns have."""
-    try:
-        return render([_turn(message) for message in messages])
-    except InputError as error:
-        raise error.inside(where) from None
-
-
-def _no_turn(message: Any) -> InputError:
-    return InputError(
-        "a turn of the chat has no role or no content",
-        got=repr(message)[:80],
-        wanted='{"role": "user", "content": "..."}',
-    )
-
-
-def _turn(message: Any) -> dict[str, Any]:
-    """Return role and content as text, and calls of tools where there are some. Raises InputError."""
-    if not isinstance(message, dict):
-        raise _no_turn(message)
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    calls = message.get("tool_calls")
-    if isinstance(content, list):
-        # Those that are no text (images) say nothing to a language model.
-        content = "".join(_part_text(part, message) for part in content)
-    if content is None and calls:
-        content = ""
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise _no_turn(message)
-    turn: dict[str, Any] = {"role": _ROLES.get(role, role), "content": content}
-    if isinstance(calls, list) and calls:
-        turn["tool_calls"] = [_call(call, message) for call in calls]
-    return turn
-
-
-def _part_text(part: Any, message: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
-    if isinstance(text, dict):
-        # Of threads: the value beside its annotations.
-        text = text.get("value")
-    if text is None and isinstance(part, dict):
-        return ""
-    if not isinstance(text, str):
-        raise _no_turn(message)
-    return text
-
-
-def _call(call: Any, message: Any) -> Any:
-    """Return the call with its arguments as the values that templates expect, where they are JSON in a string."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise _no_turn(message)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            function = {**function, "arguments": json.loads(arguments)}
-    return {**call, "function": function}

@@ -12,7 +12,7 @@ from structprune.architectures.stock.config import build_config, usable_config
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.sampler import sample_windows
 from structprune.calibration.context import SourceContext, WindowRequest, WindowStart
-from structprune.calibration.sources.file import join_turns
+from structprune.calibration.sources.rows import join_turns
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.kinds import StartToken
 from structprune.types import Render

@@ -1,0 +1,219 @@
+"""Texts that are too large to be read whole: what is read of them, from where, and what is said of the rest."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from structprune.calibration.context import SourceContext
+from structprune.calibration.sources.file import file_windows, read_text
+from structprune.calibration.sources.parts import Share, held_bytes, most_bytes
+from structprune.errors import InputError
+
+SHARE = Share(num_bytes=400_000, seed=0)
+NUM_ROWS = 20_000
+
+
+def row(number: int) -> str:
+    """A hundred characters, of one to four bytes each, that say their number."""
+    return f"<{number:06}>" + "añ漢𝄞 " * 18 + f"</{number:06}>"
+
+
+def read(path: Path, share: Share = SHARE) -> tuple[str, list[str]]:
+    said: list[str] = []
+    return read_text(path, notify=said.append, share=share), said
+
+
+def whole_rows(text: str) -> list[int]:
+    """Numbers of the rows in a text of nothing but whole ones."""
+    found = [part for part in text.split("\n") if part.strip()]
+    numbers = [int(part[1:7]) for part in found]
+    assert found == [row(number) for number in numbers]
+    return numbers
+
+
+def write_lines(path: Path, make: Callable[[int], str]) -> Path:
+    path.write_text("\n".join(make(number) for number in range(NUM_ROWS)) + "\n", encoding="utf-8")
+    return path
+
+
+def check_from_all_over(numbers: list[int]) -> None:
+    assert len(set(numbers)) == len(numbers) > 500
+    tenths = {number * 10 // NUM_ROWS for number in numbers}
+    assert len(tenths) >= 5
+    assert max(numbers) > NUM_ROWS // 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".json"])
+def test_rows_come_from_all_over(suffix: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / f"rows{suffix}", lambda number: json.dumps({"text": row(number)}, ensure_ascii=False))
+    text, said = read(path)
+    check_from_all_over(whole_rows(text))
+    assert len(text.encode()) < 1.5 * SHARE.num_bytes
+    assert "pieces of it" in said[0]
+    assert "MiB" in said[0]
+    assert ("read as JSON lines" in said) == (suffix == ".txt")
+
+
+def test_prose_comes_from_all_over(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "prose.txt", row)
+    text, said = read(path)
+    check_from_all_over(whole_rows(text))
+    assert len(text.encode()) <= SHARE.num_bytes
+    assert said == [said[0]]
+
+
+def test_another_seed_draws_elsewhere(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "prose.txt", row)
+    assert read(path)[0] == read(path)[0]
+    assert read(path)[0] != read(path, Share(num_bytes=SHARE.num_bytes, seed=1))[0]
+
+
+def test_a_file_that_is_no_larger_is_read_whole(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "prose.txt", row)
+    size = path.stat().st_size
+    assert read(path, Share(num_bytes=size, seed=0)) == (path.read_text(encoding="utf-8"), [])
+    assert read(path, Share(num_bytes=size - 1, seed=0))[1] != []
+
+
+def test_one_line_is_cut_between_words(tmp_path: Path) -> None:
+    words = [f"wört{number:06}" for number in range(200_000)]
+    path = tmp_path / "line.txt"
+    path.write_text(" ".join(words), encoding="utf-8")
+    text, _ = read(path)
+    found = text.split()
+    assert set(found) <= set(words)
+    assert 10_000 < len(found) < len(words) / 4
+
+
+def test_text_without_spaces_is_cut_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text("漢𝄞é" * 400_000, encoding="utf-8")
+    text, _ = read(path)
+    assert set(text) == {*"漢𝄞é\n"}
+
+
+def test_rows_longer_than_a_piece_are_whole(tmp_path: Path) -> None:
+    long = {number: "x" * 150_000 + str(number) for number in range(100)}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in long.values()))
+    text, _ = read(path, Share(num_bytes=300_000, seed=0))
+    assert set(text.split("\n\n")) <= set(long.values())
+
+
+def test_the_first_elements_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": row(number)} for number in range(NUM_ROWS)], indent=1))
+    text, said = read(path)
+    numbers = whole_rows(text)
+    assert numbers == list(range(len(numbers)))
+    assert 500 < len(numbers) < NUM_ROWS / 2
+    assert said[0].startswith("its first ")
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_the_first_rows_of_a_table(suffix: str, separator: str, tmp_path: Path) -> None:
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=separator)
+    writer.writerow(["id", "text"])
+    writer.writerows([number, row(number) + "\n\n" + row(number)] for number in range(NUM_ROWS))
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(file.getvalue(), encoding="utf-8", newline="")
+    text, said = read(path)
+    numbers = whole_rows(text)[::2]
+    assert numbers == list(range(len(numbers)))
+    assert 300 < len(numbers) < NUM_ROWS / 2
+    assert said[0].startswith("its first ")
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_the_first_part_of_what_is_packed(packing: str, tmp_path: Path) -> None:
+    pack = gzip.compress if packing == "gz" else pytest.importorskip("zstandard").ZstdCompressor().compress
+    lines = "\n".join(json.dumps({"text": row(number)}) for number in range(NUM_ROWS))
+    path = tmp_path / f"rows.jsonl.{packing}"
+    path.write_bytes(pack(lines.encode()))
+    text, said = read(path)
+    numbers = whole_rows(text)
+    assert numbers == list(range(len(numbers)))
+    assert 300 < len(numbers) < NUM_ROWS / 2
+    assert said[0].startswith("its first ")
+    path.write_bytes(path.read_bytes()[:100] + b"damaged" + path.read_bytes()[107:])
+    with pytest.raises(InputError, match="cannot be"):
+        read(path)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.txt.gz"
+    path.write_bytes(gzip.compress(b"a b\n" * 50_000_000, compresslevel=1))
+    tracemalloc.start()
+    text, _ = read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(text) <= SHARE.num_bytes
+    assert peak < 20 * SHARE.num_bytes
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_marks(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_bytes("\n".join(row(number) for number in range(NUM_ROWS)).encode(encoding))
+    text, said = read(path)
+    assert row(3) in text or encoding == "utf-8-sig"
+    assert "\ufeff" not in text
+    assert len(text.encode(encoding)) <= SHARE.num_bytes + 4
+    assert len(said) == 1
+
+
+def test_row_groups_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    drawn = random.Random(0)
+    noise = [row(number) + drawn.randbytes(40).hex() for number in range(NUM_ROWS)]
+    parquet.write_table(pyarrow.table({"text": noise}), path, row_group_size=500)
+    assert path.stat().st_size > SHARE.num_bytes
+    text, said = read(path)
+    numbers = [int(part[1:7]) for part in text.split("\n\n")]
+    assert numbers != list(range(len(numbers)))
+    assert len(numbers) < NUM_ROWS / 2
+    assert said[0].endswith("of its text")
+
+
+def test_windows_of_a_large_file_take_little_memory(tmp_path: Path) -> None:
+    """And the description says what was read."""
+    path = tmp_path / "large.txt"
+    with path.open("w") as file:
+        for _ in range(64):
+            file.write("many words on one line " * 50_000)
+    context = SourceContext(
+        encode=lambda text: torch.arange(len(text) // 4),
+        sample=lambda *_: torch.zeros(0),
+        num_samples=8,
+        seq_len=128,
+        seed=0,
+    )
+    tracemalloc.start()
+    found = file_windows(path, context)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.ids_NS.shape == (8, 128)
+    assert "64 pieces of it, 4.0 MiB of 70.2 MiB" in found.description
+    assert peak < 30 * 2**20
+
+
+def test_what_is_held_is_planned(tmp_path: Path) -> None:
+    small, packed = tmp_path / "small.txt", tmp_path / "rows.jsonl.gz"
+    for path in (small, packed):
+        path.write_bytes(b"a" * 1000)
+    assert held_bytes(small, 10**6) == 1000
+    assert held_bytes(packed, 10**6) == most_bytes(10**6) == 16 * 10**6
+    assert most_bytes(10) == 4 * 2**20
