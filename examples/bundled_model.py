@@ -12,11 +12,7 @@ import os
 import shutil
 import sys
 import time
-import timeit
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from structprune import Recipe, RecoverySettings, prune, recover
 from structprune.assess import EvaluationRequest, SpeedRequest, side_by_side
@@ -27,74 +23,49 @@ from structprune.report.picture import write_picture
 from structprune.results.schema import MemoryReport
 from structprune.results.side_by_side import column_rows
 
-# Chosen so that everything after the installation takes about six minutes on two cores without matrix units, and no
-# more is removed than a minute of recovery can do something about; docs/compare.md has larger shares. Slow processors
-# get fewer windows, as few as a run is not warned of (8 tokens for each of 1,536 channels), and still take longer.
-FAST_PRODUCTS = 150e9
-"""Float32 operations a second; two cores of a first-generation EPYC do 65e9, of a third-generation one 100e9."""
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How much text the demonstration uses."""
-
-    windows: int
-    """Of 512 tokens, to calibrate on."""
-    gradient_windows: int
-    held_out: int
-    minutes: float
-    """For the steps of the recovery."""
-    seq_len: int
-    """Tokens of a window that teaches or tests, and of the prompt that is timed."""
-    test_windows: int
-    repeats: int
-
-
-AMPLE = Amount(windows=64, gradient_windows=8, held_out=4, minutes=0.8, seq_len=512, test_windows=3, repeats=2)
-LEAN = Amount(windows=24, gradient_windows=2, held_out=2, minutes=0.5, seq_len=256, test_windows=2, repeats=1)
+# Everything after the installation takes about six minutes on two cores without matrix units. `prune` chooses as many
+# windows as it has time for, though never too few to fit, and `recover` gets what is left, though not less than lets it
+# take a few steps; so a slow processor takes longer. No more is removed than a minute of recovery can do something
+# about; docs/compare.md has larger shares.
+PRUNE_SECONDS = 150
+LAST_RECOVERY_STEP_SECONDS = 270
+MINUTES = (0.4, 1.0)
 PROMPT = "What is the capital of France, and what is it known for?"
-
-
-def affordable() -> Amount:
-    """Time a product, the best of five, and choose."""
-    a, b = torch.ones(1024, 1536), torch.ones(1536, 1024)
-    seconds = min(timeit.repeat(lambda: a @ b, number=1, repeat=5))
-    return AMPLE if 2 * 1024 * 1536 * 1024 / seconds > FAST_PRODUCTS else LEAN
 
 
 def main() -> None:
     started = time.perf_counter()
-    amount = affordable()
     recipe = Recipe(
         sparsity=0.2,
         calibration="boolq",
-        num_samples=amount.windows,
         seq_len=512,
-        sensitivity_samples=amount.gradient_windows,
-        held_out=amount.held_out,
+        sensitivity_samples=4,
+        held_out=4,
+        time_budget=PRUNE_SECONDS,
     )
-    # In a minute there is time for a few steps: some thousand scales learn more in them than all the matrices would.
-    recovery = RecoverySettings(
-        mode="scales",
-        calibration=("boolq",),
-        minutes=amount.minutes,
-        num_samples=64,
-        held_out=2,
-        seq_len=amount.seq_len,
-        batch=1,
-        warmup=2,
-    )
-    quality = EvaluationRequest(texts=("boolq", "sciq"), seq_len=amount.seq_len, max_windows=amount.test_windows)
-    speed = SpeedRequest(prompts=(amount.seq_len,), repeats=amount.repeats, decode_tokens=16)
+    quality = EvaluationRequest(texts=("boolq", "sciq"), seq_len=512, max_windows=3)
+    speed = SpeedRequest(prompts=(256,), repeats=5, decode_tokens=16)
     output = Path(sys.argv[1] if len(sys.argv) > 1 else "out/smollm2")
     if output.exists() and len(sys.argv) == 1:
         shutil.rmtree(output)  # our own default directory, from an earlier run
     models = {"dense": "smollm2", "pruned": output / "pruned", "recovered": output / "recovered"}
     with progress_observer(quiet=False) as observer:
-        observer.note(f"this machine's products are {'fast' if amount is AMPLE else 'slow'}: {amount.windows} windows")
         observer.note("prune: the bundled GGUF file is read tensor by tensor")
-        pruned = prune("smollm2", recipe, models["pruned"], observer)
-        observer.note("recover: the pruned model learns from the dense one for most of a minute")
+        pruned = prune("smollm2", recipe, models["pruned"], observer, timed=True)
+        left = (LAST_RECOVERY_STEP_SECONDS - (time.perf_counter() - started)) / 60
+        minutes = min(max(left, MINUTES[0]), MINUTES[1])
+        # In a minute there is time for a few steps: some thousand scales learn more in them than all matrices would.
+        recovery = RecoverySettings(
+            mode="scales",
+            calibration=("boolq",),
+            minutes=minutes,
+            num_samples=64,
+            held_out=3,
+            seq_len=512,
+            batch=1,
+            warmup=2,
+        )
+        observer.note(f"recover: the pruned model learns from the dense one for {60 * minutes:.0f} seconds")
         recovered = recover(models["pruned"], "smollm2", recovery, models["recovered"], observer)
         columns = side_by_side(models, PROMPT, quality, speed, observer=observer)
     write_picture(output / "demo.svg", "SmolLM2-135M, dense, pruned and recovered", columns, pruned)

@@ -138,6 +138,7 @@ class PeakMeter:
         self._stop = threading.Event()
         self._sampled_peak = 0
         self._earlier_peak = 0
+        self._phase_peak = 0
         self._stretch_peak = 0
         self.baseline_bytes = 0
         self.peak_bytes = 0
@@ -163,12 +164,17 @@ class PeakMeter:
 
     @contextlib.contextmanager
     def phase(self, phase: PhaseName) -> Generator[None]:
-        """Count the peak inside the context for `phase` too. Phases may not be nested."""
+        """Count the peak inside the context for `phase` too, stretches that end in it included.
+
+        Phases may not be nested.
+        """
         self._take_mark()
+        self._phase_peak = 0
         try:
             yield
         finally:
-            self.phases[phase] = max(self.phases.get(phase, 0), self._take_mark())
+            self._take_mark()
+            self.phases[phase] = max(self.phases.get(phase, 0), self._phase_peak)
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
@@ -199,6 +205,7 @@ class PeakMeter:
         mark = self._mark()
         self._earlier_peak = max(self._earlier_peak, mark)
         self._stretch_peak = max(self._stretch_peak, mark)
+        self._phase_peak = max(self._phase_peak, mark)
         self._restart()
         return mark
 

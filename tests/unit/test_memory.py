@@ -21,6 +21,7 @@ from structprune.memory import (
     parse_bytes,
     unbounded_environment,
 )
+from structprune.phases import Phase
 
 _SIZE = 200_000_000
 
@@ -113,6 +114,20 @@ def test_peak_meter_starts_anew() -> None:
         del buffer
     assert meter.peak_bytes == pytest.approx(_SIZE // 4, rel=0.2)
     del held
+
+
+def test_a_phase_counts_what_stretches_took_that_ended_in_it() -> None:
+    with PeakMeter() as meter:
+        with meter.phase(Phase.REPAIR):
+            del_later = bytearray(b"x" * (64 * 2**20))
+            meter.mark("a stretch")
+            del del_later
+            meter.mark("another")
+        with meter.phase(Phase.EMBED):
+            pass
+    assert meter.phases[Phase.REPAIR] >= 60 * 2**20
+    assert meter.phases[Phase.EMBED] < 30 * 2**20
+    assert [sample.phase for sample in meter.samples] == ["a stretch", "another"]
 
 
 def test_peak_meter_without_the_kernels_mark(monkeypatch: pytest.MonkeyPatch) -> None:

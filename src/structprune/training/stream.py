@@ -208,6 +208,8 @@ class StreamedStudent:
                         boundaries[block.index].write(place, hidden_BSD.cpu())
                     put(place, self._propagator.apply(module, block.index, hidden_BSD))
             del module
+            # Each block would bring other free pages of the heap back, and none of them goes by itself.
+            release_free_memory()
         return current
 
     def _head_gradient(self, windows: Sequence[int], final: HiddenStore, gradient: HiddenStore) -> float:
