@@ -1,0 +1,19 @@
+"""The library's entry points for finished models: perplexity, zero-shot tasks, speed.
+
+Read first: `quality.py`; then `speed.py`.
+"""
+
+from structprune.assess.quality import EvaluationRequest, evaluate, evaluate_all, generate, load_with_tokenizer
+from structprune.assess.columns import side_by_side
+from structprune.assess.speed import SpeedRequest, bench
+
+__all__ = [
+    "EvaluationRequest",
+    "SpeedRequest",
+    "bench",
+    "evaluate",
+    "evaluate_all",
+    "generate",
+    "load_with_tokenizer",
+    "side_by_side",
+]
