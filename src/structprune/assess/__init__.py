@@ -3,8 +3,8 @@
 Read first: `quality.py`; then `speed.py`.
 """
 
-from structprune.assess.quality import EvaluationRequest, evaluate, evaluate_all, generate, load_with_tokenizer
 from structprune.assess.columns import side_by_side
+from structprune.assess.quality import EvaluationRequest, evaluate, evaluate_all, generate, load_with_tokenizer
 from structprune.assess.speed import SpeedRequest, bench
 
 __all__ = [
