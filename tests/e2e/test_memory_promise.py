@@ -126,19 +126,29 @@ def test_a_run_keeps_to_its_plan(
 
 @pytest.mark.slow
 @pytest.mark.realmodel
-@pytest.mark.parametrize("method", ["fasp", "structprune"])
-def test_the_real_model_in_bfloat16(method: str, smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"method": "fasp"}, 1.25),
+        ({"method": "structprune"}, 1.25),
+        # The pass of gradients leaves a heap full of holes, which the repair's steps must not bring back.
+        ({"method": "structprune", "repair": "scales", "repair_samples": 8}, 1.5),
+    ],
+    ids=["fasp", "structprune", "repair"],
+)
+def test_the_real_model_in_bfloat16(
+    changes: dict[str, Any], most: float, smollm2: Path, shared_data: Path, tmp_path: Path
+) -> None:
     """Kernels, caches and code of the libraries as they are in use, on all cores."""
     values = settings(
         shared_data / "wikitext2" / "train-1mb.raw.txt",
-        method=method,
         seq_len=1024,
-        sensitivity_samples=12,
         dtype="bfloat16",
         multiple_of=1,
+        **{"sensitivity_samples": 12, **changes},
     )
     memory = pruned_in_a_process(smollm2, tmp_path / "out", values, threads=0)
-    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= 1.25 * memory["measured_peak_bytes"]
+    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"] <= most * memory["measured_peak_bytes"]
 
 
 _MERGE = """
