@@ -12,7 +12,6 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
-from structprune.engine.pace import Expected, expected, in_words, measured_pace
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -23,6 +22,7 @@ from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
 from structprune.engine.run.identity import RunRequest, begin_or_go_on, find_request
+from structprune.engine.run.pace import Expected, expected, in_words, measured_pace
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult

@@ -17,8 +17,8 @@ from structprune.api import RunPlan, plan
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.engine import resolve
-from structprune.engine.pace import in_words
 from structprune.engine.planning.pieces import Piece, What, Work
+from structprune.engine.run.pace import in_words
 from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import InputError
 from structprune.recipe import MOST_SAMPLES, ResolvedRecipe

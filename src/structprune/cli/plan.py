@@ -34,7 +34,7 @@ def plan(
 
 
 def _rows(found: RunPlan) -> list[tuple[str, str]]:
-    from structprune.engine.pace import in_words
+    from structprune.engine.run.pace import in_words
     from structprune.memory import format_bytes
     from structprune.results.summary import beginning
 

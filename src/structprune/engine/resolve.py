@@ -16,7 +16,6 @@ from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import check_texts, load_texts
 from structprune.calibration.sources.parts import held_bytes
 from structprune.checkpoint.folder import check_needed, sort_files
-from structprune.engine.pace import Expected, expected, in_words, measured_pace
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
@@ -24,6 +23,7 @@ from structprune.engine.planning.pieces import Piece
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
+from structprune.engine.run.pace import Expected, expected, in_words, measured_pace
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
 from structprune.kinds import HeadUnits

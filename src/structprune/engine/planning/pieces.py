@@ -1,4 +1,4 @@
-"""The few things that a run spends its time on, by name: `work.py` counts them, and `engine/pace.py` times them."""
+"""The few things that a run spends its time on, by name: `work.py` counts them, and `engine/run/pace.py` times them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How often a run will do each of the things that take its time, counted from shapes and settings.
 
-What one of each takes on this machine is measured in `engine/pace.py`. Small things (reading text, reading and writing
-weights) are left out, and every block counts as wide as it is before it is cut.
+What one of each takes on this machine is measured in `engine/run/pace.py`. Small things (reading text, reading and
+writing weights) are left out, and every block counts as wide as it is before it is cut.
 """
 
 from __future__ import annotations
