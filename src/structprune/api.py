@@ -151,7 +151,8 @@ def prune(
             | {"output": str(run.output)}
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
-        resolved = check(model, ranks.broadcast(lambda: _as_begun(recipe, run)), ranks)
+        asked = ranks.broadcast(lambda: _as_begun(recipe, run, observer))
+        resolved = check(model, asked, ranks)
         for note in resolved.notes:
             observer.note(note)
         found = None
@@ -168,11 +169,12 @@ def prune(
                 return PIPELINES.get(resolved.method.pipeline).execute(context)
 
 
-def _as_begun(recipe: Recipe, run: RunDirectory) -> Recipe:
+def _as_begun(recipe: Recipe, run: RunDirectory, observer: Observer) -> Recipe:
     """Take the number of windows from a run that was cut here: it was chosen for the machine as it was then."""
     line = run.peek() if recipe.num_samples is None else None
     if line is None or "recipe" not in line:
         return recipe
+    observer.note(f"going on with the {line['recipe']['num_samples']} calibration windows that the run was begun with")
     return recipe.model_copy(update={"num_samples": line["recipe"]["num_samples"], "time_budget": 0})
 
 

@@ -26,9 +26,11 @@ class WeightedText:
 
     @property
     def path(self) -> Path | None:
-        """The file, where it is one."""
-        path = expand_user(self.name)
-        return path if path.is_file() else None
+        """The file, where it is one; `FILE#FIELD` is one too."""
+        for name in (self.name, self.name.rpartition("#")[0]):
+            if name and (path := expand_user(name)).is_file():
+                return path
+        return None
 
 
 # Name of a text -> its weight in a mix, which counts as much as they do together.

@@ -108,7 +108,7 @@ def test_prune_json_in_a_process(tiny_llama: Path, text_file: Path, tmp_path: Pa
         assert re.fullmatch(rf"held-out windows {number}/4  block {block}  \d+ s left", lines.pop())
     assert re.fullmatch(r"reload check 1/1  whole, relative difference \d\.\de[-+]\d\d  0 s left", lines.pop())
     assert re.fullmatch(r"write files 1/1  model\.safetensors  0 s left", lines.pop())
-    assert lines.pop(0) == "expected to take about a minute on this machine"
+    assert re.fullmatch(r"expected to take about .+ on this machine", lines.pop(0))
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
             rf"prune {number}/2  block {number - 1} mlp 33/48  error 0\.\d{{4}}  memory \d+\.\d [KM]iB  \d+ s left",
@@ -173,13 +173,14 @@ def test_progress_goes_to_stderr(cli: Run, tiny_opt: Path, text_file: Path, tmp_
     assert result.code == 0
     lines = result.err.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
-        ["expected to take about a minute on this machine"],
+        [lines[0]],
         ["prune 1/2", "block 0 mlp 33/48"],
         ["prune 2/2", "block 1 mlp 33/48"],
         ["write files 1/1", "model.safetensors"],
         ["reload check 1/1", lines[4].split("  ")[1]],
         *([f"held-out windows {number}/4", f"block {(number - 1) % 2}"] for number in range(1, 5)),
     ]
+    assert lines[0].startswith("expected to take about ")
     # No data, no error figure.
     assert "error" not in result.err
     assert "prune 1/2" not in result.out

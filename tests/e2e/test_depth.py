@@ -334,8 +334,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str], deep_llama: Path, text
     assert report["method"] == "depth"
     assert report["size"]["removed_share_of_blocks"] == pytest.approx(0.4)
     # Five blocks, then the four that are left, then the copies.
-    assert [line.split("  ")[0] for line in progress.splitlines()] == [
-        "expected to take about a minute on this machine",
+    first, *lines = progress.splitlines()
+    assert first.startswith("expected to take about ")
+    assert [line.split("  ")[0] for line in lines] == [
         *(f"measured loss, removal 1 of 2 {i}/5" for i in range(1, 6)),
         *(f"measured loss, removal 2 of 2 {i}/4" for i in range(1, 5)),
         *(f"write {i}/5" for i in range(1, 6)),

@@ -217,3 +217,71 @@ def test_what_is_held_is_planned(tmp_path: Path) -> None:
     assert held_bytes(small, 10**6) == 1000
     assert held_bytes(packed, 10**6) == most_bytes(10**6) == 16 * 10**6
     assert most_bytes(10) == 4 * 2**20
+
+
+def test_long_rows_come_from_all_over_and_once(tmp_path: Path) -> None:
+    long = [f"{number:03} " + "x" * 1_000_000 for number in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in long))
+    text, said = read(path, Share(num_bytes=5_000_000, seed=0))
+    numbers = [int(part[:3]) for part in text.split("\n\n")]
+    assert len(set(numbers)) == len(numbers) >= 3
+    assert max(numbers) > 20
+    assert len(text) <= 5_000_000
+    assert said[0].startswith(f"{len(numbers)} pieces of it, ")
+
+
+def test_short_lines_take_no_time(tmp_path: Path) -> None:
+    """Rows are found among millions of empty lines; a sum over all lines for each line would take hours."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "at the start"}\n' + b"\n" * 6_000_000)
+    assert "at the start" in read_text(path, share=Share(num_bytes=5_000_000, seed=0))
+
+
+def test_a_row_that_never_ends(tmp_path: Path) -> None:
+    path = tmp_path / "dict.json"
+    path.write_text(json.dumps({"data": ["many words"] * 200_000}))
+    with pytest.raises(InputError, match="a row is longer than what is read of a large file"):
+        read(path)
+
+
+@pytest.mark.parametrize("fault", ["quote", "comma"])
+def test_an_array_that_is_damaged_in_the_middle(fault: str, tmp_path: Path) -> None:
+    elements = [json.dumps({"text": row(number)}) for number in range(NUM_ROWS)]
+    elements[61] = '{"text": "an "unescaped" quote"}' if fault == "quote" else elements[61] + " " + elements[62]
+    path = tmp_path / "rows.json"
+    path.write_text("[" + ",\n".join(elements) + "]")
+    with pytest.raises(InputError, match="the file is not JSON") as caught:
+        read(path)
+    assert "element 62" in str(caught.value)
+
+
+def test_a_table_with_a_quote_that_never_ends(tmp_path: Path) -> None:
+    lines = [f'{number},"{row(number)}"' for number in range(NUM_ROWS)]
+    lines[100] = '100,"a quote'
+    path = tmp_path / "rows.csv"
+    path.write_text("id,text\n" + "\n".join(lines).replace('"</', "</"), encoding="utf-8")
+    path.write_text("id,text\n" + "\n".join([*lines[:101], *(f"{n},plain {row(n)}" for n in range(101, NUM_ROWS))]))
+    with pytest.raises(InputError, match="the file is not CSV"):
+        read(path)
+
+
+def test_other_encodings_are_refused_in_a_first_part_too(tmp_path: Path) -> None:
+    path = tmp_path / "prose.txt.gz"
+    path.write_bytes(gzip.compress("café naïve\n".encode("latin-1") * 200_000))
+    with pytest.raises(InputError, match="not UTF-8"):
+        read(path)
+
+
+def test_one_large_row_group_of_parquet_takes_little_memory(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    drawn = random.Random(0)
+    parquet.write_table(pyarrow.table({"text": [drawn.randbytes(400).hex() for _ in range(NUM_ROWS)]}), path)
+    tracemalloc.start()
+    text, _ = read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert SHARE.num_bytes <= len(text) < 1.1 * SHARE.num_bytes
+    assert peak < 12 * SHARE.num_bytes < path.stat().st_size

@@ -374,15 +374,24 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     assert Recipe(**written).model_dump(mode="json") == written
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("1.5h", 5400), ("90 s", 90), (45, 45), (0, 0)])
+@pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("1.5h", 5400), ("90 s", 90), (45, 45), (1.5, 2), (0, 0)])
 def test_time_budget(text: str | int, seconds: int) -> None:
     assert Recipe.build(time_budget=text).time_budget == seconds
 
 
-@pytest.mark.parametrize("text", ["", "10", "m", "-1m", "10 parsecs", "1e3s"])
-def test_no_time_budget(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "10", "m", "-1m", "10 parsecs", "1e3s", True])
+def test_no_time_budget(text: str | bool) -> None:
     with pytest.raises(InputError, match="a time cannot be read"):
         Recipe.build(time_budget=text)
+
+
+def test_a_flag_for_the_windows_wins_over_either_in_the_file(recipe_file: Path) -> None:
+    recipe_file.write_text("num_samples: 8\n")
+    found = Recipe.from_yaml(recipe_file, time_budget="5m")
+    assert (found.num_samples, found.time_budget) == (None, 300)
+    recipe_file.write_text("time_budget: 5m\n")
+    found = Recipe.from_yaml(recipe_file, num_samples=8)
+    assert (found.num_samples, found.time_budget) == (8, None)
 
 
 @pytest.mark.parametrize("pipeline", list(METHOD_OF))

@@ -75,6 +75,12 @@ def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> d
 
 def common_recipe(shared: Mapping[str, Any]) -> Recipe:
     """Validate what all methods share: device, number format, windows. Raises InputError."""
+    if shared.get("time_budget"):
+        raise InputError(
+            "--time-budget has no meaning where methods are compared: all get as many windows",
+            got=shared["time_budget"],
+            wanted="--num-samples, by default 128",
+        )
     common = {name: value for name, value in shared.items() if name in Recipe.model_fields and name != "method"}
     return Recipe.build(**{"num_samples": MOST_SAMPLES, **common})
 

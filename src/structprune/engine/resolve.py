@@ -172,14 +172,16 @@ def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], Reso
     def choose() -> tuple[Mapping[Piece, float], int, Expected]:
         pace = measured_pace(most.stock, most.recipe, plans[num_most].work or {}, most.device, most.dtype)
         slow, quick = (expected(plans[count].work or {}, pace) for count in (num_most, fewest))
-        if slow.seconds <= budget_s or num_most == fewest:
+        if slow.seconds <= budget_s:
             return pace, num_most, slow
+        if num_most == fewest:
+            return pace, fewest, quick
         each = (slow.seconds - quick.seconds) / (num_most - fewest)
         count = fewest + max(0, int((budget_s - quick.seconds) / each)) if each > 0 else num_most
         return pace, min(count, num_most), quick
 
     pace, count, quick = most.ranks.broadcast(choose)
-    if count == num_most:
+    if count == num_most and quick.seconds <= budget_s:
         return replace(most, pace=pace)
     note = f"{count} calibration windows of {seq_len} tokens: what this machine does in {in_words(budget_s)}"
     if count == fewest and quick.seconds > budget_s:
@@ -187,7 +189,8 @@ def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], Reso
             f"{count} calibration windows of {seq_len} tokens, which take {in_words(quick.seconds)} on this machine "
             f"instead of {in_words(budget_s)}: fewer would be too few for up to {widest} units of a block"
         )
-    return replace(with_windows(count), pace=pace, notes=(f"{note} (--num-samples or --time-budget say otherwise)",))
+    found = most if count == num_most else with_windows(count)
+    return replace(found, pace=pace, notes=(f"{note} (--num-samples or --time-budget say otherwise)",))
 
 
 def _head_units(recipe: Recipe, method: Method) -> HeadUnits:

@@ -209,7 +209,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
-        return cls.build(**{**read_yaml(path), **overrides})
+        values = read_yaml(path)
+        # Either decides the number of windows: what overrides one overrides the other.
+        for name, other in (("num_samples", "time_budget"), ("time_budget", "num_samples")):
+            if overrides.get(name) is not None and other not in overrides:
+                values.pop(other, None)
+        return cls.build(**{**values, **overrides})
 
     @property
     def most_samples(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -55,8 +56,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def _read_seconds(value: Any) -> Any:
     """Read `10m`, `1.5h` or `90s`; numbers are seconds. Raises InputError for a text without a unit."""
+    if isinstance(value, bool):
+        raise InputError("a time cannot be read", got=value, wanted="a number with a unit, such as 10m, 1.5h or 90s")
     if not isinstance(value, str):
-        return value
+        return round(value) if isinstance(value, float) and math.isfinite(value) else value
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([smh])\s*", value.lower())
     if match is None:
         raise InputError(

@@ -45,6 +45,8 @@ _WIDE_MARKS = [(mark, name) for mark, name in _MARKS if name != "utf-8-sig"]
 _JSON, _TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 # Lines that must be rows for a file to be taken for JSON lines against its name.
 _ROWS_SEEN = 20
+# Of a parquet file, whose cells may be large.
+_ROWS_AT_ONCE = 8
 Notify = Callable[[str], None]
 
 
@@ -130,7 +132,8 @@ class _Reading:
         """Return the file's documents. Raises InputError for what is no text."""
         size, start = file.seek(0, io.SEEK_END), self._start(file)
         if start == _PARQUET:
-            return self._texts(_parquet_rows(file, self.path, self.field, self._drawn(size)))
+            most = None if self.share is None else self.share.num_bytes
+            return self._texts(_parquet_rows(file, self.path, self.field, self._drawn(size)), most)
         if start.startswith(_GZIP) or start == _ZSTD:
             unpacked = gzip.GzipFile(fileobj=file) if start.startswith(_GZIP) else _unzstd(file, self.path)
             with _unpacking(self.path):
@@ -144,12 +147,17 @@ class _Reading:
             return self._decoded_documents(self._first_part(file, _WIDEST if wide else 1))
         head = first_part(file, Share(num_bytes=_HEAD_BYTES, seed=0))
         file.seek(0)
-        content, suffix = _decoded(head.data), _suffix(self.path)
+        content, suffix = _decoded(head), _suffix(self.path)
         if suffix in _TABLES or (suffix in _JSON and content.lstrip().startswith("[")):
             # Rows of several lines cannot be told apart from the middle.
             return self._decoded_documents(self._first_part(file))
         rows = suffix in _JSON or _begins_with_rows(content, self.field)
-        return self._decoded_documents(pieces(file, share, rows=rows), rows=rows)
+        found = pieces(file, share, rows=rows)
+        if not found.data:
+            # Its rows are long; what is at its start says more.
+            file.seek(0)
+            found = self._first_part(file)
+        return self._decoded_documents(found, rows=rows)
 
     def _start(self, file: BinaryIO) -> bytes:
         file.seek(0)
@@ -169,7 +177,7 @@ class _Reading:
         """Return the documents of what was read; `rows` if it is known to be JSON lines."""
         if found.left_out:
             self.notify(found.left_out)
-        content = _decoded(found.data, "ignore" if found.cut else "strict")
+        content = _decoded(found)
         if "\0" in content:
             raise InputError(
                 "the text file holds NUL characters",
@@ -195,8 +203,11 @@ class _Reading:
             )
         return [content]
 
-    def _texts(self, rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
-        """Yield each row's text; empty ones are left out. Raises InputError for the first row without one."""
+    def _texts(self, rows: Iterable[tuple[str, Any]], most: int | None = None) -> Iterator[str]:
+        """Yield each row's text, up to `most` characters or a little more; empty ones are left out.
+
+        Raises InputError for the first row without one.
+        """
         nulls: list[str] = []
         any_text, seen = False, 0
         for where, row in rows:
@@ -211,7 +222,7 @@ class _Reading:
             if text:
                 yield text
             seen += len(text)
-            if self.share is not None and seen > self.share.num_bytes:
+            if most is not None and seen > most:
                 self.notify(f"{format_bytes(seen)} of its text")
                 break
         if nulls and not any_text:
@@ -255,10 +266,19 @@ def _begins_with_rows(content: str, field: str | None) -> bool:
     return True
 
 
-def _decoded(content: bytes, errors: str = "strict") -> str:
-    """Decode UTF-8, or what a byte order mark announces; the mark itself is no text."""
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    return content.decode(encoding, errors)
+def _decoded(found: Content) -> str:
+    """Decode UTF-8, or what a byte order mark announces; the mark itself is no text.
+
+    What ends within the last character was cut there. Raises UnicodeDecodeError for anything else.
+    """
+    data = found.data
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if not found.cut or error.start < len(data) - _WIDEST:
+            raise
+        return data[: error.start].decode(encoding)
 
 
 def _unzstd(file: BinaryIO, path: Path) -> io.BufferedReader:
@@ -278,15 +298,23 @@ def _json_rows(content: str, path: Path, found: Content) -> Iterator[tuple[str, 
     if content.lstrip().startswith("["):
         yield from _array_rows(content, path) if found.cut else _whole_array_rows(content, path)
         return
+    if found.cut and "\n" not in content:
+        raise InputError(
+            "a row is longer than what is read of a large file",
+            where=str(path),
+            wanted=f"a line's end within {format_bytes(len(found.data))}",
+            do="write one row to a line, and split rows that are so long",
+        )
     # Not splitlines: a string may hold other line ends than this one.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number} of {found.left_out}" if found.left_out else f"{path}:{number}"
+        # Lines of pieces have no numbers that anybody could look up.
+        where, quoted = (str(path), f" in {line[:40]!r}") if found.left_out else (f"{path}:{number}", "")
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError("the line is not JSON", where=where, got=str(error)) from None
+            raise InputError("the line is not JSON", where=where, got=f"{error}{quoted}") from None
 
 
 def _whole_array_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -302,17 +330,27 @@ def _array_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
     decoder, place = json.JSONDecoder(), content.index("[") + 1
     for number in itertools.count(1):
         place = _behind_space(content, place)
+        where = f"{path}, element {number}"
         try:
             row, place = decoder.raw_decode(content, place)
         except (ValueError, RecursionError) as error:
-            if number == 1:
-                raise InputError("the file is not JSON", where=str(path), got=first_line(error)) from None
-            return
-        yield f"{path}, element {number}", row
+            if number > 1 and _ends_within(content, error):
+                return
+            raise InputError("the file is not JSON", where=where, got=first_line(error)) from None
+        yield where, row
         place = _behind_space(content, place)
-        if content[place : place + 1] != ",":
+        if content[place : place + 1] in ("", "]"):
             return
+        if content[place] != ",":
+            raise InputError("the file is not JSON", where=where, got=f"{content[place : place + 20]!r} behind it")
         place += 1
+
+
+def _ends_within(content: str, error: Exception) -> bool:
+    """Whether a value cannot be read because the text ends within it, and for no other reason."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(content.rstrip()) - len("false")
 
 
 def _behind_space(content: str, place: int) -> int:
@@ -324,12 +362,14 @@ def _behind_space(content: str, place: int) -> int:
 def _csv_rows(content: str, path: Path, separator: str, *, cut: bool) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
-    number = 0
+    number, last = 0, 0
     try:
         for number, row in enumerate(reader, start=1):
+            last = reader.line_num
             yield f"row {number}", row
     except csv.Error as error:
-        if cut and number:
+        lines = content.count("\n")
+        if cut and number and "unexpected end" in str(error) and lines - last <= max(20, lines // 20):
             return
         raise InputError("the file is not CSV", where=f"{path}, behind row {number}", got=str(error)) from None
 
@@ -344,7 +384,7 @@ def _parquet_rows(file: BinaryIO, path: Path, field: str | None, drawn: Share | 
             "a parquet file needs the pyarrow package", where=str(path), do="pip install pyarrow"
         ) from None
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
         names = [str(name) for name in table.schema_arrow.names]
         wanted = [name for name in names if name == field or (field is None and name in COLUMNS)]
         if not wanted:
@@ -354,8 +394,9 @@ def _parquet_rows(file: BinaryIO, path: Path, field: str | None, drawn: Share | 
         groups = list(range(table.num_row_groups))
         if drawn is not None:
             random.Random(drawn.seed).shuffle(groups)
-        batches = table.iter_batches(batch_size=1024, columns=wanted, row_groups=groups)
+        batches = table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted, row_groups=groups)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        drawn_ones = "" if drawn is None else " of those that were drawn"
+        yield from ((f"{path}, row {number}{drawn_ones}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError("the file is not parquet", where=str(path), got=first_line(error)) from None

@@ -6,7 +6,9 @@ each of as many equal stretches of the file, so that all of it can be met.
 
 from __future__ import annotations
 
+import io
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -18,7 +20,7 @@ _PIECE_BYTES = 64 * 2**10
 _LEAST_BYTES = 4 * 2**20
 # Several times what a token takes in prose, so that there are more windows than are drawn.
 _BYTES_PER_TOKEN = 16
-# A line longer than this is passed over where lines are rows.
+# No end of a line is looked for further on, where lines are rows.
 _LONGEST_LINE = 8 * 2**20
 
 
@@ -76,35 +78,52 @@ def first_part(file: Readable, share: Share | None, unit: int = 1) -> Content:
 
 
 def pieces(file: BinaryIO, share: Share, *, rows: bool) -> Content:
-    """Read pieces from all over a file that can be sought in, whole lines where `rows`; `file` is larger than that."""
-    size = file.seek(0, 2)
+    """Read pieces from all over a file that can be sought in, whole lines where `rows`; `file` is larger than that.
+
+    Each begins at a place drawn in one of as many stretches, which are visited in a random order until there is enough,
+    so that also a few long rows come from all over. Nothing is read twice.
+    """
+    size = file.seek(0, io.SEEK_END)
     count = max(1, share.num_bytes // _PIECE_BYTES)
     drawn = random.Random(share.seed)
-    found: list[bytes] = []
-    for number in range(count):
-        first, last = size * number // count, size * (number + 1) // count
-        start = drawn.randrange(first, max(first + 1, last - _PIECE_BYTES))
-        piece = _lines(file, start) if rows else _words(file, start)
+    stretches = [(size * number // count, size * (number + 1) // count) for number in range(count)]
+    starts = [drawn.randrange(first, max(first + 1, last - _PIECE_BYTES)) for first, last in stretches]
+    drawn.shuffle(starts)
+    found: dict[int, bytes] = {}
+    left = share.num_bytes
+    for start in starts:
+        begin, piece = _lines(file, start, found, left) if rows else _words(file, start)
         if piece.strip():
-            found.append(piece)
-    read = format_bytes(sum(map(len, found)))
-    return Content(data=b"\n".join(found), left_out=f"{len(found)} pieces of it, {read} of {format_bytes(size)}")
+            found[begin] = piece
+            left -= len(piece)
+        if left <= 0:
+            break
+    data = b"\n".join(found[begin] for begin in sorted(found))
+    read = format_bytes(sum(map(len, found.values())))
+    return Content(data=data, left_out=f"{len(found)} pieces of it, {read} of {format_bytes(size)}")
 
 
-def _lines(file: BinaryIO, start: int) -> bytes:
-    """Read whole lines behind `start`; none where a single one is longer than rows are."""
+def _lines(file: BinaryIO, start: int, found: Mapping[int, bytes], most: int) -> tuple[int, bytes]:
+    """Read whole lines behind `start`, up to what was found before; none where one alone is longer than `most`.
+
+    Returns where they begin, too.
+    """
     file.seek(start)
     if start and not _finish_line(file):
-        return b""
+        return start, b""
+    begin = file.tell()
+    if any(other <= begin < other + len(piece) for other, piece in found.items()):
+        return begin, b""
+    end = min((other for other in found if other > begin), default=None)
     lines: list[bytes] = []
-    while sum(map(len, lines)) < _PIECE_BYTES:
-        line = file.readline(_LONGEST_LINE)
-        if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
-            break
-        if not line:
+    total = 0
+    while total < _PIECE_BYTES and begin + total != end:
+        line = file.readline(most - total + 1)
+        if not line or total + len(line) > most:
             break
         lines.append(line)
-    return b"".join(lines)
+        total += len(line)
+    return begin, b"".join(lines)
 
 
 def _finish_line(file: BinaryIO) -> bool:
@@ -113,7 +132,7 @@ def _finish_line(file: BinaryIO) -> bool:
     return len(line) < _LONGEST_LINE or line.endswith(b"\n")
 
 
-def _words(file: BinaryIO, start: int) -> bytes:
+def _words(file: BinaryIO, start: int) -> tuple[int, bytes]:
     """Read text behind `start`, from the next line's beginning to a line's end, or between words on a long line."""
     file.seek(start)
     data = file.read(_PIECE_BYTES)
@@ -121,7 +140,7 @@ def _words(file: BinaryIO, start: int) -> bytes:
         data = _behind(data, b"\n") or _behind(data, b" ") or data
     if len(data) == _PIECE_BYTES or file.read(1):
         data = data[: data.rfind(b"\n") + 1] or data[: data.rfind(b" ") + 1] or data
-    return _whole_characters(data)
+    return start, _whole_characters(data)
 
 
 def _behind(data: bytes, mark: bytes) -> bytes:

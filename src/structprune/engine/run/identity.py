@@ -22,6 +22,7 @@ from structprune.files import file_sum
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.runs.contents import file_contents, sums
 from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
+from structprune.texts import WeightedText
 
 _WINDOWS = "windows"
 # Tensors of the file that keeps them.
@@ -176,7 +177,8 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> 
     held_out = {} if windows.held_out_NS is None else {_HELD_OUT: windows.held_out_NS.contiguous()}
     save_file({_IDS: windows.ids_NS.contiguous(), **held_out}, path)
     names = [text.name for text in windows.texts] or [name]
-    text_sums = {name: file_sum(Path(name)) for name in names if Path(name).is_file()}
+    files = [file for file in (WeightedText(name=name).path for name in names) if file is not None]
+    text_sums = {str(file): file_sum(file) for file in files}
     values = {"description": windows.description, "start": windows.start, "set_apart": windows.set_apart}
     texts = [asdict(text) for text in windows.texts]
     run.journal.record(_WINDOWS, [path], name=name, text_sums=text_sums, texts=texts, **values)

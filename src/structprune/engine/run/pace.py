@@ -53,6 +53,8 @@ class Expected:
 
 def in_words(seconds: float) -> str:
     """Say a time as a person does."""
+    if seconds < 45:
+        return f"about {max(5, 5 * round(seconds / 5))} seconds"
     if seconds < 90:
         return "about a minute"
     minutes = seconds / 60
