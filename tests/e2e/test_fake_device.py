@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from structprune import Recipe, assess, prune
+from structprune import Recipe, prune
 from structprune.api import recover
-from structprune.assess import evaluate
+from structprune.assess import evaluate, quality
 from structprune.engine import resolve
 from structprune.engine.pipelines import units_settings
 from structprune.engine.planning import host as host_plan
@@ -64,7 +64,7 @@ class Board(FakeGpu):
         patch.setattr(torch.cuda, "memory_allocated", lambda _: fake_device.allocated_bytes())
         patch.setattr(torch.cuda, "max_memory_allocated", lambda _: fake_device.peak_bytes())
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: fake_device.reset_peak())
-        for module in (resolve, assess, run):
+        for module in (resolve, quality, run):
             patch.setattr(module, "resolve_device", lambda _: torch.device(fake_device.NAME, 0))
         patch.setattr(resolve, "device_budget", lambda _, asked: GIB if asked is None else asked)
         patch.setattr(propagate, "transfer_for", self.transfer_for)

@@ -28,5 +28,7 @@ def resolved_units(method: str, **changes: Any) -> ResolvedUnits:
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 4,
+        "num_samples": 128,
+        "time_budget": 0,
     }
     return ResolvedUnits.of(Recipe.build(method=method), **settings | changes)
