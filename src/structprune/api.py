@@ -21,7 +21,7 @@ from structprune.engine.run.calibration import window_start
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.run.finalize import load_report, versions
-from structprune.engine.run.identity import RunRequest, begin_or_go_on, find_request
+from structprune.engine.run.identity import RunRequest, as_begun, begin_or_go_on, find_request
 from structprune.engine.run.pace import Expected, expected, in_words, measured_pace
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
@@ -151,7 +151,7 @@ def prune(
             | {"output": str(run.output)}
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
-        asked = ranks.broadcast(lambda: _as_begun(recipe, run, observer))
+        asked = ranks.broadcast(lambda: as_begun(recipe, run, observer.note))
         resolved = check(model, asked, ranks)
         for note in resolved.notes:
             observer.note(note)
@@ -167,15 +167,6 @@ def prune(
                 return ranks.broadcast(lambda: _left_to_tidy(run))
             with context.device_meter:
                 return PIPELINES.get(resolved.method.pipeline).execute(context)
-
-
-def _as_begun(recipe: Recipe, run: RunDirectory, observer: Observer) -> Recipe:
-    """Take the number of windows from a run that was cut here: it was chosen for the machine as it was then."""
-    line = run.peek() if recipe.num_samples is None else None
-    if line is None or "recipe" not in line:
-        return recipe
-    observer.note(f"going on with the {line['recipe']['num_samples']} calibration windows that the run was begun with")
-    return recipe.model_copy(update={"num_samples": line["recipe"]["num_samples"], "time_budget": 0})
 
 
 def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:

@@ -27,14 +27,20 @@ class WeightedText:
     @property
     def path(self) -> Path | None:
         """The file, where it is one; `FILE#FIELD` is one too."""
-        for name in (self.name, self.name.rpartition("#")[0]):
-            if name and (path := expand_user(name)).is_file():
-                return path
-        return None
+        path, _ = split_field(expand_user(self.name))
+        return path if path.is_file() else None
 
 
 # Name of a text -> its weight in a mix, which counts as much as they do together.
 _MIXED = {AUTO: 2.0, "python": 1.0}
+
+
+def split_field(path: Path) -> tuple[Path, str | None]:
+    """Split `FILE#FIELD` into file and field; a file that has such a name itself is taken as it is."""
+    name, mark, field = path.name.rpartition("#")
+    if not mark or not name or not field or path.exists():
+        return path, None
+    return path.with_name(name), field
 
 
 def weighted_text(asked: str) -> WeightedText:

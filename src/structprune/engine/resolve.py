@@ -23,7 +23,7 @@ from structprune.engine.planning.pieces import Piece
 from structprune.engine.planning.plan import PlanRequest, PrunePlan
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import DTYPES, device_budget, host_budget, resolve_device, resolve_dtype
-from structprune.engine.run.pace import Expected, expected, in_words, measured_pace
+from structprune.engine.run.pace import expected, in_words, measured_pace
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
 from structprune.kinds import HeadUnits
@@ -169,24 +169,23 @@ def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], Reso
     fewest = min(num_most, max(fewest, len(most.recipe.texts), 2))
     plans[fewest] = plan_run(with_windows(fewest), fewest)
 
-    def choose() -> tuple[Mapping[Piece, float], int, Expected]:
+    def choose() -> tuple[Mapping[Piece, float], int, float]:
+        """Return the pace, the number of windows, and seconds that are over the budget if theirs are."""
         pace = measured_pace(most.stock, most.recipe, plans[num_most].work or {}, most.device, most.dtype)
-        slow, quick = (expected(plans[count].work or {}, pace) for count in (num_most, fewest))
-        if slow.seconds <= budget_s:
+        slow, quick = (expected(plans[count].work or {}, pace).seconds for count in (num_most, fewest))
+        if slow <= budget_s:
             return pace, num_most, slow
-        if num_most == fewest:
+        if quick > budget_s:
             return pace, fewest, quick
-        each = (slow.seconds - quick.seconds) / (num_most - fewest)
-        count = fewest + max(0, int((budget_s - quick.seconds) / each)) if each > 0 else num_most
-        return pace, min(count, num_most), quick
+        return pace, fewest + int((budget_s - quick) / (slow - quick) * (num_most - fewest)), budget_s
 
-    pace, count, quick = most.ranks.broadcast(choose)
-    if count == num_most and quick.seconds <= budget_s:
+    pace, count, seconds = most.ranks.broadcast(choose)
+    if count == num_most and seconds <= budget_s:
         return replace(most, pace=pace)
     note = f"{count} calibration windows of {seq_len} tokens: what this machine does in {in_words(budget_s)}"
-    if count == fewest and quick.seconds > budget_s:
+    if seconds > budget_s:
         note = (
-            f"{count} calibration windows of {seq_len} tokens, which take {in_words(quick.seconds)} on this machine "
+            f"{count} calibration windows of {seq_len} tokens, which take {in_words(seconds)} on this machine "
             f"instead of {in_words(budget_s)}: fewer would be too few for up to {widest} units of a block"
         )
     found = most if count == num_most else with_windows(count)

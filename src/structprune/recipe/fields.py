@@ -56,11 +56,9 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def _read_seconds(value: Any) -> Any:
     """Read `10m`, `1.5h` or `90s`; numbers are seconds. Raises InputError for a text without a unit."""
-    if isinstance(value, bool):
-        raise InputError("a time cannot be read", got=value, wanted="a number with a unit, such as 10m, 1.5h or 90s")
-    if not isinstance(value, str):
+    if not isinstance(value, str | bool):
         return round(value) if isinstance(value, float) and math.isfinite(value) else value
-    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([smh])\s*", value.lower())
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([smh])\s*", str(value).lower())
     if match is None:
         raise InputError(
             "a time cannot be read", got=repr(value), wanted="a number with a unit, such as 10m, 1.5h or 90s"

@@ -26,6 +26,7 @@ from structprune.calibration.sources.rows import COLUMNS, join_turns, row_text
 from structprune.errors import InputError, first_line
 from structprune.files import check_path, check_regular
 from structprune.memory import format_bytes
+from structprune.texts import split_field
 from structprune.types import Render
 
 # Enough to see whether lines are rows.
@@ -41,7 +42,7 @@ _MARKS = (
 )
 # Bytes of the widest unit of those with wide ones.
 _WIDEST = 4
-_WIDE_MARKS = [(mark, name) for mark, name in _MARKS if name != "utf-8-sig"]
+_WIDE_MARKS = tuple(mark for mark, name in _MARKS if name != "utf-8-sig")
 _JSON, _TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 # Lines that must be rows for a file to be taken for JSON lines against its name.
 _ROWS_SEEN = 20
@@ -58,7 +59,7 @@ def read_text(
     `render` turns chats into text, by default turn by turn; `notify` hears of what was not taken as it is. Raises
     InputError if the file is missing or unreadable, or if a row holds no text.
     """
-    path, field = _split_field(path)
+    path, field = split_field(path)
     check_path(path, "the text file")
     try:
         check_regular(path)
@@ -108,14 +109,6 @@ def file_windows(path: Path, context: SourceContext) -> CalibrationWindows:
     return draw_windows(text, path.name + "".join(f" ({note})" for note in said), context)
 
 
-def _split_field(path: Path) -> tuple[Path, str | None]:
-    """Split `FILE#FIELD` into file and field; a file that has such a name itself is taken as it is."""
-    name, mark, field = path.name.rpartition("#")
-    if not mark or not name or not field or path.exists():
-        return path, None
-    return path.with_name(name), field
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reading:
     """One reading of one file."""
@@ -142,7 +135,7 @@ class _Reading:
                     return self._texts(_parquet_rows(io.BytesIO(unpacked.read()), self.path, self.field, None))
             return self._decoded_documents(self._first_part(unpacked))
         share = self._drawn(size)
-        wide = any(start.startswith(mark) for mark, _ in _WIDE_MARKS)
+        wide = start.startswith(_WIDE_MARKS)
         if share is None or wide:
             return self._decoded_documents(self._first_part(file, _WIDEST if wide else 1))
         head = first_part(file, Share(num_bytes=_HEAD_BYTES, seed=0))

@@ -31,7 +31,7 @@ def most_bytes(num_tokens: int) -> int:
 
 def held_bytes(path: Path, num_tokens: int) -> int:
     """Return how much text is held at most of the file at `path`, for windows of so many tokens in all."""
-    packed = path.suffix.lower() in COMPRESSED or path.suffix.lower() == ".parquet"
+    packed = path.suffix.lower() in (*COMPRESSED, ".parquet")
     return most_bytes(num_tokens) if packed else min(path.stat().st_size, most_bytes(num_tokens))
 
 

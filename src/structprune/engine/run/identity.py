@@ -122,6 +122,16 @@ def find_request(run: RunDirectory) -> RunRequest | None:
     return RunRequest(model=line["model"], asked=Recipe.build(**line["asked"]), directory=line["directory"])
 
 
+def as_begun(recipe: Recipe, run: RunDirectory, note: Callable[[str], None]) -> Recipe:
+    """Take the number of windows from a run that was cut here: it was chosen for the machine as it was then."""
+    line = run.peek() if recipe.num_samples is None else None
+    if line is None or "recipe" not in line:
+        return recipe
+    num_samples = line["recipe"]["num_samples"]
+    note(f"going on with the {num_samples} calibration windows that the run was begun with")
+    return recipe.model_copy(update={"num_samples": num_samples, "time_budget": 0})
+
+
 def begin_or_go_on(
     run: RunDirectory,
     reader: CheckpointReader,

@@ -125,7 +125,7 @@ class Trials:
     def _of_group(self, what: What, group: UnitGroup) -> float:
         inputs, hidden = group.num_units * group.width, self.stock.layout.hidden_size
         if what is What.SUMS:
-            return self._sums(inputs, hidden if self._follows_dense else 0)
+            return self._sums(inputs, hidden if self.recipe.follows_dense else 0)
         if what is What.CONSUMER:
             weight_OI = self._states(hidden, inputs)[0]
             return self._timed(lambda tokens: partial(nn.functional.linear, self._states(tokens, inputs), weight_OI))
@@ -134,10 +134,6 @@ class Trials:
     @property
     def _widest(self) -> BlockLayout:
         return max(self.stock.layout.blocks, key=lambda block: block.num_parameters)
-
-    @property
-    def _follows_dense(self) -> bool:
-        return self.recipe.follows_dense
 
     @contextlib.contextmanager
     def _block(self) -> Generator[tuple[BlockLayout, nn.Module]]:
@@ -263,7 +259,7 @@ class Trials:
 
         def moments() -> Moments:
             gram_II = self._gram(inputs)
-            followed = self._follows_dense and not priced
+            followed = self.recipe.follows_dense and not priced
             return Moments(
                 gram_II=gram_II,
                 num_tokens=inputs,
@@ -283,13 +279,9 @@ class Trials:
             damping=_DAMPING,
             shrinkage=0.0 if priced else self.recipe.shrinkage,
             producer_norm_U=numbers_U.float(),
-            sensitivity_OO=torch.eye(outputs, device=self.device) if self._weighs(what) else None,
+            sensitivity_OO=torch.eye(outputs, device=self.device) if priced or self.weighs else None,
             taylor=TaylorSums(signed_U=numbers_U, first_U=numbers_U, second_U=numbers_U, mixed_U=numbers_U),
         )
-
-    def _weighs(self, what: What) -> bool:
-        """Whether the problem has the sensitivity of the loss, as all have whose removals are costed."""
-        return what is What.COSTS or self.weighs
 
     def _gram(self, width: int) -> Tensor:
         x_TI = torch.randn(width, width, device=self.device)
