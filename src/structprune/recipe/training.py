@@ -27,6 +27,7 @@ class _Defaults:
     epochs: int
 
 
+_MOST_HELD_OUT = 8
 # Tried on SmolLM2-135M at 30% (docs/recover.md).
 _DEFAULTS = {
     "stream": _Defaults(learning_rate=1e-4, epochs=1),
@@ -34,6 +35,11 @@ _DEFAULTS = {
     "scales": _Defaults(learning_rate=3e-3, epochs=1),
     "lora": _Defaults(learning_rate=1e-3, epochs=1),
 }
+
+
+def num_kept_apart(found: int) -> int:
+    """Choose how many of a text's windows are only measured on: an eighth, but one at least and few enough."""
+    return max(1, min(_MOST_HELD_OUT, found // 8))
 
 
 class RecoverySettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):

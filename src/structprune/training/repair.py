@@ -32,14 +32,14 @@ from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.recipe.repaired import repair_windows
-from structprune.recipe.training import RecoverySettings
+from structprune.recipe.training import RecoverySettings, num_kept_apart
 from structprune.results.schema import RepairReport
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.loop import History, distil
 from structprune.training.parameters import scales_of
 from structprune.training.snapshots import going_on
 from structprune.training.stream import StreamedStudent, learned
-from structprune.training.texts import Texts, num_kept_apart
+from structprune.training.texts import Texts
 
 _STEP = "repair"
 _FINAL = "repaired states"

@@ -13,10 +13,8 @@ import torch
 from structprune.calibration.context import CalibrationWindows, SourceContext
 from structprune.calibration.select import load_windows
 from structprune.errors import InputError
-from structprune.recipe.training import RecoverySettings
+from structprune.recipe.training import RecoverySettings, num_kept_apart
 from structprune.texts import MIX, weighted_texts
-
-_MOST_HELD_OUT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +35,6 @@ class Texts:
     @property
     def all_held_out(self) -> tuple[int, ...]:
         return tuple(number for part in self.held_out for number in part)
-
-
-def num_kept_apart(found: int) -> int:
-    """Choose how many of a text's windows are only measured on: an eighth, but one at least and few enough."""
-    return max(1, min(_MOST_HELD_OUT, found // 8))
 
 
 def _names(settings: RecoverySettings) -> list[str]:

@@ -10,11 +10,11 @@ from structprune.engine.planning.pieces import Counts, Piece, What, Work
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.shapes import by_kind
 from structprune.engine.planning.sizes import HostChoice
+from structprune.recipe.training import num_kept_apart
 from structprune.types import UNIT_KINDS, Stage
 
 # Of a repair: the windows that only measure it pass the teacher once, and the student before and after.
 _STUDENT_EVALUATIONS = 2
-_MEASURED_SHARE = 8
 # Experts that a token is sent to, where a sublayer has several parts.
 _PARTS_PER_TOKEN = 2
 
@@ -148,7 +148,7 @@ def _repair(request: PlanRequest) -> Counts:
     windows = request.repair_windows
     if not windows:
         return {}
-    measured = max(1, windows // _MEASURED_SHARE)
+    measured = num_kept_apart(windows)
     taught, blocks = windows - measured, len(request.layout.blocks)
     return _added(
         _passes(request, 2 * taught + (1 + _STUDENT_EVALUATIONS) * measured + request.num_probe),
