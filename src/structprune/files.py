@@ -102,8 +102,11 @@ def make_folder(path: Path, what: str) -> None:
         ) from None
 
 
-def read_json(path: Path, *, do: str | None = None) -> dict[str, Any]:
-    """Read the JSON object in a regular file of bounded size. Raises CheckpointError that says what is wrong."""
+def read_json(path: Path, *, do: str | None = None, once: bool = False) -> dict[str, Any]:
+    """Read the JSON object in a regular file of bounded size. Raises CheckpointError that says what is wrong.
+
+    Of an entry that an object has twice the last counts, as in stock code; with `once` that is an error too.
+    """
     try:
         check_regular(path, CheckpointError)
         size = path.stat().st_size
@@ -114,7 +117,7 @@ def read_json(path: Path, *, do: str | None = None) -> dict[str, Any]:
                 got=f"{size:,} bytes",
                 wanted=f"at most {_JSON_BYTES:,}",
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once if once else None)
     except FileNotFoundError:
         raise CheckpointError("the file is missing", where=str(path), do=do) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -122,6 +125,15 @@ def read_json(path: Path, *, do: str | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError("the file does not hold a JSON object", where=str(path), got=type(value).__name__)
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
 
 
 def expand_user(path: str) -> Path:

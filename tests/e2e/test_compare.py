@@ -119,6 +119,7 @@ def test_everything_is_checked_before_the_first_cell(command_line: Any, argument
         ("magnitude:target=dense-path", "dense-path"),
         ("structprune:min_retention=0.9", "cannot be reached within the groups' bounds"),
         ("fasp:calibration=corpus", "unknown calibration 'corpus'"),
+        ("fasp:memory=100KiB", "fasp:memory=100KiB at "),
     ):
         code, _, err = command_line(*arguments, "--methods", "fasp", method)
         assert code == 2, method

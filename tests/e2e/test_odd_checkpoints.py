@@ -53,6 +53,29 @@ def test_an_empty_quantisation_is_none(value: Any, tmp_path: Path, text_file: Pa
     torch.testing.assert_close(logits(tmp_path / "out"), wanted, rtol=0, atol=1e-5)
 
 
+def test_switches_of_what_a_call_returns_are_stock_code_s(
+    tmp_path: Path, text_file: Path, command_line: CommandLine
+) -> None:
+    # Stock code loads it; asked for eager attention, as building the blocks does, it refuses the first one.
+    source = save_tiny("llama", tmp_path / "source")
+    wanted = logits(source)
+    switches = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    change_config(source, **switches)
+    report = pruned(source, tmp_path / "out", text_file, sparsity=0.0)
+    assert report.reload is not None
+    assert report.reload.relative_difference < 1e-6
+    assert any(note.startswith("return_dict: false in config.json is left out") for note in report.notes)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    # The last one makes stock code fail at its own model.
+    assert written["output_attentions"]
+    assert written["output_hidden_states"]
+    assert "return_dict" not in written
+    torch.testing.assert_close(logits(tmp_path / "out"), wanted, rtol=0, atol=1e-5)
+    for verb in (["eval", source, "--text", text_file, "--seq-len", 32], ["bench", source, "--prompt", 16]):
+        code, _, err = command_line(*verb, "--json")
+        assert code == 0, err
+
+
 def test_a_quantisation_left_over_is_named(tmp_path: Path) -> None:
     left_over = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     source = change_config(save_tiny("llama", tmp_path / "source"), quantization_config=left_over)

@@ -98,6 +98,16 @@ def test_recovers(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_the_width_of_the_output(students: dict[str, Path], tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    # The students are float32 and learn as they are rounded.
+    asked = settings(text_file, "stream", reload_check=True, output_dtype="bfloat16")
+    report = recover(students["uniform"], tiny_llama, asked, tmp_path / "out")
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert report.after.divergence < report.before.divergence
+    assert report.reload.mode == "whole"
+
+
 def test_another_teacher_is_named(students: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     other = save_tiny("llama", tmp_path / "other", num_blocks=3)
     report = recover(students["uniform"], other, settings(text_file, "stream", num_samples=8), tmp_path / "out")

@@ -133,6 +133,28 @@ def test_what_cannot_be_kept(widths: Any, message: str, tiny_llama: Path, text_f
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"0": {"mlp": 24}, "0": {"mlp": 40}}', "'0' is there twice"),
+        ('{"0": {"mlp": 24, "mlp": 40}}', "'mlp' is there twice"),
+        ('{"blocks": {"1": {"mlp": 24}, "01": {"mlp": 40}}}', "names a block twice; got 1, 01"),
+    ],
+)
+def test_a_block_that_is_named_twice(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "widths.json"
+    path.write_text(text)
+    with pytest.raises(StructPruneError, match=message):
+        Recipe.build(widths=str(path))
+
+
+def test_a_block_that_a_recipe_names_twice(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("widths:\n  0: {mlp: 24}\n  1: {mlp: 8}\n  0: {mlp: 40}\n")
+    with pytest.raises(InputError, match="has the field '0' twice"):
+        Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"sparsity": 0.3}, r"--sparsity and --widths .*got 0.3, wanted --widths alone, which removes 17.7083%"),

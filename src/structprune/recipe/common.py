@@ -16,6 +16,7 @@ from structprune.files import check_path, check_regular
 from structprune.recipe.fields import (
     BOS_FIELD,
     DEFAULT_SHARD_BYTES,
+    OUTPUT_DTYPE_FIELD,
     SAID,
     AdapterSetting,
     BosSetting,
@@ -23,6 +24,7 @@ from structprune.recipe.fields import (
     CalibrationTexts,
     Flag,
     Group,
+    OutputDtype,
     Seconds,
     Share,
     settings_fingerprint,
@@ -120,11 +122,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
-    output_dtype: Annotated[Literal["source", "bfloat16", "float16", "float32"], Flag(Group.WHAT)] = Field(
-        default="source",
-        description="number format of the weights as they are written: source, bfloat16, float16 or float32; source: "
-        "each as it is stored, bfloat16 where it is quantised there",
-    )
+    output_dtype: OutputDtype = OUTPUT_DTYPE_FIELD
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows, and of method random"
     )
@@ -341,10 +339,21 @@ def flag_name(field: str) -> str:
 
 
 def _named_twice(text: str) -> list[str]:
-    """List the fields that a YAML mapping has more than once: a loader takes the last without a word."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    names = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    """List the entries that a YAML mapping has more than once, at any depth: a loader takes the last without a word."""
+    waiting, seen, twice = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int](), list[str]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            # An alias; it may even name a node that it lies in.
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            twice += [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return twice
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

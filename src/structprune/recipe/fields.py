@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
@@ -105,6 +105,14 @@ BOS_FIELD: Any = Field(
 
 AdapterSetting = Annotated[str, BeforeValidator(lambda value: "none" if value is None else value), Flag(Group.WHAT)]
 """Folder of a LoRA adapter, `beside` or `none`."""
+
+OutputDtype = Annotated[Literal["source", "bfloat16", "float16", "float32"], Flag(Group.WHAT)]
+"""Number format of the weights that are written."""
+OUTPUT_DTYPE_FIELD: Any = Field(
+    default="source",
+    description="number format of the weights as they are written: source, bfloat16, float16 or float32; source: "
+    "each as it is stored, bfloat16 where it is quantised there",
+)
 
 Share = Annotated[float, BeforeValidator(_read_share)]
 """A number from 0 to below 1, or a text such as `30%`."""

@@ -10,12 +10,14 @@ from pydantic import BaseModel, Field
 from structprune.recipe.fields import (
     BOS_FIELD,
     DEFAULT_SHARD_BYTES,
+    OUTPUT_DTYPE_FIELD,
     SAID,
     AdapterSetting,
     BosSetting,
     ByteCount,
     Flag,
     Group,
+    OutputDtype,
     settings_fingerprint,
     validated,
 )
@@ -98,6 +100,7 @@ class RecoverySettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(Group.RESOURCES)] = Field(
         default="auto", description="number format of forward passes: auto, float32, bfloat16 or float16"
     )
+    output_dtype: OutputDtype = OUTPUT_DTYPE_FIELD
     seed: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=0, ge=0, le=2**63 - 1, description="seed of the draw of windows"
     )

@@ -46,12 +46,13 @@ def read_widths(path: Path) -> BlockWidths:
     check_path(path, "the file of widths")
     if not path.is_file():
         raise InputError("there is no file of widths here", where=str(path), wanted=_EXAMPLE)
-    return _validated(read_json(path), str(path))
+    return _validated(read_json(path, once=True), str(path))
 
 
 def _validated(data: Mapping[str, Any], where: str) -> BlockWidths:
+    data = data if data.keys() & BlockWidths.model_fields else {"blocks": data}
     try:
-        widths = BlockWidths.model_validate(data if data.keys() & BlockWidths.model_fields else {"blocks": data})
+        widths = BlockWidths.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         # A key that is no number has an entry of its own behind its name.
@@ -62,6 +63,10 @@ def _validated(data: Mapping[str, Any], where: str) -> BlockWidths:
             got=repr(first.get("input"))[:80],
             wanted=_EXAMPLE,
         ) from None
+    names = data.get("blocks", {})
+    if len(widths.blocks) < len(names):
+        # Different names of one number, such as 1 and 01.
+        raise InputError("--widths names a block twice", where=where, got=", ".join(map(str, names))[:80])
     if not widths.kinds:
         raise InputError("--widths names no block", where=where, wanted=_EXAMPLE)
     return widths

@@ -15,7 +15,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import WindowRequest
 from structprune.checkpoint.folder import check_needed, sort_files
 from structprune.engine.run.calibration import source_context
-from structprune.engine.run.device import resolve_device, resolve_dtype
+from structprune.engine.run.device import DTYPES, resolve_device, resolve_dtype
 from structprune.engine.run.identity import check_same
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import InputError
@@ -58,7 +58,7 @@ def recover_model(
     asked, settings = settings, settings.resolved()
     device = resolve_device(settings.device)
     dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter))
-    pruned = StockModel(open_model(str(student)))
+    pruned = StockModel(open_model(str(student), DTYPES.get(settings.output_dtype)))
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
     notes = teacher_notes(dense, pruned, settings.merge_adapter)

@@ -13,6 +13,8 @@ from structprune.errors import UnsupportedError
 # Entries that say how weights are stored; every tensor of a reader is a float of at least 16 bits.
 _QUANTISATION = ("quantization_config", "compression_config")
 _DTYPES = ("dtype", "torch_dtype")
+# What a call returns beside the logits is the caller's to say; stock code refuses some where attention is not eager.
+_OUTPUTS = {"output_attentions": False, "output_hidden_states": False}
 
 
 def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -37,6 +39,9 @@ def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, 
                 do=f"remove {name} from config.json if the weights are the merged or dequantised ones",
             )
         notes.append(f"{name} in config.json is empty and left out: the weights are not quantised")
+    if config.get("return_dict") is False:
+        del config["return_dict"]
+        notes.append("return_dict: false in config.json is left out: stock code cannot run the model with it")
     return config | _agreeing_dtype(reader, notes), tuple(notes)
 
 
@@ -59,8 +64,11 @@ def _agreeing_dtype(reader: CheckpointReader, notes: list[str]) -> dict[str, Any
 
 
 def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:
-    """Return the stock config of the checkpoint with `usable` in the place of the entries that it corrected."""
+    """Return the stock config of the checkpoint with `usable` in the place of the entries that it corrected.
+
+    Switches of what a call returns are set as this package's calls need them; the output's config.json keeps its own.
+    """
     corrected = {name: usable[name] for name in _DTYPES if usable.get(name) != reader.config.get(name)}
     return AutoConfig.from_pretrained(
-        str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **settings
+        str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **_OUTPUTS, **settings
     )

@@ -72,6 +72,8 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
                 )
         model, info = loaded
         _check_complete(model, sorted(info["missing_keys"]), str(directory))
+        # A config may say no, with which stock code cannot run its own model.
+        model.config.return_dict = True
         return model.to(device).eval()
     except StructPruneError:
         raise
