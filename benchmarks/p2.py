@@ -13,7 +13,6 @@ The texts lie under STRUCTPRUNE_TEST_DATA (default: the data beside the checkout
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
@@ -22,19 +21,12 @@ from pydoc_data.topics import topics
 
 from structprune.cli import main
 from structprune.cli.tables import Column, print_table
-from structprune.results.comparison import RESULT_NAME, Cell, Comparison
+from structprune.results.comparison import RESULT_NAME, Comparison
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("arxiv", "web", "code", "forum")
 UNSEEN = "manual"
 CHARACTERS = 250_000
-
-
-def excess(cell: Cell, comparison: Comparison) -> dict[str, float]:
-    """Label of a test text -> how much the logarithm of its perplexity has grown."""
-    assert comparison.dense is not None
-    dense = {text.text: text.perplexity for text in comparison.dense.texts}
-    return {text.text: math.log(text.perplexity / dense[text.text]) for text in cell.texts}
 
 
 def summary(found: dict[str, float]) -> tuple[float, float, float]:
@@ -75,7 +67,7 @@ def print_scores(comparison: Comparison) -> None:
     labels = [Path(text.text).stem.removesuffix("-test") for text in comparison.dense.texts]
     rows: list[tuple[str, ...]] = []
     for cell in comparison.cells:
-        found = excess(cell, comparison)
+        found = comparison.excess(cell)
         scores = (*summary(found), *found.values())
         rows.append((cell.label, f"{cell.sparsity:g}", *(f"{score:.3f}" for score in scores)))
     header = [Column(name=name) for name in ("method", "share", "mean", "worst", "unseen", *labels)]

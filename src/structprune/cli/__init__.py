@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import typer
 
+from structprune.cli import advise as advise_verb
 from structprune.cli import bench as bench_verb
 from structprune.cli import compare as compare_verb
 from structprune.cli import eval as eval_verb
@@ -55,6 +56,7 @@ app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
 app.command("export", cls=Command)(export_verb.export)
 app.command("push", cls=Command)(push_verb.push)
 app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
+app.command("advise", cls=advise_verb.AdviseCommand)(advise_verb.advise)
 
 
 @app.callback()

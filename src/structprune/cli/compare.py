@@ -71,8 +71,7 @@ def compare(
     request = ComparisonRequest(
         model=model,
         shared=shared,
-        variants=variants,
-        sparsities=shares,
+        cells=[(variant, share) for share in shares for variant in variants],
         texts=text,
         seq_len=common_recipe(shared).seq_len,
         max_windows=max_windows,

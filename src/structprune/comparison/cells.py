@@ -104,15 +104,22 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     """Convert the recipe for a method that knows no sublayers: as many parameters are taken from all of the blocks."""
     if PIPELINES.get(method.pipeline).scoped:
         return recipe
-    kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
-    in_scope = sum(
-        block.module_parameters(block.group(kind)) for block in layout.blocks for kind in kinds if block.has(kind)
-    )
     fields = recipe.model_dump(exclude_unset=True)
-    fields["sparsity"] = recipe.sparsity * in_scope / layout.block_parameters
+    fields["sparsity"] = recipe.sparsity * scope_parameters(layout, recipe.scope) / layout.block_parameters
     # Said, not left out: a cell's process reads its recipe from a file, where every field is there.
     fields["scope"] = "all"
     return Recipe.build(**fields)
+
+
+def scope_parameters(layout: ModelLayout, scope: str) -> int:
+    """Count the parameters of the sublayers in `scope`."""
+    kinds = UNIT_KINDS if scope == "all" else (scope,)
+    return sum(
+        block.module_parameters(block.group(kind))
+        for block in layout.blocks
+        for kind in UNIT_KINDS
+        if kind in kinds and block.has(kind)
+    )
 
 
 def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:

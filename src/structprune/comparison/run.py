@@ -56,8 +56,8 @@ class ComparisonRequest:
     model: str
     shared: Mapping[str, Any]
     """Recipe fields that all cells share where the method has them; method and sparsity do not count."""
-    variants: Sequence[Variant]
-    sparsities: Sequence[float]
+    cells: Sequence[tuple[Variant, float]]
+    """Methods, each with a share that it is to remove."""
     texts: Sequence[Path]
     seq_len: int = 2048
     """Tokens per evaluation window."""
@@ -80,7 +80,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
         check_matplotlib()
     check_path(output, "the comparison")
     _check_ours(output)
-    for label, flags in shared_settings(request.shared, request.variants).items():
+    for label, flags in shared_settings(request.shared, [variant for variant, _ in request.cells]).items():
         observer.note(f"{', '.join(flags)}: no meaning for {label}, left out there")
     comparison, cells = _prepare(request)
     make_folder(output, "the comparison")
@@ -131,34 +131,33 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
         "bos": asked_of_all.bos,
     }
     cells: list[CellSpec] = []
-    for sparsity in dict.fromkeys(request.sparsities):
-        for variant in request.variants:
-            asked = cell_recipe(shared, variant, sparsity)
-            recipe = fitted(asked, METHODS.get(variant.method), layout)
-            _check_cell(request.model, recipe, variant.label, sparsity)
-            key = cell_key(recipe, identity)
-            spec = CellSpec(
-                step="test",
-                model=request.model,
-                label=variant.label,
-                key=key,
-                recipe=recipe,
-                sparsity=sparsity,
-                scope=asked.scope,
-                texts=texts,
-                seq_len=request.seq_len,
-                max_windows=request.max_windows,
-                bos=asked_of_all.bos,
-                merge_adapter=asked_of_all.merge_adapter,
-                device=str(device),
-                dtype=dtype,
-                time_it=request.time_it,
-                output=Path(_checkpoint_name(variant, sparsity)),
-                shared=Path(_SHARED_NAME),
-                quiet=request.quiet,
-            )
-            if key not in {cell.key for cell in cells}:
-                cells.append(spec)
+    for variant, sparsity in request.cells:
+        asked = cell_recipe(shared, variant, sparsity)
+        recipe = fitted(asked, METHODS.get(variant.method), layout)
+        _check_cell(request.model, recipe, variant.label, sparsity)
+        key = cell_key(recipe, identity)
+        spec = CellSpec(
+            step="test",
+            model=request.model,
+            label=variant.label,
+            key=key,
+            recipe=recipe,
+            sparsity=sparsity,
+            scope=asked.scope,
+            texts=texts,
+            seq_len=request.seq_len,
+            max_windows=request.max_windows,
+            bos=asked_of_all.bos,
+            merge_adapter=asked_of_all.merge_adapter,
+            device=str(device),
+            dtype=dtype,
+            time_it=request.time_it,
+            output=Path(_checkpoint_name(variant, sparsity)),
+            shared=Path(_SHARED_NAME),
+            quiet=request.quiet,
+        )
+        if key not in {cell.key for cell in cells}:
+            cells.append(spec)
     calibration = shown_texts(asked_of_all.calibration)
     comparison = Comparison(
         model=Path(request.model).name,

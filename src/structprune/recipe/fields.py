@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, ValidationInfo
 
 from structprune.errors import InputError
 from structprune.files import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
@@ -70,7 +70,7 @@ Seconds = Annotated[int, BeforeValidator(_read_seconds)]
 """A number of seconds, or a text such as `10m`."""
 
 
-def _read_share(value: Any) -> Any:
+def _read_share(value: Any, info: ValidationInfo) -> Any:
     """Read `30%` as 0.3. Raises InputError for a number that was meant as a percentage."""
     given = value if isinstance(value, str) else repr(value)
     if isinstance(value, str):
@@ -82,7 +82,7 @@ def _read_share(value: Any) -> Any:
             return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
         raise InputError(
-            "--sparsity is not usable",
+            f"--{(info.field_name or '').replace('_', '-')} is not usable",
             got=given,
             wanted="a share, at least 0 and less than 1",
             do=f"did you mean {value / 100:g}?",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from typing import Any, Literal
 
 from pydantic import Field
@@ -126,6 +127,12 @@ class Comparison(Frozen):
     dense: DenseRow | None = None
     cells: list[Cell] = Field(default_factory=list[Cell])
     failures: list[Failure] = Field(default_factory=list[Failure])
+
+    def excess(self, cell: Cell) -> dict[str, float]:
+        """Return by how much the logarithm of the perplexity grew over the dense model's, on each text."""
+        assert self.dense is not None, "it is measured before any cell"
+        dense = {score.text: score.perplexity for score in self.dense.texts}
+        return {score.text: math.log(score.perplexity / dense[score.text]) for score in cell.texts}
 
     def ordered(self) -> list[Cell]:
         """Sort the cells by sparsity, then by perplexity on the first text."""
