@@ -170,7 +170,7 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
         loads="yes",
         basis="checked",
         reason=f"as architecture {target.architecture}, by structprune export --format gguf; a tokenizer that is no "
-        "byte-level BPE is copied from a GGUF file (--tokenizer-gguf)",
+        "BPE is copied from a GGUF file (--tokenizer-gguf)",
     )
 
 
