@@ -16,6 +16,7 @@ from test_gguf import PROMPTS, SIZES, logprobs, randomised
 from test_gguf_tokenizer import SPM_TEXTS, TEXTS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from structprune.api import export
 from structprune.architectures.sources.gguf import open_gguf
@@ -322,9 +323,8 @@ def test_a_folder_with_the_librarys_file_alone(
 
 
 def library_file(tokenizer: Tokenizer) -> bytes:
-    from transformers.utils import sentencepiece_model_pb2_new as library
-
-    proto: Any = library.ModelProto()
+    # The library's own messages where it is installed: two of one name do not go together.
+    proto: Any = import_protobuf().ModelProto()
     proto.trainer_spec.model_type = 2
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
