@@ -8,7 +8,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 
-from structprune.exporters.gguf.entries import MARKED, TokenTable
+from structprune.exporters.gguf.entries import TokenTable
+from structprune.exporters.gguf.marked_tokens import MarkedTokens
 
 SPACE = "\u2581"
 """What stands for a space in a token."""
@@ -27,16 +28,13 @@ class SpmEncoder:
         self._ids = {token: index for index, token in enumerate(table.tokens)}
         self._scores = scores
         self._prefix = add_space_prefix
-        self._marked = {token for token in table.of_kinds(*MARKED) if token}
-        self._lengths: dict[str, set[int]] = {}
-        for token in self._marked:
-            self._lengths.setdefault(token[0], set()).add(len(token))
+        self._marked = MarkedTokens(table)
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`, in which marked tokens count by their exact characters."""
         ids: list[int] = []
         prefix = self._prefix
-        for fragment in self._fragments(text):
+        for fragment in self._marked.split(text):
             if isinstance(fragment, int):
                 ids.append(fragment)
                 prefix = self._prefix
@@ -44,19 +42,6 @@ class SpmEncoder:
                 ids += self._merged((" " * prefix + fragment).replace(" ", SPACE))
                 prefix = False
         return ids
-
-    def _fragments(self, text: str) -> list[str | int]:
-        """Split at the marked tokens: pieces of text, and ids of what stood between them."""
-        found = {
-            text[start : start + length]
-            for start, character in enumerate(text)
-            for length in self._lengths.get(character, ())
-            if text[start : start + length] in self._marked
-        }
-        fragments: list[str | int] = [text]
-        for token in sorted(found, key=lambda token: (-len(token.encode()), self._ids[token])):
-            fragments = [piece for fragment in fragments for piece in _split(fragment, token, self._ids[token])]
-        return [fragment for fragment in fragments if fragment != ""]
 
     def _merged(self, text: str) -> list[int]:
         """Merge the characters of a piece without marked tokens."""
@@ -101,13 +86,3 @@ class SpmEncoder:
 def byte_token(value: int) -> str:
     """Name the token of a byte: `<0x0A>`."""
     return f"<0x{value:02X}>"
-
-
-def _split(fragment: str | int, token: str, index: int) -> Iterator[str | int]:
-    if isinstance(fragment, int):
-        yield fragment
-        return
-    for number, piece in enumerate(fragment.split(token)):
-        if number:
-            yield index
-        yield piece

@@ -1,6 +1,6 @@
 """Tokenizer metadata of a GGUF file: copied from another GGUF file, or made of the checkpoint's own tokenizer.
 
-A byte-level BPE is translated here, one with byte fallback, as SentencePiece makes it, in spm.py.
+A byte-level BPE is translated here, what SentencePiece makes in sentencepiece.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from structprune.architectures.sources.gguf_pretokenizers import PRE_TOKENIZERS
 from structprune.checkpoint.gguf_file import gguf_package, read_gguf
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.gguf.entries import ADVICE, Entry, GgufTokenizer, entries_of, special_entries, token_table
-from structprune.exporters.gguf.spm import SPM_NAME, has_byte_fallback, spm_tokenizer
+from structprune.exporters.gguf.sentencepiece import SPM_NAME, is_sentencepiece, sentencepiece_tokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -72,15 +72,15 @@ def built_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokeni
     """
     path = directory / "tokenizer.json"
     if not path.is_file() and (directory / SPM_NAME).is_file():
-        return spm_tokenizer(directory, vocab_size, config)
+        return sentencepiece_tokenizer(directory, vocab_size, config)
     try:
         tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnsupportedError("the model has no tokenizer.json", where=str(directory), do=ADVICE) from None
     except ValueError as error:
         raise CheckpointError("the file cannot be read as JSON", where=str(path), got=str(error)) from None
-    if has_byte_fallback(tokenizer):
-        return spm_tokenizer(directory, vocab_size, config)
+    if is_sentencepiece(tokenizer):
+        return sentencepiece_tokenizer(directory, vocab_size, config)
     return _byte_level(tokenizer, path, vocab_size)
 
 
@@ -121,7 +121,7 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
             return name
         problem = f"the pre-tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]}"
     raise UnsupportedError(
-        "only a BPE can be translated: with byte fallback, or byte-level with a pre-tokenizer llama.cpp has a name for",
+        "only SentencePiece's tokenizers and byte-level BPE whose pre-tokenizer has a name in llama.cpp are translated",
         where=str(path),
         got=problem,
         do=ADVICE,

@@ -1,4 +1,4 @@
-"""Tokenizers with byte fallback as GGUF: a stock llama.cpp gives the ids that the checkpoint's tokenizer gives."""
+"""SentencePiece's tokenizers as GGUF: a stock llama.cpp gives the ids that the checkpoint's tokenizer gives."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from structprune.api import export
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.cli import main
 from structprune.errors import StructPruneError, UnsupportedError
-from structprune.exporters.gguf import spm
+from structprune.exporters.gguf import sentencepiece
 from structprune.exporters.gguf.entries import TokenTable
 from structprune.exporters.gguf.spm_encoder import SpmEncoder
+from structprune.exporters.gguf.unigram_encoder import UnigramEncoder
 from structprune.observer import SilentObserver
 from support.gguf_files import copy_gguf
 from support.llama_runtime import run_llama
@@ -259,6 +260,12 @@ def test_merges_that_scores_cannot_say(tmp_path: Path) -> None:
     assert run_llama(tmp_path / "b.gguf", PROMPTS[:1], VOCAB, texts=["abc"]).tokens == [[265]]
 
 
+def with_model(tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
+    content = json.loads(tokenizer.to_str())
+    content["model"] |= changes
+    return Tokenizer.from_str(json.dumps(content))
+
+
 REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "bytes": (lambda: tiny(ALL, tokens=[token for token in TINY if token != "<0xE2>"]), "no token for byte <0xE2>"),
     "merges": (lambda: tiny([]), "a BPE without merges"),
@@ -281,6 +288,12 @@ REFUSED: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         ),
         r"no other tokens around a text .* got ids \[0\] for bos_token_id 1",
     ),
+    "Unigram with bytes": (
+        lambda: with_model(unigram(), byte_fallback=True),
+        "a Unigram model with byte fallback, which llama.cpp's has not",
+    ),
+    "Unigram without unknown": (lambda: with_model(unigram(), unk_id=None), "a Unigram model without an unknown token"),
+    "normal forms": (lambda: unigram(normalizer=normalizers.NFKC()), 'normalizer and pre-tokenizer .*"NFKC"'),
     "rows": (
         lambda: tiny(ALL, tokens=[*TINY, *(f"x{number}" for number in range(VOCAB))]),
         f"more tokens than the model's embedding has rows; got {len(TINY) + VOCAB}, wanted at most {VOCAB}",
@@ -312,7 +325,7 @@ def test_a_folder_with_the_librarys_file_alone(
         assert result.tokenizer == str(source / "tokenizer.model")
         plain = [text for text in PLAIN if not text.startswith(" ")]
         assert run_llama(tmp_path / "a.gguf", PROMPTS[:1], VOCAB, texts=plain).tokens == ids(source, plain)
-    monkeypatch.setattr(spm, "_SPM_PACKAGES", ("not_there", "google.not_there", "json"))
+    monkeypatch.setattr(sentencepiece, "_SPM_PACKAGES", ("not_there", "google.not_there", "json"))
     with pytest.raises(SystemExit) as caught:
         main(["export", str(source), "-o", str(tmp_path / "b.gguf")])
     assert caught.value.code == 2
@@ -366,13 +379,76 @@ def test_the_encoder_is_llama_cpps(tmp_path: Path) -> None:
             assert encoder.encode(text) == right, text
 
 
+def unigram(**changes: Any) -> Tokenizer:
+    """The likeliest pieces of words, a space in front of each piece of text, as T5 has them."""
+    model = Tokenizer(models.Unigram())
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=LLAMA_SPECIAL, unk_token="<unk>")
+    model.train_from_iterator([*LEARNT, *(text for text in TEXTS if text.isascii())], trainer)
+    # SentencePiece's scores are float32, by which sums of equal pieces in another order are equal.
+    vocabulary = json.loads(model.to_str())["model"]["vocab"]
+    rounded = torch.tensor([score for _, score in vocabulary]).tolist()
+    pairs = [(token, score) for (token, _), score in zip(vocabulary, rounded, strict=True)]
+    tokenizer = Tokenizer(models.Unigram(pairs, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return finished(tokenizer, LLAMA_SPECIAL, "<s>", changes)
+
+
+def test_the_likeliest_pieces(tmp_path: Path) -> None:
+    tokenizer = unigram()
+    source, model = checkpoint(tmp_path / "model", tokenizer, llama_config(), **LLAMA)
+    export(source, tmp_path / "a.gguf", dtype="float32")
+    found = {name.removeprefix("tokenizer.ggml."): value for name, value in fields(tmp_path / "a.gguf").items()}
+    assert (found["model"], found["unknown_token_id"], found["add_bos_token"]) == ("t5", 0, True)
+    own = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
+    scores = dict(zip(found["tokens"], found["scores"], strict=True))
+    assert [scores[token] for token in own] == list(own.values())
+    plain = [text for text in PLAIN if not text.startswith(" ")]
+    answers = run_llama(tmp_path / "a.gguf", PROMPTS, VOCAB, texts=plain, add_special=True)
+    for text, ran, right in zip(plain, answers.tokens, ids(source, plain, ends=True), strict=True):
+        assert ran == right, text
+    torch.testing.assert_close(answers.logprobs_NV, logprobs(model), rtol=0, atol=1e-4)
+    marked = ["<s>ab <s>hello</s>", "a<s>b", "</s><s>a"]
+    ran = run_llama(tmp_path / "a.gguf", PROMPTS[:1], VOCAB, texts=marked, parse_special=True).tokens
+    assert ran == ids(source, marked)
+
+
+def test_the_other_encoder_is_llama_cpps(tmp_path: Path) -> None:
+    """On pieces with scores by chance, marked words among them, and texts with characters that are none."""
+    generator = random.Random(5)
+    words = {"".join(generator.choices(f"ab{SPACE}\u00e9", k=generator.randint(2, 4))) for _ in range(120)}
+    normal = ["a", "b", SPACE, *sorted(words)]
+    tokens = ["<unk>", "<s>", "</s>", *normal, "[x]", "[x]b"]
+    kinds = [2, 3, 3, *[1] * len(normal), 4, 4]
+    tokens += [f"[PAD{index}]" for index in range(len(tokens), VOCAB)]
+    kinds += [5] * (VOCAB - len(kinds))
+    scores = [-generator.uniform(1, 12) * (2 if len(token) == 1 else 1) for token in tokens]
+    source, _ = checkpoint(tmp_path / "model", unigram(), llama_config(), **LLAMA)
+    export(source, tmp_path / "a.gguf")
+    parts = ["a", "b", " ", "\u00e9", "\U0001f642", "[x]", "<s>"]
+    texts = ["".join(generator.choices(parts[:5], k=30)) for _ in range(40)]
+    texts += ["".join(generator.choices(parts, k=12)) for _ in range(40)]
+    table = TokenTable(tokens=tuple(tokens), types=tuple(kinds))
+    for prefix in (True, False):
+        keys = {"tokens": tokens, "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
+        path = copy_gguf(
+            tmp_path / "a.gguf",
+            tmp_path / f"{prefix}.gguf",
+            keys={f"tokenizer.ggml.{name}": value for name, value in keys.items()},
+        )
+        wanted = run_llama(path, PROMPTS[:1], VOCAB, texts=texts, parse_special=True).tokens
+        encoder = UnigramEncoder(table, scores, add_space_prefix=prefix)
+        for text, right in zip(texts, wanted, strict=True):
+            assert encoder.encode(text) == right, text
+
+
 def test_a_tokenizer_that_was_read_from_a_gguf(tmp_path: Path) -> None:
     """GGUF to checkpoint to GGUF: the same tokens, types, tasks and ids."""
     case = CASES["Gemma 3"]
     source, _ = checkpoint(tmp_path / "model", case.tokenizer(), case.config(), **case.settings)
     export(source, tmp_path / "a.gguf")
     read = open_gguf(tmp_path / "a.gguf").directory
-    found = spm.spm_tokenizer(read, VOCAB, None)
+    found = sentencepiece.sentencepiece_tokenizer(read, VOCAB, None)
     assert found.notes == ()
     first = fields(tmp_path / "a.gguf")
     second = {entry.key: entry.value for entry in found.entries}

@@ -1,9 +1,9 @@
-"""Tokenizer metadata of a BPE with byte fallback, as SentencePiece makes it: LLaMA 2, Mistral, Gemma.
+"""Tokenizer metadata of what SentencePiece makes: a BPE with byte fallback (LLaMA 2, Mistral, Gemma), or a Unigram.
 
-llama.cpp has no merges for it but scores: of all neighbours that together are a token, those whose token has the
+llama.cpp has no merges for the first but scores: of all neighbours that together are a token, those whose token has the
 highest score are merged. A token's score here is minus the number of the first merge that makes it, which keeps the
 order of the merges. Whether that gives the tokenizer's own ids is tried out before anything is written, since merges of
-any kind say more than scores do.
+any kind say more than scores do, and a Unigram may be cut at words first.
 
 The tokenizer is asked for as transformers loads it, which is not always what tokenizer.json says.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from structprune.exporters.gguf.entries import (
     token_table,
 )
 from structprune.exporters.gguf.spm_encoder import SPACE, SpmEncoder, byte_token
+from structprune.exporters.gguf.unigram_encoder import UnigramEncoder
 
 SPM_NAME = "tokenizer.model"
 """The file of the sentencepiece library."""
@@ -43,13 +45,27 @@ _BATCH, _JOINED = 4096, 8
 _RARE = "\x01\x7f\ue000\U0010fffd"
 
 
-def has_byte_fallback(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether the content of a tokenizer.json is a BPE that spells unknown characters in bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """A kind of tokenizer that both have."""
+
+    name: str
+    """What llama.cpp calls it."""
+    problem: Callable[[Mapping[str, Any]], str | None]
+    """Content of a tokenizer.json -> what llama.cpp has not, or None."""
+    scores: Callable[[TokenTable, Mapping[str, Any]], list[float]]
+    """Tokens and the model of a tokenizer.json -> a score for each token."""
+    encoder: type[SpmEncoder] | type[UnigramEncoder]
+    """How llama.cpp cuts a text by it."""
+
+
+def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether the content of a tokenizer.json is a BPE that spells unknown characters in bytes, or a Unigram."""
     model = tokenizer.get("model") or {}
-    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    return model.get("type") in _KINDS and (model["type"] != "BPE" or bool(model.get("byte_fallback")))
 
 
-def spm_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokenizer:
+def sentencepiece_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokenizer:
     """Build the entries for the tokenizer in `directory`, tokenizer.json or tokenizer.model; `config` is the model's.
 
     Raises UnsupportedError where llama.cpp would give other ids for a plain text, or where the library is missing that
@@ -69,18 +85,20 @@ def spm_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokenize
     tokenizer = TextEncoder(directory, config=config).tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] | None = None if backend is None else json.loads(backend.to_str())
-    problem = f"a {type(tokenizer).__name__}" if content is None else _problem(content)
-    if backend is None or content is None or problem is not None:
+    kind = None if content is None else _KINDS.get(content["model"]["type"])
+    problem = f"a {type(tokenizer).__name__}" if content is None or kind is None else _problem(content, kind)
+    if backend is None or content is None or kind is None or problem is not None:
         raise UnsupportedError("llama.cpp has no form of this tokenizer", where=str(path), got=problem, do=ADVICE)
     backend.no_truncation()
     backend.no_padding()
     added = {str(token["content"]): token for token in content["added_tokens"]}
-    table = _typed(token_table(content["model"]["vocab"], added, vocab_size, path), added, tokenizer.unk_token)
-    scores = _scores(table.tokens, content["model"]["merges"])
+    table = token_table(_vocabulary(content["model"]), added, vocab_size, path)
+    table = _typed(table, added, tokenizer.unk_token, bytes_=content["model"]["byte_fallback"])
+    scores = kind.scores(table, content["model"])
     prefix = _adds_space(content)
-    notes = _compare(backend, SpmEncoder(table, scores, add_space_prefix=prefix), table, path)
+    notes = _compare(backend, kind.encoder(table, scores, add_space_prefix=prefix), table, path)
     writer: Any = gguf.GGUFWriter(None, "none")
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(kind.name)
     writer.add_tokenizer_pre("default")
     writer.add_token_list(table.tokens)
     writer.add_token_scores(scores)
@@ -95,6 +113,13 @@ def spm_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokenize
     return GgufTokenizer(entries=entries_of(writer), source=path, notes=notes)
 
 
+def _vocabulary(model: Mapping[str, Any]) -> Mapping[str, int]:
+    """Map each token to its id, which in a Unigram is its place."""
+    if model["type"] == "Unigram":
+        return {token: index for index, (token, _) in enumerate(model["vocab"])}
+    return model["vocab"]
+
+
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
@@ -103,11 +128,19 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def _problem(content: Mapping[str, Any]) -> str | None:
-    """Say what keeps the tokenizer from being cut by scores; None if nothing does."""
+def _problem(content: Mapping[str, Any], kind: _Kind) -> str | None:
+    """Say what keeps llama.cpp from having this tokenizer; None if nothing does."""
+    problem = kind.problem(content)
+    if problem is None and _spaces(content) not in _SPACES:
+        steps = (content["normalizer"], content["pre_tokenizer"])
+        return f"normalizer and pre-tokenizer {json.dumps(steps, ensure_ascii=False)[:300]}"
+    return problem
+
+
+def _merges_problem(content: Mapping[str, Any]) -> str | None:
     model = content["model"]
-    if not has_byte_fallback(content):
-        return f"a {model['type']} model" + " without byte fallback" * (model["type"] == "BPE")
+    if not model["byte_fallback"]:
+        return "a BPE model without byte fallback"
     if not model["merges"]:
         return "a BPE without merges"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -117,12 +150,13 @@ def _problem(content: Mapping[str, Any]) -> str | None:
     missing = [
         value for value in range(256) if byte_token(value) not in names and not (value < 128 and chr(value) in names)
     ]
-    if missing:
-        return f"no token for byte {byte_token(missing[0])}"
-    if _spaces(content) not in _SPACES:
-        steps = (content["normalizer"], content["pre_tokenizer"])
-        return f"normalizer and pre-tokenizer {json.dumps(steps, ensure_ascii=False)[:300]}"
-    return None
+    return f"no token for byte {byte_token(missing[0])}" if missing else None
+
+
+def _unigram_problem(content: Mapping[str, Any]) -> str | None:
+    if content["model"]["byte_fallback"]:
+        return "a Unigram model with byte fallback, which llama.cpp's has not"
+    return "a Unigram model without an unknown token" if content["model"]["unk_id"] is None else None
 
 
 def _flat(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
@@ -166,24 +200,38 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
     return _SPACES[_spaces(content)]
 
 
-def _typed(table: TokenTable, added: Mapping[str, Any], unknown: str | None) -> TokenTable:
-    """Mark the tokens of bytes, and the one of unknown characters."""
+def _typed(table: TokenTable, added: Mapping[str, Any], unknown: str | None, *, bytes_: bool) -> TokenTable:
+    """Mark the token of unknown characters, and where `bytes_` says so those of bytes."""
     import gguf
 
-    kinds = dict.fromkeys((byte_token(value) for value in range(256)), int(gguf.TokenType.BYTE))
-    kinds = {token: kind for token, kind in kinds.items() if token not in added}
+    names = {byte_token(value) for value in range(256)} if bytes_ else set[str]()
+    kinds = dict.fromkeys(names - added.keys(), int(gguf.TokenType.BYTE))
     if unknown is not None:
         kinds[unknown] = int(gguf.TokenType.UNKNOWN)
     pairs = zip(table.tokens, table.types, strict=True)
     return TokenTable(tokens=table.tokens, types=tuple(kinds.get(token, kind) for token, kind in pairs))
 
 
-def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
+def _merge_scores(table: TokenTable, model: Mapping[str, Any]) -> list[float]:
     """Score each token: minus the number of the first merge that makes it; the lowest for one that none makes."""
     first: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
+    for rank, (left, right) in enumerate(model["merges"]):
         first.setdefault(left + right, rank)
-    return [-float(first.get(token, len(merges))) for token in tokens]
+    return [-float(first.get(token, len(model["merges"]))) for token in table.tokens]
+
+
+def _own_scores(table: TokenTable, model: Mapping[str, Any]) -> list[float]:
+    """Read each token's logarithmic probability; the lowest for one that is no piece."""
+    own = {token: float(score) for token, score in model["vocab"]}
+    lowest = min(own.values())
+    return [own.get(token, lowest) for token in table.tokens]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "BPE": _Kind(name="llama", problem=_merges_problem, scores=_merge_scores, encoder=SpmEncoder),
+    "Unigram": _Kind(name="t5", problem=_unigram_problem, scores=_own_scores, encoder=UnigramEncoder),
+}
+"""Type of a model in tokenizer.json -> its kind."""
 
 
 def _ends(backend: Any, own: Mapping[str, int | None], path: Path) -> dict[str, bool]:
@@ -202,7 +250,7 @@ def _ends(backend: Any, own: Mapping[str, int | None], path: Path) -> dict[str, 
     return {name: bool(ids) for name, ids in ends.items()}
 
 
-def _compare(backend: Any, encoder: SpmEncoder, table: TokenTable, path: Path) -> tuple[str, ...]:
+def _compare(backend: Any, encoder: SpmEncoder | UnigramEncoder, table: TokenTable, path: Path) -> tuple[str, ...]:
     """Compare llama.cpp's ids with the tokenizer's.
 
     Raises UnsupportedError where they differ for a plain text. Where they do for texts that begin with a space, or in
@@ -227,7 +275,9 @@ def _compare(backend: Any, encoder: SpmEncoder, table: TokenTable, path: Path) -
     )
 
 
-def _different(backend: Any, encoder: SpmEncoder, texts: Sequence[str]) -> Iterator[tuple[str, list[int], list[int]]]:
+def _different(
+    backend: Any, encoder: SpmEncoder | UnigramEncoder, texts: Sequence[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
     """Yield each text that is cut differently, llama.cpp's ids and the tokenizer's."""
     for start in range(0, len(texts), _BATCH):
         batch = texts[start : start + _BATCH]
