@@ -74,29 +74,18 @@ def sentencepiece_tokenizer(directory: Path, vocab_size: int, config: Any) -> Gg
     import gguf
 
     path = next(path for name in ("tokenizer.json", SPM_NAME) if (path := directory / name).is_file())
-    missing = [name for name in _SPM_PACKAGES if not _is_installed(name)] if path.name == SPM_NAME else []
-    if missing:
-        raise UnsupportedError(
-            f"{SPM_NAME} is read with further packages",
-            where=str(path),
-            got=f"no {', no '.join(missing)}",
-            do=f"pip install sentencepiece protobuf, or {ADVICE}",
-        )
-    tokenizer = TextEncoder(directory, config=config).tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: dict[str, Any] | None = None if backend is None else json.loads(backend.to_str())
-    kind = None if content is None else _KINDS.get(content["model"]["type"])
-    problem = f"a {type(tokenizer).__name__}" if content is None or kind is None else _problem(content, kind)
-    if backend is None or content is None or kind is None or problem is not None:
-        raise UnsupportedError("llama.cpp has no form of this tokenizer", where=str(path), got=problem, do=ADVICE)
-    backend.no_truncation()
-    backend.no_padding()
+    tokenizer, content = _loaded(path, config)
+    model, kind = content["model"], _KINDS[content["model"]["type"]]
     added = {str(token["content"]): token for token in content["added_tokens"]}
-    table = token_table(_vocabulary(content["model"]), added, vocab_size, path)
-    table = _typed(table, added, tokenizer.unk_token, bytes_=content["model"]["byte_fallback"])
-    scores = kind.scores(table, content["model"])
-    prefix = _adds_space(content)
-    notes = _compare(backend, kind.encoder(table, scores, add_space_prefix=prefix), table, path)
+    table = token_table(_vocabulary(model), added, vocab_size, path)
+    table = _typed(table, added, tokenizer.unk_token, bytes_=model["byte_fallback"])
+    scores, prefix = kind.scores(table, model), _SPACES[_spaces(content)]
+    special = special_entries(directory, vocab_size, merges=False)
+    own = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _TASKS}
+    special.special_token_ids |= {name: index for name, index in own.items() if isinstance(index, int)}
+    special.add_special_token |= _ends(tokenizer.backend_tokenizer, own, path)
+    encoder = kind.encoder(table, scores, add_space_prefix=prefix)
+    notes = _compare(tokenizer.backend_tokenizer, encoder, table, path)
     writer: Any = gguf.GGUFWriter(None, "none")
     writer.add_tokenizer_model(kind.name)
     writer.add_tokenizer_pre("default")
@@ -105,12 +94,32 @@ def sentencepiece_tokenizer(directory: Path, vocab_size: int, config: Any) -> Gg
     writer.add_token_types(table.types)
     writer.add_add_space_prefix(prefix)
     writer.add_remove_extra_whitespaces(False)
-    special = special_entries(directory, vocab_size, merges=False)
-    own = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _TASKS}
-    special.special_token_ids |= {name: index for name, index in own.items() if isinstance(index, int)}
-    special.add_special_token |= _ends(backend, own, path)
     special.add_to_gguf(writer, quiet=True)
     return GgufTokenizer(entries=entries_of(writer), source=path, notes=notes)
+
+
+def _loaded(path: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    """Load the tokenizer beside `path` with transformers, and what its tokenizer.json would hold.
+
+    Raises UnsupportedError where a package is missing, or where llama.cpp has no form of it.
+    """
+    missing = [name for name in _SPM_PACKAGES if not _is_installed(name)] if path.name == SPM_NAME else []
+    if missing:
+        raise UnsupportedError(
+            f"{SPM_NAME} is read with further packages",
+            where=str(path),
+            got=f"no {', no '.join(missing)}",
+            do=f"pip install sentencepiece protobuf, or {ADVICE}",
+        )
+    tokenizer = TextEncoder(path.parent, config=config).tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    problem = _problem(content) if content else f"a {type(tokenizer).__name__}"
+    if problem is not None:
+        raise UnsupportedError("llama.cpp has no form of this tokenizer", where=str(path), got=problem, do=ADVICE)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer, content
 
 
 def _vocabulary(model: Mapping[str, Any]) -> Mapping[str, int]:
@@ -128,8 +137,11 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def _problem(content: Mapping[str, Any], kind: _Kind) -> str | None:
+def _problem(content: Mapping[str, Any]) -> str | None:
     """Say what keeps llama.cpp from having this tokenizer; None if nothing does."""
+    kind = _KINDS.get(content["model"]["type"])
+    if kind is None:
+        return f"a {content['model']['type']} model"
     problem = kind.problem(content)
     if problem is None and _spaces(content) not in _SPACES:
         steps = (content["normalizer"], content["pre_tokenizer"])
@@ -194,10 +206,6 @@ _SPACES: Mapping[tuple[str, ...], bool] = {
     ("metaspace never",): False,
 }
 """How spaces are marked -> whether one is put in front of a text."""
-
-
-def _adds_space(content: Mapping[str, Any]) -> bool:
-    return _SPACES[_spaces(content)]
 
 
 def _typed(table: TokenTable, added: Mapping[str, Any], unknown: str | None, *, bytes_: bool) -> TokenTable:
