@@ -499,7 +499,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[StructPruneError], str, dict[s
             tokenizer_object=Tokenizer(models.WordPiece(vocab={"[UNK]": 0}, unk_token="[UNK]"))
         ).save_pretrained(source),
         UnsupportedError,
-        "only a byte-level BPE.*WordPiece.*--tokenizer-gguf",
+        "only SentencePiece's tokenizers and byte-level BPE.*WordPiece.*--tokenizer-gguf",
         {},
     ),
     "no merges": (tokenized(merges=False), UnsupportedError, "without merges", {}),

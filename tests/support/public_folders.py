@@ -133,8 +133,6 @@ class Likeness:
     """Saved from the base model: names without `model.` in front, and no head."""
     consolidated: bool = False
     """The same weights lie there under the names of another program too."""
-    exports: bool = True
-    """Whether llama.cpp's tokenizer can be made of this one."""
     refused: str | None = None
     """What every verb says of it, where none can take it."""
     license: str | None = None
@@ -505,7 +503,6 @@ LIKENESSES: dict[str, Likeness] = {
         },
         sharded=True,
         consolidated=True,
-        exports=False,
         license="apache-2.0",
     ),
     "gemma-3-1b-it": Likeness(
@@ -521,7 +518,7 @@ LIKENESSES: dict[str, Likeness] = {
             "final_logit_softcapping": None,
             "head_dim": 16,
             "hidden_activation": "gelu_pytorch_tanh",
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_key_value_heads": 1,
             "pad_token_id": 0,
             "query_pre_attn_scalar": 16,
@@ -530,7 +527,7 @@ LIKENESSES: dict[str, Likeness] = {
             "rope_scaling": None,
             "rope_theta": 1000000,
             "sliding_window": 8,
-            "sliding_window_pattern": 2,
+            "sliding_window_pattern": 6,
             "transformers_version": "4.50.0.dev0",
         },
         tokenizer=lambda: _pieces(_GEMMA_SPECIAL, gemma=True),
@@ -564,7 +561,6 @@ LIKENESSES: dict[str, Likeness] = {
             *("tokenizer.model", "tokenizer_config.json"),
         ),
         left_out=_HIDDEN,
-        exports=False,
         license="gemma",
     ),
     "Qwen2.5-0.5B-Instruct": Likeness(

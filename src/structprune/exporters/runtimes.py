@@ -169,8 +169,8 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
         runtime=name,
         loads="yes",
         basis="checked",
-        reason=f"as architecture {target.architecture}, by structprune export --format gguf; a tokenizer that is no "
-        "byte-level BPE is copied from a GGUF file (--tokenizer-gguf)",
+        reason=f"as architecture {target.architecture}, by structprune export --format gguf; tokenizers "
+        "other than BPE and Unigram are copied from a GGUF file (--tokenizer-gguf)",
     )
 
 

@@ -31,6 +31,8 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         request.note(f"tokenizer copied from {tokenizer_gguf}")
     reader = stock_names(request.reader)
     plan = plan_gguf(reader, request.dtype, tokenizer_gguf)
+    for note in plan.tokenizer.notes:
+        request.note(note)
     check_free_disk(path, plan.num_bytes)
     make_folder(path.parent, "the export")
     _write(plan, reader, request)
@@ -41,7 +43,7 @@ def export_gguf(request: ExportRequest) -> ExportResult:
         dtype=str(plan.dtype).removeprefix("torch."),
         num_tensors=len(plan.tensors),
         bytes=path.stat().st_size,
-        tokenizer=str(tokenizer_gguf or request.reader.directory / "tokenizer.json"),
+        tokenizer=str(plan.tokenizer.source),
     )
 
 
@@ -64,7 +66,7 @@ def _write(plan: GgufPlan, reader: CheckpointReader, request: ExportRequest) -> 
     types |= {str: gguf.GGUFValueType.STRING, list: gguf.GGUFValueType.ARRAY}
     for key, value in plan.hyperparameters.items():
         writer.add_key_value(f"{plan.architecture}.{key}", value, types[type(value)])
-    for entry in plan.tokenizer:
+    for entry in plan.tokenizer.entries:
         writer.add_key_value(entry.key, entry.value, entry.type, sub_type=entry.sub_type)
     for tensor in plan.tensors:
         dtype = plan.dtype_of(tensor)

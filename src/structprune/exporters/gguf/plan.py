@@ -28,8 +28,9 @@ from structprune.architectures.stock.tensor_check import without_head
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
+from structprune.exporters.gguf.entries import GgufTokenizer
 from structprune.exporters.gguf.metadata import BlockWidths, GgufModel, Value, hyperparameters, rope_factors
-from structprune.exporters.gguf.tokenizer import Entry, built_tokenizer, copied_tokenizer
+from structprune.exporters.gguf.tokenizer import built_tokenizer, copied_tokenizer
 from structprune.types import UNIT_KINDS
 
 # Channels of an MLP of zeros: the narrowest row that llama.cpp's quantisation takes.
@@ -62,7 +63,7 @@ class GgufPlan:
     dtype: torch.dtype
     tensors: tuple[GgufTensor, ...]
     hyperparameters: Mapping[str, Value]
-    tokenizer: tuple[Entry, ...]
+    tokenizer: GgufTokenizer
 
     def dtype_of(self, tensor: GgufTensor) -> torch.dtype:
         """Return the tensor's dtype in the file; vectors are always float32, as llama.cpp wants them."""
@@ -122,7 +123,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
     tensors = _tensors(reader, model, removed)
     vocab_size: int = config.vocab_size
     tokenizer = (
-        built_tokenizer(reader.directory, vocab_size)
+        built_tokenizer(reader.directory, vocab_size, config)
         if tokenizer_gguf is None
         else copied_tokenizer(tokenizer_gguf, vocab_size)
     )
@@ -131,7 +132,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
         dtype=_dtype(reader, dtype),
         tensors=tuple(tensors),
         hyperparameters=hyperparameters(model),
-        tokenizer=tuple(tokenizer),
+        tokenizer=tokenizer,
     )
 
 

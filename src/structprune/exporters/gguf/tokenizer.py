@@ -1,20 +1,20 @@
-"""Tokenizer metadata of a GGUF file: copied from another GGUF file, or made of a byte-level BPE's tokenizer.json."""
+"""Tokenizer metadata of a GGUF file: copied from another GGUF file, or made of the checkpoint's own tokenizer.
+
+A byte-level BPE is translated here, what SentencePiece makes in sentencepiece.py.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from structprune.architectures.sources.gguf_pretokenizers import PRE_TOKENIZERS
 from structprune.checkpoint.gguf_file import gguf_package, read_gguf
 from structprune.errors import CheckpointError, UnsupportedError
-
-_ADVICE = "pass --tokenizer-gguf with a GGUF file of the dense model, whose tokenizer is copied"
+from structprune.exporters.gguf.entries import ADVICE, Entry, GgufTokenizer, entries_of, special_entries, token_table
+from structprune.exporters.gguf.sentencepiece import SPM_NAME, is_sentencepiece, sentencepiece_tokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -36,19 +36,7 @@ _READ_PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One metadata entry, as gguf's writer takes it."""
-
-    key: str
-    value: Any
-    type: Any
-    """gguf.GGUFValueType."""
-    sub_type: Any = None
-    """Type of an array's items; None for gguf's choice."""
-
-
-def copied_tokenizer(source: Path, vocab_size: int) -> list[Entry]:
+def copied_tokenizer(source: Path, vocab_size: int) -> GgufTokenizer:
     """Copy the `tokenizer.*` entries of the GGUF file `source`.
 
     Raises CheckpointError for an unreadable file or one without a tokenizer of `vocab_size` tokens.
@@ -75,84 +63,49 @@ def copied_tokenizer(source: Path, vocab_size: int) -> list[Entry]:
             got="no tokens" if tokens is None else f"{len(tokens)} tokens",
             wanted=f"{vocab_size}, as in the model's embedding",
         )
-    return entries
+    return GgufTokenizer(entries=tuple(entries), source=source)
 
 
-def built_tokenizer(directory: Path, vocab_size: int) -> list[Entry]:
-    """Build the entries for the byte-level BPE in `directory`. Raises UnsupportedError for any other tokenizer."""
-    import gguf
-
+def built_tokenizer(directory: Path, vocab_size: int, config: Any) -> GgufTokenizer:
+    """Build the entries for the tokenizer in `directory`; `config` is the model's. Raises UnsupportedError for one that
+    llama.cpp has no form of, CheckpointError for one that cannot be read or has more tokens than `vocab_size`.
+    """
     path = directory / "tokenizer.json"
+    if not path.is_file() and (directory / SPM_NAME).is_file():
+        return sentencepiece_tokenizer(directory, vocab_size, config)
     try:
         tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UnsupportedError("the model has no tokenizer.json", where=str(directory), do=_ADVICE) from None
+        raise UnsupportedError("the model has no tokenizer.json", where=str(directory), do=ADVICE) from None
     except ValueError as error:
         raise CheckpointError("the file cannot be read as JSON", where=str(path), got=str(error)) from None
+    if is_sentencepiece(tokenizer):
+        return sentencepiece_tokenizer(directory, vocab_size, config)
+    return _byte_level(tokenizer, path, vocab_size)
+
+
+def _byte_level(tokenizer: Mapping[str, Any], path: Path, vocab_size: int) -> GgufTokenizer:
+    """Build the entries for a byte-level BPE. Raises UnsupportedError for any other tokenizer."""
+    import gguf
+
     pre = _pre_tokenizer(tokenizer, path)
-    vocabulary: dict[str, int] = dict(tokenizer["model"]["vocab"])
     added = {str(token["content"]): token for token in tokenizer.get("added_tokens", [])}
-    by_id = {index: token for token, index in vocabulary.items()} | {t["id"]: name for name, t in added.items()}
-    if max(by_id) >= vocab_size:
-        raise CheckpointError(
-            "the tokenizer has more tokens than the model's embedding has rows",
-            where=str(path),
-            got=max(by_id) + 1,
-            wanted=f"at most {vocab_size}",
-            do=_ADVICE,
-        )
-    tokens: list[str] = []
-    types: list[int] = []
-    for index in range(vocab_size):
-        token = by_id.get(index)
-        if token is None:
-            tokens.append(f"[PAD{index}]")
-            types.append(int(gguf.TokenType.UNUSED))
-            continue
-        tokens.append(token)
-        kind = gguf.TokenType.NORMAL
-        if token in added:
-            kind = gguf.TokenType.CONTROL if added[token].get("special") else gguf.TokenType.USER_DEFINED
-        types.append(int(kind))
+    table = token_table(tokenizer["model"]["vocab"], added, vocab_size, path)
     writer: Any = gguf.GGUFWriter(None, "none")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    with _without_pair_warnings():
-        special: Any = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
-    # llama.cpp would fill in what it takes for usual.
-    for name in ("bos", "eos"):
-        special.add_special_token.setdefault(name, False)
-    special.add_to_gguf(writer, quiet=True)
-    return [
-        Entry(key=key, value=item.value, type=item.type, sub_type=item.sub_type)
-        for key, item in writer.kv_data[0].items()
-        if key.startswith("tokenizer.")
-    ]
-
-
-@contextmanager
-def _without_pair_warnings() -> Generator[None]:
-    """Suppress what the gguf package logs of a template for pairs of texts, which a language model never gets."""
-    logger = logging.getLogger("gguf.vocab")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "TemplateProcessing<pair>" not in record.getMessage()
-
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
+    writer.add_token_list(table.tokens)
+    writer.add_token_types(table.types)
+    special_entries(path.parent, vocab_size, merges=True).add_to_gguf(writer, quiet=True)
+    return GgufTokenizer(entries=entries_of(writer), source=path)
 
 
 def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
     """Find llama.cpp's name for how the text is cut. Raises UnsupportedError where it has none, or no such BPE."""
     model = tokenizer.get("model") or {}
     problem = None
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        problem = f"a {model.get('type')} model{' with byte fallback' * bool(model.get('byte_fallback'))}"
+    if model.get("type") != "BPE":
+        problem = f"a {model.get('type')} model"
     elif not model.get("merges"):
         problem = "a BPE without merges"
     elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -168,10 +121,10 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> str:
             return name
         problem = f"the pre-tokenizer {json.dumps(tokenizer.get('pre_tokenizer'))[:200]}"
     raise UnsupportedError(
-        "only a byte-level BPE whose pre-tokenizer llama.cpp knows by name can be translated",
+        "only SentencePiece's tokenizers and byte-level BPE whose pre-tokenizer has a name in llama.cpp are translated",
         where=str(path),
         got=problem,
-        do=_ADVICE,
+        do=ADVICE,
     )
 
 
