@@ -107,6 +107,8 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
             f"on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
             f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
+            + (f"; new biases in {' and '.join(repair.new_biases)}" if repair.new_biases else "")
+            + (f"; none in {' and '.join(repair.no_biases)}, for which the config has no entry" if repair.no_biases else "")
             + ("" if repair.changed else "; nothing helped, nothing was changed"),
         )
     ]

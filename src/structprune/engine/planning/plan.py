@@ -124,6 +124,10 @@ class PlanRequest:
     sensitivity_windows: int = 0
     repair_windows: int = 0
     """Windows that the result learns from, and is measured on, behind the last block; 0: it does not."""
+    repair_epochs: int = 1
+    """Passes over those that it learns from."""
+    repair_adds_biases: bool = False
+    """Whether its consumers get biases first, where they lack them and can have them."""
     num_rehearsals: int = 0
     """Passes that come before the one that is written."""
     chooses_ridge: bool = False

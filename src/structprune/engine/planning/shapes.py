@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 
+from structprune.architectures.units import missing_biases
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.workspace import GroupProblem
 from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
@@ -135,6 +136,16 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
         costed=request.needs_sensitivity,
         reordered=group.consumer.repeat > 1,
     )
+
+
+def repair_numbers(request: PlanRequest) -> list[int]:
+    """Count the numbers of every block that a repair lets learn, with the biases that it adds."""
+    blocks = request.layout.blocks
+    numbers = [scale_numbers(block) for block in blocks]
+    if not request.repair_adds_biases:
+        return numbers
+    added = [sum(shape[0] for shape in missing_biases(block).values()) for block in blocks]
+    return [own + more for own, more in zip(numbers, added, strict=True)]
 
 
 def scale_numbers(block: BlockLayout) -> int:
