@@ -208,7 +208,9 @@ def test_the_gradient_of_new_biases_is_autograd_s(kind: str, kinds: set[str], tm
         writer.write_block(block.index, reader.read(block.shapes, block.prefix))
     writer.write_rest(reader.read(outer[1:]))
     zeros = {
-        block.prefix + name: torch.zeros(shape) for block in layout.blocks for name, shape in missing_biases(block).items()
+        block.prefix + name: torch.zeros(shape)
+        for block in layout.blocks
+        for name, shape in missing_biases(block).items()
     }
     assert {name.rpartition(".")[0].rpartition("layers.")[2][2:] for name in zeros} == {
         module for group in layout.blocks[0].groups if group.kind in kinds for module in group.bias_modules

@@ -4,7 +4,8 @@ It is a distillation in mode scales (stream.py) on the run's own calibration win
 windows of every text are not learned from: they say which pass over the others is kept, if any. The run's held-out
 windows take no part, so what the report says of them stays a measurement.
 
-With biases, the pruned model first gets zeros for those that its consumers lack and its config has an entry for.
+With biases, the pruned model first gets zeros for those that its consumers lack and its config has an entry for. Where
+the entry gives biases to a sublayer's other maps too, those stay zero.
 
 Shape suffixes: N windows, S positions, D hidden size.
 """
@@ -40,11 +41,11 @@ from structprune.recipe.training import RecoverySettings, num_kept_apart
 from structprune.results.schema import RepairReport
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.loop import History, distil
-from structprune.training.parameters import scales_of
+from structprune.training.parameters import ScaleParameters, scales_of
 from structprune.training.snapshots import going_on
-from structprune.training.stream import StreamedStudent, learned
+from structprune.training.stream import Learning, StreamedStudent, learned
 from structprune.training.texts import Texts
-from structprune.types import UNIT_KINDS, UnitKind
+from structprune.types import UNIT_KINDS, BlockLayout, UnitKind
 
 _STEP = "repair"
 _FINAL = "repaired states"
@@ -89,8 +90,14 @@ class _Pruned:
     config: Mapping[str, Any]
     zeros: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Full name -> tensor."""
+    still: frozenset[str] = frozenset()
+    """Those of the zeros that do not learn: they are there because the config gives a sublayer biases all or none."""
     new_biases: tuple[UnitKind, ...] = ()
     no_biases: tuple[UnitKind, ...] = ()
+
+    def learning(self, streamed: StreamedModel, block: BlockLayout) -> ScaleParameters:
+        """Return what of a block learns."""
+        return scales_of(streamed, block, self.still)
 
     def assembled(self, directory: Path) -> StockModel:
         """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
@@ -117,6 +124,7 @@ def _with_biases(pruned: _Pruned, directory: Path) -> _Pruned:
         pruned,
         config={**pruned.config, **dict.fromkeys(able.values(), True)},
         zeros=zeros,
+        still=frozenset(zeros) - {block.prefix + group.bias_name for block in blocks for group in block.groups},
         new_biases=tuple(kind for kind in UNIT_KINDS if kind in able),
         no_biases=tuple(kind for kind in UNIT_KINDS if kind not in able and kind in {g.kind for g in lacking}),
     )
@@ -131,7 +139,7 @@ def _learn(pruned: _Pruned, new: ModelWriter, folder: Path) -> RepairReport:
     place = Workplace(folder=folder / "state", scratch=folder / "scratch")
     place.folder.mkdir(exist_ok=True)
     history, num_learned = going_on(
-        partial(_distilled, recovery, place),
+        partial(_distilled, recovery, place, pruned.learning),
         place.folder,
         place.scratch,
         lambda error: context.observer.note(f"{error}; the repair begins anew"),
@@ -141,7 +149,9 @@ def _learn(pruned: _Pruned, new: ModelWriter, folder: Path) -> RepairReport:
     if changed:
         with context.meter.phase(Phase.REPAIR):
             for block in student.layout.blocks:
-                new.write_block(block.index, learned(recovery.student, block, scales_of, place.scratch / "result"))
+                new.write_block(
+                    block.index, learned(recovery.student, block, pruned.learning, place.scratch / "result")
+                )
                 release_free_memory()
         repaired = replace(pruned, writer=new, zeros={}).assembled(folder / "repaired")
         probe = replace(recovery.student, stock=repaired, windows=context.windows).on_windows(
@@ -218,9 +228,9 @@ def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tupl
     return tuple(train), measured
 
 
-def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:
+def _distilled(context: RecoveryContext, place: Workplace, learning: Learning) -> tuple[History, int]:
     """Leave the best values in the scratch folder; return what happened, and how many numbers could change."""
-    with contextlib.closing(StreamedStudent(context, place.scratch, scales_of)) as student:
+    with contextlib.closing(StreamedStudent(context, place.scratch, learning)) as student:
         with context.student.meter.phase(Phase.REPAIR):
             history = distil(context, student, place, "repair")
         result = place.scratch / "result"

@@ -25,6 +25,7 @@ from structprune.engine.planning.shapes import (
     gram_bytes,
     group_problem,
     kept_for_backward,
+    new_bias_numbers,
     numel,
     repair_numbers,
     solver_windows,
@@ -165,7 +166,7 @@ def _reading(sizes: HostSizes) -> PhaseBytes:
 
 def _blocks(sizes: HostSizes) -> PhaseBytes:
     """Plan reading a block, running all windows through it and writing it: twice the block, or once and activations."""
-    beside = sizes.pruning + sizes.weights + sizes.cast
+    beside = sizes.pruning + sizes.both_heads + sizes.weights + sizes.cast
     return {
         Phase.READ_BLOCK: beside + sizes.weights,
         Phase.PROPAGATE: beside + sizes.activations,
@@ -174,11 +175,18 @@ def _blocks(sizes: HostSizes) -> PhaseBytes:
 
 
 def _ends(sizes: HostSizes) -> PhaseBytes:
-    """Plan the end of the run, where hidden states are left of the few windows of the perplexity only."""
+    """Plan the end of the run, where hidden states are left of the few windows of the perplexity only.
+
+    Two models' logits are compared between the steps too.
+    """
     others = sum(sizes.outer.values()) - sizes.stored_embeddings
+    loss = sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits
+    if sizes.request.distils:
+        compared = divergence_bytes(sizes.request.layout.vocab_size, sizes.request.compute_dtype)
+        loss = sizes.stores_open + sizes.gradient + sizes.both_heads + CHUNK_BYTES + compared
     return {
         Phase.COPY_OUTER: sizes.stores_closed + max(sizes.stored_embeddings, others) + CHUNK_BYTES,
-        Phase.PERPLEXITY: sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits,
+        Phase.PERPLEXITY: loss,
     }
 
 
@@ -213,7 +221,12 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
     """Plan measuring the dense model: backward from the loss through each block in turn, or forward for scores."""
     request, block = sizes.request, sizes.block
     phases: PhaseBytes = {}
-    if request.needs_sensitivity or request.needs_weight_gradients:
+    if request.distils:
+        beside = sizes.stores_open + sizes.gradient + sizes.both_heads
+        kept = kept_for_backward(request, block) + sizes.widened
+        kept += weight_gradient_bytes(request, block) if request.needs_weight_gradients else 0
+        phases[Phase.SENSITIVITY_BACKWARD] = beside + sizes.weights + sizes.cast + kept
+    elif request.needs_sensitivity or request.needs_weight_gradients:
         beside = sizes.stores_closed + sizes.gradient
         kept = kept_for_backward(request, block) + sizes.widened
         if request.needs_sensitivity:
@@ -348,7 +361,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         # The blocks once more with what was learned, two snapshots, the best values of either, and the result. New
         # biases are in the shards, in the weight files, and as zeros beside what the repair begins with.
         total += sum(request.stored_bytes.values())
-        total += (2 * LEARNED_VECTORS + 3 + 3) * 4 * sum(repair_numbers(request))
+        total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 

@@ -164,5 +164,8 @@ class PlanRequest:
     """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
     cacheable: tuple[UnitKind, ...] = ()
     """Sublayers whose consumer's inputs could be kept until it is solved."""
+    distils: bool = False
+    """Whether blocks learn from another model's predictions: both heads stay beside the blocks, and logits of both
+    are compared while no block is there."""
     held_bytes: int = 0
     """What the caller itself holds, whatever the phase."""

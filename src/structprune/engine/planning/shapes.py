@@ -139,13 +139,19 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
 
 
 def repair_numbers(request: PlanRequest) -> list[int]:
-    """Count the numbers of every block that a repair lets learn, with the biases that it adds."""
-    blocks = request.layout.blocks
-    numbers = [scale_numbers(block) for block in blocks]
-    if not request.repair_adds_biases:
-        return numbers
-    added = [sum(shape[0] for shape in missing_biases(block).values()) for block in blocks]
-    return [own + more for own, more in zip(numbers, added, strict=True)]
+    """Count the numbers of every block that a repair lets learn, with the biases that it gives consumers."""
+    numbers: list[int] = []
+    for block in request.layout.blocks:
+        new = missing_biases(block) if request.repair_adds_biases else {}
+        learned = {group.bias_name for group in block.groups} & set(new)
+        numbers.append(scale_numbers(block) + sum(new[name][0] for name in learned))
+    return numbers
+
+
+def new_bias_numbers(request: PlanRequest) -> int:
+    """Count the numbers of the biases that a repair adds, those of maps other than consumers too."""
+    blocks = request.layout.blocks if request.repair_adds_biases else ()
+    return sum(shape[0] for block in blocks for shape in missing_biases(block).values())
 
 
 def scale_numbers(block: BlockLayout) -> int:
