@@ -91,7 +91,7 @@ class _Pruned:
     zeros: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Full name -> tensor."""
     still: frozenset[str] = frozenset()
-    """Those of the zeros that do not learn: they are there because the config gives a sublayer biases all or none."""
+    """Names of zeros that do not learn: the config gives a sublayer's maps biases all or none."""
     new_biases: tuple[UnitKind, ...] = ()
     no_biases: tuple[UnitKind, ...] = ()
 
