@@ -6,6 +6,7 @@ Shape suffixes: B windows, S positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from structprune.architectures.stock.model import StockModel
+from structprune.architectures.units import missing_biases
 from structprune.calibration.context import CalibrationWindows
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
 from structprune.engine.streaming.model import StreamedModel
@@ -187,6 +190,54 @@ def test_the_gradient_of_scales_is_autograd_s(
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
     assert num_scales >= (2 if context.student.stock.family.name != "qwen3_moe" else 1)
     assert student.step((0, 2), 1e-3, 2) < loss
+    student.close()
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("llama", {"attention", "mlp"}), ("gemma2", {"attention"})])
+def test_the_gradient_of_new_biases_is_autograd_s(kind: str, kinds: set[str], tmp_path: Path) -> None:
+    """Biases that no shard has are read as zeros, change no prediction, and have the gradients of any others."""
+    dense, plain = perturbed(kind, tmp_path)
+    reader = CheckpointReader(plain)
+    layout = stock_of(plain).layout
+    fields = {g.bias_field for g in layout.blocks[0].groups if g.kind in kinds}
+    writer = ModelWriter(tmp_path / "shards", len(layout.blocks), layout.blocks_module)
+    (tmp_path / "shards").mkdir()
+    outer = list(layout.outer_tensors)
+    writer.write_embeddings(reader.read(outer[:1]))
+    for block in layout.blocks:
+        writer.write_block(block.index, reader.read(block.shapes, block.prefix))
+    writer.write_rest(reader.read(outer[1:]))
+    zeros = {
+        block.prefix + name: torch.zeros(shape)
+        for block in layout.blocks
+        for name, shape in missing_biases(block).items()
+    }
+    assert {name.rpartition(".")[0].rpartition("layers.")[2][2:] for name in zeros} == {
+        module for group in layout.blocks[0].groups if group.kind in kinds for module in group.bias_modules
+    }
+    biased = tmp_path / "biased"
+    biased.mkdir()
+    config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
+    (biased / "config.json").write_text(json.dumps(config | dict.fromkeys(fields, True)), encoding="utf-8")
+    writer.link(biased, zeros)
+    context = context_for(dense, biased)
+    ids_NS = context.student.windows.ids_NS
+    expected, loss = whole_gradients(dense, biased, (ids_NS[0], ids_NS[2]))
+    assert loss == pytest.approx(whole_gradients(dense, plain, (ids_NS[0], ids_NS[2]))[1], rel=1e-6)
+    student = StreamedStudent(context, tmp_path, scales_of)
+    assert student.step((0, 2), 1e-3, 1) == pytest.approx(loss, rel=1e-4)
+    (tmp_path / "first").mkdir()
+    student.save(tmp_path / "first", moments=True)
+    found: dict[str, Tensor] = {}
+    for block in context.student.stock.layout.blocks:
+        first_P = load_file(tmp_path / "first" / f"block-{block.index:05d}.safetensors")["first"] / (1 - BETAS[0])
+        views = scales_of(context.student, block).views(first_P)
+        found |= {block.prefix + name: view for name, view in views.items() if block.prefix + name in zeros}
+    assert set(found) == set(zeros)
+    largest = max(float(expected[name].abs().amax()) for name in zeros)
+    assert largest > 1e-4
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5 * largest, msg=name)
     student.close()
 
 

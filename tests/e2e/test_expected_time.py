@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "slices of one basis": ("llama", {"method": "slicegpt", "structure": "uniform"}),
     "experts": ("qwen3_moe", {"method": "reap"}),
     "repair": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales"}),
+    "repair, two passes": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales", "repair_epochs": 2}),
 }
 
 

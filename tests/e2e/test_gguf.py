@@ -327,6 +327,8 @@ def pruned(source: Path, text_file: Path, output: Path, **settings: Any) -> Path
     ("settings", "architecture"),
     [
         ({"method": "structprune", "scope": "all", "sparsity": 0.5, "allow_block_removal": True}, "deci"),
+        # Biases where widths differ, as a repair adds them too.
+        ({"method": "flap", "scope": "all", "sparsity": 0.3}, "deci"),
         # Biases, and heads by which the output is of type Mistral.
         ({"method": "flap", "sparsity": 0.3, "structure": "uniform"}, "llama"),
         ({"method": "wanda-sp", "scope": "attention", "head_units": "query-head", "sparsity": 0.3}, "llama"),

@@ -1,7 +1,8 @@
-"""`prune --repair scales`: what it may change, that it helps, what it leaves alone, and how it goes on."""
+"""`prune --repair`: what it may change, that it helps, what it leaves alone, and how it goes on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,22 @@ def weights(output: Path) -> Mapping[str, Tensor]:
     return load_file(output / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def sharp_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA whose predictions depend on its blocks: what is removed from them is missed."""
-    source = save_tiny("llama", tmp_path_factory.mktemp("sharp") / "llama")
+def save_sharp(family: str, directory: Path, num_blocks: int | None = None) -> Path:
+    """Save a model whose predictions depend on its blocks: what is removed from them is missed."""
+    source = save_tiny(family, directory, num_blocks=num_blocks)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.mul_(4 if "layers" in name else 2)
+            if weight.dim() >= 2:
+                weight.mul_(4 if "layers" in name or ".h." in name else 2)
     model.save_pretrained(source)
     return source
+
+
+@pytest.fixture(scope="module")
+def sharp_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of that kind. Do not modify."""
+    return save_sharp("llama", tmp_path_factory.mktemp("sharp") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +150,125 @@ def test_a_result_that_predicts_as_the_dense_model_stays_as_it_is(
     assert "nothing was changed" in dict(summary_rows(report))["repair by scales"]
 
 
+def config_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def biased(sharp_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneReport:
+    """The report of a run whose repair adds biases."""
+    output = tmp_path_factory.mktemp("biased") / "out"
+    return prune(sharp_llama, recipe(text_file, repair="scales+biases"), output)
+
+
+def test_biases_are_added(both: tuple[PruneReport, PruneReport], biased: PruneReport) -> None:
+    without, scaled, found = both[0], both[1].repair, biased.repair
+    assert scaled is not None
+    assert found is not None
+    plain, result = weights(Path(without.output)), weights(Path(biased.output))
+    added = {name: tensor for name, tensor in result.items() if name not in plain}
+    assert set(added) == {f"{name[:-6]}bias" for name in plain if name.endswith("proj.weight")}
+    # The other maps have some because the config gives a sublayer biases all or none.
+    ends = tuple(f"{name[:-6]}bias" for name in CONSUMERS)
+    assert {name: int(tensor.count_nonzero()) for name, tensor in added.items()} == {
+        name: len(tensor) if name.endswith(ends) else 0 for name, tensor in added.items()
+    }
+    own = sum(len(tensor) for name, tensor in added.items() if name.endswith(ends))
+    assert found.num_learned == scaled.num_learned + own
+    assert (found.new_biases, found.no_biases, found.mode) == (["attention", "mlp"], [], "scales+biases")
+    assert found.divergence_before == scaled.divergence_before
+    assert found.divergence_after < found.divergence_before
+    config, source = config_of(Path(biased.output)), config_of(Path(without.output))
+    assert config == source | {"attention_bias": True, "mlp_bias": True}
+    assert not source.get("mlp_bias")
+    # Matrices but for the consumers' columns stay.
+    for name, tensor in plain.items():
+        if name.endswith(CONSUMERS):
+            ratio = result[name] / tensor
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)
+        elif tensor.dim() == 2:
+            assert torch.equal(result[name], tensor), name
+    assert biased.size.parameters_after == without.size.parameters_after + sum(map(len, added.values()))
+    assert biased.reload.relative_difference is not None
+    assert biased.reload.relative_difference < 2e-6
+    line = dict(summary_rows(biased))["repair by scales+biases"]
+    assert line.endswith("; new biases in attention and mlp")
+
+
+def removed_sublayer(text_file: Path) -> dict[str, Any]:
+    """Settings by which a block loses its MLP: what is not there gets no bias."""
+    widths = {"blocks": {"0": {"mlp": 0, "attention": 1}, **{str(i): {"mlp": 20, "attention": 2} for i in (1, 2, 3)}}}
+    return {"method": "wanda-sp", "allow_block_removal": True, "widths": widths, "sparsity": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "new", "none"),
+    [
+        ("llama", {"method": "depth", "sparsity": 0.5}, ["attention", "mlp"], []),
+        ("llama", {"structure": "per-layer"}, ["attention", "mlp"], []),
+        ("llama", {"method": "fasp", "head_units": "value-channel"}, ["attention", "mlp"], []),
+        ("llama-untied-biased", {}, [], []),
+        ("gpt2", {"scope": "mlp"}, [], []),
+        ("gemma2", {"scope": "mlp"}, ["attention"], ["mlp"]),
+        ("qwen3", {"structure": "per-layer"}, ["attention"], ["mlp"]),
+        ("qwen3_moe", {"method": "reap", "sparsity": 0.5}, ["attention"], ["mlp"]),
+        ("qwen2", {"scope": "mlp"}, [], ["attention", "mlp"]),
+        ("mistral", {"scope": "mlp"}, [], ["attention", "mlp"]),
+        ("opt-without-bias", {"scope": "mlp"}, [], ["attention", "mlp"]),
+    ],
+)
+def test_biases_where_the_format_can_hold_them(
+    family: str, changes: dict[str, Any], new: list[str], none: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    asked = recipe(text_file, repair="scales+biases", repair_epochs=3, sparsity=0.4)
+    settings = dict(asked.model_dump(exclude_unset=True)) | changes
+    if changes.get("method") in ("depth", "reap"):
+        del settings["multiple_of"], settings["scope"]
+    source = save_sharp(family, tmp_path / "model", num_blocks=4)
+    report = prune(source, Recipe.build(**settings), tmp_path / "out")
+    found = report.repair
+    assert found is not None
+    assert found.changed
+    assert (found.new_biases, found.no_biases) == (new, none)
+    assert report.reload.relative_difference is not None
+    assert report.reload.relative_difference < 1e-5
+    names = {name for name in weights(tmp_path / "out") if name.endswith("proj.bias")}
+    before = {name for name in weights(source) if name.endswith("proj.bias")}
+    assert bool(names - before) == bool(new)
+    row = dict(summary_rows(report))["repair by scales+biases"]
+    assert row.endswith(f"; none in {' and '.join(none)}, for which the config has no entry") == bool(none)
+
+
+def test_without_a_place_for_biases_scales_are_what_is_learned(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("mistral", tmp_path / "model")
+    for repair in ("scales", "scales+biases"):
+        prune(source, recipe(text_file, scope="mlp", repair=repair, reload_check=False), tmp_path / repair)
+    scaled, biased = weights(tmp_path / "scales"), weights(tmp_path / "scales+biases")
+    assert scaled.keys() == biased.keys()
+    assert all(torch.equal(biased[name], tensor) for name, tensor in scaled.items())
+
+
+def test_no_bias_stays_where_nothing_helps(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = recipe(text_file, sparsity=0.0, repair="scales+biases", reload_check=False)
+    report = prune(tiny_llama, asked, tmp_path / "out")
+    assert report.repair is not None
+    assert (report.repair.changed, report.repair.new_biases) == (False, [])
+    assert weights(tmp_path / "out").keys() == weights(tiny_llama).keys()
+    assert not config_of(tmp_path / "out").get("mlp_bias")
+
+
+def test_several_passes(
+    sharp_llama: Path, both: tuple[PruneReport, PruneReport], text_file: Path, tmp_path: Path
+) -> None:
+    report = prune(sharp_llama, recipe(text_file, repair_epochs=3, reload_check=False), tmp_path / "out")
+    once, found = both[1].repair, report.repair
+    assert once is not None
+    assert found is not None
+    assert (found.num_windows, found.num_measured, found.steps) == (35, 5, 105)
+    assert found.divergence_before == once.divergence_before
+    assert found.divergence_after < once.divergence_after
+
+
 class Stop(BaseException):
     """The process is gone."""
 
@@ -167,11 +292,15 @@ class Stopper(SilentObserver):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("repair", "damaged"), [("scales", False), ("scales", True), ("scales+biases", False)], ids=str
+)
 def test_it_goes_on_from_its_own_snapshot(
+    repair: str,
     damaged: bool,
     sharp_llama: Path,
     both: tuple[PruneReport, PruneReport],
+    biased: PruneReport,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -180,7 +309,7 @@ def test_it_goes_on_from_its_own_snapshot(
     monkeypatch.setattr(loop, "_SNAPSHOT_SHARE", float("inf"))
     output = tmp_path / "out"
     with pytest.raises(Stop):
-        prune(sharp_llama, recipe(text_file), output, Stopper(5))
+        prune(sharp_llama, recipe(text_file, repair=repair), output, Stopper(5))
     snapshots = list((tmp_path / "out.partial" / "repair" / "state").glob("snapshot-*"))
     assert len(snapshots) == 1
     assert not output.exists()
@@ -191,7 +320,8 @@ def test_it_goes_on_from_its_own_snapshot(
     went_on = [note for note in listener.notes if note.startswith("going on after step")]
     assert went_on == ([] if damaged else ["going on after step 4 of an earlier run"])
     assert any("the repair begins anew" in note for note in listener.notes) == damaged
-    expected = weights(Path(both[1].output))
+    expected = weights(Path((both[1] if repair == "scales" else biased).output))
+    assert weights(output).keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output).items())
 
 

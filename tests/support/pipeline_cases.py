@@ -20,6 +20,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap": ("llama", {"method": "flap"}),
     "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
     "repair": ("llama", {"method": "fasp", "scope": "all", "repair": "scales"}),
+    "repair-biases": ("llama", {"method": "fasp", "scope": "all", "repair": "scales+biases", "repair_epochs": 2}),
     "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
     "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
     "whole-experts": ("qwen3_moe", {"method": "reap"}),

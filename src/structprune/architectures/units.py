@@ -55,6 +55,19 @@ def check_bias(group: UnitGroup) -> None:
         )
 
 
+def missing_biases(block: BlockLayout) -> dict[str, tuple[int, ...]]:
+    """Name the biases that the block's consumers lack and can get, with their shapes.
+
+    The config entry that gives a consumer its bias gives one to the sublayer's other maps too.
+    """
+    return {
+        f"{module}.bias": block.shapes[f"{module}.weight"][:1]
+        for group in block.groups
+        if group.consumer_bias is None and group.bias_field is not None
+        for module in group.bias_modules
+    }
+
+
 def remove_sublayer(tensors: Mapping[str, Tensor], block: BlockLayout, kind: UnitKind) -> dict[str, Tensor]:
     """Remove the tensors of one sublayer and its norm from `tensors` of `block` (relative names)."""
     gone = set(block.sublayer_tensors(kind))

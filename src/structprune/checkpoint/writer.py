@@ -17,6 +17,8 @@ from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, store
 from structprune.errors import NumericalError
 from structprune.files import atomic_path, write_json
 
+_ADDED_NAME = "added.safetensors"
+
 
 class CheckpointWriter:
     """Shards 1..num_shards of one checkpoint, in `folder`. Each shard appears whole and synced, or not at all.
@@ -66,9 +68,16 @@ class CheckpointWriter:
         for number in range(1, self.num_shards + 1):
             self.path(number).unlink(missing_ok=True)
 
-    def link(self, directory: Path) -> None:
-        """Make a checkpoint of the shards in `directory`, by links and an index: it takes no space."""
+    def link(self, directory: Path, added: Mapping[str, Tensor] | None = None) -> None:
+        """Make a checkpoint of the shards in `directory`, by links and an index: it takes no space.
+
+        The tensors `added`, which no shard has, lie in a file of their own.
+        """
         places: dict[str, str] = {}
+        if added:
+            named = {self._stored_name(name): tensor for name, tensor in added.items()}
+            save_file(named, str(directory / _ADDED_NAME), metadata={"format": "pt"})
+            places.update(dict.fromkeys(named, _ADDED_NAME))
         for number, tensors in self._tensors.items():
             path = self.path(number)
             os.link(path, directory / path.name)

@@ -31,7 +31,13 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, default_held_out
-from structprune.recipe.repaired import RepairedRecipe, repair_of, repair_windows
+from structprune.recipe.repaired import (
+    RepairedRecipe,
+    repair_adds_biases,
+    repair_epochs,
+    repair_of,
+    repair_windows,
+)
 from structprune.recipe.units import UnitsRecipe
 from structprune.results.summary import LEAST_TOKENS, TOKENS_PER_UNIT
 from structprune.types import UnitGroup, UnitKind
@@ -121,6 +127,10 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
         pipeline = PIPELINES.get(method.pipeline)
         resolved, groups = ranks.broadcast(lambda: pipeline.resolve(settings, method, stock))
         kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
+        forecast = ranks.broadcast(lambda: pipeline.forecast(stock, resolved, kinds))
+        if repair_adds_biases(resolved):
+            # Whether they stay is known when the repair is done.
+            forecast = replace(forecast, tensors=None)
         return ResolvedRun(
             stock=stock,
             method=method,
@@ -129,7 +139,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             device=device,
             dtype=dtype,
             kinds=kinds,
-            forecast=ranks.broadcast(lambda: pipeline.forecast(stock, resolved, kinds)),
+            forecast=forecast,
             ranks=ranks,
         )
 
@@ -227,6 +237,8 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         text_bytes=max(files, default=0),
         packaged_text=len(files) < len(recipe.texts),
         repair_windows=repair_windows(recipe, num_windows),
+        repair_epochs=repair_epochs(recipe),
+        repair_adds_biases=repair_adds_biases(recipe),
         sensitivity_windows=-(-min(recipe.backward_samples, num_windows) // num_ranks),
         reload_check=recipe.reload_check,
         num_ranks=num_ranks,

@@ -23,13 +23,27 @@ def repair_windows(recipe: Recipe, num_windows: int) -> int:
     return min(recipe.repair_samples or num_windows, num_windows)
 
 
+def repair_epochs(recipe: Recipe) -> int:
+    """Count the passes over its windows that a recipe's repair makes at most."""
+    return recipe.repair_epochs if isinstance(recipe, RepairedRecipe) else 1
+
+
+def repair_adds_biases(recipe: Recipe) -> bool:
+    """Say whether a recipe's repair gives consumers biases that they lack."""
+    return repair_of(recipe) == "scales+biases"
+
+
 class RepairedRecipe(Recipe, frozen=True):
     """What may be asked of the pipelines whose result stock blocks can carry: it can learn from the dense model."""
 
-    repair: Annotated[Literal["none", "scales"], Flag(Group.HOW)] = Field(
+    repair: Annotated[Literal["none", "scales", "scales+biases"], Flag(Group.HOW)] = Field(
         default="none",
         description="what learns from the dense model behind the last block. scales: norms, biases and a scale for "
-        "each channel and head, the matrices as they are; none: nothing",
+        "each channel and head, the matrices as they are; scales+biases: new biases too, where the model's config has "
+        "an entry for them; none: nothing",
+    )
+    repair_epochs: Annotated[int, Flag(Group.HOW)] = Field(
+        default=1, ge=1, description="passes of the repair over its windows; the best one is kept"
     )
     repair_samples: Annotated[int | None, Flag(Group.CALIBRATION, unset="all of --num-samples")] = Field(
         default=None,

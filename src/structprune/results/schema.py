@@ -140,7 +140,7 @@ class RepairReport(Frozen):
     num_learned: int
     """Numbers that could change."""
     num_windows: int
-    """Calibration windows that were learned from, each once."""
+    """Calibration windows that were learned from."""
     num_measured: int
     """Calibration windows that said whether it helped."""
     steps: int
@@ -150,6 +150,10 @@ class RepairReport(Frozen):
     """The same of what was kept."""
     changed: bool
     """False where nothing met those windows better: the result is as it was."""
+    new_biases: list[str] = Field(default_factory=list[str])
+    """Sublayers that have biases now and had none."""
+    no_biases: list[str] = Field(default_factory=list[str])
+    """Sublayers that were to have biases, for which the model's config has no entry."""
     seconds: float
 
 

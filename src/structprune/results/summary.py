@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -107,9 +107,16 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
             f"on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
             f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
+            + _said("; new biases in {}", repair.new_biases)
+            + _said("; none in {}, for which the config has no entry", repair.no_biases)
             + ("" if repair.changed else "; nothing helped, nothing was changed"),
         )
     ]
+
+
+def _said(sentence: str, sublayers: Sequence[str]) -> str:
+    """Put the sublayers into the sentence; nothing where there are none."""
+    return sentence.format(" and ".join(sublayers)) if sublayers else ""
 
 
 def beginning(start: str) -> str:

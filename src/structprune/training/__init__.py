@@ -18,5 +18,12 @@ MODES: Registry[Mode] = Registry(
     },
 )
 
-REPAIRS: Registry[Repair] = Registry("repair", Repair, {"scales": "structprune.training.repair:SCALES"})
+REPAIRS: Registry[Repair] = Registry(
+    "repair",
+    Repair,
+    {
+        "scales": "structprune.training.repair:SCALES",
+        "scales+biases": "structprune.training.repair:SCALES_AND_BIASES",
+    },
+)
 """What `prune --repair` names."""

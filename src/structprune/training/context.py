@@ -102,6 +102,8 @@ class ModeBytes:
     """Bytes in memory, whatever happens."""
     numbers: int
     """Numbers of the block with most of them that learn at a time."""
+    distils: bool = False
+    """Whether predictions are compared while no block is there; else heads and logits count all the time."""
     weight_gradients: bool = True
     """Whether a backward pass makes derivatives as large as the block."""
     resident: int

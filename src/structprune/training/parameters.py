@@ -7,7 +7,7 @@ Shape suffixes: P parameters of a block, one after the other, 3P the same with b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,13 @@ def parameters_of(streamed: StreamedModel, block: BlockLayout) -> BlockParameter
     return BlockParameters(shapes={name: block.shapes[name] for name in names})
 
 
-def scales_of(streamed: StreamedModel, block: BlockLayout) -> ScaleParameters:
-    """Return the block's vectors, and a scale for each input of its consumers.
+def scales_of(streamed: StreamedModel, block: BlockLayout, still: Collection[str] = ()) -> ScaleParameters:
+    """Return the block's vectors but those in `still` (full names), and a scale for each input of its consumers.
 
     The experts of a mixture have no scales: there are as many consumers as experts, few of which meet a token.
     """
-    vectors = {name: shape for name, shape in parameters_of(streamed, block).shapes.items() if len(shape) == 1}
+    found = parameters_of(streamed, block).shapes.items()
+    vectors = {name: shape for name, shape in found if len(shape) == 1 and block.prefix + name not in still}
     groups = [group for group in block.groups if len(block.groups_of(group.kind)) == 1]
     consumers = {f"{group.consumer_module}.{_SCALE}": group.consumer for group in groups}
     scales = {name: (block.shapes[part.tensor][part.axis],) for name, part in consumers.items()}

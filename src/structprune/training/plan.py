@@ -34,8 +34,9 @@ def plan_recovery(
     block = max(block.num_parameters for block in layout.blocks)
     mode = MODES.get(settings.mode).bytes(student, settings, item)
     held = mode.held + FLAT_VECTORS * 4 * mode.numbers + 2 * item * block + 2 * batch_bytes
-    # Both heads, and the logits of a part.
-    held += 2 * layout.vocab_size * layout.hidden_size * item + divergence_bytes(layout.vocab_size, dtype)
+    if not mode.distils:
+        # Both heads, and the logits of a part.
+        held += 2 * layout.vocab_size * layout.hidden_size * item + divergence_bytes(layout.vocab_size, dtype)
     request = PlanRequest(
         layout=widest.layout,
         groups=widest.groups,
@@ -47,6 +48,7 @@ def plan_recovery(
         num_probe=0,
         needs_statistics=False,
         needs_weight_gradients=mode.weight_gradients,
+        distils=mode.distils,
         sensitivity_windows=settings.batch,
         num_stores=2,
         reload_check=settings.reload_check,

@@ -1,8 +1,11 @@
 """The repair of `prune`: behind the last block the pruned model learns from the dense one, matrices left as they are.
 
-It is a distillation in mode scales (stream.py) on the run's own calibration windows, one window a step and each once.
-The last windows of every text are not learned from: they say whether the result is kept. The run's held-out windows
-take no part, so what the report says of them stays a measurement.
+It is a distillation in mode scales (stream.py) on the run's own calibration windows, one window a step. The last
+windows of every text are not learned from: they say which pass over the others is kept, if any. The run's held-out
+windows take no part, so what the report says of them stays a measurement.
+
+With biases, the pruned model first gets zeros for those that its consumers lack and its config has an entry for. Where
+the entry gives biases to a sublayer's other maps too, those stay zero.
 
 Shape suffixes: N windows, S positions, D hidden size.
 """
@@ -13,14 +16,16 @@ import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
+from structprune.architectures.units import missing_biases
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.run.context import Repair, Repaired, RunContext
@@ -31,21 +36,24 @@ from structprune.exporters.per_layer import write_modeling_file
 from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
-from structprune.recipe.repaired import repair_windows
+from structprune.recipe.repaired import repair_epochs, repair_of, repair_windows
 from structprune.recipe.training import RecoverySettings, num_kept_apart
 from structprune.results.schema import RepairReport
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.loop import History, distil
-from structprune.training.parameters import scales_of
+from structprune.training.parameters import ScaleParameters, scales_of
 from structprune.training.snapshots import going_on
-from structprune.training.stream import StreamedStudent, learned
+from structprune.training.stream import Learning, StreamedStudent, learned
 from structprune.training.texts import Texts
+from structprune.types import UNIT_KINDS, BlockLayout, UnitKind
 
 _STEP = "repair"
 _FINAL = "repaired states"
 
 
-def repair_by_scales(context: RunContext, writer: ModelWriter, config: Mapping[str, Any]) -> Repaired:
+def repair_by_scales(
+    context: RunContext, writer: ModelWriter, config: Mapping[str, Any], *, adds_biases: bool
+) -> Repaired:
     """Let norms, biases and scales of the pruned model learn, or go on with what an interrupted process left of it.
 
     Raises NumericalError for gradients that are not finite.
@@ -54,34 +62,84 @@ def repair_by_scales(context: RunContext, writer: ModelWriter, config: Mapping[s
     folder.mkdir(exist_ok=True)
     shards = folder / "shards"
     shards.mkdir(exist_ok=True)
+    pruned = _Pruned(context=context, writer=writer, config=config)
+    biased = _with_biases(pruned, folder / "plain") if adds_biases else pruned
     new = writer.beside(shards)
     journal = context.run.journal
     line, final = journal.find(_STEP), load_final_states(journal, _FINAL)
     if line is None or final is None:
-        report = _learn(context, writer, new, config, folder)
+        report = _learn(biased, new, folder)
         files = [new.path(number) for number in range(1, new.num_shards + 1)] if report.changed else []
         line = journal.record(_STEP, files, report=report.model_dump(mode="json"))
         final = load_final_states(journal, _FINAL)
         assert final is not None
     report = RepairReport(**line["report"])
     if not report.changed:
-        return Repaired(writer=writer, pruned_NSD=None, report=report)
+        return Repaired(writer=writer, pruned_NSD=None, config=config, report=report)
     for number in range(1, new.num_shards + 1):
         new.adopt(number)
-    return Repaired(writer=new, pruned_NSD=final["pruned"], report=report)
+    return Repaired(writer=new, pruned_NSD=final["pruned"], config=biased.config, report=report)
 
 
-def _learn(
-    context: RunContext, writer: ModelWriter, new: ModelWriter, config: Mapping[str, Any], folder: Path
-) -> RepairReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pruned:
+    """The model that learns, as it is before: shards, config, and zeros for the biases that it gets."""
+
+    context: RunContext
+    writer: ModelWriter
+    config: Mapping[str, Any]
+    zeros: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Full name -> tensor."""
+    still: frozenset[str] = frozenset()
+    """Names of zeros that do not learn: the config gives a sublayer's maps biases all or none."""
+    new_biases: tuple[UnitKind, ...] = ()
+    no_biases: tuple[UnitKind, ...] = ()
+
+    def learning(self, streamed: StreamedModel, block: BlockLayout) -> ScaleParameters:
+        """Return what of a block learns."""
+        return scales_of(streamed, block, self.still)
+
+    def assembled(self, directory: Path) -> StockModel:
+        """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
+        empty_folder(directory)
+        write_json(directory / "config.json", self.config)
+        if self.context.recipe.per_layer:
+            write_modeling_file(directory, self.context.stock.family, self.config)
+        self.writer.link(directory, self.zeros)
+        return StockModel(CheckpointReader(directory))
+
+
+def _with_biases(pruned: _Pruned, directory: Path) -> _Pruned:
+    """Give the consumers zeros for the biases that they lack, where the config of the result has an entry for them."""
+    stock = pruned.assembled(directory)
+    blocks = stock.layout.blocks
+    lacking = [group for block in blocks for group in block.groups if group.consumer_bias is None]
+    able = {group.kind: group.bias_field for group in lacking if group.bias_field is not None}
+    zeros = {
+        block.prefix + name: torch.zeros(shape, dtype=stock.reader.dtypes[f"{block.prefix}{name[:-4]}weight"])
+        for block in blocks
+        for name, shape in missing_biases(block).items()
+    }
+    return replace(
+        pruned,
+        config={**pruned.config, **dict.fromkeys(able.values(), True)},
+        zeros=zeros,
+        still=frozenset(zeros) - {block.prefix + group.bias_name for block in blocks for group in block.groups},
+        new_biases=tuple(kind for kind in UNIT_KINDS if kind in able),
+        no_biases=tuple(kind for kind in UNIT_KINDS if kind not in able and kind in {g.kind for g in lacking}),
+    )
+
+
+def _learn(pruned: _Pruned, new: ModelWriter, folder: Path) -> RepairReport:
     """Distil, write the blocks with what was learned, and keep the last hidden states of the reported windows."""
     started = time.perf_counter()
-    student = _assembled(context, writer, config, folder / "pruned")
+    context = pruned.context
+    student = pruned.assembled(folder / "pruned")
     recovery = _recovery_context(context, student)
     place = Workplace(folder=folder / "state", scratch=folder / "scratch")
     place.folder.mkdir(exist_ok=True)
     history, num_learned = going_on(
-        partial(_distilled, recovery, place),
+        partial(_distilled, recovery, place, pruned.learning),
         place.folder,
         place.scratch,
         lambda error: context.observer.note(f"{error}; the repair begins anew"),
@@ -91,9 +149,11 @@ def _learn(
     if changed:
         with context.meter.phase(Phase.REPAIR):
             for block in student.layout.blocks:
-                new.write_block(block.index, learned(recovery.student, block, scales_of, place.scratch / "result"))
+                new.write_block(
+                    block.index, learned(recovery.student, block, pruned.learning, place.scratch / "result")
+                )
                 release_free_memory()
-        repaired = _assembled(context, new, config, folder / "repaired")
+        repaired = replace(pruned, writer=new, zeros={}).assembled(folder / "repaired")
         probe = replace(recovery.student, stock=repaired, windows=context.windows).on_windows(
             tuple(range(context.num_probe))
         )
@@ -103,7 +163,7 @@ def _learn(
     shutil.rmtree(place.scratch)
     release_free_memory()
     return RepairReport(
-        mode="scales",
+        mode=repair_of(context.recipe) or "none",
         num_learned=num_learned,
         num_windows=len(recovery.texts.all_train),
         num_measured=len(recovery.texts.all_held_out),
@@ -111,23 +171,19 @@ def _learn(
         divergence_before=history.evaluations[0].divergence,
         divergence_after=history.best.divergence,
         changed=changed,
+        new_biases=list(pruned.new_biases) if changed else [],
+        no_biases=list(pruned.no_biases),
         seconds=time.perf_counter() - started,
     )
 
 
-def _assembled(context: RunContext, writer: ModelWriter, config: Mapping[str, Any], directory: Path) -> StockModel:
-    """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
-    empty_folder(directory)
-    write_json(directory / "config.json", config)
-    if context.recipe.per_layer:
-        write_modeling_file(directory, context.stock.family, config)
-    writer.link(directory)
-    return StockModel(CheckpointReader(directory))
-
-
 def _recovery_context(context: RunContext, student: StockModel) -> RecoveryContext:
     settings = RecoverySettings(
-        mode="scales", seq_len=context.windows.ids_NS.shape[1], batch=1, seed=context.recipe.seed
+        mode="scales",
+        seq_len=context.windows.ids_NS.shape[1],
+        batch=1,
+        epochs=repair_epochs(context.recipe),
+        seed=context.recipe.seed,
     )
     ids_NS = context.windows.ids_NS
     ids_NS = ids_NS[: repair_windows(context.recipe, len(ids_NS))]
@@ -172,9 +228,9 @@ def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tupl
     return tuple(train), measured
 
 
-def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int]:
+def _distilled(context: RecoveryContext, place: Workplace, learning: Learning) -> tuple[History, int]:
     """Leave the best values in the scratch folder; return what happened, and how many numbers could change."""
-    with contextlib.closing(StreamedStudent(context, place.scratch, scales_of)) as student:
+    with contextlib.closing(StreamedStudent(context, place.scratch, learning)) as student:
         with context.student.meter.phase(Phase.REPAIR):
             history = distil(context, student, place, "repair")
         result = place.scratch / "result"
@@ -185,4 +241,5 @@ def _distilled(context: RecoveryContext, place: Workplace) -> tuple[History, int
     return history, num_learned
 
 
-SCALES = Repair(run=repair_by_scales)
+SCALES = Repair(run=partial(repair_by_scales, adds_biases=False))
+SCALES_AND_BIASES = Repair(run=partial(repair_by_scales, adds_biases=True))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
-from structprune.engine.planning.shapes import scale_numbers
+from structprune.engine.planning.shapes import LEARNED_VECTORS, scale_numbers
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.model import StreamedModel
@@ -61,7 +61,10 @@ def _of_numbers(student: StockModel, settings: RecoverySettings, item: int, numb
     boundaries = len(layout.blocks) * settings.batch * settings.seq_len * layout.hidden_size * item
     vectors = 4 * sum(numbers)
     # Two snapshots for a moment, the best weights of either, and the result.
-    return ModeBytes(held=0, numbers=max(numbers), resident=3 * vectors + boundaries, disk=(2 * 3 + 2 + 1) * vectors)
+    disk = (2 * 3 + 2 + 1) * vectors
+    return ModeBytes(
+        held=0, numbers=max(numbers), distils=True, resident=LEARNED_VECTORS * vectors + boundaries, disk=disk
+    )
 
 
 Learning = Callable[[StreamedModel, BlockLayout], BlockParameters]

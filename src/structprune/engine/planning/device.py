@@ -25,7 +25,7 @@ from structprune.engine.planning.shapes import (
     logit_bytes,
     mask_bytes,
     num_scores,
-    scale_numbers,
+    repair_numbers,
     solver_windows,
     statistics_bytes,
     weight_gradient_bytes,
@@ -124,7 +124,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
 def _repair_bytes(request: PlanRequest, block: BlockLayout, weights: int, head: int) -> int:
     """Return the bytes of both models' heads, which stay, of one window, and of a block that learns or is compared."""
     window = request.seq_len * request.layout.hidden_size
-    numbers = max(scale_numbers(each) for each in request.layout.blocks)
+    numbers = max(repair_numbers(request))
     learning = weights + kept_for_backward(request, block) + FLAT_VECTORS * 4 * numbers
     # States and gradients of three windows: one computed with, one before and one after it.
     moving = 3 * window * (request.compute_dtype.itemsize + 4)

@@ -25,8 +25,9 @@ from structprune.engine.planning.shapes import (
     gram_bytes,
     group_problem,
     kept_for_backward,
+    new_bias_numbers,
     numel,
-    scale_numbers,
+    repair_numbers,
     solver_windows,
     statistics_bytes,
     weight_gradient_bytes,
@@ -165,7 +166,7 @@ def _reading(sizes: HostSizes) -> PhaseBytes:
 
 def _blocks(sizes: HostSizes) -> PhaseBytes:
     """Plan reading a block, running all windows through it and writing it: twice the block, or once and activations."""
-    beside = sizes.pruning + sizes.weights + sizes.cast
+    beside = sizes.pruning + sizes.both_heads + sizes.weights + sizes.cast
     return {
         Phase.READ_BLOCK: beside + sizes.weights,
         Phase.PROPAGATE: beside + sizes.activations,
@@ -174,11 +175,18 @@ def _blocks(sizes: HostSizes) -> PhaseBytes:
 
 
 def _ends(sizes: HostSizes) -> PhaseBytes:
-    """Plan the end of the run, where hidden states are left of the few windows of the perplexity only."""
+    """Plan the end of the run, where hidden states are left of the few windows of the perplexity only.
+
+    Two models' logits are compared between the steps too.
+    """
     others = sum(sizes.outer.values()) - sizes.stored_embeddings
+    loss = sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits
+    if sizes.request.distils:
+        compared = divergence_bytes(sizes.request.layout.vocab_size, sizes.request.compute_dtype)
+        loss = sizes.stores_open + sizes.gradient + sizes.both_heads + CHUNK_BYTES + compared
     return {
         Phase.COPY_OUTER: sizes.stores_closed + max(sizes.stored_embeddings, others) + CHUNK_BYTES,
-        Phase.PERPLEXITY: sizes.stores_closed + sizes.head + CHUNK_BYTES + sizes.logits,
+        Phase.PERPLEXITY: loss,
     }
 
 
@@ -213,7 +221,12 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
     """Plan measuring the dense model: backward from the loss through each block in turn, or forward for scores."""
     request, block = sizes.request, sizes.block
     phases: PhaseBytes = {}
-    if request.needs_sensitivity or request.needs_weight_gradients:
+    if request.distils:
+        beside = sizes.stores_open + sizes.gradient + sizes.both_heads
+        kept = kept_for_backward(request, block) + sizes.widened
+        kept += weight_gradient_bytes(request, block) if request.needs_weight_gradients else 0
+        phases[Phase.SENSITIVITY_BACKWARD] = beside + sizes.weights + sizes.cast + kept
+    elif request.needs_sensitivity or request.needs_weight_gradients:
         beside = sizes.stores_closed + sizes.gradient
         kept = kept_for_backward(request, block) + sizes.widened
         if request.needs_sensitivity:
@@ -239,21 +252,23 @@ def _repair(sizes: HostSizes, embed: int) -> PhaseBytes:
     """
     request, block = sizes.request, sizes.block
     window = request.seq_len * sizes.hidden * sizes.item
-    numbers = [scale_numbers(each) for each in request.layout.blocks]
+    numbers = repair_numbers(request)
     beside = sizes.stores_closed
     if sizes.choice.store == "memory":
         stores = 2 * request.repair_windows + len(numbers)
         beside += stores * window + LEARNED_VECTORS * 4 * sum(numbers)
-    heads = sizes.head + divergence_bytes(request.layout.vocab_size, request.compute_dtype)
-    step = kept_for_backward(request, block) + sizes.widened + request.seq_len * sizes.hidden * 4 + 2 * window
-    learning = sizes.weights + sizes.cast + FLAT_VECTORS * 4 * max(numbers) + step
+    # The logits are gone when the first block is there. The last states and their gradient stay.
+    divergence = divergence_bytes(request.layout.vocab_size, request.compute_dtype)
+    step = request.seq_len * sizes.hidden * 4 + 2 * window
+    kept = kept_for_backward(request, block) + sizes.widened
+    learning = sizes.weights + sizes.cast + FLAT_VECTORS * 4 * max(numbers) + kept
     # A consumer is scaled in float32.
     consumers = [numel(block, group.consumer.tensor) for group in block.groups]
     writing = 2 * sizes.weights + 4 * max(consumers, default=0)
     # Both models' heads are read, and found to be the same.
     return {
         Phase.EMBED: max(embed, beside + sizes.embeddings + CHUNK_BYTES + 2 * window),
-        Phase.REPAIR: beside + max(heads + max(learning, writing), 2 * sizes.head) + CHUNK_BYTES,
+        Phase.REPAIR: beside + sizes.head + max(max(divergence, learning) + step, writing, sizes.head) + CHUNK_BYTES,
     }
 
 
@@ -343,9 +358,10 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
     if request.slices != "no":
         total += 2 * hidden * hidden * 8
     if request.repair_windows:
-        # The blocks once more with what was learned, two snapshots, the best values of either, and the result.
+        # The blocks once more with what was learned, two snapshots, the best values of either, and the result. New
+        # biases are in the shards, in the weight files, and as zeros beside what the repair begins with.
         total += sum(request.stored_bytes.values())
-        total += (2 * LEARNED_VECTORS + 3) * 4 * sum(scale_numbers(block) for block in request.layout.blocks)
+        total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 

@@ -124,6 +124,10 @@ class PlanRequest:
     sensitivity_windows: int = 0
     repair_windows: int = 0
     """Windows that the result learns from, and is measured on, behind the last block; 0: it does not."""
+    repair_epochs: int = 1
+    """Passes over those that it learns from."""
+    repair_adds_biases: bool = False
+    """Whether its consumers get biases first, where they lack them and can have them."""
     num_rehearsals: int = 0
     """Passes that come before the one that is written."""
     chooses_ridge: bool = False
@@ -160,5 +164,8 @@ class PlanRequest:
     """Processes that share the windows; the numbers of windows here are one rank's, the most that any has."""
     cacheable: tuple[UnitKind, ...] = ()
     """Sublayers whose consumer's inputs could be kept until it is solved."""
+    distils: bool = False
+    """Whether blocks learn from another model's predictions: both heads stay beside the blocks, and logits of both
+    are compared while no block is there."""
     held_bytes: int = 0
     """What the caller itself holds, whatever the phase."""

@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 
+from structprune.architectures.units import missing_biases
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.workspace import GroupProblem
 from structprune.types import BlockLayout, ModelLayout, UnitGroup, UnitKind
@@ -135,6 +136,22 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
         costed=request.needs_sensitivity,
         reordered=group.consumer.repeat > 1,
     )
+
+
+def repair_numbers(request: PlanRequest) -> list[int]:
+    """Count the numbers of every block that a repair lets learn, with the biases that it gives consumers."""
+    numbers: list[int] = []
+    for block in request.layout.blocks:
+        new = missing_biases(block) if request.repair_adds_biases else {}
+        learned = {group.bias_name for group in block.groups} & set(new)
+        numbers.append(scale_numbers(block) + sum(new[name][0] for name in learned))
+    return numbers
+
+
+def new_bias_numbers(request: PlanRequest) -> int:
+    """Count the numbers of the biases that a repair adds, those of maps other than consumers too."""
+    blocks = request.layout.blocks if request.repair_adds_biases else ()
+    return sum(shape[0] for block in blocks for shape in missing_biases(block).values())
 
 
 def scale_numbers(block: BlockLayout) -> int:

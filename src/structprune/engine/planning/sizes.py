@@ -214,6 +214,11 @@ class HostSizes:
         return max(self._outer_in_use.values())
 
     @cached_property
+    def both_heads(self) -> int:
+        """The heads of two models, where one learns from the other: they stay beside its blocks."""
+        return 2 * self.head if self.request.distils else 0
+
+    @cached_property
     def logits(self) -> int:
         """The logits that are there at once, and what a loss makes of them."""
         return logit_bytes(self.request.layout.vocab_size, self.request.compute_dtype)

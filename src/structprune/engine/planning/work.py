@@ -13,8 +13,6 @@ from structprune.engine.planning.sizes import HostChoice
 from structprune.recipe.training import num_kept_apart
 from structprune.types import UNIT_KINDS, Stage
 
-# Of a repair: the windows that only measure it pass the teacher once, and the student before and after.
-_STUDENT_EVALUATIONS = 2
 # Experts that a token is sent to, where a sublayer has several parts.
 _PARTS_PER_TOKEN = 2
 
@@ -144,18 +142,22 @@ def _slicing(request: PlanRequest) -> Counts:
 
 
 def _repair(request: PlanRequest) -> Counts:
-    """Count one pass over the windows that teach, the measurements before and after it, and the reported windows."""
+    """Count the passes over the windows that teach, the measurements at their ends, and the reported windows.
+
+    The teacher passes each window once.
+    """
     windows = request.repair_windows
     if not windows:
         return {}
     measured = num_kept_apart(windows)
     taught, blocks = windows - measured, len(request.layout.blocks)
+    steps, evaluations = request.repair_epochs * taught, 1 + request.repair_epochs
     return _added(
-        _passes(request, 2 * taught + (1 + _STUDENT_EVALUATIONS) * measured + request.num_probe),
+        _passes(request, taught + steps + (1 + evaluations) * measured + request.num_probe),
         {
-            Piece(What.BACKWARD): taught * blocks,
-            Piece(What.HEAD_BACKWARD): 2 * taught,
-            Piece(What.HEAD): 2 * _STUDENT_EVALUATIONS * measured,
+            Piece(What.BACKWARD): steps * blocks,
+            Piece(What.HEAD_BACKWARD): 2 * steps,
+            Piece(What.HEAD): 2 * evaluations * measured,
         },
     )
 

@@ -35,6 +35,8 @@ class Repaired:
     """The shards that count: new ones, or those that were there where nothing helped."""
     pruned_NSD: Tensor | None
     """New last hidden states of the reported windows; None: they are as they were."""
+    config: Mapping[str, Any]
+    """What config.json says of the shards that count."""
     report: RepairReport
 
 

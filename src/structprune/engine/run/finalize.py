@@ -146,7 +146,7 @@ def _with_outer(
     repair: RepairReport | None = None
     if context.repair is not None:
         repaired = context.repair.run(context, writer, config)
-        writer, repair = repaired.writer, repaired.report
+        writer, config, repair = repaired.writer, repaired.config, repaired.report
         if repaired.pruned_NSD is not None:
             outcome = replace(outcome, pruned_NSD=repaired.pruned_NSD)
     release_free_memory()
