@@ -218,6 +218,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "sensitivity_samples": 3,
         "repair": "scales",
         "repair_samples": 2,
+        "objective": "worst",
         "tensor_parallel": 1,
         "max_shard_size": 2 * 10**9,
         "output_dtype": "bfloat16",

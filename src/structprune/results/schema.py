@@ -145,7 +145,8 @@ class RepairReport(Frozen):
     """Calibration windows that said whether it helped."""
     steps: int
     divergence_before: float
-    """Mean KL divergence from the dense model on those, in nats per token."""
+    """Mean KL divergence from the dense model on those, in nats per token; with `--objective worst` that of the text
+    where it is largest."""
     divergence_after: float
     """The same of what was kept."""
     changed: bool

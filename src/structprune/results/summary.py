@@ -13,6 +13,7 @@ from rich.text import Text
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.recipe import ResolvedRecipe
+from structprune.recipe.repaired import objective_of
 from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import (
@@ -101,11 +102,12 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
     repair = report.repair
     if repair is None:
         return []
+    of = ", of the text that is furthest from it," if objective_of(report.recipe).by_text else ""
     return [
         (
             f"repair by {repair.mode}",
-            f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
-            f"on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
+            f"KL from the dense model{of} {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per "
+            f"token on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
             f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
             + ("" if repair.changed else "; nothing helped, nothing was changed"),
         )

@@ -19,6 +19,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.recipe import default_sensitivity_samples, flag_name
+from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.solvers import SOLVERS
@@ -107,6 +108,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         follows_dense=recipe.follows_dense,
         num_rehearsals=recipe.outer_iterations,
         chooses_ridge=recipe.chooses_ridge,
+        held_out_texts=len(recipe.texts) if objective_of(recipe).by_text else 1,
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
