@@ -216,6 +216,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_first": 0,
         "protect_last": 0,
         "sensitivity_samples": 3,
+        "sensitivity_scale": "given",
         "repair": "scales",
         "repair_samples": 2,
         "objective": "worst",

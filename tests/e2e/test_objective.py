@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,17 @@ import torch
 
 from structprune import Recipe, prune
 from structprune.api import plan, resume
+from structprune.calibration.context import CalibrationWindows, TextWindows
+from structprune.calibration.store import HiddenStore, MemoryStore
 from structprune.engine.layerwise import solve
-from structprune.engine.run.context import stretches
+from structprune.engine.run.context import RunContext, stretches
+from structprune.engine.sensitivity import backward_pass
+from structprune.engine.sensitivity.backward_pass import equalise_texts
 from structprune.errors import UnsupportedError
 from structprune.linalg.gram_products import in_float64
 from structprune.observer import SilentObserver
 from structprune.phases import SublayerPhase
+from structprune.ranks import Ranks
 from structprune.results.summary import summary_rows
 from structprune.types import LayerProblem
 from support.command_line import CommandLine
@@ -157,6 +163,81 @@ def test_a_repair_says_which_text_it_went_by(texts: list[str], tiny_llama: Path,
         said[objective] = dict(summary_rows(report))["repair by scales"]
     assert ", of the text that is furthest from it, " not in said["mean"]
     assert ", of the text that is furthest from it, " in said["worst"]
+
+
+def gradients_of(num_windows: int, factors: Sequence[float]) -> torch.Tensor:
+    drawn_NSD = torch.randn(num_windows, 4, 3, generator=torch.Generator().manual_seed(1))
+    return drawn_NSD * torch.tensor([factors[number % len(factors)] for number in range(num_windows)])[:, None, None]
+
+
+def test_gradients_of_every_text_get_one_mean_square() -> None:
+    """By hand: windows in turns are of three texts, of which one has none among the first five."""
+    given_NSD = gradients_of(5, (1.0, 10.0))
+    texts = [
+        TextWindows(name=name, description="", weight=1.0, windows=windows, held_out=())
+        for name, windows in (("a", (0, 2, 4)), ("b", (1, 3)), ("c", (5,)))
+    ]
+    squares = given_NSD.double().square().sum(dim=(1, 2))
+    wanted = float(squares.sum()) / 5
+    outcome = torch.empty_like(given_NSD)
+    for number, other in enumerate((squares[[1, 3]], squares[[0, 2, 4]])):
+        # Of two ranks, each has every other window; here those of the first text, and those of the second.
+        class Half(Ranks):
+            rank, size, sums = number, 2, other
+
+            def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+                tensor[1 - self.rank] += self.sums.sum()
+                return tensor
+
+        rank = number
+        store = MemoryStore((len(given_NSD[rank::2]), 4, 3), torch.float32)
+        store.write(0, given_NSD[rank::2])
+        windows = CalibrationWindows(ids_NS=torch.zeros(6, 4), description="", texts=tuple(texts))
+        context: Any = SimpleNamespace(num_backward=5, windows=windows, ranks=Half())
+        equalise_texts(context, store)
+        outcome[rank::2] = store.read(0, len(given_NSD[rank::2]))
+    for numbers in ([0, 2, 4], [1, 3]):
+        mean = float(outcome[numbers].double().square().sum()) / len(numbers)
+        assert mean == pytest.approx(wanted, rel=1e-5)
+        factor = outcome[numbers] / given_NSD[numbers]
+        torch.testing.assert_close(factor, factor[0, 0, 0].expand_as(factor))
+
+
+def test_the_size_of_a_text_s_gradients_does_not_count(
+    texts: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight times the gradients of the second text: nothing changes if each text's are brought to one size."""
+    fill = backward_pass.loss_gradient
+    times = [1.0]
+
+    def larger(context: RunContext, final: HiddenStore, gradient: HiddenStore, labels: backward_pass.Labels) -> None:
+        fill(context, final, gradient, labels)
+        for number in context.windows.texts[1].windows:
+            if number < context.num_backward:
+                gradient.write(number, gradient.read(number, number + 1) * times[0])
+
+    monkeypatch.setattr(backward_pass, "loss_gradient", larger)
+    found: dict[tuple[str, float], bytes] = {}
+    for scale in ("given", "per-text"):
+        for times[0] in (1.0, 8.0):
+            asked = recipe(texts, sensitivity_scale=scale, sensitivity_samples=6)
+            prune(tiny_llama, asked, tmp_path / f"{scale}-{times[0]}")
+            found[scale, times[0]] = weights(tmp_path / f"{scale}-{times[0]}")
+    assert found["given", 1.0] != found["given", 8.0]
+    # All costs together are larger, which moves no decision.
+    assert found["per-text", 1.0] == found["per-text", 8.0]
+
+
+def test_one_text_has_one_scale(texts: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    for scale in ("given", "per-text"):
+        prune(tiny_llama, recipe(texts[:1], sensitivity_scale=scale), tmp_path / scale)
+    assert weights(tmp_path / "given") == weights(tmp_path / "per-text")
+
+
+def test_without_gradients_there_is_no_scale(texts: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="measures no gradients that could be scaled"):
+        prune(tiny_llama, recipe(texts, method="fasp", sensitivity_scale="per-text"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_is_chosen_it_is_refused(
