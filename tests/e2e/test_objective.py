@@ -16,16 +16,17 @@ from structprune.calibration.context import CalibrationWindows, TextWindows
 from structprune.calibration.store import HiddenStore, MemoryStore
 from structprune.engine.layerwise import solve
 from structprune.engine.run.context import RunContext, stretches
-from structprune.engine.sensitivity import backward_pass
-from structprune.engine.sensitivity.backward_pass import equalise_texts
+from structprune.engine.sensitivity import backward_pass, fisher
+from structprune.engine.sensitivity.text_scale import window_factors
 from structprune.errors import UnsupportedError
 from structprune.linalg.gram_products import in_float64
 from structprune.observer import SilentObserver
 from structprune.phases import SublayerPhase
 from structprune.ranks import Ranks
 from structprune.results.summary import summary_rows
-from structprune.types import LayerProblem
+from structprune.types import BlockLayout, LayerProblem
 from support.command_line import CommandLine
+from support.recipes import resolved_units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +181,7 @@ def test_gradients_of_every_text_get_one_mean_square() -> None:
     squares = given_NSD.double().square().sum(dim=(1, 2))
     wanted = float(squares.sum()) / 5
     outcome = torch.empty_like(given_NSD)
+    scaled = resolved_units("structprune", sensitivity_scale="per-text")
     for number, other in enumerate((squares[[1, 3]], squares[[0, 2, 4]])):
         # Of two ranks, each has every other window; here those of the first text, and those of the second.
         class Half(Ranks):
@@ -193,9 +195,9 @@ def test_gradients_of_every_text_get_one_mean_square() -> None:
         store = MemoryStore((len(given_NSD[rank::2]), 4, 3), torch.float32)
         store.write(0, given_NSD[rank::2])
         windows = CalibrationWindows(ids_NS=torch.zeros(6, 4), description="", texts=tuple(texts))
-        context: Any = SimpleNamespace(num_backward=5, windows=windows, ranks=Half())
-        equalise_texts(context, store)
-        outcome[rank::2] = store.read(0, len(given_NSD[rank::2]))
+        context: Any = SimpleNamespace(num_backward=5, windows=windows, ranks=Half(), settings=lambda kind: scaled)
+        factors = window_factors(context, store)
+        outcome[rank::2] = given_NSD[rank::2] * torch.tensor(factors)[:, None, None]
     for numbers in ([0, 2, 4], [1, 3]):
         mean = float(outcome[numbers].double().square().sum()) / len(numbers)
         assert mean == pytest.approx(wanted, rel=1e-5)
@@ -206,9 +208,10 @@ def test_gradients_of_every_text_get_one_mean_square() -> None:
 def test_the_size_of_a_text_s_gradients_does_not_count(
     texts: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight times the gradients of the second text: nothing changes if each text's are brought to one size."""
-    fill = backward_pass.loss_gradient
+    """Eight times the gradients of the second text: sensitivities change, but not if each text's are of one size."""
+    fill, price = backward_pass.loss_gradient, fisher._costs
     times = [1.0]
+    found: dict[tuple[str, float], list[torch.Tensor]] = {}
 
     def larger(context: RunContext, final: HiddenStore, gradient: HiddenStore, labels: backward_pass.Labels) -> None:
         fill(context, final, gradient, labels)
@@ -216,16 +219,21 @@ def test_the_size_of_a_text_s_gradients_does_not_count(
             if number < context.num_backward:
                 gradient.write(number, gradient.read(number, number + 1) * times[0])
 
+    def kept(context: RunContext, block: BlockLayout, measured: fisher.Measured) -> dict[str, torch.Tensor]:
+        sensitivity_OO = measured.sensitivity["mlp"].clone()
+        found.setdefault((scale, times[0]), []).append(sensitivity_OO / sensitivity_OO.diagonal().sum())
+        return price(context, block, measured)
+
     monkeypatch.setattr(backward_pass, "loss_gradient", larger)
-    found: dict[tuple[str, float], bytes] = {}
+    monkeypatch.setattr(fisher, "_costs", kept)
     for scale in ("given", "per-text"):
         for times[0] in (1.0, 8.0):
             asked = recipe(texts, sensitivity_scale=scale, sensitivity_samples=6)
             prune(tiny_llama, asked, tmp_path / f"{scale}-{times[0]}")
-            found[scale, times[0]] = weights(tmp_path / f"{scale}-{times[0]}")
-    assert found["given", 1.0] != found["given", 8.0]
-    # All costs together are larger, which moves no decision.
-    assert found["per-text", 1.0] == found["per-text", 8.0]
+    blocks = zip(*(found[scale, factor] for scale in ("given", "per-text") for factor in (1.0, 8.0)), strict=True)
+    for given, given_larger, scaled, scaled_larger in blocks:
+        assert float((given_larger - given).norm() / given.norm()) > 0.05
+        torch.testing.assert_close(scaled_larger, scaled, rtol=1e-4, atol=1e-6)
 
 
 def test_one_text_has_one_scale(texts: list[str], tiny_llama: Path, tmp_path: Path) -> None:
@@ -235,7 +243,7 @@ def test_one_text_has_one_scale(texts: list[str], tiny_llama: Path, tmp_path: Pa
 
 
 def test_without_gradients_there_is_no_scale(texts: list[str], tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="measures no gradients that could be scaled"):
+    with pytest.raises(UnsupportedError, match="measures no sensitivities that could be scaled"):
         prune(tiny_llama, recipe(texts, method="fasp", sensitivity_scale="per-text"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

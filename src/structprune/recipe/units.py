@@ -94,7 +94,7 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     sensitivity_scale: Annotated[Literal["given", "per-text"], Flag(Group.ADVANCED)] = Field(
         default="given",
         description="size of the loss's gradients beside one another, of several texts. given: as they are; per-text: "
-        "every text's are brought to one mean square, so that the noisiest does not decide alone",
+        "in every block each text's are brought to one mean square, so that the noisiest does not decide alone",
     )
 
     @classmethod

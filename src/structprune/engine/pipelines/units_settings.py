@@ -278,12 +278,12 @@ def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: in
 
 
 def _check_allocator(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
-    """Raise UnsupportedError where the allocator cannot compare blocks, compares none, or has no gradients to scale."""
+    """Raise UnsupportedError where the allocator cannot compare blocks, compares none, or has nothing to scale."""
     sensitivity, entry = method.sensitivity_for(allocator), ALLOCATORS.get(allocator)
     weighs = "an allocator that weighs blocks, such as closed-form"
-    if recipe.sensitivity_scale != "given" and sensitivity not in (SensitivityKind.LOSS, SensitivityKind.TAYLOR):
+    if recipe.sensitivity_scale != "given" and sensitivity is not SensitivityKind.LOSS:
         raise UnsupportedError(
-            f"method {method.name!r} with the {allocator} allocator measures no gradients that could be scaled",
+            f"method {method.name!r} with the {allocator} allocator measures no sensitivities that could be scaled",
             got=f"--sensitivity-scale {recipe.sensitivity_scale}",
             wanted="--sensitivity-scale given, or --method structprune",
         )

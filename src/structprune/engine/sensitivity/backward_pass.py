@@ -10,7 +10,6 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,11 +27,9 @@ from structprune.engine.sensitivity.store import Costs, SensitivityStore
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.embed import embed
 from structprune.engine.streaming.propagate import Propagator
-from structprune.linalg.gram_products import energy
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.ranks import Task
-from structprune.recipe.units import ResolvedUnits
 from structprune.types import BlockLayout
 
 Labels = Literal["sampled", "text"]
@@ -102,8 +99,6 @@ def _visit(context: RunContext, sensitivities: SensitivityStore, labels: Labels,
             snapshots.discard()
             with context.meter.phase(Phase.SENSITIVITY_LOSS):
                 loss_gradient(context, boundaries[-1], gradient, labels)
-                if context.settings(ResolvedUnits).sensitivity_scale == "per-text":
-                    equalise_texts(context, gradient)
             left = blocks
         release_free_memory()
         context.observer.start("sensitivity: backward", len(left))
@@ -174,21 +169,3 @@ def loss_gradient(context: RunContext, final: HiddenStore, gradient: HiddenStore
             found_TD = torch.autograd.grad(logits_TV, part_TD, by_logits_TV.to(logits_TV.dtype))[0]
             gradient_SD[start:stop] = found_TD.float()
         gradient.write(own, gradient_SD[None].cpu())
-
-
-def equalise_texts(context: RunContext, gradient: HiddenStore) -> None:
-    """Scale the gradients at the last boundary so that those of every text have one mean square, and all their sum.
-
-    What goes back through the blocks is linear in them, so each text's share of every sensitivity E[g g^T] is divided
-    by its trace here, at the end of the model. Traces at the blocks themselves would need a second pass, or sums for
-    each text.
-    """
-    of_texts = [[n for n in text.windows if n < context.num_backward] for text in context.windows.texts]
-    own = [[w for n in numbers for w in range(*context.ranks.local_range(n, n + 1))] for numbers in of_texts]
-    sums = [sum(float(energy(gradient.read(w, w + 1))) for w in windows) for windows in own]
-    energies = context.ranks.all_reduce(torch.tensor(sums, dtype=torch.float64))
-    wanted = float(energies.sum()) / max(1, sum(map(len, of_texts)))
-    for windows, numbers, found in zip(own, of_texts, energies.tolist(), strict=True):
-        factor = math.sqrt(wanted * len(numbers) / found) if found > 0 else 1.0
-        for window in windows:
-            gradient.write(window, gradient.read(window, window + 1) * factor)
