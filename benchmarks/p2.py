@@ -8,6 +8,8 @@ logarithm of its perplexity over the dense model's: the mean and the worst of th
 
     python benchmarks/p2.py -o out/p2 --methods structprune fasp [--sparsities 0.3] [options of structprune compare]
 
+With --weights 2,1,1,1,1 the domains have other shares, in the order above.
+
 The texts lie under STRUCTPRUNE_TEST_DATA (default: the data beside the checkout). Run again, it goes on.
 """
 
@@ -38,6 +40,11 @@ def summary(found: dict[str, float]) -> tuple[float, float, float]:
 
 def run(arguments: list[str]) -> None:
     """Run `structprune compare` with the protocol's texts and windows, `arguments` after them, and print the scores."""
+    weights = ["1"] * (1 + len(DOMAINS))
+    if "--weights" in arguments:
+        place = arguments.index("--weights")
+        weights = arguments[place + 1].split(",")
+        arguments = [*arguments[:place], *arguments[place + 2 :]]
     data = Path(os.environ.get("STRUCTPRUNE_TEST_DATA", ROOT.parent / "shared" / "data"))
     with tempfile.TemporaryDirectory() as folder:
         train, valid, manual = (Path(folder) / f"{name}.txt" for name in ("wikitext2-train", "wikitext2", UNSEEN))
@@ -49,8 +56,8 @@ def run(arguments: list[str]) -> None:
         calibration = [train, *(domains / f"{name}-train.jsonl" for name in DOMAINS)]
         tests = [valid, *(domains / f"{name}-test.jsonl" for name in DOMAINS), manual]
         protocol = ["--recipe", str(ROOT / "recipes" / "smollm2-p2.yaml"), "--max-windows", "8"]
-        for path in calibration:
-            protocol += ["--calibration", str(path)]
+        for path, weight in zip(calibration, weights, strict=True):
+            protocol += ["--calibration", f"{path}:{weight}"]
         try:
             main(["compare", "smollm2", *protocol, "--text", *map(str, tests), *arguments])
         except SystemExit as done:

@@ -1,11 +1,12 @@
-"""Texts as they are asked for: names, each with a weight behind a colon where it is not one."""
+"""Texts as they are asked for: names, each with a weight behind a colon where it is not one; what is best for all."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from structprune.files import expand_user
 
@@ -30,6 +31,28 @@ class WeightedText:
         path, _ = split_field(expand_user(self.name))
         return path if path.is_file() else None
 
+
+ObjectiveName = Literal["mean", "worst"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is made of one figure per text where the choice with the least of it is taken."""
+
+    of: Callable[[Sequence[float]], float]
+    by_text: bool
+    """Whether it needs the figures of each text: sums over the windows of all do not tell it."""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+OBJECTIVES: Mapping[ObjectiveName, Objective] = {
+    "mean": Objective(of=_mean, by_text=False),
+    "worst": Objective(of=max, by_text=True),
+}
+"""What a choice on held-out windows of several texts goes by: all of them together, or the text that fares worst."""
 
 # Name of a text -> its weight in a mix, which counts as much as they do together.
 _MIXED = {AUTO: 2.0, "python": 1.0}

@@ -330,6 +330,8 @@ class LayerProblem:
     """Sums over the calibration tokens, or over those that no ridge is chosen by."""
     held_out: Moments | None = None
     """Sums over the other windows, which choose the ridge; None: there are none, and `damping` is the ridge."""
+    held_out_by_text: Sequence[Moments] = ()
+    """Sums of `held_out` for each of several texts, where the text that fares worst decides; empty: all together do."""
     width: int
     partitions: int = 1
     """Runs of equal length that the units come in, of which each keeps as many."""
@@ -363,7 +365,7 @@ class LayerProblem:
 
     def without_held_out(self) -> LayerProblem:
         """Return the same problem on the fitted windows only."""
-        return replace(self, held_out=None)
+        return replace(self, held_out=None, held_out_by_text=())
 
     def kept_inputs(self, keep_U: Tensor) -> Tensor:
         """Return the indices of the consumer inputs that belong to kept units, ascending."""

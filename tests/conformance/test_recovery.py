@@ -9,6 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
 from structprune.engine.streaming.model import StreamedModel
 from structprune.phases import Phase
 from structprune.recipe.training import RecoverySettings
+from structprune.texts import OBJECTIVES, ObjectiveName
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
-from structprune.training.context import RecoveryContext
+from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.divergence import divergence
+from structprune.training.loop import distil
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of, scales_of
 from structprune.training.stream import StreamedStudent
@@ -398,3 +401,50 @@ def test_shares_where_texts_are_left_out() -> None:
         assert max(sum(x * y for x, y in zip(q, loss, strict=True)) for q in feasible) <= best + 1e-9
     assert robust_shares(prior, loss, 100.0) == pytest.approx([0.0, 1.0, 0.0])
     assert robust_shares(prior, [2.0, 2.0, 2.0], 0.1) == prior
+
+
+class Divided:
+    """A student whose first step helps one text much and harms the other a little; its second helps both a little."""
+
+    BY_STEP = ((1.0, 1.0), (0.2, 1.1), (0.9, 0.9))
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.loaded: list[int] = []
+
+    def step(self, windows: Sequence[int], rate: float, number: int) -> float:
+        self.steps = number
+        return 0.0
+
+    def measure(self, windows: Sequence[int]) -> list[float]:
+        return [self.BY_STEP[self.steps][0 if windows == (2,) else 1]]
+
+    def prepare(self, windows: Sequence[int]) -> None:
+        pass
+
+    def save(self, folder: Path, *, moments: bool) -> None:
+        (folder / "steps").write_text(str(self.steps))
+
+    def load(self, folder: Path, *, moments: bool) -> None:
+        self.loaded.append(int((folder / "steps").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "best", "divergences"), [("mean", 1, [1.0, 0.65, 0.9]), ("worst", 2, [1.0, 1.1, 0.9])]
+)
+def test_the_best_state_of_the_mean_and_of_the_worst_text(
+    objective: ObjectiveName, best: int, divergences: list[float], tmp_path: Path
+) -> None:
+    source = save_tiny("llama", tmp_path / "model")
+    context = context_for(source, source, mode="scales", batch=1, epochs=2)
+    texts = replace(context.texts, names=("a", "b"), train=((0,), ()), held_out=((2,), (3,)))
+    context = replace(context, texts=texts, objective=OBJECTIVES[objective])
+    place = Workplace(folder=tmp_path / "state", scratch=tmp_path / "scratch")
+    for folder in (place.folder, place.scratch):
+        folder.mkdir()
+    student = Divided()
+    history = distil(context, student, place)
+    assert [entry.divergence for entry in history.evaluations] == pytest.approx(divergences)
+    assert history.best.step == best
+    # The last state is the best one already, an earlier one is loaded.
+    assert student.loaded == ([] if best == 2 else [best])

@@ -5,9 +5,11 @@ Shape suffixes: T tokens, O outputs, I inputs, U units, K kept inputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.errors import NumericalError
+from structprune.linalg.gram_products import in_float64
 from structprune.solvers import SOLVERS, least_squares
 from structprune.solvers.least_squares import judged_least_squares
 from structprune.types import LayerProblem, Moments, SolveResult
@@ -441,3 +444,115 @@ def test_bias_is_the_best_constant(width: int) -> None:
     assert result.bias_O is not None
     torch.testing.assert_close(result.bias_O, missing_TO.mean(dim=0))
     assert torch.equal(result.weight_OK, problem.weight_OI[:, kept_K])
+
+
+def by_texts(
+    problem: LayerProblem, noise: Sequence[float], seed: int
+) -> tuple[LayerProblem, list[Tensor], list[Tensor]]:
+    """The problem with held-out tokens of texts that are ever larger and carry so much noise each; those tokens.
+
+    Returns it with inputs and targets of each text: targets on the dense path where the problem has them, else W x.
+    """
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    parts: list[Moments] = []
+    path = problem.fit.target_OI is not None
+    for number, share in enumerate(noise):
+        x_TI = correlated(20, 12, seed + 10 * number) * 5.0**number
+        y_TO = x_TI @ problem.weight_OI.T
+        if path:
+            y_TO = y_TO + share * float(y_TO.std()) * torch.randn(
+                y_TO.shape, generator=generator(seed + 50 + number), dtype=torch.float64
+            )
+        xs.append(x_TI)
+        ys.append(y_TO)
+        parts.append(
+            Moments(
+                gram_II=x_TI.T @ x_TI,
+                num_tokens=20,
+                target_OI=y_TO.T @ x_TI if path else None,
+                target_energy=float(y_TO.square().sum()) if path else None,
+            )
+        )
+    held_out = functools.reduce(Moments.__add__, parts)
+    return replace(problem, held_out=held_out, held_out_by_text=parts), xs, ys
+
+
+def worst_error(problem: LayerProblem, keep_U: Tensor, xs: list[Tensor], ys: list[Tensor], ridges: Any) -> float:
+    """The largest relative error of any text with the consumer solved on the fitted tokens, by its residuals."""
+    kept_K, fit = problem.kept_inputs(keep_U), problem.fit
+    gram_KK = in_float64(fit.gram_II)[kept_K][:, kept_K]
+
+    def solve(right_OK: Tensor, damping: float) -> Tensor:
+        if math.isinf(damping):
+            return torch.zeros_like(right_OK)
+        ridge_KK = damping * gram_KK.diagonal().mean() * torch.eye(len(kept_K))
+        return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
+
+    missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
+    residual_OK = (cross(problem.weight_OI, fit) - problem.weight_OI @ fit.gram_II)[:, kept_K]
+    weight_OK = problem.weight_OI[:, kept_K] + solve(missing_OK, ridges[0]) + solve(residual_OK, ridges[1])
+    return max(
+        float((x_TI[:, kept_K] @ weight_OK.T - y_TO).square().sum() / y_TO.square().sum())
+        for x_TI, y_TO in zip(xs, ys, strict=True)
+    )
+
+
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_ridge_that_is_best_for_the_worst_text(seed: int, path: bool) -> None:
+    """Brute force over the grids, from the tokens themselves; the path's ridge is chosen behind the local one."""
+    keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
+    problem, xs, ys = by_texts(split_problem(2, path=path, seed=seed), (2.0, 0.3, 0.1), seed)
+    found = judged_least_squares(problem, keep_U).statistics
+    taken = tuple(found.get(name, math.inf) for name in ("damping", "path_damping"))
+    none = (math.inf, math.inf)
+    others = [
+        none,
+        *((taken[0], path_ridge) for path_ridge in (1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf) if path),
+        *((local, math.inf) for local in (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf) if not path),
+    ]
+    errors = [worst_error(problem, keep_U, xs, ys, ridges) for ridges in others]
+    assert found["held_out_error"] == pytest.approx(worst_error(problem, keep_U, xs, ys, taken), rel=1e-9)
+    assert found["held_out_error"] == pytest.approx(min(errors), rel=1e-9)
+
+
+def test_the_worst_text_asks_for_another_ridge_than_all_together() -> None:
+    """A large text of few surprises outweighs a small one, until each counts beside its own size."""
+    keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
+    differ = 0
+    for seed in range(8):
+        problem, xs, ys = by_texts(split_problem(4, path=True, seed=seed), (2.0, 0.3, 0.1), seed)
+        worst = SOLVERS.get("least-squares").solve(problem, keep_U).statistics
+        mean = SOLVERS.get("least-squares").solve(replace(problem, held_out_by_text=()), keep_U).statistics
+        ridges = [tuple(s.get(name, math.inf) for name in ("damping", "path_damping")) for s in (worst, mean)]
+        if ridges[0] != ridges[1]:
+            differ += 1
+        found, other = (worst_error(problem, keep_U, xs, ys, pair) for pair in ridges)
+        assert found <= other * (1 + 1e-9) or ridges[0][0] != ridges[1][0]
+    assert differ
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_one_text_chooses_as_all_windows_together_do(path: bool) -> None:
+    keep_U = keep_mask(12, list(range(8)))
+    problem = split_problem(3, path=path)
+    assert problem.held_out is not None
+    alone = SOLVERS.get("least-squares").solve(replace(problem, held_out_by_text=[problem.held_out]), keep_U)
+    together = SOLVERS.get("least-squares").solve(problem, keep_U)
+    assert alone.statistics == together.statistics
+    assert torch.equal(alone.weight_OK, together.weight_OK)
+
+
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_mixtures_of_outputs_choose_for_the_worst_text_as_all_outputs_do(
+    seed: int, path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_U = keep_mask(12, [0, 2, 3, 5, 7, 8, 11])
+    whole = replace(split_problem(9, path=path, seed=seed, scale_O=[30.0] * 2 + [1.0] * 38), seed=seed)
+    problem, _, _ = by_texts(whole, (2.0, 0.3, 0.1), seed)
+    exact = judged_least_squares(problem, keep_U).statistics["held_out_error"]
+    monkeypatch.setattr(least_squares, "SKETCH_ROWS", 16)
+    mixed = judged_least_squares(problem, keep_U).statistics["held_out_error"]
+    assert exact * (1 - 1e-9) <= mixed <= exact * 1.05

@@ -26,6 +26,17 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {name: pipeline_cases.RUNS[name] f
     "scores": ("llama", {"method": "fasp", "allocator": "standardised", "structure": "per-layer"}),
     "magnitude": ("llama", {"method": "magnitude"}),
     "random": ("llama", {"method": "random"}),
+    "texts": (
+        "llama",
+        {
+            "method": "structprune",
+            "scope": "all",
+            "objective": "worst",
+            "sensitivity_scale": "per-text",
+            "calibration": ["python", "self"],
+            "num_samples": 9,
+        },
+    ),
 }
 FAMILIES = sorted({family for family, _ in RUNS.values()})
 

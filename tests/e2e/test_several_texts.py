@@ -18,7 +18,9 @@ from structprune.api import plan, resume
 from structprune.calibration.context import SourceContext
 from structprune.calibration.select import load_texts, load_windows
 from structprune.errors import InputError
-from structprune.results.schema import HeldOutText
+from structprune.report.page import prune_page
+from structprune.results.report import PruneReport
+from structprune.results.schema import CalibrationText, HeldOutText
 from structprune.results.summary import summary_rows, warnings
 from structprune.runs.directory import RunDirectory
 from structprune.texts import shares, weighted_text, weighted_texts
@@ -35,6 +37,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         generator = torch.Generator().manual_seed(len(name))
         path.write_text("".join(letters[i] for i in torch.randint(len(letters), (8000,), generator=generator)))
     return found
+
+
+@pytest.fixture(scope="module")
+def measured(texts: dict[str, Path], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneReport:
+    """The report of a run on two texts."""
+    asked = recipe(str(texts["vowels"]), str(texts["digits"]), reload_check=False)
+    return prune(tiny_llama, asked, tmp_path_factory.mktemp("measured") / "out")
 
 
 def recipe(*calibration: str, **changes: Any) -> Recipe:
@@ -226,26 +235,91 @@ def test_perplexities_of_each_text(texts: dict[str, Path], tiny_llama: Path, tmp
     assert str(texts["digits"].parent) not in page + card
 
 
-def test_a_text_that_lost_far_more(texts: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
-    report = prune(tiny_llama, recipe(str(texts["vowels"]), str(texts["digits"])), tmp_path / "out")
-    assert report.held_out is not None
-    even = {"num_windows": 2, "dense_perplexity": 10.0, "pruned_perplexity": 11.0}
+@pytest.mark.parametrize(
+    ("perplexities", "said"),
+    [
+        # Logarithms 0.095 and, a little below or above their sum with 0.1, 0.195: twice the other's comes before.
+        ([11.0, 12.15], ""),
+        (
+            [11.0, 12.17],
+            "1.22 times the dense model's, that of the others 1.10 times in the mean (logarithms 0.20 and 0.10)",
+        ),
+        # 0.2 and 0.4: the double counts.
+        ([12.2, 14.8], ""),
+        (
+            [12.2, 15.0],
+            "1.50 times the dense model's, that of the others 1.22 times in the mean (logarithms 0.41 and 0.20)",
+        ),
+        # The others together: 0.3 and 0.1 are 0.2 in the mean.
+        ([13.5, 11.05, 14.8], ""),
+        (
+            [13.5, 11.05, 15.2],
+            "1.52 times the dense model's, that of the others 1.22 times in the mean (logarithms 0.42 and 0.20)",
+        ),
+        # They may have gained.
+        ([9.9, 10.8], ""),
+        (
+            [9.9, 11.1],
+            "1.11 times the dense model's, that of the others 0.99 times in the mean (logarithms 0.10 and -0.01)",
+        ),
+    ],
+)
+def test_a_text_that_lost_far_more(perplexities: list[float], said: str, measured: PruneReport) -> None:
+    found = told(measured, perplexities)
+    advice = (
+        "Give it twice the weight (--calibration code.py:6), choose for the text that fares worst (--objective worst), "
+        "or remove less."
+    )
+    assert found == (
+        [f"code.py lost far more than the other texts: its perplexity is {said}. {advice}"] if said else []
+    )
 
-    def said(after: float) -> list[str]:
-        entries = [
-            HeldOutText(name="/a/prose.txt", **even),
-            HeldOutText(**{**even, "name": "/a/code.py", "pruned_perplexity": after}),
-        ]
-        held_out = report.held_out.model_copy(
-            update={"dense_perplexity": 10.0, "pruned_perplexity": 12.0, "texts": entries}
-        )
-        return [w for w in warnings(report.model_copy(update={"held_out": held_out})) if "far more" in w]
 
-    assert said(14.9) == []
-    assert said(15.1) == [
-        "code.py lost far more than the other texts: its perplexity is 1.51 times the dense model's, over all texts "
-        "1.20 times. Give it a larger weight (--calibration TEXT:WEIGHT), or remove less."
+@pytest.mark.parametrize(
+    ("changes", "advised"),
+    [
+        ({"damping": "auto"}, True),
+        ({"damping": 1e-2, "repair": "scales"}, True),
+        ({"damping": "auto", "objective": "worst"}, False),
+        ({"damping": 1e-2}, False),
+    ],
+)
+def test_another_objective_is_advised_where_there_is_one(
+    changes: dict[str, Any], advised: bool, measured: PruneReport
+) -> None:
+    recipe = measured.recipe.model_copy(update=changes)
+    (found,) = told(measured.model_copy(update={"recipe": recipe}), [11.0, 15.0])
+    assert (", choose for the text that fares worst (--objective worst), or remove less." in found) == advised
+
+
+def told(measured: PruneReport, perplexities: list[float]) -> list[str]:
+    """The warnings of a text that lost far more, of texts that the dense model has a perplexity of 10 on.
+
+    The last one is `code.py`, with three times the weight of another.
+    """
+    entries = [
+        HeldOutText(name=f"/a/{number}.txt", num_windows=2, dense_perplexity=10.0, pruned_perplexity=after)
+        for number, after in enumerate(perplexities[:-1])
     ]
+    entries.append(
+        HeldOutText(name="/a/code.py", num_windows=2, dense_perplexity=10.0, pruned_perplexity=perplexities[-1])
+    )
+    assert measured.held_out is not None
+    held_out = measured.held_out.model_copy(update={"texts": entries})
+    texts = [CalibrationText(name="/a/code.py", description="", weight=3.0, num_windows=9)]
+    calibration = measured.calibration.model_copy(update={"texts": texts})
+    report = measured.model_copy(update={"held_out": held_out, "calibration": calibration})
+    return [warning for warning in warnings(report) if "far more" in warning]
+
+
+def test_the_page_says_it_too(measured: PruneReport) -> None:
+    assert measured.held_out is not None
+    first, *others = measured.held_out.texts
+    worse = first.model_copy(update={"pruned_perplexity": 10 * first.dense_perplexity})
+    held_out = measured.held_out.model_copy(update={"texts": [worse, *others]})
+    page = prune_page(measured.model_copy(update={"held_out": held_out}))
+    assert f"{worse.label} lost far more than the other texts" in page
+    assert "lost far more" not in prune_page(measured)
 
 
 def test_a_resumed_run_is_the_same(

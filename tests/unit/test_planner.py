@@ -274,6 +274,18 @@ def test_held_out_sums_cost_one_gram(choice: dict[str, Any]) -> None:
         assert held_out.phases[phase] - plain.phases[phase] == 11008**2 * 4
 
 
+def test_held_out_sums_of_texts_cost_a_gram_each() -> None:
+    one, four = (
+        plan_for(LLAMA_7B, chooses_ridge=True, follows_dense=True, kept={"mlp": 7000}, held_out_texts=count)
+        for count in (1, 4)
+    )
+    sums = (11008**2 + 11008 * 4096) * 4
+    assert four.phases[STATISTICS_MLP] - one.phases[STATISTICS_MLP] == 3 * sums
+    assert 3 * sums <= four.phases[SOLVE_MLP] - one.phases[SOLVE_MLP] < 3.5 * sums
+    given = [plan_for(LLAMA_7B, held_out_texts=count).phases for count in (1, 4)]
+    assert given[0] == given[1]
+
+
 def test_peak_does_not_grow_with_the_number_of_blocks() -> None:
     shallow = plan_for(layout_of(hidden=64, channels=176, num_blocks=2))
     deep = plan_for(layout_of(hidden=64, channels=176, num_blocks=40))

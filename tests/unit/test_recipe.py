@@ -50,9 +50,11 @@ CHANGES: dict[str, Any] = {
     "protect_last": 1,
     "widths": {"blocks": {"0": {"mlp": 3}}},
     "sensitivity_samples": 3,
+    "sensitivity_scale": "per-text",
     "repair": "scales",
     "repair_samples": 3,
     "repair_epochs": 2,
+    "objective": "worst",
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
     "output_dtype": "bfloat16",
@@ -367,7 +369,8 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
-    own = {"widths", "repair", "repair_samples", "repair_epochs"} & set(type(resolved).model_fields)
+    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale"}
+    own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0
     assert written.get("repair", "none") == "none"

@@ -33,6 +33,7 @@ from structprune.ranks import ALONE, Ranks
 from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, default_held_out
 from structprune.recipe.repaired import (
     RepairedRecipe,
+    objective_of,
     repair_adds_biases,
     repair_epochs,
     repair_of,
@@ -126,6 +127,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
         settings = _counted(asked, num_samples)
         pipeline = PIPELINES.get(method.pipeline)
         resolved, groups = ranks.broadcast(lambda: pipeline.resolve(settings, method, stock))
+        _check_objective(resolved, method)
         kinds: tuple[UnitKind, ...] = tuple(dict.fromkeys(group.kind for group in groups))
         forecast = ranks.broadcast(lambda: pipeline.forecast(stock, resolved, kinds))
         if repair_adds_biases(resolved):
@@ -163,6 +165,17 @@ def _counted(asked: Recipe, num_samples: int) -> Recipe:
                 wanted="at least 2 for --num-samples and --repair-samples",
             )
     return asked.model_copy(update=decided)
+
+
+def _check_objective(recipe: ResolvedRecipe, method: Method) -> None:
+    """Raise UnsupportedError for an objective where nothing is chosen by it."""
+    chooses = recipe.chooses_ridge and method.needs_statistics
+    if objective_of(recipe).by_text and not chooses and repair_of(recipe) is None:
+        raise UnsupportedError(
+            "nothing is chosen on windows kept apart, so there is no worst text to choose by",
+            got=f"--method {method.name}, --objective worst",
+            wanted="--damping auto where the method solves weights again, or --repair scales",
+        )
 
 
 def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], ResolvedRun]) -> ResolvedRun:

@@ -1,4 +1,4 @@
-"""Settings of the repair behind the last block, for recipes whose results can have one."""
+"""Settings of the repair behind the last block, and of what is chosen on held-out windows of several texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field
 
 from structprune.recipe.common import Recipe
 from structprune.recipe.fields import Flag, Group
+from structprune.texts import OBJECTIVES, Objective, ObjectiveName
 
 
 def repair_of(recipe: Recipe) -> str | None:
@@ -33,6 +34,11 @@ def repair_adds_biases(recipe: Recipe) -> bool:
     return repair_of(recipe) == "scales+biases"
 
 
+def objective_of(recipe: Recipe) -> Objective:
+    """Return what choices on held-out windows go by; the mean where the pipeline makes none."""
+    return OBJECTIVES[recipe.objective if isinstance(recipe, RepairedRecipe) else "mean"]
+
+
 class RepairedRecipe(Recipe, frozen=True):
     """What may be asked of the pipelines whose result stock blocks can carry: it can learn from the dense model."""
 
@@ -49,4 +55,9 @@ class RepairedRecipe(Recipe, frozen=True):
         default=None,
         ge=0,
         description="calibration windows of the repair; it is measured on an eighth of them and learns from the others",
+    )
+    objective: Annotated[ObjectiveName, Flag(Group.HOW)] = Field(
+        default="mean",
+        description="what is best for several calibration texts, where a ridge is chosen on windows kept apart or a "
+        "repair is kept. mean: all windows together; worst: the text that fares worst, each beside its own size",
     )

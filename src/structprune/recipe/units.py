@@ -91,6 +91,11 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     sensitivity_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
     ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")
+    sensitivity_scale: Annotated[Literal["given", "per-text"], Flag(Group.ADVANCED)] = Field(
+        default="given",
+        description="size of the loss's gradients beside one another, of several texts. given: as they are; per-text: "
+        "in every block each text's are brought to one mean square, so that the noisiest does not decide alone",
+    )
 
     @classmethod
     def own_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:

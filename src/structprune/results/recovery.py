@@ -50,7 +50,8 @@ class Evaluation(Frozen):
     step: int
     seconds: float
     divergence: float
-    """Mean KL divergence from the teacher per token: of all texts, which count alike here, and of each."""
+    """Mean KL divergence from the teacher per token: of all texts, which count alike here, and of each. Where the
+    worst text is what a repair goes by, the largest of them instead of their mean."""
     by_text: list[float]
 
 

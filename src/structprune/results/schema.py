@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,11 @@ class Perplexities(Frozen):
     def ratio(self) -> float:
         """How many times larger the perplexity has become."""
         return self.pruned_perplexity / self.dense_perplexity
+
+    @property
+    def excess(self) -> float:
+        """Logarithm of that: by how many nats per token the loss has grown."""
+        return math.log(self.ratio)
 
 
 class HeldOutText(Perplexities):
@@ -145,7 +151,8 @@ class RepairReport(Frozen):
     """Calibration windows that said whether it helped."""
     steps: int
     divergence_before: float
-    """Mean KL divergence from the dense model on those, in nats per token."""
+    """Mean KL divergence from the dense model on those, in nats per token; with `--objective worst` that of the text
+    where it is largest."""
     divergence_after: float
     """The same of what was kept."""
     changed: bool

@@ -13,6 +13,7 @@ from rich.text import Text
 from structprune.allocation import ALLOCATORS
 from structprune.memory import format_bytes
 from structprune.recipe import ResolvedRecipe
+from structprune.recipe.repaired import objective_of, repair_of
 from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import (
@@ -35,8 +36,9 @@ _CLOSE = 0.01
 # Held-out over in-sample growth of the perplexity from which a run is warned of. One window of 2048 tokens moves either
 # by a few percent.
 OVERFITTING = 1.2
-# Growth of the perplexity of one text over that of all, from which it is said to have lost far more.
-UNEVEN = 1.25
+# From how many times the others' mean, and from how much above it, the growth of the logarithm of the perplexity of one
+# text is said to be far more. One window of 2048 tokens moves it by a few hundredths.
+UNEVEN, UNEVEN_BY = 2.0, 0.1
 # Calibration tokens, for each unit of the widest sublayer, below which a run that solves weights again is warned of.
 TOKENS_PER_UNIT = 8
 LEAST_TOKENS = 4096
@@ -101,11 +103,12 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
     repair = report.repair
     if repair is None:
         return []
+    of = ", of the text that is furthest from it," if objective_of(report.recipe).by_text else ""
     return [
         (
             f"repair by {repair.mode}",
-            f"KL from the dense model {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per token "
-            f"on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
+            f"KL from the dense model{of} {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per "
+            f"token on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
             f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
             + _said("; new biases in {}", repair.new_biases)
             + _said("; none in {}, for which the config has no entry", repair.no_biases)
@@ -278,14 +281,7 @@ def _perplexity_warnings(report: PruneFacts) -> list[str]:
             "The calibration text has no windows beside those that were asked for, so fewer were fitted: "
             f"{calibration.num_windows}, and {_windows(held_out)} set apart."
         )
-    if held_out.texts:
-        worst = max(held_out.texts, key=lambda text: text.ratio)
-        if worst.ratio > UNEVEN * held_out.ratio:
-            found.append(
-                f"{worst.label} lost far more than the other texts: its perplexity is {worst.ratio:.2f} "
-                f"times the dense model's, over all texts {held_out.ratio:.2f} times. Give it a larger weight "
-                "(--calibration TEXT:WEIGHT), or remove less."
-            )
+    found += _uneven_warnings(report, held_out)
     if held_out.ratio > OVERFITTING * calibration.ratio:
         found.append(
             f"The perplexity is {held_out.ratio:.2f} times the dense model's on held-out windows and "
@@ -294,6 +290,26 @@ def _perplexity_warnings(report: PruneFacts) -> list[str]:
             "recover`)."
         )
     return found
+
+
+def _uneven_warnings(report: PruneFacts, held_out: HeldOutReport) -> list[str]:
+    """Name the text whose loss has grown far more than that of the others, and say what can be done for it."""
+    worst = max(held_out.texts, key=lambda text: text.excess, default=None)
+    others = [text.excess for text in held_out.texts if text is not worst]
+    if worst is None or not others:
+        return []
+    mean = sum(others) / len(others)
+    if worst.excess <= UNEVEN * mean or worst.excess < mean + UNEVEN_BY:
+        return []
+    weight = next((text.weight for text in report.calibration.texts if text.name == worst.name), 1.0)
+    recipe, advice = report.recipe, [f"Give it twice the weight (--calibration {worst.label}:{2 * weight:g})"]
+    if not objective_of(recipe).by_text and (recipe.chooses_ridge or repair_of(recipe)):
+        advice.append("choose for the text that fares worst (--objective worst)")
+    return [
+        f"{worst.label} lost far more than the other texts: its perplexity is {worst.ratio:.2f} times the dense "
+        f"model's, that of the others {math.exp(mean):.2f} times in the mean (logarithms {worst.excess:.2f} and "
+        f"{mean:.2f}). {', '.join(advice)}, or remove less."
+    ]
 
 
 def _bound_warnings(report: PruneFacts, recipe: ResolvedUnits) -> list[str]:

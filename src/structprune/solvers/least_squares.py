@@ -6,6 +6,7 @@ Shape suffixes: O outputs, I inputs, K kept inputs, P removed inputs, U units, R
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +25,7 @@ from structprune.linalg.gram_products import (
 )
 from structprune.rows import Rows
 from structprune.solvers.solver import Solver
-from structprune.types import LayerProblem, SolveResult
+from structprune.types import LayerProblem, Moments, SolveResult
 
 # Ridges that are tried on held-out windows, as shares of the Gram's mean diagonal.
 _LOCAL_GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -62,7 +63,8 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
     Both ridges are `damping` as a share of mean(diag G_KK), or, with `held_out`, whichever of a grid fits the held-out
     windows best when the others are solved, each down to no correction at all; the answer is then solved on all
-    windows. What was taken is in the statistics; a correction that was not made has none there.
+    windows. With `held_out_by_text` best is the least relative error |V x_K - y|^2 / |y|^2 of the text with the largest
+    one. What was taken is in the statistics; a correction that was not made has none there.
     """
     return _least_squares(problem, keep_U, judged=False)
 
@@ -136,15 +138,33 @@ def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution
 
 
 def _held_out_error(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> float:
-    held_out = problem.held_out
-    assert held_out is not None
+    """Compute the relative error on the held-out windows, that of the text with the largest one if texts are apart."""
+    assert problem.held_out is not None
     weight_OK = _solved(problem.without_held_out(), keep_U, ridges).weight_OK
-    energy = held_out.target_energy
-    if energy is None:
-        energy = output_energy(problem.weight_OI, held_out.gram_II)
     kept_K = problem.kept_inputs(keep_U)
-    error = fitting_error(weight_OK, kept_K, problem.weight_OI, held_out.gram_II, held_out.target_OI, energy)
-    return error / energy if energy > 0 else 0.0
+    parts = problem.held_out_by_text or (problem.held_out,)
+    return max(_relative_error(problem, part, weight_OK, kept_K).share for part in parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RelativeError:
+    """A sum of squared errors beside that of the targets."""
+
+    error: float
+    energy: float
+
+    @property
+    def share(self) -> float:
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+
+def _relative_error(problem: LayerProblem, part: Moments, weight_OK: Tensor, kept_K: Tensor) -> _RelativeError:
+    """Compute the error of V over the tokens of `part`, of all outputs."""
+    energy = part.target_energy
+    if energy is None:
+        energy = output_energy(problem.weight_OI, part.gram_II)
+    error = fitting_error(weight_OK, kept_K, problem.weight_OI, part.gram_II, part.target_OI, energy)
+    return _RelativeError(error=error, energy=energy)
 
 
 def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
@@ -156,25 +176,21 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     outputs are solved apart and errors are summed over them, so with random signs S the error of S V is that of V in
     the mean (Hutchinson 1990), and all trials are compared on the same mixtures. Leaving outputs out instead would be
     a matter of luck: a few carry most of a residual stream's energy.
+
+    Where texts are apart, what a trial takes off each one's error is from the mixtures, and the error without a
+    correction from all outputs: a target's energy does not cancel there.
     """
-    fit, held_out = problem.fit, problem.held_out
-    assert held_out is not None
+    fit = problem.fit
+    assert problem.held_out is not None
     kept_K, removed_P = problem.kept_inputs(keep_U), problem.kept_inputs(~keep_U)
     signs_RO = _signs(len(problem.weight_OI), problem.seed, problem.device)
     weight_RI = _mixed(signs_RO, problem.weight_OI)
     right_RK = times_gram(weight_RI[:, removed_P], fit.gram_II, removed_P, kept_K)
     residual_RK: Tensor | None = None
-    wanted_RK: Tensor | None = None
-    if fit.target_OI is not None and held_out.target_OI is not None:
+    if fit.target_OI is not None:
         residual_RK = times_gram(weight_RI, fit.gram_II, None, kept_K).neg_()
         residual_RK += _mixed(signs_RO, fit.target_OI)[:, kept_K]
-        wanted_RK = _mixed(signs_RO, held_out.target_OI)[:, kept_K]
-
-    def loss(weight_RK: Tensor) -> float:
-        """Return the squared error on the held-out windows; a target's energy, equal for all trials, is left out."""
-        if wanted_RK is None:
-            return fitting_error(weight_RK, kept_K, weight_RI, held_out.gram_II, None, 0.0)
-        return output_energy(weight_RK, held_out.gram_II, kept_K) - 2.0 * float((weight_RK * wanted_RK).sum())
+    loss = _held_out_loss(problem, kept_K, signs_RO, weight_RI)
 
     by_local: dict[float, Tensor] = {}
     by_path: dict[float, Tensor] = {}
@@ -197,6 +213,45 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     if loss(base_RK) <= losses[path]:
         return _Ridges(local=_NONE, path=_NONE)
     return _Ridges(local=local, path=path)
+
+
+def _held_out_loss(
+    problem: LayerProblem, kept_K: Tensor, signs_RO: Tensor | None, weight_RI: Tensor
+) -> Callable[[Tensor], float]:
+    """Return the function of a trial's weight, (R, K), whose least value is best on the held-out windows.
+
+    Of all windows together it is the squared error, a target's energy, equal for all trials, left out. Where texts are
+    apart it is the largest relative error of any.
+    """
+    assert problem.held_out is not None
+    together = partial(_mixed_loss, kept_K, signs_RO, weight_RI)
+    if not problem.held_out_by_text:
+        return together(problem.held_out)
+    # One row of the mixtures stands for one of all outputs: in the mean each has the error of all of them.
+    num_mixtures = 1 if signs_RO is None else len(signs_RO)
+    weight_OK, base_RK = problem.weight_OI[:, kept_K], weight_RI[:, kept_K]
+    bases = [_relative_error(problem, part, weight_OK, kept_K) for part in problem.held_out_by_text]
+    losses = [together(part) for part in problem.held_out_by_text]
+    starts = [loss(base_RK) for loss in losses]
+
+    def worst(weight_RK: Tensor) -> float:
+        return max(
+            replace(base, error=base.error + (loss(weight_RK) - start) / num_mixtures).share
+            for base, loss, start in zip(bases, losses, starts, strict=True)
+        )
+
+    return worst
+
+
+def _mixed_loss(kept_K: Tensor, signs_RO: Tensor | None, weight_RI: Tensor, part: Moments) -> Callable[[Tensor], float]:
+    """Return the function of a trial's weight, (R, K), that is its squared error over the tokens of `part`.
+
+    A target's energy, equal for all trials, is left out.
+    """
+    if part.target_OI is None:
+        return lambda weight_RK: fitting_error(weight_RK, kept_K, weight_RI, part.gram_II, None, 0.0)
+    wanted_RK = _mixed(signs_RO, part.target_OI)[:, kept_K]
+    return lambda weight_RK: output_energy(weight_RK, part.gram_II, kept_K) - 2.0 * float((weight_RK * wanted_RK).sum())
 
 
 def _signs(num_outputs: int, seed: int, device: torch.device) -> Tensor | None:

@@ -25,6 +25,7 @@ from structprune.recipe.training import RecoverySettings, ResolvedRecovery
 from structprune.results.recovery import Evaluation, RecoveredBlock, TraceStep
 from structprune.results.schema import REPORT_NAME
 from structprune.runs.contents import file_contents, sums
+from structprune.texts import OBJECTIVES, Objective
 from structprune.training.texts import Texts
 from structprune.types import BlockLayout
 
@@ -43,6 +44,8 @@ class RecoveryContext:
     resident: bool
     """Whether what the optimiser keeps between steps stays in memory."""
     observer: Observer = field(default_factory=SilentObserver)
+    objective: Objective = OBJECTIVES["mean"]
+    """What the best state is the least of, over the texts."""
 
     def identity(self) -> dict[str, str]:
         """Return what must be the same for a run to continue where another was interrupted."""

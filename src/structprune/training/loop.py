@@ -109,7 +109,9 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
             return
         with _moved(history):
             by_text = [_mean(student.measure(part)) for part in context.texts.held_out]
-        found = Evaluation(step=history.step, seconds=clock(), divergence=_mean(by_text), by_text=by_text)
+        found = Evaluation(
+            step=history.step, seconds=clock(), divergence=context.objective.of(by_text), by_text=by_text
+        )
         history.evaluations.append(found)
         history.mix = mix.judged(history.mix, by_text)
         context.observer.note(f"step {found.step}: KL {found.divergence:.4f} on the held-out windows")

@@ -1,8 +1,9 @@
 """The repair of `prune`: behind the last block the pruned model learns from the dense one, matrices left as they are.
 
 It is a distillation in mode scales (stream.py) on the run's own calibration windows, one window a step. The last
-windows of every text are not learned from: they say which pass over the others is kept, if any. The run's held-out
-windows take no part, so what the report says of them stays a measurement.
+windows of every text are not learned from: they say which pass over the others is kept, if any, by the mean of the
+texts or by the one that is furthest from the dense model. The run's held-out windows take no part, so what the report
+says of them stays a measurement.
 
 With biases, the pruned model first gets zeros for those that its consumers lack and its config has an entry for. Where
 the entry gives biases to a sublayer's other maps too, those stay zero.
@@ -36,7 +37,7 @@ from structprune.exporters.per_layer import write_modeling_file
 from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
-from structprune.recipe.repaired import repair_epochs, repair_of, repair_windows
+from structprune.recipe.repaired import objective_of, repair_epochs, repair_of, repair_windows
 from structprune.recipe.training import RecoverySettings, num_kept_apart
 from structprune.results.schema import RepairReport
 from structprune.training.context import RecoveryContext, Workplace
@@ -205,6 +206,7 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
         targets=(),
         resident=context.plan.store == "memory",
         observer=context.observer,
+        objective=objective_of(context.recipe),
     )
 
 

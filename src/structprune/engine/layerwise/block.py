@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.few_tokens import token_statistics
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import SolvedGroup, solve_cost, solve_group, with_group
-from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure
+from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure, read_ranges
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
 from structprune.engine.streaming.propagate import check_finite, tapped
@@ -173,8 +174,8 @@ def pass_block(
             reference = follow_dense(context, block, stage, groups, module, streams)
             if any(group.output_normed for group in groups):
                 # There the stream moves as it is asked.
-                for windows in context.window_ranges:
-                    for start, stop in streams.propagator.batches(*windows):
+                for first, last in chain(*context.window_sets):
+                    for start, stop in streams.propagator.batches(first, last):
                         reference(start, stop)
     widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
     for stage, _ in _stages(context, block):
@@ -192,14 +193,13 @@ def _fill(
 ) -> None:
     """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
     received: list[Tensor] = []
-    for windows in context.window_ranges:
-        for start, _, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
-            with (
-                context.stock.stage(module, context.stock.stage_of(group.kind)),
-                tapped(module, group.consumer_module, received.append),
-            ):
-                streams.propagator.apply(module, block.index, hidden_BSD)
-            put_inputs(inputs_NSI, start, received.pop())
+    for start, _, hidden_BSD in read_ranges(streams, [*chain(*context.window_sets)]):
+        with (
+            context.stock.stage(module, context.stock.stage_of(group.kind)),
+            tapped(module, group.consumer_module, received.append),
+        ):
+            streams.propagator.apply(module, block.index, hidden_BSD)
+        put_inputs(inputs_NSI, start, received.pop())
 
 
 def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
@@ -255,7 +255,7 @@ def _prune_sublayer(
     measured: list[dict[str, Moments]] = []
     if context.method.needs_statistics:
         with context.meter.phase(SublayerPhase.STATISTICS.of(kind)):
-            measured = [measure(context, sublayer, windows, owners) for windows in context.window_ranges]
+            measured = [measure(context, sublayer, windows, owners) for windows in context.window_sets]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
     parts: dict[str, SolvedGroup] = {}

@@ -47,8 +47,10 @@ def with_missing_tokens(problem: LayerProblem) -> LayerProblem:
     expert's tokens are all on one side, nothing can be judged: the decision's ridge is taken.
     """
     fit, validation = problem.fit, problem.held_out
+    # A text that sends it none says nothing of it.
+    by_text = tuple(moments for moments in problem.held_out_by_text if moments.num_tokens)
     if validation is not None and not (fit.num_tokens and validation.num_tokens):
-        fit, validation = (fit if fit.num_tokens else validation), None
+        fit, validation, by_text = (fit if fit.num_tokens else validation), None, ()
     parts = [part for part in (fit, validation) if part is not None]
     num_inputs, num_tokens = problem.weight_OI.shape[1], sum(part.num_tokens for part in parts)
     missing = num_inputs - num_tokens
@@ -59,7 +61,7 @@ def with_missing_tokens(problem: LayerProblem) -> LayerProblem:
             num_tokens=missing,
             sum_I=torch.zeros(num_inputs, dtype=torch.float64, device=problem.device),
         )
-    return replace(problem, fit=fit, held_out=validation)
+    return replace(problem, fit=fit, held_out=validation, held_out_by_text=by_text)
 
 
 def _missing_energy(mean_I: Tensor, missing: int) -> Tensor:

@@ -6,6 +6,7 @@ Shape suffixes: I consumer inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def layer_problem(
 ) -> LayerProblem:
     """Build the consumer's problem from what was measured over the fitted windows and, if any are, the held-out ones.
 
-    Inputs are ordered unit after unit. All tensors are on the device where the plan has the problem solved.
+    Behind the first, `measured` has the held-out windows of all texts, or those of each. Inputs are ordered unit after
+    unit. All tensors are on the device where the plan has the problem solved.
     """
     where = context.solve_device
     sensitivity = (sensitivity or Sensitivity()).to(where)
@@ -37,10 +39,12 @@ def layer_problem(
     if not measured:
         # Nothing reads it, and the plan has no bytes for it: zeros without memory of their own.
         measured = [Moments(gram_II=torch.zeros((), device=where).expand(len(order_I), len(order_I)), num_tokens=1)]
+    fit, *held_out = measured
     return LayerProblem(
         weight_OI=weight_OI,
-        fit=measured[0],
-        held_out=measured[1] if len(measured) > 1 else None,
+        fit=fit,
+        held_out=reduce(Moments.__add__, held_out) if held_out else None,
+        held_out_by_text=held_out if len(held_out) > 1 else (),
         width=group.width,
         partitions=group.partitions,
         damping=context.damping,

@@ -67,7 +67,7 @@ def refine(
     for name, tensor in candidate.items():
         pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)
     proposed_mlp = Sublayer(block=block, groups=[group], module=pruned, streams=streams, reference=reference)
-    measured = [measure(context, proposed_mlp, windows).get(group.name) for windows in context.window_ranges]
+    measured = [measure(context, proposed_mlp, windows).get(group.name) for windows in context.window_sets]
     result = context.ranks.broadcast(lambda: _refitted(context, block, group, tensors, measured))
     before, after = solved.statistics["held_out_error"], result.statistics["held_out_error"]
     accepted = after < before

@@ -6,14 +6,14 @@ Shape suffixes: B windows, S positions, D hidden size, T tokens, I consumer inpu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
-from structprune.engine.run.context import RunContext
+from structprune.engine.run.context import RunContext, WindowRanges
 from structprune.engine.streaming.activation_cache import ActivationCache, put_inputs
 from structprune.engine.streaming.propagate import Propagator, captured, tapped
 from structprune.linalg.gram_products import energy
@@ -61,16 +61,17 @@ class Sublayer:
 
 
 def measure(
-    context: RunContext, sublayer: Sublayer, windows: tuple[int, int], owners: Mapping[str, int] | None = None
+    context: RunContext, sublayer: Sublayer, windows: WindowRanges, owners: Mapping[str, int] | None = None
 ) -> dict[str, Moments]:
     """Group name -> sums of the consumer's inputs in the pruned stream, and with a reference of its targets.
 
-    Over some of this rank's windows, for all groups of the sublayer at once, and over the ranks: each group at the rank
-    that `owners` names (the first without it), and only there among the results. The stage runs without the consumers,
-    which leaves the residual; the target is the reference minus that, minus the consumer's bias. Neither stream is
-    moved, unless the reference does it. The inputs themselves are written to `inputs_NSI`, if there is room. An expert
-    gets the tokens that are sent to it, each times the router's weight. Before a norm each token's x and y are divided
-    by the root mean square of the wanted output: what is added is linear in them then.
+    Over some of this rank's windows, by their ranges, for all groups of the sublayer at once, and over the ranks:
+    each group at the rank that `owners` names (the first without it), and only there among the results. The stage
+    runs without the consumers, which leaves the residual; the target is the reference minus that, minus the
+    consumer's bias. Neither stream is moved, unless the reference does it. The inputs themselves are written to
+    `inputs_NSI`, if there is room. An expert gets the tokens that are sent to it, each times the router's weight.
+    Before a norm each token's x and y are divided by the root mean square of the wanted output: what is added is
+    linear in them then.
     """
     block, groups, module, streams = sublayer.block, sublayer.groups, sublayer.module, sublayer.streams
     reference, inputs_NSI, owners = sublayer.reference, sublayer.inputs_NSI, owners or {}
@@ -81,7 +82,7 @@ def measure(
         group.name: context.accumulator(group.num_units * group.width, num_outputs=num_outputs) for group in groups
     }
     residual_energy, num_passed = 0.0, 0
-    for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, *windows):
+    for start, stop, hidden_BSD in read_ranges(streams, windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
             stack.enter_context(context.stock.stage(module, context.stock.stage_of(sublayer.kind)))
@@ -122,6 +123,12 @@ def measure(
                 residual_energy=total_residual,
             )
     return found
+
+
+def read_ranges(streams: Streams, windows: WindowRanges) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, stop, pruned stream) of each micro-batch of the windows in these ranges."""
+    for first, last in windows:
+        yield from streams.propagator.read(streams.pruned, first, last)
 
 
 def token_scale(output_BSD: Tensor, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.recipe import default_sensitivity_samples, flag_name
+from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.solvers import SOLVERS
@@ -107,6 +108,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         follows_dense=recipe.follows_dense,
         num_rehearsals=recipe.outer_iterations,
         chooses_ridge=recipe.chooses_ridge,
+        held_out_texts=len(recipe.texts) if objective_of(recipe).by_text else 1,
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
@@ -276,9 +278,15 @@ def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: in
 
 
 def _check_allocator(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
-    """Raise UnsupportedError where the allocator cannot compare blocks, or compares none though that is asked for."""
+    """Raise UnsupportedError where the allocator cannot compare blocks, compares none, or has nothing to scale."""
     sensitivity, entry = method.sensitivity_for(allocator), ALLOCATORS.get(allocator)
     weighs = "an allocator that weighs blocks, such as closed-form"
+    if recipe.sensitivity_scale != "given" and sensitivity is not SensitivityKind.LOSS:
+        raise UnsupportedError(
+            f"method {method.name!r} with the {allocator} allocator measures no sensitivities that could be scaled",
+            got=f"--sensitivity-scale {recipe.sensitivity_scale}",
+            wanted="--sensitivity-scale given, or --method structprune",
+        )
     if sensitivity is SensitivityKind.SCORES and score in SELECTORS:
         raise UnsupportedError(
             f"{score!r} gives no number per unit that blocks could be compared by",

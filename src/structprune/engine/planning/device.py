@@ -107,8 +107,9 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
             taken = sum(_sum_bytes(request, part, sums) for part in parts)
             batch = max(activations, *(statistics_bytes(request, part, micro_batch) for part in parts))
             if request.chooses_ridge and sums == "device":
-                # Those of the windows that are fitted, while the others' are taken.
-                taken += sum(group_problem(request, block, part).sums // 2 for part in parts)
+                # Those of the windows that are fitted, and of other texts, while the last ones are taken.
+                before = request.held_out_texts
+                taken += sum(group_problem(request, block, part).sums // (1 + before) * before for part in parts)
             phases[SublayerPhase.STATISTICS.of(kind)] = base + weights + batch + taken
             if solves == "device":
                 phases |= _solve_phases(request, block, kind, parts, base + weights)

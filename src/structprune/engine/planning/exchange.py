@@ -49,8 +49,8 @@ def pruning_exchange(
 ) -> Exchange:
     """Return the bytes exchanged for one block of the pruning pass: Grams in, kept units and consumers out.
 
-    `kept`: kind -> units to keep; `parts`: 2 where windows are held out, else 1; `stored_item`: bytes of a weight.
-    Neither an iterative solver, an added bias nor a second measurement of costs is counted.
+    `kept`: kind -> units to keep; `parts`: sums kept apart, 2 where windows are held out, else 1; `stored_item`: bytes
+    of a weight. Neither an iterative solver, an added bias nor a second measurement of costs is counted.
     """
     total = NOTHING
     for group in groups:

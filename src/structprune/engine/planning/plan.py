@@ -132,6 +132,8 @@ class PlanRequest:
     """Passes that come before the one that is written."""
     chooses_ridge: bool = False
     """Whether the sums of some windows are kept apart to choose the ridge."""
+    held_out_texts: int = 1
+    """Texts that those are kept for, each apart."""
     score: str = "wanda"
     """What decides which units stay."""
     solves: bool = True

@@ -130,7 +130,7 @@ def group_problem(request: PlanRequest, block: BlockLayout, group: UnitGroup) ->
         stored_item=request.stored_bytes[block.prefix + name] // torch.Size(block.shapes[name]).numel(),
         score=request.score,
         solves=request.solves,
-        chooses_ridge=request.chooses_ridge,
+        held_out_sums=request.held_out_texts if request.chooses_ridge else 0,
         judged=group.kind == "mlp" and request.num_latents > 0,
         follows_dense=request.follows_dense,
         costed=request.needs_sensitivity,

@@ -29,7 +29,8 @@ class GroupProblem:
     score: str
     solves: bool
     """Whether the consumer is solved again, and not only cut."""
-    chooses_ridge: bool
+    held_out_sums: int
+    """How many sums are kept apart to choose the ridge: one, or one for each of several texts; 0 where it is given."""
     judged: bool
     """Whether the answer is also solved without the held-out windows."""
     follows_dense: bool
@@ -66,8 +67,8 @@ class GroupProblem:
 
     @property
     def sums(self) -> int:
-        """The sums over the windows to fit, and those over the held-out ones; what both give is never made."""
-        return (self.gram + self.cross) * (2 if self.chooses_ridge else 1)
+        """The sums over the windows to fit, and those over the held-out ones; what they give together is never made."""
+        return (self.gram + self.cross) * (1 + self.held_out_sums)
 
     @property
     def decide(self) -> int:
@@ -78,7 +79,7 @@ class GroupProblem:
     @property
     def removal_costs(self) -> int:
         """Pricing its removals on the dense model, one after the other, whatever decides later; beside the sums."""
-        return replace(self, score="greedy", chooses_ridge=False, follows_dense=False).decide
+        return replace(self, score="greedy", held_out_sums=0, follows_dense=False).decide
 
     @property
     def solve(self) -> int:
@@ -120,7 +121,7 @@ class GroupProblem:
         square = max(2 * self._square(self._kept_bound), whole) + self._strip
         # With the second correction the first one's answer is there.
         last = square + self._kept_weight * (2 if self.follows_dense else 1)
-        if not self.chooses_ridge:
+        if not self.held_out_sums:
             return last
         return max(last, self._trials, self._errors if self.judged else 0)
 
@@ -128,8 +129,10 @@ class GroupProblem:
     def _trials(self) -> int:
         # Of the mixed weight, targets and rests, all inputs; of right sides, answers and what is compared, kept ones.
         rows = min(SKETCH_ROWS, self.outputs)
-        mixed = rows * 8 * (3 * self.inputs + (4 + NUM_TRIALS) * self._kept_bound)
-        return 2 * self._square(self._kept_bound) + self._strip + mixed
+        mixed = rows * 8 * (3 * self.inputs + (3 + self.held_out_sums + NUM_TRIALS) * self._kept_bound)
+        # Where texts are apart, the errors of the cut weight come first.
+        errors = self._errors + self._kept_weight // 2 if self.held_out_sums > 1 else 0
+        return max(2 * self._square(self._kept_bound), errors) + self._strip + mixed
 
     @property
     def _errors(self) -> int:

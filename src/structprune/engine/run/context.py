@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from structprune.engine.streaming.model import StreamedModel
 from structprune.methods.method import Method, SensitivityKind
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import ResolvedRecipe
+from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import RepairReport
 from structprune.runs.directory import RunDirectory
@@ -49,6 +50,15 @@ class Repair:
 
 
 Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
+WindowRanges = Sequence[tuple[int, int]]
+"""(first, last) of stretches of windows."""
+
+
+def stretches(numbers: Sequence[int]) -> WindowRanges:
+    """Return (first, last) of the longest stretches without a gap that ascending numbers fall into."""
+    starts = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1] + 1]
+    stops = [*starts[1:], len(numbers)][: len(starts)]
+    return [(numbers[start], numbers[stop - 1] + 1) for start, stop in zip(starts, stops, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,14 +155,18 @@ class RunContext(StreamedModel):
         return max(1, len(self.windows.ids_NS) // 4) if self.recipe.chooses_ridge else 0
 
     @property
-    def window_ranges(self) -> tuple[tuple[int, int], ...]:
-        """(first, last) of this rank's windows that are fitted, and of those that choose the ridge if any do."""
-        num_windows = len(self.windows.ids_NS)
-        fitted, validation = (
-            self.ranks.local_range(0, self.num_fitted),
-            self.ranks.local_range(self.num_fitted, num_windows),
-        )
-        return (fitted, validation) if self.num_validation else (fitted,)
+    def window_sets(self) -> tuple[WindowRanges, ...]:
+        """Which of this rank's windows have sums together: those that are fitted, then those that choose the ridge.
+
+        The latter all together, or those of each text where the objective goes by texts.
+        """
+        chosen_by = range(self.num_fitted, len(self.windows.ids_NS))
+        sets: list[Sequence[int]] = [range(self.num_fitted)]
+        if chosen_by:
+            of_texts = [[n for n in text.windows if n in chosen_by] for text in self.windows.texts]
+            by_text = objective_of(self.recipe).by_text and any(of_texts)
+            sets += [numbers for numbers in of_texts if numbers] if by_text else [chosen_by]
+        return tuple(tuple(self.ranks.local_range(*stretch) for stretch in stretches(numbers)) for numbers in sets)
 
     @property
     def num_fitted(self) -> int:

@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from structprune.engine.planning.pieces import Piece, What, Work
 from structprune.linalg.rotation import principal_basis
 from structprune.memory import release_free_memory
 from structprune.recipe import ResolvedRecipe
+from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
 from structprune.scores import SELECTORS
 from structprune.scores.selection import removal_path
@@ -269,11 +270,13 @@ class Trials:
             )
 
         numbers_U = torch.ones(units, dtype=torch.float64, device=self.device)
-        chooses = self.recipe.chooses_ridge and not priced
+        num_texts = len(self.recipe.texts) if objective_of(self.recipe).by_text else 1
+        held_out = [moments() for _ in range(num_texts)] if self.recipe.chooses_ridge and not priced else []
         return LayerProblem(
             weight_OI=weight_OI,
             fit=moments(),
-            held_out=moments() if chooses else None,
+            held_out=reduce(Moments.__add__, held_out) if held_out else None,
+            held_out_by_text=held_out if len(held_out) > 1 else (),
             width=group.width,
             partitions=group.partitions,
             damping=_DAMPING,

@@ -103,6 +103,7 @@ def _key(context: RunContext) -> str:
         "head_units": recipe.head_units,
         "damping": context.damping,
         "sensitivity_samples": recipe.sensitivity_samples,
+        "sensitivity_scale": recipe.sensitivity_scale,
         "seed": recipe.seed,
         "dtype": str(context.dtype),
         "width": str(context.reader.width),

@@ -25,6 +25,7 @@ from structprune.engine.passes import BlockPass, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
 from structprune.engine.sensitivity.backward_pass import Found, backward_pass, on_host
 from structprune.engine.sensitivity.store import Costs, SensitivityStore, block_files
+from structprune.engine.sensitivity.text_scale import window_factors
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.propagate import Propagator, captured
@@ -168,13 +169,15 @@ def backward(
     hidden_size = context.stock.layout.hidden_size
     gradients = {sublayer.kind: GramAccumulator(hidden_size, context.device) for sublayer in sublayers}
     outputs: dict[str, Tensor] = {}
+    factors = iter(window_factors(context, gradient))
 
     def update(found: Sequence[Tensor]) -> None:
+        factor = next(factors)
         for sublayer, grad_BSD in zip(sublayers, found, strict=True):
             grad_TD = grad_BSD.reshape(-1, hidden_size)
             if sublayer.output_norm_eps is not None:
                 grad_TD = grad_TD.float() * token_scale(outputs[sublayer.kind].detach(), sublayer.output_norm_eps)
-            gradients[sublayer.kind].update(grad_TD)
+            gradients[sublayer.kind].update(grad_TD if factor == 1 else grad_TD.float() * factor)
         outputs.clear()
 
     def wanted() -> list[Tensor]:
