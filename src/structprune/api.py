@@ -29,7 +29,7 @@ from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportRes
 from structprune.exporters.push import push as push_directory
 from structprune.exporters.runtimes import RuntimeSupport, runtimes
 from structprune.files import check_path, expand_user, read_json
-from structprune.memory import PeakMeter, bound_hidden_memory
+from structprune.memory import PeakMeter, bound_hidden_memory, release_free_memory
 from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
@@ -257,6 +257,8 @@ def _context(
             lambda plan: drawn_windows(resolved, plan, observer.note),
         )
     )
+    # A tokenizer of many tokens takes hundreds of megabytes, which are free and still this process's.
+    release_free_memory()
     num_windows = len(begun.windows.ids_NS)
     return RunContext(
         source=request.model,

@@ -190,3 +190,21 @@ def test_weight_files_are_put_together_in_bounded_memory(tmp_path: Path) -> None
             for name, tensor in load_file(writer.path(number)).items():
                 handle.seek(merged[name].start)
                 assert handle.read(merged[name].num_bytes) == tensor.numpy().tobytes()
+
+
+def test_a_tokenizer_of_many_tokens_leaves_nothing_behind(text_file: Path, tmp_path: Path) -> None:
+    # As many tokens as a Gemma's: what the tokenizer took must be gone when the embedding is read.
+    num_tokens = 262_144
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": num_tokens}
+    model = LlamaForCausalLM(llama_config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"token-{number}": number for number in range(len(vocabulary), num_tokens)}
+    path.write_text(json.dumps(content))
+    values = settings(text_file, num_samples=2, seq_len=32)
+    memory = pruned_in_a_process(tmp_path / "model", tmp_path / "out", values)
+    assert memory["measured_phases"]["embed"] <= memory["phases"]["embed"]
+    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"]

@@ -63,6 +63,8 @@ def write_recovered(
     reader = streamed.reader
     beside = write_companions(reader.directory, directory, reader.config, reader.weight_files)
     check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
+    # Two tokenizers were there.
+    release_free_memory()
     for name in (MANIFEST_NAME, REPORT_NAME, WIDTHS_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)

@@ -262,6 +262,8 @@ def _write_files(context: RunContext, result: Result) -> FolderFiles:
         same_width=config.get("hidden_size") == context.reader.config.get("hidden_size"),
     )
     check_same_tokens(context.reader.directory, checkpoint, context.stock.config)
+    # Two tokenizers were there.
+    release_free_memory()
     write_weights(result.files, checkpoint, context.observer)
     return beside
 
