@@ -1,0 +1,263 @@
+"""Unit groups of a decoder block from its families, as the pipelines take them.
+
+Of the atoms that a consumer sums over, those that are heads of the scores are heads: one that the values have too is a
+KV head with its queries, one that only the queries have is a query head of every KV head. The others are value
+channels. In an MLP they are channels, of each expert by itself where a router chooses the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch.fx import Node
+
+from structprune.errors import UnsupportedError
+from structprune.tracing.families import Family, places, slices
+from structprune.tracing.graph import Traced
+from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers
+from structprune.tracing.terms import Atom, leaves
+from structprune.tracing.values import Value, arguments_of, operation_name
+from structprune.types import AxisSlice, HeadUnits, UnitGroup
+
+StackedNames = Mapping[str, Sequence[str]]
+"""Tensor that holds all experts along its first axis -> names of the tensors of one expert in a checkpoint, with `{}`
+for its number: those that lie one behind the other along the axis of the units."""
+
+
+def unit_groups(traced: Traced, head_units: HeadUnits, stacked: StackedNames | None = None) -> tuple[UnitGroup, ...]:
+    """Build the groups of a traced decoder block: channels of MLPs first, then units of attention.
+
+    What config entries say of the widths is not in the graph: `config_fields`, `activation` and entries of biases stay
+    empty. Raises UnsupportedError where the block has no residual stream, or its attention no such units.
+    """
+    stream = find_stream(traced)
+    mlps: list[UnitGroup] = []
+    attentions: list[UnitGroup] = []
+    for sublayer in find_sublayers(traced, stream):
+        if sublayer.kind == "mlp":
+            for family in families_of(traced, sublayer):
+                mlps += _channels(traced, sublayer, family, stacked or {})
+        elif sublayer.kind == "attention":
+            attentions.append(_heads(traced, sublayer, head_units))
+    return (*mlps, *attentions)
+
+
+def families_of(traced: Traced, sublayer: Sublayer) -> list[Family]:
+    """List the families that a sublayer's consumer sums over and that can leave exactly, in the order of its axis."""
+    by_atom = {family.atom: family for family in traced.families}
+    found = [by_atom[atom] for atom in leaves(sublayer.consumer.term) if atom in by_atom]
+    return [family for family in found if family.is_exact and _consumers(family, sublayer)]
+
+
+def _consumers(family: Family, sublayer: Sublayer) -> list[AxisSlice]:
+    return [each for each in family.consumers if each.tensor in sublayer.consumer.origins]
+
+
+def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: StackedNames) -> list[UnitGroup]:
+    """Build the group of an MLP's channels, or one of each expert."""
+    experts = _experts(traced, family)
+    group = _group(traced, sublayer, family.producers, _consumers(family, sublayer), family.num_units)
+    if experts is None:
+        up, gate = _maps(traced, sublayer, family)
+        return [replace(group, kind="mlp", up_module=up, gate_module=gate)]
+    names = list(sublayer.tensors)
+    renamed = {name: stacked.get(name, (f"{name}.{{}}",)) for name in names}
+    groups: list[UnitGroup] = []
+    for number in range(experts.num_units):
+        consumer = _of_expert(group.consumer, number, traced, renamed)
+        groups.append(
+            replace(
+                group,
+                expert=number,
+                producers=tuple(_of_expert(each, number, traced, renamed) for each in group.producers),
+                consumer=consumer,
+                consumer_module=consumer.tensor.removesuffix(".weight"),
+                module_prefix=_prefix([*names, consumer.tensor]),
+            )
+        )
+    return groups
+
+
+def _experts(traced: Traced, family: Family) -> Family | None:
+    """Return the family of the experts where all tensors of `family` have one of each along their first axis."""
+    tensors = {member.tensor for member in family.members}
+    for other in traced.families:
+        if other.num_units > 1 and tensors == {each.tensor for each in other.members if each.axis == 0} & tensors:
+            chosen = [value.chosen for value in traced.values.values() if isinstance(value, Value)]
+            if any(term is not None and other.atom in leaves(term) for term in chosen):
+                return other
+    return None
+
+
+def _of_expert(part: AxisSlice, number: int, traced: Traced, names: Mapping[str, Sequence[str]]) -> AxisSlice:
+    """Return the slice of one expert's own tensor, which has an axis less."""
+    segments = names[part.tensor]
+    length = traced.parameters[part.tensor][part.axis].size // len(segments)
+    segment, offset = divmod(part.offset, length)
+    return replace(part, tensor=segments[segment].format(number), axis=part.axis - 1, offset=offset)
+
+
+def _heads(traced: Traced, sublayer: Sublayer, head_units: HeadUnits) -> UnitGroup:
+    """Build the group of attention. Raises UnsupportedError where there are no such units."""
+    found = families_of(traced, sublayer)
+    values = [family for family in found if family.atom not in sublayer.heads]
+    heads = [family for family in found if family.atom in sublayer.heads]
+    shared = [family for family in heads if _values_have(traced, family, values)]
+    build: Mapping[HeadUnits, Callable[[], UnitGroup]] = {
+        "kv-group": lambda: _plain(traced, sublayer, _single(shared, sublayer, "KV heads that can leave")),
+        "query-head": lambda: _plain(
+            traced,
+            sublayer,
+            _single([each for each in heads if each not in shared], sublayer, "query heads that share a KV head"),
+        ),
+        "value-channel": lambda: _value_channels(
+            traced, sublayer, _single(values, sublayer, "value channels that can leave"), shared
+        ),
+    }
+    return build[head_units]()
+
+
+def _single(families: Sequence[Family], sublayer: Sublayer, what: str) -> Family:
+    if len(families) == 1:
+        return families[0]
+    node = sublayer.consumer.node
+    raise UnsupportedError(
+        f"this attention has no {what}" if not families else f"this attention has several sorts of {what}",
+        where=f"{operation_name(node)} ({node.name})",
+        got=", ".join(sublayer.consumer.origins),
+    )
+
+
+def _values_have(traced: Traced, heads: Family, values: Sequence[Family]) -> bool:
+    """Whether the maps that compute the values have these heads; without value channels, whether more than one has."""
+    if not values:
+        return len({each.tensor for each in heads.members}) > 2
+    return all(
+        place.stands_under(heads.atom)
+        for family in values
+        for each in family.producers
+        for place in places(traced.parameters[each.tensor][each.axis], family.atom)
+    )
+
+
+def _plain(traced: Traced, sublayer: Sublayer, family: Family) -> UnitGroup:
+    group = _group(traced, sublayer, family.producers, _consumers(family, sublayer), family.num_units)
+    return replace(group, kind="attention")
+
+
+def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family, heads: Sequence[Family]) -> UnitGroup:
+    """Build the group whose unit is one channel of one KV head: each head may keep others, as many."""
+    if not heads:
+        return _plain(traced, sublayer, channels)
+    parent = _single(heads, sublayer, "KV heads").atom
+    _check_apart(traced, sublayer, channels.atom, parent)
+    axes = dict.fromkeys((each.tensor, each.axis) for each in channels.members)
+    parts = [
+        part
+        for tensor, axis in axes
+        for place in places(traced.parameters[tensor][axis], channels.atom)
+        for part in slices(tensor, axis, place, parent)
+    ]
+    consumers = {(each.tensor, each.axis) for each in _consumers(channels, sublayer)}
+    group = _group(
+        traced,
+        sublayer,
+        [part for part in parts if (part.tensor, part.axis) not in consumers],
+        [part for part in parts if (part.tensor, part.axis) in consumers],
+        channels.num_units * parent.size,
+    )
+    return replace(group, kind="attention", partitions=parent.size)
+
+
+def _check_apart(traced: Traced, sublayer: Sublayer, channels: Atom, heads: Atom) -> None:
+    """Raise UnsupportedError where some tensor has the channels without the heads: then all heads keep the same."""
+    for node, value in traced.values.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            found = leaves(*each.dims)
+            if channels in found and heads not in found:
+                raise UnsupportedError(
+                    "the value channels of all KV heads are the same here",
+                    where=f"{operation_name(node)} ({node.name})",
+                    got=", ".join(sublayer.consumer.origins),
+                )
+
+
+def _group(
+    traced: Traced, sublayer: Sublayer, producers: Sequence[AxisSlice], consumers: Sequence[AxisSlice], num_units: int
+) -> UnitGroup:
+    """Build a group with what all kinds have. Raises UnsupportedError where one slice cannot say what is read."""
+    node = sublayer.consumer.node
+    if len(consumers) != 1:
+        raise UnsupportedError(
+            "what a unit owns of the map that reads it is not one regular slice",
+            where=f"{operation_name(node)} ({node.name})",
+            got=", ".join(f"{each.tensor} from {each.offset}" for each in consumers),
+        )
+    consumer = consumers[0]
+    return UnitGroup(
+        kind="mlp",
+        num_units=num_units,
+        width=consumer.width * consumer.repeat,
+        producers=tuple(producers),
+        consumer=consumer,
+        consumer_module=consumer.tensor.removesuffix(".weight"),
+        consumer_bias=sublayer.consumer.bias,
+        module_prefix=_prefix(sublayer.tensors),
+        norm_modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in sublayer.norms)),
+        output_norm_eps=_epsilon(sublayer),
+    )
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """Return what all names begin with: whole modules where there is one around all of them."""
+    first, last = min(names := list(names)), max(names)
+    same = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
+    common = first[:same]
+    return common[: common.rindex(".") + 1] if "." in common else common
+
+
+def _epsilon(sublayer: Sublayer) -> float | None:
+    """Return the epsilon of the RMSNorm behind the consumer: what is added to the mean of the squares."""
+    if sublayer.output_norm is None:
+        return None
+    given = arguments_of(sublayer.output_norm).get("eps")
+    if isinstance(given, float):
+        return given
+    numbers = [arguments_of(user).get("other") for user in sublayer.output_norm.users if operation_name(user) == "add"]
+    found = [number for number in numbers if isinstance(number, float)]
+    if not found:
+        raise UnsupportedError(
+            "the norm behind a sublayer has no epsilon that can be found",
+            where=f"{operation_name(sublayer.output_norm)} ({sublayer.output_norm.name})",
+        )
+    return found[0]
+
+
+def _maps(traced: Traced, sublayer: Sublayer, family: Family) -> tuple[str | None, str | None]:
+    """Find the modules of an MLP's up map and gate, each a map of its own whose rows are the channels.
+
+    A gate's output passes the activation first; of a single map it is the up map's.
+    """
+    tensors = {each.tensor for each in family.producers}
+    single = {
+        product.origins[0]: product.node
+        for product in traced.notes.contractions
+        if len(product.origins) == 1
+        and product.origins[0] in tensors
+        and product.node is not sublayer.consumer.node
+        and leaves(*traced.parameters[product.origins[0]]).keys() >= {family.atom}
+        and sum(each.tensor == product.origins[0] for each in family.producers) == 1
+    }
+    modules = {tensor: tensor.removesuffix(".weight") for tensor in single}
+    if len(single) == 1:
+        return next(iter(modules.values())), None
+    if len(single) != 2:
+        return None, None
+    gates = [tensor for tensor, node in single.items() if not _is_multiplied(node)]
+    ups = [tensor for tensor in single if tensor not in gates]
+    return (modules[ups[0]], modules[gates[0]]) if len(gates) == 1 else (None, None)
+
+
+def _is_multiplied(node: Node) -> bool:
+    return all(operation_name(user) == "mul" for user in node.users)
