@@ -61,9 +61,11 @@ def cut_state(traced: Traced, state: Mapping[str, Tensor], kept: Kept) -> dict[s
 
 
 def masked_state(traced: Traced, state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """Put zeros in the place of all that `cut_state` leaves out."""
+    """Put zeros in the place of all that `cut_state` leaves out, but in numbers of things, where zero is the first."""
 
     def masked(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
         gone = torch.ones(tensor.shape[axis], dtype=torch.bool).index_fill_(0, index.cpu(), False)
         return tensor.index_fill(axis, torch.nonzero(gone).flatten().to(tensor.device), 0)
 

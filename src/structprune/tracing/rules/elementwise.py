@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from structprune.tracing.rules.operation import Operation, Output, to_shape
-from structprune.tracing.terms import Atom
+from structprune.tracing.terms import Atom, leaves
 from structprune.tracing.values import Step, Value, silent_in_all, silent_in_any
 
 Silence = Callable[[Step, Sequence[Value]], frozenset[Atom]]
@@ -43,7 +43,24 @@ def _of_first(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
 
 def _of_power(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
     exponent = step.arguments.get("exponent")
-    return _of_first(step, values) if isinstance(exponent, int | float) and exponent > 0 else frozenset()
+    if isinstance(exponent, int | float) and exponent > 0:
+        return _of_first(step, values)
+    return _of_none(step, values) if exponent == 0 else _without_zeros(step, values)
+
+
+def _of_quotient(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
+    """Return the silent atoms of what is divided; what it is divided by must not be zero."""
+    divisor = step.value("other")
+    if divisor is not None:
+        _without_zeros(step, (divisor,))
+    return _of_first(step, values)
+
+
+def _without_zeros(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
+    """Couple what would be zero, for an operation that has no number for it."""
+    silent = leaves(*(atom for value in values for atom in value.silent))
+    step.couple(*(atom for atom in leaves(*(dim for value in values for dim in value.dims)) if atom in silent))
+    return frozenset()
 
 
 def _of_clamp(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
@@ -102,6 +119,8 @@ _SUM = _elementwise(_of_all)
 _PRODUCT = _elementwise(_of_any)
 _FIRST = _elementwise(_of_first)
 _NONE = _elementwise(_of_none)
+_QUOTIENT = _elementwise(_of_quotient)
+_UNDEFINED = _elementwise(_without_zeros)
 _SAME = Operation(rule=_same)
 _FILLED = Operation(rule=_filled, resize=to_shape)
 _LIKE = Operation(rule=_like)
@@ -109,13 +128,14 @@ _LIKE = Operation(rule=_like)
 ELEMENTWISE: dict[str, Operation] = {
     **dict.fromkeys(("add", "sub", "rsub", "maximum", "minimum"), _SUM),
     **dict.fromkeys(("mul", "logical_and", "bitwise_and", "__and__"), _PRODUCT),
-    **dict.fromkeys(("div", "floor_divide", "remainder", "true_divide"), _FIRST),
+    **dict.fromkeys(("div", "floor_divide", "remainder", "true_divide"), _QUOTIENT),
     **dict.fromkeys(("relu", "relu6", "silu", "gelu", "tanh", "neg", "abs", "sqrt", "square", "floor"), _FIRST),
     **dict.fromkeys(("ceil", "round", "sin", "erf", "sign", "leaky_relu", "elu", "celu", "hardtanh"), _FIRST),
-    **dict.fromkeys(("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout"), _FIRST),
-    **dict.fromkeys(("exp", "exp2", "sigmoid", "hardsigmoid", "cos", "softplus", "rsqrt", "log", "log2"), _NONE),
-    **dict.fromkeys(("logsigmoid", "log_sigmoid", "reciprocal", "logical_not", "bitwise_not", "isinf", "isnan"), _NONE),
-    **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne", "logical_or", "bitwise_or", "__or__"), _NONE),
+    **dict.fromkeys(("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout", "isinf", "isnan"), _FIRST),
+    **dict.fromkeys(("exp", "exp2", "sigmoid", "hardsigmoid", "cos", "softplus", "log_sigmoid"), _NONE),
+    **dict.fromkeys(("logical_not", "bitwise_not", "le", "ge", "eq"), _NONE),
+    **dict.fromkeys(("lt", "gt", "ne", "logical_or", "bitwise_or", "__or__"), _SUM),
+    **dict.fromkeys(("rsqrt", "log", "log2", "reciprocal"), _UNDEFINED),
     "pow": _elementwise(_of_power),
     "clamp": _elementwise(_of_clamp),
     "clip": _elementwise(_of_clamp),
@@ -130,6 +150,6 @@ ELEMENTWISE: dict[str, Operation] = {
     "triu": Operation(rule=_triangle),
     **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), _FILLED),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "fill", "zero"), _LIKE),
-    **dict.fromkeys(("arange", "eye", "scalar_tensor", "linspace", "rand", "randn"), Operation(rule=_counted)),
+    **dict.fromkeys(("arange", "eye", "scalar_tensor", "linspace"), Operation(rule=_counted)),
 }
 """Operation -> its entry. One that ends in `_` and has none is the same one in place."""

@@ -84,6 +84,14 @@ def _top(step: Step) -> Output:
     return best, replace(best, chosen=chosen_from)
 
 
+def _sorted(step: Step) -> Output:
+    """Put things into an order: each may come to the place of any other."""
+    value = step.inputs()[0]
+    term = value.dims[step.axis(len(value.dims), default=-1)]
+    step.pin(term)
+    return Value(dims=value.dims), Value(dims=value.dims, chosen=term)
+
+
 def _index(step: Step) -> Output:
     """Look things of one axis up by their numbers."""
     value, given = step.tensor("self"), step.arguments["indices"]
@@ -108,7 +116,7 @@ def _looked_up(step: Step, value: Value, axis: int, ids: Value) -> Value:
     first = ids.constant[0] % term.size if ids.constant else 0
     if ids.constant and ids.constant == tuple(range(ids.constant[0], ids.constant[0] + len(ids.constant))):
         # A run of numbers that is written in the code is a segment.
-        dims = (step.cut(step.cut(term, first + len(ids.constant))[0], first)[1],)
+        step.unify(dims[0], step.cut(step.cut(term, first + len(ids.constant))[0], first)[1])
     elif ids.chosen is not None and ids.chosen.size == term.size:
         step.unify(ids.chosen, term)
         step.couple(term)
@@ -174,7 +182,7 @@ REDUCTIONS: dict[str, Operation] = {
     "cumsum": Operation(rule=_scan),
     **dict.fromkeys(("layer_norm", "rms_norm"), Operation(rule=_norm, resize=_resize_norm)),
     "topk": Operation(rule=_top),
-    "sort": Operation(rule=_top),
+    "sort": Operation(rule=_sorted),
     "index": Operation(rule=_index, resize=_resize_index),
     "index_select": Operation(rule=_index_select),
     "embedding": Operation(rule=_embedding),
