@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from structprune.tracing.graph import Traced, trace
 from structprune.tracing.replay import Example
 
 IDS_BS = torch.arange(14).reshape(2, 7)
@@ -22,6 +23,10 @@ class RecordedBlock:
     index: int
     module: nn.Module
     example: Example
+
+    def trace(self) -> Traced:
+        """The block's graph, of which the stream alone is wanted: some blocks give the scores of attention too."""
+        return trace(self.module, self.example.args, self.example.kwargs, num_outputs=1)
 
 
 def recorded_blocks(model: Any) -> list[RecordedBlock]:

@@ -40,32 +40,42 @@ class Traced:
     parameters: Mapping[str, tuple[Term, ...]]
     """Expression of every axis of every parameter and buffer."""
     values: Mapping[Node, Value | tuple[Value, ...]]
+    outputs: tuple[Node, ...]
+    """Nodes of the tensors that come out and must stay as they are."""
     families: tuple[Family, ...]
     frozen: tuple[FrozenAxis, ...]
     notes: Notes
 
     @property
     def unknown(self) -> Mapping[str, str]:
-        """Operations without a rule, whose axes are frozen: name -> first node that has it."""
-        return self.notes.unknown
+        """Operations that the rules do not read and that hold what else could leave: name -> where the first one is."""
+        first = dict.fromkeys(axis.reasons[0] for axis in self.frozen)
+        found = [(self.notes.unknown[place], place) for place in first if place in self.notes.unknown]
+        return dict(reversed(found))
 
 
-def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Traced:
+def trace(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, num_outputs: int | None = None
+) -> Traced:
     """Find the families of a module from its graph for one example input; it may be on `meta`.
 
-    Sizes of the example are part of the graph: give positions and windows sizes of their own, greater than 1.
+    Sizes of the example are part of the graph: give positions and windows sizes of their own, greater than 1. Of the
+    tensors that come out, the first `num_outputs` must stay as they are, None: all of them.
     Raises UnsupportedError where torch.export has no graph of the module, or one whose shapes depend on the data.
     """
     program = export(module, args, kwargs or {})
-    reader = _Reader(program)
+    reader = _Reader(program, num_outputs)
     for node in program.graph.nodes:
         reader.read(node)
     contracted = [(each.term, each.origins) for each in reader.notes.contractions]
+    if not reader.outputs:
+        raise UnsupportedError("no tensor comes out", where=type(module).__name__)
     families, frozen = find_families(reader.parameters, contracted)
     return Traced(
         program=program,
         parameters=reader.parameters,
         values=reader.environment,
+        outputs=tuple(reader.outputs),
         families=families,
         frozen=frozen,
         notes=reader.notes,
@@ -99,12 +109,19 @@ def state_of(program: ExportedProgram) -> dict[str, Tensor]:
 class _Reader:
     """Values of a graph's nodes, one node after the other."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, num_outputs: int | None) -> None:
+        self.outputs: list[Node] = []
+        self._num_outputs = num_outputs
         self.notes = Notes()
         self.parameters: dict[str, tuple[Term, ...]] = {}
         self.environment: dict[Node, Any] = {}
         self._state = state_of(program)
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        self._used = {
+            id(self._state[str(self._specs[node.name].target)])
+            for node in program.graph.nodes
+            if node.op == "placeholder" and node.users and self._specs[node.name].kind in STATE_KINDS
+        }
         self._tied: dict[int, tuple[Term, ...]] = {}
         """Parameters by identity: one with two names has one expression."""
 
@@ -129,16 +146,17 @@ class _Reader:
         name = str(spec.target)
         tensor = self._state[name]
         dims = self._tied.setdefault(id(tensor), tuple(Atom(size) for size in example.shape))
+        if id(tensor) not in self._used:
+            pin("not used", *dims)
         self.parameters[name] = dims
         silent = frozenset(dim for dim in dims if isinstance(dim, Atom))
         self.environment[node] = Value(dims=dims, silent=silent, origin=name, constant=_constant(spec.kind, tensor))
 
     def _output(self, node: Node) -> None:
-        for value in node.all_input_nodes:
-            found = self.environment.get(value)
-            for each in found if isinstance(found, tuple) else (found,):
-                if isinstance(each, Value):
-                    pin("output", *each.dims)
+        results: Any = node.args[0]
+        tensors = [each for each in results if isinstance(self.environment.get(each), Value)]
+        self.outputs = tensors[: self._num_outputs]
+        pin("output", *(dim for each in self.outputs for dim in self.environment[each].dims))
 
     def _operation(self, node: Node) -> None:
         if node.target is operator.getitem:
@@ -156,7 +174,6 @@ class _Reader:
         found = value if isinstance(value, tuple) else (value,)
         if entry is None or [tuple(dim.size for dim in each.dims) for each in found] != shapes:
             # A form of the operation that its rule does not read is as unknown as one without a rule.
-            self.notes.unknown.setdefault(step.name, node.name)
             value = step.freeze()
         self.environment[node] = value
         if step.name.endswith("_") and isinstance(value, Value):

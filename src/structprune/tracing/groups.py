@@ -43,6 +43,12 @@ def unit_groups(traced: Traced, head_units: HeadUnits, stacked: StackedNames | N
     return (*mlps, *attentions)
 
 
+def expert_families(traced: Traced) -> tuple[Family, ...]:
+    """List the families whose units a router numbers: whole experts, which leave by another way than zeros."""
+    chosen = leaves(*(value.chosen for value in _all_values(traced) if value.chosen is not None))
+    return tuple(family for family in traced.families if family.atom in chosen)
+
+
 def families_of(traced: Traced, sublayer: Sublayer) -> list[Family]:
     """List the families that a sublayer's consumer sums over and that can leave exactly, in the order of its axis."""
     by_atom = {family.atom: family for family in traced.families}
@@ -64,7 +70,7 @@ def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: Stack
     names = list(sublayer.tensors)
     renamed = {name: stacked.get(name, (f"{name}.{{}}",)) for name in names}
     groups: list[UnitGroup] = []
-    for number in range(experts.num_units):
+    for number in range(experts):
         consumer = _of_expert(group.consumer, number, traced, renamed)
         groups.append(
             replace(
@@ -79,15 +85,22 @@ def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: Stack
     return groups
 
 
-def _experts(traced: Traced, family: Family) -> Family | None:
-    """Return the family of the experts where all tensors of `family` have one of each along their first axis."""
-    tensors = {member.tensor for member in family.members}
-    for other in traced.families:
-        if other.num_units > 1 and tensors == {each.tensor for each in other.members if each.axis == 0} & tensors:
-            chosen = [value.chosen for value in traced.values.values() if isinstance(value, Value)]
-            if any(term is not None and other.atom in leaves(term) for term in chosen):
-                return other
-    return None
+def _experts(traced: Traced, family: Family) -> int | None:
+    """Count the experts where all tensors of `family` have one of each along their first axis; else return None.
+
+    Experts are what a router numbers: its choice is made of the same atoms as these axes.
+    """
+    axes = {tuple(leaves(traced.parameters[member.tensor][0])) for member in family.members}
+    if len(axes) != 1 or family.atom in (stack := axes.pop()):
+        return None
+    chosen = [value.chosen for value in _all_values(traced) if value.chosen is not None]
+    if not any(stack and stack == tuple(leaves(term)) for term in chosen):
+        return None
+    return traced.parameters[family.members[0].tensor][0].size
+
+
+def _all_values(traced: Traced) -> list[Value]:
+    return [each for found in traced.values.values() for each in (found if isinstance(found, tuple) else (found,))]
 
 
 def _of_expert(part: AxisSlice, number: int, traced: Traced, names: Mapping[str, Sequence[str]]) -> AxisSlice:
@@ -103,7 +116,12 @@ def _heads(traced: Traced, sublayer: Sublayer, head_units: HeadUnits) -> UnitGro
     found = families_of(traced, sublayer)
     values = [family for family in found if family.atom not in sublayer.heads]
     heads = [family for family in found if family.atom in sublayer.heads]
-    shared = [family for family in heads if _values_have(traced, family, values)]
+    if values:
+        shared = [family for family in heads if _values_have(traced, family.atom, values)]
+    else:
+        # A head that keys and values have too owns more than a query head does.
+        most = max((_owned(family) for family in heads), default=0)
+        shared = [family for family in heads if _owned(family) == most]
     build: Mapping[HeadUnits, Callable[[], UnitGroup]] = {
         "kv-group": lambda: _plain(traced, sublayer, _single(shared, sublayer, "KV heads that can leave")),
         "query-head": lambda: _plain(
@@ -112,7 +130,7 @@ def _heads(traced: Traced, sublayer: Sublayer, head_units: HeadUnits) -> UnitGro
             _single([each for each in heads if each not in shared], sublayer, "query heads that share a KV head"),
         ),
         "value-channel": lambda: _value_channels(
-            traced, sublayer, _single(values, sublayer, "value channels that can leave"), shared
+            traced, sublayer, _single(values, sublayer, "value channels that can leave")
         ),
     }
     return build[head_units]()
@@ -125,16 +143,25 @@ def _single(families: Sequence[Family], sublayer: Sublayer, what: str) -> Family
     raise UnsupportedError(
         f"this attention has no {what}" if not families else f"this attention has several sorts of {what}",
         where=f"{operation_name(node)} ({node.name})",
-        got=", ".join(sublayer.consumer.origins),
+        got=f"{', '.join(sublayer.consumer.origins)}, whose inputs {_held(sublayer)}",
     )
 
 
-def _values_have(traced: Traced, heads: Family, values: Sequence[Family]) -> bool:
-    """Whether the maps that compute the values have these heads; without value channels, whether more than one has."""
-    if not values:
-        return len({each.tensor for each in heads.members}) > 2
+def _held(sublayer: Sublayer) -> str:
+    """Say what holds the inputs of a consumer, or sees several of them at once."""
+    reasons = [reason for atom in leaves(sublayer.consumer.term) for reason in (*atom.pins, *atom.couplings)]
+    return f"are held by {', '.join(dict.fromkeys(reasons))}" if reasons else "can all leave"
+
+
+def _owned(family: Family) -> int:
+    """Count the indices that all units of a family own."""
+    return sum(each.width * each.repeat for each in family.members) * family.num_units
+
+
+def _values_have(traced: Traced, heads: Atom, values: Sequence[Family]) -> bool:
+    """Whether the maps that compute the values have these heads."""
     return all(
-        place.stands_under(heads.atom)
+        place.stands_under(heads)
         for family in values
         for each in family.producers
         for place in places(traced.parameters[each.tensor][each.axis], family.atom)
@@ -146,11 +173,14 @@ def _plain(traced: Traced, sublayer: Sublayer, family: Family) -> UnitGroup:
     return replace(group, kind="attention")
 
 
-def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family, heads: Sequence[Family]) -> UnitGroup:
-    """Build the group whose unit is one channel of one KV head: each head may keep others, as many."""
-    if not heads:
+def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family) -> UnitGroup:
+    """Build the group whose unit is one channel of one KV head: each head may keep others, as many.
+
+    The heads themselves need not be able to leave.
+    """
+    parent = next((atom for atom in sublayer.heads if _values_have(traced, atom, [channels])), None)
+    if parent is None:
         return _plain(traced, sublayer, channels)
-    parent = _single(heads, sublayer, "KV heads").atom
     _check_apart(traced, sublayer, channels.atom, parent)
     axes = dict.fromkeys((each.tensor, each.axis) for each in channels.members)
     parts = [

@@ -48,7 +48,7 @@ class Removal:
 
 
 def replay(traced: Traced, state: Mapping[str, Tensor], example: Example, kept: Kept | None = None) -> list[Tensor]:
-    """Run the graph with these parameters and buffers, and return its tensors that come out.
+    """Run the graph with these parameters and buffers, and return the tensors that come out and must stay.
 
     `kept` says which units `state` has left; sizes that the code has written down are changed with them.
     """
@@ -193,6 +193,7 @@ class _Replay(Interpreter):
         self._state = state
         self._kept = kept
         self._record = record
+        self._results: dict[Node, Tensor] = {}
         self.seen: dict[Node, Tensor] = {}
         """Results by node, where they are recorded."""
 
@@ -216,11 +217,17 @@ class _Replay(Interpreter):
             else:
                 raise UnsupportedError("the graph has an input that is neither tensor nor argument", got=str(spec))
         with torch.no_grad():
-            results = self.run(*values, enable_io_processing=False)
-        return [each for each in results if isinstance(each, Tensor)]
+            self.run(*values, enable_io_processing=False)
+        return [self._results[each] for each in self._traced.outputs]
 
     def run_node(self, n: Node) -> Any:
         """Run one operation with the sizes that its inputs have now."""
+        result = self._run(n)
+        if n in self._traced.outputs:
+            self._results[n] = result
+        return result
+
+    def _run(self, n: Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
         if operation_name(n) in IGNORED:

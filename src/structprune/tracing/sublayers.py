@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from structprune.errors import UnsupportedError
 from structprune.tracing.graph import STATE_KINDS, Traced
-from structprune.tracing.terms import Atom, Term, leaves
+from structprune.tracing.terms import Atom, Term, atoms, leaves
 from structprune.tracing.values import Contraction, Value, operation_name
 
 SublayerKind = Literal["attention", "mlp", "mixer"]
@@ -59,6 +59,7 @@ class Stream:
     states: Mapping[Node, int]
     width: Term
     positions: frozenset[Atom]
+    """Atoms of windows and positions. Code that takes positions one by one leaves each of them an atom of its own."""
 
 
 def find_stream(traced: Traced) -> Stream:
@@ -66,9 +67,7 @@ def find_stream(traced: Traced) -> Stream:
 
     Raises UnsupportedError where the output is no such sum, with the operation that it is of.
     """
-    graph = traced.program.graph
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    result = next(node for node in output.all_input_nodes if isinstance(node.meta.get("val"), Tensor))
+    graph, result = traced.program.graph, traced.outputs[0]
     specs = {spec.arg.name: spec.kind for spec in traced.program.graph_signature.input_specs}
     shape = result.meta["val"].shape
     given = next(
@@ -96,7 +95,7 @@ def find_stream(traced: Traced) -> Stream:
         )
     value = traced.values[given]
     assert isinstance(value, Value)
-    return Stream(states=states, width=value.dims[-1], positions=frozenset(leaves(*value.dims[:-1])))
+    return Stream(states=states, width=value.dims[-1], positions=frozenset(atoms(*value.dims[:-1])))
 
 
 def _is_of_shape(node: Node, shape: torch.Size) -> bool:
@@ -242,13 +241,13 @@ def _norms_the_width(traced: Traced, node: Node, stream: Stream) -> bool:
 
 def _kind(traced: Traced, stream: Stream, before: Mapping[Node, None]) -> tuple[SublayerKind, frozenset[Atom]]:
     mixings = [
-        each for each in traced.notes.mixings if each.node in before and leaves(each.over).keys() & stream.positions
+        each for each in traced.notes.mixings if each.node in before and atoms(each.over).keys() & stream.positions
     ]
     scores = [each.heads for each in mixings if each.heads is not None]
     if scores:
         return "attention", frozenset(leaves(*(dim for heads in scores for dim in heads)).keys() - stream.positions)
     sums = [each for each in traced.notes.contractions if each.node in before]
-    mixes = bool(mixings) or any(leaves(each.term).keys() & stream.positions for each in sums)
+    mixes = bool(mixings) or any(atoms(each.term).keys() & stream.positions for each in sums)
     return ("mixer" if mixes else "mlp"), frozenset()
 
 

@@ -81,16 +81,20 @@ def _pieces(term: Term, kind: type[Product] | type[Sum]) -> tuple[Term, ...]:
     return (term,)
 
 
-def leaves(*terms: Term) -> dict[Atom, None]:
-    """Collect the atoms of more than one thing that the terms are made of, in order."""
+def atoms(*terms: Term) -> dict[Atom, None]:
+    """Collect all atoms that the terms are made of, in order, those of a single thing too."""
     found: dict[Atom, None] = {}
     for term in map(resolve, terms):
         if isinstance(term, Atom):
-            if term.size > 1:
-                found[term] = None
+            found[term] = None
         else:
-            found |= leaves(*(term.factors if isinstance(term, Product) else term.parts))
+            found |= atoms(*(term.factors if isinstance(term, Product) else term.parts))
     return found
+
+
+def leaves(*terms: Term) -> dict[Atom, None]:
+    """Collect the atoms of more than one thing that the terms are made of, in order."""
+    return {atom: None for atom in atoms(*terms) if atom.size > 1}
 
 
 def pin(reason: str, *terms: Term) -> None:

@@ -60,7 +60,7 @@ class Notes:
     contractions: list[Contraction] = field(default_factory=list[Contraction])
     mixings: list[Mixing] = field(default_factory=list[Mixing])
     unknown: dict[str, str] = field(default_factory=dict[str, str])
-    """Operation without a rule -> the first node that has it."""
+    """Where an operation has no rule, or a form that its rule does not read -> its name."""
 
 
 class Step:
@@ -156,7 +156,8 @@ class Step:
         return tuple(Value(dims=tuple(self.pinned(size) for size in shape)) for shape in self.shapes)
 
     def freeze(self) -> Value | tuple[Value, ...]:
-        """Pin all that goes in, and return outputs of which nothing is known."""
+        """Pin all that goes in, note the operation, and return outputs of which nothing is known."""
+        self.notes.unknown[self.place] = self.name
         self.pin(*(dim for value in self.inputs() for dim in value.dims))
         return self.fresh()
 

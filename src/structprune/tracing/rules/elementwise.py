@@ -57,7 +57,7 @@ def _of_quotient(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
 
 
 def _without_zeros(step: Step, values: Sequence[Value]) -> frozenset[Atom]:
-    """Couple what would be zero, for an operation that has no number for it."""
+    """Mark as coupled what would be zero, for an operation that has no number for it."""
     silent = leaves(*(atom for value in values for atom in value.silent))
     step.couple(*(atom for atom in leaves(*(dim for value in values for dim in value.dims)) if atom in silent))
     return frozenset()
@@ -131,7 +131,9 @@ ELEMENTWISE: dict[str, Operation] = {
     **dict.fromkeys(("div", "floor_divide", "remainder", "true_divide"), _QUOTIENT),
     **dict.fromkeys(("relu", "relu6", "silu", "gelu", "tanh", "neg", "abs", "sqrt", "square", "floor"), _FIRST),
     **dict.fromkeys(("ceil", "round", "sin", "erf", "sign", "leaky_relu", "elu", "celu", "hardtanh"), _FIRST),
-    **dict.fromkeys(("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout", "isinf", "isnan"), _FIRST),
+    **dict.fromkeys(
+        ("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout", "isinf", "isnan"), _FIRST
+    ),
     **dict.fromkeys(("exp", "exp2", "sigmoid", "hardsigmoid", "cos", "softplus", "log_sigmoid"), _NONE),
     **dict.fromkeys(("logical_not", "bitwise_not", "le", "ge", "eq"), _NONE),
     **dict.fromkeys(("lt", "gt", "ne", "logical_or", "bitwise_or", "__or__"), _SUM),

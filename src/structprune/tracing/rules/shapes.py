@@ -112,6 +112,7 @@ def _resize_interleave(call: Call) -> None:
     old = call.arguments["self"].shape
     axis = call.arguments["dim"] % len(old)
     call.arguments["repeats"] = call.shape()[axis] // old[axis]
+    call.arguments["output_size"] = None
 
 
 def _bounds(size: int, start: int | None, end: int | None) -> tuple[int, int]:
