@@ -228,6 +228,7 @@ CASES = (
     # Shapes.
     Case(name="view", apply=unary(lambda x: x.view(2, 5, 3, 4).view(10, 12).view(2, 5, 12)), exact=(3, 4)),
     Case(name="reshape", apply=unary(lambda x: x.reshape(2, 5, 3, 4).transpose(2, 3).reshape(2, 5, 12)), exact=(3, 4)),
+    Case(name="view_as", apply=unary(lambda x: x.view_as(x.view(10, 12)).relu().view_as(x))),
     Case(name="_unsafe_view", apply=unary(lambda x: aten._unsafe_view(x, [2, 5, 3, 4]).flatten(2)), exact=(3, 4)),
     Case(name="flatten", apply=unary(lambda x: x.view(2, 5, 3, 4).flatten(-2)), exact=(3, 4)),
     Case(name="unflatten", apply=unary(lambda x: x.unflatten(-1, (3, 4)).flatten(-2)), exact=(3, 4)),
@@ -357,6 +358,10 @@ CASES = (
     ),
     Case(name="var", apply=unary(lambda x: x * x.var(-1, keepdim=True)), exact=(), coupled=(12,)),
     Case(name="std", apply=unary(lambda x: x * x.std(-1, keepdim=True)), exact=(), coupled=(12,)),
+    *(
+        Case(name=name, **weighed(lambda x, w, name=name: summed(x, getattr(torch, name)(x, w))))
+        for name in ("max", "min")
+    ),
     Case(name="prod", apply=unary(lambda x: x * x.prod(-1, keepdim=True)), exact=(), coupled=(12,)),
     Case(
         name="linalg_vector_norm",

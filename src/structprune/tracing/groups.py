@@ -15,7 +15,7 @@ from torch.fx import Node
 from structprune.errors import UnsupportedError
 from structprune.tracing.families import Family, places, slices
 from structprune.tracing.graph import Traced
-from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers
+from structprune.tracing.sublayers import Sublayer, SublayerKind, find_stream, find_sublayers
 from structprune.tracing.terms import Atom, leaves
 from structprune.tracing.values import Value, arguments_of, operation_name
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
@@ -31,16 +31,29 @@ def unit_groups(traced: Traced, head_units: HeadUnits, stacked: StackedNames | N
     What config entries say of the widths is not in the graph: `config_fields`, `activation` and entries of biases stay
     empty. Raises UnsupportedError where the block has no residual stream, or its attention no such units.
     """
-    stream = find_stream(traced)
-    mlps: list[UnitGroup] = []
-    attentions: list[UnitGroup] = []
-    for sublayer in find_sublayers(traced, stream):
-        if sublayer.kind == "mlp":
-            for family in families_of(traced, sublayer):
-                mlps += _channels(traced, sublayer, family, stacked or {})
-        elif sublayer.kind == "attention":
-            attentions.append(_heads(traced, sublayer, head_units))
-    return (*mlps, *attentions)
+    return (*mlp_groups(traced, stacked), *attention_groups(traced, head_units))
+
+
+def mlp_groups(traced: Traced, stacked: StackedNames | None = None) -> tuple[UnitGroup, ...]:
+    """Build the groups of channels: one for each MLP of a block, and one for each expert of its mixtures."""
+    return tuple(
+        group
+        for sublayer in _sublayers(traced, "mlp")
+        for family in families_of(traced, sublayer)
+        for group in _channels(traced, sublayer, family, stacked or {})
+    )
+
+
+def attention_groups(traced: Traced, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+    """Build the groups of attention, none where a block has no attention.
+
+    Raises UnsupportedError where it has no such units, with the operations that hold them.
+    """
+    return tuple(_heads(traced, sublayer, head_units) for sublayer in _sublayers(traced, "attention"))
+
+
+def _sublayers(traced: Traced, kind: SublayerKind) -> list[Sublayer]:
+    return [each for each in find_sublayers(traced, find_stream(traced)) if each.kind == kind]
 
 
 def expert_families(traced: Traced) -> tuple[Family, ...]:

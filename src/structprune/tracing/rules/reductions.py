@@ -29,6 +29,15 @@ def _reduce(step: Step) -> Output:
     return (result,) * len(step.node.meta["val"]) if several else result
 
 
+def _extreme(step: Step) -> Output:
+    """Take the largest of an axis, or of two operands element by element."""
+    other = step.value("other")
+    if other is None:
+        return _reduce(step)
+    pair = (step.inputs()[0], other)
+    return Value(dims=step.broadcast(value.dims for value in pair), silent=silent_in_all(pair))
+
+
 def _sum(step: Step) -> Output:
     """Add up an axis: what is zero may be left out."""
     value = step.inputs()[0]
@@ -175,8 +184,9 @@ def _resize_index(call: Call) -> None:
 _REDUCE = Operation(rule=_reduce)
 
 REDUCTIONS: dict[str, Operation] = {
-    **dict.fromkeys(("mean", "amax", "amin", "max", "min", "var", "std", "prod", "logsumexp", "any", "all"), _REDUCE),
+    **dict.fromkeys(("mean", "amax", "amin", "var", "std", "prod", "logsumexp", "any", "all"), _REDUCE),
     **dict.fromkeys(("linalg_vector_norm", "norm"), _REDUCE),
+    **dict.fromkeys(("max", "min"), Operation(rule=_extreme)),
     "sum": Operation(rule=_sum),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax"), Operation(rule=_softmax)),
     "cumsum": Operation(rule=_scan),

@@ -33,6 +33,12 @@ def _view(step: Step) -> Output:
     return _moved(value, dims)
 
 
+def _resize_view(call: Call) -> None:
+    """Set the call to a reshape: with fewer units the strides of what comes in may be others."""
+    call.target = torch.ops.aten.reshape.default
+    call.arguments = {"self": call.arguments["self"], "shape": call.shape()}
+
+
 def _resize_unflatten(call: Call) -> None:
     axis = call.arguments["dim"] % len(call.inputs["self"].dims)
     call.arguments["sizes"] = call.shape()[axis : axis + len(call.arguments["sizes"])]
@@ -290,12 +296,12 @@ def _diagonal(step: Step) -> Output:
     return Value(dims=(*kept, dims[first]), silent=silent_without(value, dims[first]))
 
 
-_VIEW = Operation(rule=_view, resize=to_shape)
+_VIEW = Operation(rule=_view, resize=_resize_view)
 _EXPAND = Operation(rule=_expand, resize=to_shape)
 _SPLIT = Operation(rule=_split, resize=_resize_split)
 
 SHAPES: dict[str, Operation] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view"), _VIEW),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as"), _VIEW),
     "flatten": Operation(rule=_view),
     "unflatten": Operation(rule=_view, resize=_resize_unflatten),
     "transpose": Operation(rule=_transpose),
