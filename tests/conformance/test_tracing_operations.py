@@ -246,6 +246,8 @@ CASES = (
         exact=(3, 12),
         reads=36,
     ),
+    Case(name="expand_as", apply=unary(lambda x: x[..., None].relu().expand_as(x[..., None]).squeeze(-1))),
+    Case(name="expand_as", apply=lambda x, m: x * m.w.expand_as(x), weights={"w": (12,)}),
     Case(name="broadcast_to", apply=unary(lambda x: x[:, None].broadcast_to(2, 4, 5, 12).sum(1))),
     Case(name="repeat", apply=unary(lambda x: x.repeat(1, 1, 2)), exact=(2, 12), reads=24),
     Case(name="repeat_interleave", apply=unary(lambda x: x.repeat_interleave(3, dim=-1)), exact=(3, 12), reads=36),

@@ -311,6 +311,7 @@ SHAPES: dict[str, Operation] = {
     "unsqueeze": Operation(rule=_unsqueeze),
     "squeeze": Operation(rule=_squeeze),
     **dict.fromkeys(("expand", "broadcast_to"), _EXPAND),
+    "expand_as": Operation(rule=_expand),
     "repeat": Operation(rule=_repeat, resize=_resize_repeat),
     "repeat_interleave": Operation(rule=_repeat_interleave, resize=_resize_interleave),
     "slice": Operation(rule=_slice, resize=_resize_slice),
