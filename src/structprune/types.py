@@ -96,6 +96,8 @@ class UnitGroup:
     gate_module: str | None = None
     activation: str | None = None
     """Name of the activation in the config."""
+    held: str | None = None
+    """Why no unit of the sublayer can leave, where that is known: it is one unit then."""
 
     @property
     def name(self) -> str:

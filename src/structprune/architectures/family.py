@@ -103,8 +103,8 @@ class Family:
     """Module without weights that computes position embeddings; built anew from the config."""
     final_norm_module: str | None
     head_module: str
-    logit_cap_field: str | None = None
-    """Config entry c, where the logits x become c tanh(x / c)."""
+    logit_entries: tuple[str, ...] = ()
+    """Config entries that change the logits, of those that `stock/head.py` knows, in the order in which they do."""
     embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
     """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
     attention_module: str
@@ -119,6 +119,8 @@ class Family:
     """`eager` where SDPA cannot compute the attention; its scores are then held as matrices."""
     value_maps: tuple[str, str] | None = None
     """v_proj and o_proj inside a block, where value channels can go; None: they cannot."""
+    tiled_attention: bool = True
+    """Whether stock attention is called by a name, so that another implementation may take its place."""
     attention_reads_widths: bool = False
     """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
@@ -144,6 +146,8 @@ class Family:
     """None where the residual stream cannot be rotated, as with LayerNorm, or is not described."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of where this description is from."""
 
     def per_layer_entries(self, config: PretrainedConfig) -> set[str]:
         """Return the config entries that the config of a single block may change."""

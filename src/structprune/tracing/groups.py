@@ -186,6 +186,15 @@ def _plain(traced: Traced, sublayer: Sublayer, family: Family) -> UnitGroup:
     return replace(group, kind="attention")
 
 
+def held_group(traced: Traced, sublayer: Sublayer) -> UnitGroup:
+    """Build the group of a sublayer that cannot lose a part: one unit, which is all that the consumer reads."""
+    name, term = sublayer.consumer.origins[0], sublayer.consumer.term
+    dims = traced.parameters[name]
+    axis = next(axis for axis, dim in enumerate(dims) if dim.size == term.size and leaves(dim) == leaves(term))
+    consumer = AxisSlice(tensor=name, axis=axis, width=term.size)
+    return replace(_group(traced, sublayer, (), [consumer], 1), kind="mlp" if sublayer.kind == "mlp" else "attention")
+
+
 def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family) -> UnitGroup:
     """Build the group whose unit is one channel of one KV head: each head may keep others, as many.
 

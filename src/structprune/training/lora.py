@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.architectures.stock.head import output_head
+from structprune.architectures.stock.loading import output_head
 from structprune.architectures.stock.linear import linear_maps
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel

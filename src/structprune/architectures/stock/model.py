@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, SlicedLayer
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
-from structprune.architectures.stock.config import build_config, usable_config
+from structprune.architectures.stock.config import build_config, max_positions, usable_config
 from structprune.architectures.stock.counts import check_counts
-from structprune.architectures.stock.head import capped
+from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
-from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward
+from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, parameters_on_meta
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
+from structprune.architectures.traced.checks import check_description
+from structprune.architectures.traced.lookup import family_of, is_stock_decoder
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -55,17 +57,17 @@ class StockModel:
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if not isinstance(model_type, str) or (model_type not in FAMILIES and not _is_stock_type(model_type)):
             raise _unknown_family(reader)
-        self.family: Family = FAMILIES.get(model_type)
         check_counts(reader)
         try:
             with without_global_width_warnings():
                 usable, notes = usable_config(reader)
+                self.family: Family = _family(reader, usable)
                 self.config: PretrainedConfig = build_config(
                     reader, usable, attn_implementation=self.family.attention_implementation
                 )
-            self.notes: tuple[str, ...] = (*reader.notes, *notes)
+            self.notes: tuple[str, ...] = (*reader.notes, *notes, *self.family.notes)
             reader = reader.with_config(usable)
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
@@ -89,6 +91,8 @@ class StockModel:
                 got=str(error),
             ) from error
         self.layout = self._layout(self.reader)
+        if model_type not in FAMILIES:
+            check_description(self)
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
         """Return each block's config, and replace a per-layer config by its global part, which stock code can build."""
@@ -199,7 +203,7 @@ class StockModel:
             config=reader.config,
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
-            max_positions=self.config.max_position_embeddings,
+            max_positions=max_positions(self.config),
             attention_window=self._attention_window(),
             num_score_heads=(self.config.num_attention_heads if self.family.attention_implementation == "eager" else 0),
             blocks=tuple(blocks),
@@ -263,12 +267,23 @@ class StockModel:
         nothing and take no tensors. A sliced block is one module around the layer, without sublayers of these names.
         """
         own: Any = copy.copy(config or self.block_configs[index])
-        if own._attn_implementation == "sdpa":
+        if own._attn_implementation == "sdpa" and self.family.tiled_attention:
             own._attn_implementation = TILED
         layer = self._empty_layer(index, own, removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         layer.requires_grad_(False)
+        if any(buffer.is_meta for buffer in layer.buffers()):
+            self._compute_buffers(layer, index, own, next(iter(tensors.values())).device)
         return SlicedLayer(layer) if self.sliced else layer
+
+    def _compute_buffers(self, layer: nn.Module, index: int, config: PretrainedConfig, device: torch.device) -> None:
+        """Give `layer` what stock code computes as it builds a layer, and no checkpoint has."""
+        with parameters_on_meta():
+            built = type(layer)(config, layer_idx=index)  # pyright: ignore[reportCallIssue]
+        for name, buffer in built.named_buffers():
+            module, _, attribute = name.rpartition(".")
+            if attribute not in layer.get_submodule(module).state_dict():
+                setattr(layer.get_submodule(module), attribute, buffer.to(device))
 
     def stage_of(self, kind: UnitKind) -> Stage:
         """Return the stage that the sublayer belongs to."""
@@ -330,7 +345,11 @@ class StockModel:
     def head_tensors(self) -> list[str]:
         """List the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
         names = [n for n in self.layout.outer_tensors if n.startswith(f"{self._final_norm_module}.")]
-        return [*names, self.head_weight]
+        return [*names, self.head_weight, *([self._head_bias] if self._head_bias in self.layout.outer_tensors else [])]
+
+    @property
+    def _head_bias(self) -> str:
+        return f"{self.family.head_module}.bias"
 
     @property
     def _final_norm_module(self) -> str | None:
@@ -359,10 +378,28 @@ class StockModel:
             local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}
             norm.load_state_dict(local, strict=True, assign=True)
             parts.append(norm)
-        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
-        projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
-        head = capped(projection, self.family, self.config)
+        biased = self._head_bias in tensors
+        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=biased, device="meta")
+        weights = {"weight": tensors[self.head_weight]} | ({"bias": tensors[self._head_bias]} if biased else {})
+        projection.load_state_dict(weights, assign=True)
+        head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
+
+
+def _is_stock_type(model_type: str) -> bool:
+    """Whether stock transformers has a causal model of this type that may be described by tracing."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _family(reader: CheckpointReader, usable: Mapping[str, Any]) -> Family:
+    """Return the family of the checkpoint. Raises UnsupportedError where no file says it and tracing cannot."""
+    model_type = reader.config["model_type"]
+    if model_type in FAMILIES:
+        return FAMILIES.get(model_type)
+    config = build_config(reader, usable)
+    if not is_stock_decoder(config):
+        raise _unknown_family(reader)
+    return family_of(config)
 
 
 def _unknown_family(reader: CheckpointReader) -> UnsupportedError:

@@ -5,7 +5,8 @@ Shape suffixes: B sequences, S positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,3 +49,21 @@ class _NoMlp(nn.Module):
 
 
 STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
+
+
+@contextmanager
+def parameters_on_meta() -> Generator[None]:
+    """Create parameters without storage, inside the context; buffers have it: they are computed and not read."""
+    original: Any = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # One that is on meta already may be tied, so it stays the same object.
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original

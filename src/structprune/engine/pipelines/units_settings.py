@@ -401,6 +401,7 @@ def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> 
         if not groups[kind].config_fields:
             raise UnsupportedError(
                 f"stock {stock.family.name} cannot express fewer {kind} units",
+                where=groups[kind].held,
                 got=f"--scope {recipe.scope}",
                 wanted="--scope mlp",
             )
