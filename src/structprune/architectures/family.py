@@ -13,6 +13,11 @@ from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
 
+StandIn = Literal["nothing", "zeros", "stream"]
+"""What stands where a sublayer is removed: a zero of any shape, zeros of the stream's shape where others are added to
+them in place, or the stream as the sublayer is given it, where its module adds to the stream itself."""
+
+
 def _accept(_: Any) -> None:
     return None
 
@@ -113,6 +118,8 @@ class Family:
     """Modules of the MLP inside a block; with zeros in their place the attention sublayer is left."""
     norms: Mapping[UnitKind, tuple[str, ...]]
     """The norms of each sublayer, as in its unit group."""
+    stand_ins: Mapping[UnitKind, StandIn] = field(default_factory=dict[UnitKind, StandIn])
+    """Kinds whose modules need another stand-in than `nothing`."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -154,6 +161,10 @@ class Family:
         # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
         entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
         return entries | ({VALUES_ENTRY} if self.value_maps else set())
+
+    def stand_in(self, kind: UnitKind) -> StandIn:
+        """Return what stands for the modules of a sublayer that is removed."""
+        return self.stand_ins.get(kind, "nothing")
 
     def sublayer_modules(self, kind: UnitKind) -> tuple[str, ...]:
         """Return the modules of one sublayer of a block, without its norms."""

@@ -136,7 +136,7 @@ class StockModel:
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.sublayer_modules(group.kind):
-                    layer.set_submodule(name, STAND_INS[group.kind]())
+                    layer.set_submodule(name, STAND_INS[group.kind][self.family.stand_in(group.kind)]())
                 for name in group.norm_modules:
                     layer.set_submodule(name, nn.Identity())
         if self.sliced:
@@ -299,7 +299,7 @@ class StockModel:
         for kind in UNIT_KINDS:
             if kind not in stage:
                 # The sublayer's norms would be computed for nothing: they are half as dear as its products.
-                stand_ins = dict.fromkeys(self.family.sublayer_modules(kind), STAND_INS[kind])
+                stand_ins = dict.fromkeys(self.family.sublayer_modules(kind), STAND_INS[kind][self.family.stand_in(kind)])
                 stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
                 for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)

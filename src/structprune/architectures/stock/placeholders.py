@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from structprune.architectures.family import StandIn
 from structprune.types import UnitKind
 
 
@@ -48,7 +49,31 @@ class _NoMlp(nn.Module):
         return x.new_zeros(())
 
 
-STAND_INS: Mapping[UnitKind, type[nn.Module]] = {"attention": _NoAttention, "mlp": _NoMlp}
+class _ZeroMlp(nn.Module):
+    """Stand-in for an MLP to whose output others are added in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape)
+
+
+class _StreamAttention(nn.Module):
+    """Stand-in for attention that is given the stream and adds to it itself."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return residual, None
+
+
+class _StreamMlp(nn.Module):
+    """Stand-in for an MLP that is given the stream and adds to it itself."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual
+
+
+STAND_INS: Mapping[UnitKind, Mapping[StandIn, type[nn.Module]]] = {
+    "attention": {"nothing": _NoAttention, "stream": _StreamAttention},
+    "mlp": {"nothing": _NoMlp, "zeros": _ZeroMlp, "stream": _StreamMlp},
+}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from structprune.architectures.stock.placeholders import parameters_on_meta
-from structprune.architectures.traced.surroundings import look_around, random_tensor, token_ids
-from structprune.architectures.traced.widths import shapes_of
+from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference, with_units
+from structprune.architectures.traced.surroundings import look_around, token_ids
 from structprune.architectures.units import compact
 from structprune.errors import StructPruneError, UnsupportedError, first_line
 from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 
 if TYPE_CHECKING:
     from structprune.architectures.stock.model import BlockInputs, StockModel
-
-_TOLERANCE = 1e-4
-"""Largest difference as a share of the largest value, in float32."""
-_FEW: Mapping[UnitKind, int] = {"attention": 2, "mlp": 16}
-"""Units of a block that is run, where the config can say so few."""
-
 
 def check_description(stock: StockModel) -> None:
     """Compare the pieces of a traced model with the whole. Raises UnsupportedError that names what differs."""
@@ -65,22 +58,10 @@ class _Small:
             vocab_size=self._around.config.vocab_size,
             outer_tensors={name: shapes[name] for name in stock.layout.outer_tensors},
         )
-        few = {group.kind: min(_FEW[group.kind], group.num_units) for group in stock.groups if group.config_fields}
-        self._config = _with_units(self._around.config, stock.groups, few)
+        self._block_of = SmallBlock(self._around, stock.groups)
+        self._config, self._tensors = self._block_of.config, self._block_of.tensors
         self.groups = stock.family.groups(self._config, stock.head_units)
-        generator = torch.Generator().manual_seed(1)
-        layer = self._layer(0, None)
-        self._tensors = {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
         self._hidden_BSD, self._inputs = self._embed(0)
-
-    def _layer(self, index: int, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Build a stock layer as stock code does, with its own buffers; parameters on `meta` without `tensors`."""
-        layer_class: Any = type(self._around.blocks[index])
-        with parameters_on_meta():
-            layer: nn.Module = layer_class(self._config, layer_idx=index).eval()
-        if tensors is not None:
-            layer.load_state_dict(dict(tensors), strict=True, assign=True)
-        return layer.requires_grad_(False)
 
     def _embed(self, number: int) -> tuple[Tensor, BlockInputs]:
         names = self._stock.embedding_tensors()
@@ -103,7 +84,7 @@ class _Small:
         if not _same(self._inputs.kwargs, self._embed(1)[1].kwargs):
             raise _differs(self._stock, "hands its blocks more of the tokens than their hidden states", "other arguments")
         there = _some_blocks(self._around.config)
-        expected_BSV = self._around.logits({i: self._layer(i, self._tensors) for i in there}, token_ids(0))
+        expected_BSV = self._around.logits({i: self._block_of.build(i, self._tensors) for i in there}, token_ids(0))
         hidden_BSD = self._hidden_BSD
         for index in there:
             hidden_BSD = self._run(self._block(self._tensors, index=index), hidden_BSD, index)
@@ -112,7 +93,7 @@ class _Small:
             self._compare("computes other logits than its embedding, blocks and head", head(hidden_BSD), expected_BSV)
         other_BS = token_ids(0)
         other_BS[:, -1] = (other_BS[:, -1] + 1) % 100 + 3
-        later_BSV = self._around.logits({i: self._layer(i, self._tensors) for i in there}, other_BS)
+        later_BSV = self._around.logits({i: self._block_of.build(i, self._tensors) for i in there}, other_BS)
         self._compare("lets tokens see later ones", later_BSV[:, :-1], expected_BSV[:, :-1])
 
     def check_stages(self) -> None:
@@ -127,14 +108,10 @@ class _Small:
         for kind in UNIT_KINDS:
             group = next(group for group in self.groups if group.kind == kind)
             without = self._stock.block(0, self._kept_tensors(group), self._config, removed=(kind,))
-            zeroed = dict(self._tensors)
-            for name in (group.consumer.tensor, group.consumer_bias):
-                if name is not None:
-                    zeroed[name] = torch.zeros_like(zeroed[name])
             self._compare(
                 f"is not the same without its {kind} as with zeros there",
                 self._run(without, self._hidden_BSD),
-                self._run(self._block(zeroed), self._hidden_BSD),
+                self._run(self._block(self._block_of.zeroed(group)), self._hidden_BSD),
             )
 
     def _kept_tensors(self, group: UnitGroup) -> dict[str, Tensor]:
@@ -150,7 +127,7 @@ class _Small:
             **self._tensors,
             part.tensor: self._tensors[part.tensor].index_fill(part.axis, part.indices(gone), 0),
         }
-        config = _with_units(self._config, (group,), {group.kind: len(keep_units)})
+        config = with_units(self._config, (group,), {group.kind: len(keep_units)})
         smaller = self._block(compact(self._tensors, group, keep_units), config)
         self._compare(
             f"does not compute without {group.kind} units what it computes with zeros for them",
@@ -159,22 +136,10 @@ class _Small:
         )
 
     def _compare(self, what: str, found: Tensor, expected: Tensor) -> None:
-        difference = float((found - expected).abs().max() / expected.abs().max())
+        difference = relative_difference(found, expected)
         # Not `difference > tolerance`: what is not a number is no equality.
-        if not difference <= _TOLERANCE:
+        if not difference <= TOLERANCE:
             raise _differs(self._stock, what, f"a difference of {difference:.1e} of the largest value")
-
-
-def _with_units(
-    config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapping[UnitKind, int]
-) -> PretrainedConfig:
-    """Return the config with so many units of each kind."""
-    result = copy.deepcopy(config)
-    for group in groups:
-        if group.kind in kept:
-            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
-                setattr(result, name, value)
-    return result
 
 
 def _some_blocks(config: PretrainedConfig) -> list[int]:

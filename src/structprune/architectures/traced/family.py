@@ -17,8 +17,10 @@ from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from structprune.architectures.family import Family, StockClasses
+from structprune.architectures.family import Family, StandIn, StockClasses
 from structprune.architectures.stock.head import LOGIT_ENTRIES
+from structprune.architectures.stock.placeholders import STAND_INS
+from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference
 from structprune.architectures.traced.surroundings import Surroundings, look_around, to_meta
 from structprune.architectures.traced.widths import BiasEntry, WidthEntries, bias_entry, shapes_of, width_entries
 from structprune.errors import UnsupportedError, first_line
@@ -42,6 +44,8 @@ def traced_family(config: PretrainedConfig) -> Family:
     holder = around.model.get_submodule(around.blocks_module.rpartition(".")[0])
     groups = block.groups(config, "kv-group")
     modules = {group.kind: _modules(group, sublayers[group.kind]) for group in groups}
+    small = SmallBlock(around, groups)
+    stand_ins = {group.kind: _stand_in(small, group, modules[group.kind], config) for group in groups}
     return Family(
         name=config.model_type,
         blocks_module=around.blocks_module,
@@ -54,6 +58,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         attention_module=_one_module(modules["attention"], config),
         mlp_modules=modules["mlp"],
         norms={group.kind: group.norm_modules for group in groups},
+        stand_ins={kind: found for kind, found in stand_ins.items() if found != "nothing"},
         classes={config.model_type: _classes(around, holder)},
         attention_implementation="eager" if around.config._attn_implementation == "eager" else "sdpa",
         tiled_attention=bool(around.model._supports_attention_backend),
@@ -77,25 +82,20 @@ class TracedBlock:
     def __init__(self, config: PretrainedConfig, around: Surroundings) -> None:
         self._around = around
         self._layer_class: Any = type(around.blocks[0])
-        self._config = config
-        self._check_kinds()
+        self._config = copy.deepcopy(config)
+        # Some blocks look their attention up by its name, which only a whole model decides.
+        self._config._attn_implementation = around.config._attn_implementation
+        self._check_built_by_number()
         self._sublayers = functools.lru_cache(_KEPT)(self._traced)
         self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.stages: tuple[Stage, ...] = self._checked_stages()
         self._entries: dict[tuple[UnitKind, HeadUnits], tuple[WidthEntries, BiasEntry | None]] = {}
         self._activation = _activation(config)
 
-    def _check_kinds(self) -> None:
-        """Raise UnsupportedError unless all blocks have tensors of the same names and shapes."""
+    def _check_built_by_number(self) -> None:
+        """Raise UnsupportedError unless blocks are built from a config and their number."""
         if "layer_idx" not in inspect.signature(self._layer_class.__init__).parameters:
             raise _refused(self._config, "its blocks are not built by number", got=self._layer_class.__name__)
-        first = shapes_of(self._around.blocks[0])
-        for index, block in enumerate(self._around.blocks):
-            if (found := shapes_of(block)) != first:
-                different = sorted(name for name in {*found, *first} if found.get(name) != first.get(name))
-                raise _refused(
-                    self._config, "has blocks of different kinds", got=f"block 0 and block {index}: {different[0]}"
-                )
 
     def build(self, config: PretrainedConfig) -> nn.Module:
         """Build the first block on `meta`."""
@@ -112,7 +112,7 @@ class TracedBlock:
 
     def _traced(self, key: tuple[Any, ...]) -> tuple[Traced, Mapping[UnitKind, Sublayer]]:
         config = self._configs[key]
-        hidden, kwargs = to_meta((self._around.hidden_BSD, dict(self._around.block_kwargs[0])))
+        hidden, kwargs = to_meta((self._around.hidden_BSD, self._around.plain_kwargs(0)))
         block = self.build(config)
         try:
             with torch.no_grad():
@@ -207,6 +207,24 @@ def _modules(group: UnitGroup, sublayer: Sublayer) -> tuple[str, ...]:
     if group.module_prefix.endswith("."):
         return (group.module_prefix.removesuffix("."),)
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in sublayer.tensors))
+
+
+def _stand_in(small: SmallBlock, group: UnitGroup, modules: Sequence[str], config: PretrainedConfig) -> StandIn:
+    """Choose what stands for a removed sublayer: the first with which the block is the one with zeros there."""
+    expected_BSD = small.run(small.build(0, small.zeroed(group)))
+    for name, stand_in in STAND_INS[group.kind].items():
+        block = small.build(0, small.tensors)
+        for module in modules:
+            block.set_submodule(module, stand_in())
+        for module in group.norm_modules:
+            block.set_submodule(module, nn.Identity())
+        try:
+            if relative_difference(small.run(block), expected_BSD) <= TOLERANCE:
+                return name
+        except (RuntimeError, TypeError):
+            # Stock code calls its sublayer otherwise.
+            continue
+    raise _refused(config, f"its {group.kind} cannot be left out of a block", got=", ".join(modules))
 
 
 def _one_module(modules: Sequence[str], config: PretrainedConfig) -> str:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures.stock.placeholders import Recorder, StopForward, parameters_on_meta
+from structprune.architectures.traced.widths import shapes_of
 from structprune.errors import UnsupportedError, first_line
 
 VOCAB_SIZE = 128
@@ -55,12 +57,20 @@ class Surroundings:
         with torch.no_grad():
             return _with_blocks(self.model, self.blocks_module, passed, ids_BS).logits
 
+    def plain_kwargs(self, index: int) -> dict[str, Any]:
+        """Return the arguments of a block that a graph can have: no caches, and nothing that blocks share."""
+        return {name: value for name, value in self.block_kwargs[index].items() if _is_plain(value)}
+
     @property
     def returns_tuple(self) -> bool:
         """Whether a block returns its hidden states as the first of several."""
-        with torch.no_grad():
-            meta_BSD, kwargs = to_meta((self.hidden_BSD, dict(self.block_kwargs[0])))
-            return isinstance(copy.deepcopy(self.blocks[0]).to("meta")(meta_BSD, **kwargs), tuple)
+        meta_BSD, kwargs = to_meta((self.hidden_BSD, self.plain_kwargs(0)))
+        try:
+            with torch.no_grad():
+                return isinstance(copy.deepcopy(self.blocks[0]).to("meta")(meta_BSD, **kwargs), tuple)
+        except Exception as error:
+            # Stock code that wants more than it is given raises many types.
+            raise _not_described("a block of it does not run by itself", self.model, first_line(error)) from error
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Return the weights around the blocks by name."""
@@ -81,6 +91,11 @@ class _Passed(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_BSD,) if self.returns_tuple else hidden_BSD
+
+
+def _is_plain(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return all(each is None or isinstance(each, Tensor | bool | int | float | str) for each in leaves)
 
 
 def token_ids(number: int) -> Tensor:
@@ -116,6 +131,7 @@ def look_around(config: PretrainedConfig) -> Surroundings:
     with parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(small, trust_remote_code=False).eval().requires_grad_(False)
     blocks_module, blocks = _blocks(model, small.num_hidden_layers)
+    _check_kinds(model, blocks)
     _draw_outer(model, blocks_module)
     head_module = _name_of(model, model.get_output_embeddings(), "head")
     first_embedding = _name_of(model, model.get_input_embeddings(), "token embedding")
@@ -182,6 +198,20 @@ def _blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
         raise _not_described("it has no list of blocks of one class", model, f"num_hidden_layers {count}")
     _, name, module = max(lists, key=lambda each: each[0])
     return name, module
+
+
+def _check_kinds(model: Any, blocks: nn.ModuleList) -> None:
+    """Raise UnsupportedError for blocks with tensors of different names or shapes, and for mixtures of experts."""
+    first = shapes_of(blocks[0])
+    for index, block in enumerate(blocks):
+        if (found := shapes_of(block)) != first:
+            different = sorted(name for name in {*found, *first} if found.get(name) != first.get(name))
+            got = f"block 0 and block {index}: {different[0]}"
+            raise _not_described("it has blocks of different kinds", model, got)
+    stacked = [name for name, shape in first.items() if len(shape) == 3 and min(shape) > 1 and "conv" not in name]
+    lists = [name for name, module in blocks[0].named_modules() if isinstance(module, nn.ModuleList)]
+    if found_experts := [*stacked, *lists]:
+        raise _not_described("it is a mixture of experts", model, found_experts[0])
 
 
 def _draw_outer(model: Any, blocks_module: str) -> None:

@@ -1,0 +1,69 @@
+"""A block that can be run anywhere: the true hidden size, few units, random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from structprune.architectures.stock.placeholders import parameters_on_meta
+from structprune.architectures.traced.surroundings import Surroundings, random_tensor
+from structprune.architectures.traced.widths import shapes_of
+from structprune.types import UnitGroup, UnitKind
+
+TOLERANCE = 1e-4
+"""Largest difference as a share of the largest value, in float32."""
+_FEW: Mapping[UnitKind, int] = {"attention": 2, "mlp": 16}
+
+
+class SmallBlock:
+    """Config and weights of a stock block with few units, as far as its config can say so few."""
+
+    def __init__(self, around: Surroundings, groups: Sequence[UnitGroup]) -> None:
+        self._around = around
+        few = {group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields}
+        self.config = with_units(around.config, groups, few)
+        generator = torch.Generator().manual_seed(1)
+        shapes = shapes_of(self.build(0, None))
+        self.tensors = {name: random_tensor(shape, generator) for name, shape in shapes.items()}
+
+    def build(self, index: int, tensors: Mapping[str, Tensor] | None) -> nn.Module:
+        """Build the stock layer as stock code does, with its own buffers; parameters on `meta` without `tensors`."""
+        layer_class: Any = type(self._around.blocks[index])
+        with parameters_on_meta():
+            layer: nn.Module = layer_class(self.config, layer_idx=index).eval()
+        if tensors is not None:
+            layer.load_state_dict(dict(tensors), strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    def run(self, block: nn.Module) -> Tensor:
+        """Run `block` in the place of the first one."""
+        with torch.no_grad():
+            output = block(self._around.hidden_BSD, **self._around.block_kwargs[0])
+        return output[0] if isinstance(output, tuple) else output
+
+    def zeroed(self, group: UnitGroup) -> dict[str, Tensor]:
+        """Return the weights with zeros where the group's consumer adds to the stream."""
+        names = (group.consumer.tensor, *([group.consumer_bias] if group.consumer_bias is not None else []))
+        return {**self.tensors, **{name: torch.zeros_like(self.tensors[name]) for name in names}}
+
+
+def with_units(
+    config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapping[UnitKind, int]
+) -> PretrainedConfig:
+    """Return the config with so many units of each kind."""
+    result = copy.deepcopy(config)
+    for group in groups:
+        if group.kind in kept:
+            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
+                setattr(result, name, value)
+    return result
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
