@@ -21,7 +21,7 @@ from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
 from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.tensor_check import without_head
-from structprune.architectures.traced.lookup import find_family
+from structprune.architectures.traced.lookup import find_family, is_stock_type
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, first_line
@@ -155,7 +155,7 @@ def _per_layer_class(directory: Path) -> Any:
         return None
     model_type = str(config.get("model_type"))
     form = "sliced" if SLICED_ENTRY in config else "per-layer"
-    family = _family_of(directory, model_type)
+    family = family_of_checkpoint(directory, model_type)
     if family is None or (form == "sliced" and family.stream is None):
         raise CheckpointError(
             f"the model family has no {form} format",
@@ -178,10 +178,10 @@ def _per_layer_class(directory: Path) -> Any:
     return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)
 
 
-def _family_of(directory: Path, model_type: str) -> Family | None:
-    """Return the family of a checkpoint. The config is parsed only where no file describes its type."""
-    if model_type in FAMILIES:
-        return FAMILIES.get(model_type)
+def family_of_checkpoint(directory: Path, model_type: str) -> Family | None:
+    """Return the family of a checkpoint, None for an unknown one; parse its config where no file describes its type."""
+    if model_type in FAMILIES or not is_stock_type(model_type):
+        return FAMILIES.find(model_type)
     with without_global_width_warnings():
         config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         return find_family(config)

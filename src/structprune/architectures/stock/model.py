@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
@@ -30,7 +30,7 @@ from structprune.architectures.stock.placeholders import STAND_INS, Recorder, St
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
 from structprune.architectures.traced.checks import check_description
-from structprune.architectures.traced.lookup import family_of, is_stock_decoder
+from structprune.architectures.traced.lookup import family_of, is_stock_decoder, is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -57,7 +57,7 @@ class StockModel:
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
-        if not isinstance(model_type, str) or (model_type not in FAMILIES and not _is_stock_type(model_type)):
+        if not isinstance(model_type, str) or (model_type not in FAMILIES and not is_stock_type(model_type)):
             raise _unknown_family(reader)
         check_counts(reader)
         try:
@@ -384,11 +384,6 @@ class StockModel:
         projection.load_state_dict(weights, assign=True)
         head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
-
-
-def _is_stock_type(model_type: str) -> bool:
-    """Whether stock transformers has a causal model of this type that may be described by tracing."""
-    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _family(reader: CheckpointReader, usable: Mapping[str, Any]) -> Family:

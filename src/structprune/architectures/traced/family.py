@@ -43,7 +43,7 @@ def traced_family(config: PretrainedConfig) -> Family:
     sublayers = block.sublayers(config)
     holder = around.model.get_submodule(around.blocks_module.rpartition(".")[0])
     groups = block.groups(config, "kv-group")
-    modules = {group.kind: _modules(group, sublayers[group.kind]) for group in groups}
+    modules = {group.kind: _modules(around.blocks[0], group, sublayers[group.kind]) for group in groups}
     small = SmallBlock(around, groups)
     stand_ins = {group.kind: _stand_in(small, group, modules[group.kind], config) for group in groups}
     return Family(
@@ -202,11 +202,12 @@ def _value(config: PretrainedConfig, name: str, group: UnitGroup) -> int:
     return group.num_units if value is None else value
 
 
-def _modules(group: UnitGroup, sublayer: Sublayer) -> tuple[str, ...]:
+def _modules(block: nn.Module, group: UnitGroup, sublayer: Sublayer) -> tuple[str, ...]:
     """Return the modules that are a sublayer: the one around all its tensors, or the maps themselves."""
     if group.module_prefix.endswith("."):
         return (group.module_prefix.removesuffix("."),)
-    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in sublayer.tensors))
+    maps = {name.rpartition(".")[0] for name in sublayer.tensors}
+    return tuple(name for name, _ in block.named_modules() if name in maps)
 
 
 def _stand_in(small: SmallBlock, group: UnitGroup, modules: Sequence[str], config: PretrainedConfig) -> StandIn:

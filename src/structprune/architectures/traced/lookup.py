@@ -6,13 +6,18 @@ import copy
 import functools
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.traced.family import traced_family
 
 _KEPT = 8
+
+
+def is_stock_type(model_type: str) -> bool:
+    """Whether stock transformers has a causal model of this type, which may be described by tracing."""
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def is_stock_decoder(config: Any) -> bool:
@@ -38,24 +43,25 @@ def family_of(config: PretrainedConfig) -> Family:
     if config.model_type in FAMILIES:
         return FAMILIES.get(config.model_type)
     text = config.to_json_string(use_diff=False)
-    return _traced(_Described(config, text))
+    return traced(Described(config, text))
 
 
-class _Described:
+class Described:
     """A config that equals another one of the same text."""
 
     def __init__(self, config: PretrainedConfig, text: str) -> None:
         self.config, self._text = config, text
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Described) and self._text == other._text
+        return isinstance(other, Described) and self._text == other._text
 
     def __hash__(self) -> int:
         return hash(self._text)
 
 
 @functools.lru_cache(_KEPT)
-def _traced(described: _Described) -> Family:
+def traced(described: Described) -> Family:
+    """Describe a model, once for as long as it is in use."""
     config = copy.deepcopy(described.config)
     if config.is_heterogeneous:
         config.per_layer_config = None
