@@ -14,10 +14,10 @@ from structprune import prune
 from structprune.api import export, inspect, plan, recover
 from structprune.architectures.modeling.per_layer import MODELING_NAME
 from structprune.architectures.stock.loading import load_model, output_head
-from structprune.errors import StructPruneError, UnsupportedError
+from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
+from structprune.recipe.training import RecoverySettings
 from structprune.results.report import PruneReport
-from support.models import byte_tokenizer
 from support.traced import DESCRIBED, HELD_HEADS, save_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -113,9 +113,8 @@ def test_no_gguf_form_is_known(tmp_path: Path) -> None:
 def test_a_pruned_one_recovers_and_is_pruned_again(text_file: Path, tmp_path: Path) -> None:
     source = save_decoder("cohere2", tmp_path / "cohere2")
     run(source, tmp_path / "out", text_file, scope="all", structure="per-layer", head_units="kv-group", sparsity=0.4)
-    recover(
-        tmp_path / "out", tmp_path / "better", teacher=source, calibration=str(text_file), minutes=0.1, memory=2**31
-    )
+    settings = RecoverySettings(calibration=str(text_file), minutes=0.1, memory=2**31)
+    recover(tmp_path / "out", source, settings, tmp_path / "better")
     assert (tmp_path / "better" / MODELING_NAME).is_file()
     report = run(tmp_path / "better", tmp_path / "again", text_file, method="fasp", structure="per-layer", sparsity=0.2)
     check_output(report, tmp_path / "again", own_code=True)
@@ -136,12 +135,3 @@ def test_half_precision(text_file: Path, tmp_path: Path) -> None:
     report = run(source, tmp_path / "out", text_file, method="fasp", dtype="bfloat16")
     assert report.reload.relative_difference is not None
     assert report.reload.relative_difference < 5e-2
-
-
-def test_the_tokenizer_is_no_part_of_it(tmp_path: Path) -> None:
-    """A type that stock code has and that is no language model is refused before anything is built."""
-    (tmp_path / "t5").mkdir()
-    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-    byte_tokenizer().save_pretrained(tmp_path / "t5")
-    with pytest.raises(StructPruneError):
-        inspect(tmp_path / "t5")

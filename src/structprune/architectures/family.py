@@ -141,6 +141,8 @@ class Family:
     """
     experts: Experts | None = None
     """None where a block's MLP is no mixture."""
+    returns_tuple: bool = False
+    """Whether a stock block returns its hidden states as the first of several."""
     inputs_first: bool = False
     """Whether linear maps of a block store their weights as (inputs, outputs)."""
     registers_names: bool = False

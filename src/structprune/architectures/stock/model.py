@@ -110,7 +110,8 @@ class StockModel:
                 got=", ".join(sorted(found - known)),
                 wanted=", ".join(sorted(known)),
             )
-        check_values(self.config, per_block, where)
+        if self.family.value_maps is not None:
+            check_values(self.config, per_block, where)
         return per_block
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedSublayers:
@@ -320,7 +321,8 @@ class StockModel:
         model = self.skeleton
         dense_blocks: Any = model.get_submodule(self.family.blocks_module)
         names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
-        recorders = [Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
+        count, form = len(dense_blocks), self.family.returns_tuple
+        recorders = [Recorder(names, is_last=i + 1 == count, returns_tuple=form) for i in range(count)]
         if self.family.rotary_module is not None:
             rotary: Any = type(model.get_submodule(self.family.rotary_module))
             model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))

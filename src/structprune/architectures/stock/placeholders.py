@@ -20,19 +20,20 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Recorder(nn.Module):
-    """Stands where a block would: keeps the arguments by name and passes the hidden states on."""
+    """Stands where a block would: keeps the arguments by name and passes the hidden states on, in the block's form."""
 
-    def __init__(self, names: Sequence[str], is_last: bool) -> None:
+    def __init__(self, names: Sequence[str], is_last: bool, returns_tuple: bool = False) -> None:
         super().__init__()
         self.names = names
         self.is_last = is_last
+        self.returns_tuple = returns_tuple
 
-    def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden_BSD = hidden_BSD
         self.kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         if self.is_last:
             raise StopForward
-        return hidden_BSD
+        return (hidden_BSD,) if self.returns_tuple else hidden_BSD
 
 
 class _NoAttention(nn.Module):

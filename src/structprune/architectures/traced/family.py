@@ -66,6 +66,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         attention_reads_widths=True,
         groups=block.groups,
         stages=lambda _: block.stages,
+        returns_tuple=around.returns_tuple,
         inputs_first=any(isinstance(module, Conv1D) for module in around.blocks.modules()),
         registers_names=get_checkpoint_conversion_mapping(config.model_type) is not None,
         resized=_resized(block, around),

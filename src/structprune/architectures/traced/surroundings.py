@@ -49,28 +49,18 @@ class Surroundings:
     """What enters the first block for `token_ids(0)`."""
     block_kwargs: tuple[Mapping[str, Any], ...]
     """Arguments of each block beside the hidden states, by name."""
+    returns_tuple: bool
+    """Whether a block returns its hidden states as the first of several."""
 
     def logits(self, replaced: Mapping[int, nn.Module], ids_BS: Tensor) -> Tensor:
         """Run the model with some blocks as they are given and the others passed through, (B, S, V)."""
-        returns_tuple = self.returns_tuple
-        passed = [replaced.get(index, _Passed(returns_tuple)) for index in range(len(self.blocks))]
+        passed = [replaced.get(index, _Passed(self.returns_tuple)) for index in range(len(self.blocks))]
         with torch.no_grad():
             return _with_blocks(self.model, self.blocks_module, passed, ids_BS).logits
 
     def plain_kwargs(self, index: int) -> dict[str, Any]:
         """Return the arguments of a block that a graph can have: no caches, and nothing that blocks share."""
-        return {name: value for name, value in self.block_kwargs[index].items() if _is_plain(value)}
-
-    @property
-    def returns_tuple(self) -> bool:
-        """Whether a block returns its hidden states as the first of several."""
-        meta_BSD, kwargs = to_meta((self.hidden_BSD, self.plain_kwargs(0)))
-        try:
-            with torch.no_grad():
-                return isinstance(copy.deepcopy(self.blocks[0]).to("meta")(meta_BSD, **kwargs), tuple)
-        except Exception as error:
-            # Stock code that wants more than it is given raises many types.
-            raise _not_described("a block of it does not run by itself", self.model, first_line(error)) from error
+        return _plain(self.block_kwargs[index])
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Return the weights around the blocks by name."""
@@ -91,6 +81,10 @@ class _Passed(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_BSD,) if self.returns_tuple else hidden_BSD
+
+
+def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -135,18 +129,12 @@ def look_around(config: PretrainedConfig) -> Surroundings:
     _draw_outer(model, blocks_module)
     head_module = _name_of(model, model.get_output_embeddings(), "head")
     first_embedding = _name_of(model, model.get_input_embeddings(), "token embedding")
-    names = list(inspect.signature(type(blocks[0]).forward).parameters)[2:]
-    recorders = [Recorder(names, is_last=index + 1 == len(blocks)) for index in range(len(blocks))]
     calls = _Calls(model, blocks_module)
-    with torch.no_grad(), calls:
-        try:
-            _with_blocks(model, blocks_module, recorders, token_ids(0))
-        except StopForward:
-            pass
-        except Exception as error:
-            # Stock code that wants more of its blocks than a call raises many types.
-            raise _not_described("what is before its blocks does not run by itself", model, first_line(error)) from error
-    before = calls.weighted
+    first = _recorded(model, blocks_module, blocks, stops_at=0, returns_tuple=False)[0]
+    returns_tuple = _returns_tuple(model, blocks[0], first)
+    with calls:
+        recorders = _recorded(model, blocks_module, blocks, stops_at=len(blocks) - 1, returns_tuple=returns_tuple)
+    before, before_bare = calls.weighted, calls.bare
     found = Surroundings(
         config=small,
         model=model,
@@ -159,12 +147,21 @@ def look_around(config: PretrainedConfig) -> Surroundings:
         computed=_computed_numbers(model, before),
         hidden_BSD=recorders[0].hidden_BSD,
         block_kwargs=tuple(recorder.kwargs for recorder in recorders),
+        returns_tuple=returns_tuple,
     )
     if first_embedding not in before:
         raise _not_described("the token embedding does not run before the first block", model, first_embedding)
-    with calls:
-        found.logits({}, token_ids(0))
+    try:
+        with calls:
+            found.logits({}, token_ids(0))
+    except Exception as error:
+        # As above: stock code may want more of its blocks than hidden states.
+        raise _not_described("what is behind its blocks does not run by itself", model, first_line(error)) from error
     behind = [name for name in calls.weighted if name not in before and name != head_module]
+    if not behind:
+        # Norms without a weight are modules too; what does nothing here, such as dropout, may follow any of them.
+        unweighted = calls.bare[len(before_bare) :]
+        behind = [name for name in unweighted if not isinstance(model.get_submodule(name), nn.Dropout)]
     if len(behind) > 1:
         raise _not_described("there is more than a norm between the last block and the head", model, ", ".join(behind))
     known = {*before, *behind, head_module}
@@ -179,11 +176,38 @@ def look_around(config: PretrainedConfig) -> Surroundings:
     return replace(found, final_norm_module=behind[0] if behind else None)
 
 
+def _recorded(
+    model: Any, blocks_module: str, blocks: nn.ModuleList, *, stops_at: int, returns_tuple: bool
+) -> list[Recorder]:
+    """Run the model as far as a block, and return what stood for its blocks."""
+    names = list(inspect.signature(type(blocks[0]).forward).parameters)[2:]
+    recorders = [Recorder(names, index == stops_at, returns_tuple) for index in range(len(blocks))]
+    try:
+        with torch.no_grad():
+            _with_blocks(model, blocks_module, recorders, token_ids(0))
+    except StopForward:
+        return recorders
+    except Exception as error:
+        # Stock code that wants more of its blocks than a call raises many types.
+        raise _not_described("what is before its blocks does not run by itself", model, first_line(error)) from error
+    raise _not_described("it does not run all of its blocks", model, blocks_module)
+
+
+def _returns_tuple(model: Any, block: nn.Module, recorder: Recorder) -> bool:
+    hidden_BSD, kwargs = to_meta((recorder.hidden_BSD, _plain(recorder.kwargs)))
+    try:
+        with torch.no_grad():
+            return isinstance(copy.deepcopy(block).to("meta")(hidden_BSD, **kwargs), tuple)
+    except Exception as error:
+        # Stock code that wants more than it is given raises many types.
+        raise _not_described("a block of it does not run by itself", model, first_line(error)) from error
+
+
 def _with_few_tokens(config: PretrainedConfig) -> PretrainedConfig:
     small = copy.deepcopy(config)
     small.vocab_size = VOCAB_SIZE
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
+    if isinstance(small.pad_token_id, int) and small.pad_token_id >= VOCAB_SIZE:
+        small.pad_token_id = 0
     return small
 
 
