@@ -41,6 +41,7 @@ def run(source: Path, output: Path, text_file: Path, **changes: Any) -> PruneRep
         "seq_len": 32,
         "multiple_of": 1,
         "memory": 2**31,
+        "dtype": "float32",
         **changes,
     }
     return prune(source, Recipe.build(**settings), output)

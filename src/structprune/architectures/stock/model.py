@@ -286,6 +286,10 @@ class StockModel:
             if attribute not in layer.get_submodule(module).state_dict():
                 setattr(layer.get_submodule(module), attribute, buffer.to(device))
 
+    def adds_in_place(self, kind: UnitKind) -> bool:
+        """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
+        return self.family.stand_in(kind) == "zeros"
+
     def stage_of(self, kind: UnitKind) -> Stage:
         """Return the stage that the sublayer belongs to."""
         return next(stage for stage in self.stages if kind in stage)

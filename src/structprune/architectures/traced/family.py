@@ -46,6 +46,14 @@ def traced_family(config: PretrainedConfig) -> Family:
     modules = {group.kind: _modules(around.blocks[0], group, sublayers[group.kind]) for group in groups}
     small = SmallBlock(around, groups)
     stand_ins = {group.kind: _stand_in(small, group, modules[group.kind], config) for group in groups}
+    for group, other in zip(groups, reversed(groups), strict=True):
+        if group.output_norm_eps is None:
+            names = dict.fromkeys(modules[other.kind], STAND_INS[other.kind][stand_ins[other.kind]])
+            scale = small.output_scale(group, {**names, **dict.fromkeys(other.norm_modules, nn.Identity)})
+            if scale is None:
+                what = f"what its {group.kind} adds is not the output of its last map times a number"
+                raise _refused(config, what, got=group.consumer_module)
+            block.output_scales[group.kind] = scale
     return Family(
         name=config.model_type,
         blocks_module=around.blocks_module,
@@ -92,6 +100,8 @@ class TracedBlock:
         self.stages: tuple[Stage, ...] = self._checked_stages()
         self._entries: dict[tuple[UnitKind, HeadUnits], tuple[WidthEntries, BiasEntry | None]] = {}
         self._activation = _activation(config)
+        self.output_scales: dict[UnitKind, float] = {}
+        """Kind -> what its consumer's output is multiplied by before the stream's sum, once that is known."""
 
     def _check_built_by_number(self) -> None:
         """Raise UnsupportedError unless blocks are built from a config and their number."""
@@ -169,6 +179,7 @@ class TracedBlock:
 
     def _with_entries(self, config: PretrainedConfig, group: UnitGroup, head_units: HeadUnits) -> UnitGroup:
         """Add what the config says of a group: entries of its width and of biases, and the activation."""
+        group = replace(group, output_scale=self.output_scales.get(group.kind, 1.0))
         if group.held is not None:
             return group
         key = (group.kind, head_units)
@@ -264,6 +275,7 @@ def _resized(block: TracedBlock, around: Surroundings) -> Callable[[dict[str, An
     def check(config: dict[str, Any]) -> dict[str, Any]:
         try:
             parsed: Any = AutoConfig.for_model(**{name: each for name, each in config.items() if name != "dtype"})
+            parsed._attn_implementation = around.config._attn_implementation
             wanted = copy.deepcopy(around.config)
             for name, value in config.items():
                 if type(value) is int and name in wanted.to_dict() | {"head_dim": None}:

@@ -46,6 +46,27 @@ class SmallBlock:
             output = block(self._around.hidden_BSD, **self._around.block_kwargs[0])
         return output[0] if isinstance(output, tuple) else output
 
+    def output_scale(self, group: UnitGroup, others: Mapping[str, type[nn.Module]]) -> float | None:
+        """Measure what the output of a group's consumer is multiplied by before the stream's sum; None: by no number.
+
+        `others` are the modules of the other sublayer and its norms, with what stands for each.
+        """
+        outputs: list[Tensor] = []
+        found: list[Tensor] = []
+        for tensors in (self.tensors, self.zeroed(group)):
+            block = self.build(0, tensors)
+            for name, stand_in in others.items():
+                block.set_submodule(name, stand_in())
+            block.get_submodule(group.consumer_module).register_forward_hook(lambda *args: outputs.append(args[2]))
+            found.append(self.run(block))
+        added, given = (found[0] - found[1]).double().flatten(), outputs[0].double().flatten()
+        scale = float(added @ given / (given @ given))
+        if not float((added - scale * given).abs().max()) <= TOLERANCE * float(added.abs().max()):
+            return None
+        # What was measured is rounded; what the config says is not.
+        said = [value for value in self.config.to_dict().values() if isinstance(value, float)]
+        return next((value for value in (1.0, *said) if abs(value - scale) <= TOLERANCE * abs(scale)), scale)
+
     def zeroed(self, group: UnitGroup) -> dict[str, Tensor]:
         """Return the weights with zeros where the group's consumer adds to the stream."""
         names = (group.consumer.tensor, *([group.consumer_bias] if group.consumer_bias is not None else []))
