@@ -215,5 +215,5 @@ def test_units_that_are_not_the_models_are_refused(monkeypatch: pytest.MonkeyPat
 
     lookup.traced.cache_clear()
     monkeypatch.setattr(lookup, "traced_family", crossed)
-    with pytest.raises(UnsupportedError, match="without mlp units|does not run piece by piece"):
+    with pytest.raises(UnsupportedError, match=r"without mlp units|does not run piece by piece"):
         StockModel(CheckpointReader(save_decoder("smollm3", tmp_path / "smollm3")))

@@ -1,4 +1,4 @@
-"""Decoders without a family file through whole runs: what was written loads in stock code and predicts what the run did."""
+"""Decoders without a family file through whole runs: stock code loads what was written, with the logits of the run."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file
 
 
 @pytest.mark.parametrize("model_type", [kind for kind in HELD_HEADS if kind in USUAL])
-def test_heads_that_cannot_leave_are_refused_with_the_reason(
-    model_type: str, text_file: Path, tmp_path: Path
-) -> None:
+def test_heads_that_cannot_leave_are_refused_with_the_reason(model_type: str, text_file: Path, tmp_path: Path) -> None:
     source = save_decoder(model_type, tmp_path / model_type)
     with pytest.raises(UnsupportedError, match=HELD_HEADS[model_type]):
         run(source, tmp_path / "out", text_file, scope="all", head_units="kv-group")
@@ -114,7 +112,7 @@ def test_no_gguf_form_is_known(tmp_path: Path) -> None:
 def test_a_pruned_one_recovers_and_is_pruned_again(text_file: Path, tmp_path: Path) -> None:
     source = save_decoder("cohere2", tmp_path / "cohere2")
     run(source, tmp_path / "out", text_file, scope="all", structure="per-layer", head_units="kv-group", sparsity=0.4)
-    settings = RecoverySettings(calibration=str(text_file), minutes=0.1, memory=2**31)
+    settings = RecoverySettings(calibration=(str(text_file),), minutes=0.1, memory=2**31)
     recover(tmp_path / "out", source, settings, tmp_path / "better")
     assert (tmp_path / "better" / MODELING_NAME).is_file()
     report = run(tmp_path / "better", tmp_path / "again", text_file, method="fasp", structure="per-layer", sparsity=0.2)
@@ -125,7 +123,7 @@ def test_a_pruned_one_loses_whole_sublayers(text_file: Path, tmp_path: Path) -> 
     """Blocks go by number, in code that adds to the stream in place."""
     source = save_decoder("falcon", tmp_path / "falcon")
     report = run(source, tmp_path / "out", text_file, method="depth", sparsity=0.25)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(model.base_model.h) == 3
     assert report.reload.relative_difference is not None
 

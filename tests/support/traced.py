@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from support.decoders import SIZES, TINY_DECODERS
+from support.decoders import HEADS, LATENT, OLD, SIZES, TINY_DECODERS
 from support.models import byte_tokenizer
 
 WINDOWS: dict[str, Any] = {
@@ -47,6 +47,17 @@ DESCRIBED: Mapping[str, dict[str, Any]] = {
     "ministral3": {},
 }
 """`model_type` -> what its config is given beside that of `TINY_DECODERS`."""
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "codegen": {**OLD, "n_embd": 32, "n_inner": 48, "rotary_dim": 4},
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "helium": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "minicpm3": LATENT,
+    "ministral": HEADS,
+    "openai-gpt": {**OLD, "n_embd": 32},
+    "youtu": LATENT,
+}
+"""More types that the common sizes alone do not build."""
 HELD_HEADS = {
     "falcon": "stock falcon cannot express fewer attention units",
     "gptj": "stock gptj cannot express fewer attention units",
@@ -57,11 +68,16 @@ HELD_HEADS = {
 """Types whose attention keeps its heads -> how that is said."""
 
 
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A config of this type with few and small blocks."""
+    own = {**TINY_DECODERS.get(model_type, {}), **DESCRIBED.get(model_type, {}), **OTHERS.get(model_type, {})}
+    return CONFIG_MAPPING[model_type](**{**SIZES, **own, **changes})
+
+
 def save_decoder(model_type: str, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a random model of this type with a byte tokenizer. Weights are scaled up so that channels differ."""
     torch.manual_seed(0)
-    settings = {**SIZES, **TINY_DECODERS.get(model_type, {}), **DESCRIBED.get(model_type, {}), **changes}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not re.search(r"norm|\bln_", name):

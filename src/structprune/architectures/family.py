@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
-
 StandIn = Literal["nothing", "zeros", "stream"]
 """What stands where a sublayer is removed: a zero of any shape, zeros of the stream's shape where others are added to
 them in place, or the stream as the sublayer is given it, where its module adds to the stream itself."""
@@ -109,7 +108,8 @@ class Family:
     final_norm_module: str | None
     head_module: str
     logit_entries: tuple[str, ...] = ()
-    """Config entries that change the logits, of those that `stock/head.py` knows, in the order in which they do."""
+    """Config entries that change the logits, of those in `architectures/stock/head.py`, in the order in which they do.
+    """
     embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
     """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
     attention_module: str

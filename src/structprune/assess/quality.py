@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from structprune.architectures.stock.config import max_positions
 from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.config import max_positions
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import WindowStart

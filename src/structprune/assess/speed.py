@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from structprune.architectures.stock.config import max_positions
 from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.config import max_positions
 from structprune.architectures.stock.loading import load_model
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.errors import InputError

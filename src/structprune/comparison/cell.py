@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from structprune.api import prune
-from structprune.architectures.stock.config import max_positions
 from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.config import max_positions
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cells import settings_of

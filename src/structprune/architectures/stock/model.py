@@ -23,14 +23,15 @@ from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, S
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
 from structprune.architectures.stock.config import build_config, max_positions, usable_config
 from structprune.architectures.stock.counts import check_counts
+from structprune.architectures.stock.family import family_of_checkpoint, unknown_family
 from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
-from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, parameters_on_meta
+from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, compute_buffers
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
 from structprune.architectures.traced.checks import check_description
-from structprune.architectures.traced.lookup import family_of, is_stock_decoder, is_stock_type
+from structprune.architectures.traced.lookup import is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -58,12 +59,12 @@ class StockModel:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
         if not isinstance(model_type, str) or (model_type not in FAMILIES and not is_stock_type(model_type)):
-            raise _unknown_family(reader)
+            raise unknown_family(reader)
         check_counts(reader)
         try:
             with without_global_width_warnings():
                 usable, notes = usable_config(reader)
-                self.family: Family = _family(reader, usable)
+                self.family: Family = family_of_checkpoint(reader, usable)
                 self.config: PretrainedConfig = build_config(
                     reader, usable, attn_implementation=self.family.attention_implementation
                 )
@@ -274,17 +275,8 @@ class StockModel:
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         layer.requires_grad_(False)
         if any(buffer.is_meta for buffer in layer.buffers()):
-            self._compute_buffers(layer, index, own, next(iter(tensors.values())).device)
+            compute_buffers(layer, index, own, next(iter(tensors.values())).device)
         return SlicedLayer(layer) if self.sliced else layer
-
-    def _compute_buffers(self, layer: nn.Module, index: int, config: PretrainedConfig, device: torch.device) -> None:
-        """Give `layer` what stock code computes as it builds a layer, and no checkpoint has."""
-        with parameters_on_meta():
-            built = type(layer)(config, layer_idx=index)  # pyright: ignore[reportCallIssue]
-        for name, buffer in built.named_buffers():
-            module, _, attribute = name.rpartition(".")
-            if attribute not in layer.get_submodule(module).state_dict():
-                setattr(layer.get_submodule(module), attribute, buffer.to(device))
 
     def adds_in_place(self, kind: UnitKind) -> bool:
         """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
@@ -304,7 +296,9 @@ class StockModel:
         for kind in UNIT_KINDS:
             if kind not in stage:
                 # The sublayer's norms would be computed for nothing: they are half as dear as its products.
-                stand_ins = dict.fromkeys(self.family.sublayer_modules(kind), STAND_INS[kind][self.family.stand_in(kind)])
+                stand_ins = dict.fromkeys(
+                    self.family.sublayer_modules(kind), STAND_INS[kind][self.family.stand_in(kind)]
+                )
                 stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
                 for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)
@@ -390,33 +384,6 @@ class StockModel:
         projection.load_state_dict(weights, assign=True)
         head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
-
-
-def _family(reader: CheckpointReader, usable: Mapping[str, Any]) -> Family:
-    """Return the family of the checkpoint. Raises UnsupportedError where no file says it and tracing cannot."""
-    model_type = reader.config["model_type"]
-    if model_type in FAMILIES:
-        return FAMILIES.get(model_type)
-    config = build_config(reader, usable)
-    if not is_stock_decoder(config):
-        raise _unknown_family(reader)
-    return family_of(config)
-
-
-def _unknown_family(reader: CheckpointReader) -> UnsupportedError:
-    """Build the error for a model type that is no family; for a wrapper, with the way to the text model inside."""
-    model_type, architectures = reader.config.get("model_type"), str(reader.config.get("architectures"))
-    wraps = "text_config" in reader.config or "ForConditionalGeneration" in architectures
-    return UnsupportedError(
-        f"{model_type} wraps a text model together with other parts" if wraps else "unknown model family",
-        where=str(reader.directory / "config.json"),
-        got=f"model_type {model_type!r}",
-        wanted=", ".join(FAMILIES),
-        do="save the text model that it wraps by itself and prune that: with transformers, the causal model of its "
-        "text_config with the weights below `language_model`"
-        if wraps
-        else "see docs/add-an-architecture.md: a family is one file of data",
-    )
 
 
 def output_tensor(output: Any) -> Tensor:

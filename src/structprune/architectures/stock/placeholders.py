@@ -9,7 +9,9 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from structprune.architectures.family import StandIn
 from structprune.types import UnitKind
@@ -93,3 +95,15 @@ def parameters_on_meta() -> Generator[None]:
         yield
     finally:
         nn.Module.register_parameter = original
+
+
+def compute_buffers(layer: nn.Module, index: int, config: PretrainedConfig, device: torch.device) -> None:
+    """Give `layer` what stock code computes as it builds a layer, and no checkpoint has."""
+    layer_class: Any = type(layer)
+    with parameters_on_meta():
+        built: nn.Module = layer_class(config, layer_idx=index)
+    stored = layer.state_dict()
+    for name, buffer in built.named_buffers():
+        if name not in stored:
+            module, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(module), attribute, buffer.to(device))

@@ -9,24 +9,58 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from structprune.architectures.family import Family
+from structprune.architectures.modeling.removed import RemovedSublayers
 from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference, with_units
 from structprune.architectures.traced.surroundings import look_around, token_ids
 from structprune.architectures.units import compact
 from structprune.errors import StructPruneError, UnsupportedError, first_line
-from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
+from structprune.types import UNIT_KINDS, HeadUnits, ModelLayout, Stage, UnitGroup, UnitKind
 
-if TYPE_CHECKING:
-    from structprune.architectures.stock.model import BlockInputs, StockModel
 
-def check_description(stock: StockModel) -> None:
+class Inputs(Protocol):
+    """What the stock model passes to each block beside the hidden states."""
+
+    @property
+    def kwargs(self) -> tuple[dict[str, Any], ...]: ...
+
+
+class Pieces(Protocol):
+    """The parts of `StockModel` that are compared with the stock model as a whole."""
+
+    config: PretrainedConfig
+    family: Family
+    groups: tuple[UnitGroup, ...]
+    stages: tuple[Stage, ...]
+    removed: RemovedSublayers
+    head_units: HeadUnits
+    skeleton: nn.Module
+    layout: ModelLayout
+
+    def embedding_tensors(self) -> list[str]: ...
+    def head_tensors(self) -> list[str]: ...
+    def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Inputs]: ...
+    def head(self, tensors: Mapping[str, Tensor]) -> nn.Module: ...
+    def stage(self, block: nn.Module, stage: Stage) -> AbstractContextManager[None]: ...
+    def block(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        config: PretrainedConfig | None = None,
+        removed: Collection[UnitKind] = (),
+    ) -> nn.Module: ...
+
+
+def check_description(stock: Pieces) -> None:
     """Compare the pieces of a traced model with the whole. Raises UnsupportedError that names what differs."""
     try:
         small = _Small(stock)
@@ -45,7 +79,7 @@ def check_description(stock: StockModel) -> None:
 class _Small:
     """A copy of the model with few tokens, few units in its blocks, and random weights."""
 
-    def __init__(self, stock: StockModel) -> None:
+    def __init__(self, stock: Pieces) -> None:
         self._around = look_around(stock.config)
         self._outer = self._around.outer_tensors()
         self._stock = copy.copy(stock)
@@ -63,7 +97,7 @@ class _Small:
         self.groups = stock.family.groups(self._config, stock.head_units)
         self._hidden_BSD, self._inputs = self._embed(0)
 
-    def _embed(self, number: int) -> tuple[Tensor, BlockInputs]:
+    def _embed(self, number: int) -> tuple[Tensor, Inputs]:
         names = self._stock.embedding_tensors()
         return self._stock.embed(token_ids(number), {name: self._outer[name] for name in names})
 
@@ -72,7 +106,9 @@ class _Small:
             output = block(hidden_BSD, **self._inputs.kwargs[index])
         return output[0] if isinstance(output, tuple) else output
 
-    def _block(self, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None, index: int = 0) -> nn.Module:
+    def _block(
+        self, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None, index: int = 0
+    ) -> nn.Module:
         return self._stock.block(index, tensors, self._config if config is None else config)
 
     def check_logits(self) -> None:
@@ -82,7 +118,9 @@ class _Small:
         see later ones.
         """
         if not _same(self._inputs.kwargs, self._embed(1)[1].kwargs):
-            raise _differs(self._stock, "hands its blocks more of the tokens than their hidden states", "other arguments")
+            raise _differs(
+                self._stock, "hands its blocks more of the tokens than their hidden states", "other arguments"
+            )
         there = _some_blocks(self._around.config)
         expected_BSV = self._around.logits({i: self._block_of.build(i, self._tensors) for i in there}, token_ids(0))
         hidden_BSD = self._hidden_BSD
@@ -160,7 +198,7 @@ def _same(first: Any, second: Any) -> bool:
     return type(first) is type(second)
 
 
-def _differs(stock: StockModel, what: str, got: str) -> UnsupportedError:
+def _differs(stock: Pieces, what: str, got: str) -> UnsupportedError:
     return UnsupportedError(
         f"{stock.family.name} has no family file, and the stock model {what}",
         where=type(stock.skeleton).__name__,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from structprune.architectures.family import Family, StandIn, StockClasses
 from structprune.architectures.stock.head import LOGIT_ENTRIES
 from structprune.architectures.stock.placeholders import STAND_INS
 from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference
-from structprune.architectures.traced.surroundings import Surroundings, look_around, to_meta
+from structprune.architectures.traced.surroundings import Surroundings, look_around, set_attention, to_meta
 from structprune.architectures.traced.widths import BiasEntry, WidthEntries, bias_entry, shapes_of, width_entries
 from structprune.errors import UnsupportedError, first_line
 from structprune.tracing.graph import Traced, trace
@@ -45,10 +44,17 @@ def traced_family(config: PretrainedConfig) -> Family:
     groups = block.groups(config, "kv-group")
     modules = {group.kind: _modules(around.blocks[0], group, sublayers[group.kind]) for group in groups}
     small = SmallBlock(around, groups)
-    stand_ins = {group.kind: _stand_in(small, group, modules[group.kind], config) for group in groups}
+    stand_ins: dict[UnitKind, StandIn] = {
+        group.kind: _stand_in(small, group, modules[group.kind], config) for group in groups
+    }
+    mlp = next(group for group in groups if group.kind == "mlp")
+    if mlp.activation is not None and mlp.up_module is not None and not small.has_activation(mlp, mlp.activation):
+        block.activation = None
     for group, other in zip(groups, reversed(groups), strict=True):
         if group.output_norm_eps is None:
-            names = dict.fromkeys(modules[other.kind], STAND_INS[other.kind][stand_ins[other.kind]])
+            names: dict[str, type[nn.Module]] = dict.fromkeys(
+                modules[other.kind], STAND_INS[other.kind][stand_ins[other.kind]]
+            )
             scale = small.output_scale(group, {**names, **dict.fromkeys(other.norm_modules, nn.Identity)})
             if scale is None:
                 what = f"what its {group.kind} adds is not the output of its last map times a number"
@@ -68,7 +74,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         norms={group.kind: group.norm_modules for group in groups},
         stand_ins={kind: found for kind, found in stand_ins.items() if found != "nothing"},
         classes={config.model_type: _classes(around, holder)},
-        attention_implementation="eager" if around.config._attn_implementation == "eager" else "sdpa",
+        attention_implementation=around.attention_implementation,
         tiled_attention=bool(around.model._supports_attention_backend),
         # Harmless where it reads none.
         attention_reads_widths=True,
@@ -93,13 +99,13 @@ class TracedBlock:
         self._layer_class: Any = type(around.blocks[0])
         self._config = copy.deepcopy(config)
         # Some blocks look their attention up by its name, which only a whole model decides.
-        self._config._attn_implementation = around.config._attn_implementation
+        set_attention(self._config, around.attention_implementation)
         self._check_built_by_number()
         self._sublayers = functools.lru_cache(_KEPT)(self._traced)
         self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.stages: tuple[Stage, ...] = self._checked_stages()
         self._entries: dict[tuple[UnitKind, HeadUnits], tuple[WidthEntries, BiasEntry | None]] = {}
-        self._activation = _activation(config)
+        self.activation = _activation(config)
         self.output_scales: dict[UnitKind, float] = {}
         """Kind -> what its consumer's output is multiplied by before the stream's sum, once that is known."""
 
@@ -141,7 +147,9 @@ class TracedBlock:
                 )
             found[sublayer.kind] = sublayer
         if missing := [kind for kind in UNIT_KINDS if kind not in found]:
-            raise _refused(config, f"has blocks without {' and without '.join(missing)}", got=", ".join(found) or "none")
+            raise _refused(
+                config, f"has blocks without {' and without '.join(missing)}", got=", ".join(found) or "none"
+            )
         return traced, found
 
     def sublayers(self, config: PretrainedConfig) -> Mapping[UnitKind, Sublayer]:
@@ -164,7 +172,11 @@ class TracedBlock:
         mlp = mlp_groups(traced)
         if len(mlp) != 1:
             held = sublayers["mlp"].consumer.term
-            got = f"{len(mlp)} groups: {', '.join(group.name for group in mlp[:3])}" if mlp else f"{held.size} inputs held"
+            got = (
+                f"{len(mlp)} groups: {', '.join(group.name for group in mlp[:3])}"
+                if mlp
+                else f"{held.size} inputs held"
+            )
             raise _refused(config, "has no one set of MLP channels that can leave", got=got)
         attention = self._attention(traced, sublayers["attention"], head_units)
         return tuple(self._with_entries(config, group, head_units) for group in (*mlp, attention))
@@ -196,7 +208,7 @@ class TracedBlock:
             fixed_fields=widths.fixed,
             bias_field=None if bias is None or group.consumer_bias else bias.name,
             bias_modules=() if bias is None else bias.modules,
-            activation=self._activation if group.kind == "mlp" else None,
+            activation=self.activation if group.kind == "mlp" else None,
         )
 
     def _found(self, config: PretrainedConfig, kind: UnitKind, head_units: HeadUnits) -> UnitGroup:
@@ -258,9 +270,14 @@ def _classes(around: Surroundings, holder: nn.Module) -> StockClasses:
     package = file.split(".")[-2]
     if len(files) > 1 or file != f"transformers.models.{package}.modeling_{package}":
         raise _refused(around.config, "has classes in several files", got=", ".join(sorted(files)))
-    return StockClasses(
-        module=package, stem=os.path.commonprefix(list(names)) or names[-1], layer=layer.__name__, chain=names
-    )
+    return StockClasses(module=package, stem=_common_start(names) or names[-1], layer=layer.__name__, chain=names)
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Return what all names begin with."""
+    first, last = min(names), max(names)
+    same = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)
+    return first[:same]
 
 
 def _activation(config: PretrainedConfig) -> str | None:
@@ -275,7 +292,7 @@ def _resized(block: TracedBlock, around: Surroundings) -> Callable[[dict[str, An
     def check(config: dict[str, Any]) -> dict[str, Any]:
         try:
             parsed: Any = AutoConfig.for_model(**{name: each for name, each in config.items() if name != "dtype"})
-            parsed._attn_implementation = around.config._attn_implementation
+            set_attention(parsed, around.attention_implementation)
             wanted = copy.deepcopy(around.config)
             for name, value in config.items():
                 if type(value) is int and name in wanted.to_dict() | {"head_dim": None}:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from structprune.architectures.stock.placeholders import parameters_on_meta
 from structprune.architectures.traced.surroundings import Surroundings, random_tensor
@@ -17,6 +19,7 @@ from structprune.types import UnitGroup, UnitKind
 
 TOLERANCE = 1e-4
 """Largest difference as a share of the largest value, in float32."""
+_READ = "input of the consumer"
 _FEW: Mapping[UnitKind, int] = {"attention": 2, "mlp": 16}
 
 
@@ -25,7 +28,9 @@ class SmallBlock:
 
     def __init__(self, around: Surroundings, groups: Sequence[UnitGroup]) -> None:
         self._around = around
-        few = {group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields}
+        few: dict[UnitKind, int] = {
+            group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields
+        }
         self.config = with_units(around.config, groups, few)
         generator = torch.Generator().manual_seed(1)
         shapes = shapes_of(self.build(0, None))
@@ -67,15 +72,35 @@ class SmallBlock:
         said = [value for value in self.config.to_dict().values() if isinstance(value, float)]
         return next((value for value in (1.0, *said) if abs(value - scale) <= TOLERANCE * abs(scale)), scale)
 
+    def has_activation(self, group: UnitGroup, name: str) -> bool:
+        """Whether an MLP's last map reads activation(up x), or activation(gate x) up x, with this activation."""
+        assert group.up_module is not None
+        seen: dict[str, Tensor] = {}
+        block = self.build(0, self.tensors)
+        for module in (group.up_module, *([group.gate_module] if group.gate_module is not None else [])):
+            block.get_submodule(module).register_forward_hook(partial(_keep_output, seen, module))
+        block.get_submodule(group.consumer_module).register_forward_pre_hook(partial(_keep_input, seen))
+        self.run(block)
+        activation: Any = ACT2FN[name]
+        up = seen[group.up_module]
+        expected = activation(up) if group.gate_module is None else activation(seen[group.gate_module]) * up
+        return relative_difference(seen[_READ], expected) <= TOLERANCE
+
     def zeroed(self, group: UnitGroup) -> dict[str, Tensor]:
         """Return the weights with zeros where the group's consumer adds to the stream."""
         names = (group.consumer.tensor, *([group.consumer_bias] if group.consumer_bias is not None else []))
         return {**self.tensors, **{name: torch.zeros_like(self.tensors[name]) for name in names}}
 
 
-def with_units(
-    config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapping[UnitKind, int]
-) -> PretrainedConfig:
+def _keep_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: object, output: Tensor) -> None:
+    seen[name] = output
+
+
+def _keep_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen[_READ] = args[0]
+
+
+def with_units(config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapping[UnitKind, int]) -> PretrainedConfig:
     """Return the config with so many units of each kind."""
     result = copy.deepcopy(config)
     for group in groups:

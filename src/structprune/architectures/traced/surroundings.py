@@ -13,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Surroundings:
     """A stock model with few tokens, random weights around its blocks, and what its parts are."""
 
     config: PretrainedConfig
-    """With `VOCAB_SIZE` tokens."""
+    """Config of the model, with `VOCAB_SIZE` tokens."""
     model: Any
     blocks: nn.ModuleList
     """The stock blocks, parameters on `meta`; `model` has others in their place while it runs."""
@@ -57,6 +57,12 @@ class Surroundings:
         passed = [replaced.get(index, _Passed(self.returns_tuple)) for index in range(len(self.blocks))]
         with torch.no_grad():
             return _with_blocks(self.model, self.blocks_module, passed, ids_BS).logits
+
+    @property
+    def attention_implementation(self) -> Literal["sdpa", "eager"]:
+        """What stock code chooses where nothing is said."""
+        chosen: Any = self.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        return "eager" if chosen == "eager" else "sdpa"
 
     def plain_kwargs(self, index: int) -> dict[str, Any]:
         """Return the arguments of a block that a graph can have: no caches, and nothing that blocks share."""
@@ -90,6 +96,11 @@ def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return all(each is None or isinstance(each, Tensor | bool | int | float | str) for each in leaves)
+
+
+def set_attention(config: PretrainedConfig, implementation: str) -> None:
+    """Say which attention the blocks of a config have: some look it up as they are built, as a model has chosen it."""
+    config._attn_implementation = implementation  # pyright: ignore[reportPrivateUsage]
 
 
 def token_ids(number: int) -> Tensor:

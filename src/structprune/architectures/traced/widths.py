@@ -72,9 +72,7 @@ def width_entries(config: PretrainedConfig, build: BuildBlock, count: CountUnits
     return WidthEntries(per_unit={}, fixed={})
 
 
-def _relevant(
-    config: PretrainedConfig, build: BuildBlock, before: Shapes, num_units: int
-) -> Iterable[tuple[str, int]]:
+def _relevant(config: PretrainedConfig, build: BuildBlock, before: Shapes, num_units: int) -> Iterable[tuple[str, int]]:
     """Yield the entries, with their values, that are a multiple of the units and without which no block is the same."""
     for name, value in config.to_dict().items():
         if type(value) is int and value > 0 and value % num_units == 0:
@@ -143,7 +141,7 @@ def resized_shapes(before: Shapes, group: UnitGroup, num_units: int) -> Shapes:
 
 
 def bias_entry(config: PretrainedConfig, build: BuildBlock, group: UnitGroup) -> BiasEntry | None:
-    """Find the entry that gives a group's consumer a bias, and no map outside its sublayer; None where there is none."""
+    """Find the entry that gives a group's consumer a bias, and no map outside its sublayer; None without one."""
     if group.consumer_bias is not None:
         return None
     before = shapes_of(build(config))

@@ -2,7 +2,7 @@
 
 What the sublayer gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
 others' activations are what they were, and attention or gate and up are not computed again. Only for a sublayer that
-stands alone in its stage, has one part, adds its consumer's output to the stream without a norm, and keeps its producers.
+stands alone in its stage, has one part, adds its consumer's output without a norm, and keeps its producers.
 
 Shape suffixes: N windows, T tokens, S positions, D hidden size, B windows of a micro-batch, I consumer inputs,
 K kept ones.

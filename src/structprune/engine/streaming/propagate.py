@@ -32,9 +32,7 @@ class _Tap(nn.Module):
 
 
 @contextmanager
-def tapped(
-    block: nn.Module, module: str, receive: Callable[[Tensor], None], *, zeros: bool = False
-) -> Generator[None]:
+def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None], *, zeros: bool = False) -> Generator[None]:
     """Leave the consumer `module` out inside the context: its input (tokens, inputs) goes to `receive` instead.
 
     For an additive consumer the block's output is then its residual stream before the consumer's sum. With `zeros` it
