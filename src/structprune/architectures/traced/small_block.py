@@ -83,7 +83,8 @@ class SmallBlock:
         self.run(block)
         activation: Any = ACT2FN[name]
         up = seen[group.up_module]
-        expected = activation(up) if group.gate_module is None else activation(seen[group.gate_module]) * up
+        with torch.no_grad():
+            expected = activation(up) if group.gate_module is None else activation(seen[group.gate_module]) * up
         return relative_difference(seen[_READ], expected) <= TOLERANCE
 
     def zeroed(self, group: UnitGroup) -> dict[str, Tensor]:
