@@ -19,7 +19,7 @@ from structprune.architectures import FAMILIES
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError
-from support.traced import DESCRIBED, tiny_config
+from support.traced import DESCRIBED, TRACED, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -66,7 +66,7 @@ def described(directory: Path, model_type: str) -> tuple[str, str, str]:
             units.append(name)
         else:
             reasons.append(f"{name}: {(group.held or 'no config entry says fewer').partition(', whose inputs ')[0]}")
-    tested = "traced and tested" if model_type in DESCRIBED else "traced"
+    tested = "traced and tested" if model_type in (*DESCRIBED, *TRACED) else "traced"
     return tested, ", ".join(units) or "whole sublayers only", "; ".join(reasons).replace("|", "/")
 
 

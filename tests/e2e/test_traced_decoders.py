@@ -18,13 +18,13 @@ from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.report import PruneReport
-from support.traced import DESCRIBED, HELD_HEADS, save_decoder
+from support.traced import DESCRIBED, HELD_HEADS, TRACED, save_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
 # One of each sort: factors on logits, one norm for two sublayers, tables in blocks, held heads.
 USUAL = ("granite", "cohere2", "gptj", "olmo2")
-KINDS = [pytest.param(kind, marks=() if kind in USUAL else pytest.mark.slow) for kind in DESCRIBED]
+KINDS = [pytest.param(kind, marks=() if kind in USUAL else pytest.mark.slow) for kind in (*DESCRIBED, *TRACED)]
 IDS_BS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
@@ -112,7 +112,9 @@ def test_no_gguf_form_is_known(tmp_path: Path) -> None:
 def test_a_pruned_one_recovers_and_is_pruned_again(text_file: Path, tmp_path: Path) -> None:
     source = save_decoder("cohere2", tmp_path / "cohere2")
     run(source, tmp_path / "out", text_file, scope="all", structure="per-layer", head_units="kv-group", sparsity=0.4)
-    settings = RecoverySettings(calibration=(str(text_file),), minutes=0.1, memory=2**31)
+    settings = RecoverySettings(
+        calibration=(str(text_file),), minutes=0.1, memory=2**31, num_samples=16, seq_len=32, dtype="float32"
+    )
     recover(tmp_path / "out", source, settings, tmp_path / "better")
     assert (tmp_path / "better" / MODELING_NAME).is_file()
     report = run(tmp_path / "better", tmp_path / "again", text_file, method="fasp", structure="per-layer", sparsity=0.2)
@@ -126,6 +128,13 @@ def test_a_pruned_one_loses_whole_sublayers(text_file: Path, tmp_path: Path) -> 
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(model.base_model.h) == 3
     assert report.reload.relative_difference is not None
+
+
+def test_blocks_that_differ_by_their_number_stay(text_file: Path, tmp_path: Path) -> None:
+    """What DiffLlama's attention takes away depends on the number of the block, which no entry of the config says."""
+    source = save_decoder("diffllama", tmp_path / "diffllama")
+    with pytest.raises(UnsupportedError, match="blocks of diffllama compute something else by their number"):
+        run(source, tmp_path / "out", text_file, method="depth", sparsity=0.25)
 
 
 def test_half_precision(text_file: Path, tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ class Family:
     """None where the residual stream cannot be rotated, as with LayerNorm, or is not described."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
+    numbered: bool = False
+    """Whether a block computes something else by its number without a list in the config that says so."""
     notes: tuple[str, ...] = ()
     """What a person should know of where this description is from."""
 

@@ -84,6 +84,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         inputs_first=any(isinstance(module, Conv1D) for module in around.blocks.modules()),
         registers_names=get_checkpoint_conversion_mapping(config.model_type) is not None,
         resized=_resized(block, around),
+        numbered=small.is_numbered(),
         notes=(
             f"no family file describes {config.model_type}: what can be removed was found by tracing its blocks, and "
             "was checked with random weights",

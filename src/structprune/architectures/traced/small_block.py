@@ -72,6 +72,18 @@ class SmallBlock:
         said = [value for value in self.config.to_dict().values() if isinstance(value, float)]
         return next((value for value in (1.0, *said) if abs(value - scale) <= TOLERANCE * abs(scale)), scale)
 
+    def is_numbered(self) -> bool:
+        """Whether some block, with the same weights and arguments, differs from the first one by its number alone.
+
+        Blocks that a list in the config tells from the first one are left out: they differ by what the list says.
+        """
+        count = len(self._around.blocks)
+        lists = [each for each in self.config.to_dict().values() if isinstance(each, list) and len(each) == count]
+        alike = [index for index in range(1, count) if all(each[index] == each[0] for each in lists)]
+        first_BSD = self.run(self.build(0, self.tensors))
+        some = {*alike[:2], *alike[-2:]}
+        return any(not torch.equal(self.run(self.build(index, self.tensors)), first_BSD) for index in some)
+
     def has_activation(self, group: UnitGroup, name: str) -> bool:
         """Whether an MLP's last map reads activation(up x), or activation(gate x) up x, with this activation."""
         assert group.up_module is not None
