@@ -93,6 +93,7 @@ def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: Stack
                 consumer=consumer,
                 consumer_module=consumer.tensor.removesuffix(".weight"),
                 module_prefix=_prefix([*names, consumer.tensor]),
+                output_module=sublayer.output_module,
             )
         )
     return groups

@@ -48,6 +48,8 @@ class Sublayer:
     """Parameters of norms over the stream, before the consumer and behind it."""
     output_norm: Node | None
     """The operation by which the output is normed before the sum."""
+    output_module: str | None
+    """Innermost module whose output is what the stream is added; None where the block computes it itself."""
     heads: frozenset[Atom]
     """Atoms of the axes of the scores besides positions, where it is attention."""
 
@@ -213,8 +215,21 @@ def _sublayer(traced: Traced, stream: Stream, product: Contraction, behind: list
         tensors=tuple(name for name in names if name not in normed),
         norms=tuple(normed),
         output_norm=output_norm,
+        output_module=_module_of(next(each for each in behind[-1].all_input_nodes if each not in stream.states)),
         heads=heads,
     )
+
+
+def _module_of(node: Node) -> str | None:
+    """Return the innermost module that computes a node, or the tensor that it is a view of."""
+    while True:
+        stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+        path = [name for name, _ in stack.values() if name]
+        if path:
+            return path[-1]
+        if operation_name(node) not in _PASSING:
+            return None
+        node = node.all_input_nodes[0]
 
 
 def _inputs_of(nodes: Iterable[Node]) -> list[Node]:
