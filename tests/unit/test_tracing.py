@@ -223,6 +223,29 @@ def test_linear_attention_is_a_mixer_and_no_mlp() -> None:
     assert [group.consumer_module for group in unit_groups(traced, "kv-group")] == ["down"]
 
 
+def test_positions_that_are_taken_one_by_one_make_a_mixer() -> None:
+    """A recurrence has no sum over positions: each is taken out, and put back behind the others."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        state, states = torch.zeros(2, 7, dtype=x.dtype), list[Tensor]()
+        for position in range(5):
+            state = torch.tanh(state + m.up(x)[:, position])
+            states.append(state)
+        return x + m.out(torch.stack(states, 1))
+
+    traced = traced_maps(forward, up=(7, 6), out=(6, 7))
+    (sublayer,) = find_sublayers(traced, find_stream(traced))
+    assert sublayer.kind == "mixer"
+    assert unit_groups(traced, "kv-group") == ()
+    assert [(family.num_units, family.is_exact) for family in traced.families] == [(7, True)]
+
+
+def test_several_streams_side_by_side_are_refused() -> None:
+    traced = trace(Maps(lambda x, m: x + m.out(m.up(x).relu()), up=(7, 6), out=(6, 7)), (X_BSD[:, :, None],))
+    with pytest.raises(UnsupportedError, match="wanted a decoder block with one residual stream"):
+        find_stream(traced)
+
+
 def test_a_block_at_true_width_is_traced_without_its_weights() -> None:
     """On `meta` nothing is computed: the groups of a 70B LLaMA's block in a second."""
     from transformers import LlamaConfig

@@ -88,12 +88,12 @@ def find_stream(traced: Traced) -> Stream:
         # Some code joins windows and positions for a while.
         if node.op == "call_function" and _is_of_shape(node, shape):
             _follow(node, states)
-    if given is None or result not in states:
+    if given is None or result not in states or len(shape) != 3:
         raise UnsupportedError(
             "the output is not the input plus what sublayers add",
             where=f"{operation_name(result)} ({result.name})",
             got=f"an output of shape {tuple(shape)}",
-            wanted="a decoder block with a residual stream",
+            wanted="a decoder block with one residual stream, (windows, positions, width)",
         )
     value = traced.values[given]
     assert isinstance(value, Value)
@@ -261,9 +261,24 @@ def _kind(traced: Traced, stream: Stream, before: Mapping[Node, None]) -> tuple[
     scores = [each.heads for each in mixings if each.heads is not None]
     if scores:
         return "attention", frozenset(leaves(*(dim for heads in scores for dim in heads)).keys() - stream.positions)
-    sums = [each for each in traced.notes.contractions if each.node in before]
-    mixes = bool(mixings) or any(atoms(each.term).keys() & stream.positions for each in sums)
+    summed = any(
+        atoms(each.term).keys() & stream.positions for each in traced.notes.contractions if each.node in before
+    )
+    mixes = bool(mixings) or summed or not _positions_stay(traced, stream, before)
     return ("mixer" if mixes else "mlp"), frozenset()
+
+
+def _positions_stay(traced: Traced, stream: Stream, before: Mapping[Node, None]) -> bool:
+    """Whether all that is computed from the stream has all of its windows and positions: none is taken out."""
+    computed: set[Node] = set()
+    for node in traced.program.graph.nodes:
+        if node in before and any(each in stream.states or each in computed for each in node.all_input_nodes):
+            computed.add(node)
+            found = traced.values.get(node)
+            values = found if isinstance(found, tuple) else (found,)
+            if any(value is not None and not stream.positions <= atoms(*value.dims).keys() for value in values):
+                return False
+    return True
 
 
 def stages(sublayers: Iterable[Sublayer]) -> tuple[tuple[SublayerKind, ...], ...]:
