@@ -66,6 +66,26 @@ def test_fused_heads_are_counted_out() -> None:
     assert pairs.consumers == ()
 
 
+@pytest.mark.parametrize(("together", "num_units", "partitions"), [(False, 12, 3), (True, 4, 1)])
+def test_heads_choose_values_of_their_own_unless_a_tensor_has_them_together(
+    together: bool, num_units: int, partitions: int
+) -> None:
+    """With the sum over all heads' values in every output, channel 2 leaves all heads or none."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        q, k, v = (each(x).view(2, 5, 3, 4).transpose(1, 2) for each in (m.q, m.k, m.v))
+        result = F.scaled_dot_product_attention(q, k, v)
+        result = result + v.sum(1, keepdim=True) if together else result
+        return x + m.out(result.transpose(1, 2).reshape(2, 5, 12))
+
+    traced = traced_maps(forward, q=(12, 6), k=(12, 6), v=(12, 6), out=(6, 12))
+    (group,) = unit_groups(traced, "value-channel")
+    assert (group.num_units, group.partitions) == (num_units, partitions)
+    assert indices(group.consumer, 2) == ([2, 6, 10] if together else [2])
+    (family,) = [each for each in traced.families if each.consumers and each.num_units == 4]
+    check_removal(traced, state_of(traced.program), Example(args=(X_BSD,), kwargs={}), {family: [0, 2]})
+
+
 def test_what_is_held_is_said_with_its_operation() -> None:
     def forward(x: Tensor, m: Any) -> Tensor:
         return m.out(m.up(x).flip(-1) + m.fused(x)[..., :7])
@@ -208,6 +228,20 @@ def test_a_sublayer_that_reads_two_states_is_refused() -> None:
     traced = traced_maps(forward, a=(6, 6), up=(7, 6), gate=(7, 6), out=(6, 7))
     with pytest.raises(UnsupportedError, match=r"several states of the residual stream.*got \[0, 1\]"):
         find_sublayers(traced, find_stream(traced))
+
+
+def test_a_map_in_front_of_another_one_is_no_consumer() -> None:
+    """Its output is as wide as the stream, but what is added to the stream is the other map's."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        return x + m.out(m.gate(m.up(x).relu()) * x)
+
+    traced = traced_maps(forward, up=(7, 6), gate=(6, 7), out=(6, 6))
+    (sublayer,) = find_sublayers(traced, find_stream(traced))
+    assert sublayer.consumer.origins == ("out.weight",)
+    # The 7 units may leave, but no pipeline can solve the map behind them for what is added.
+    assert [family.num_units for family in traced.families] == [7]
+    assert unit_groups(traced, "kv-group") == ()
 
 
 def test_linear_attention_is_a_mixer_and_no_mlp() -> None:
