@@ -31,7 +31,6 @@ FROM_CONFIG: Mapping[str, Any] = {
     "bias_field": None,
     "bias_modules": (),
     "multiple_of": 1,
-    "output_module": None,
 }
 """What a family file says of config entries and kernels, which no graph has."""
 

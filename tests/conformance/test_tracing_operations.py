@@ -229,6 +229,7 @@ CASES = (
     Case(name="view", apply=unary(lambda x: x.view(2, 5, 3, 4).view(10, 12).view(2, 5, 12)), exact=(3, 4)),
     Case(name="reshape", apply=unary(lambda x: x.reshape(2, 5, 3, 4).transpose(2, 3).reshape(2, 5, 12)), exact=(3, 4)),
     Case(name="view_as", apply=unary(lambda x: x.view_as(x.view(10, 12)).relu().view_as(x))),
+    Case(name="reshape_as", apply=unary(lambda x: x.reshape_as(x.view(2, 5, 3, 4)).relu().flatten(2)), exact=(3, 4)),
     Case(name="_unsafe_view", apply=unary(lambda x: aten._unsafe_view(x, [2, 5, 3, 4]).flatten(2)), exact=(3, 4)),
     Case(name="flatten", apply=unary(lambda x: x.view(2, 5, 3, 4).flatten(-2)), exact=(3, 4)),
     Case(name="unflatten", apply=unary(lambda x: x.unflatten(-1, (3, 4)).flatten(-2)), exact=(3, 4)),
@@ -261,6 +262,7 @@ CASES = (
     Case(name="chunk", apply=unary(lambda x: torch.mul(*x.chunk(2, -1))), exact=(6,), reads=6),
     Case(name="unbind", apply=unary(lambda x: torch.add(*x.view(2, 5, 2, 6).unbind(2))), exact=(6,), reads=6),
     Case(name="cat", apply=unary(lambda x: torch.cat([x, x.relu()], -1)), reads=24),
+    Case(name="concatenate", apply=unary(lambda x: torch.concatenate([x, x.tanh()], -1)), reads=24),
     Case(name="concat", apply=unary(lambda x: aten.concat([x.exp(), x], 1)[:, 5:])),
     Case(name="stack", apply=unary(lambda x: torch.stack([x, x.relu()], -1).flatten(-2)), reads=24),
     Case(name="pad", apply=unary(lambda x: F.pad(x, (1, 2))), reads=15),
@@ -291,6 +293,8 @@ CASES = (
         exact=(9, 12),
         reads=9,
     ),
+    # Sums of products of what is not zero: exp(0) = 1 in both.
+    Case(name="matmul", apply=unary(lambda x: (x.exp() @ x.exp().mT) @ x), exact=(), coupled=(12,)),
     Case(name="bmm", apply=unary(lambda x: torch.bmm(torch.bmm(x, x.transpose(1, 2)), x))),
     Case(
         name="addmm",

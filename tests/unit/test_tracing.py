@@ -66,6 +66,26 @@ def test_fused_heads_are_counted_out() -> None:
     assert pairs.consumers == ()
 
 
+@pytest.mark.parametrize(("together", "num_units", "partitions"), [(False, 12, 3), (True, 4, 1)])
+def test_heads_choose_values_of_their_own_unless_a_tensor_has_them_together(
+    together: bool, num_units: int, partitions: int
+) -> None:
+    """With the sum over all heads' values in every output, channel 2 leaves all heads or none."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        q, k, v = (each(x).view(2, 5, 3, 4).transpose(1, 2) for each in (m.q, m.k, m.v))
+        result = F.scaled_dot_product_attention(q, k, v)
+        result = result + v.sum(1, keepdim=True) if together else result
+        return x + m.out(result.transpose(1, 2).reshape(2, 5, 12))
+
+    traced = traced_maps(forward, q=(12, 6), k=(12, 6), v=(12, 6), out=(6, 12))
+    (group,) = unit_groups(traced, "value-channel")
+    assert (group.num_units, group.partitions) == (num_units, partitions)
+    assert indices(group.consumer, 2) == ([2, 6, 10] if together else [2])
+    (family,) = [each for each in traced.families if each.consumers and each.num_units == 4]
+    check_removal(traced, state_of(traced.program), Example(args=(X_BSD,), kwargs={}), {family: [0, 2]})
+
+
 def test_what_is_held_is_said_with_its_operation() -> None:
     def forward(x: Tensor, m: Any) -> Tensor:
         return m.out(m.up(x).flip(-1) + m.fused(x)[..., :7])
@@ -210,6 +230,20 @@ def test_a_sublayer_that_reads_two_states_is_refused() -> None:
         find_sublayers(traced, find_stream(traced))
 
 
+def test_a_map_in_front_of_another_one_is_no_consumer() -> None:
+    """Its output is as wide as the stream, but what is added to the stream is the other map's."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        return x + m.out(m.gate(m.up(x).relu()) * x)
+
+    traced = traced_maps(forward, up=(7, 6), gate=(6, 7), out=(6, 6))
+    (sublayer,) = find_sublayers(traced, find_stream(traced))
+    assert sublayer.consumer.origins == ("out.weight",)
+    # The 7 units may leave, but no pipeline can solve the map behind them for what is added.
+    assert [family.num_units for family in traced.families] == [7]
+    assert unit_groups(traced, "kv-group") == ()
+
+
 def test_linear_attention_is_a_mixer_and_no_mlp() -> None:
     """Positions see each other by sums of outer products, without a softmax: no pipeline has units of that."""
 
@@ -221,6 +255,29 @@ def test_linear_attention_is_a_mixer_and_no_mlp() -> None:
     traced = traced_maps(forward, q=(4, 6), k=(4, 6), v=(7, 6), out=(6, 7), up=(8, 6), down=(6, 8))
     assert [each.kind for each in find_sublayers(traced, find_stream(traced))] == ["mixer", "mlp"]
     assert [group.consumer_module for group in unit_groups(traced, "kv-group")] == ["down"]
+
+
+def test_positions_that_are_taken_one_by_one_make_a_mixer() -> None:
+    """A recurrence has no sum over positions: each is taken out, and put back behind the others."""
+
+    def forward(x: Tensor, m: Any) -> Tensor:
+        state, states = torch.zeros(2, 7, dtype=x.dtype), list[Tensor]()
+        for position in range(5):
+            state = torch.tanh(state + m.up(x)[:, position])
+            states.append(state)
+        return x + m.out(torch.stack(states, 1))
+
+    traced = traced_maps(forward, up=(7, 6), out=(6, 7))
+    (sublayer,) = find_sublayers(traced, find_stream(traced))
+    assert sublayer.kind == "mixer"
+    assert unit_groups(traced, "kv-group") == ()
+    assert [(family.num_units, family.is_exact) for family in traced.families] == [(7, True)]
+
+
+def test_several_streams_side_by_side_are_refused() -> None:
+    traced = trace(Maps(lambda x, m: x + m.out(m.up(x).relu()), up=(7, 6), out=(6, 7)), (X_BSD[:, :, None],))
+    with pytest.raises(UnsupportedError, match="wanted a decoder block with one residual stream"):
+        find_stream(traced)
 
 
 def test_a_block_at_true_width_is_traced_without_its_weights() -> None:

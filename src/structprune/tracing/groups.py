@@ -93,6 +93,7 @@ def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: Stack
                 consumer=consumer,
                 consumer_module=consumer.tensor.removesuffix(".weight"),
                 module_prefix=_prefix([*names, consumer.tensor]),
+                output_module=sublayer.output_module,
             )
         )
     return groups
@@ -113,7 +114,8 @@ def _experts(traced: Traced, family: Family) -> int | None:
 
 
 def _all_values(traced: Traced) -> list[Value]:
-    return [each for found in traced.values.values() for each in (found if isinstance(found, tuple) else (found,))]
+    found = [each for value in traced.values.values() for each in (value if isinstance(value, tuple) else (value,))]
+    return [each for each in found if isinstance(each, Value)]
 
 
 def _of_expert(part: AxisSlice, number: int, traced: Traced, names: Mapping[str, Sequence[str]]) -> AxisSlice:
@@ -198,12 +200,13 @@ def held_group(traced: Traced, sublayer: Sublayer) -> UnitGroup:
 def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family) -> UnitGroup:
     """Build the group whose unit is one channel of one KV head: each head may keep others, as many.
 
-    The heads themselves need not be able to leave.
+    The heads themselves need not be able to leave. Where some tensor has the channels of all heads together, a unit is
+    one channel of every head.
     """
-    parent = next((atom for atom in sublayer.heads if _values_have(traced, atom, [channels])), None)
+    owners = [atom for atom in sublayer.heads if _values_have(traced, atom, [channels])]
+    parent = next((atom for atom in owners if _are_apart(traced, channels.atom, atom)), None)
     if parent is None:
         return _plain(traced, sublayer, channels)
-    _check_apart(traced, sublayer, channels.atom, parent)
     axes = dict.fromkeys((each.tensor, each.axis) for each in channels.members)
     parts = [
         part
@@ -222,17 +225,9 @@ def _value_channels(traced: Traced, sublayer: Sublayer, channels: Family) -> Uni
     return replace(group, kind="attention", partitions=parent.size)
 
 
-def _check_apart(traced: Traced, sublayer: Sublayer, channels: Atom, heads: Atom) -> None:
-    """Raise UnsupportedError where some tensor has the channels without the heads: then all heads keep the same."""
-    for node, value in traced.values.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            found = leaves(*each.dims)
-            if channels in found and heads not in found:
-                raise UnsupportedError(
-                    "the value channels of all KV heads are the same here",
-                    where=f"{operation_name(node)} ({node.name})",
-                    got=", ".join(sublayer.consumer.origins),
-                )
+def _are_apart(traced: Traced, channels: Atom, heads: Atom) -> bool:
+    """Whether no tensor has the channels without the heads, in which all heads would have to keep the same."""
+    return all(heads in found for value in _all_values(traced) if channels in (found := leaves(*value.dims)))
 
 
 def _group(

@@ -48,6 +48,8 @@ class Sublayer:
     """Parameters of norms over the stream, before the consumer and behind it."""
     output_norm: Node | None
     """The operation by which the output is normed before the sum."""
+    output_module: str | None
+    """Innermost module whose output is what the stream is added; None where the block computes it itself."""
     heads: frozenset[Atom]
     """Atoms of the axes of the scores besides positions, where it is attention."""
 
@@ -86,12 +88,12 @@ def find_stream(traced: Traced) -> Stream:
         # Some code joins windows and positions for a while.
         if node.op == "call_function" and _is_of_shape(node, shape):
             _follow(node, states)
-    if given is None or result not in states:
+    if given is None or result not in states or len(shape) != 3:
         raise UnsupportedError(
             "the output is not the input plus what sublayers add",
             where=f"{operation_name(result)} ({result.name})",
             got=f"an output of shape {tuple(shape)}",
-            wanted="a decoder block with a residual stream",
+            wanted="a decoder block with one residual stream, (windows, positions, width)",
         )
     value = traced.values[given]
     assert isinstance(value, Value)
@@ -213,8 +215,21 @@ def _sublayer(traced: Traced, stream: Stream, product: Contraction, behind: list
         tensors=tuple(name for name in names if name not in normed),
         norms=tuple(normed),
         output_norm=output_norm,
+        output_module=_module_of(next(each for each in behind[-1].all_input_nodes if each not in stream.states)),
         heads=heads,
     )
+
+
+def _module_of(node: Node) -> str | None:
+    """Return the innermost module that computes a node, or the tensor that it is a view of."""
+    while True:
+        stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
+        path = [name for name, _ in stack.values() if name]
+        if path:
+            return path[-1]
+        if operation_name(node) not in _PASSING:
+            return None
+        node = node.all_input_nodes[0]
 
 
 def _inputs_of(nodes: Iterable[Node]) -> list[Node]:
@@ -246,9 +261,24 @@ def _kind(traced: Traced, stream: Stream, before: Mapping[Node, None]) -> tuple[
     scores = [each.heads for each in mixings if each.heads is not None]
     if scores:
         return "attention", frozenset(leaves(*(dim for heads in scores for dim in heads)).keys() - stream.positions)
-    sums = [each for each in traced.notes.contractions if each.node in before]
-    mixes = bool(mixings) or any(atoms(each.term).keys() & stream.positions for each in sums)
+    summed = any(
+        atoms(each.term).keys() & stream.positions for each in traced.notes.contractions if each.node in before
+    )
+    mixes = bool(mixings) or summed or not _positions_stay(traced, stream, before)
     return ("mixer" if mixes else "mlp"), frozenset()
+
+
+def _positions_stay(traced: Traced, stream: Stream, before: Mapping[Node, None]) -> bool:
+    """Whether all that is computed from the stream has all of its windows and positions: none is taken out."""
+    computed: set[Node] = set()
+    for node in traced.program.graph.nodes:
+        if node in before and any(each in stream.states or each in computed for each in node.all_input_nodes):
+            computed.add(node)
+            found = traced.values.get(node)
+            values = found if isinstance(found, tuple) else (found,)
+            if any(value is not None and not stream.positions <= atoms(*value.dims).keys() for value in values):
+                return False
+    return True
 
 
 def stages(sublayers: Iterable[Sublayer]) -> tuple[tuple[SublayerKind, ...], ...]:

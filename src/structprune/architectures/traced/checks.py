@@ -60,8 +60,22 @@ class Pieces(Protocol):
     ) -> nn.Module: ...
 
 
+_CHECKED: dict[tuple[int, str, HeadUnits], Family] = {}
+"""Families that have passed, by what they are and the config; they stay, so that none takes the place of another."""
+
+
 def check_description(stock: Pieces) -> None:
-    """Compare the pieces of a traced model with the whole. Raises UnsupportedError that names what differs."""
+    """Compare the pieces of a traced model with the whole, once in a process for each config.
+
+    Raises UnsupportedError that names what differs.
+    """
+    key = id(stock.family), stock.config.to_json_string(use_diff=False), stock.head_units
+    if key not in _CHECKED:
+        _check(stock)
+        _CHECKED[key] = stock.family
+
+
+def _check(stock: Pieces) -> None:
     try:
         small = _Small(stock)
         small.check_logits()

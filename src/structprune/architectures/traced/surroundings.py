@@ -217,6 +217,8 @@ def _returns_tuple(model: Any, block: nn.Module, recorder: Recorder) -> bool:
 def _with_few_tokens(config: PretrainedConfig) -> PretrainedConfig:
     small = copy.deepcopy(config)
     small.vocab_size = VOCAB_SIZE
+    # Numbers that are computed as a model is built would be rounded to the type of its weights.
+    small.dtype = torch.float32
     if isinstance(small.pad_token_id, int) and small.pad_token_id >= VOCAB_SIZE:
         small.pad_token_id = 0
     return small

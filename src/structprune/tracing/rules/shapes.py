@@ -301,7 +301,7 @@ _EXPAND = Operation(rule=_expand, resize=to_shape)
 _SPLIT = Operation(rule=_split, resize=_resize_split)
 
 SHAPES: dict[str, Operation] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as"), _VIEW),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as", "reshape_as"), _VIEW),
     "flatten": Operation(rule=_view),
     "unflatten": Operation(rule=_view, resize=_resize_unflatten),
     "transpose": Operation(rule=_transpose),
@@ -319,7 +319,7 @@ SHAPES: dict[str, Operation] = {
     "select": Operation(rule=_select, resize=_resize_select),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _SPLIT),
     "unbind": Operation(rule=_unbind),
-    **dict.fromkeys(("cat", "concat"), Operation(rule=_cat)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), Operation(rule=_cat)),
     "stack": Operation(rule=_stack),
     **dict.fromkeys(("pad", "constant_pad_nd"), Operation(rule=_pad)),
     **dict.fromkeys(("flip", "roll"), Operation(rule=_flip)),
@@ -328,5 +328,15 @@ SHAPES: dict[str, Operation] = {
     "diagonal": Operation(rule=_diagonal),
 }
 """Operation -> its entry."""
-VIEWS = frozenset(SHAPES) - {"cat", "concat", "stack", "pad", "constant_pad_nd", "repeat", "repeat_interleave", "flip"}
+VIEWS = frozenset(SHAPES) - {
+    "cat",
+    "concat",
+    "concatenate",
+    "stack",
+    "pad",
+    "constant_pad_nd",
+    "repeat",
+    "repeat_interleave",
+    "flip",
+}
 """Operations whose output shares its memory with their input, or may."""
