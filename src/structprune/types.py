@@ -88,6 +88,8 @@ class UnitGroup:
     """Module whose output is the sum of what the consumers of several parts give."""
     output_norm_eps: float | None = None
     """Epsilon of the RMSNorm between the consumer's output and the stream's sum; None: there is no norm."""
+    output_scale: float = 1.0
+    """What the consumer's output is multiplied by before the stream's sum, where there is no norm between."""
     bias_field: str | None = None
     """Config entry that gives the maps of `bias_modules` a bias, where they have none."""
     bias_modules: tuple[str, ...] = ()
@@ -96,6 +98,8 @@ class UnitGroup:
     gate_module: str | None = None
     activation: str | None = None
     """Name of the activation in the config."""
+    held: str | None = None
+    """Why no unit of the sublayer can leave, where that is known: it is one unit then."""
 
     @property
     def name(self) -> str:

@@ -577,7 +577,7 @@ def test_tensor_of_another_shape(refused: Refused, tiny_llama: Path, tmp_path: P
     assert "has another shape than the configuration says; got (48, 32), wanted (40, 32)" in message
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "no-such-family", None, 3])
+@pytest.mark.parametrize("model_type", ["t5", "no-such-family", None, 3])
 def test_unknown_family(model_type: object, refused: Refused, tiny_llama: Path, tmp_path: Path) -> None:
     source = with_config(tiny_llama, tmp_path / "source", model_type=model_type)
     for verb in ("prune", "inspect"):

@@ -599,7 +599,7 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         Case(
             given="a family that is not known here",
-            build=config(model_type="bloom"),
+            build=config(model_type="t5"),
             happens="refused",
             test=f"{BAD}: test_unknown_family",
         ),

@@ -122,7 +122,7 @@ def traced_with_another_head(trace: Any) -> Any:
 BAD: dict[str, tuple[dict[str, Any], type[StructPruneError], str, dict[str, Any]]] = {
     "half precision": ({}, UnsupportedError, r"ONNX files are written in float32; got float16", {"dtype": "float16"}),
     "tokenizer": ({}, InputError, "--format onnx takes no tokenizer from a GGUF file", {"tokenizer_gguf": "a.gguf"}),
-    "family": ({"model_type": "bloom"}, UnsupportedError, "unknown model family", {}),
+    "family": ({"model_type": "t5"}, UnsupportedError, "unknown model family", {}),
     "rope": (rope("dynamic", factor=2.0), UnsupportedError, "positions that change with the length.*rope_type dyn", {}),
     "quantised": (
         {"quantization_config": {"quant_method": "gptq"}},

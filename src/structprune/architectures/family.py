@@ -12,6 +12,10 @@ from transformers import PretrainedConfig
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
 
+StandIn = Literal["nothing", "zeros", "stream"]
+"""What stands where a sublayer is removed: a zero of any shape, zeros of the stream's shape where others are added to
+them in place, or the stream as the sublayer is given it, where its module adds to the stream itself."""
+
 
 def _accept(_: Any) -> None:
     return None
@@ -103,8 +107,9 @@ class Family:
     """Module without weights that computes position embeddings; built anew from the config."""
     final_norm_module: str | None
     head_module: str
-    logit_cap_field: str | None = None
-    """Config entry c, where the logits x become c tanh(x / c)."""
+    logit_entries: tuple[str, ...] = ()
+    """Config entries that change the logits, of those in `architectures/stock/head.py`, in the order in which they do.
+    """
     embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
     """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
     attention_module: str
@@ -113,12 +118,16 @@ class Family:
     """Modules of the MLP inside a block; with zeros in their place the attention sublayer is left."""
     norms: Mapping[UnitKind, tuple[str, ...]]
     """The norms of each sublayer, as in its unit group."""
+    stand_ins: Mapping[UnitKind, StandIn] = field(default_factory=dict[UnitKind, StandIn])
+    """Kinds whose modules need another stand-in than `nothing`."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
     """`eager` where SDPA cannot compute the attention; its scores are then held as matrices."""
     value_maps: tuple[str, str] | None = None
     """v_proj and o_proj inside a block, where value channels can go; None: they cannot."""
+    tiled_attention: bool = True
+    """Whether stock attention is called by a name, so that another implementation may take its place."""
     attention_reads_widths: bool = False
     """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
@@ -132,6 +141,8 @@ class Family:
     """
     experts: Experts | None = None
     """None where a block's MLP is no mixture."""
+    returns_tuple: bool = False
+    """Whether a stock block returns its hidden states as the first of several."""
     inputs_first: bool = False
     """Whether linear maps of a block store their weights as (inputs, outputs)."""
     registers_names: bool = False
@@ -144,12 +155,20 @@ class Family:
     """None where the residual stream cannot be rotated, as with LayerNorm, or is not described."""
     resized: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
     """config.json with smaller numbers -> one that stock code accepts, where the family's own class would refuse it."""
+    numbered: bool = False
+    """Whether a block computes something else by its number without a list in the config that says so."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of where this description is from."""
 
     def per_layer_entries(self, config: PretrainedConfig) -> set[str]:
         """Return the config entries that the config of a single block may change."""
         # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
         entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
         return entries | ({VALUES_ENTRY} if self.value_maps else set())
+
+    def stand_in(self, kind: UnitKind) -> StandIn:
+        """Return what stands for the modules of a sublayer that is removed."""
+        return self.stand_ins.get(kind, "nothing")
 
     def sublayer_modules(self, kind: UnitKind) -> tuple[str, ...]:
         """Return the modules of one sublayer of a block, without its norms."""

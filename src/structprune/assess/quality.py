@@ -13,6 +13,7 @@ import torch
 from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.stock.config import max_positions
 from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import WindowStart
@@ -158,7 +159,7 @@ def _in_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[PerplexityResult]:
-    limit = loaded.config.max_position_embeddings
+    limit = max_positions(loaded.config)
     start = window_start(encoder, request.bos)
     windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     other: Any = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.config import max_positions
 from structprune.architectures.stock.loading import load_model
 from structprune.engine.run.device import machine, resolve_device, resolve_dtype
 from structprune.errors import InputError
@@ -94,7 +95,7 @@ def bench(
 
 
 def _check_positions(name: str, model: Any, wanted: int) -> None:
-    limit = model.config.max_position_embeddings
+    limit = max_positions(model.config)
     if wanted > limit:
         raise InputError(
             "the prompt and what is decoded are longer than the model's positions",

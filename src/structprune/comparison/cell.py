@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from structprune.api import prune
 from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.config import max_positions
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cells import settings_of
@@ -87,7 +88,7 @@ def _dense_row(spec: CellSpec) -> DenseRow:
     reader = open_model(spec.model, adapter=spec.merge_adapter)
     model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype], spec.merge_adapter)
     start = window_start(encoder, spec.bos)
-    limit = model.config.max_position_embeddings
+    limit = max_positions(model.config)
     texts: list[TextScore] = []
     for label, path in spec.texts:
         windows_NS = text_windows(
@@ -104,7 +105,7 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     dense, encoder = load_with_tokenizer(spec.model, device, dtype, spec.merge_adapter)
     start = window_start(encoder, spec.bos)
     pruned, _ = load_with_tokenizer(spec.output, device, dtype)
-    limit = dense.config.max_position_embeddings
+    limit = max_positions(dense.config)
     texts: list[TextScore] = []
     for label, path in spec.texts:
         windows_NS = text_windows(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.sources.tokenizer import TextEncoder
-from structprune.architectures.stock.head import output_head
+from structprune.architectures.stock.loading import output_head
 from structprune.calibration.context import WindowStart, consecutive_windows
 from structprune.errors import InputError, NumericalError
 

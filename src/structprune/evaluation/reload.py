@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from structprune.architectures.stock.loading import (
     has_own_modeling_file,
     without_global_width_warnings,
 )
+from structprune.architectures.stock.placeholders import parameters_on_meta
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError, first_line
 from structprune.files import write_text
@@ -153,7 +153,7 @@ class _NotStreamableError(Exception):
 
 def _empty_model(directory: Path, dtype: torch.dtype, own: bool) -> Any:
     """Build the model as stock code does, without storage for its parameters."""
-    with without_global_width_warnings(), _parameters_on_meta():
+    with without_global_width_warnings(), parameters_on_meta():
         config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own).eval()
 
@@ -192,24 +192,6 @@ def _drops(empty: Mapping[str, nn.Parameter]) -> Any:
             setattr(module, name, parameter)
 
     return after
-
-
-@contextmanager
-def _parameters_on_meta() -> Generator[None]:
-    """Create parameters without storage, inside the context; buffers have it: they are computed and not read."""
-    original: Any = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # One that is on meta already may be tied, so it stays the same object.
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        original(self, name, param)
-
-    nn.Module.register_parameter = register
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original
 
 
 def main() -> None:

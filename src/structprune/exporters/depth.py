@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.errors import UnsupportedError
 
@@ -13,6 +14,15 @@ from structprune.errors import UnsupportedError
 _ONE_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # Numbers of blocks from the start that are treated in one way, the rest in another.
 _LEADING_BLOCKS = ("max_window_layers",)
+
+
+def check_numbers_can_change(family: Family) -> None:
+    """Raise UnsupportedError where blocks compute something else by their number, which a removal changes."""
+    if family.numbered:
+        raise UnsupportedError(
+            f"blocks of {family.name} compute something else by their number, so none of them can be removed",
+            wanted="--scope mlp or attention, with a method that removes units",
+        )
 
 
 def shallower_config(config: Mapping[str, Any], parsed: Any, kept: Sequence[int]) -> dict[str, Any]:

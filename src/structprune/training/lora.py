@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structprune.architectures.stock.head import output_head
 from structprune.architectures.stock.linear import linear_maps
-from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.loading import load_model, output_head
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.memory import release_free_memory

@@ -9,9 +9,11 @@ the old text there when one changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from structprune.architectures.families.common import VALUES_ENTRY
-from structprune.architectures.family import Family, StockClasses
-from structprune.types import UNIT_KINDS
+from structprune.architectures.family import Family, StandIn, StockClasses
+from structprune.types import UNIT_KINDS, UnitKind
 
 MODELING_MODULE = "modeling_structprune"
 MODELING_NAME = f"{MODELING_MODULE}.py"
@@ -73,6 +75,43 @@ class _LazyStaticCache:
     def _get_static_cache_init_shape(self):
         return None if getattr(self.config, "structprune_removed", None) else super()._get_static_cache_init_shape()
 '''
+
+_OTHER_STAND_INS: Mapping[tuple[UnitKind, StandIn], tuple[str, str]] = {
+    ("attention", "stream"): (
+        "_StreamAttn",
+        '''
+
+class _StreamAttn(nn.Module):
+    """In the place of a removed attention that is given the residual stream and adds to it itself."""
+
+    def forward(self, hidden_states, residual, *args, **kwargs):
+        return residual, None
+''',
+    ),
+    ("mlp", "stream"): (
+        "_StreamMlp",
+        '''
+
+class _StreamMlp(nn.Module):
+    """In the place of a removed MLP that is given the residual stream and adds to it itself."""
+
+    def forward(self, hidden_states, residual):
+        return residual
+''',
+    ),
+    ("mlp", "zeros"): (
+        "_ZeroMlp",
+        '''
+
+class _ZeroMlp(nn.Module):
+    """In the place of a removed MLP to whose output others are added in place."""
+
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(hidden_states.shape)
+''',
+    ),
+}
+"""Stand-ins of the families that need others: the class's name, and its text."""
 
 _LAYERS = """
 
@@ -175,9 +214,10 @@ register_checkpoint_conversion_mapping(
 
 
 def _sublayers(family: Family) -> str:
-    text = "\n\n_HALVES = {\n"
+    others = {kind: _OTHER_STAND_INS[kind, family.stand_in(kind)] for kind in family.stand_ins}
+    text = "".join(each for _, each in others.values()) + "\n\n_HALVES = {\n"
     for kind in UNIT_KINDS:
-        stand_in = "_NoAttn" if kind == "attention" else "_NoMlp"
+        stand_in = others[kind][0] if kind in others else "_NoAttn" if kind == "attention" else "_NoMlp"
         names = dict.fromkeys(family.norms[kind], "nn.Identity")
         names |= dict.fromkeys(family.sublayer_modules(kind), stand_in)
         text += f'    "{kind}": {{' + ", ".join(f'"{name}": {made}' for name, made in names.items()) + "},\n"

@@ -78,6 +78,16 @@ def check_attention_can_go(config: Any) -> None:
             wanted="one type in all blocks",
             do="remove whole sublayers with --scope mlp only",
         )
+    # Attention that is left is numbered without gaps, and would take the entry of another block.
+    for name, values in config.to_dict().items():
+        listed = isinstance(values, list) and len(values) == config.num_hidden_layers
+        if listed and any(value != values[0] for value in values):
+            raise UnsupportedError(
+                "blocks that differ by their number cannot lose their attention",
+                got=f"{name} {values}",
+                wanted="one value for all blocks",
+                do="remove whole sublayers with --scope mlp only",
+            )
 
 
 def check_attention_is_left(removed: Sequence[frozenset[UnitKind]]) -> None:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from structprune.architectures import FAMILIES
+from structprune.architectures.stock.loading import family_of_checkpoint
 from structprune.checkpoint.folder import TOKENIZER_FILES
 from structprune.checkpoint.merged_weights import AdapterFile, LowRankUpdate, MergedEntry, MergedWeights
 from structprune.checkpoint.reader import CheckpointReader
@@ -233,8 +233,7 @@ class _Merge:
         self._where = str(file.path)
         model_type = base.config.get("model_type")
         # A family that is not known is refused when the model is read.
-        known = isinstance(model_type, str) and model_type in FAMILIES
-        self._family = FAMILIES.get(model_type) if known and isinstance(model_type, str) else None
+        self._family = family_of_checkpoint(base.directory, str(model_type))
 
     def entries(self) -> dict[str, MergedEntry]:
         """Return how every tensor is made. Raises StructPruneError for one of the adapter's that has no place."""

@@ -15,6 +15,7 @@ _QUANTISATION = ("quantization_config", "compression_config")
 _DTYPES = ("dtype", "torch_dtype")
 # What a call returns beside the logits is the caller's to say; stock code refuses some where attention is not eager.
 _OUTPUTS = {"output_attentions": False, "output_hidden_states": False}
+_NO_LIMIT = 2**31 - 1
 
 
 def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -61,6 +62,11 @@ def _agreeing_dtype(reader: CheckpointReader, notes: list[str]) -> dict[str, Any
             notes.append(f"{name} in config.json is {said} and the weights are {read}: read and written as {read}")
         corrected[name] = read
     return corrected
+
+
+def max_positions(config: Any) -> int:
+    """Return how many positions a model has; without a limit, as where attention has slopes, a very large number."""
+    return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
 
 
 def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:

@@ -1,13 +1,13 @@
-"""Head of a model, from hidden states to logits: the output projection, and the cap that some families put on it."""
+"""Head of a model, from hidden states to logits: the output projection, and what some families do to its output."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 
 
@@ -22,15 +22,39 @@ class _SoftCap(nn.Module):
         return torch.tanh(logits / self.cap) * self.cap
 
 
-def capped(projection: nn.Module, family: Family, config: Any) -> nn.Module:
-    """Append the cap to `projection`, if the family's config has one."""
-    cap = None if family.logit_cap_field is None else getattr(config, family.logit_cap_field)
-    return projection if cap is None else nn.Sequential(projection, _SoftCap(cap))
+class _Multiplied(nn.Module):
+    """x -> c x."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits * self.factor
 
 
-def output_head(model: Any) -> nn.Module:
-    """Return what a loaded causal model does to its last hidden states."""
-    projection: nn.Module = model.get_output_embeddings()
-    if model.config.model_type not in FAMILIES:
-        return projection
-    return capped(projection, FAMILIES.get(model.config.model_type), model.config)
+class _Divided(nn.Module):
+    """x -> x / c."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = divisor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits / self.divisor
+
+
+LOGIT_ENTRIES: Mapping[str, Callable[[float], nn.Module]] = {
+    "final_logit_softcapping": _SoftCap,
+    "logit_scale": _Multiplied,
+    "lm_head_multiplier": _Multiplied,
+    "logits_scaling": _Divided,
+}
+"""Config entry that changes the logits -> what it does to them."""
+
+
+def with_entries(projection: nn.Module, family: Family, config: Any) -> nn.Module:
+    """Append what the family's entries in the config do to the output of `projection`."""
+    values = [(name, getattr(config, name)) for name in family.logit_entries]
+    changes = [LOGIT_ENTRIES[name](value) for name, value in values if value is not None]
+    return nn.Sequential(projection, *changes) if changes else projection

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
@@ -18,7 +19,9 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
+from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.tensor_check import without_head
+from structprune.architectures.traced.lookup import find_family, is_stock_type
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, first_line
@@ -87,6 +90,13 @@ def load_model(source: Path | CheckpointReader, device: torch.device, dtype: tor
         ) from error
 
 
+def output_head(model: Any) -> nn.Module:
+    """Return what a loaded causal model does to its last hidden states."""
+    projection: nn.Module = model.get_output_embeddings()
+    family = find_family(model.config)
+    return projection if family is None else with_entries(projection, family, model.config)
+
+
 def check_settings(directory: Path) -> None:
     """Raise CheckpointError for settings beside the weights that stock code would refuse when it loads the result.
 
@@ -118,7 +128,7 @@ def _check_complete(model: Any, missing: Sequence[str], where: str) -> None:
     """Raise CheckpointError for parameters that the checkpoint lacks: the stock loader has drawn them at random."""
     if not missing:
         return
-    family = FAMILIES.find(str(model.config.model_type))
+    family = find_family(model.config)
     if family is not None and list(missing) == [f"{family.head_module}.weight"]:
         raise without_head(where, missing[0])
     raise CheckpointError(
@@ -147,7 +157,7 @@ def _per_layer_class(directory: Path) -> Any:
         return None
     model_type = str(config.get("model_type"))
     form = "sliced" if SLICED_ENTRY in config else "per-layer"
-    family: Family | None = FAMILIES.get(model_type) if model_type in FAMILIES else None
+    family = family_of_checkpoint(directory, model_type)
     if family is None or (form == "sliced" and family.stream is None):
         raise CheckpointError(
             f"the model family has no {form} format",
@@ -168,6 +178,15 @@ def _per_layer_class(directory: Path) -> Any:
         )
     name = (sliced_class_name if form == "sliced" else class_name)(family.classes[model_type], "ForCausalLM")
     return get_class_from_dynamic_module(f"{MODELING_MODULE}.{name}", str(directory), local_files_only=True)
+
+
+def family_of_checkpoint(directory: Path, model_type: str) -> Family | None:
+    """Return the family of a checkpoint, None for an unknown one; parse its config where no file describes its type."""
+    if model_type in FAMILIES or not is_stock_type(model_type):
+        return FAMILIES.find(model_type)
+    with without_global_width_warnings():
+        config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return find_family(config)
 
 
 def check_runs_ours_only(directory: Path) -> None:

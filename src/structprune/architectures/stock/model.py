@@ -21,14 +21,17 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, SlicedLayer
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
-from structprune.architectures.stock.config import build_config, usable_config
+from structprune.architectures.stock.config import build_config, max_positions, usable_config
 from structprune.architectures.stock.counts import check_counts
-from structprune.architectures.stock.head import capped
+from structprune.architectures.stock.family import family_of_checkpoint, unknown_family
+from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
-from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward
+from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, compute_buffers
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
+from structprune.architectures.traced.checks import check_description
+from structprune.architectures.traced.lookup import is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
@@ -55,17 +58,17 @@ class StockModel:
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
         model_type = reader.config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise _unknown_family(reader)
-        self.family: Family = FAMILIES.get(model_type)
+        if not isinstance(model_type, str) or (model_type not in FAMILIES and not is_stock_type(model_type)):
+            raise unknown_family(reader)
         check_counts(reader)
         try:
             with without_global_width_warnings():
                 usable, notes = usable_config(reader)
+                self.family: Family = family_of_checkpoint(reader, usable)
                 self.config: PretrainedConfig = build_config(
                     reader, usable, attn_implementation=self.family.attention_implementation
                 )
-            self.notes: tuple[str, ...] = (*reader.notes, *notes)
+            self.notes: tuple[str, ...] = (*reader.notes, *notes, *self.family.notes)
             reader = reader.with_config(usable)
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
@@ -89,6 +92,8 @@ class StockModel:
                 got=str(error),
             ) from error
         self.layout = self._layout(self.reader)
+        if model_type not in FAMILIES:
+            check_description(self)
 
     def _split_config(self, reader: CheckpointReader) -> tuple[PretrainedConfig, ...]:
         """Return each block's config, and replace a per-layer config by its global part, which stock code can build."""
@@ -106,7 +111,8 @@ class StockModel:
                 got=", ".join(sorted(found - known)),
                 wanted=", ".join(sorted(known)),
             )
-        check_values(self.config, per_block, where)
+        if self.family.value_maps is not None:
+            check_values(self.config, per_block, where)
         return per_block
 
     def _read_removed(self, reader: CheckpointReader) -> RemovedSublayers:
@@ -132,7 +138,7 @@ class StockModel:
         for group in self.groups:
             if group.kind in self.removed[index] or group.kind in removed:
                 for name in self.family.sublayer_modules(group.kind):
-                    layer.set_submodule(name, STAND_INS[group.kind]())
+                    layer.set_submodule(name, STAND_INS[group.kind][self.family.stand_in(group.kind)]())
                 for name in group.norm_modules:
                     layer.set_submodule(name, nn.Identity())
         if self.sliced:
@@ -199,7 +205,7 @@ class StockModel:
             config=reader.config,
             hidden_size=self.config.hidden_size,
             vocab_size=self.config.vocab_size,
-            max_positions=self.config.max_position_embeddings,
+            max_positions=max_positions(self.config),
             attention_window=self._attention_window(),
             num_score_heads=(self.config.num_attention_heads if self.family.attention_implementation == "eager" else 0),
             blocks=tuple(blocks),
@@ -263,12 +269,18 @@ class StockModel:
         nothing and take no tensors. A sliced block is one module around the layer, without sublayers of these names.
         """
         own: Any = copy.copy(config or self.block_configs[index])
-        if own._attn_implementation == "sdpa":
+        if own._attn_implementation == "sdpa" and self.family.tiled_attention:
             own._attn_implementation = TILED
         layer = self._empty_layer(index, own, removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)
         layer.requires_grad_(False)
+        if any(buffer.is_meta for buffer in layer.buffers()):
+            compute_buffers(layer, index, own, next(iter(tensors.values())).device)
         return SlicedLayer(layer) if self.sliced else layer
+
+    def adds_in_place(self, kind: UnitKind) -> bool:
+        """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
+        return self.family.stand_in(kind) == "zeros"
 
     def stage_of(self, kind: UnitKind) -> Stage:
         """Return the stage that the sublayer belongs to."""
@@ -284,7 +296,9 @@ class StockModel:
         for kind in UNIT_KINDS:
             if kind not in stage:
                 # The sublayer's norms would be computed for nothing: they are half as dear as its products.
-                stand_ins = dict.fromkeys(self.family.sublayer_modules(kind), STAND_INS[kind])
+                stand_ins = dict.fromkeys(
+                    self.family.sublayer_modules(kind), STAND_INS[kind][self.family.stand_in(kind)]
+                )
                 stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
                 for name, stand_in in stand_ins.items():
                     outside[name] = block.get_submodule(name)
@@ -305,7 +319,8 @@ class StockModel:
         model = self.skeleton
         dense_blocks: Any = model.get_submodule(self.family.blocks_module)
         names = list(inspect.signature(type(dense_blocks[0]).forward).parameters)[2:]
-        recorders = [Recorder(names, is_last=i + 1 == len(dense_blocks)) for i in range(len(dense_blocks))]
+        count, form = len(dense_blocks), self.family.returns_tuple
+        recorders = [Recorder(names, is_last=i + 1 == count, returns_tuple=form) for i in range(count)]
         if self.family.rotary_module is not None:
             rotary: Any = type(model.get_submodule(self.family.rotary_module))
             model.set_submodule(self.family.rotary_module, rotary(self.config).to(ids_BS.device))
@@ -330,7 +345,11 @@ class StockModel:
     def head_tensors(self) -> list[str]:
         """List the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
         names = [n for n in self.layout.outer_tensors if n.startswith(f"{self._final_norm_module}.")]
-        return [*names, self.head_weight]
+        return [*names, self.head_weight, *([self._head_bias] if self._head_bias in self.layout.outer_tensors else [])]
+
+    @property
+    def _head_bias(self) -> str:
+        return f"{self.family.head_module}.bias"
 
     @property
     def _final_norm_module(self) -> str | None:
@@ -359,26 +378,12 @@ class StockModel:
             local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}
             norm.load_state_dict(local, strict=True, assign=True)
             parts.append(norm)
-        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=False, device="meta")
-        projection.load_state_dict({"weight": tensors[self.head_weight]}, assign=True)
-        head = capped(projection, self.family, self.config)
+        biased = self._head_bias in tensors
+        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=biased, device="meta")
+        weights = {"weight": tensors[self.head_weight]} | ({"bias": tensors[self._head_bias]} if biased else {})
+        projection.load_state_dict(weights, assign=True)
+        head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
-
-
-def _unknown_family(reader: CheckpointReader) -> UnsupportedError:
-    """Build the error for a model type that is no family; for a wrapper, with the way to the text model inside."""
-    model_type, architectures = reader.config.get("model_type"), str(reader.config.get("architectures"))
-    wraps = "text_config" in reader.config or "ForConditionalGeneration" in architectures
-    return UnsupportedError(
-        f"{model_type} wraps a text model together with other parts" if wraps else "unknown model family",
-        where=str(reader.directory / "config.json"),
-        got=f"model_type {model_type!r}",
-        wanted=", ".join(FAMILIES),
-        do="save the text model that it wraps by itself and prune that: with transformers, the causal model of its "
-        "text_config with the weights below `language_model`"
-        if wraps
-        else "see docs/add-an-architecture.md: a family is one file of data",
-    )
 
 
 def output_tensor(output: Any) -> Tensor:

@@ -196,7 +196,7 @@ def _fill(
     for start, _, hidden_BSD in read_ranges(streams, [*chain(*context.window_sets)]):
         with (
             context.stock.stage(module, context.stock.stage_of(group.kind)),
-            tapped(module, group.consumer_module, received.append),
+            tapped(module, group.consumer_module, received.append, zeros=context.stock.adds_in_place(group.kind)),
         ):
             streams.propagator.apply(module, block.index, hidden_BSD)
         put_inputs(inputs_NSI, start, received.pop())

@@ -133,7 +133,7 @@ def _tokens(
         with (
             context.stock.stage(sublayer, context.stock.stage_of("mlp")),
             observed(sublayer, group.up_module, inputs.append),
-            tapped(sublayer, group.consumer_module, lambda _: None),
+            tapped(sublayer, group.consumer_module, lambda _: None, zeros=context.stock.adds_in_place(group.kind)),
         ):
             residual_BSD = streams.propagator.apply(sublayer, block.index, hidden_BSD)
         targets.append(consumer_target(group, sublayer, wanted_BSD, residual_BSD))

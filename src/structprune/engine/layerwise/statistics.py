@@ -82,12 +82,14 @@ def measure(
         group.name: context.accumulator(group.num_units * group.width, num_outputs=num_outputs) for group in groups
     }
     residual_energy, num_passed = 0.0, 0
+    zeros = context.stock.adds_in_place(sublayer.kind)
     for start, stop, hidden_BSD in read_ranges(streams, windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
             stack.enter_context(context.stock.stage(module, context.stock.stage_of(sublayer.kind)))
             for group in groups:
-                stack.enter_context(tapped(module, group.consumer_module, partial(inputs.__setitem__, group.name)))
+                receive = partial(inputs.__setitem__, group.name)
+                stack.enter_context(tapped(module, group.consumer_module, receive, zeros=zeros))
             residual_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         residual_energy += float(energy(residual_BSD))
         num_passed += residual_BSD.shape[0] * residual_BSD.shape[1]
@@ -142,6 +144,8 @@ def consumer_target(group: UnitGroup, module: nn.Module, wanted_BSD: Tensor, res
     target_BSD = wanted_BSD.float()
     if not group.output_normed:
         target_BSD = target_BSD - residual_BSD.float()
+    if group.output_scale != 1.0:
+        target_BSD = target_BSD / group.output_scale
     if group.consumer_bias is not None:
         target_BSD = target_BSD - module.get_parameter(group.consumer_bias).float()
     return target_BSD.reshape(-1, target_BSD.shape[-1])

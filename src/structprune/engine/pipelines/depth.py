@@ -24,7 +24,7 @@ from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, UnsupportedError
-from structprune.exporters.depth import shallower_config
+from structprune.exporters.depth import check_numbers_can_change, shallower_config
 from structprune.memory import release_free_memory
 from structprune.methods.method import Method
 from structprune.recipe import default_sensitivity_samples
@@ -79,6 +79,8 @@ def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> Re
             do="lower --sparsity or protect fewer blocks",
         )
     # What cannot be written is refused before anything is measured.
+    if remove:
+        check_numbers_can_change(stock.family)
     shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
     return ResolvedDepth.of(recipe, score=score, sensitivity_samples=recipe.sensitivity_samples or samples)
 

@@ -16,6 +16,7 @@ from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import are_even, share_removed
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
+from structprune.exporters.depth import check_numbers_can_change
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.recipe import default_sensitivity_samples, flag_name
@@ -46,6 +47,7 @@ def unit_settings(
     _check_constants(recipe.solver or method.solver, groups, stock)
     if _may_lose_attention(recipe, groups):
         check_attention_can_go(stock.config)
+        check_numbers_can_change(stock.family)
     default = math.lcm(*(g.multiple_of for g in groups)) if recipe.widths.blocks else _default_multiple(groups)
     multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
     resolved = _resolved(recipe, method, stock, groups, multiple_of)
@@ -409,7 +411,8 @@ def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> 
         if not groups[kind].config_fields:
             raise UnsupportedError(
                 f"stock {stock.family.name} cannot express fewer {kind} units",
+                where=groups[kind].held,
                 got=f"--scope {recipe.scope}",
-                wanted="--scope mlp",
+                wanted="--scope mlp" if kind == "attention" else "--method depth, which removes whole blocks",
             )
     return tuple(group for kind in kinds for group in stock.groups if group.kind == kind)

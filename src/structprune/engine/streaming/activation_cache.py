@@ -2,7 +2,7 @@
 
 What the sublayer gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
 others' activations are what they were, and attention or gate and up are not computed again. Only for a sublayer that
-stands alone in its stage, has one part, adds its consumer's output to the stream as it is, and keeps its producers.
+stands alone in its stage, has one part, adds its consumer's output without a norm, and keeps its producers.
 
 Shape suffixes: N windows, T tokens, S positions, D hidden size, B windows of a micro-batch, I consumer inputs,
 K kept ones.
@@ -61,6 +61,8 @@ class SolvedConsumer:
     bias_D: Tensor | None
     columns_K: Tensor | None
     """None: all of them."""
+    scale: float = 1.0
+    """What the output is multiplied by before it is added."""
 
     @classmethod
     def of(
@@ -76,9 +78,11 @@ class SolvedConsumer:
             weight_DK=tensors[consumer.tensor].movedim(consumer.axis, -1).to(dtype).contiguous(),
             bias_D=None if bias_D is None else bias_D.to(dtype),
             columns_K=columns_K,
+            scale=group.output_scale,
         )
 
     def added(self, stream_BSD: Tensor, x_BSI: Tensor) -> Tensor:
         """Add the consumer's output to the stream, rounded as a block does it."""
         x_BSK = x_BSI if self.columns_K is None else x_BSI[..., self.columns_K]
-        return stream_BSD + torch.nn.functional.linear(x_BSK, self.weight_DK, self.bias_D)
+        output_BSD = torch.nn.functional.linear(x_BSK, self.weight_DK, self.bias_D)
+        return stream_BSD + (output_BSD if self.scale == 1.0 else output_BSD * self.scale)

@@ -21,23 +21,26 @@ from structprune.errors import NumericalError
 class _Tap(nn.Module):
     """Stands where a block's consumer would: hands its input to the statistics and adds nothing to the residual."""
 
-    def __init__(self, receive: Callable[[Tensor], None]) -> None:
+    def __init__(self, receive: Callable[[Tensor], None], num_outputs: int | None) -> None:
         super().__init__()
         self.receive = receive
+        self.num_outputs = num_outputs
 
     def forward(self, x: Tensor) -> Tensor:
         self.receive(x.reshape(-1, x.shape[-1]))
-        return x.new_zeros(())
+        return x.new_zeros(()) if self.num_outputs is None else x.new_zeros((*x.shape[:-1], self.num_outputs))
 
 
 @contextmanager
-def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
+def tapped(block: nn.Module, module: str, receive: Callable[[Tensor], None], *, zeros: bool = False) -> Generator[None]:
     """Leave the consumer `module` out inside the context: its input (tokens, inputs) goes to `receive` instead.
 
-    For an additive consumer the block's output is then its residual stream before the consumer's sum.
+    For an additive consumer the block's output is then its residual stream before the consumer's sum. With `zeros` it
+    gives a zero for each of its outputs, as code wants that adds to them in place.
     """
     consumer = block.get_submodule(module)
-    block.set_submodule(module, _Tap(receive))
+    num_outputs = block.get_parameter(f"{module}.weight").shape[0] if zeros else None
+    block.set_submodule(module, _Tap(receive, num_outputs))
     try:
         yield
     finally:

@@ -1,0 +1,219 @@
+"""Families without a file: the description is the one of the family files where there is one, and the model's own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from structprune.architectures import FAMILIES
+from structprune.architectures.stock.model import StockModel, output_tensor
+from structprune.architectures.traced import family as traced_module
+from structprune.architectures.traced import lookup
+from structprune.architectures.traced.family import traced_family
+from structprune.architectures.units import compact
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.errors import UnsupportedError
+from structprune.types import UNIT_KINDS, HeadUnits, UnitGroup, UnitKind
+from support.models import TINY_MODELS
+from support.traced import DESCRIBED, HELD_HEADS, save_decoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WRITTEN = [kind for kind in TINY_MODELS if kind != "qwen3_moe"]
+SAME_FIELDS = (
+    *("blocks_module", "embedding_modules", "rotary_module", "final_norm_module", "head_module", "attention_module"),
+    *("mlp_modules", "norms", "stand_ins", "attention_implementation", "tiled_attention", "inputs_first"),
+    "registers_names",
+)
+# A file names the entry of biases that are there already, or leaves out one that stock code has.
+BIASES = ("bias_field", "bias_modules")
+
+
+@functools.cache
+def config_of(kind: str) -> Any:
+    torch.manual_seed(0)
+    return TINY_MODELS[kind]().config
+
+
+@functools.cache
+def described(kind: str) -> Any:
+    return traced_family(config_of(kind))
+
+
+def comparable(group: UnitGroup) -> dict[str, Any]:
+    found = {each.name: getattr(group, each.name) for each in fields(group) if each.name not in BIASES}
+    found["producers"] = sorted(group.producers, key=lambda part: (part.tensor, part.axis, part.offset))
+    found["norm_modules"] = sorted(group.norm_modules)
+    return found
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_the_description_is_that_of_the_family_file(kind: str) -> None:
+    """Modules, norms, order, classes, factors and buffers, of models that are described twice."""
+    config, found = config_of(kind), described(kind)
+    written = FAMILIES.get(config.model_type)
+    for name in SAME_FIELDS:
+        assert getattr(found, name) == getattr(written, name), name
+    assert found.classes[config.model_type] == written.classes[config.model_type]
+    assert found.stages(config) == written.stages(config)
+    assert found.embedding_buffers(config) == pytest.approx(written.embedding_buffers(config))
+    # Entries that are null change nothing.
+    in_use = [name for name in written.logit_entries if getattr(config, name) is not None]
+    assert list(found.logit_entries) == in_use
+
+
+@pytest.mark.parametrize("head_units", ["kv-group", "query-head"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_the_groups_are_those_of_the_family_file(kind: str, head_units: HeadUnits) -> None:
+    """Slices, config entries of widths with their values per unit, the activation, epsilons of output norms."""
+    config = config_of(kind)
+    try:
+        written = FAMILIES.get(config.model_type).groups(config, head_units)
+    except UnsupportedError:
+        with pytest.raises(UnsupportedError, match="this attention has no"):
+            described(kind).groups(config, head_units)
+        return
+    found = described(kind).groups(config, head_units)
+    assert [comparable(group) for group in found] == [comparable(group) for group in written]
+
+
+def test_entries_of_biases_are_found() -> None:
+    """Where biases are not there yet, as in a LLaMA that is not biased."""
+    written = FAMILIES.get("llama").groups(config_of("llama"), "kv-group")
+    for group, other in zip(described("llama").groups(config_of("llama"), "kv-group"), written, strict=True):
+        assert group.bias_field == other.bias_field
+        assert set(group.bias_modules) == set(other.bias_modules)
+
+
+@pytest.fixture(scope="module", params=list(DESCRIBED))
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(request.param, tmp_path_factory.mktemp("traced") / request.param)
+
+
+@functools.cache
+def stock_of(directory: Path) -> StockModel:
+    return StockModel(CheckpointReader(directory))
+
+
+def streamed_logits(stock: StockModel, ids_BS: Tensor) -> Tensor:
+    reader = stock.reader
+    hidden_BSD, inputs = stock.embed(ids_BS, reader.read(stock.embedding_tensors()))
+    for block in stock.layout.blocks:
+        module = stock.block(block.index, reader.read(block.shapes, block.prefix))
+        hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
+    return stock.head(reader.read(stock.head_tensors()))(hidden_BSD)
+
+
+@torch.no_grad()
+def test_streamed_forward_equals_stock_forward(source: Path) -> None:
+    ids_BS = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(1))
+    expected = AutoModelForCausalLM.from_pretrained(source).eval()(input_ids=ids_BS).logits
+    torch.testing.assert_close(streamed_logits(stock_of(source), ids_BS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layout_counts_every_parameter_once(source: Path) -> None:
+    stock = stock_of(source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert stock.layout.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert any("found by tracing" in note for note in stock.notes)
+
+
+@pytest.mark.parametrize("kind", UNIT_KINDS)
+@torch.no_grad()
+def test_compacted_equals_masked_dense(source: Path, kind: UnitKind) -> None:
+    stock = stock_of(source)
+    block = stock.layout.blocks[1]
+    group = block.group(kind)
+    if not group.config_fields or group.num_units == 1:
+        assert kind == "attention"
+        assert source.name in HELD_HEADS or group.num_units == 1
+        pytest.skip(f"stock {source.name} keeps its heads")
+    tensors = stock.reader.read(block.shapes, block.prefix)
+    keep_units = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(0))[: group.num_units // 2]
+    keep_units = keep_units.sort().values
+    gone = torch.ones(group.num_units, dtype=torch.bool).index_fill(0, keep_units, False).nonzero().flatten()
+    part = group.consumer
+    masked = {**tensors, part.tensor: tensors[part.tensor].index_fill(part.axis, part.indices(gone), 0)}
+    hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), stock.reader.read(stock.embedding_tensors()))
+    smaller = stock.block(1, compact(tensors, group, keep_units), stock.resized_config({kind: len(keep_units)}))
+    expected = output_tensor(stock.block(1, masked)(hidden_BSD, **inputs.kwargs[1]))
+    actual = output_tensor(smaller(hidden_BSD, **inputs.kwargs[1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    dense = output_tensor(stock.block(1, tensors)(hidden_BSD, **inputs.kwargs[1]))
+    assert (dense - expected).abs().max() > 1e-2
+
+
+REFUSED = {
+    "mixtral": "mixtral has no family file, and it is a mixture of experts; got mlp.experts",
+    "deepseek_v3": "deepseek_v3 has no family file, and it has blocks of different kinds; got block 0 and block 1",
+    "mamba2": "mamba2 has no family file, and has blocks with a sublayer of kind mixer",
+    "qwen3_5_text": "has blocks of different kinds",
+    "jamba": "it has no list of blocks of one class",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_no_dense_decoder_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
+    source = save_decoder(model_type, tmp_path / model_type)
+    with pytest.raises(UnsupportedError, match=REFUSED[model_type]):
+        StockModel(CheckpointReader(source))
+
+
+def wrong(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Describe every type with these fields instead of those that were found."""
+    lookup.traced.cache_clear()
+    monkeypatch.setattr(lookup, "traced_family", lambda config: replace(traced_module.traced_family(config), **changes))
+
+
+@pytest.fixture
+def _forgotten() -> Any:
+    yield
+    lookup.traced.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("granite", {"logit_entries": ()}, "computes other logits than its embedding, blocks and head"),
+        ("gemma", {"embedding_buffers": lambda _: {}}, "does not run piece by piece|other logits"),
+        ("phi", {"stages": lambda _: (("attention",), ("mlp",))}, "is not one sublayer after the other"),
+        ("falcon", {"stand_ins": {}}, "does not run piece by piece"),
+    ],
+)
+def test_a_wrong_description_is_refused(
+    model_type: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is checked before a run does not depend on how the description was found."""
+    wrong(monkeypatch, **changes)
+    with pytest.raises(UnsupportedError, match=message):
+        StockModel(CheckpointReader(save_decoder(model_type, tmp_path / model_type)))
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_units_that_are_not_the_models_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Channels whose gate stays where it is: the block without some computes something else."""
+
+    def crossed(config: Any) -> Any:
+        found = traced_module.traced_family(config)
+
+        def groups(of: Any, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
+            mlp, attention = found.groups(of, head_units)
+            gate, up = mlp.producers
+            half = mlp.num_units // 2
+            moved = replace(gate, offset=0, run=half, gap=-half) if half else gate
+            return (replace(mlp, producers=(moved, up)), attention)
+
+        return replace(found, groups=groups)
+
+    lookup.traced.cache_clear()
+    monkeypatch.setattr(lookup, "traced_family", crossed)
+    with pytest.raises(UnsupportedError, match=r"without mlp units|does not run piece by piece"):
+        StockModel(CheckpointReader(save_decoder("smollm3", tmp_path / "smollm3")))

@@ -1,0 +1,99 @@
+"""Tiny decoders without a family file that tracing describes, and how they are written to disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from support.decoders import HEADS, LATENT, OLD, SIZES, TINY_DECODERS
+from support.models import byte_tokenizer
+
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+}
+DESCRIBED: Mapping[str, dict[str, Any]] = {
+    # Factors on the residual sums, the embedding and the logits.
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "cohere2": {**WINDOWS, "logit_scale": 0.3},
+    "gemma": {},
+    # Tables that each block computes, one norm for both sublayers, biases in the head.
+    "gptj": {},
+    # Norms behind the sublayers.
+    "glm4": {},
+    "exaone4": WINDOWS,
+    # A norm over all heads holds them.
+    "olmo2": {},
+    "olmo3": WINDOWS,
+    # Positions in some blocks only.
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    # Older code that picks its attention by name, and adds in place.
+    "falcon": {},
+    "starcoder2": {},
+    "phi": {},
+    "stablelm": {},
+    "nemotron": {},
+    "ministral3": {},
+}
+"""`model_type` -> what its config is given beside that of `TINY_DECODERS`."""
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "codegen": {**OLD, "n_embd": 32, "n_inner": 48, "rotary_dim": 4},
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "helium": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "minicpm3": LATENT,
+    "ministral": HEADS,
+    "openai-gpt": {**OLD, "n_embd": 32},
+    "youtu": LATENT,
+}
+"""More types that the common sizes alone do not build."""
+TRACED = (
+    *("apertus", "arcee", "biogpt", "codegen", "cohere", "cwm", "diffllama", "ernie4_5", "glm", "gpt_bigcode"),
+    *("granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "minicpm3"),
+    *("ministral", "nanochat", "olmo", "persimmon", "seed_oss", "vaultgemma", "youtu"),
+)
+"""Types that are described beside these, for the slow tests."""
+HELD_HEADS = {
+    **dict.fromkeys(
+        ("biogpt", "codegen", "helium", "minicpm3", "persimmon", "youtu"), "cannot express fewer attention"
+    ),
+    "gpt_bigcode": "this attention has no KV heads that can leave",
+    "falcon": "stock falcon cannot express fewer attention units",
+    "gptj": "stock gptj cannot express fewer attention units",
+    "olmo2": "this attention has no KV heads that can leave",
+    "olmo3": "this attention has no KV heads that can leave",
+    "stablelm": "stock stablelm cannot express fewer attention units",
+}
+"""Types whose attention keeps its heads -> how that is said."""
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A config of this type with few and small blocks."""
+    own = {**TINY_DECODERS.get(model_type, {}), **DESCRIBED.get(model_type, {}), **OTHERS.get(model_type, {})}
+    return CONFIG_MAPPING[model_type](**{**SIZES, **own, **changes})
+
+
+def save_decoder(model_type: str, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a random model of this type with a byte tokenizer. Weights are scaled up so that channels differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not re.search(r"norm|\bln_", name):
+                parameter.normal_(std=0.15)
+            elif name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
