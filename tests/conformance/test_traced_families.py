@@ -151,6 +151,11 @@ def test_compacted_equals_masked_dense(source: Path, kind: UnitKind) -> None:
     assert (dense - expected).abs().max() > 1e-2
 
 
+def test_what_a_consumer_is_multiplied_by_is_the_configs_number(source: Path) -> None:
+    expected = 0.4 if source.name == "granite" else 1.0
+    assert [group.output_scale for group in stock_of(source).groups] == [expected, expected]
+
+
 REFUSED = {
     "mixtral": "mixtral has no family file, and it is a mixture of experts; got mlp.experts",
     "deepseek_v3": "deepseek_v3 has no family file, and it has blocks of different kinds; got block 0 and block 1",
