@@ -16,6 +16,9 @@ from structprune.architectures.traced.lookup import family_of, is_stock_decoder
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 
+_MOST_CUT = 64
+"""How many times as large as any tensor those of a block may be that had all their units."""
+
 
 def family_of_checkpoint(reader: CheckpointReader, usable: Mapping[str, Any]) -> Family:
     """Return the family of the checkpoint. Raises UnsupportedError where no file says it and tracing cannot."""
@@ -33,8 +36,13 @@ def _check_sizes(reader: CheckpointReader, config: PretrainedConfig) -> None:
     """Raise CheckpointError for a config of larger matrices than the checkpoint has: what is run here is as large."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    # Experts may be stacked in the model and apart in the files.
-    sizes = {name: each.numel() for name, each in skeleton.named_parameters() if each.ndim < 3}
+    # Experts may be stacked in the model and apart in the files; blocks may have fewer units than the config's global
+    # numbers say.
+    sizes = {
+        name: each.numel() // (_MOST_CUT if any(part.isdigit() for part in name.split(".")) else 1)
+        for name, each in skeleton.named_parameters()
+        if each.ndim < 3
+    }
     name = max(sizes, key=lambda each: sizes[each])
     stored = max(math.prod(shape) for shape in reader.shapes.values())
     if sizes[name] > stored:
