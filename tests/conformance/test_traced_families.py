@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from structprune.architectures.traced import lookup
 from structprune.architectures.traced.family import traced_family
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.errors import UnsupportedError
+from structprune.errors import CheckpointError, UnsupportedError
 from structprune.types import UNIT_KINDS, HeadUnits, UnitGroup, UnitKind
 from support.models import TINY_MODELS
 from support.traced import DESCRIBED, HELD_HEADS, save_decoder
@@ -150,6 +151,11 @@ def test_compacted_equals_masked_dense(source: Path, kind: UnitKind) -> None:
     assert (dense - expected).abs().max() > 1e-2
 
 
+def test_what_a_consumer_is_multiplied_by_is_the_configs_number(source: Path) -> None:
+    expected = 0.4 if source.name == "granite" else 1.0
+    assert [group.output_scale for group in stock_of(source).groups] == [expected, expected]
+
+
 REFUSED = {
     "mixtral": "mixtral has no family file, and it is a mixture of experts; got mlp.experts",
     "deepseek_v3": "deepseek_v3 has no family file, and it has blocks of different kinds; got block 0 and block 1",
@@ -163,6 +169,14 @@ REFUSED = {
 def test_what_is_no_dense_decoder_is_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
     source = save_decoder(model_type, tmp_path / model_type)
     with pytest.raises(UnsupportedError, match=REFUSED[model_type]):
+        StockModel(CheckpointReader(source))
+
+
+def test_a_config_of_larger_tensors_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    source = save_decoder("granite", tmp_path / "granite")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20}))
+    with pytest.raises(CheckpointError, match="larger than any of the checkpoint"):
         StockModel(CheckpointReader(source))
 
 

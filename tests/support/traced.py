@@ -29,7 +29,7 @@ DESCRIBED: Mapping[str, dict[str, Any]] = {
     "cohere2": {**WINDOWS, "logit_scale": 0.3},
     "gemma": {},
     # Tables that each block computes, one norm for both sublayers, biases in the head.
-    "gptj": {},
+    "gptj": {"n_layer": 6},
     # Norms behind the sublayers.
     "glm4": {},
     "exaone4": WINDOWS,

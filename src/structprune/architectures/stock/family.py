@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
 from structprune.architectures.stock.config import build_config
 from structprune.architectures.traced.lookup import family_of, is_stock_decoder
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.errors import UnsupportedError
+from structprune.errors import CheckpointError, UnsupportedError
+
+_MOST_CUT = 64
+"""How many times as large as any tensor those of a block may be that had all their units."""
 
 
 def family_of_checkpoint(reader: CheckpointReader, usable: Mapping[str, Any]) -> Family:
@@ -21,7 +28,31 @@ def family_of_checkpoint(reader: CheckpointReader, usable: Mapping[str, Any]) ->
     config = build_config(reader, usable)
     if not is_stock_decoder(config):
         raise unknown_family(reader)
+    _check_sizes(reader, config)
     return family_of(config)
+
+
+def _check_sizes(reader: CheckpointReader, config: PretrainedConfig) -> None:
+    """Raise CheckpointError for a config of larger matrices than the checkpoint has: what is run here is as large."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # Experts may be stacked in the model and apart in the files; blocks may have fewer units than the config's global
+    # numbers say.
+    sizes = {
+        name: each.numel() // (_MOST_CUT if any(part.isdigit() for part in name.split(".")) else 1)
+        for name, each in skeleton.named_parameters()
+        if each.ndim < 3
+    }
+    name = max(sizes, key=lambda each: sizes[each])
+    stored = max(math.prod(shape) for shape in reader.shapes.values())
+    if sizes[name] > stored:
+        raise CheckpointError(
+            "the configuration has a tensor that is larger than any of the checkpoint",
+            where=str(reader.directory / "config.json"),
+            got=f"{name}, {sizes[name]} numbers",
+            wanted=f"at most {stored}",
+            do="check that config.json belongs to the checkpoint",
+        )
 
 
 def unknown_family(reader: CheckpointReader) -> UnsupportedError:

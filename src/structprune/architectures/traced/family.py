@@ -28,8 +28,8 @@ from structprune.tracing.groups import attention_groups, held_group, mlp_groups
 from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers, stages
 from structprune.types import UNIT_KINDS, HeadUnits, Stage, UnitGroup, UnitKind
 
-_KEPT = 512
-"""Graphs of blocks that are kept: as many as there are widths in an uneven model."""
+_KEPT = 4
+"""Graphs of blocks that are kept. What is read from them is small, and kept for every width."""
 
 
 def traced_family(config: PretrainedConfig) -> Family:
@@ -60,6 +60,9 @@ def traced_family(config: PretrainedConfig) -> Family:
                 what = f"what its {group.kind} adds is not the output of its last map times a number"
                 raise _refused(config, what, got=group.consumer_module)
             block.output_scales[group.kind] = scale
+    numbered = small.is_numbered()
+    # What was run is not needed again; the description is kept for as long as the process lives.
+    around.model.to("meta")
     return Family(
         name=config.model_type,
         blocks_module=around.blocks_module,
@@ -84,7 +87,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         inputs_first=any(isinstance(module, Conv1D) for module in around.blocks.modules()),
         registers_names=get_checkpoint_conversion_mapping(config.model_type) is not None,
         resized=_resized(block, around),
-        numbered=small.is_numbered(),
+        numbered=numbered,
         notes=(
             f"no family file describes {config.model_type}: what can be removed was found by tracing its blocks, and "
             "was checked with random weights",
@@ -103,6 +106,7 @@ class TracedBlock:
         set_attention(self._config, around.attention_implementation)
         self._check_built_by_number()
         self._sublayers = functools.lru_cache(_KEPT)(self._traced)
+        self._traced_groups: dict[tuple[Any, HeadUnits], tuple[UnitGroup, UnitGroup]] = {}
         self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.stages: tuple[Stage, ...] = self._checked_stages()
         self._entries: dict[tuple[UnitKind, HeadUnits], tuple[WidthEntries, BiasEntry | None]] = {}
@@ -169,6 +173,13 @@ class TracedBlock:
                 got="--head-units value-channel",
                 wanted="--head-units kv-group or query-head",
             )
+        key = self._key(config), head_units
+        if key not in self._traced_groups:
+            self._traced_groups[key] = self._read_groups(config, head_units)
+        return tuple(self._with_entries(config, group, head_units) for group in self._traced_groups[key])
+
+    def _read_groups(self, config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, UnitGroup]:
+        """Read the groups of a block from its graph, without what its config says."""
         traced, sublayers = self._sublayers(self._key(config))
         mlp = mlp_groups(traced)
         if len(mlp) != 1:
@@ -179,8 +190,7 @@ class TracedBlock:
                 else f"{held.size} inputs held"
             )
             raise _refused(config, "has no one set of MLP channels that can leave", got=got)
-        attention = self._attention(traced, sublayers["attention"], head_units)
-        return tuple(self._with_entries(config, group, head_units) for group in (*mlp, attention))
+        return mlp[0], self._attention(traced, sublayers["attention"], head_units)
 
     def _attention(self, traced: Traced, sublayer: Sublayer, head_units: HeadUnits) -> UnitGroup:
         try:
