@@ -63,7 +63,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         reference = follow_dense(context, block, stage, groups, module, streams)
         for group in groups:
             sublayer = Sublayer(block=block, groups=[group], module=module, streams=streams, reference=reference)
-            found |= measure(context, sublayer, (0, NUM_WINDOWS))
+            found |= measure(context, sublayer, [(0, NUM_WINDOWS)])
         with context.stock.stage(module, stage):
             streams.propagator.run(module, 0, pruned)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
@@ -90,7 +90,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         if group.output_norm_eps is not None and group.kind == "attention":
             pruned.write(0, start["pruned"])
             sublayer = Sublayer(block=block, groups=[group], module=module, streams=streams)
-            local = measure(context, sublayer, (0, NUM_WINDOWS))[group.kind]
+            local = measure(context, sublayer, [(0, NUM_WINDOWS)])[group.kind]
             z_TD = own["attention out"].flatten(0, -2)
             local_TI = own["attention in"].flatten(0, -2) / (z_TD.square().mean(1, keepdim=True) + 1e-6).sqrt()
             torch.testing.assert_close(local.gram_II, local_TI.T @ local_TI, rtol=1e-4, atol=1e-3)
