@@ -60,8 +60,7 @@ def advise(
     quiet: QuietFlag = False,
 ) -> None:
     """Try methods and scopes that remove as much of MODEL on few windows, and say which to take."""
-    from structprune.cli.interrupt import exit_code, interruptible
-    from structprune.cli.progress import plain_observer
+    from structprune.cli.interrupt import run_cells
     from structprune.comparison.advice import CANDIDATES, AdviceRequest
     from structprune.comparison.advice import advise as run_advise
     from structprune.comparison.cells import parse_settings
@@ -79,12 +78,7 @@ def advise(
         time_it=speed,
         quiet=quiet,
     )
-    try:
-        with interruptible():
-            found = run_advise(request, output, plain_observer(quiet=quiet))
-    except KeyboardInterrupt as error:
-        typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
-        raise typer.Exit(exit_code(error)) from None
+    found = run_cells(lambda observer: run_advise(request, output, observer), output, quiet=quiet)
     if as_json:
         print(json.dumps(found.model_dump(mode="json"), indent=2))
     else:

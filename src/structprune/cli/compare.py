@@ -62,8 +62,7 @@ def compare(
     variants = [parse_variant(name) for name in methods]
     shares = [Recipe.build(sparsity=share).sparsity for share in sparsities or _SPARSITIES]
 
-    from structprune.cli.interrupt import exit_code, interruptible
-    from structprune.cli.progress import plain_observer
+    from structprune.cli.interrupt import run_cells
     from structprune.cli.render import comparison_table
     from structprune.comparison.run import ComparisonRequest
     from structprune.comparison.run import compare as run_compare
@@ -80,12 +79,7 @@ def compare(
         keep=keep,
         quiet=quiet,
     )
-    try:
-        with interruptible():
-            result = run_compare(request, output, plain_observer(quiet=quiet))
-    except KeyboardInterrupt as error:
-        typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
-        raise typer.Exit(exit_code(error)) from None
+    result = run_cells(lambda observer: run_compare(request, output, observer), output, quiet=quiet)
     if as_json:
         print(json.dumps(result.model_dump(mode="json"), indent=2))
     else:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from structprune.cli.progress import progress_observer
+from structprune.cli.progress import plain_observer, progress_observer
 from structprune.errors import RankError
 from structprune.observer import Observer
 from structprune.ranks import launched
@@ -80,4 +80,14 @@ def run_or_say_how_to_resume(work: Callable[[Observer], Report], run: Path, *, q
         kept = directory.peek() is not None
         how = f"`structprune resume {directory.output}` goes on where it was" if kept else "nothing was written"
         typer.echo(f"structprune: interrupted; {how}", err=True)
+        raise typer.Exit(exit_code(error)) from None
+
+
+def run_cells(run: Callable[[Observer], Report], output: Path, *, quiet: bool) -> Report:
+    """Run what fills a comparison's directory; end with a shell's code for an interrupt, which says how to go on."""
+    try:
+        with interruptible():
+            return run(plain_observer(quiet=quiet))
+    except KeyboardInterrupt as error:
+        typer.echo(f"structprune: interrupted; what is done is in {output}, the same command goes on", err=True)
         raise typer.Exit(exit_code(error)) from None
