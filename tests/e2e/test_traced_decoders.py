@@ -67,8 +67,8 @@ def test_a_quarter_of_the_channels_in_a_stock_config(source: Path, text_file: Pa
     dense = AutoModelForCausalLM.from_pretrained(source)
     pruned = check_output(report, output, own_code=False)
     before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, pruned))
-    # A quarter of the MLP, in whole channels.
-    assert report.size.removed_share_of_scope == pytest.approx(0.25, abs=0.02)
+    # A quarter of the MLP, in whole channels: one of 48 more where the MLP has numbers that stay (Apertus).
+    assert 0.25 - 1e-9 <= report.size.removed_share_of_scope <= 0.25 + 1 / 48
     assert before - after == report.size.parameters_before - report.size.parameters_after > 0
 
 
