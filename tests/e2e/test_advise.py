@@ -91,6 +91,7 @@ def test_the_command_that_it_gives_removes_as_much(
     code, out, err = command_line(*arguments, "--json")
     assert code == 0, err
     found = json.loads(out)
+    assert {entry["label"]: entry["scope"] for entry in found["tried"]} == {"fasp": "mlp", "depth": "blocks"}
     for entry in found["tried"]:
         words = shlex.split(entry["command"])[1:]
         words[words.index("OUT")] = str(tmp_path / entry["label"])

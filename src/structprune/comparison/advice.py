@@ -24,6 +24,7 @@ from structprune.comparison.cells import (
     shared_settings,
 )
 from structprune.comparison.run import ComparisonRequest, compare
+from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.resolve import check, plan_run
 from structprune.errors import InputError, StructPruneError
 from structprune.methods import METHODS
@@ -63,6 +64,7 @@ class Tried(Frozen):
 
     label: str
     scope: str
+    """Sublayers that lose units; `blocks` where whole ones or the stream's width go instead."""
     sparsity: float
     """Share of the scope's parameters, as `prune --sparsity` takes it."""
     stock: bool
@@ -167,7 +169,7 @@ def _tried(found: Comparison, cell: Cell, request: AdviceRequest, variant: Varia
     worst = max(excess, key=lambda text: excess[text])
     return Tried(
         label=cell.label,
-        scope=cell.scope,
+        scope=cell.scope if PIPELINES.get(METHODS.get(cell.method).pipeline).scoped else "blocks",
         sparsity=cell.sparsity,
         stock=stock,
         mean_loss=sum(excess.values()) / len(excess),
