@@ -125,6 +125,10 @@ class UnitGroup:
         assert num_keep % self.partitions == 0
         return {name: num_keep // self.partitions * factor for name, factor in self.config_fields.items()}
 
+    def config_changes(self, num_keep: int) -> dict[str, int]:
+        """Return all that a config of `num_keep` units has to say: `config_values` and the fixed entries."""
+        return {**self.fixed_fields, **self.config_values(num_keep)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLayout:

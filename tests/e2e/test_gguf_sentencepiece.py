@@ -347,6 +347,23 @@ def library_file(tokenizer: Tokenizer) -> bytes:
     return proto.SerializeToString()
 
 
+def check_encoder(
+    kind: type[SpmEncoder] | type[UnigramEncoder], table: TokenTable, scores: list[float], texts: list[str], path: Path
+) -> None:
+    """The encoder gives llama.cpp's own ids, of the file with these tokens in the place of its own."""
+    for prefix in (True, False):
+        keys = {"tokens": list(table.tokens), "scores": scores, "token_type": list(table.types)}
+        changed = copy_gguf(
+            path,
+            path.with_name(f"{prefix}.gguf"),
+            keys={f"tokenizer.ggml.{name}": value for name, value in {**keys, "add_space_prefix": prefix}.items()},
+        )
+        wanted = run_llama(changed, PROMPTS[:1], VOCAB, texts=texts, parse_special=True).tokens
+        encoder = kind(table, scores, add_space_prefix=prefix)
+        for text, right in zip(texts, wanted, strict=True):
+            assert encoder.encode(text) == right, text
+
+
 def test_the_encoder_is_llama_cpps(tmp_path: Path) -> None:
     """On a vocabulary with scores in no order, overlapping marked words and random texts."""
     generator = random.Random(3)
@@ -366,17 +383,7 @@ def test_the_encoder_is_llama_cpps(tmp_path: Path) -> None:
     parts = ["a", " ", "[x]", "[y]", "b", "<s>", "</s>"]
     texts += ["".join(generator.choices(parts, k=12)) for _ in range(40)]
     table = TokenTable(tokens=tuple(tokens), types=tuple(kinds))
-    for prefix in (True, False):
-        keys = {"tokens": tokens, "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
-        path = copy_gguf(
-            tmp_path / "a.gguf",
-            tmp_path / f"{prefix}.gguf",
-            keys={f"tokenizer.ggml.{name}": value for name, value in keys.items()},
-        )
-        wanted = run_llama(path, PROMPTS[:1], VOCAB, texts=texts, parse_special=True).tokens
-        encoder = SpmEncoder(table, scores, add_space_prefix=prefix)
-        for text, right in zip(texts, wanted, strict=True):
-            assert encoder.encode(text) == right, text
+    check_encoder(SpmEncoder, table, scores, texts, tmp_path / "a.gguf")
 
 
 def unigram(**changes: Any) -> Tokenizer:
@@ -429,17 +436,7 @@ def test_the_other_encoder_is_llama_cpps(tmp_path: Path) -> None:
     texts = ["".join(generator.choices(parts[:5], k=30)) for _ in range(40)]
     texts += ["".join(generator.choices(parts, k=12)) for _ in range(40)]
     table = TokenTable(tokens=tuple(tokens), types=tuple(kinds))
-    for prefix in (True, False):
-        keys = {"tokens": tokens, "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
-        path = copy_gguf(
-            tmp_path / "a.gguf",
-            tmp_path / f"{prefix}.gguf",
-            keys={f"tokenizer.ggml.{name}": value for name, value in keys.items()},
-        )
-        wanted = run_llama(path, PROMPTS[:1], VOCAB, texts=texts, parse_special=True).tokens
-        encoder = UnigramEncoder(table, scores, add_space_prefix=prefix)
-        for text, right in zip(texts, wanted, strict=True):
-            assert encoder.encode(text) == right, text
+    check_encoder(UnigramEncoder, table, scores, texts, tmp_path / "a.gguf")
 
 
 def test_a_tokenizer_that_was_read_from_a_gguf(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from structprune.comparison.cells import (
 )
 from structprune.comparison.run import ComparisonRequest, compare
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.engine.resolve import check, plan_run
+from structprune.engine.resolve import check_planned
 from structprune.errors import InputError, StructPruneError
 from structprune.methods import METHODS
 from structprune.observer import Observer
@@ -111,8 +111,7 @@ def advise(request: AdviceRequest, output: Path, observer: Observer) -> Advice:
         try:
             share = share_of_scope(layout, cell_recipe(request.shared, variant, 0.0).scope, request.remove)
             recipe = fitted(cell_recipe(request.shared, variant, share), METHODS.get(variant.method), layout)
-            resolved = check(request.model, recipe)
-            plan_run(resolved, resolved.recipe.num_samples)
+            resolved = check_planned(request.model, recipe)
         except StructPruneError as error:
             left_out[variant.label] = str(error)
             observer.note(f"{variant.label} is left out: {error}")

@@ -28,7 +28,7 @@ from structprune.comparison.cells import (
     fitted,
     shared_settings,
 )
-from structprune.engine.resolve import check, plan_run
+from structprune.engine.resolve import check_planned
 from structprune.engine.run.calibration import renderer
 from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.errors import InputError, StructPruneError
@@ -175,8 +175,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
 def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None:
     """Raise, with the cell's name, what its run would raise before its first weight: also that it does not fit."""
     try:
-        resolved = check(model, recipe)
-        plan_run(resolved, resolved.recipe.num_samples)
+        check_planned(model, recipe)
     except StructPruneError as error:
         raise type(error)(
             error.what,

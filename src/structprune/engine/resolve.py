@@ -261,6 +261,13 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     return make_plan(request, recipe.memory, recipe.device_memory or None)
 
 
+def check_planned(model: str | Path, recipe: Recipe) -> ResolvedRun:
+    """Check what `check` does, and that the run fits into its memory. Raises a subclass of StructPruneError."""
+    resolved = check(model, recipe)
+    plan_run(resolved, resolved.recipe.num_samples)
+    return resolved
+
+
 def drawn_windows(
     resolved: ResolvedRun, plan: PrunePlan, notify: Callable[[str], None]
 ) -> tuple[str, CalibrationWindows]:

@@ -252,7 +252,7 @@ class StockModel:
                 )
             if not group.config_fields:
                 raise UnsupportedError(f"stock {self.family.name} cannot express fewer {group.kind} units")
-            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
+            for name, value in group.config_changes(kept[group.kind]).items():
                 setattr(config, name, value)
         return config
 

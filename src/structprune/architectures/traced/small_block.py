@@ -118,7 +118,7 @@ def with_units(config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapp
     result = copy.deepcopy(config)
     for group in groups:
         if group.kind in kept:
-            for name, value in (dict(group.fixed_fields) | group.config_values(kept[group.kind])).items():
+            for name, value in group.config_changes(kept[group.kind]).items():
                 setattr(result, name, value)
     return result
 

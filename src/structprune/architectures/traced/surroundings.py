@@ -54,9 +54,10 @@ class Surroundings:
 
     def logits(self, replaced: Mapping[int, nn.Module], ids_BS: Tensor) -> Tensor:
         """Run the model with some blocks as they are given and the others passed through, (B, S, V)."""
-        passed = [replaced.get(index, _Passed(self.returns_tuple)) for index in range(len(self.blocks))]
+        passed = Recorder((), is_last=False, returns_tuple=self.returns_tuple)
+        blocks = [replaced.get(index, passed) for index in range(len(self.blocks))]
         with torch.no_grad():
-            return _with_blocks(self.model, self.blocks_module, passed, ids_BS).logits
+            return _with_blocks(self.model, self.blocks_module, blocks, ids_BS).logits
 
     @property
     def attention_implementation(self) -> Literal["sdpa", "eager"]:
@@ -76,17 +77,6 @@ class Surroundings:
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
             if not name.startswith(prefix)
         }
-
-
-class _Passed(nn.Module):
-    """Stands where a block would, and passes the hidden states on in the block's form."""
-
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_BSD: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_BSD,) if self.returns_tuple else hidden_BSD
 
 
 def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
