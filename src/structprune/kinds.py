@@ -8,11 +8,14 @@ from typing import Literal
 StartToken = Literal["auto", "yes", "no"]
 """Whether windows of a text begin with the model's start token; auto: as its tokenizer does."""
 UnitKind = Literal["attention", "mlp"]
+SublayerKind = Literal[UnitKind, "mixer"]
+"""What a sublayer of a block is: one that has units, or one that mixes positions in another way and stays whole."""
 HeadUnits = Literal["kv-group", "query-head", "value-channel"]
 """What a unit of attention is: a KV head with all its query heads, one query head of every KV head, or one channel of a
 KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """Kinds of units in the order of a block's forward pass."""
+SUBLAYER_KINDS: tuple[SublayerKind, ...] = (*UNIT_KINDS, "mixer")
 
 
 class Structure(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NewType
 
@@ -50,6 +51,14 @@ PhaseOfSublayer = NewType("PhaseOfSublayer", str)
 PhaseName = Phase | PhaseOfSublayer
 PhaseBytes = dict[PhaseName, int]
 """Phase -> bytes at its peak, in the order in which plans and reports list them."""
+
+
+def largest(several: Iterable[PhaseBytes]) -> PhaseBytes:
+    """Return every phase with the highest of its peaks."""
+    found: PhaseBytes = {}
+    for phases in several:
+        found |= {phase: max(num_bytes, found.get(phase, 0)) for phase, num_bytes in phases.items()}
+    return found
 
 
 def fullest(phases: PhaseBytes) -> PhaseName:

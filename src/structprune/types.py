@@ -14,6 +14,7 @@ from torch import Tensor
 
 from structprune.kinds import UNIT_KINDS as UNIT_KINDS
 from structprune.kinds import HeadUnits as HeadUnits
+from structprune.kinds import SublayerKind as SublayerKind
 from structprune.kinds import UnitKind
 from structprune.rows import Rows, RowSum
 
@@ -22,9 +23,8 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 Statistic = Literal["gram", "sums", "tokens", "gradients", "sensitivity"]
 """What is measured for a problem beside its weights: sums of products of the consumer's inputs, or of the inputs alone,
 the tokens themselves, gradients of the loss by the weights, or by the consumer's output."""
-Stage = tuple[UnitKind, ...]
-"""Sublayers of a block that read the same state of the residual stream: one of them, or both where they are parallel.
-"""
+Stage = tuple[SublayerKind, ...]
+"""Sublayers of a block that read the same state of the residual stream: one of them, or all that are parallel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,8 +221,8 @@ def test_one_stage_after_the_other_is_the_block(tiny: Path) -> None:
     with torch.no_grad():
         whole = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
         stages = hidden_BSD
-        for stage in stock.stages:
-            with stock.stage(module, stage):
+        for stage in stock.stages_of(0):
+            with stock.stage(module, 0, stage):
                 before, stages = stages, output_tensor(module(stages, **inputs.kwargs[0]))
             assert not torch.allclose(before, stages)
         unchanged = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
@@ -238,14 +238,14 @@ def test_a_stage_without_a_consumer_leaves_the_residual(tiny: Path, kind: UnitKi
     module = stock.block(0, reader.read(block.shapes, block.prefix))
     hidden_BSD, inputs = stock.embed(torch.arange(60).reshape(2, 30), reader.read(stock.embedding_tensors()))
     seen: list[torch.Tensor] = []
-    stage = stock.stage_of(kind)
+    stage = stock.stage_of(0, kind)
     with contextlib.ExitStack() as stack, torch.no_grad():
-        stack.enter_context(stock.stage(module, stage))
+        stack.enter_context(stock.stage(module, 0, stage))
         for group in block.groups_of(kind):
             stack.enter_context(tapped(module, group.consumer_module, seen.append))
         residual = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
     others = tuple(other for other in stage if other != kind)
-    with torch.no_grad(), stock.stage(module, others):
+    with torch.no_grad(), stock.stage(module, 0, others):
         expected = output_tensor(module(hidden_BSD, **inputs.kwargs[0]))
     torch.testing.assert_close(residual, expected, rtol=0, atol=0)
     assert torch.equal(expected, hidden_BSD) is (not others)

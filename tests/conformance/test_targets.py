@@ -58,13 +58,13 @@ def test_targets(kind: str, tmp_path: Path) -> None:
     truth = {name: traced(context, module, hidden, kwargs) for name, hidden in start.items()}
 
     found: dict[str, Moments] = {}
-    for stage in context.stock.stages:
+    for stage in context.stock.stages_of(0):
         groups = [block.group(sublayer) for sublayer in stage]
         reference = follow_dense(context, block, stage, groups, module, streams)
         for group in groups:
             sublayer = Sublayer(block=block, groups=[group], module=module, streams=streams, reference=reference)
             found |= measure(context, sublayer, [(0, NUM_WINDOWS)])
-        with context.stock.stage(module, stage):
+        with context.stock.stage(module, 0, stage):
             streams.propagator.run(module, 0, pruned)
     torch.testing.assert_close(dense.read(0, NUM_WINDOWS), truth["dense"]["block"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pruned.read(0, NUM_WINDOWS), truth["pruned"]["block"], rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_targets(kind: str, tmp_path: Path) -> None:
         own, wanted = truth["pruned"], truth["dense"]
         if group.output_normed:
             target = wanted[f"{group.kind} out"]
-        elif len(context.stock.stages) == 1:
+        elif len(context.stock.stages_of(0)) == 1:
             target = wanted["block"] - (own["block"] - own[f"{group.kind} out"])
         elif group.kind == "attention":
             target = start["dense"] + wanted["attention out"] - start["pruned"]

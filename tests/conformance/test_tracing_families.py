@@ -57,8 +57,8 @@ def stacked_names(family: HandWritten) -> StackedNames:
     if experts is None:
         return {}
     return {
-        f"{experts.module}.{stacked}": [f"{experts.module}.{{}}.{module}.weight" for module in modules]
-        for stacked, modules in experts.stacked.items()
+        f"{experts.module}.{stacked}": [f"{experts.module}.{{}}.{name}" for name in names]
+        for stacked, names in experts.stacked.items()
     }
 
 

@@ -167,14 +167,14 @@ def test_a_removed_half_is_the_residual_stream(kind: str, source: Path, pruned: 
         dense.block(2, {}, removed=UNIT_KINDS),
     ]
     for module in modules:
-        with torch.no_grad(), stock.stage(module, (kind,)):
+        with torch.no_grad(), stock.stage(module, index, (kind,)):
             assert torch.equal(output_tensor(module(hidden_BSD, **inputs.kwargs[index])), hidden_BSD)
     with torch.no_grad():
         whole_module = dense.block(index, tensors)
-        with dense.stage(whole_module, (other,)):
+        with dense.stage(whole_module, index, (other,)):
             expected = output_tensor(whole_module(hidden_BSD, **inputs.kwargs[index]))
         assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
-        with dense.stage(modules[1], (other,)):
+        with dense.stage(modules[1], index, (other,)):
             assert torch.equal(output_tensor(modules[1](hidden_BSD, **inputs.kwargs[index])), expected)
     assert not torch.allclose(expected, hidden_BSD)
 
@@ -307,12 +307,12 @@ def test_the_uniform_format_refuses_removed_sublayers(source: Path, pruned: Path
     stock = StockModel(CheckpointReader(source))
     for kind in UNIT_KINDS:
         with pytest.raises(UnsupportedError, match="uniform format cannot leave out"):
-            uniform_config(stock.layout.config, stock.groups, {kind: 0}, stock.family)
+            uniform_config(stock.layout.config, [(stock.layout.blocks[0].group(kind), 0)], stock.family)
         with pytest.raises(UnsupportedError, match="one config cannot describe"):
             stock.resized_config({kind: 0})
         assert stock.resized_config({kind: 0}, 1).to_dict() == stock.config.to_dict()
     with pytest.raises(UnsupportedError, match="uniform format cannot leave out"):
-        uniform_config(CheckpointReader(pruned).config, stock.groups, {}, stock.family)
+        uniform_config(CheckpointReader(pruned).config, [], stock.family)
 
 
 def test_nothing_removed_leaves_no_entry(source: Path) -> None:

@@ -87,7 +87,7 @@ def test_only_sublayers_that_are_finished_by_their_consumer_alone(kind: str, tmp
     stock = StockModel(CheckpointReader(save_tiny(kind, tmp_path / "model")))
     found = cacheable(stock, UNIT_KINDS, "least-squares")
     for sublayer in found:
-        assert stock.stage_of(sublayer) == (sublayer,)
+        assert stock.stage_of(0, sublayer) == (sublayer,)
         for block in stock.layout.blocks:
             (group,) = block.groups_of(sublayer)
             assert group.expert is None

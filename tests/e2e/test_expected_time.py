@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Watch:
     """Counts windows over stages, and windows whose sums are taken, while a run goes on."""
 
-    def __init__(self, seq_len: int, stages: Sequence[Stage]) -> None:
+    def __init__(self, seq_len: int, stages: Iterable[Stage]) -> None:
         self.seen: Counter[Piece] = Counter()
         self.seq_len = seq_len
-        self.stages = stages
+        self.stages = list(stages)
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         apply, stage, update = Propagator.apply, StockModel.stage, GramAccumulator.update
         inside: list[Stage] = []
 
         @contextlib.contextmanager
-        def entered(model: StockModel, block: Any, which: Stage) -> Generator[None]:
-            with stage(model, block, which):
+        def entered(model: StockModel, block: Any, index: int, which: Stage) -> Generator[None]:
+            with stage(model, block, index, which):
                 inside.append(which)
                 yield
                 inside.pop()
@@ -109,7 +109,7 @@ def test_a_run_does_what_was_counted(
                 planned[piece] += times
             elif piece.what in (What.SUMS, What.STREAM_SUMS):
                 planned[Piece(What.SUMS)] += times
-    watch = Watch(32, StockModel(open_model(str(model))).stages)
+    watch = Watch(32, StockModel(open_model(str(model))).num_stages)
     watch.install(monkeypatch)
     prune(model, recipe, tmp_path / "out")
     assert watch.seen == planned

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.checkpoint.writer import CheckpointWriter, ModelWriter
+from structprune.checkpoint.writer import CheckpointWriter, FileForm, ModelWriter
 from structprune.errors import CheckpointError
 
 
@@ -127,7 +127,7 @@ def test_weights_are_as_readable_as_the_rest(directory: Path) -> None:
 
 
 def model_writer(directory: Path) -> ModelWriter:
-    return ModelWriter(directory, 2, "layers", stored_name=lambda name: name.replace("layers", "h"))
+    return ModelWriter(directory, 2, "layers", FileForm(name=lambda name: name.replace("layers", "h")))
 
 
 def test_blocks_are_written_read_and_adopted_by_their_index(directory: Path) -> None:

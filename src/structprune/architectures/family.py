@@ -10,11 +10,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from structprune.architectures.families.common import VALUES_ENTRY
-from structprune.types import HeadUnits, Stage, UnitGroup, UnitKind
+from structprune.checkpoint.stacked import Stacking
+from structprune.types import HeadUnits, Stage, SublayerKind, UnitGroup, UnitKind
 
-StandIn = Literal["nothing", "zeros", "stream"]
+StandIn = Literal["nothing", "zeros", "stream", "pair"]
 """What stands where a sublayer is removed: a zero of any shape, zeros of the stream's shape where others are added to
-them in place, or the stream as the sublayer is given it, where its module adds to the stream itself."""
+them in place, or the stream as the sublayer is given it, where its module adds to the stream itself. `pair` is nothing
+as attention gives it: a zero, and no weights."""
 
 
 def _accept(_: Any) -> None:
@@ -70,8 +72,8 @@ class Experts:
 
     module: str
     """The list of experts; its modules are called by their numbers."""
-    router: str
-    """Tensor with one row per expert along axis 0."""
+    routers: tuple[str, ...]
+    """Tensors with one row per expert along axis 0."""
     writer: str
     """Inside an expert: the map whose output is what the expert adds, times the router's weight of it."""
     count_field: str
@@ -79,7 +81,16 @@ class Experts:
     chosen_field: str
     """Config entry: how many of them a token is sent to."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    """Tensor (experts, rows, columns) that some files have instead -> the maps whose rows lie there in turn."""
+    """Tensor of all experts that files may have instead -> tensors of one expert whose rows lie there in turn."""
+    transposed: bool = False
+    """Whether stacked matrices have rows for columns."""
+    written_stacked: bool = False
+    """Whether stock code reads and writes the experts stacked only."""
+
+    @property
+    def stacking(self) -> Stacking:
+        """How the experts lie in files that have them stacked."""
+        return Stacking(module=self.module, maps=self.stacked, transposed=self.transposed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +101,64 @@ class StockClasses:
     """Where they are: `llama` stands for transformers.models.llama.modeling_llama."""
     stem: str
     """Our own are called StructPrune<stem>Model and StructPrune<stem>ForCausalLM."""
-    layer: str
+    layer: str | None
+    """The class of the blocks; None where they have several."""
     chain: tuple[str, ...]
     """Classes from the one that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class."""
+class BlockKind:
+    """What a family states of its blocks, or of those of one kind. Module names are paths inside a block."""
+
+    attention_module: str | None
+    """With zeros in its place the MLP sublayer is left; None where such a block has no attention."""
+    mlp_modules: tuple[str, ...]
+    """Modules of the MLP; with zeros in their place the attention sublayer is left."""
+    mixer_modules: tuple[str, ...] = ()
+    """Modules that mix positions otherwise than attention does, such as recurrences. They stay as they are."""
+    norms: Mapping[SublayerKind, tuple[str, ...]]
+    """The norms of each sublayer, as in its unit group."""
+    stand_ins: Mapping[SublayerKind, StandIn] = field(default_factory=dict[SublayerKind, StandIn])
+    """Kinds whose modules need another stand-in than `nothing`."""
+    groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
+    """Raises UnsupportedError where attention has no such units."""
+    stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
+    """Order in which the sublayers read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
+    unstack: Callable[[nn.Module, PretrainedConfig], None] = _as_it_is
+    """Exchanges modules of a stock layer that hold several of the checkpoint's tensors as one, in place.
+
+    For modules with the checkpoint's names that compute the same. Called under the device of the layer.
+    """
+    experts: Experts | None = None
+    """None where a block's MLP is no mixture."""
+
+    def stand_in(self, kind: SublayerKind) -> StandIn:
+        """Return what stands for the modules of a sublayer that is removed."""
+        return self.stand_ins.get(kind, "nothing")
+
+    def sublayer_modules(self, kind: SublayerKind) -> tuple[str, ...]:
+        """Return the modules of one sublayer of a block, without its norms; none where it has no such sublayer."""
+        attention = () if self.attention_module is None else (self.attention_module,)
+        return {"attention": attention, "mlp": self.mlp_modules, "mixer": self.mixer_modules}[kind]
+
+    def stand_in_modules(self, kind: SublayerKind) -> dict[str, StandIn | None]:
+        """Return what stands for each module of a sublayer that is removed; None where the stream is passed on."""
+        # The sublayer's norms would be computed for nothing: they are half as dear as its products.
+        modules: dict[str, StandIn | None] = dict.fromkeys(self.sublayer_modules(kind), self.stand_in(kind))
+        return modules | dict.fromkeys(self.norms.get(kind, ()), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family(BlockKind):
+    """Data of one family. Module names are paths inside the stock `AutoModelForCausalLM` class.
+
+    What it states of blocks holds for all of them but the `others`.
+    """
 
     name: str
+    others: Mapping[int, BlockKind] = field(default_factory=dict[int, BlockKind])
+    """Number of a block -> its kind, where it is another one."""
     blocks_module: str
     embedding_modules: tuple[str, ...]
     """Modules with weights that run before the first block."""
@@ -112,14 +171,6 @@ class Family:
     """
     embedding_buffers: Callable[[PretrainedConfig], Mapping[str, float]] = _no_values
     """Numbers that embedding modules compute as they are built and keep in no checkpoint: path -> value."""
-    attention_module: str
-    """Attention inside a block; with zeros in its place the MLP sublayer is left."""
-    mlp_modules: tuple[str, ...]
-    """Modules of the MLP inside a block; with zeros in their place the attention sublayer is left."""
-    norms: Mapping[UnitKind, tuple[str, ...]]
-    """The norms of each sublayer, as in its unit group."""
-    stand_ins: Mapping[UnitKind, StandIn] = field(default_factory=dict[UnitKind, StandIn])
-    """Kinds whose modules need another stand-in than `nothing`."""
     classes: Mapping[str, StockClasses]
     """`model_type` -> stock classes."""
     attention_implementation: Literal["sdpa", "eager"] = "sdpa"
@@ -130,17 +181,6 @@ class Family:
     """Whether stock attention is called by a name, so that another implementation may take its place."""
     attention_reads_widths: bool = False
     """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
-    groups: Callable[[PretrainedConfig, HeadUnits], tuple[UnitGroup, ...]]
-    """Raises UnsupportedError where attention has no such units."""
-    stages: Callable[[PretrainedConfig], tuple[Stage, ...]] = one_after_the_other
-    """Order in which the sublayers read the stream; `(("attention", "mlp"),)` is `h += attention(h) + mlp(h)`."""
-    unstack: Callable[[nn.Module, PretrainedConfig], None] = _as_it_is
-    """Exchanges modules of a stock layer that hold several of the checkpoint's tensors as one, in place.
-
-    For modules with the checkpoint's names that compute the same. Called under the device of the layer.
-    """
-    experts: Experts | None = None
-    """None where a block's MLP is no mixture."""
     returns_tuple: bool = False
     """Whether a stock block returns its hidden states as the first of several."""
     inputs_first: bool = False
@@ -163,13 +203,29 @@ class Family:
     def per_layer_entries(self, config: PretrainedConfig) -> set[str]:
         """Return the config entries that the config of a single block may change."""
         # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
-        entries = {name for group in self.groups(config, "kv-group") for name in group.config_fields}
+        groups = [group for kind in self.kinds for group in kind.groups(config, "kv-group")]
+        entries = {name for group in groups for name in group.config_fields}
         return entries | ({VALUES_ENTRY} if self.value_maps else set())
 
-    def stand_in(self, kind: UnitKind) -> StandIn:
-        """Return what stands for the modules of a sublayer that is removed."""
-        return self.stand_ins.get(kind, "nothing")
+    def at(self, index: int) -> BlockKind:
+        """Return the kind of block `index`."""
+        return self.others.get(index, self)
 
-    def sublayer_modules(self, kind: UnitKind) -> tuple[str, ...]:
-        """Return the modules of one sublayer of a block, without its norms."""
-        return (self.attention_module,) if kind == "attention" else self.mlp_modules
+    def having(self, kind: SublayerKind) -> BlockKind:
+        """Return the first kind of blocks that has this sublayer, its own where none has."""
+        return next((blocks for blocks in self.kinds if blocks.sublayer_modules(kind)), self)
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether all blocks have attention."""
+        return all(kind.attention_module is not None for kind in self.kinds)
+
+    @property
+    def mixture(self) -> Experts | None:
+        """The experts of its mixtures, of whatever blocks; None without any."""
+        return next((kind.experts for kind in self.kinds if kind.experts is not None), None)
+
+    @property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """The kinds of its blocks, each once."""
+        return (self, *{id(kind): kind for kind in self.others.values()}.values())

@@ -9,8 +9,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
+from structprune.checkpoint.stacked import Place, Stacking
 from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter, WeightSource, names_by_bytes
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
@@ -31,17 +31,6 @@ _CHUNK_BYTES = 16 * 2**20
 # Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
 _MASK_DTYPES = ("BOOL", "U8")
 _MASK_NAMES = ("attn.bias", "attention.bias")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """Where the tensor of one expert's map lies in a tensor that holds those of all experts."""
-
-    stacked: str
-    """Stored name of the tensor (experts, rows, columns)."""
-    expert: int
-    first: int
-    """First row of the piece."""
 
 
 class CheckpointReader:
@@ -61,12 +50,12 @@ class CheckpointReader:
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
         self._source_config = self.config
         check_names_no_code(self.config, str(directory / "config.json"))
-        self._pieces: dict[str, _Piece] = {}
+        self._pieces: dict[str, tuple[Stacking, Place]] = {}
         self.notes: tuple[str, ...] = ()
         """What was found in the files that a person should know, a sentence each."""
         self._shard_of = self._locate()
-        # Renamings one after the other, each a list of (stored, wanted).
-        self._renamings: list[list[tuple[str, str]]] = []
+        # Renamings one after the other, each a list of (stored, wanted) starts of names, or of whole names by either.
+        self._renamings: list[list[tuple[str, str]] | dict[str, str]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored_dtypes: dict[str, torch.dtype] = {}
         self._read_headers()
@@ -93,6 +82,15 @@ class CheckpointReader:
         view._stored_dtypes = {_exchanged(name, pairs): dtype for name, dtype in self._stored_dtypes.items()}
         return view
 
+    def relabelled(self, names: Mapping[str, str]) -> CheckpointReader:
+        """Return a view with other names, stored -> wanted, for the tensors that are there under a stored one."""
+        view = copy.copy(self)
+        view._renamings = [*self._renamings, {wanted: stored for stored, wanted in names.items()}]
+        view._shard_of = {names.get(name, name): path for name, path in self._shard_of.items()}
+        view.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
+        view._stored_dtypes = {names.get(name, name): dtype for name, dtype in self._stored_dtypes.items()}
+        return view
+
     def with_config(self, config: dict[str, Any]) -> CheckpointReader:
         """Return the same checkpoint with another config."""
         view = copy.copy(self)
@@ -107,35 +105,30 @@ class CheckpointReader:
         view._stored_dtypes = {name: dtype for name, dtype in self._stored_dtypes.items() if name not in left_out}
         return view
 
-    def unstacked(self, module: str, stacked: Mapping[str, Sequence[str]]) -> CheckpointReader:
-        """Return the same checkpoint with a tensor for each expert's map where files hold those of all experts in one.
-
-        `stacked`: name of a tensor (experts, rows, columns) in `module` -> the maps whose rows lie there one after the
-        other, as many of each.
-        """
+    def unstacked(self, stacking: Stacking) -> CheckpointReader:
+        """Return the same checkpoint with the tensors of single experts where files hold those of all in one."""
         view, pieces = copy.copy(self), dict(self._pieces)
         view._shard_of, view.shapes = dict(self._shard_of), dict(self.shapes)
         view._stored_dtypes = dict(self._stored_dtypes)
         for name, shape in self.shapes.items():
-            place, _, last = name.rpartition(".")
-            if last not in stacked or not place.endswith(module) or len(shape) != 3:
+            parts = list(stacking.parts_of(name, shape))
+            if not parts:
                 continue
             path, dtype = view._shard_of.pop(name), view._stored_dtypes.pop(name)
             del view.shapes[name]
-            rows = shape[1] // len(stacked[last])
-            for expert in range(shape[0]):
-                for number, label in enumerate(stacked[last]):
-                    piece = f"{place}.{expert}.{label}.weight"
-                    pieces[piece] = _Piece(stacked=self.stored_name(name), expert=expert, first=number * rows)
-                    view._shard_of[piece], view._stored_dtypes[piece] = path, dtype
-                    view.shapes[piece] = (rows, shape[2])
+            for part, place, part_shape in parts:
+                pieces[part] = stacking, place
+                view._shard_of[part], view._stored_dtypes[part], view.shapes[part] = path, dtype, part_shape
         view._pieces = pieces
         return view
 
     def stored_name(self, name: str) -> str:
         """Return the tensor's name in the files, whether it is there or not."""
         for pairs in reversed(self._renamings):
-            name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
+            if isinstance(pairs, dict):
+                name = pairs.get(name, name)
+            else:
+                name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
         return name
 
     def _locate(self) -> dict[str, Path]:
@@ -355,9 +348,8 @@ class CheckpointReader:
         if piece is None:
             part = handle.get_slice(self.stored_name(name))
             return part[...] if stop is None else part[start:stop]
-        first = piece.first + start
-        last = piece.first + (self.shapes[name][0] if stop is None else stop)
-        return handle.get_slice(piece.stacked)[piece.expert, first:last]
+        stacking, place = piece
+        return stacking.read_rows(handle.get_slice(self.stored_name(place.stacked)), place, start, stop)
 
     def read_rows(self, name: str, num_rows: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, private copy of the rows from there), at most `num_rows` at a time, in order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from structprune.checkpoint.reader import INDEX_NAME
+from structprune.checkpoint.stacked import Shape, Stacking
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, stored_tensors
 from structprune.errors import NumericalError
 from structprune.files import atomic_path, write_json
@@ -20,17 +22,53 @@ from structprune.files import atomic_path, write_json
 _ADDED_NAME = "added.safetensors"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileForm:
+    """How a model's tensors lie in the files of a checkpoint."""
+
+    name: Callable[[str], str] = str
+    """A tensor's name in the model -> in the files."""
+    stacking: Stacking | None = None
+    """How the experts' tensors are stacked; None: each is one of its own."""
+
+    def file_name(self, name: str) -> str:
+        """Return the name of the tensor in the files that holds a tensor of the model."""
+        place = None if self.stacking is None else self.stacking.place(name)
+        return self.name(name if place is None else place.stacked)
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors as they are written."""
+        stacked = tensors if self.stacking is None else self.stacking.stack(tensors)
+        return {self.name(name): tensor for name, tensor in stacked.items()}
+
+    def stored_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shapes of the tensors as they are written."""
+        stacked = shapes if self.stacking is None else self.stacking.stacked_shapes(shapes)
+        return {self.name(name): shape for name, shape in stacked.items()}
+
+    def given(self, stored: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the model's tensors `names` out of what was written."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            place = None if self.stacking is None else self.stacking.place(name)
+            if place is None or self.stacking is None:
+                found[name] = stored[self.name(name)]
+            else:
+                found[name] = self.stacking.take(stored[self.name(place.stacked)], place)
+        return found
+
+
 class CheckpointWriter:
     """Shards 1..num_shards of one checkpoint, in `folder`. Each shard appears whole and synced, or not at all.
 
     They are a run's own, one per block, so that it can go on from any of them; `weight_files` are made of them.
-    `stored_name` gives the names in the files.
+    `form` is how the tensors lie in the files.
     """
 
-    def __init__(self, folder: Path, num_shards: int, stored_name: Callable[[str], str] = str) -> None:
+    def __init__(self, folder: Path, num_shards: int, form: FileForm | None = None) -> None:
         self.num_shards = num_shards
         self._folder = folder
-        self._stored_name = stored_name
+        self._form = FileForm() if form is None else form
         self._tensors: dict[int, list[StoredTensor]] = {}
 
     def path(self, number: int) -> Path:
@@ -43,11 +81,11 @@ class CheckpointWriter:
         Raises NumericalError for a value that is not finite, as where a weight that was solved passes float16.
         """
         for name, tensor in tensors.items():
-            _check_finite(self._stored_name(name), tensor)
+            _check_finite(self._form.name(name), tensor)
         path = self.path(number)
         with atomic_path(path) as temporary:
             save_file(
-                {self._stored_name(key): value.contiguous() for key, value in tensors.items()},
+                {name: value.contiguous() for name, value in self._form.stored(tensors).items()},
                 str(temporary),
                 metadata={"format": "pt"},
             )
@@ -60,8 +98,7 @@ class CheckpointWriter:
 
     def read(self, number: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the tensors `names` of a shard that was written."""
-        stored = load_file(self.path(number))
-        return {name: stored[self._stored_name(name)] for name in names}
+        return self._form.given(load_file(self.path(number)), names)
 
     def remove(self) -> None:
         """Remove the shards, of this process and of those before it."""
@@ -75,7 +112,7 @@ class CheckpointWriter:
         """
         places: dict[str, str] = {}
         if added:
-            named = {self._stored_name(name): tensor for name, tensor in added.items()}
+            named = self._form.stored(added)
             save_file(named, str(directory / _ADDED_NAME), metadata={"format": "pt"})
             places.update(dict.fromkeys(named, _ADDED_NAME))
         for number, tensors in self._tensors.items():
@@ -104,10 +141,8 @@ class ModelWriter(CheckpointWriter):
     `blocks_module` is the name of the list of blocks; the tensors of a block are given and read by their names in it.
     """
 
-    def __init__(
-        self, folder: Path, num_blocks: int, blocks_module: str, stored_name: Callable[[str], str] = str
-    ) -> None:
-        super().__init__(folder, num_blocks + 2, stored_name)
+    def __init__(self, folder: Path, num_blocks: int, blocks_module: str, form: FileForm | None = None) -> None:
+        super().__init__(folder, num_blocks + 2, form)
         self._blocks_module = blocks_module
 
     def beside(self, folder: Path) -> Self:

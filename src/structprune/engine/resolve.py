@@ -234,7 +234,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     request = PlanRequest(
         layout=stock.layout,
         groups=resolved.groups,
-        stages=stock.stages,
+        num_stages=stock.num_stages,
         stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
         stored_dtypes=stock.reader.dtypes,
         compute_dtype=resolved.dtype,

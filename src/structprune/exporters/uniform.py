@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from structprune.architectures.family import Family
@@ -11,14 +11,14 @@ from structprune.errors import UnsupportedError
 from structprune.types import UnitGroup
 
 
-def uniform_config(
-    config: Mapping[str, Any], groups: tuple[UnitGroup, ...], kept: Mapping[str, int], family: Family
-) -> dict[str, Any]:
-    """Return the source config with the entries that `kept` units per kind change; every other entry stays.
+def uniform_config(config: Mapping[str, Any], kept: Iterable[tuple[UnitGroup, int]], family: Family) -> dict[str, Any]:
+    """Return the source config with the entries that the kept units change; every other entry stays.
 
-    Raises UnsupportedError if no stock class takes the result, as where a block lacks its attention or its MLP.
+    `kept` has the groups of all blocks in scope, each with the units that stay. Raises UnsupportedError if no stock
+    class takes the result, as where a block lacks its attention or its MLP, and for blocks that one config cannot say.
     """
-    without = [kind for kind, count in kept.items() if count == 0]
+    kept = list(kept)
+    without = list(dict.fromkeys(group.kind for group, count in kept if count == 0))
     if without or config.get(REMOVED_ENTRY):
         raise UnsupportedError(
             "the uniform format cannot leave out the attention or the MLP of a block",
@@ -26,10 +26,18 @@ def uniform_config(
             do="use --structure per-layer",
         )
     result = dict(config)
-    for group in groups:
-        if group.kind not in kept:
-            continue
-        result |= group.config_values(kept[group.kind])
-        if kept[group.kind] != group.num_units:
+    said: dict[str, int] = {}
+    for group, count in kept:
+        values = group.config_values(count)
+        if differing := [name for name, value in values.items() if said.get(name, value) != value]:
+            name = differing[0]
+            raise UnsupportedError(
+                "one config cannot say different numbers of units for the blocks that read the same entry",
+                got=f"{name} {said[name]} and {values[name]}",
+                do="use --structure per-layer",
+            )
+        said |= values
+        result |= values
+        if count != group.num_units:
             result |= group.fixed_fields
     return family.resized(result)

@@ -15,10 +15,10 @@ from torch.fx import Node
 from structprune.errors import UnsupportedError
 from structprune.tracing.families import Family, places, slices
 from structprune.tracing.graph import Traced
-from structprune.tracing.sublayers import Sublayer, SublayerKind, find_stream, find_sublayers
+from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers
 from structprune.tracing.terms import Atom, leaves
 from structprune.tracing.values import Value, arguments_of, operation_name
-from structprune.types import AxisSlice, HeadUnits, UnitGroup
+from structprune.types import AxisSlice, HeadUnits, SublayerKind, UnitGroup
 
 StackedNames = Mapping[str, Sequence[str]]
 """Tensor that holds all experts along its first axis -> names of the tensors of one expert in a checkpoint, with `{}`
@@ -92,7 +92,7 @@ def _channels(traced: Traced, sublayer: Sublayer, family: Family, stacked: Stack
                 producers=tuple(_of_expert(each, number, traced, renamed) for each in group.producers),
                 consumer=consumer,
                 consumer_module=consumer.tensor.removesuffix(".weight"),
-                module_prefix=_prefix([*names, consumer.tensor]),
+                module_prefix=common_prefix([*names, consumer.tensor]),
                 output_module=sublayer.output_module,
             )
         )
@@ -250,13 +250,13 @@ def _group(
         consumer=consumer,
         consumer_module=consumer.tensor.removesuffix(".weight"),
         consumer_bias=sublayer.consumer.bias,
-        module_prefix=_prefix(sublayer.tensors),
+        module_prefix=common_prefix(sublayer.tensors),
         norm_modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in sublayer.norms)),
         output_norm_eps=_epsilon(sublayer),
     )
 
 
-def _prefix(names: Iterable[str]) -> str:
+def common_prefix(names: Iterable[str]) -> str:
     """Return what all names begin with: whole modules where there is one around all of them."""
     first, last = min(names := list(names)), max(names)
     same = next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from structprune.errors import UnsupportedError
+from structprune.kinds import SublayerKind
 from structprune.tracing.graph import STATE_KINDS, Traced
 from structprune.tracing.terms import Atom, Term, atoms, leaves
 from structprune.tracing.values import Contraction, Value, operation_name
 
-SublayerKind = Literal["attention", "mlp", "mixer"]
 """`mixer`: positions see each other, but by no softmax (convolutions, scans, linear attention)."""
 _PASSING = frozenset(
     {"to", "_to_copy", "alias", "clone", "contiguous", "detach", "dropout", "type_as", "view", "reshape"}

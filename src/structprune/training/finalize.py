@@ -51,7 +51,9 @@ def write_recovered(
     """Write all files of the checkpoint in the student's format, the weights last; return what became of others."""
     streamed, directory = context.student, run.checkpoint
     blocks = streamed.stock.layout.blocks
-    writer = ModelWriter(run.shards, len(blocks), streamed.stock.layout.blocks_module, streamed.reader.stored_name)
+    # In the student's names, whatever class they are of.
+    form = streamed.stock.file_form(per_layer=False)
+    writer = ModelWriter(run.shards, len(blocks), streamed.stock.layout.blocks_module, form)
     for block in blocks:
         tensors = recovered.tensors(block)
         writer.write_block(block.index, tensors)

@@ -17,9 +17,9 @@ from structprune.architectures.families.common import gated_mlp, grouped_attenti
 from structprune.architectures.families.llama import VALUE_MAPS
 from structprune.architectures.family import Family, StockClasses
 from structprune.errors import UnsupportedError
-from structprune.types import HeadUnits, UnitGroup, UnitKind
+from structprune.types import HeadUnits, SublayerKind, UnitGroup
 
-_NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+_NORMS: Mapping[SublayerKind, tuple[str, ...]] = {
     "attention": ("input_layernorm", "post_attention_layernorm"),
     "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }

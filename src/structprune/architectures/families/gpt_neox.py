@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 
 from structprune.architectures.families.common import only_kv_groups
 from structprune.architectures.family import Family, StockClasses, one_after_the_other
-from structprune.types import AxisSlice, HeadUnits, Stage, UnitGroup, UnitKind
+from structprune.types import AxisSlice, HeadUnits, Stage, SublayerKind, UnitGroup
 
-_NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+_NORMS: Mapping[SublayerKind, tuple[str, ...]] = {
     "attention": ("input_layernorm",),
     "mlp": ("post_attention_layernorm",),
 }

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 from structprune.architectures.families.common import gated_mlp, grouped_attention
 from structprune.architectures.family import Family, StockClasses, Stream, StreamSublayer
 from structprune.errors import UnsupportedError
-from structprune.types import HeadUnits, UnitGroup, UnitKind
+from structprune.types import HeadUnits, SublayerKind, UnitGroup
 
 VALUE_MAPS = ("self_attn.v_proj", "self_attn.o_proj")
-NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+NORMS: Mapping[SublayerKind, tuple[str, ...]] = {
     "attention": ("input_layernorm",),
     "mlp": ("post_attention_layernorm",),
 }

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from structprune.architectures.families.common import only_kv_groups
 from structprune.architectures.family import Family, StockClasses
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, HeadUnits, UnitGroup, UnitKind
+from structprune.types import AxisSlice, HeadUnits, SublayerKind, UnitGroup
 
-_NORMS: Mapping[UnitKind, tuple[str, ...]] = {
+_NORMS: Mapping[SublayerKind, tuple[str, ...]] = {
     "attention": ("self_attn_layer_norm",),
     "mlp": ("final_layer_norm",),
 }

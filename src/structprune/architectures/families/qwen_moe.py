@@ -7,40 +7,28 @@ have one tensor for each map of each expert, and so have the blocks here.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from structprune.architectures.families.llama import NORMS, VALUE_MAPS, LlamaLike
 from structprune.architectures.families.qwen import qwen3_attention
 from structprune.architectures.family import Experts, StockClasses
+from structprune.architectures.stock.experts import split_experts
 from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
-
-class _Experts(nn.ModuleList):
-    """The experts as modules. The router's weight comes before the last map, so that its output is what is added."""
-
-    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Compute the weighted sum of the outputs of every token's K experts, (T, D)."""
-        total_TD = hidden_TD.new_zeros(hidden_TD.shape)
-        for number, module in enumerate(self):
-            expert: Any = module
-            rows, places = (experts_TK == number).nonzero(as_tuple=True)
-            if len(rows) == 0:
-                continue
-            x_RD = hidden_TD[rows]
-            inner_RI = expert.act_fn(expert.gate_proj(x_RD)) * expert.up_proj(x_RD) * weights_TK[rows, places, None]
-            # No token is sent to an expert twice.
-            total_TD[rows] = total_TD[rows] + expert.down_proj(inner_RI)
-        return total_TD
+_EXPERTS = Experts(
+    module="mlp.experts",
+    routers=("mlp.gate.weight",),
+    writer="down_proj",
+    stacked={"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)},
+    count_field="num_experts",
+    chosen_field="num_experts_per_tok",
+)
 
 
-def _unstack(layer: nn.Module, config: PretrainedConfig) -> None:
-    experts = [Qwen3MoeMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)]
-    layer.set_submodule("mlp.experts", _Experts(experts))
+def _unstack(layer: nn.Module, _: PretrainedConfig) -> None:
+    split_experts(layer, _EXPERTS)
 
 
 def _check(config: PretrainedConfig) -> None:
@@ -90,14 +78,7 @@ QWEN3_MOE = LlamaLike(
     groups=_groups,
     value_maps=VALUE_MAPS,
     unstack=_unstack,
-    experts=Experts(
-        module="mlp.experts",
-        router="mlp.gate.weight",
-        writer="down_proj",
-        stacked={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
-        count_field="num_experts",
-        chosen_field="num_experts_per_tok",
-    ),
+    experts=_EXPERTS,
     registers_names=True,
     check=_check,
 )

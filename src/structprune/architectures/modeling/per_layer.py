@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from structprune.architectures.families.common import VALUES_ENTRY
-from structprune.architectures.family import Family, StandIn, StockClasses
+from structprune.architectures.family import BlockKind, Family, StandIn, StockClasses
 from structprune.types import UNIT_KINDS, UnitKind
 
 MODELING_MODULE = "modeling_structprune"
@@ -183,6 +183,14 @@ class _LayerConfig:
 '''
 
 
+_WITHOUT = """        with _without_layers(config):
+            super().__init__(config)
+"""
+# Blocks of several classes are told apart by stock code alone.
+_WITH = """        super().__init__(config)
+"""
+
+
 def class_name(classes: StockClasses, suffix: str) -> str:
     """Name our class for `suffix` Model or ForCausalLM."""
     return f"StructPrune{classes.stem}{suffix}"
@@ -194,7 +202,7 @@ def imports(family: Family) -> str:
     translation += "    register_checkpoint_conversion_mapping,\n)\n"
     return (translation if family.registers_names else "") + "".join(
         f"from transformers.models.{classes.module}.modeling_{classes.module} import "
-        f"{', '.join(sorted((classes.layer, *classes.chain)))}\n"
+        f"{', '.join(sorted((*([classes.layer] if classes.layer else []), *classes.chain)))}\n"
         for classes in family.classes.values()
     )
 
@@ -214,12 +222,17 @@ register_checkpoint_conversion_mapping(
 
 
 def _sublayers(family: Family) -> str:
-    others = {kind: _OTHER_STAND_INS[kind, family.stand_in(kind)] for kind in family.stand_ins}
+    having: dict[UnitKind, BlockKind] = {kind: family.having(kind) for kind in UNIT_KINDS}
+    others = {
+        kind: _OTHER_STAND_INS[kind, blocks.stand_in(kind)]
+        for kind, blocks in having.items()
+        if blocks.stand_in(kind) != "nothing"
+    }
     text = "".join(each for _, each in others.values()) + "\n\n_HALVES = {\n"
     for kind in UNIT_KINDS:
         stand_in = others[kind][0] if kind in others else "_NoAttn" if kind == "attention" else "_NoMlp"
-        names = dict.fromkeys(family.norms[kind], "nn.Identity")
-        names |= dict.fromkeys(family.sublayer_modules(kind), stand_in)
+        names = dict.fromkeys(having[kind].norms.get(kind, ()), "nn.Identity")
+        names |= dict.fromkeys(having[kind].sublayer_modules(kind), stand_in)
         text += f'    "{kind}": {{' + ", ".join(f'"{name}": {made}' for name, made in names.items()) + "},\n"
     return text + "}\n"
 
@@ -228,18 +241,17 @@ def _models(family: Family, bases: str) -> str:
     """Write our classes of each model type, from the one that holds the blocks outward; the last one has `bases`."""
     text = ""
     for classes in family.classes.values():
-        child = f"_layers({classes.layer}, config)"
-        path = reversed(family.blocks_module.split("."))
+        path = list(reversed(family.blocks_module.split(".")))
+        child = f"_layers({classes.layer or f'self.{path[0]}'}, config)"
         for left, (stock, attribute) in enumerate(zip(classes.chain, path, strict=True), start=1 - len(classes.chain)):
             suffix = {0: "ForCausalLM", -1: "Model"}.get(left, stock.removeprefix(classes.stem))
             name = class_name(classes, suffix)
+            built = _WITHOUT if classes.layer else _WITH
             text += f"""
 
 class {name}({bases if left == 0 else ""}{stock}):
     def __init__(self, config):
-        with _without_layers(config):
-            super().__init__(config)
-        self.{attribute} = {child}
+{built}        self.{attribute} = {child}
         self.post_init()
 """
             child = f"{name}(config)"
@@ -252,13 +264,26 @@ def _text_v1(family: Family) -> str:
 
 def modeling_source(family: Family, *, narrow: bool = False) -> str:
     """Write the text that is current for `family`; with `narrow` that for checkpoints with fewer value channels."""
-    layers = _LAYERS.replace("layer.self_attn", f"layer.{family.attention_module}")
+    attention = family.having("attention").attention_module or "self_attn"
+    layers = _LAYERS.replace("layer.self_attn", f"layer.{attention}")
+    if any(classes.layer is None for classes in family.classes.values()):
+        layers = layers.replace("(layer_class, config)", "(stock, config)").replace("layer_class(", "type(stock[i])(")
+    if any(kind.attention_module is None for kind in family.kinds):
+        layers = _with_mixers(layers, f"layer.{attention}")
     if family.attention_reads_widths:
         layers = _LAYER_CONFIG + layers.replace(".config = config", ".config = _LayerConfig(configs[i], config)")
     if narrow:
         layers = _with_narrow_values(family, layers)
     helpers = _registration(family) + WITHOUT_LAYERS + _NO_SUBLAYERS + _sublayers(family) + layers
     return _HEADER + imports(family) + helpers + _models(family, "_LazyStaticCache, ")
+
+
+def _with_mixers(layers: str, attention: str) -> str:
+    """Ask each block whether it has attention; those without it count as well, since caches have their entries."""
+    module, _, name = attention.rpartition(".")
+    told = f"            {attention}.config ="
+    assert told in layers
+    return layers.replace(told, f'            if hasattr({module}, "{name}"):\n                {attention}.config =')
 
 
 def _with_narrow_values(family: Family, layers: str) -> str:

@@ -65,11 +65,19 @@ def removed_entry(removed: Sequence[frozenset[UnitKind]]) -> dict[str, list[Unit
     return {str(i): [kind for kind in UNIT_KINDS if kind in kinds] for i, kinds in enumerate(removed) if kinds}
 
 
-def check_attention_can_go(config: Any) -> None:
+def check_attention_can_go(config: Any, *, everywhere: bool) -> None:
     """Raise UnsupportedError if the attention of blocks differs in kind; `config` is the stock config object.
 
-    Caches have one entry per attention that is left, and take each entry's kind from the block of that number.
+    `everywhere` says whether all blocks have attention. Caches have one entry per attention that is left, and take each
+    entry's kind from the block of that number.
     """
+    if not everywhere:
+        raise UnsupportedError(
+            "attention cannot be removed from a model whose blocks do not all have it",
+            got=config.model_type,
+            wanted="attention in all blocks",
+            do="remove whole sublayers with --scope mlp only",
+        )
     types = getattr(config, "layer_types", None) or []
     if len(set(types)) > 1:
         raise UnsupportedError(

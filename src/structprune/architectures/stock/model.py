@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ from structprune.architectures.stock.tiled_attention import TILED
 from structprune.architectures.traced.checks import check_description
 from structprune.architectures.traced.lookup import is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.writer import FileForm
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
-from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, UnitKind
+from structprune.kinds import SUBLAYER_KINDS
+from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, SublayerKind, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +75,7 @@ class StockModel:
             reader = reader.with_config(usable)
             self.block_configs: tuple[PretrainedConfig, ...] = self._split_config(reader)
             self.family.check(self.config)
-            self.groups = self.family.groups(self.config, self.head_units)
-            self.stages: tuple[Stage, ...] = self.family.stages(self.config)
+            self.groups: tuple[UnitGroup, ...] = self._global_groups()
             self.removed: RemovedSublayers = self._read_removed(reader)
             self.sliced = SLICED_ENTRY in reader.config
             with torch.device("meta"):
@@ -119,7 +121,7 @@ class StockModel:
         where = str(reader.directory / "config.json")
         removed = removed_sublayers(reader.config, self.config.num_hidden_layers, where)
         if any("attention" in kinds for kinds in removed):
-            check_attention_can_go(self.config)
+            check_attention_can_go(self.config, everywhere=self.family.attends_everywhere)
         return removed
 
     def _fit_skeleton(self) -> None:
@@ -133,14 +135,12 @@ class StockModel:
         layer_class: Any = type(self.skeleton.get_submodule(f"{self.family.blocks_module}.{index}"))
         with torch.device("meta"):
             layer: nn.Module = layer_class(config, layer_idx=index)
-            self.family.unstack(layer, config)
+            self.family.at(index).unstack(layer, config)
         narrow_values(layer, config, self.family)
-        for group in self.groups:
-            if group.kind in self.removed[index] or group.kind in removed:
-                for name in self.family.sublayer_modules(group.kind):
-                    layer.set_submodule(name, STAND_INS[group.kind][self.family.stand_in(group.kind)]())
-                for name in group.norm_modules:
-                    layer.set_submodule(name, nn.Identity())
+        gone: set[UnitKind] = {*self.removed[index], *removed}
+        for kind in gone:
+            for name, module in self._stand_ins(index, kind).items():
+                layer.set_submodule(name, module)
         if self.sliced:
             for name in SHORTCUTS.values():
                 layer.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False, device="meta"))
@@ -151,11 +151,21 @@ class StockModel:
         family, skeleton = self.family, self.skeleton
         base: str = skeleton.base_model_prefix  # pyright: ignore[reportAssignmentType]
         view = with_stock_names(
-            reader, base=base, head=family.head_module, renamed=family.renamed, experts=family.experts
+            reader, base=base, head=family.head_module, renamed=family.renamed, experts=family.mixture
         )
-        if len(view.shapes) != len(reader.shapes):
+        stacked = family.mixture is not None and family.mixture.written_stacked
+        if len(view.shapes) != len(reader.shapes) and not stacked:
             self.notes += ("experts are stored stacked; the output has one tensor for each map of each expert",)
         return view
+
+    def file_form(self, *, per_layer: bool) -> FileForm:
+        """How tensors lie in an output's files: under the source's names, or as our own modelling file needs them.
+
+        transformers translates old names for its own classes only.
+        """
+        mixture = self.family.mixture
+        stacking = mixture.stacking if mixture is not None and mixture.written_stacked else None
+        return FileForm(name=str if per_layer else self.reader.stored_name, stacking=stacking)
 
     def _read_tied(self, reader: CheckpointReader) -> CheckpointReader:
         """Read a tied embedding and head as stock code does: one tensor where both are equal or one is missing.
@@ -193,7 +203,7 @@ class StockModel:
             shapes = {n.removeprefix(prefix): s for n, s in expected.items() if n.startswith(prefix)}
             groups = tuple(
                 group
-                for group in self.family.groups(self.block_configs[index], self.head_units)
+                for group in self.family.at(index).groups(self.block_configs[index], self.head_units)
                 if group.kind not in self.removed[index]
             )
             blocks.append(BlockLayout(index=index, prefix=prefix, shapes=shapes, groups=groups))
@@ -233,7 +243,7 @@ class StockModel:
         classes divide by some of them, and what is removed is said to `block`. Raises UnsupportedError if the config
         cannot say so, or for every block if the source's blocks differ or a sublayer would be removed.
         """
-        if index is None and any(block.groups != self.groups for block in self.layout.blocks):
+        if index is None and not self.has_even_blocks:
             raise UnsupportedError(
                 "the blocks of the source have different widths, so one config cannot describe them",
                 do="write the per-layer format",
@@ -278,31 +288,64 @@ class StockModel:
             compute_buffers(layer, index, own, next(iter(tensors.values())).device)
         return SlicedLayer(layer) if self.sliced else layer
 
-    def adds_in_place(self, kind: UnitKind) -> bool:
-        """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
-        return self.family.stand_in(kind) == "zeros"
+    def _global_groups(self) -> tuple[UnitGroup, ...]:
+        """Return the groups of each kind in the first kind of blocks that has some, by the global config."""
+        found: dict[UnitKind, tuple[UnitGroup, ...]] = {}
+        for blocks in self.family.kinds:
+            groups = blocks.groups(self.config, self.head_units)
+            for kind in UNIT_KINDS:
+                own = tuple(group for group in groups if group.kind == kind)
+                if own and (kind not in found or not found[kind][0].config_fields):
+                    found[kind] = own
+        return tuple(group for groups in found.values() for group in groups)
 
-    def stage_of(self, kind: UnitKind) -> Stage:
-        """Return the stage that the sublayer belongs to."""
-        return next(stage for stage in self.stages if kind in stage)
+    @property
+    def has_even_blocks(self) -> bool:
+        """Whether all blocks have the widths that the global config says, and all of their sublayers."""
+        return all(
+            block.groups == self.family.at(block.index).groups(self.config, self.head_units)
+            for block in self.layout.blocks
+        )
+
+    def adds_in_place(self, index: int, kind: UnitKind) -> bool:
+        """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
+        return self.family.at(index).stand_in(kind) == "zeros"
+
+    def stages_of(self, index: int) -> tuple[Stage, ...]:
+        """Return the stages of block `index`, with the sublayers that are removed from it."""
+        return self.family.at(index).stages(self.config)
+
+    def stage_of(self, index: int, kind: SublayerKind) -> Stage:
+        """Return the stage of block `index` that the sublayer belongs to."""
+        return next(stage for stage in self.stages_of(index) if kind in stage)
+
+    def has_sublayer(self, index: int, kind: SublayerKind) -> bool:
+        """Whether block `index` has this sublayer, with units or without."""
+        return kind not in self.removed[index] and any(kind in stage for stage in self.stages_of(index))
+
+    @property
+    def num_stages(self) -> Mapping[Stage, int]:
+        """Stage -> how many blocks have it."""
+        return Counter(stage for index in range(len(self.block_configs)) for stage in self.stages_of(index))
+
+    def _stand_ins(self, index: int, kind: SublayerKind) -> dict[str, nn.Module]:
+        """Build what stands for each module of a sublayer of block `index` that is not there."""
+        modules = self.family.at(index).stand_in_modules(kind)
+        return {name: nn.Identity() if each is None else STAND_INS[kind][each]() for name, each in modules.items()}
 
     @contextmanager
-    def stage(self, block: nn.Module, stage: Stage) -> Generator[None]:
-        """Restrict `block` to the sublayers of `stage` inside the context: `block(h)` is `h` plus what they add.
+    def stage(self, block: nn.Module, index: int, stage: Stage) -> Generator[None]:
+        """Restrict `block`, of number `index`, to the sublayers of `stage` inside the context.
 
-        All stages in turn are the block. A sublayer that is removed from the block adds nothing.
+        There `block(h)` is `h` plus what they add. All stages in turn are the block. A sublayer that is removed from
+        the block adds nothing.
         """
         outside: dict[str, nn.Module] = {}
-        for kind in UNIT_KINDS:
+        for kind in SUBLAYER_KINDS:
             if kind not in stage:
-                # The sublayer's norms would be computed for nothing: they are half as dear as its products.
-                stand_ins = dict.fromkeys(
-                    self.family.sublayer_modules(kind), STAND_INS[kind][self.family.stand_in(kind)]
-                )
-                stand_ins |= dict.fromkeys(self.family.norms[kind], nn.Identity)
-                for name, stand_in in stand_ins.items():
+                for name, stand_in in self._stand_ins(index, kind).items():
                     outside[name] = block.get_submodule(name)
-                    block.set_submodule(name, stand_in())
+                    block.set_submodule(name, stand_in)
         try:
             yield
         finally:

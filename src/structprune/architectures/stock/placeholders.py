@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from structprune.architectures.family import StandIn
-from structprune.types import UnitKind
+from structprune.types import SublayerKind
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
@@ -52,6 +52,13 @@ class _NoMlp(nn.Module):
         return x.new_zeros(())
 
 
+class _NoMixer(nn.Module):
+    """Stand-in for what mixes positions otherwise than attention does: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
 class _ZeroMlp(nn.Module):
     """Stand-in for an MLP to whose output others are added in place."""
 
@@ -73,9 +80,10 @@ class _StreamMlp(nn.Module):
         return residual
 
 
-STAND_INS: Mapping[UnitKind, Mapping[StandIn, type[nn.Module]]] = {
+STAND_INS: Mapping[SublayerKind, Mapping[StandIn, type[nn.Module]]] = {
     "attention": {"nothing": _NoAttention, "stream": _StreamAttention},
     "mlp": {"nothing": _NoMlp, "zeros": _ZeroMlp, "stream": _StreamMlp},
+    "mixer": {"nothing": _NoMixer, "pair": _NoAttention},
 }
 
 

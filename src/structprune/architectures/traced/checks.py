@@ -9,7 +9,7 @@ Shape suffixes: B sequences, S positions, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -20,11 +20,12 @@ from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers
+from structprune.architectures.traced.mixture import Mixture
 from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference, with_units
 from structprune.architectures.traced.surroundings import look_around, token_ids
 from structprune.architectures.units import compact
 from structprune.errors import StructPruneError, UnsupportedError, first_line
-from structprune.types import UNIT_KINDS, HeadUnits, ModelLayout, Stage, UnitGroup, UnitKind
+from structprune.types import HeadUnits, ModelLayout, Stage, UnitGroup, UnitKind
 
 
 class Inputs(Protocol):
@@ -39,8 +40,6 @@ class Pieces(Protocol):
 
     config: PretrainedConfig
     family: Family
-    groups: tuple[UnitGroup, ...]
-    stages: tuple[Stage, ...]
     removed: RemovedSublayers
     head_units: HeadUnits
     skeleton: nn.Module
@@ -50,7 +49,8 @@ class Pieces(Protocol):
     def head_tensors(self) -> list[str]: ...
     def embed(self, ids_BS: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Inputs]: ...
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module: ...
-    def stage(self, block: nn.Module, stage: Stage) -> AbstractContextManager[None]: ...
+    def stages_of(self, index: int) -> tuple[Stage, ...]: ...
+    def stage(self, block: nn.Module, index: int, stage: Stage) -> AbstractContextManager[None]: ...
     def block(
         self,
         index: int,
@@ -79,10 +79,9 @@ def _check(stock: Pieces) -> None:
     try:
         small = _Small(stock)
         small.check_logits()
-        small.check_stages()
-        for group in small.groups:
-            if group.config_fields and group.num_units > 1:
-                small.check_removal(group)
+        for index in small.firsts:
+            small.check_stages(index)
+            small.check_removal(index)
     except StructPruneError:
         raise
     except Exception as error:
@@ -106,24 +105,32 @@ class _Small:
             vocab_size=self._around.config.vocab_size,
             outer_tensors={name: shapes[name] for name in stock.layout.outer_tensors},
         )
-        self._block_of = SmallBlock(self._around, stock.groups)
-        self._config, self._tensors = self._block_of.config, self._block_of.tensors
-        self.groups = stock.family.groups(self._config, stock.head_units)
+        self.firsts = tuple(dict.fromkeys(self._around.kind_of))
+        self._small = {index: self._small_block(stock, index) for index in self.firsts}
         self._hidden_BSD, self._inputs = self._embed(0)
+
+    def _small_block(self, stock: Pieces, index: int) -> SmallBlock:
+        groups = stock.family.at(index).groups(self._around.config, "kv-group")
+        experts = stock.family.at(index).experts
+        parts = sum(group.expert is not None for group in groups)
+        mixture = None if experts is None else Mixture(experts=experts, num_experts=parts)
+        return SmallBlock(self._around, groups, index, mixture)
+
+    def _of(self, index: int) -> SmallBlock:
+        return self._small[self._around.kind_of[index]]
 
     def _embed(self, number: int) -> tuple[Tensor, Inputs]:
         names = self._stock.embedding_tensors()
         return self._stock.embed(token_ids(number), {name: self._outer[name] for name in names})
 
-    def _run(self, block: nn.Module, hidden_BSD: Tensor, index: int = 0) -> Tensor:
+    def _run(self, block: nn.Module, hidden_BSD: Tensor, index: int) -> Tensor:
         with torch.no_grad():
             output = block(hidden_BSD, **self._inputs.kwargs[index])
         return output[0] if isinstance(output, tuple) else output
 
-    def _block(
-        self, tensors: Mapping[str, Tensor], config: PretrainedConfig | None = None, index: int = 0
-    ) -> nn.Module:
-        return self._stock.block(index, tensors, self._config if config is None else config)
+    def _block(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        small = self._of(index)
+        return self._stock.block(index, small.tensors if tensors is None else tensors, small.config)
 
     def check_logits(self) -> None:
         """Compare the logits piece by piece with those of the stock model, a few of whose blocks are there.
@@ -135,63 +142,71 @@ class _Small:
             raise _differs(
                 self._stock, "hands its blocks more of the tokens than their hidden states", "other arguments"
             )
-        there = _some_blocks(self._around.config)
-        expected_BSV = self._around.logits({i: self._block_of.build(i, self._tensors) for i in there}, token_ids(0))
+        there = sorted({*_some_blocks(self._around.config), *self.firsts})
+        blocks = {index: self._of(index).build(index, self._of(index).tensors) for index in there}
+        expected_BSV = self._around.logits(blocks, token_ids(0))
         hidden_BSD = self._hidden_BSD
         for index in there:
-            hidden_BSD = self._run(self._block(self._tensors, index=index), hidden_BSD, index)
+            hidden_BSD = self._run(self._block(index), hidden_BSD, index)
         head = self._stock.head({name: self._outer[name] for name in self._stock.head_tensors()})
         with torch.no_grad():
             self._compare("computes other logits than its embedding, blocks and head", head(hidden_BSD), expected_BSV)
         other_BS = token_ids(0)
         other_BS[:, -1] = (other_BS[:, -1] + 1) % 100 + 3
-        later_BSV = self._around.logits({i: self._block_of.build(i, self._tensors) for i in there}, other_BS)
+        later_BSV = self._around.logits(blocks, other_BS)
         self._compare("lets tokens see later ones", later_BSV[:, :-1], expected_BSV[:, :-1])
 
-    def check_stages(self) -> None:
+    def check_stages(self, index: int) -> None:
         """Compare the stages one after the other with the block, and a removed sublayer with zeros. Raises as above."""
-        block = self._block(self._tensors)
-        expected_BSD = self._run(block, self._hidden_BSD)
+        block, small = self._block(index), self._of(index)
+        expected_BSD = self._run(block, self._hidden_BSD, index)
         hidden_BSD = self._hidden_BSD
-        for stage in self._stock.stages:
-            with self._stock.stage(block, stage):
-                hidden_BSD = self._run(block, hidden_BSD)
+        for stage in self._stock.stages_of(index):
+            with self._stock.stage(block, index, stage):
+                hidden_BSD = self._run(block, hidden_BSD, index)
         self._compare("is not one sublayer after the other", hidden_BSD, expected_BSD)
-        for kind in UNIT_KINDS:
-            group = next(group for group in self.groups if group.kind == kind)
-            without = self._stock.block(0, self._kept_tensors(group), self._config, removed=(kind,))
+        groups = self._stock.family.at(index).groups(small.config, "kv-group")
+        for kind in _kinds(groups):
+            (group, *_) = own = [each for each in groups if each.kind == kind]
+            gone = (group.module_prefix, *(f"{module}." for module in group.norm_modules))
+            left = {name: tensor for name, tensor in small.tensors.items() if not name.startswith(gone)}
+            zeros = [name for each in own for name in (each.consumer.tensor, each.consumer_bias) if name is not None]
             self._compare(
                 f"is not the same without its {kind} as with zeros there",
-                self._run(without, self._hidden_BSD),
-                self._run(self._block(self._block_of.zeroed(group)), self._hidden_BSD),
+                self._run(self._stock.block(index, left, small.config, removed=(kind,)), self._hidden_BSD, index),
+                self._run(self._block(index, small.zeroed(zeros)), self._hidden_BSD, index),
             )
 
-    def _kept_tensors(self, group: UnitGroup) -> dict[str, Tensor]:
-        gone = (group.module_prefix, *(f"{module}." for module in group.norm_modules))
-        return {name: tensor for name, tensor in self._tensors.items() if not name.startswith(gone)}
-
-    def check_removal(self, group: UnitGroup) -> None:
-        """Compare the block without half the units with the block that has zeros for them. Raises as above."""
-        keep_units = torch.arange(1, group.num_units, 2)
-        gone = torch.arange(0, group.num_units, 2)
-        part = group.consumer
-        masked = {
-            **self._tensors,
-            part.tensor: self._tensors[part.tensor].index_fill(part.axis, part.indices(gone), 0),
-        }
-        config = with_units(self._config, (group,), {group.kind: len(keep_units)})
-        smaller = self._block(compact(self._tensors, group, keep_units), config)
-        self._compare(
-            f"does not compute without {group.kind} units what it computes with zeros for them",
-            self._run(smaller, self._hidden_BSD),
-            self._run(self._block(masked), self._hidden_BSD),
-        )
+    def check_removal(self, index: int) -> None:
+        """Compare the block without half the units of a kind with that of zeros for them. Raises as above."""
+        small = self._of(index)
+        groups = self._stock.family.at(index).groups(small.config, self._stock.head_units)
+        for kind in _kinds(groups):
+            own = [group for group in groups if group.kind == kind]
+            count = own[0].num_units
+            if not own[0].config_fields or count == 1:
+                continue
+            masked, cut = dict(small.tensors), dict(small.tensors)
+            for group in own:
+                part, gone = group.consumer, torch.arange(0, count, 2)
+                masked[part.tensor] = masked[part.tensor].index_fill(part.axis, part.indices(gone), 0)
+                cut = compact(cut, group, torch.arange(1, count, 2))
+            config = with_units(small.config, own[:1], {kind: count // 2})
+            self._compare(
+                f"does not compute without {kind} units what it computes with zeros for them",
+                self._run(self._stock.block(index, cut, config), self._hidden_BSD, index),
+                self._run(self._block(index, masked), self._hidden_BSD, index),
+            )
 
     def _compare(self, what: str, found: Tensor, expected: Tensor) -> None:
         difference = relative_difference(found, expected)
         # Not `difference > tolerance`: what is not a number is no equality.
         if not difference <= TOLERANCE:
             raise _differs(self._stock, what, f"a difference of {difference:.1e} of the largest value")
+
+
+def _kinds(groups: Iterable[UnitGroup]) -> list[UnitKind]:
+    return list(dict.fromkeys(group.kind for group in groups))
 
 
 def _some_blocks(config: PretrainedConfig) -> list[int]:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from structprune.architectures.stock.experts import split_experts
 from structprune.architectures.stock.placeholders import parameters_on_meta
+from structprune.architectures.traced.mixture import Mixture
 from structprune.architectures.traced.surroundings import Surroundings, random_tensor
 from structprune.architectures.traced.widths import shapes_of
 from structprune.types import UnitGroup, UnitKind
@@ -24,31 +26,62 @@ _FEW: Mapping[UnitKind, int] = {"attention": 2, "mlp": 16}
 
 
 class SmallBlock:
-    """Config and weights of a stock block with few units, as far as its config can say so few."""
+    """Config and weights of the stock block `index` with few units, as far as its config can say so few.
 
-    def __init__(self, around: Surroundings, groups: Sequence[UnitGroup]) -> None:
-        self._around = around
+    A mixture has few experts. Weights go by the names that the experts have one by one.
+    """
+
+    def __init__(self, around: Surroundings, groups: Sequence[UnitGroup], index: int, mixture: Mixture | None) -> None:
+        self._around, self.index = around, index
+        self._experts = None if mixture is None else mixture.experts
         few: dict[UnitKind, int] = {
             group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields
         }
         self.config = with_units(around.config, groups, few)
+        self._take_few_experts(mixture)
         generator = torch.Generator().manual_seed(1)
-        shapes = shapes_of(self.build(0, None))
-        self.tensors = {name: random_tensor(shape, generator) for name, shape in shapes.items()}
+        layer = self._stock(index)
+        if self._experts is not None:
+            split_experts(layer, self._experts)
+        self.tensors = {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
 
-    def build(self, index: int, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Build the stock layer as stock code does, with its own buffers; parameters on `meta` without `tensors`."""
+    def _take_few_experts(self, mixture: Mixture | None) -> None:
+        """Leave as few experts as stock code takes, of those that tokens are sent to."""
+        if mixture is None or not mixture.experts.count_field:
+            return
+        chosen = getattr(self.config, mixture.experts.chosen_field, None) or 1
+        for count in (max(4, 2 * chosen), mixture.num_experts):
+            if count > mixture.num_experts:
+                continue
+            setattr(self.config, mixture.experts.count_field, count)
+            layer = self._stock(self.index)
+            generator = torch.Generator().manual_seed(1)
+            tensors = {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
+            layer.load_state_dict(tensors, strict=True, assign=True)
+            try:
+                self.run(layer)
+            except Exception:
+                continue
+            return
+
+    def _stock(self, index: int) -> nn.Module:
+        """Build the stock layer as stock code does, with its own buffers, parameters on `meta`."""
         layer_class: Any = type(self._around.blocks[index])
         with parameters_on_meta():
             layer: nn.Module = layer_class(self.config, layer_idx=index).eval()
-        if tensors is not None:
-            layer.load_state_dict(dict(tensors), strict=True, assign=True)
+        return layer.requires_grad_(False)
+
+    def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Build the stock layer with these weights, for number `index`."""
+        layer = self._stock(index)
+        stacked = tensors if self._experts is None else self._experts.stacking.stack(tensors)
+        layer.load_state_dict(dict(stacked), strict=True, assign=True)
         return layer.requires_grad_(False)
 
     def run(self, block: nn.Module) -> Tensor:
-        """Run `block` in the place of the first one."""
+        """Run `block` in its place."""
         with torch.no_grad():
-            output = block(self._around.hidden_BSD, **self._around.block_kwargs[0])
+            output = block(self._around.hidden_BSD, **self._around.block_kwargs[self.index])
         return output[0] if isinstance(output, tuple) else output
 
     def output_scale(self, group: UnitGroup, others: Mapping[str, type[nn.Module]]) -> float | None:
@@ -58,8 +91,9 @@ class SmallBlock:
         """
         outputs: list[Tensor] = []
         found: list[Tensor] = []
-        for tensors in (self.tensors, self.zeroed(group)):
-            block = self.build(0, tensors)
+        zeros = [group.consumer.tensor, *([group.consumer_bias] if group.consumer_bias is not None else [])]
+        for tensors in (self.tensors, self.zeroed(zeros)):
+            block = self.build(self.index, tensors)
             for name, stand_in in others.items():
                 block.set_submodule(name, stand_in())
             block.get_submodule(group.consumer_module).register_forward_hook(lambda *args: outputs.append(args[2]))
@@ -73,14 +107,18 @@ class SmallBlock:
         return next((value for value in (1.0, *said) if abs(value - scale) <= TOLERANCE * abs(scale)), scale)
 
     def is_numbered(self) -> bool:
-        """Whether some block, with the same weights and arguments, differs from the first one by its number alone.
+        """Whether some block of the kind, with the same weights and arguments, differs from its first by number alone.
 
         Blocks that a list in the config tells from the first one are left out: they differ by what the list says.
         """
         count = len(self._around.blocks)
         lists = [each for each in self.config.to_dict().values() if isinstance(each, list) and len(each) == count]
-        alike = [index for index in range(1, count) if all(each[index] == each[0] for each in lists)]
-        first_BSD = self.run(self.build(0, self.tensors))
+        alike = [
+            index
+            for index, kind in enumerate(self._around.kind_of)
+            if kind == self.index != index and all(each[index] == each[self.index] for each in lists)
+        ]
+        first_BSD = self.run(self.build(self.index, self.tensors))
         some = {*alike[:2], *alike[-2:]}
         return any(not torch.equal(self.run(self.build(index, self.tensors)), first_BSD) for index in some)
 
@@ -88,7 +126,7 @@ class SmallBlock:
         """Whether an MLP's last map reads activation(up x), or activation(gate x) up x, with this activation."""
         assert group.up_module is not None
         seen: dict[str, Tensor] = {}
-        block = self.build(0, self.tensors)
+        block = self.build(self.index, self.tensors)
         for module in (group.up_module, *([group.gate_module] if group.gate_module is not None else [])):
             block.get_submodule(module).register_forward_hook(partial(_keep_output, seen, module))
         block.get_submodule(group.consumer_module).register_forward_pre_hook(partial(_keep_input, seen))
@@ -99,10 +137,12 @@ class SmallBlock:
             expected = activation(up) if group.gate_module is None else activation(seen[group.gate_module]) * up
         return relative_difference(seen[_READ], expected) <= TOLERANCE
 
-    def zeroed(self, group: UnitGroup) -> dict[str, Tensor]:
-        """Return the weights with zeros where the group's consumer adds to the stream."""
-        names = (group.consumer.tensor, *([group.consumer_bias] if group.consumer_bias is not None else []))
-        return {**self.tensors, **{name: torch.zeros_like(self.tensors[name]) for name in names}}
+    def zeroed(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the weights with zeros for these tensors, and for all of the experts where one of theirs is named."""
+        zeros = set(names)
+        if self._experts is not None and any(name.startswith(f"{self._experts.module}.") for name in names):
+            zeros |= {name for name in self.tensors if name.startswith(f"{self._experts.module}.")}
+        return {name: torch.zeros_like(each) if name in zeros else each for name, each in self.tensors.items()}
 
 
 def _keep_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: object, output: Tensor) -> None:

@@ -38,6 +38,8 @@ class Surroundings:
     model: Any
     blocks: nn.ModuleList
     """The stock blocks, parameters on `meta`; `model` has others in their place while it runs."""
+    kind_of: tuple[int, ...]
+    """Number of each block -> the first block of its kind: of its class, with tensors of the same names and shapes."""
     blocks_module: str
     embedding_modules: tuple[str, ...]
     position_module: str | None
@@ -126,7 +128,6 @@ def look_around(config: PretrainedConfig) -> Surroundings:
     with parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(small, trust_remote_code=False).eval().requires_grad_(False)
     blocks_module, blocks = _blocks(model, small.num_hidden_layers)
-    _check_kinds(model, blocks)
     _draw_outer(model, blocks_module)
     head_module = _name_of(model, model.get_output_embeddings(), "head")
     first_embedding = _name_of(model, model.get_input_embeddings(), "token embedding")
@@ -140,6 +141,7 @@ def look_around(config: PretrainedConfig) -> Surroundings:
         config=small,
         model=model,
         blocks=blocks,
+        kind_of=_kinds(blocks),
         blocks_module=blocks_module,
         embedding_modules=(first_embedding, *(name for name in before if name != first_embedding)),
         position_module=_position_module(model, calls.bare),
@@ -181,8 +183,10 @@ def _recorded(
     model: Any, blocks_module: str, blocks: nn.ModuleList, *, stops_at: int, returns_tuple: bool
 ) -> list[Recorder]:
     """Run the model as far as a block, and return what stood for its blocks."""
-    names = list(inspect.signature(type(blocks[0]).forward).parameters)[2:]
-    recorders = [Recorder(names, index == stops_at, returns_tuple) for index in range(len(blocks))]
+    recorders = [
+        Recorder(list(inspect.signature(type(block).forward).parameters)[2:], index == stops_at, returns_tuple)
+        for index, block in enumerate(blocks)
+    ]
     try:
         with torch.no_grad():
             _with_blocks(model, blocks_module, recorders, token_ids(0))
@@ -207,6 +211,8 @@ def _returns_tuple(model: Any, block: nn.Module, recorder: Recorder) -> bool:
 def _with_few_tokens(config: PretrainedConfig) -> PretrainedConfig:
     small = copy.deepcopy(config)
     small.vocab_size = VOCAB_SIZE
+    # The product of experts that asks for no kind of machine, and for no numbers.
+    small._experts_implementation = "batched_mm"  # pyright: ignore[reportPrivateUsage]
     # Numbers that are computed as a model is built would be rounded to the type of its weights.
     small.dtype = torch.float32
     if isinstance(small.pad_token_id, int) and small.pad_token_id >= VOCAB_SIZE:
@@ -215,30 +221,25 @@ def _with_few_tokens(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
-    """Find the list of as many modules of one class as there are blocks, the one with most parameters."""
+    """Find the list of as many modules as there are blocks, the one with most parameters."""
     lists = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(each) for each in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        raise _not_described("it has no list of blocks of one class", model, f"num_hidden_layers {count}")
+        raise _not_described("it has no list of blocks", model, f"num_hidden_layers {count}")
     _, name, module = max(lists, key=lambda each: each[0])
     return name, module
 
 
-def _check_kinds(model: Any, blocks: nn.ModuleList) -> None:
-    """Raise UnsupportedError for blocks with tensors of different names or shapes, and for mixtures of experts."""
-    first = shapes_of(blocks[0])
-    for index, block in enumerate(blocks):
-        if (found := shapes_of(block)) != first:
-            different = sorted(name for name in {*found, *first} if found.get(name) != first.get(name))
-            got = f"block 0 and block {index}: {different[0]}"
-            raise _not_described("it has blocks of different kinds", model, got)
-    stacked = [name for name, shape in first.items() if len(shape) == 3 and min(shape) > 1 and "conv" not in name]
-    lists = [name for name, module in blocks[0].named_modules() if isinstance(module, nn.ModuleList)]
-    if found_experts := [*stacked, *lists]:
-        raise _not_described("it is a mixture of experts", model, found_experts[0])
+def _kinds(blocks: nn.ModuleList) -> tuple[int, ...]:
+    """Return for each block the first one of its class that has tensors of the same names and shapes."""
+    firsts: dict[Any, int] = {}
+    return tuple(
+        firsts.setdefault((type(block), tuple(sorted(shapes_of(block).items()))), index)
+        for index, block in enumerate(blocks)
+    )
 
 
 def _draw_outer(model: Any, blocks_module: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,12 +49,14 @@ def shapes_of(block: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
 
 
-def width_entries(config: PretrainedConfig, build: BuildBlock, count: CountUnits, group: UnitGroup) -> WidthEntries:
-    """Find the entries of `group`, one or two; two are those of heads that share others.
+def width_entries(
+    config: PretrainedConfig, build: BuildBlock, count: CountUnits, groups: Sequence[UnitGroup]
+) -> WidthEntries:
+    """Find the entries of the first of `groups`, with which all of them change; one or two, two of heads that share.
 
     What a group of attention needs beside them is the size of a head. `count` reads the graph of the block of a config.
     """
-    before = shapes_of(build(config))
+    before, group = shapes_of(build(config)), groups[0]
     entries = dict(_relevant(config, build, before, group.num_units))
     fixed: list[Mapping[str, int]] = [{}]
     for how_many in (1, 2):
@@ -65,7 +67,7 @@ def width_entries(config: PretrainedConfig, build: BuildBlock, count: CountUnits
                 shared = max(per_unit.values()) // min(per_unit.values())
                 fixed = [{"head_dim": group.consumer.width // shared}, {}]
             for beside in fixed:
-                if _gives(config, build, group, per_unit, beside, before) and _has_units(
+                if _gives(config, build, groups, per_unit, beside, before) and _has_units(
                     config, count, group.num_units * 2, per_unit, beside
                 ):
                     return WidthEntries(per_unit=per_unit, fixed=beside)
@@ -88,14 +90,18 @@ def _relevant(config: PretrainedConfig, build: BuildBlock, before: Shapes, num_u
 def _gives(
     config: PretrainedConfig,
     build: BuildBlock,
-    group: UnitGroup,
+    groups: Sequence[UnitGroup],
     per_unit: Mapping[str, int],
     fixed: Mapping[str, int],
     before: Shapes,
 ) -> bool:
     """Whether these entries give the block other numbers of units, and change nothing else."""
-    for num_units in {2 * group.num_units, max(1, group.num_units // 2), group.num_units}:
-        if _built(config, build, _values(num_units, per_unit, fixed)) != resized_shapes(before, group, num_units):
+    count = groups[0].num_units
+    for num_units in {2 * count, max(1, count // 2), count}:
+        expected = before
+        for group in groups:
+            expected = resized_shapes(expected, group, num_units)
+        if _built(config, build, _values(num_units, per_unit, fixed)) != expected:
             return False
     return True
 
@@ -104,7 +110,7 @@ def _has_units(
     config: PretrainedConfig, count: CountUnits, num_units: int, per_unit: Mapping[str, int], fixed: Mapping[str, int]
 ) -> bool:
     try:
-        return count(_changed(config, _values(num_units, per_unit, fixed))) == num_units
+        return count(changed(config, _values(num_units, per_unit, fixed))) == num_units
     except StructPruneError:
         return False
 
@@ -113,11 +119,12 @@ def _values(num_units: int, per_unit: Mapping[str, int], fixed: Mapping[str, int
     return {**fixed, **{name: factor * num_units for name, factor in per_unit.items()}}
 
 
-def _changed(config: PretrainedConfig, values: Mapping[str, object]) -> PretrainedConfig:
-    changed = copy.deepcopy(config)
+def changed(config: PretrainedConfig, values: Mapping[str, object]) -> PretrainedConfig:
+    """Return a config with other entries."""
+    result = copy.deepcopy(config)
     for name, value in values.items():
-        setattr(changed, name, value)
-    return changed
+        setattr(result, name, value)
+    return result
 
 
 def _built(config: PretrainedConfig, build: BuildBlock, values: Mapping[str, object]) -> Shapes | None:
@@ -126,7 +133,7 @@ def _built(config: PretrainedConfig, build: BuildBlock, values: Mapping[str, obj
         with warnings.catch_warnings():
             # Numbers that do not go together may leave tensors empty.
             warnings.simplefilter("ignore")
-            return shapes_of(build(_changed(config, values)))
+            return shapes_of(build(changed(config, values)))
     except Exception:
         # An entry that means something else may break the constructor in any way.
         return None

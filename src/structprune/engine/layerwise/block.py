@@ -142,7 +142,7 @@ def _advance(
             check_finite(output_BSD, block.index)
             store.write(start, output_BSD)
     else:
-        with context.stock.stage(module, stage):
+        with context.stock.stage(module, block.index, stage):
             propagator.run(module, block.index, store)
 
 
@@ -193,21 +193,22 @@ def _fill(
 ) -> None:
     """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
     received: list[Tensor] = []
+    zeros = context.stock.adds_in_place(block.index, group.kind)
     for start, _, hidden_BSD in read_ranges(streams, [*chain(*context.window_sets)]):
         with (
-            context.stock.stage(module, context.stock.stage_of(group.kind)),
-            tapped(module, group.consumer_module, received.append, zeros=context.stock.adds_in_place(group.kind)),
+            context.stock.stage(module, block.index, context.stock.stage_of(block.index, group.kind)),
+            tapped(module, group.consumer_module, received.append, zeros=zeros),
         ):
             streams.propagator.apply(module, block.index, hidden_BSD)
         put_inputs(inputs_NSI, start, received.pop())
 
 
 def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:
-    """List the stages of which the block has sublayers, each with these sublayers."""
+    """List the stages of which the block has sublayers, each with those that have units."""
     stages: list[tuple[Stage, list[UnitKind]]] = []
-    for stage in context.stock.stages:
-        sublayers: list[UnitKind] = [kind for kind in stage if block.has(kind)]
-        if sublayers:
+    for stage in context.stock.stages_of(block.index):
+        sublayers: list[UnitKind] = [kind for kind in UNIT_KINDS if kind in stage and block.has(kind)]
+        if sublayers or "mixer" in stage:
             stages.append((stage, sublayers))
     return stages
 

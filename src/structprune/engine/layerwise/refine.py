@@ -128,12 +128,13 @@ def _tokens(
     none_TD = torch.empty(0, context.stock.layout.hidden_size, device=context.device)
     inputs: list[Tensor] = [] if num_windows else [none_TD]
     targets: list[Tensor] = [] if num_windows else [none_TD]
+    zeros = context.stock.adds_in_place(block.index, group.kind)
     for start, stop, hidden_BSD in streams.propagator.read(streams.pruned, 0, num_windows):
         wanted_BSD = reference(start, stop)
         with (
-            context.stock.stage(sublayer, context.stock.stage_of("mlp")),
+            context.stock.stage(sublayer, block.index, context.stock.stage_of(block.index, "mlp")),
             observed(sublayer, group.up_module, inputs.append),
-            tapped(sublayer, group.consumer_module, lambda _: None, zeros=context.stock.adds_in_place(group.kind)),
+            tapped(sublayer, group.consumer_module, lambda _: None, zeros=zeros),
         ):
             residual_BSD = streams.propagator.apply(sublayer, block.index, hidden_BSD)
         targets.append(consumer_target(group, sublayer, wanted_BSD, residual_BSD))

@@ -82,11 +82,12 @@ def measure(
         group.name: context.accumulator(group.num_units * group.width, num_outputs=num_outputs) for group in groups
     }
     residual_energy, num_passed = 0.0, 0
-    zeros = context.stock.adds_in_place(sublayer.kind)
+    zeros = context.stock.adds_in_place(block.index, sublayer.kind)
     for start, stop, hidden_BSD in read_ranges(streams, windows):
         wanted_BSD = None if reference is None else reference(start, stop)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(context.stock.stage(module, context.stock.stage_of(sublayer.kind)))
+            stage = context.stock.stage_of(block.index, sublayer.kind)
+            stack.enter_context(context.stock.stage(module, block.index, stage))
             for group in groups:
                 receive = partial(inputs.__setitem__, group.name)
                 stack.enter_context(tapped(module, group.consumer_module, receive, zeros=zeros))
@@ -167,7 +168,7 @@ def follow_dense(
     if any(group.output_normed for group in groups):
         (group,) = groups
         return stage_output(context, block, group, module, streams, streams.dense, write=True)
-    with context.stock.stage(module, stage):
+    with context.stock.stage(module, block.index, stage):
         streams.propagator.run(module, block.index, streams.dense)
 
     return partial(streams.propagator.fetch, streams.dense)
@@ -190,8 +191,8 @@ def stage_output(
     outputs: list[Tensor] = []
 
     def output(start: int, stop: int) -> Tensor:
-        stage = context.stock.stage_of(group.kind)
-        with context.stock.stage(module, stage), captured(module, group.consumer_module, outputs.append):
+        stage = context.stock.stage(module, block.index, context.stock.stage_of(block.index, group.kind))
+        with stage, captured(module, group.consumer_module, outputs.append):
             hidden_BSD = streams.propagator.fetch(store, start, stop)
             stream_BSD = streams.propagator.apply(module, block.index, hidden_BSD)
         if write:

@@ -135,7 +135,7 @@ def execute_depth(context: RunContext) -> PruneReport:
     layout = context.stock.layout
     choice = _choose(context, num_removed(context.recipe.sparsity, layout))
     kept = [block.index for block in layout.blocks if block.index not in choice.removed]
-    writer = ModelWriter(context.run.shards, len(kept), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(kept), layout.blocks_module, context.file_form)
     outcome = _write_blocks(context, writer, kept, choice)
     config = shallower_config(context.reader.config, context.stock.config, kept)
     return finalize(context, writer, config, outcome, layout.block_parameters)

@@ -55,7 +55,7 @@ def expert_settings(
     Raises UnsupportedError for a model without experts or a setting without a meaning, InputError where fewer experts
     would be left than a token is sent to.
     """
-    experts = stock.family.experts
+    experts = stock.family.mixture
     if experts is None:
         raise UnsupportedError(
             f"method {method.name!r} removes experts of a mixture, and this model has none",
@@ -100,7 +100,7 @@ def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence
     def tensors_of(block: BlockLayout) -> BlockTensors:
         # Experts are alike, so it does not matter which ones stay.
         for name, shape in block.shapes.items():
-            if name == experts.router:
+            if name in experts.routers:
                 yield name, name, (keep, *shape[1:])
             elif not name.startswith(f"{experts.module}.") or _expert_number(name, experts) < keep:
                 yield name, name, shape
@@ -123,7 +123,7 @@ def execute_experts(context: RunContext) -> PruneReport:
     Raises NumericalError for weights or activations that are not finite, CheckpointError for unreadable tensors.
     """
     layout, experts = context.stock.layout, _experts(context.stock)
-    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     outcome = _prune_blocks(context, experts, writer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
     in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
@@ -176,7 +176,7 @@ def keep_experts(tensors: Mapping[str, Tensor], experts: Experts, kept: Sequence
     """Return a block's `tensors` (relative names) with the experts `kept` (ascending) alone, under new numbers."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name == experts.router:
+        if name in experts.routers:
             result[name] = tensor[list(kept)].contiguous()
         elif name.startswith(f"{experts.module}."):
             number, _, rest = name.removeprefix(f"{experts.module}.").partition(".")
@@ -268,7 +268,7 @@ def _statistics(context: RunContext, found: Saliency, kept: Sequence[int]) -> di
 
 
 def _experts(stock: StockModel) -> Experts:
-    experts = stock.family.experts
+    experts = stock.family.mixture
     assert experts is not None
     return experts
 

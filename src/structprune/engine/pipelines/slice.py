@@ -69,7 +69,7 @@ def execute_slice(context: RunContext) -> PruneReport:
     # Before the long pass: what cannot be written is refused here.
     config = sliced_config(context.reader.config, stock.config, stock.family, width, shortcuts=shortcuts)
     common_DK = None if shortcuts else _common_basis(context, width)
-    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     sliced = _slice_blocks(context, writer, width, common_DK)
 
     def finish() -> Result:
@@ -120,7 +120,7 @@ def _slice_blocks(context: RunContext, writer: ModelWriter, width: int, common_D
         state.propagator.run(module, block.index, state.stores["dense"])
         cuts = [Cut.of(state.carried)]
         for sublayer in _stream(context).sublayers:
-            with context.stock.stage(module, (sublayer.kind,)):
+            with context.stock.stage(module, block.index, (sublayer.kind,)):
                 after_cut = _CutBefore(context, module, cuts[-1])
                 moved = _moved(state.propagator, after_cut, block.index, state.stores["cut"])
                 del after_cut
@@ -185,7 +185,7 @@ def _common_basis(context: RunContext, width: int) -> Tensor:
         module = load_block(context, block)[1]
         total_DD = state.carried.tensors["total"]
         for sublayer in _stream(context).sublayers:
-            with context.stock.stage(module, (sublayer.kind,)):
+            with context.stock.stage(module, block.index, (sublayer.kind,)):
                 moved = _moved(state.propagator, module, block.index, state.stores["hidden"])
                 total_DD += _gram(context, map(_directions, moved), f"after block {block.index} {sublayer.kind}")
         return Visited(carried=Carried(tensors={"total": total_DD}))

@@ -34,7 +34,7 @@ def resolve_slice_settings(recipe: SliceRecipe, method: Method, stock: StockMode
             wanted="such as llama, mistral, qwen2",
             do="use another --method",
         )
-    if any(block.groups != stock.groups for block in stock.layout.blocks):
+    if not stock.has_even_blocks:
         raise UnsupportedError(
             "the source's blocks have different widths, or some lack a sublayer",
             wanted="blocks of one width",

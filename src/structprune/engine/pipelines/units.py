@@ -62,7 +62,7 @@ def execute(context: RunContext) -> PruneReport:
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
-    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.stored_name)
+    writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
     result = run_pass(context, pruning_pass(context, pruning, "prune"))
     outcome = Outcome(

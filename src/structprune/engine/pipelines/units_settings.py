@@ -46,7 +46,7 @@ def unit_settings(
         recipe = _with_widths(recipe, groups, stock)
     _check_constants(recipe.solver or method.solver, groups, stock)
     if _may_lose_attention(recipe, groups):
-        check_attention_can_go(stock.config)
+        check_attention_can_go(stock.config, everywhere=stock.family.attends_everywhere)
         check_numbers_can_change(stock.family)
     default = math.lcm(*(g.multiple_of for g in groups)) if recipe.widths.blocks else _default_multiple(groups)
     multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
@@ -269,7 +269,7 @@ def _check_correlations(recipe: UnitsRecipe, method: Method, score: str, allocat
 
 def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: int) -> bool:
     """Say whether blocks keep different widths whatever the allocator. Raises UnsupportedError if one was asked for."""
-    uneven = any(block.groups != stock.groups for block in stock.layout.blocks)
+    uneven = not stock.has_even_blocks
     if recipe.structure == Structure.UNIFORM:
         wanted = f"--structure {Structure.PER_LAYER}"
         if num_protected:
@@ -407,6 +407,12 @@ def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> 
                 f"method {method.name!r} does not prune {kind}",
                 got=f"--scope {recipe.scope}",
                 wanted=f"--scope {method.kinds[0]}",
+            )
+        if kind not in groups:
+            raise UnsupportedError(
+                f"no block of the model has {kind} whose units are described",
+                got=f"--scope {recipe.scope}",
+                wanted=f"--scope {' or '.join(groups)}" if groups else "a model with attention or MLPs",
             )
         if not groups[kind].config_fields:
             raise UnsupportedError(

@@ -25,6 +25,7 @@ from structprune.engine.planning.shapes import (
     logit_bytes,
     mask_bytes,
     num_scores,
+    one_of_each,
     repair_numbers,
     solver_windows,
     statistics_bytes,
@@ -33,7 +34,7 @@ from structprune.engine.planning.shapes import (
 )
 from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.workspace import iteration_bytes
-from structprune.phases import Phase, PhaseBytes, SublayerPhase
+from structprune.phases import Phase, PhaseBytes, SublayerPhase, largest
 from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
@@ -43,6 +44,12 @@ LIBRARY_BYTES = 64 * 2**20
 
 def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place, solves: Place) -> DevicePlan:
     """Plan the device's memory with micro-batches of `micro_batch` windows and sums and solves in these places."""
+    phases = largest(_phases(each, micro_batch, sums, solves) for each in one_of_each(request))
+    return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
+
+
+def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) -> PhaseBytes:
+    """Bound what each phase takes of the device with the block that is planned for."""
     item, hidden, seq_len = request.compute_dtype.itemsize, request.layout.hidden_size, request.seq_len
     block, vocab_size = widest_block(request), request.layout.vocab_size
     one_each = micro_batch * seq_len * item
@@ -119,7 +126,7 @@ def device_plan(request: PlanRequest, budget: int, micro_batch: int, sums: Place
                 # With the block as it was, which says what is to be met.
                 proposal = iteration_bytes(tokens, hidden, inputs, request.num_latents)
                 phases[Phase.ITERATE] = running + weights + proposal
-    return DevicePlan(budget_bytes=budget, phases=phases, sums=sums, solves=solves)
+    return phases
 
 
 def _repair_bytes(request: PlanRequest, block: BlockLayout, weights: int, head: int) -> int:

@@ -121,18 +121,16 @@ def result_tensors(
     `outer`: name -> (source's tensor whose dtype it has, shape) of what lies around them; by default as it is.
     """
     layout, dtypes = stock.layout, stock.reader.dtypes
-
-    def stored(name: str) -> str:
-        # As in a run's `stored_name`.
-        return name if recipe.per_layer else stock.reader.stored_name(name)
-
+    form = stock.file_form(per_layer=recipe.per_layer)
     around = {name: (name, shape) for name, shape in layout.outer_tensors.items()} if outer is None else outer
-    found = {stored(name): TensorForecast(shape=shape, dtype=dtypes[like]) for name, (like, shape) in around.items()}
+    shapes = {name: shape for name, (_, shape) in around.items()}
+    wanted = {form.file_name(name): dtypes[like] for name, (like, _) in around.items()}
     for number, block in enumerate(blocks):
         for name, like, shape in tensors_of(block):
             full = f"{layout.blocks_module}.{number}.{name}"
-            found[stored(full)] = TensorForecast(shape=shape, dtype=dtypes[block.prefix + like])
-    return found
+            shapes[full] = shape
+            wanted[form.file_name(full)] = dtypes[block.prefix + like]
+    return {name: TensorForecast(shape=shape, dtype=wanted[name]) for name, shape in form.stored_shapes(shapes).items()}
 
 
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
@@ -186,8 +184,13 @@ def output_config(
             source[group.bias_field] = True
     if recipe.per_layer:
         return per_layer_config(source, stock, kept)
-    widths = {kind: counts[0] for kind, counts in kept.items()}
-    return uniform_config(source, stock.groups, widths, stock.family)
+    counted = [
+        (group, kept[group.kind][block.index])
+        for block in stock.layout.blocks
+        for group in block.groups
+        if group.kind in kept
+    ]
+    return uniform_config(source, counted, stock.family)
 
 
 def _adds_bias(recipe: ResolvedUnits) -> bool:

@@ -27,6 +27,7 @@ from structprune.engine.planning.shapes import (
     kept_for_backward,
     new_bias_numbers,
     numel,
+    one_of_each,
     repair_numbers,
     solver_windows,
     statistics_bytes,
@@ -38,7 +39,7 @@ from structprune.engine.planning.work import planned_work
 from structprune.engine.planning.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
 from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
-from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest
+from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest, largest
 from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitGroup, UnitKind
 
@@ -124,16 +125,7 @@ def _refusal(smallest: PrunePlan, device: DevicePlan | None, budget: int) -> Mem
 def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePlan:
     """Plan the run with these settings, whether it fits or not; phases are in the order of the reports."""
     sizes = HostSizes(request=request, choice=choice)
-    phases = (
-        _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
-    )
-    if request.repair_windows:
-        phases |= _repair(sizes, phases[Phase.EMBED])
-    if request.slices != "no":
-        phases |= _slicing(sizes)
-    elif request.needs_statistics:
-        for kind, groups in by_kind(request.groups).items():
-            phases |= _pruning(sizes, kind, groups)
+    phases = largest(_phases(HostSizes(request=each, choice=choice)) for each in one_of_each(request))
     num_ranks = request.num_ranks
     model_bytes, added = sum(request.stored_bytes.values()), _added_by_slicing(sizes)
     return PrunePlan(
@@ -152,6 +144,22 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
         result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
         work=planned_work(request, choice),
     )
+
+
+def _phases(sizes: HostSizes) -> PhaseBytes:
+    """Bound what each phase takes with the block that is planned for."""
+    request = sizes.request
+    phases = (
+        _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
+    )
+    if request.repair_windows:
+        phases |= _repair(sizes, phases[Phase.EMBED])
+    if request.slices != "no":
+        phases |= _slicing(sizes)
+    elif request.needs_statistics:
+        for kind, groups in by_kind(request.groups).items():
+            phases |= _pruning(sizes, kind, groups)
+    return phases
 
 
 def _reading(sizes: HostSizes) -> PhaseBytes:

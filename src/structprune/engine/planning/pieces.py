@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from structprune.kinds import UnitKind
+from structprune.kinds import SublayerKind
 
 
 class What(StrEnum):
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     """One kind of work, of one kind of sublayer where that makes a difference."""
 
     what: What
-    kind: UnitKind | None = None
+    kind: SublayerKind | None = None
     """The first kind in it, for a stage."""
 
 

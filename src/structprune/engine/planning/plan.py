@@ -11,7 +11,7 @@ import torch
 from structprune.engine.planning.pieces import Work
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
 from structprune.phases import PhaseBytes
-from structprune.types import ModelLayout, Stage, UnitGroup, UnitKind
+from structprune.types import BlockLayout, ModelLayout, Stage, UnitGroup, UnitKind
 
 Place = Literal["device", "host"]
 
@@ -99,14 +99,16 @@ class PlanRequest:
 
     layout: ModelLayout
     groups: tuple[UnitGroup, ...]
-    """The groups in scope of the widest block."""
-    stages: tuple[Stage, ...] = (("attention",), ("mlp",))
-    """Sublayers of a block that read the same state of the stream, in the order of the forward pass."""
+    """The groups in scope of the block that is planned for."""
+    block: BlockLayout | None = None
+    """The block whose weights are in memory; None: the widest one."""
     stored_bytes: Mapping[str, int]
     """Checkpoint tensor name -> bytes."""
     stored_dtypes: Mapping[str, torch.dtype]
     """Two dtypes of one size are two: a weight in the other one is cast all the same."""
     compute_dtype: torch.dtype
+    num_stages: Mapping[Stage, int] = field(default_factory=dict[Stage, int])
+    """Sublayers of a block that read the same state of the stream -> how many blocks have such ones."""
     num_windows: int
     seq_len: int
     num_probe: int

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 
@@ -52,7 +53,21 @@ def solver_windows(num_windows: int, seq_len: int) -> int:
 
 def widest_block(request: PlanRequest) -> BlockLayout:
     """Return the block with the most parameters."""
-    return max(request.layout.blocks, key=lambda block: block.num_parameters)
+    return request.block or max(request.layout.blocks, key=lambda block: block.num_parameters)
+
+
+def one_of_each(request: PlanRequest) -> list[PlanRequest]:
+    """Return a request for the widest block of each sort, with its groups in scope: blocks of one sort have tensors of
+    the same names.
+    """
+    kinds = by_kind(request.groups)
+    sorts: dict[frozenset[str], BlockLayout] = {}
+    for block in sorted(request.layout.blocks, key=lambda block: block.num_parameters):
+        sorts[frozenset(block.shapes)] = block
+    return [
+        replace(request, block=block, groups=tuple(group for kind in kinds for group in block.groups_of(kind)))
+        for block in sorts.values()
+    ]
 
 
 def num_scores(request: PlanRequest) -> int:

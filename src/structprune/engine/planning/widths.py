@@ -235,11 +235,11 @@ def block_widths(stock: StockModel, kept: Mapping[str, Sequence[int]]) -> BlockW
 
 
 def are_even(stock: StockModel, kinds: Sequence[UnitKind], widths: BlockWidths) -> bool:
-    """Whether every block keeps as many units of a kind, and some: a config without entries per block can say it."""
-    kept = {
-        (group.kind, widths.kept(block.index, group.kind, group.num_units)) for block, group in sublayers(stock, kinds)
-    }
-    return len(kept) == len(kinds) and all(count for _, count in kept)
+    """Whether blocks that read the same config entries keep as many units, and some: one config can say it."""
+    kept = {(*group.config_fields, group.kind): set[int]() for _, group in sublayers(stock, kinds)}
+    for block, group in sublayers(stock, kinds):
+        kept[*group.config_fields, group.kind].add(widths.kept(block.index, group.kind, group.num_units))
+    return all(len(counts) == 1 and 0 not in counts for counts in kept.values())
 
 
 def sublayers(stock: StockModel, kinds: Sequence[UnitKind]) -> list[tuple[BlockLayout, UnitGroup]]:
@@ -284,7 +284,7 @@ def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[in
     """Return config entry -> number that the block will have. Removed sublayers have none."""
     sizes: dict[str, int] = {}
     # Units of query heads leave the KV heads as they are, and say nothing of them.
-    for group in stock.family.groups(stock.block_configs[block.index], "kv-group"):
+    for group in stock.family.at(block.index).groups(stock.block_configs[block.index], "kv-group"):
         if block.has(group.kind):
             sizes |= group.config_values(group.num_units) or {f"{group.kind} units": group.num_units}
     for group in block.groups:

@@ -11,7 +11,7 @@ from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.shapes import by_kind
 from structprune.engine.planning.sizes import HostChoice
 from structprune.recipe.training import num_kept_apart
-from structprune.types import UNIT_KINDS, Stage
+from structprune.types import UNIT_KINDS, Stage, UnitKind
 
 # Experts that a token is sent to, where a sublayer has several parts.
 _PARTS_PER_TOKEN = 2
@@ -51,22 +51,26 @@ def _left(request: PlanRequest) -> float:
 
 def _passes(request: PlanRequest, num_windows: float) -> Counts:
     """Pass so many windows through all blocks."""
-    times = num_windows * len(request.layout.blocks)
-    return {Piece(What.STAGE, stage[0]): times for stage in request.stages}
+    return _added(
+        *({Piece(What.STAGE, stage[0]): num_windows * blocks} for stage, blocks in request.num_stages.items())
+    )
 
 
 def _parts(request: PlanRequest, what: What) -> Counts:
     """Count something once for each part of every block's sublayers in scope."""
-    blocks = len(request.layout.blocks)
-    return {Piece(what, kind): blocks * len(groups) for kind, groups in by_kind(request.groups).items()}
+    return {Piece(what, kind): sum(_num_parts(request, kind)) for kind in by_kind(request.groups)}
+
+
+def _num_parts(request: PlanRequest, kind: UnitKind) -> list[int]:
+    """Count the parts of the sublayer in each block."""
+    return [len(block.groups_of(kind)) for block in request.layout.blocks]
 
 
 def _sums(request: PlanRequest, num_windows: float) -> Counts:
     """Sum the inputs of every consumer in scope over so many windows."""
-    times = num_windows * len(request.layout.blocks)
     return {
-        Piece(What.SUMS, kind): times * min(len(groups), _PARTS_PER_TOKEN)
-        for kind, groups in by_kind(request.groups).items()
+        Piece(What.SUMS, kind): num_windows * sum(min(parts, _PARTS_PER_TOKEN) for parts in _num_parts(request, kind))
+        for kind in by_kind(request.groups)
     }
 
 
@@ -79,7 +83,8 @@ def _sensitivity(request: PlanRequest) -> Counts:
         once = {Piece(backward): windows * blocks, Piece(What.HEAD_BACKWARD): windows}
         found = _added(_passes(request, windows), once)
     if request.needs_sensitivity:
-        gradients = {Piece(What.STREAM_SUMS): windows * blocks * len(by_kind(request.groups))}
+        sublayers = sum(parts > 0 for kind in by_kind(request.groups) for parts in _num_parts(request, kind))
+        gradients = {Piece(What.STREAM_SUMS): windows * sublayers}
         found = _added(found, _sums(request, windows), gradients, _parts(request, What.COSTS))
     if request.needs_scores:
         found = _added(found, _passes(request, request.num_windows), _sums(request, request.num_windows))
@@ -105,7 +110,7 @@ def _choice_of_blocks(request: PlanRequest) -> Counts:
 
 def _pruning(request: PlanRequest, choice: HostChoice) -> Counts:
     """Count the pass that prunes, or copies, every block, and the rehearsals of it."""
-    found = _added(*(_stage(request, choice, stage) for stage in request.stages))
+    found = _added(*(_stage(request, choice, stage, blocks) for stage, blocks in request.num_stages.items()))
     if request.needs_statistics:
         solved = (_parts(request, What.CHOICE), _parts(request, What.SOLVE))
         found = _added(found, _sums(request, request.num_windows), *solved)
@@ -113,9 +118,9 @@ def _pruning(request: PlanRequest, choice: HostChoice) -> Counts:
     return _added(found, *[rehearsal] * request.num_rehearsals)
 
 
-def _stage(request: PlanRequest, choice: HostChoice, stage: Stage) -> Counts:
-    """Count one stage of every block: both streams move on, and each sublayer in scope is measured."""
-    blocks, windows = len(request.layout.blocks), request.num_windows
+def _stage(request: PlanRequest, choice: HostChoice, stage: Stage, blocks: int) -> Counts:
+    """Count one stage of so many blocks: both streams move on, and each sublayer in scope is measured."""
+    windows = request.num_windows
     measured = windows * sum(kind in by_kind(request.groups) for kind in stage) if request.needs_statistics else 0
     dense = windows if request.follows_dense else request.num_probe
     if measured and stage[0] in choice.cached:

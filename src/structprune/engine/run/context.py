@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from structprune.checkpoint.writer import ModelWriter
+from structprune.checkpoint.writer import FileForm, ModelWriter
 from structprune.engine.run.device import DeviceMeter
 from structprune.engine.streaming.model import StreamedModel
 from structprune.methods.method import Method, SensitivityKind
@@ -88,12 +88,10 @@ class RunContext(StreamedModel):
         """Return the groups in scope of one block; blocks of an unevenly pruned source may lack a sublayer."""
         return tuple(group for kind in self.kinds for group in block.groups_of(kind))
 
-    def stored_name(self, name: str) -> str:
-        """Return a tensor's name in the output's files: as in the source, or as our own modelling file needs it.
-
-        transformers translates old names for its own classes only.
-        """
-        return name if self.recipe.per_layer else self.reader.stored_name(name)
+    @property
+    def file_form(self) -> FileForm:
+        """How tensors lie in the output's files."""
+        return self.stock.file_form(per_layer=self.recipe.per_layer)
 
     def accumulator(self, num_inputs: int, *, num_outputs: int = 0) -> GramAccumulator:
         """Create an accumulator of activations where the plan has room for their sums."""

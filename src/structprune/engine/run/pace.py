@@ -30,7 +30,7 @@ from structprune.scores import SELECTORS
 from structprune.scores.selection import removal_path
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
-from structprune.types import BlockLayout, LayerProblem, Moments, TaylorSums, UnitGroup
+from structprune.types import BlockLayout, LayerProblem, Moments, SublayerKind, TaylorSums, UnitGroup
 
 # A trial is repeated with more tokens until it takes so long; the first one has so many.
 _LONG_ENOUGH_S = 0.25
@@ -107,8 +107,10 @@ class Trials:
         match piece.what:
             case What.STAGE:
                 assert piece.kind is not None
-                with self._block() as (block, module), self.stock.stage(module, self.stock.stage_of(piece.kind)):
-                    return self._timed(partial(self._forward, block, module))
+                with self._block(piece.kind) as (block, module):
+                    stage = self.stock.stage_of(block.index, piece.kind)
+                    with self.stock.stage(module, block.index, stage):
+                        return self._timed(partial(self._forward, block, module))
             case What.BACKWARD | What.WEIGHT_BACKWARD:
                 with self._block() as (block, module):
                     module.requires_grad_(piece.what is What.WEIGHT_BACKWARD)
@@ -121,7 +123,7 @@ class Trials:
                 return self._basis()
             case _:
                 assert piece.kind is not None
-                return self._of_group(piece.what, self._widest.group(piece.kind))
+                return self._of_group(piece.what, self._widest(piece.kind).group(piece.kind))
 
     def _of_group(self, what: What, group: UnitGroup) -> float:
         inputs, hidden = group.num_units * group.width, self.stock.layout.hidden_size
@@ -132,14 +134,16 @@ class Trials:
             return self._timed(lambda tokens: partial(nn.functional.linear, self._states(tokens, inputs), weight_OI))
         return self._problem(what, group)
 
-    @property
-    def _widest(self) -> BlockLayout:
-        return max(self.stock.layout.blocks, key=lambda block: block.num_parameters)
+    def _widest(self, kind: SublayerKind | None = None) -> BlockLayout:
+        """Return the block with most parameters, of those that have such a sublayer."""
+        blocks = self.stock.layout.blocks
+        having = [block for block in blocks if kind is None or self.stock.has_sublayer(block.index, kind)]
+        return max(having or blocks, key=lambda block: block.num_parameters)
 
     @contextlib.contextmanager
-    def _block(self) -> Generator[tuple[BlockLayout, nn.Module]]:
+    def _block(self, kind: SublayerKind | None = None) -> Generator[tuple[BlockLayout, nn.Module]]:
         """Build the stock layer with weights of no meaning; small ones are random, so a router sends everywhere."""
-        block = self._widest
+        block = self._widest(kind)
         tensors: dict[str, Tensor] = {}
         for name, shape in block.shapes.items():
             tensor = torch.empty(shape, device=self.device, dtype=self.dtype)

@@ -25,8 +25,10 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
     """List the sublayers in `kinds` that can be finished from the inputs of their consumers."""
 
     def finished_so(kind: UnitKind) -> bool:
-        groups = [group for block in stock.layout.blocks for group in block.groups_of(kind)]
-        alone = len(stock.stage_of(kind)) == 1 and all(group.expert is None for group in groups)
+        having = [block for block in stock.layout.blocks if block.has(kind)]
+        groups = [group for block in having for group in block.groups_of(kind)]
+        alone = all(len(stock.stage_of(block.index, kind)) == 1 for block in having)
+        alone = alone and all(group.expert is None for group in groups)
         moves_producers = kind == "mlp" and "producers" in SOLVERS.get(solver).changes
         return alone and not moves_producers and not any(group.output_normed for group in groups)
 
