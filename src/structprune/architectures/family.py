@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.checkpoint.stacked import Stacking
 from structprune.types import HeadUnits, Stage, SublayerKind, UnitGroup, UnitKind
 
-StandIn = Literal["nothing", "zeros", "stream", "pair"]
+StandIn = Literal["nothing", "zeros", "stream", "pair", "zeros-pair"]
 """What stands where a sublayer is removed: a zero of any shape, zeros of the stream's shape where others are added to
-them in place, or the stream as the sublayer is given it, where its module adds to the stream itself. `pair` is nothing
-as attention gives it: a zero, and no weights."""
+them in place, or the stream as the sublayer is given it, where its module adds to the stream itself. A pair has
+nothing more behind them, as attention gives no weights."""
 
 
 def _accept(_: Any) -> None:
@@ -102,7 +102,7 @@ class StockClasses:
     stem: str
     """Our own are called StructPrune<stem>Model and StructPrune<stem>ForCausalLM."""
     layer: str | None
-    """The class of the blocks; None where they have several."""
+    """The class of the blocks; None where they have several, or get more from the model that builds them."""
     chain: tuple[str, ...]
     """Classes from the one that holds the blocks to the causal model, e.g. `("LlamaModel", "LlamaForCausalLM")`."""
 
@@ -132,6 +132,8 @@ class BlockKind:
     """
     experts: Experts | None = None
     """None where a block's MLP is no mixture."""
+    given: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Buffers that a whole stock model computes for such a block, and no checkpoint has."""
 
     def stand_in(self, kind: SublayerKind) -> StandIn:
         """Return what stands for the modules of a sublayer that is removed."""
@@ -214,6 +216,11 @@ class Family(BlockKind):
     def having(self, kind: SublayerKind) -> BlockKind:
         """Return the first kind of blocks that has this sublayer, its own where none has."""
         return next((blocks for blocks in self.kinds if blocks.sublayer_modules(kind)), self)
+
+    def is_alike(self, kind: UnitKind) -> bool:
+        """Whether all blocks that have this sublayer have it under the same names, with the same stand-in."""
+        having = [blocks for blocks in self.kinds if blocks.sublayer_modules(kind)]
+        return len({tuple(blocks.stand_in_modules(kind).items()) for blocks in having}) <= 1
 
     @property
     def attends_everywhere(self) -> bool:

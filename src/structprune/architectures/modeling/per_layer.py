@@ -186,6 +186,16 @@ class _LayerConfig:
 _WITHOUT = """        with _without_layers(config):
             super().__init__(config)
 """
+_GIVEN = '''
+
+def _give(stock, layer):
+    """Give a layer what the stock model has computed for it."""
+    for name, buffer in stock.named_buffers():
+        place, _, attribute = name.rpartition(".")
+        module = layer.get_submodule(place)
+        if not hasattr(module, attribute):
+            module.register_buffer(attribute, buffer, persistent=False)
+'''
 # Blocks of several classes are told apart by stock code alone.
 _WITH = """        super().__init__(config)
 """
@@ -268,6 +278,9 @@ def modeling_source(family: Family, *, narrow: bool = False) -> str:
     layers = _LAYERS.replace("layer.self_attn", f"layer.{attention}")
     if any(classes.layer is None for classes in family.classes.values()):
         layers = layers.replace("(layer_class, config)", "(stock, config)").replace("layer_class(", "type(stock[i])(")
+        layers = _GIVEN + layers.replace(
+            "        kinds = removed", "        _give(stock[i], layer)\n        kinds = removed"
+        )
     if any(kind.attention_module is None for kind in family.kinds):
         layers = _with_mixers(layers, f"layer.{attention}")
     if family.attention_reads_widths:

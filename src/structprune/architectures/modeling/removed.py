@@ -6,9 +6,10 @@ residual stream on. A block that is not named is whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from structprune.architectures.family import Family
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.types import UNIT_KINDS, UnitKind
 
@@ -65,16 +66,23 @@ def removed_entry(removed: Sequence[frozenset[UnitKind]]) -> dict[str, list[Unit
     return {str(i): [kind for kind in UNIT_KINDS if kind in kinds] for i, kinds in enumerate(removed) if kinds}
 
 
-def check_attention_can_go(config: Any, *, everywhere: bool) -> None:
-    """Raise UnsupportedError if the attention of blocks differs in kind; `config` is the stock config object.
+def check_can_go(config: Any, family: Family, kinds: Collection[UnitKind]) -> None:
+    """Raise UnsupportedError if blocks without some of `kinds` cannot be written; `config` is the stock config object.
 
-    `everywhere` says whether all blocks have attention. Caches have one entry per attention that is left, and take each
+    Attention that differs between blocks cannot go: caches have one entry per attention that is left, and take each
     entry's kind from the block of that number.
     """
-    if not everywhere:
+    if different := [kind for kind in kinds if not family.is_alike(kind)]:
+        raise UnsupportedError(
+            f"blocks of {family.name} differ in how they call their {different[0]}, and cannot lose it",
+            wanted="a method that leaves some units in every block",
+        )
+    if "attention" not in kinds:
+        return
+    if not family.attends_everywhere:
         raise UnsupportedError(
             "attention cannot be removed from a model whose blocks do not all have it",
-            got=config.model_type,
+            got=family.name,
             wanted="attention in all blocks",
             do="remove whole sublayers with --scope mlp only",
         )

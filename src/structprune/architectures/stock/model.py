@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
-from structprune.architectures.modeling.removed import RemovedSublayers, check_attention_can_go, removed_sublayers
+from structprune.architectures.modeling.removed import RemovedSublayers, check_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, SlicedLayer
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
 from structprune.architectures.stock.config import build_config, max_positions, usable_config
@@ -28,7 +28,13 @@ from structprune.architectures.stock.family import family_of_checkpoint, unknown
 from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.loading import without_global_width_warnings
 from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
-from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, compute_buffers
+from structprune.architectures.stock.placeholders import (
+    STAND_INS,
+    Recorder,
+    StopForward,
+    compute_buffers,
+    give_buffers,
+)
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
 from structprune.architectures.traced.checks import check_description
@@ -120,8 +126,7 @@ class StockModel:
     def _read_removed(self, reader: CheckpointReader) -> RemovedSublayers:
         where = str(reader.directory / "config.json")
         removed = removed_sublayers(reader.config, self.config.num_hidden_layers, where)
-        if any("attention" in kinds for kinds in removed):
-            check_attention_can_go(self.config, everywhere=self.family.attends_everywhere)
+        check_can_go(self.config, self.family, {kind for kinds in removed for kind in kinds})
         return removed
 
     def _fit_skeleton(self) -> None:
@@ -148,8 +153,8 @@ class StockModel:
 
     def _named_reader(self, reader: CheckpointReader) -> CheckpointReader:
         """Give tensors the names of the stock modules, those of experts that are stored stacked too."""
-        family, skeleton = self.family, self.skeleton
-        base: str = skeleton.base_model_prefix  # pyright: ignore[reportAssignmentType]
+        family = self.family
+        base = family.blocks_module.partition(".")[0]
         view = with_stock_names(
             reader, base=base, head=family.head_module, renamed=family.renamed, experts=family.mixture
         )
@@ -286,6 +291,8 @@ class StockModel:
         layer.requires_grad_(False)
         if any(buffer.is_meta for buffer in layer.buffers()):
             compute_buffers(layer, index, own, next(iter(tensors.values())).device)
+        if given := self.family.at(index).given:
+            give_buffers(layer, given, next(iter(tensors.values())).device)
         return SlicedLayer(layer) if self.sliced else layer
 
     def _global_groups(self) -> tuple[UnitGroup, ...]:
@@ -309,7 +316,7 @@ class StockModel:
 
     def adds_in_place(self, index: int, kind: UnitKind) -> bool:
         """Whether stock code adds to what a sublayer's consumer has given, in its memory."""
-        return self.family.at(index).stand_in(kind) == "zeros"
+        return self.family.at(index).stand_in(kind).startswith("zeros")
 
     def stages_of(self, index: int) -> tuple[Stage, ...]:
         """Return the stages of block `index`, with the sublayers that are removed from it."""

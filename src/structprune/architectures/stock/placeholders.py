@@ -66,6 +66,13 @@ class _ZeroMlp(nn.Module):
         return x.new_zeros(x.shape)
 
 
+class _ZeroPair(nn.Module):
+    """Stand-in for an MLP that gives more than its output, to which others are added in place."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.new_zeros(x.shape), None
+
+
 class _StreamAttention(nn.Module):
     """Stand-in for attention that is given the stream and adds to it itself."""
 
@@ -82,7 +89,13 @@ class _StreamMlp(nn.Module):
 
 STAND_INS: Mapping[SublayerKind, Mapping[StandIn, type[nn.Module]]] = {
     "attention": {"nothing": _NoAttention, "stream": _StreamAttention},
-    "mlp": {"nothing": _NoMlp, "zeros": _ZeroMlp, "stream": _StreamMlp},
+    "mlp": {
+        "nothing": _NoMlp,
+        "zeros": _ZeroMlp,
+        "stream": _StreamMlp,
+        "pair": _NoAttention,
+        "zeros-pair": _ZeroPair,
+    },
     "mixer": {"nothing": _NoMixer, "pair": _NoAttention},
 }
 
@@ -103,6 +116,13 @@ def parameters_on_meta() -> Generator[None]:
         yield
     finally:
         nn.Module.register_parameter = original
+
+
+def give_buffers(layer: nn.Module, given: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give `layer` what a whole stock model computes for its blocks, and no checkpoint has."""
+    for name, tensor in given.items():
+        module, _, attribute = name.rpartition(".")
+        layer.get_submodule(module).register_buffer(attribute, tensor.to(device), persistent=False)
 
 
 def compute_buffers(layer: nn.Module, index: int, config: PretrainedConfig, device: torch.device) -> None:

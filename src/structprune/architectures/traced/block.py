@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from structprune.architectures.stock.placeholders import STAND_INS, give_buffers
 from structprune.architectures.traced.mixture import Mixture, find_mixture
 from structprune.architectures.traced.small_block import SmallBlock
 from structprune.architectures.traced.surroundings import Surroundings, set_attention, to_meta
@@ -42,10 +43,14 @@ class TracedBlock:
         # Some blocks look their attention up by its name, which only a whole model decides.
         set_attention(self._config, around.attention_implementation)
         self._check_built_by_number()
+        self.given = around.given_buffers(index)
+        self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.mixture: Mixture | None = find_mixture(self._config, self._stock)
+        self._mixers: dict[str, type[nn.Module]] = {}
+        self._whole = self._traced(self._key(self._config))
+        self._mixers = self._mixer_stand_ins()
         self._sublayers = functools.lru_cache(_KEPT)(self._traced)
         self._traced_groups: dict[tuple[Any, HeadUnits], tuple[UnitGroup, ...]] = {}
-        self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.stages: tuple[Stage, ...] = self._ordered_stages()
         self._entries: dict[tuple[UnitKind, HeadUnits], tuple[WidthEntries, BiasEntry | None]] = {}
         self._num_tied = 0
@@ -63,6 +68,7 @@ class TracedBlock:
         """Build the block on `meta` as stock code does."""
         with torch.device("meta"):
             block: nn.Module = self._layer_class(config, layer_idx=self.index)
+        give_buffers(block, self.given, torch.device("meta"))
         return block.eval().requires_grad_(False)
 
     def build(self, config: PretrainedConfig) -> nn.Module:
@@ -89,6 +95,8 @@ class TracedBlock:
         config = self._configs[key]
         hidden, kwargs = to_meta((self._around.hidden_BSD, self._around.plain_kwargs(self.index)))
         block = self.build(config)
+        for name, stand_in in self._mixers.items():
+            block.set_submodule(name, stand_in())
         try:
             with torch.no_grad():
                 block(hidden, **kwargs)
@@ -107,21 +115,50 @@ class TracedBlock:
             found[part.kind] = parts
         return traced, found
 
-    def sublayers(self, config: PretrainedConfig) -> Sublayers:
-        """Return the sublayers of the block."""
-        return self._sublayers(self._key(config))[1]
+    def _graph(self, config: PretrainedConfig) -> tuple[Traced, Sublayers]:
+        """Return the graph of the block, and its sublayers; without mixers for another config than the model's."""
+        key = self._key(config)
+        return self._whole if key == self._key(self._config) else self._sublayers(key)
+
+    def _mixer_stand_ins(self) -> dict[str, type[nn.Module]]:
+        """Choose what stands for mixers where other widths are traced: their graphs are long, and always the same."""
+        modules = self.modules("mixer")
+        if not modules:
+            return {}
+        outputs: list[Any] = []
+        block = self.build(self._config)
+        block.get_submodule(modules[-1]).register_forward_hook(lambda *args: outputs.append(args[2]))
+        hidden, kwargs = to_meta((self._around.hidden_BSD, self._around.plain_kwargs(self.index)))
+        with torch.no_grad():
+            block(hidden, **kwargs)
+        return dict.fromkeys(modules, STAND_INS["mixer"]["pair" if isinstance(outputs[0], tuple) else "nothing"])
+
+    def modules(self, kind: SublayerKind) -> tuple[str, ...]:
+        """Return the modules that are a sublayer: the one around all its tensors, or the maps themselves."""
+        if kind not in self.sublayers:
+            return ()
+        prefix = self.prefix(kind)
+        if prefix.endswith("."):
+            return (prefix.removesuffix("."),)
+        maps = {name.rpartition(".")[0] for part in self.sublayers[kind] for name in part.tensors}
+        return tuple(name for name, _ in self._around.blocks[self.index].named_modules() if name in maps)
+
+    @property
+    def sublayers(self) -> Sublayers:
+        """The sublayers of the block."""
+        return self._whole[1]
 
     def _ordered_stages(self) -> tuple[Stage, ...]:
-        parts = [part for several in self.sublayers(self._config).values() for part in several]
+        parts = [part for several in self.sublayers.values() for part in several]
         return tuple(tuple(kind for kind in SUBLAYER_KINDS if kind in stage) for stage in stages(parts))
 
     def prefix(self, kind: SublayerKind) -> str:
         """Return what the names of a sublayer's tensors begin with."""
-        return common_prefix(name for part in self.sublayers(self._config)[kind] for name in part.tensors)
+        return common_prefix(name for part in self.sublayers[kind] for name in part.tensors)
 
     def consumers(self, kind: SublayerKind) -> list[str]:
         """Return the weights and biases whose products are added to the stream."""
-        products = [part.consumer for part in self.sublayers(self._config)[kind]]
+        products = [part.consumer for part in self.sublayers[kind]]
         return [name for each in products for name in (*each.origins, each.bias) if name is not None]
 
     def small(self) -> SmallBlock:
@@ -130,7 +167,7 @@ class TracedBlock:
 
     def norms(self, kind: SublayerKind) -> tuple[str, ...]:
         """Return the norms that only this sublayer has."""
-        names = [name for part in self.sublayers(self._config).get(kind, ()) for name in part.norms]
+        names = [name for part in self.sublayers.get(kind, ()) for name in part.norms]
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
     def groups(self, config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
@@ -151,7 +188,7 @@ class TracedBlock:
             return tuple(groups)
         expert, *shared = [group for group in groups if group.kind == "mlp"]
         count = getattr(config, self.mixture.experts.count_field, self.mixture.num_experts)
-        output_module = self.sublayers(config)["mlp"][0].output_module
+        output_module = self.sublayers["mlp"][0].output_module
         parts = replace(self.mixture, num_experts=count).of_all(expert, shared[: self._num_tied], output_module)
         return (*parts, *(group for group in groups if group.kind != "mlp"))
 
@@ -164,10 +201,10 @@ class TracedBlock:
         return (*self._mlp(config), *self._attention(config, head_units))
 
     def _mlp(self, config: PretrainedConfig) -> tuple[UnitGroup, ...]:
-        traced, sublayers = self._sublayers(self._key(config))
+        traced, sublayers = self._graph(config)
         if "mlp" not in sublayers:
             return ()
-        found = [replace(group, module_prefix=self.prefix("mlp")) for group in mlp_groups(traced)]
+        found = [self._as_whole(group) for group in mlp_groups(traced)]
         experts = [group for group in found if self.mixture is not None and self.mixture.is_expert(group)]
         if self.mixture is not None and len(experts) == 1 and experts[0].output_norm_eps is None:
             return (*experts, *(group for group in found if group not in experts))
@@ -178,15 +215,19 @@ class TracedBlock:
         raise refused(config, "has no one set of MLP channels that can leave", got=got)
 
     def _attention(self, config: PretrainedConfig, head_units: HeadUnits) -> tuple[UnitGroup, ...]:
-        traced, sublayers = self._sublayers(self._key(config))
+        traced, sublayers = self._graph(config)
         if "attention" not in sublayers:
             return ()
         try:
-            return (attention_groups(traced, head_units)[0],)
+            return (self._as_whole(attention_groups(traced, head_units)[0]),)
         except UnsupportedError as error:
             if head_units != "kv-group":
                 raise
-            return (replace(held_group(traced, sublayers["attention"][0]), held=str(error)),)
+            return (replace(self._as_whole(held_group(traced, sublayers["attention"][0])), held=str(error)),)
+
+    def _as_whole(self, group: UnitGroup) -> UnitGroup:
+        """Name what belongs to the whole sublayer: all parts of a mixture, and norms that no mixer reads."""
+        return replace(group, module_prefix=self.prefix(group.kind), norm_modules=self.norms(group.kind))
 
     def _entries_of(self, group: UnitGroup, head_units: HeadUnits) -> tuple[WidthEntries, BiasEntry | None]:
         """Find what the config says of the groups of a kind: entries of its width, and of biases."""

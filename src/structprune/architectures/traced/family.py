@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from structprune.architectures.family import BlockKind, Family, StandIn, StockClasses
@@ -19,7 +19,7 @@ from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, 
 from structprune.architectures.traced.surroundings import Surroundings, look_around, set_attention
 from structprune.architectures.traced.widths import shapes_of
 from structprune.errors import UnsupportedError, first_line
-from structprune.types import SublayerKind, UnitKind
+from structprune.types import SublayerKind
 
 
 def traced_family(config: PretrainedConfig) -> Family:
@@ -30,7 +30,6 @@ def traced_family(config: PretrainedConfig) -> Family:
     around = look_around(config)
     blocks = {index: TracedBlock(config, around, index) for index in dict.fromkeys(around.kind_of)}
     kinds = {index: _kind(config, around, block) for index, block in blocks.items()}
-    _check_alike(config, kinds)
     numbered = any(block.small().is_numbered() for block in blocks.values())
     holder = around.model.get_submodule(around.blocks_module.rpartition(".")[0])
     # What was run is not needed again; the description is kept for as long as the process lives.
@@ -47,6 +46,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         stages=first.stages,
         unstack=first.unstack,
         experts=first.experts,
+        given=first.given,
         others={index: kinds[kind] for index, kind in enumerate(around.kind_of) if kind != 0},
         blocks_module=around.blocks_module,
         embedding_modules=around.embedding_modules,
@@ -55,7 +55,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         final_norm_module=around.final_norm_module,
         head_module=around.head_module,
         logit_entries=tuple(name for name in LOGIT_ENTRIES if getattr(config, name, None) is not None),
-        classes={config.model_type: _classes(around, holder)},
+        classes={config.model_type: _classes(around, holder, any(block.given for block in blocks.values()))},
         attention_implementation=around.attention_implementation,
         tiled_attention=bool(around.model._supports_attention_backend),
         # Harmless where it reads none.
@@ -71,14 +71,11 @@ def traced_family(config: PretrainedConfig) -> Family:
 
 def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) -> BlockKind:
     """Describe the blocks of one kind, by experiments with the first of them."""
-    sublayers = block.sublayers(config)
+    sublayers = block.sublayers
     groups = block.groups(config, "kv-group")
     if not groups:
         raise refused(config, "has blocks without attention and without an MLP", got=", ".join(sublayers) or "none")
-    tensors: dict[SublayerKind, list[str]] = {
-        kind: [name for part in parts for name in part.tensors] for kind, parts in sublayers.items()
-    }
-    modules = {kind: _modules(around.blocks[block.index], block.prefix(kind), names) for kind, names in tensors.items()}
+    modules: dict[SublayerKind, tuple[str, ...]] = {kind: block.modules(kind) for kind in sublayers}
     norms: dict[SublayerKind, tuple[str, ...]] = {kind: block.norms(kind) for kind in sublayers}
     small = block.small()
     stand_ins: dict[SublayerKind, StandIn] = {
@@ -111,20 +108,8 @@ def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) ->
         stages=lambda _: block.stages,
         unstack=block.unstack,
         experts=None if block.mixture is None else block.mixture.experts,
+        given=block.given,
     )
-
-
-def _check_alike(config: PretrainedConfig, kinds: Mapping[int, BlockKind]) -> None:
-    """Raise UnsupportedError where blocks call the same sublayer by other names: our modelling file knows one."""
-    said: dict[UnitKind, Any] = {}
-    for index, kind in kinds.items():
-        for name in ("attention", "mlp"):
-            if modules := kind.sublayer_modules(name):
-                found = modules, kind.norms.get(name), kind.stand_in(name)
-                if said.setdefault(name, found) != found:
-                    raise refused(
-                        config, f"its blocks have {name} under several names", got=f"block {index}: {modules[0]}"
-                    )
 
 
 def _notes(config: PretrainedConfig, blocks: Mapping[int, TracedBlock]) -> tuple[str, ...]:
@@ -132,25 +117,11 @@ def _notes(config: PretrainedConfig, blocks: Mapping[int, TracedBlock]) -> tuple
         f"no family file describes {config.model_type}: what can be removed was found by tracing its blocks, and "
         "was checked with random weights"
     ]
-    mixers = [
-        name
-        for block in blocks.values()
-        for part in block.sublayers(config).get("mixer", ())
-        for name in part.tensors[:1]
-    ]
-    if mixers:
-        notes.append(f"what mixes positions without attention stays whole, such as {mixers[0].rpartition('.')[0]}")
+    if mixers := [block.prefix("mixer") for block in blocks.values() if "mixer" in block.sublayers]:
+        notes.append(f"what mixes positions without attention stays whole: {mixers[0].removesuffix('.')}")
     if any(block.has_whole_parts(config) for block in blocks.values()):
         notes.append("experts that all tokens pass, whose width has a config entry of its own, stay whole")
     return tuple(notes)
-
-
-def _modules(block: nn.Module, prefix: str, tensors: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules that are a sublayer: the one around all its tensors, or the maps themselves."""
-    if prefix.endswith("."):
-        return (prefix.removesuffix("."),)
-    maps = {name.rpartition(".")[0] for name in tensors}
-    return tuple(name for name, _ in block.named_modules() if name in maps)
 
 
 def _stand_in(
@@ -175,7 +146,7 @@ def _stand_in(
         try:
             if relative_difference(small.run(block), expected_BSD) <= TOLERANCE:
                 return name
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             # Stock code calls its sublayer otherwise.
             continue
     raise refused(config, f"its {kind} cannot be left out of a block", got=", ".join(modules))
@@ -187,8 +158,11 @@ def _one_module(modules: Sequence[str], config: PretrainedConfig) -> str:
     return modules[0]
 
 
-def _classes(around: Surroundings, holder: nn.Module) -> StockClasses:
-    """Name the stock classes from the one that holds the blocks to the causal model."""
+def _classes(around: Surroundings, holder: nn.Module, given: bool) -> StockClasses:
+    """Name the stock classes from the one that holds the blocks to the causal model.
+
+    `given` says whether the model computes something for its blocks as it builds them.
+    """
     path = around.blocks_module.split(".")[:-1]
     modules = [around.model.get_submodule(".".join(path[:count])) for count in range(len(path), -1, -1)]
     assert modules[0] is holder
@@ -199,7 +173,7 @@ def _classes(around: Surroundings, holder: nn.Module) -> StockClasses:
     package = file.split(".")[-2]
     if len(files) > 1 or file != f"transformers.models.{package}.modeling_{package}":
         raise refused(around.config, "has classes in several files", got=", ".join(sorted(files)))
-    layer = layers[0].__name__ if len(layers) == 1 else None
+    layer = layers[0].__name__ if len(layers) == 1 and not given else None
     return StockClasses(
         module=package,
         stem=_common_start(names) or names[-1],
@@ -215,12 +189,20 @@ def _common_start(names: Sequence[str]) -> str:
     return first[:same]
 
 
+def _number(value: Any) -> Any:
+    """Return an entry with the infinite numbers that transformers spells out in JSON."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    return float(value["__float__"]) if isinstance(value, dict) and list(value) == ["__float__"] else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
 def _resized(blocks: Mapping[int, TracedBlock], around: Surroundings) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Build the check that stock code takes a config with smaller numbers, and gives the blocks that it should."""
 
     def check(config: dict[str, Any]) -> dict[str, Any]:
         try:
-            parsed: Any = AutoConfig.for_model(**{name: each for name, each in config.items() if name != "dtype"})
+            entries = {name: _number(each) for name, each in config.items() if name != "dtype"}
+            parsed: Any = type(around.config).from_dict(entries)
             set_attention(parsed, around.attention_implementation)
             wanted = copy.deepcopy(around.config)
             for name, value in config.items():

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from structprune.architectures.stock.experts import split_experts
-from structprune.architectures.stock.placeholders import parameters_on_meta
+from structprune.architectures.stock.placeholders import give_buffers, parameters_on_meta
 from structprune.architectures.traced.mixture import Mixture
 from structprune.architectures.traced.surroundings import Surroundings, random_tensor
 from structprune.architectures.traced.widths import shapes_of
@@ -69,6 +69,7 @@ class SmallBlock:
         layer_class: Any = type(self._around.blocks[index])
         with parameters_on_meta():
             layer: nn.Module = layer_class(self.config, layer_idx=index).eval()
+        give_buffers(layer, self._around.given_buffers(self.index), torch.device("cpu"))
         return layer.requires_grad_(False)
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -25,8 +25,9 @@ from structprune.architectures.traced.widths import shapes_of
 from structprune.errors import UnsupportedError, first_line
 
 VOCAB_SIZE = 128
-NUM_WINDOWS, NUM_POSITIONS = 2, 7
-"""Sizes of what is run: small, and no factors of usual widths that a graph could take them for."""
+NUM_WINDOWS, NUM_POSITIONS = 3, 7
+"""Sizes of what is run: small, and no factors of usual widths that a graph could take them for. Two windows could be
+taken apart where stock code takes a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,15 @@ class Surroundings:
         """What stock code chooses where nothing is said."""
         chosen: Any = self.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
         return "eager" if chosen == "eager" else "sdpa"
+
+    def given_buffers(self, index: int) -> dict[str, Tensor]:
+        """Return the buffers of block `index` that it has by the model alone, and that no checkpoint has."""
+        block = self.blocks[index]
+        layer_class: Any = type(block)
+        with parameters_on_meta():
+            own = dict(layer_class(self.config, layer_idx=index).named_buffers())
+        stored = block.state_dict()
+        return {name: buffer for name, buffer in block.named_buffers() if name not in own and name not in stored}
 
     def plain_kwargs(self, index: int) -> dict[str, Any]:
         """Return the arguments of a block that a graph can have: no caches, and nothing that blocks share."""

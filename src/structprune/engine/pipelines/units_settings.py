@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.families.common import VALUES_ENTRY
-from structprune.architectures.modeling.removed import check_attention_can_go
+from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
@@ -45,8 +45,9 @@ def unit_settings(
     if recipe.widths.blocks:
         recipe = _with_widths(recipe, groups, stock)
     _check_constants(recipe.solver or method.solver, groups, stock)
-    if _may_lose_attention(recipe, groups):
-        check_attention_can_go(stock.config, everywhere=stock.family.attends_everywhere)
+    lost = _may_be_lost(recipe, groups)
+    check_can_go(stock.config, stock.family, lost)
+    if "attention" in lost:
         check_numbers_can_change(stock.family)
     default = math.lcm(*(g.multiple_of for g in groups)) if recipe.widths.blocks else _default_multiple(groups)
     multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
@@ -86,10 +87,11 @@ def _with_widths(recipe: UnitsRecipe, groups: Sequence[UnitGroup], stock: StockM
     return recipe.model_copy(update=decided)
 
 
-def _may_lose_attention(recipe: UnitsRecipe, groups: Sequence[UnitGroup]) -> bool:
+def _may_be_lost(recipe: UnitsRecipe, groups: Sequence[UnitGroup]) -> set[UnitKind]:
+    """Return the kinds of sublayers that some block may lose as a whole."""
     if recipe.widths.blocks:
-        return any(block.get("attention") == 0 for block in recipe.widths.blocks.values())
-    return recipe.allow_block_removal and any(group.kind == "attention" for group in groups)
+        return {kind for block in recipe.widths.blocks.values() for kind, count in block.items() if count == 0}
+    return {group.kind for group in groups} if recipe.allow_block_removal else set()
 
 
 def _kinds(groups: Sequence[UnitGroup]) -> tuple[UnitKind, ...]:
