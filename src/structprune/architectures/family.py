@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from structprune.architectures.families.common import VALUES_ENTRY
+from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENTRY
 from structprune.checkpoint.stacked import Stacking
 from structprune.types import HeadUnits, Stage, SublayerKind, UnitGroup, UnitKind
 
@@ -91,6 +91,14 @@ class Experts:
     def stacking(self) -> Stacking:
         """How the experts lie in files that have them stacked."""
         return Stacking(module=self.module, maps=self.stacked, transposed=self.transposed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpMaps:
+    """The linear maps of an MLP whose width no config entry says."""
+
+    first: tuple[str, ...]
+    last: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +189,8 @@ class Family(BlockKind):
     """v_proj and o_proj inside a block, where value channels can go; None: they cannot."""
     tiled_attention: bool = True
     """Whether stock attention is called by a name, so that another implementation may take its place."""
+    channel_maps: MlpMaps | None = None
+    """The maps inside a block where channels can go by our own code alone; None: they go by the config, or stay."""
     attention_reads_widths: bool = False
     """Whether stock attention reads numbers of heads from its config as it runs, not only as it is built."""
     returns_tuple: bool = False
@@ -207,7 +217,8 @@ class Family(BlockKind):
         # Those of KV groups are all that heads have; which units went before says nothing of those that go now.
         groups = [group for kind in self.kinds for group in kind.groups(config, "kv-group")]
         entries = {name for group in groups for name in group.config_fields}
-        return entries | ({VALUES_ENTRY} if self.value_maps else set())
+        own = {VALUES_ENTRY: self.value_maps, CHANNELS_ENTRY: self.channel_maps}
+        return entries | {name for name, maps in own.items() if maps is not None}
 
     def at(self, index: int) -> BlockKind:
         """Return the kind of block `index`."""

@@ -39,5 +39,6 @@ def uniform_config(config: Mapping[str, Any], kept: Iterable[tuple[UnitGroup, in
         said |= values
         result |= values
         if count != group.num_units:
-            result |= group.fixed_fields
+            # What is said already stays: blocks may have their own.
+            result |= {name: value for name, value in group.fixed_fields.items() if result.get(name) is None}
     return family.resized(result)

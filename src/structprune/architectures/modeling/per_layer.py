@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from structprune.architectures.families.common import VALUES_ENTRY
+from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENTRY
 from structprune.architectures.family import BlockKind, Family, StandIn, StockClasses
+from structprune.architectures.modeling import narrow_mlp
 from structprune.types import UNIT_KINDS, UnitKind
 
 MODELING_MODULE = "modeling_structprune"
@@ -281,6 +282,12 @@ def modeling_source(family: Family, *, narrow: bool = False) -> str:
         layers = _GIVEN + layers.replace(
             "        kinds = removed", "        _give(stock[i], layer)\n        kinds = removed"
         )
+    if family.channel_maps is not None:
+        names = ", ".join(f'"{name}"' for name in (*family.channel_maps.first, family.channel_maps.last))
+        told = "        kinds = removed.get"
+        assert told in layers
+        call = f'        _narrow_mlp(layer, getattr(configs[i], "{CHANNELS_ENTRY}", None))\n'
+        layers = f"\n\n_CHANNEL_MAPS = ({names})\n{narrow_mlp.TEXT}{layers.replace(told, call + told)}"
     if any(kind.attention_module is None for kind in family.kinds):
         layers = _with_mixers(layers, f"layer.{attention}")
     if family.attention_reads_widths:

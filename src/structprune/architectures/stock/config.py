@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,25 @@ def _agreeing_dtype(reader: CheckpointReader, notes: list[str]) -> dict[str, Any
 def max_positions(config: Any) -> int:
     """Return how many positions a model has; without a limit, as where attention has slopes, a very large number."""
     return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+
+
+def stock_layer_entries(config: PretrainedConfig) -> frozenset[str]:
+    """Return the entries that stock code itself says per block in configs of this class, such as sizes of heads."""
+    own: Any = type(config)()
+    return frozenset(own.per_layer_attributes or ())
+
+
+def without_own_widths(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config with what stock code itself says per block, and no widths that a pruning gave single blocks."""
+    result: Any = copy.deepcopy(config)
+    entries = stock_layer_entries(config)
+    said: dict[str, dict[str, Any]] = config.to_dict().get("per_layer_config") or {}
+    kept = {
+        int(index): {name: value for name, value in fields.items() if name in entries} for index, fields in said.items()
+    }
+    result.per_layer_config = {index: fields for index, fields in kept.items() if fields} or None
+    result.allow_global_per_layer_attribute_access = True
+    return result
 
 
 def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:

@@ -19,10 +19,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.modeling.removed import RemovedSublayers, check_can_go, removed_sublayers
 from structprune.architectures.modeling.sliced import SHORTCUTS, SLICED_ENTRY, SlicedLayer
 from structprune.architectures.modeling.value_channels import check_values, narrow_values
-from structprune.architectures.stock.config import build_config, max_positions, usable_config
+from structprune.architectures.stock.config import (
+    build_config,
+    max_positions,
+    stock_layer_entries,
+    usable_config,
+    without_own_widths,
+)
 from structprune.architectures.stock.counts import check_counts
 from structprune.architectures.stock.family import family_of_checkpoint, unknown_family
 from structprune.architectures.stock.head import with_entries
@@ -108,9 +115,8 @@ class StockModel:
         config, where = self.config, str(reader.directory / "config.json")
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
         if config.is_heterogeneous:
-            self.config = copy.deepcopy(config)
-            self.config.per_layer_config = None
-        known = self.family.per_layer_entries(self.config)
+            self.config = without_own_widths(config)
+        known = self.family.per_layer_entries(self.config) | stock_layer_entries(config)
         found = {name for fields in (reader.config.get("per_layer_config") or {}).values() for name in fields}
         if found - known:
             raise UnsupportedError(
@@ -142,6 +148,7 @@ class StockModel:
             layer: nn.Module = layer_class(config, layer_idx=index)
             self.family.at(index).unstack(layer, config)
         narrow_values(layer, config, self.family)
+        narrow_mlp(layer, config, self.family.channel_maps)
         gone: set[UnitKind] = {*self.removed[index], *removed}
         for kind in gone:
             for name, module in self._stand_ins(index, kind).items():

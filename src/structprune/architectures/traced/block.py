@@ -14,9 +14,12 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from structprune.architectures.families.common import CHANNELS_ENTRY
+from structprune.architectures.family import MlpMaps
+from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.stock.placeholders import STAND_INS, give_buffers
 from structprune.architectures.traced.mixture import Mixture, find_mixture
-from structprune.architectures.traced.small_block import SmallBlock
+from structprune.architectures.traced.small_block import SmallBlock, own_config
 from structprune.architectures.traced.surroundings import Surroundings, set_attention, to_meta
 from structprune.architectures.traced.widths import BiasEntry, WidthEntries, bias_entry, width_entries
 from structprune.errors import UnsupportedError, first_line
@@ -39,11 +42,13 @@ class TracedBlock:
     def __init__(self, config: PretrainedConfig, around: Surroundings, index: int) -> None:
         self._around, self.index = around, index
         self._layer_class: Any = type(around.blocks[index])
-        self._config = copy.deepcopy(config)
+        self._config = own_config(copy.deepcopy(config), index)
         # Some blocks look their attention up by its name, which only a whole model decides.
         set_attention(self._config, around.attention_implementation)
         self._check_built_by_number()
         self.given = around.given_buffers(index)
+        self.channel_maps: MlpMaps | None = None
+        """Maps of an MLP whose channels no config entry says, once that is known."""
         self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.mixture: Mixture | None = find_mixture(self._config, self._stock)
         self._mixers: dict[str, type[nn.Module]] = {}
@@ -68,6 +73,7 @@ class TracedBlock:
         """Build the block on `meta` as stock code does."""
         with torch.device("meta"):
             block: nn.Module = self._layer_class(config, layer_idx=self.index)
+        narrow_mlp(block, config, self.channel_maps)
         give_buffers(block, self.given, torch.device("meta"))
         return block.eval().requires_grad_(False)
 
@@ -163,7 +169,8 @@ class TracedBlock:
 
     def small(self) -> SmallBlock:
         """Build the block with few units."""
-        return SmallBlock(self._around, self.groups(self._config, "kv-group"), self.index, self.mixture)
+        groups = self.groups(self._config, "kv-group")
+        return SmallBlock(self._around, groups, self.index, self.mixture, self.channel_maps)
 
     def norms(self, kind: SublayerKind) -> tuple[str, ...]:
         """Return the norms that only this sublayer has."""
@@ -178,6 +185,7 @@ class TracedBlock:
                 got="--head-units value-channel",
                 wanted="--head-units kv-group or query-head",
             )
+        config = own_config(config, self.index)
         key = self._key(config), head_units
         if key not in self._traced_groups:
             self._traced_groups[key] = self._read_groups(config, head_units)
@@ -238,8 +246,23 @@ class TracedBlock:
             if own[0].held is None:
                 widths = self._widths_of(own, key)
                 bias = bias_entry(self._config, self.build, own[0]) if len(own) == 1 else None
+                if group.kind == "mlp" and not widths.per_unit:
+                    self.channel_maps = self._plain_maps(own)
+                    if self.channel_maps is not None:
+                        entry = {CHANNELS_ENTRY: own[0].num_units}
+                        widths = WidthEntries(per_unit={CHANNELS_ENTRY: 1}, fixed=entry)
             self._entries[key] = widths, bias
         return self._entries[key]
+
+    def _plain_maps(self, own: Sequence[UnitGroup]) -> MlpMaps | None:
+        """Return the maps of an MLP that others of any width can stand for; None where it has more than linear maps."""
+        group, block = own[0], self._around.blocks[self.index]
+        parts = {part.tensor.rpartition(".")[0]: part for part in group.producers}
+        modules = [block.get_submodule(name) for name in (*parts, group.consumer_module)]
+        plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
+        if len(own) > 1 or not plain or not all(type(module) is nn.Linear for module in modules):
+            return None
+        return MlpMaps(first=tuple(parts), last=group.consumer_module)
 
     def _widths_of(self, own: Sequence[UnitGroup], key: tuple[UnitKind, HeadUnits]) -> WidthEntries:
         """Find the entries of the first group, and how many shared experts are as wide because they say so."""

@@ -114,7 +114,7 @@ class _Small:
         experts = stock.family.at(index).experts
         parts = sum(group.expert is not None for group in groups)
         mixture = None if experts is None else Mixture(experts=experts, num_experts=parts)
-        return SmallBlock(self._around, groups, index, mixture)
+        return SmallBlock(self._around, groups, index, mixture, stock.family.channel_maps)
 
     def _of(self, index: int) -> SmallBlock:
         return self._small[self._around.kind_of[index]]

@@ -56,6 +56,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         head_module=around.head_module,
         logit_entries=tuple(name for name in LOGIT_ENTRIES if getattr(config, name, None) is not None),
         classes={config.model_type: _classes(around, holder, any(block.given for block in blocks.values()))},
+        channel_maps=next((block.channel_maps for block in blocks.values() if block.channel_maps is not None), None),
         attention_implementation=around.attention_implementation,
         tiled_attention=bool(around.model._supports_attention_backend),
         # Harmless where it reads none.

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.stock.config import without_own_widths
 from structprune.architectures.traced.family import traced_family
 
 _KEPT = 8
@@ -62,7 +63,5 @@ class Described:
 @functools.lru_cache(_KEPT)
 def traced(described: Described) -> Family:
     """Describe a model, once for as long as it is in use."""
-    config = copy.deepcopy(described.config)
-    if config.is_heterogeneous:
-        config.per_layer_config = None
-    return traced_family(config)
+    config = described.config
+    return traced_family(without_own_widths(config) if config.is_heterogeneous else copy.deepcopy(config))

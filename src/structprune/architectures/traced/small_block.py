@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from structprune.architectures.family import MlpMaps
+from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.stock.experts import split_experts
 from structprune.architectures.stock.placeholders import give_buffers, parameters_on_meta
 from structprune.architectures.traced.mixture import Mixture
@@ -31,13 +33,20 @@ class SmallBlock:
     A mixture has few experts. Weights go by the names that the experts have one by one.
     """
 
-    def __init__(self, around: Surroundings, groups: Sequence[UnitGroup], index: int, mixture: Mixture | None) -> None:
-        self._around, self.index = around, index
+    def __init__(
+        self,
+        around: Surroundings,
+        groups: Sequence[UnitGroup],
+        index: int,
+        mixture: Mixture | None,
+        channel_maps: MlpMaps | None = None,
+    ) -> None:
+        self._around, self.index, self._channel_maps = around, index, channel_maps
         self._experts = None if mixture is None else mixture.experts
         few: dict[UnitKind, int] = {
             group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields
         }
-        self.config = with_units(around.config, groups, few)
+        self.config = with_units(own_config(around.config, index), groups, few)
         self._take_few_experts(mixture)
         generator = torch.Generator().manual_seed(1)
         layer = self._stock(index)
@@ -69,6 +78,7 @@ class SmallBlock:
         layer_class: Any = type(self._around.blocks[index])
         with parameters_on_meta():
             layer: nn.Module = layer_class(self.config, layer_idx=index).eval()
+        narrow_mlp(layer, self.config, self._channel_maps)
         give_buffers(layer, self._around.given_buffers(self.index), torch.device("cpu"))
         return layer.requires_grad_(False)
 
@@ -152,6 +162,11 @@ def _keep_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: object, o
 
 def _keep_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
     seen[_READ] = args[0]
+
+
+def own_config(config: PretrainedConfig, index: int) -> PretrainedConfig:
+    """Return what a config says of block `index`."""
+    return config.per_layer_config[index] if config.is_heterogeneous else config
 
 
 def with_units(config: PretrainedConfig, groups: Sequence[UnitGroup], kept: Mapping[UnitKind, int]) -> PretrainedConfig:

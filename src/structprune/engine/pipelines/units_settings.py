@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.allocation import ALLOCATORS
-from structprune.architectures.families.common import VALUES_ENTRY
+from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENTRY
 from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
@@ -173,7 +173,7 @@ def _resolved(
 
     `groups` are those in scope.
     """
-    narrows = any(group.kind == "attention" for group in groups) and stock.head_units == "value-channel"
+    narrows = {VALUES_ENTRY, CHANNELS_ENTRY} & {name for group in groups for name in group.config_fields}
     evenly = recipe.structure == Structure.UNIFORM
     allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
     entry = ALLOCATORS.get(allocator)
@@ -184,8 +184,14 @@ def _resolved(
     target = _checked_target(recipe, method, groups)
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
     score = _check_score(recipe.score or method.score, method)
-    if narrows:
+    if VALUES_ENTRY in narrows:
         _check_value_channels(recipe, score)
+    if CHANNELS_ENTRY in narrows and evenly:
+        raise UnsupportedError(
+            f"the width of MLPs follows from the hidden size in stock {stock.family.name}, so no stock config says it",
+            got="--structure uniform",
+            wanted="--structure per-layer, which comes with a modelling file",
+        )
     solver = SOLVERS.check(recipe.solver or method.solver)
     if "biases" in SOLVERS.get(solver).changes and recipe.sparsity == 0:
         # Nothing is missing, so nothing is added.
