@@ -45,6 +45,21 @@ DESCRIBED: Mapping[str, dict[str, Any]] = {
     "stablelm": {},
     "nemotron": {},
     "ministral3": {},
+    # Stacked experts: with names of single ones in files, and without; one for all tokens beside the others.
+    "mixtral": {},
+    "gpt_oss": WINDOWS,
+    "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 40},
+    # Blocks with experts and without.
+    "deepseek_v3": {},
+    # Positions that mix without attention: in other blocks, and beside it.
+    "qwen3_5_text": {},
+    "jamba": {},
+    "falcon_h1": {},
+    # Sizes of heads per block in the stock config, a number that the stream is multiplied by.
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, **WINDOWS},
+    # MLPs whose width follows from the hidden size.
+    "bloom": {},
+    "mpt": {},
 }
 """`model_type` -> what its config is given beside that of `TINY_DECODERS`."""
 OTHERS: Mapping[str, dict[str, Any]] = {
@@ -64,7 +79,10 @@ TRACED = (
     *("ministral", "nanochat", "olmo", "persimmon", "seed_oss", "vaultgemma", "youtu"),
 )
 """Types that are described beside these, for the slow tests."""
+OWN_MLP = ("bloom", "mpt")
+"""Types whose MLPs lose channels by our modelling file alone."""
 HELD_HEADS = {
+    **dict.fromkeys(("bloom", "deepseek_v3", "mpt"), "cannot express fewer attention"),
     **dict.fromkeys(
         ("biogpt", "codegen", "helium", "minicpm3", "persimmon", "youtu"), "cannot express fewer attention"
     ),

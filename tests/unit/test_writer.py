@@ -85,7 +85,7 @@ def test_a_shard_of_an_earlier_process_counts(directory: Path) -> None:
 
 
 def test_names_of_a_checkpoint_that_calls_them_otherwise(directory: Path) -> None:
-    writer = CheckpointWriter(directory / "shards", 1, lambda name: f"old.{name}")
+    writer = CheckpointWriter(directory / "shards", 1, FileForm(name=lambda name: f"old.{name}"))
     path = writer.write(1, {"a": torch.ones(2), "b": torch.zeros(2)})
     assert set(load_file(path)) == {"old.a", "old.b"}
     assert torch.equal(writer.read(1, ["a"])["a"], torch.ones(2))

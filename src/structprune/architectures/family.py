@@ -120,7 +120,7 @@ class BlockKind:
     """What a family states of its blocks, or of those of one kind. Module names are paths inside a block."""
 
     attention_module: str | None
-    """With zeros in its place the MLP sublayer is left; None where such a block has no attention."""
+    """The attention: with zeros in its place the MLP sublayer is left; None where such a block has none."""
     mlp_modules: tuple[str, ...]
     """Modules of the MLP; with zeros in their place the attention sublayer is left."""
     mixer_modules: tuple[str, ...] = ()
@@ -140,6 +140,8 @@ class BlockKind:
     """
     experts: Experts | None = None
     """None where a block's MLP is no mixture."""
+    stream_scales: tuple[str, ...] = ()
+    """Tensors of one number that the stream is multiplied by behind the last stage."""
     given: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Buffers that a whole stock model computes for such a block, and no checkpoint has."""
 

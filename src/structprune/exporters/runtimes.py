@@ -14,6 +14,7 @@ from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
+from structprune.architectures.stock.config import has_own_layers
 from structprune.kinds import Structure
 
 Loads = Literal["yes", "no", "unverified"]
@@ -67,7 +68,7 @@ def result_shape(
     config: Mapping[str, Any], *, tied: bool, tensor_parallel: int = 1, indivisible: str | None = None
 ) -> ResultShape:
     """Return the shape of the checkpoint with this config.json."""
-    uneven = config.get("per_layer_config") or config.get(REMOVED_ENTRY)
+    uneven = has_own_layers(config) or config.get(REMOVED_ENTRY)
     heads, hidden, head_dim = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
     model_type = str(config.get("model_type"))
     return ResultShape(

@@ -99,6 +99,16 @@ def find_stream(traced: Traced) -> Stream:
     return Stream(states=states, width=value.dims[-1], positions=frozenset(atoms(*value.dims[:-1])))
 
 
+def stream_scales(traced: Traced, stream: Stream) -> tuple[tuple[str, int], ...]:
+    """List the parameters and buffers that the stream is multiplied by, each with the state that comes of it."""
+    return tuple(
+        (name, state)
+        for node, state in stream.states.items()
+        if node.op == "call_function" and operation_name(node).removesuffix("_") == "mul"
+        for name in _tensors(traced, node.all_input_nodes)
+    )
+
+
 def _is_of_shape(node: Node, shape: torch.Size) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.shape[-1:] == shape[-1:] and value.numel() == shape.numel()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import UnsupportedError
@@ -70,16 +71,26 @@ def max_positions(config: Any) -> int:
     return getattr(config, "max_position_embeddings", None) or _NO_LIMIT
 
 
-def stock_layer_entries(config: PretrainedConfig) -> frozenset[str]:
-    """Return the entries that stock code itself says per block in configs of this class, such as sizes of heads."""
-    own: Any = type(config)()
-    return frozenset(own.per_layer_attributes or ())
+@functools.lru_cache
+def stock_layer_entries(model_type: str) -> frozenset[str]:
+    """Return the entries that stock code itself says per block in configs of this type, such as sizes of heads."""
+    own: Any = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
+    return frozenset(getattr(own, "per_layer_attributes", None) or ())
+
+
+def has_own_layers(config: Mapping[str, Any]) -> bool:
+    """Whether config.json, read as JSON, gives single blocks widths that stock code does not, as a pruning does."""
+    said: Any = config.get("per_layer_config")
+    if not isinstance(said, dict):
+        return "per_layer_config" in config
+    stock = stock_layer_entries(str(config.get("model_type")))
+    return not stock or any(name not in stock for fields in said.values() for name in fields)
 
 
 def without_own_widths(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config with what stock code itself says per block, and no widths that a pruning gave single blocks."""
     result: Any = copy.deepcopy(config)
-    entries = stock_layer_entries(config)
+    entries = stock_layer_entries(config.model_type)
     said: dict[str, dict[str, Any]] = config.to_dict().get("per_layer_config") or {}
     kept = {
         int(index): {name: value for name, value in fields.items() if name in entries} for index, fields in said.items()

@@ -28,9 +28,9 @@ class StackedExperts:
     """A stock module that holds all experts, and how its tensors are laid out."""
 
     module: str
-    """Its name in the block."""
+    """Name of the module in the block."""
     first: str
-    """Its tensor of the maps that read the hidden states."""
+    """Tensor of the maps that read the hidden states."""
     transposed: bool
     """Whether rows of its weights belong to inputs."""
     biased: bool

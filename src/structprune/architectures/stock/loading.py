@@ -19,6 +19,7 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
+from structprune.architectures.stock.config import has_own_layers
 from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.tensor_check import without_head
 from structprune.architectures.traced.lookup import find_family, is_stock_type
@@ -153,7 +154,8 @@ def _per_layer_class(directory: Path) -> Any:
     path = directory / MODELING_NAME
     config = read_json(directory / "config.json")
     check_names_no_code(config, str(directory / "config.json"))
-    if not path.exists() and not config.keys() & {"per_layer_config", REMOVED_ENTRY, SLICED_ENTRY}:
+    ours = config.keys() & {REMOVED_ENTRY, SLICED_ENTRY} or has_own_layers(config)
+    if not path.exists() and not ours:
         return None
     model_type = str(config.get("model_type"))
     form = "sliced" if SLICED_ENTRY in config else "per-layer"

@@ -116,7 +116,7 @@ class StockModel:
         per_block: tuple[PretrainedConfig, ...] = tuple(config.per_layer_config)
         if config.is_heterogeneous:
             self.config = without_own_widths(config)
-        known = self.family.per_layer_entries(self.config) | stock_layer_entries(config)
+        known = self.family.per_layer_entries(self.config) | stock_layer_entries(config.model_type)
         found = {name for fields in (reader.config.get("per_layer_config") or {}).values() for name in fields}
         if found - known:
             raise UnsupportedError(
@@ -171,7 +171,7 @@ class StockModel:
         return view
 
     def file_form(self, *, per_layer: bool) -> FileForm:
-        """How tensors lie in an output's files: under the source's names, or as our own modelling file needs them.
+        """Say how tensors lie in an output's files: under the source's names, or as our own modelling file needs them.
 
         transformers translates old names for its own classes only.
         """
@@ -360,9 +360,15 @@ class StockModel:
                 for name, stand_in in self._stand_ins(index, kind).items():
                     outside[name] = block.get_submodule(name)
                     block.set_submodule(name, stand_in)
+        is_last = stage == self.stages_of(index)[-1]
+        scales = {} if is_last else {name: _tensor(block, name) for name in self.family.at(index).stream_scales}
+        for name, scale in scales.items():
+            _put(block, name, torch.ones_like(scale))
         try:
             yield
         finally:
+            for name, scale in scales.items():
+                _put(block, name, scale)
             for name, module in outside.items():
                 block.set_submodule(name, module)
 
@@ -441,6 +447,19 @@ class StockModel:
         projection.load_state_dict(weights, assign=True)
         head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)
+
+
+def _tensor(block: nn.Module, name: str) -> Tensor:
+    module, _, attribute = name.rpartition(".")
+    return getattr(block.get_submodule(module), attribute)
+
+
+def _put(block: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or a buffer."""
+    module, _, attribute = name.rpartition(".")
+    place = block.get_submodule(module)
+    is_parameter = isinstance(getattr(place, attribute), nn.Parameter)
+    setattr(place, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
 def output_tensor(output: Any) -> Tensor:

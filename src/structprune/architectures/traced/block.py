@@ -26,7 +26,7 @@ from structprune.errors import UnsupportedError, first_line
 from structprune.kinds import SUBLAYER_KINDS
 from structprune.tracing.graph import Traced, trace
 from structprune.tracing.groups import attention_groups, common_prefix, held_group, mlp_groups
-from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers, stages
+from structprune.tracing.sublayers import Sublayer, find_stream, find_sublayers, stages, stream_scales
 from structprune.types import HeadUnits, Stage, SublayerKind, UnitGroup, UnitKind
 
 _KEPT = 4
@@ -138,6 +138,19 @@ class TracedBlock:
         with torch.no_grad():
             block(hidden, **kwargs)
         return dict.fromkeys(modules, STAND_INS["mixer"]["pair" if isinstance(outputs[0], tuple) else "nothing"])
+
+    def stream_scales(self) -> tuple[str, ...]:
+        """List the tensors that the stream is multiplied by behind the last stage.
+
+        Raises UnsupportedError where it is multiplied elsewhere, or sublayers are not normed.
+        """
+        traced, sublayers = self._whole
+        scales = stream_scales(traced, find_stream(traced))
+        last = max(part.adds for parts in sublayers.values() for part in parts)
+        groups = self.groups(self._config, "kv-group")
+        if any(state < last for _, state in scales) or (scales and any(not group.output_normed for group in groups)):
+            raise refused(self._config, "its stream is multiplied between sublayers", got=scales[0][0])
+        return tuple(name for name, _ in scales)
 
     def modules(self, kind: SublayerKind) -> tuple[str, ...]:
         """Return the modules that are a sublayer: the one around all its tensors, or the maps themselves."""

@@ -46,6 +46,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         stages=first.stages,
         unstack=first.unstack,
         experts=first.experts,
+        stream_scales=first.stream_scales,
         given=first.given,
         others={index: kinds[kind] for index, kind in enumerate(around.kind_of) if kind != 0},
         blocks_module=around.blocks_module,
@@ -109,6 +110,7 @@ def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) ->
         stages=lambda _: block.stages,
         unstack=block.unstack,
         experts=None if block.mixture is None else block.mixture.experts,
+        stream_scales=block.stream_scales(),
         given=block.given,
     )
 
