@@ -81,7 +81,7 @@ def test_a_quarter_of_the_channels_in_a_stock_config(source: Path, text_file: Pa
     before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, pruned))
     # A quarter of the MLP, in whole channels: one of 48 more where the MLP has numbers that stay (Apertus).
     # Experts keep multiples of 8 of their 24 or 48 channels.
-    assert 0.2 <= report.size.removed_share_of_scope <= (0.34 if mixture(source) else 0.25 + 1 / 48)
+    assert 0.2 <= report.size.removed_share_of_scope <= (0.35 if mixture(source) else 0.25 + 1 / 48)
     assert set(stored_names(output)) == set(stored_names(source)), "the names are those of the source"
     assert before - after == report.size.parameters_before - report.size.parameters_after > 0
 
@@ -89,6 +89,10 @@ def test_a_quarter_of_the_channels_in_a_stock_config(source: Path, text_file: Pa
 def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file: Path, tmp_path: Path) -> None:
     output, scope = tmp_path / "out", "mlp" if source.name in HELD_HEADS else "all"
     step = 8 if mixture(source) else 1
+    if source.name == "gemma4_text":
+        with pytest.raises(UnsupportedError, match="these keep one width; got --structure per-layer, head_dim"):
+            run(source, output, text_file, structure="per-layer")
+        return
     report = run(source, output, text_file, scope=scope, structure="per-layer", sparsity=0.4, multiple_of=step)
     layers = json.loads((output / "config.json").read_text())["per_layer_config"].values()
     assert len({json.dumps(fields, sort_keys=True) for fields in layers}) > 1

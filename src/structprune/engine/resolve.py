@@ -10,6 +10,7 @@ import torch
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
+from structprune.architectures.stock.forward_bytes import mixer_memory
 from structprune.architectures.stock.loading import check_settings
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import CalibrationWindows, WindowRequest
@@ -235,6 +236,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         layout=stock.layout,
         groups=resolved.groups,
         num_stages=stock.num_stages,
+        mixers=mixer_memory(stock, recipe.seq_len, resolved.dtype),
         stored_bytes={name: stock.reader.num_bytes([name]) for name in stock.reader.shapes},
         stored_dtypes=stock.reader.dtypes,
         compute_dtype=resolved.dtype,

@@ -19,6 +19,7 @@ from structprune.architectures.modeling.removed import (
     removed_sublayers,
 )
 from structprune.architectures.modeling.value_channels import has_narrow_values
+from structprune.architectures.stock.config import stock_layer_entries
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.files import write_text
@@ -34,6 +35,12 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
     Raises UnsupportedError for a kind without a per-layer form, or if no block would have attention.
     """
     classes = stock.family.classes[config["model_type"]]
+    if own := stock_layer_entries(config["model_type"]):
+        raise UnsupportedError(
+            f"stock {stock.family.name} asks its config for the sizes of all blocks of one kind, so these keep one width",
+            got=f"--structure per-layer, {', '.join(sorted(own))} in per_layer_config",
+            wanted="--structure uniform",
+        )
     source_layers = {int(index): fields for index, fields in (config.get("per_layer_config") or {}).items()}
     layers = [dict(source_layers.get(index, {})) for index in range(len(stock.layout.blocks))]
     removed = list(removed_sublayers(config, len(layers), "config.json"))
@@ -44,10 +51,12 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
             if counts is None:
                 continue
             count = counts[block.index]
+            if not block.has(kind):
+                # Removed before, or a block that never had it.
+                continue
             if count == 0:
                 removed[block.index] = removed[block.index].union((kind,))
                 continue
-            assert block.has(kind), "a removed sublayer keeps no units"
             # Its own: blocks of an uneven source differ in what a unit of theirs is.
             group = block.group(kind)
             if count != group.num_units and not group.config_fields:

@@ -196,6 +196,13 @@ def _give(stock, layer):
         module = layer.get_submodule(place)
         if not hasattr(module, attribute):
             module.register_buffer(attribute, buffer, persistent=False)
+
+
+class _StockInit:
+    """Has stock code fill such buffers as for its own classes: all of it looks whether a tensor was loaded."""
+
+    def _initialize_weights(self, module, is_custom_code=False):
+        super()._initialize_weights(module)
 '''
 # Blocks of several classes are told apart by stock code alone.
 _WITH = """        super().__init__(config)
@@ -260,7 +267,7 @@ def _models(family: Family, bases: str) -> str:
             built = _WITHOUT if classes.layer else _WITH
             text += f"""
 
-class {name}({bases if left == 0 else ""}{stock}):
+class {name}({"" if classes.layer else "_StockInit, "}{bases if left == 0 else ""}{stock}):
     def __init__(self, config):
 {built}        self.{attribute} = {child}
         self.post_init()

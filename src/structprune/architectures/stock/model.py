@@ -50,7 +50,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import FileForm
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError
 from structprune.kinds import SUBLAYER_KINDS
-from structprune.types import UNIT_KINDS, BlockLayout, HeadUnits, ModelLayout, Stage, SublayerKind, UnitGroup, UnitKind
+from structprune.types import BlockLayout, HeadUnits, ModelLayout, Stage, SublayerKind, UnitGroup, UnitKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,15 +303,9 @@ class StockModel:
         return SlicedLayer(layer) if self.sliced else layer
 
     def _global_groups(self) -> tuple[UnitGroup, ...]:
-        """Return the groups of each kind in the first kind of blocks that has some, by the global config."""
-        found: dict[UnitKind, tuple[UnitGroup, ...]] = {}
-        for blocks in self.family.kinds:
-            groups = blocks.groups(self.config, self.head_units)
-            for kind in UNIT_KINDS:
-                own = tuple(group for group in groups if group.kind == kind)
-                if own and (kind not in found or not found[kind][0].config_fields):
-                    found[kind] = own
-        return tuple(group for groups in found.values() for group in groups)
+        """Return the groups of every kind of blocks by the global config, each once."""
+        groups = [group for kind in self.family.kinds for group in kind.groups(self.config, self.head_units)]
+        return tuple(group for place, group in enumerate(groups) if group not in groups[:place])
 
     @property
     def has_even_blocks(self) -> bool:

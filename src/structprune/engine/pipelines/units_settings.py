@@ -400,7 +400,8 @@ def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
 def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> tuple[UnitGroup, ...]:
     """List the groups in scope in the order of the forward pass."""
     kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
-    groups = {group.kind: group for group in reversed(stock.groups)}
+    # One of each kind, that can lose units where some block has such.
+    groups = {group.kind: group for group in sorted(stock.groups, key=lambda group: bool(group.config_fields))}
     for kind in kinds:
         if kind == "attention" and has_narrow_values(stock.layout.config):
             raise UnsupportedError(

@@ -24,6 +24,7 @@ from structprune.engine.planning.shapes import (
     kept_for_backward,
     logit_bytes,
     mask_bytes,
+    mixer_bytes,
     num_scores,
     one_of_each,
     repair_numbers,
@@ -60,6 +61,7 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
     base += 2 * hidden * one_each
     weights = sum(torch.Size(shape).numel() for shape in block.shapes.values()) * item
     activations = activation_bytes(block, hidden, one_each) + micro_batch * num_scores(request) * SCORE_BYTES
+    activations = max(activations, micro_batch * mixer_bytes(request, block).peak)
     running = base + weights + activations
     # Of one window in float32, where a loss is differentiated.
     gradient = seq_len * hidden * 4

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from structprune.architectures.stock.forward_bytes import ForwardBytes
 from structprune.engine.planning.pieces import Work
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
 from structprune.phases import PhaseBytes
@@ -109,6 +110,8 @@ class PlanRequest:
     compute_dtype: torch.dtype
     num_stages: Mapping[Stage, int] = field(default_factory=dict[Stage, int])
     """Sublayers of a block that read the same state of the stream -> how many blocks have such ones."""
+    mixers: Mapping[frozenset[str], ForwardBytes] = field(default_factory=dict[frozenset[str], ForwardBytes])
+    """Names of a block's tensors -> what one window holds in what mixes positions there without attention."""
     num_windows: int
     seq_len: int
     num_probe: int

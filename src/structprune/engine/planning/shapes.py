@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from structprune.architectures.stock.forward_bytes import ForwardBytes
 from structprune.architectures.units import missing_biases
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.workspace import GroupProblem
@@ -107,7 +108,14 @@ def kept_for_backward(request: PlanRequest, block: BlockLayout) -> int:
     """Return the bytes that backward keeps of one window: activations, their gradients, and the products' inputs."""
     one_each = request.seq_len * request.compute_dtype.itemsize
     activations = activation_bytes(block, request.layout.hidden_size, one_each, differentiated=True)
-    return 3 * activations + num_scores(request) * _SCORE_BYTES_BACKWARD
+    attention = 3 * activations + num_scores(request) * _SCORE_BYTES_BACKWARD
+    # Beside what is kept, gradients of it.
+    return max(attention, 2 * mixer_bytes(request, block).total)
+
+
+def mixer_bytes(request: PlanRequest, block: BlockLayout) -> ForwardBytes:
+    """Return what one window holds where the block mixes positions without attention."""
+    return request.mixers.get(frozenset(block.shapes), ForwardBytes())
 
 
 def statistics_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -> int:

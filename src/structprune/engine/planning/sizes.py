@@ -18,6 +18,7 @@ from structprune.engine.planning.shapes import (
     embedding_names,
     logit_bytes,
     mask_bytes,
+    mixer_bytes,
     most_inputs,
     num_scores,
     numel,
@@ -182,6 +183,7 @@ class HostSizes:
         tiles = scratch_bytes(self.request.seq_len) if tiled else 0
         total = activation_bytes(self.block, self.hidden, self.micro_batch_tokens * self.item, tiles)
         total += self.choice.micro_batch * scores * SCORE_BYTES
+        total = max(total, self.choice.micro_batch * mixer_bytes(self.request, self.block).peak)
         # As wide as the stream: small ones leave holes in the heap.
         if self.micro_batch_states < HEAP_BLOCK_BYTES:
             total += _HEAP_STATES * self.micro_batch_states

@@ -63,10 +63,13 @@ def observed(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -
 
 @contextmanager
 def captured(block: nn.Module, module: str, receive: Callable[[Tensor], None]) -> Generator[None]:
-    """Pass the output of `module`, of whatever shape, to `receive` inside the context; the block computes as usual."""
+    """Pass the output of `module`, of whatever shape, to `receive` inside the context; the block computes as usual.
 
-    def hook(_: nn.Module, __: object, output: Tensor) -> None:
-        receive(output)
+    Of several outputs, as where a mixture gives its router's numbers too, it is the first one.
+    """
+
+    def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        receive(output[0] if isinstance(output, tuple) else output)
 
     handle = block.get_submodule(module).register_forward_hook(hook)
     try:
