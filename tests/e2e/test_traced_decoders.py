@@ -90,7 +90,7 @@ def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file
     output, scope = tmp_path / "out", "mlp" if source.name in HELD_HEADS else "all"
     step = 8 if mixture(source) else 1
     if source.name == "gemma4_text":
-        with pytest.raises(UnsupportedError, match="these keep one width; got --structure per-layer, head_dim"):
+        with pytest.raises(UnsupportedError, match="they keep one width; got --structure per-layer, head_dim"):
             run(source, output, text_file, structure="per-layer")
         return
     report = run(source, output, text_file, scope=scope, structure="per-layer", sparsity=0.4, multiple_of=step)

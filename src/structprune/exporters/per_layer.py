@@ -37,7 +37,7 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
     classes = stock.family.classes[config["model_type"]]
     if own := stock_layer_entries(config["model_type"]):
         raise UnsupportedError(
-            f"stock {stock.family.name} asks its config for the sizes of all blocks of one kind, so these keep one width",
+            f"stock {stock.family.name} asks its config for the sizes of all blocks of one kind: they keep one width",
             got=f"--structure per-layer, {', '.join(sorted(own))} in per_layer_config",
             wanted="--structure uniform",
         )
