@@ -30,6 +30,7 @@ from structprune.architectures.stock.names import with_stock_names, with_tied_em
 from structprune.architectures.stock.placeholders import STAND_INS, Recorder, StopForward, compute_buffers
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
+from structprune.architectures.stock.wrapper import text_view
 from structprune.architectures.traced.checks import check_description
 from structprune.architectures.traced.lookup import is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
@@ -57,6 +58,7 @@ class StockModel:
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
+        reader = text_view(reader)
         model_type = reader.config.get("model_type")
         if not isinstance(model_type, str) or (model_type not in FAMILIES and not is_stock_type(model_type)):
             raise unknown_family(reader)
@@ -216,6 +218,7 @@ class StockModel:
             head_module=family.head_module,
             tied_embeddings=tied,
             outer_tensors=outer,
+            around=reader.around,
             notes=self.notes,
         )
 
