@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from support.models import COMMON, byte_tokenizer
 
@@ -129,11 +128,16 @@ TINY_WRAPPERS: Mapping[str, dict[str, Any]] = {
     },
 }
 """`model_type` -> what its config is given."""
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "cohere2_vision": {"text_config": {**TEXT, "logit_scale": 0.3}, "vision_config": SIGLIP},
+    "paligemma": {"text_config": {**SIZED, "model_type": "gemma"}, "vision_config": SIGLIP, "projection_dim": 32},
+}
+"""Types whose text model computes something else inside."""
 
 
 def tiny_wrapper_config(model_type: str, **changes: Any) -> Any:
     """A config of this type with few and small blocks; `changes` are entries of its text config."""
-    own = dict(TINY_WRAPPERS[model_type])
+    own = dict({**TINY_WRAPPERS, **OTHERS}[model_type])
     own["text_config"] = {**own["text_config"], **changes}
     return CONFIG_MAPPING[model_type](**own)
 
@@ -160,11 +164,6 @@ def save_wrapper(model_type: str, directory: Path, *, dtype: torch.dtype = torch
         (directory / name).write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     return directory
-
-
-def is_image_text_type(model_type: str) -> bool:
-    """Whether stock transformers has an image-text model of this type."""
-    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def image_inputs(model_type: str) -> dict[str, Any]:

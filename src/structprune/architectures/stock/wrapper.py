@@ -7,6 +7,7 @@ no causal model of such a text config, one is put together of its text model and
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.stock.counts import check_counts
+from structprune.architectures.stock.placeholders import parameters_on_meta
+from structprune.architectures.stock.without_images import NUM_TOKENS, difference
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.wrapper import Wrapper
 from structprune.errors import CheckpointError, StructPruneError, UnsupportedError, first_line
@@ -82,9 +85,7 @@ def text_view(reader: CheckpointReader) -> CheckpointReader:
     _check_parts(reader, reader.config)
     try:
         config: Any = AutoConfig.from_pretrained(str(reader.directory), local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-        return _TextModel(reader, config, model).view()
+        return _TextModel(reader, config).view()
     except StructPruneError:
         raise
     except Exception as error:
@@ -112,25 +113,29 @@ def _check_parts(reader: CheckpointReader, config: Mapping[str, Any]) -> None:
 
 
 class _TextModel:
-    """The text model of an image-text model that was built without weights."""
+    """The text model of an image-text model, which is built here with few tokens and without weights."""
 
-    def __init__(self, reader: CheckpointReader, config: Any, model: Any) -> None:
-        self._reader, self._config, self._model = reader, config, model
+    def __init__(self, reader: CheckpointReader, config: Any) -> None:
+        self._reader, self._config = reader, config
         self._where = str(reader.directory / "config.json")
         self._text: Any = config.get_text_config()
         self._key = self._entry()
+        with parameters_on_meta():
+            self._model: Any = AutoModelForImageTextToText.from_config(_with_few_tokens(config)).eval()
         self._path, self._module = self._found_module()
-        self._head = self._name_of(model.get_output_embeddings())
+        self._head = self._name_of(self._model.get_output_embeddings())
 
     def view(self) -> CheckpointReader:
         """Return the text model as a checkpoint. Raises as `text_view` does."""
         causal = self._causal()
-        names = self._names(causal)
-        text_config = self._text.to_dict() | {
-            # By the entry of the whole stock code ties.
-            _TIED: bool(getattr(self._config, _TIED, False)),
-            "architectures": [type(causal).__name__],
-        }
+        inner = "" if isinstance(self._module, type(causal)) else f"{causal.base_model_prefix}."
+        own_head = next(name for name, each in causal.named_modules() if each is causal.get_output_embeddings())
+        names = self._names({f"{self._path}.": inner, f"{self._head}.": f"{own_head}."})
+        different = difference(self._model, causal, {f"{own_head}.": f"{self._head}.", inner: f"{self._path}."})
+        if different is not None:
+            wanted = "what its text model computes as a causal model"
+            raise self._unsupported("without an image it computes something else", got=different, wanted=wanted)
+        text_config = self._text.to_dict() | {_TIED: self._tied(), "architectures": [type(causal).__name__]}
         text_config |= {name: self._reader.config[name] for name in _OF_ALL if name in self._reader.config}
         given = self._reader.config.get(self._key)
         arguments = set(inspect.signature(type(causal.base_model).forward).parameters)
@@ -156,7 +161,7 @@ class _TextModel:
         if len(found) != 1:
             raise self._unsupported("its config has no one entry for a text model", got=", ".join(found) or "none")
         if self._config.is_encoder_decoder:
-            raise self._unsupported("it is an encoder and a decoder", got=type(self._model).__name__)
+            raise self._unsupported("it is an encoder and a decoder", got=type(self._config).__name__)
         return found[0]
 
     def _found_module(self) -> tuple[str, nn.Module]:
@@ -179,8 +184,10 @@ class _TextModel:
             head: Any = self._model.get_submodule(self._head)
             causal_class = _with_head(self._module, type(self._text), biased=head.bias is not None)
             AutoModelForCausalLM.register(type(self._text), causal_class, exist_ok=True)
-        with torch.device("meta"):
-            causal: Any = AutoModelForCausalLM.from_config(self._text, trust_remote_code=False)
+        text = _with_few_tokens(self._text)
+        setattr(text, _TIED, self._tied())
+        with parameters_on_meta():
+            causal: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False).eval()
         if type(self._module) not in (type(causal), type(causal.base_model)):
             raise self._unsupported(
                 "its text model is another one than the causal model of its config",
@@ -189,14 +196,16 @@ class _TextModel:
             )
         return causal
 
-    def _names(self, causal: Any) -> dict[str, str]:
+    def _tied(self) -> bool:
+        """Say whether the head is the embedding: by the config of the module that has both."""
+        config = self._text if self._head.startswith(f"{self._path}.") else self._config
+        return bool(getattr(config, _TIED, False))
+
+    def _names(self, starts: Mapping[str, str]) -> dict[str, str]:
         """Return the names of the text model's tensors in the files, with those that a causal model's files have.
 
-        Raises CheckpointError where there are none.
+        `starts`: start of a name of a module -> in the causal model. Raises CheckpointError where there are none.
         """
-        inner = "" if isinstance(self._module, type(causal)) else f"{causal.base_model_prefix}."
-        own_head = next(name for name, each in causal.named_modules() if each is causal.get_output_embeddings())
-        starts = {f"{self._path}.": inner, f"{self._head}.": f"{own_head}."}
         names: dict[str, str] = {}
         for stored, module_name in module_names(self._model, self._reader.shapes).items():
             for start, own in starts.items():
@@ -216,6 +225,18 @@ class _TextModel:
         return UnsupportedError(
             f"{self._config.model_type} wraps a text model, and {what}", where=self._where, got=got, wanted=wanted
         )
+
+
+def _with_few_tokens(config: Any) -> Any:
+    """Copy a config, so that its text model has as few tokens as the comparison needs."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.vocab_size = NUM_TOKENS
+    # Numbers that are computed as a model is built would be rounded to the type of its weights.
+    small.dtype = text.dtype = torch.float32
+    if isinstance(text.pad_token_id, int) and text.pad_token_id >= NUM_TOKENS:
+        text.pad_token_id = 0
+    return small
 
 
 def _translated(stored: str, module_name: str, start: str, own: str) -> str:
