@@ -186,6 +186,16 @@ class BlockLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What an image-text checkpoint holds beside its text model, and is copied as it is: vision tower, projector."""
+
+    parameters: int = 0
+    num_bytes: int = 0
+    """Bytes in the files."""
+    dtypes: frozenset[torch.dtype] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
     """A model as data: the blocks, the tensors around them, and the names of the stock modules."""
 
@@ -207,12 +217,19 @@ class ModelLayout:
     tied_embeddings: bool
     outer_tensors: Mapping[str, tuple[int, ...]]
     """Checkpoint tensors outside the blocks (embeddings, final norm, head), copied unchanged."""
+    around: Around = Around()
+    """What is there beside this model; no count of its own parameters has them."""
     notes: tuple[str, ...] = ()
     """What was found in the checkpoint that a person should know, a sentence each."""
 
     @property
     def num_parameters(self) -> int:
         return sum(b.num_parameters for b in self.blocks) + sum(_numel(s) for s in self.outer_tensors.values())
+
+    @property
+    def all_parameters(self) -> int:
+        """Parameters of the whole checkpoint, what is around a text model included."""
+        return self.num_parameters + self.around.parameters
 
     @property
     def block_parameters(self) -> int:

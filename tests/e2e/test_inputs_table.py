@@ -25,6 +25,7 @@ from support.command_line import CommandLine
 from support.models import COMMON, byte_tokenizer, save_tiny
 from support.public_folders import LIKENESSES
 from support.texts import CHATS, FORMS, json_lines
+from support.wrappers import save_wrapper
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("pyarrow")
@@ -115,6 +116,12 @@ def changed(change_it: Callable[[Path], object], *, verb: str = "prune") -> Call
         return prune(place) if verb == "prune" else (verb, place.model)
 
     return build
+
+
+def wrapper(folder: Path) -> Path:
+    """Put a tiny image-text model in the place of the model."""
+    shutil.rmtree(folder)
+    return save_wrapper("llava", folder)
 
 
 def with_file(name: str, content: bytes | str = b"x") -> Callable[[Place], Arguments]:
@@ -604,15 +611,32 @@ SECTIONS: dict[str, list[Case]] = {
             test=f"{BAD}: test_unknown_family",
         ),
         Case(
-            given="a model with eyes, whose text model is wrapped",
+            given="an image-text model: its text model is pruned",
+            build=changed(wrapper),
+            happens="accepted",
+            test="test_wrappers.py: test_the_text_model_is_pruned_and_the_rest_stays",
+            keeps=("preprocessor_config.json", "processor_config.json", "chat_template.jinja"),
+        ),
+        Case(
+            given="an image-text model without the weights of its text model",
             build=changed(
-                lambda folder: write(
-                    folder / "config.json",
-                    '{"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}',
+                lambda folder: change_weights(
+                    wrapper(folder), lambda w: {n: t for n, t in w.items() if "language_model" not in n}
                 )
             ),
             happens="refused",
-            test=f"{ODD}: test_a_model_with_eyes_says_where_its_text_model_is",
+            test="test_text_views.py: test_no_weights_of_a_text_model",
+        ),
+        Case(
+            given="a model with ears, whose text model is wrapped",
+            build=changed(
+                lambda folder: write(
+                    folder / "config.json",
+                    '{"model_type": "qwen2_audio", "architectures": ["Qwen2AudioForConditionalGeneration"]}',
+                )
+            ),
+            happens="refused",
+            test=f"{ODD}: test_a_model_with_ears_says_where_its_text_model_is",
         ),
         Case(
             given="a width that is not that of the tensors",

@@ -235,12 +235,12 @@ def test_names_that_another_program_left(case: str, tmp_path: Path, text_file: P
         evaluate(source, text_file, seq_len=32, max_windows=1)
 
 
-def test_a_model_with_eyes_says_where_its_text_model_is(tmp_path: Path) -> None:
+def test_a_model_with_ears_says_where_its_text_model_is(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     (source / "config.json").write_text(
-        json.dumps({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]})
+        json.dumps({"model_type": "qwen2_audio", "architectures": ["Qwen2AudioForConditionalGeneration"]})
     )
-    with pytest.raises(UnsupportedError, match="gemma3 wraps a text model") as caught:
+    with pytest.raises(UnsupportedError, match="qwen2_audio wraps a text model") as caught:
         inspect(source)
     assert "Save the text model that it wraps" in str(caught.value)
 

@@ -112,6 +112,9 @@ def check_names_no_code(config: Mapping[str, Any], where: str) -> None:
                 got=str(config[name])[:100],
                 do="remove the entry",
             )
+    for inner in config.values():
+        if isinstance(inner, Mapping):
+            check_names_no_code(inner, where)
 
 
 def without_code(config: Mapping[str, Any], *, ours: bool = False) -> dict[str, Any]:

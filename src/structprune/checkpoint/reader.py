@@ -20,17 +20,18 @@ from torch import Tensor
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
 from structprune.checkpoint.stacked import Place, Stacking
 from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter, WeightSource, names_by_bytes
+from structprune.checkpoint.wrapper import Wrapper
 from structprune.errors import CheckpointError, NumericalError, first_line
 from structprune.files import check_regular, read_json
+from structprune.types import Around
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _CHUNK_BYTES = 16 * 2**20
 
-# Old checkpoints carry the causal mask as a buffer of bytes; nothing needs it.
-_MASK_DTYPES = ("BOOL", "U8")
-_MASK_NAMES = ("attn.bias", "attention.bias")
+# Old checkpoints carry the causal mask as a buffer of bytes, and positions as one of integers; nothing needs them.
+_COMPUTED = {"BOOL": ("attn.bias", "attention.bias"), "U8": ("attn.bias", "attention.bias"), "I64": ("position_ids",)}
 
 
 class CheckpointReader:
@@ -43,6 +44,8 @@ class CheckpointReader:
         self.directory = directory
         self.adapter: MergedAdapter | None = None
         """What is merged into the weights."""
+        self.wrapper: Wrapper | None = None
+        """What this is the text model of; None: it is a checkpoint of its own."""
         self.weights = weights
         self.width: torch.dtype | None = None
         """The dtype that every tensor is read in; None: each in its own."""
@@ -96,6 +99,45 @@ class CheckpointReader:
         view = copy.copy(self)
         view.config = config
         return view
+
+    def part(self, wrapper: Wrapper, prefixes: Mapping[str, str]) -> CheckpointReader:
+        """Return a view of the text model alone, its names and config those of a checkpoint of its own."""
+        view = self.without(wrapper.around).renamed(prefixes).with_config(dict(wrapper.text_config))
+        view.wrapper = wrapper
+        return view
+
+    def beside(self, directory: Path) -> CheckpointReader:
+        """Return a reader of `directory`, whose tensors have the names of this one's files and this one's names here.
+
+        Where this is the text model of a larger checkpoint, so is that one, with nothing around it.
+        """
+        other = CheckpointReader(directory)
+        if self.wrapper is not None:
+            for pairs in self._renamings:
+                other = other.renamed(dict(pairs))
+        return other
+
+    @property
+    def around(self) -> Around:
+        """What the files hold beside this model, where it is the text model of a larger one."""
+        if self.wrapper is None:
+            return Around()
+        whole, names = self.wrapper.whole, self.wrapper.around
+        return Around(
+            parameters=sum(torch.Size(whole.shapes[name]).numel() for name in names),
+            num_bytes=whole.num_bytes(names),
+            dtypes=frozenset(whole.dtypes[name] for name in names),
+        )
+
+    def as_stored(self) -> CheckpointReader:
+        """Return the same checkpoint with every tensor in its own dtype."""
+        view = copy.copy(self)
+        view.width = None
+        return view
+
+    def output_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json of a checkpoint whose model has `config`: that of the whole where this is a part."""
+        return dict(config) if self.wrapper is None else self.wrapper.embedded(config)
 
     def without(self, names: Iterable[str]) -> CheckpointReader:
         """Return the same checkpoint without these tensors."""
@@ -250,7 +292,7 @@ class CheckpointReader:
                         )
                     part = handle.get_slice(name)
                     dtype = part.get_dtype()
-                    if dtype in _MASK_DTYPES and name.endswith(_MASK_NAMES):
+                    if name.endswith(_COMPUTED.get(dtype, ())):
                         del self._shard_of[name]
                         continue
                     if dtype not in STORED_DTYPES:
@@ -283,6 +325,8 @@ class CheckpointReader:
     @property
     def files(self) -> list[Path]:
         """All files of weights."""
+        if self.wrapper is not None:
+            return self.wrapper.whole.files
         return sorted(set(self._shard_of.values())) if self.weights is None else list(self.weights.paths)
 
     @property
@@ -303,6 +347,8 @@ class CheckpointReader:
     @property
     def weight_files(self) -> set[str]:
         """Names of the files in the directory that the weights are made of."""
+        if self.wrapper is not None:
+            return self.wrapper.whole.weight_files
         made_of = [] if self.weights is None else [*self.weights.paths, *self.weights.content_files]
         return {path.name for path in self._shard_of.values()} | {
             path.name for path in made_of if path.parent == self.directory
@@ -389,6 +435,8 @@ class CheckpointReader:
 
         It is that of the files: what is read of them in another width, or with a corrected config, has the same.
         """
+        if self.wrapper is not None:
+            return self.wrapper.whole.fingerprint()
         digest = hashlib.sha256(json.dumps(self._source_config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
             digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self._stored_dtypes[name]}".encode())

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
 from structprune.checkpoint.weight_source import STORED_DTYPES, names_by_bytes
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json
@@ -24,8 +24,8 @@ from structprune.files import atomic_path, write_json
 _CHUNK_BYTES = 16 * 2**20
 _PATTERN = "model{suffix}.safetensors"
 _METADATA = {"__metadata__": {"format": "pt"}}
-# The library's order inside a file: by dtype, then by name.
-_DTYPE_ORDER = ("F64", "F32", "BF16", "F16")
+# The library's order inside a file: by dtype, then by name. What is copied around a text model may have any.
+_DTYPE_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,8 @@ class StoredTensor:
     @property
     def order(self) -> tuple[int, str]:
         """Sort key inside a file."""
-        return _DTYPE_ORDER.index(self.dtype), self.name
+        known = self.dtype in _DTYPE_ORDER
+        return _DTYPE_ORDER.index(self.dtype) if known else len(_DTYPE_ORDER), self.name
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
@@ -70,6 +71,20 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
         if name != "__metadata__"
     ]
     return sorted(tensors, key=lambda tensor: tensor.start)
+
+
+def tensors_around(reader: CheckpointReader) -> list[StoredTensor]:
+    """Return what the files hold beside the text model that `reader` shows; nothing where that is all of them."""
+    if reader.wrapper is None:
+        return []
+    inside, whole = reader.wrapper.inside, reader.wrapper.whole
+    return [
+        tensor
+        for path in whole.files
+        for tensor in stored_tensors(path)
+        # A tensor that lies in two files is that of one; what is only there for old versions has no place.
+        if tensor.name not in inside and (tensor.name not in whole.shapes or whole.path_of(tensor.name) == path)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +156,7 @@ class WeightFiles:
     @property
     def dtype_names(self) -> list[str]:
         """Name the dtypes of the tensors as torch does, that of the most bytes first."""
-        tensors = (tensor for file in self.files for tensor in file.tensors)
+        tensors = (tensor for file in self.files for tensor in file.tensors if tensor.dtype in STORED_DTYPES)
         return names_by_bytes((STORED_DTYPES[tensor.dtype], tensor.num_bytes) for tensor in tensors)
 
     @property

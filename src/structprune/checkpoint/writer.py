@@ -126,10 +126,13 @@ class CheckpointWriter:
         """Parameters in all shards so far."""
         return self._parameters_of(self._tensors)
 
-    def weight_files(self, max_shard_bytes: int) -> WeightFiles:
-        """Plan the files that the shards make, once they are all there: one where `max_shard_bytes` allow it."""
+    def weight_files(self, max_shard_bytes: int, around: Iterable[StoredTensor] = ()) -> WeightFiles:
+        """Plan the files that the shards make, once they are all there: one where `max_shard_bytes` allow it.
+
+        The tensors `around`, of other files, are copied behind them.
+        """
         in_order = [tensor for number in sorted(self._tensors) for tensor in self._tensors[number]]
-        return WeightFiles.of(in_order, max_shard_bytes)
+        return WeightFiles.of([*in_order, *around], max_shard_bytes)
 
     def _parameters_of(self, numbers: Iterable[int]) -> int:
         return sum(tensor.num_parameters for number in numbers for tensor in self._tensors[number])

@@ -36,6 +36,7 @@ def inspect(
         "model": model,
         "family": layout.family,
         "parameters": layout.num_parameters,
+        **({"parameters_around_the_text_model": layout.around.parameters} if layout.around.parameters else {}),
         "blocks": len(layout.blocks),
         "hidden_size": layout.hidden_size,
         "vocab_size": layout.vocab_size,

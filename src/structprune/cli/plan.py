@@ -39,11 +39,12 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     from structprune.results.summary import beginning
 
     memory = found.plan
-    before, after = found.layout.num_parameters, found.forecast.num_parameters
+    before, after, around = found.layout.all_parameters, found.forecast.num_parameters, found.layout.around.parameters
     size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
     rows = [
         ("method", f"{found.recipe.method}, {'per-layer' if found.recipe.per_layer else 'uniform'} widths"),
         ("parameters", f"{before:,} -> {size}"),
+        *([("  around the text model", f"{around:,}, copied as they are")] if around else []),
         (
             "bytes on disk",
             f"{format_bytes(found.size.bytes_before)} -> {'' if found.size.exact else 'about '}"
@@ -97,7 +98,8 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
     return {
         "model": found.source,
         "recipe": found.recipe.model_dump(mode="json"),
-        "parameters_before": found.layout.num_parameters,
+        "parameters_before": found.layout.all_parameters,
+        "parameters_around": found.layout.around.parameters,
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
         "size": asdict(found.size),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny
 from structprune.api import prune
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.config import max_positions
+from structprune.architectures.stock.wrapper import text_view
 from structprune.assess import load_with_tokenizer
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cells import settings_of
@@ -85,7 +86,7 @@ def run_cell(spec: CellSpec, observer: Observer) -> CellResult:
 
 
 def _dense_row(spec: CellSpec) -> DenseRow:
-    reader = open_model(spec.model, adapter=spec.merge_adapter)
+    reader = text_view(open_model(spec.model, adapter=spec.merge_adapter))
     model, encoder = load_with_tokenizer(spec.model, torch.device(spec.device), DTYPES[spec.dtype], spec.merge_adapter)
     start = window_start(encoder, spec.bos)
     limit = max_positions(model.config)
@@ -96,7 +97,9 @@ def _dense_row(spec: CellSpec) -> DenseRow:
         )
         texts.append(_text_score(label, perplexity(model, windows_NS, label)))
     return DenseRow(
-        parameters=sum(parameter.numel() for parameter in model.parameters()), bytes=reader.file_bytes, texts=texts
+        parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.around.parameters,
+        bytes=reader.file_bytes,
+        texts=texts,
     )
 
 

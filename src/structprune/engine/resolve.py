@@ -13,10 +13,12 @@ from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.forward_bytes import mixer_memory
 from structprune.architectures.stock.loading import check_settings
 from structprune.architectures.stock.model import StockModel
+from structprune.architectures.stock.wrapper import is_wrapper_type
 from structprune.calibration.context import CalibrationWindows, WindowRequest
 from structprune.calibration.select import check_texts, load_texts
 from structprune.calibration.sources.parts import held_bytes
 from structprune.checkpoint.folder import check_needed, sort_files
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast
 from structprune.engine.planning.host import make_plan
@@ -89,12 +91,11 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     method = METHODS.get(recipe.method)
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory or None)
-    head_units = _head_units(recipe, method)
     opened: list[StockModel] = []
 
     def open_source() -> None:
         reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter)
-        stock = StockModel(reader, head_units)
+        stock = StockModel(reader, _head_units(recipe, method, reader))
         if stock.sliced:
             raise UnsupportedError(
                 "the source is a sliced model with shortcut matrices, which no method can prune",
@@ -216,10 +217,16 @@ def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], Reso
     return replace(found, pace=pace, notes=(f"{note} (--num-samples or --time-budget say otherwise)",))
 
 
-def _head_units(recipe: Recipe, method: Method) -> HeadUnits:
-    """Decide what attention is counted in; without attention in scope there is no choice."""
+def _head_units(recipe: Recipe, method: Method, reader: CheckpointReader) -> HeadUnits:
+    """Decide what attention is counted in; without attention in scope there is no choice.
+
+    Value channels need a modelling file, which a text model inside another one cannot have.
+    """
     asked = recipe.head_units if isinstance(recipe, UnitsRecipe) else None
-    return "kv-group" if recipe.scope == "mlp" else asked or method.head_units
+    default = method.head_units
+    if default == "value-channel" and is_wrapper_type(reader.config.get("model_type")):
+        default = "kv-group"
+    return "kv-group" if recipe.scope == "mlp" else asked or default
 
 
 def num_probe(recipe: Recipe) -> int:

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from structprune.architectures.stock.loading import (
@@ -30,9 +30,10 @@ from structprune.architectures.stock.loading import (
     without_global_width_warnings,
 )
 from structprune.architectures.stock.placeholders import parameters_on_meta
+from structprune.architectures.stock.wrapper import auto_class, is_wrapper_type, module_names
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError, first_line
-from structprune.files import write_text
+from structprune.files import read_json, write_text
 from structprune.memory import PeakMeter
 
 _RESULT_NAME = "reload-result.json"
@@ -134,10 +135,14 @@ def _compared(found_SV: Tensor, wanted_SV: Tensor) -> ReloadResult:
     )
 
 
+def _auto_class(directory: Path) -> Any:
+    return auto_class(read_json(directory / "config.json").get("model_type"))
+
+
 def _whole(directory: Path, dtype: torch.dtype, own: bool) -> Any:
     """Load the model as a user does; our own modelling file, and no other, may run."""
     with without_global_width_warnings():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(directory).from_pretrained(
             str(directory), dtype=dtype, local_files_only=True, trust_remote_code=own, output_loading_info=True
         )
     model, info = loaded
@@ -147,6 +152,7 @@ def _whole(directory: Path, dtype: torch.dtype, own: bool) -> Any:
     return model.eval()
 
 
+# Modules around a text model, which text does not pass, may be made of tensors in other ways: they stay empty.
 class _NotStreamableError(Exception):
     """The model's parameters are not the checkpoint's tensors one to one."""
 
@@ -155,23 +161,27 @@ def _empty_model(directory: Path, dtype: torch.dtype, own: bool) -> Any:
     """Build the model as stock code does, without storage for its parameters."""
     with without_global_width_warnings(), parameters_on_meta():
         config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own).eval()
+        return _auto_class(directory).from_config(config, dtype=dtype, trust_remote_code=own).eval()
 
 
 def _streamed(directory: Path, dtype: torch.dtype, model: Any) -> Any:
     """Attach hooks to the empty model, so that each module reads its weights when it runs, and drops them."""
     reader = CheckpointReader(directory)
+    wraps = is_wrapper_type(reader.config.get("model_type"))
+    # The files of causal models have today's names, those of image-text models the ones of their source.
+    stored = {own: name for name, own in module_names(model, reader.shapes).items()} if wraps else None
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         # Tied parameters are one object under several names, of which the checkpoint has one.
-        if name in reader.shapes:
-            names[id(parameter)] = name
+        place = name if stored is None else stored.get(name)
+        if place in reader.shapes:
+            names[id(parameter)] = place
     for prefix, module in model.named_modules():
         own_names = {n: names.get(id(p)) for n, p in module.named_parameters(recurse=False)}
         for name, source in own_names.items():
-            if source is None:
+            if source is None and not wraps:
                 raise _NotStreamableError(f"no tensor of the checkpoint is {prefix}.{name}")
-        if own_names:
+        if own_names and all(own_names.values()):
             module.register_forward_pre_hook(_reads(reader, {n: s for n, s in own_names.items() if s}, dtype))
             module.register_forward_hook(_drops(dict(module.named_parameters(recurse=False))))
     return model

@@ -20,6 +20,9 @@ EXPORT_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+TEXT_ALONE = "the text model alone is exported: what reads images, around it, is left out"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
     """One checkpoint directory and the file, or directory, that is to be made of it."""

@@ -27,7 +27,7 @@ from structprune.architectures.stock.loading import load_model
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.folder import carry_over, sort_files
 from structprune.errors import NumericalError, UnsupportedError, first_line
-from structprune.exporters.export import Exporter, ExportRequest, ExportResult
+from structprune.exporters.export import TEXT_ALONE, Exporter, ExportRequest, ExportResult
 from structprune.files import make_folder, sync_directory
 from structprune.runs.directory import check_free_disk
 
@@ -88,6 +88,8 @@ def _check(request: ExportRequest) -> None:
     reader = request.reader
     # Families, quantised sources and damaged ones, by headers.
     stock = StockModel(reader)
+    if stock.reader.wrapper is not None:
+        request.note(TEXT_ALONE)
     by_length = sorted(_rope_types(stock.config).intersection(_BY_LENGTH))
     if by_length:
         raise UnsupportedError(

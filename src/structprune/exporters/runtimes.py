@@ -42,6 +42,8 @@ class ResultShape:
     """Some block lacks its attention or its MLP, but not both."""
     narrow_values: bool = False
     """Heads have fewer value channels than key channels, and maps around them that pad."""
+    wrapper: str | None = None
+    """Type of the image-text model that this is the text model of; None: it is a model of its own."""
     tensor_parallel: int = 1
     indivisible: str | None = None
     """The first width that `tensor_parallel` does not divide, with its block; None: it divides all."""
@@ -65,7 +67,12 @@ class RuntimeSupport:
 
 
 def result_shape(
-    config: Mapping[str, Any], *, tied: bool, tensor_parallel: int = 1, indivisible: str | None = None
+    config: Mapping[str, Any],
+    *,
+    tied: bool,
+    wrapper: str | None = None,
+    tensor_parallel: int = 1,
+    indivisible: str | None = None,
 ) -> ResultShape:
     """Return the shape of the checkpoint with this config.json."""
     uneven = has_own_layers(config) or config.get(REMOVED_ENTRY)
@@ -79,6 +86,7 @@ def result_shape(
         other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
         narrow_values=has_narrow_values(config),
         removed_sublayers=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
+        wrapper=wrapper,
         tensor_parallel=tensor_parallel,
         indivisible=indivisible,
     )
@@ -102,7 +110,7 @@ def _transformers(shape: ResultShape) -> RuntimeSupport:
         basis="checked",
         reason="with trust_remote_code=True, for the modelling file beside the weights"
         if shape.needs_code
-        else "the stock class",
+        else ("the stock class" if shape.wrapper is None else "the stock class, of an image-text model"),
     )
 
 
@@ -139,8 +147,8 @@ def _sglang(shape: ResultShape) -> RuntimeSupport:
 
 
 def _uniform(name: str, shape: ResultShape) -> RuntimeSupport:
-    if shape.model_type not in _READ:
-        return _unverified(name, f"its file for {shape.model_type} was not read")
+    if (shape.wrapper or shape.model_type) not in _READ:
+        return _unverified(name, f"its file for {shape.wrapper or shape.model_type} was not read")
     if shape.other_heads:
         return _unverified(name, "whether it takes heads that do not share out the hidden size was not read")
     return RuntimeSupport(runtime=name, loads="yes", basis="by its source", reason="equal widths, the stock class")
@@ -170,8 +178,9 @@ def _llama_cpp(shape: ResultShape) -> RuntimeSupport:
         runtime=name,
         loads="yes",
         basis="checked",
-        reason=f"as architecture {target.architecture}, by structprune export --format gguf; tokenizers "
-        "other than BPE and Unigram are copied from a GGUF file (--tokenizer-gguf)",
+        reason=f"{'' if shape.wrapper is None else 'the text model alone, '}as architecture {target.architecture}, by "
+        "structprune export --format gguf; tokenizers other than BPE and Unigram are copied from a GGUF file "
+        "(--tokenizer-gguf)",
     )
 
 

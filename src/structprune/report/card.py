@@ -18,7 +18,7 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport, Perplexities
-from structprune.results.summary import beginning, stored_in
+from structprune.results.summary import around_rows, beginning, stored_in
 from structprune.texts import shown_texts
 from structprune.types import HeadUnits
 
@@ -110,6 +110,7 @@ def _figures(report: PruneReport) -> str:
                 for name, windows, one in rows
             ),
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
+            *((name, "", value) for name, value in around_rows(size)),
             (
                 "weight files",
                 format_bytes(size.bytes_before),
@@ -153,6 +154,7 @@ def _removed(blocks: Sequence[BlockReport], head_units: HeadUnits | None) -> str
     return "What is left:\n\n" + _table(("block", *(units[kind] for kind in kinds)), rows)
 
 
+_CAUSAL = "AutoModelForCausalLM"
 # Runtime -> the command that loads the directory; the flag is added where a modelling file has to run.
 _COMMANDS = {
     "vLLM, native": ("vLLM", "vllm serve {name}"),
@@ -164,10 +166,13 @@ _COMMANDS = {
 
 def _loading(report: PruneReport, name: str) -> list[str]:
     own = any(s.runtime == "transformers" and "trust_remote_code" in s.reason for s in report.runtimes)
+    model, reads = (
+        ("AutoModelForImageTextToText", "Processor") if report.size.parameters_around else (_CAUSAL, "Tokenizer")
+    )
     code = [
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        f"```python\nfrom transformers import {model}, Auto{reads}\n\n"
+        f'model = {model}.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})\n'
+        f'{reads.lower()} = Auto{reads}.from_pretrained("{name}")\n```'
     ]
     if _embeds(report):
         code.append(

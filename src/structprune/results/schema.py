@@ -137,6 +137,13 @@ class SizeReport(Frozen):
     removed_share_of_blocks: float
     removed_share_of_model: float
     """Negative where the output is larger: slicing unties the head from the embedding, which then counts twice."""
+    parameters_around: int = 0
+    """Parameters of an image-text model around the text model that was pruned: they are in both counts, and stay."""
+
+    @property
+    def removed_share_of_text_model(self) -> float:
+        """Removed parameters over those of the text model alone."""
+        return (self.parameters_before - self.parameters_after) / (self.parameters_before - self.parameters_around)
 
 
 class RepairReport(Frozen):

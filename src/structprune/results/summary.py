@@ -52,6 +52,16 @@ UNITS = {
 """Kind of a block report -> what is counted."""
 
 
+def around_rows(size: SizeReport) -> list[tuple[str, str]]:
+    """Say what was pruned of an image-text model, as (name, value); nothing for a model that is pruned as a whole."""
+    if not size.parameters_around:
+        return []
+    return [
+        ("removed of the text model", f"{size.removed_share_of_text_model:.2%}"),
+        ("parameters around the text model", f"{size.parameters_around:,}, copied as they are"),
+    ]
+
+
 def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
     """List what a run did and cost as (name, value)."""
     size, memory, calibration = report.size, report.memory, report.calibration
@@ -68,6 +78,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
         ("removed of the model", f"{size.removed_share_of_model:.2%}"),
         ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
+        *around_rows(size),
         (
             "bytes on disk",
             f"{format_bytes(size.bytes_before)} -> {format_bytes(size.bytes_after)} "

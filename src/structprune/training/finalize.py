@@ -23,7 +23,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.checkpoint.folder import FolderFiles, write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
-from structprune.checkpoint.weight_files import WeightFiles
+from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
 from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, versions, write_weights
@@ -63,14 +63,14 @@ def write_recovered(
     if has_own_modeling_file(streamed.reader.directory):
         write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
     reader = streamed.reader
-    beside = write_companions(reader.directory, directory, reader.config, reader.weight_files)
+    beside = write_companions(reader.directory, directory, reader.output_config(reader.config), reader.weight_files)
     check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
     # Two tokenizers were there.
     release_free_memory()
     for name in (MANIFEST_NAME, REPORT_NAME, WIDTHS_NAME):
         if (streamed.reader.directory / name).is_file():
             shutil.copyfile(streamed.reader.directory / name, directory / name)
-    files = writer.weight_files(context.settings.max_shard_size)
+    files = writer.weight_files(context.settings.max_shard_size, tensors_around(reader))
     write_weights(files, directory, context.observer)
     return files, beside
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import missing_biases
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.run.context import Repair, Repaired, RunContext
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
@@ -107,7 +106,7 @@ class _Pruned:
         if self.context.recipe.per_layer:
             write_modeling_file(directory, self.context.stock.family, self.config)
         self.writer.link(directory, self.zeros)
-        return StockModel(CheckpointReader(directory))
+        return StockModel(self.context.reader.beside(directory))
 
 
 def _with_biases(pruned: _Pruned, directory: Path) -> _Pruned:

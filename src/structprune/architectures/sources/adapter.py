@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.architectures.stock.loading import family_of_checkpoint
+from structprune.architectures.stock.wrapper import is_wrapper_type
 from structprune.checkpoint.folder import TOKENIZER_FILES
 from structprune.checkpoint.merged_weights import AdapterFile, LowRankUpdate, MergedEntry, MergedWeights
 from structprune.checkpoint.reader import CheckpointReader
@@ -96,6 +97,13 @@ def open_merged(base: CheckpointReader, folder: Path) -> CheckpointReader:
     adapter that is damaged or belongs to another model.
     """
     settings, weights = folder / SETTINGS_NAME, folder / WEIGHTS_NAME
+    if is_wrapper_type(base.config.get("model_type")):
+        raise UnsupportedError(
+            "adapters are merged into causal models only",
+            where=str(base.directory),
+            got=f"model_type {base.config['model_type']!r}, which wraps a text model",
+            do=_MERGE_YOURSELF,
+        )
     _check_there(folder)
     read = _read_settings(settings)
     file = AdapterFile(weights)

@@ -105,7 +105,11 @@ def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings
 
     Switches of what a call returns are set as this package's calls need them; the output's config.json keeps its own.
     """
+    settings |= _OUTPUTS
+    if reader.wrapper is not None:
+        # Every entry of it is written out, as stock code has read it.
+        return AutoConfig.for_model(**{**usable, **settings})
     corrected = {name: usable[name] for name in _DTYPES if usable.get(name) != reader.config.get(name)}
     return AutoConfig.from_pretrained(
-        str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **_OUTPUTS, **settings
+        str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **settings
     )

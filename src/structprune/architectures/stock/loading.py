@@ -19,9 +19,10 @@ from structprune.architectures.family import Family
 from structprune.architectures.modeling.per_layer import MODELING_MODULE, MODELING_NAME, accepted_sources, class_name
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY, accepted_sliced_sources, sliced_class_name
-from structprune.architectures.stock.config import has_own_layers
+from structprune.architectures.stock.config import build_config, has_own_layers
 from structprune.architectures.stock.head import with_entries
 from structprune.architectures.stock.tensor_check import without_head
+from structprune.architectures.stock.wrapper import auto_class, text_view
 from structprune.architectures.traced.lookup import find_family, is_stock_type
 from structprune.checkpoint.folder import check_names_no_code, names_only_ours
 from structprune.checkpoint.reader import CheckpointReader
@@ -52,24 +53,25 @@ def without_global_width_warnings() -> AbstractContextManager[None]:
 def load_model(source: Path | CheckpointReader, device: torch.device, dtype: torch.dtype) -> Any:
     """Load the whole checkpoint as stock transformers does; a per-layer or sliced one through our own modelling file.
 
-    `source` is its directory, or its reader where the weights may be made of something else. Raises CheckpointError
-    with its reason if it does not load, or if its modelling file is not ours.
+    `source` is its directory, or its reader where the weights may be made of something else. Of an image-text model the
+    text model is loaded, as the causal model that it is. Raises CheckpointError with its reason if it does not load, or
+    if its modelling file is not ours.
     """
-    directory = source if isinstance(source, Path) else source.directory
-    weights = None if isinstance(source, Path) else source.weights
+    reader = CheckpointReader(source) if isinstance(source, Path) else source
+    directory, view = reader.directory, text_view(reader)
     transformers_logging.disable_progress_bar()
     try:
         own: Any = _per_layer_class(directory)
         with without_global_width_warnings():
             options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-            if weights is None:
+            if view.weights is None and view.wrapper is None:
                 loaded: Any = (own or AutoModelForCausalLM).from_pretrained(
                     str(directory), local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
                 )
             else:
                 # Slices are read one after the other, as those of safetensors are.
-                tensors = {name: weights.get_slice(name) for name in weights}
-                config: Any = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+                tensors = {name: view.open_slice(name) for name in view.shapes}
+                config: Any = build_config(view, view.config)
                 stock: Any = own or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 loaded = stock.from_pretrained(
                     None, config=config, state_dict=tensors, trust_remote_code=False, **options
@@ -112,7 +114,7 @@ def check_settings(directory: Path) -> None:
             where = directory / "config.json"
             with only_errors("transformers"), torch.device("meta"):
                 config = AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-                AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                auto_class(config.model_type).from_config(config, trust_remote_code=False)
     except StructPruneError:
         raise
     except Exception as error:

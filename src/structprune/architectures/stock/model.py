@@ -44,6 +44,7 @@ from structprune.architectures.stock.placeholders import (
 )
 from structprune.architectures.stock.tensor_check import check_tensors
 from structprune.architectures.stock.tiled_attention import TILED
+from structprune.architectures.stock.wrapper import text_view
 from structprune.architectures.traced.checks import check_description
 from structprune.architectures.traced.lookup import is_stock_type
 from structprune.checkpoint.reader import CheckpointReader
@@ -73,6 +74,7 @@ class StockModel:
 
     def __init__(self, reader: CheckpointReader, head_units: HeadUnits = "kv-group") -> None:
         self.head_units: HeadUnits = head_units
+        reader = text_view(reader)
         model_type = reader.config.get("model_type")
         if not isinstance(model_type, str) or (model_type not in FAMILIES and not is_stock_type(model_type)):
             raise unknown_family(reader)
@@ -238,6 +240,7 @@ class StockModel:
             head_module=family.head_module,
             tied_embeddings=tied,
             outer_tensors=outer,
+            around=reader.around,
             notes=self.notes,
         )
 

@@ -13,6 +13,7 @@ from structprune.engine.pipelines.slice import execute_slice
 from structprune.engine.pipelines.slice_settings import forecast_slice, kept_width, resolve_slice_settings
 from structprune.engine.pipelines.units import execute
 from structprune.engine.pipelines.units_settings import unit_settings, units_request
+from structprune.engine.pipelines.wrapped import check_blocks_can_go, check_stream_can_change
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.run.context import RunContext
@@ -48,12 +49,14 @@ class Pipeline(Generic[Asked, Resolved]):
 def _resolve_depth(
     recipe: DepthRecipe, method: Method, stock: StockModel
 ) -> tuple[ResolvedDepth, tuple[UnitGroup, ...]]:
+    check_blocks_can_go(stock)
     return depth_settings(recipe, method, stock), stock.groups
 
 
 def _resolve_slice(
     recipe: SliceRecipe, method: Method, stock: StockModel
 ) -> tuple[ResolvedSlice, tuple[UnitGroup, ...]]:
+    check_stream_can_change(stock)
     return resolve_slice_settings(recipe, method, stock), stock.groups
 
 

@@ -12,6 +12,7 @@ from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
+from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import are_even, share_removed
 from structprune.engine.streaming.activation_cache import cacheable
@@ -44,6 +45,7 @@ def unit_settings(
     groups = _groups_in_scope(method, recipe, stock)
     if recipe.widths.blocks:
         recipe = _with_widths(recipe, groups, stock)
+    recipe = evenly_inside(recipe, groups, stock)
     _check_constants(recipe.solver or method.solver, groups, stock)
     lost = _may_be_lost(recipe, groups)
     check_can_go(stock.config, stock.family, lost)

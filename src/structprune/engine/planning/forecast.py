@@ -99,7 +99,11 @@ def planned_size(
             if group.kind in kinds
             for name in block.module_tensors(group)
         }
-        after = reader.num_bytes(layout.tensors) - round(recipe.sparsity * reader.num_bytes(in_scope))
+        after = (
+            layout.around.num_bytes
+            + reader.num_bytes(layout.tensors)
+            - round(recipe.sparsity * reader.num_bytes(in_scope))
+        )
     return PlannedSize(
         bytes_before=reader.file_bytes, bytes_after=after, exact=exact, dtypes=reader.dtype_names(layout.tensors)
     )
@@ -130,7 +134,13 @@ def result_tensors(
             full = f"{layout.blocks_module}.{number}.{name}"
             shapes[full] = shape
             wanted[form.file_name(full)] = dtypes[block.prefix + like]
-    return {name: TensorForecast(shape=shape, dtype=wanted[name]) for name, shape in form.stored_shapes(shapes).items()}
+    found = {
+        name: TensorForecast(shape=shape, dtype=wanted[name]) for name, shape in form.stored_shapes(shapes).items()
+    }
+    if (wrapper := stock.reader.wrapper) is not None:
+        for name in wrapper.around:
+            found[name] = TensorForecast(shape=wrapper.whole.shapes[name], dtype=wrapper.whole.dtypes[name])
+    return found
 
 
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
@@ -215,6 +225,7 @@ def shape_of(
     return result_shape(
         config,
         tied=stock.layout.tied_embeddings and config.get("tie_word_embeddings", True) is not False,
+        wrapper=None if (wrapper := stock.reader.wrapper) is None else str(wrapper.config.get("model_type")),
         tensor_parallel=recipe.tensor_parallel,
         indivisible=indivisible(stock, recipe.tensor_parallel, kept or {}),
     )

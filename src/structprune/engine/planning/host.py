@@ -128,6 +128,7 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
     phases = largest(_phases(HostSizes(request=each, choice=choice)) for each in one_of_each(request))
     num_ranks = request.num_ranks
     model_bytes, added = sum(request.stored_bytes.values()), _added_by_slicing(sizes)
+    around = request.layout.around
     return PrunePlan(
         budget_bytes=budget,
         phases=phases,
@@ -136,12 +137,13 @@ def _plan_with(request: PlanRequest, budget: int, choice: HostChoice) -> PrunePl
         micro_batch_windows=choice.micro_batch,
         cached=choice.cached,
         cache_bytes=sizes.cache,
-        # The result twice: as the run's shards, and as the weight files that are made of them.
+        # The result twice: as the run's shards, and as the weight files that are made of them; what is around it once.
         disk_bytes=2 * (model_bytes + added)
+        + around.num_bytes
         + _disk_to_go_on(sizes)
         + (max(sizes.num_stores * sizes.store, sizes.held_out_store) * num_ranks if choice.store == "file" else 0),
         reload=_reload_bound(sizes) if request.reload_check else None,
-        result_size=(request.layout.num_parameters + added // 4, model_bytes + added),
+        result_size=(request.layout.all_parameters + added // 4, model_bytes + added + around.num_bytes),
         work=planned_work(request, choice),
     )
 
@@ -381,7 +383,10 @@ def _reload_bound(sizes: HostSizes) -> ReloadBound:
     shapes.update(layout.outer_tensors)
     return ReloadBound(
         run_bytes=sizes.stores_closed,
-        casts=any(sizes.request.stored_dtypes[name] != sizes.request.compute_dtype for name in shapes),
+        casts=bool(
+            {*layout.around.dtypes, *(sizes.request.stored_dtypes[name] for name in shapes)}
+            - {sizes.request.compute_dtype}
+        ),
         largest_bytes=max(torch.Size(shape).numel() for shape in shapes.values()) * sizes.item,
         item_bytes=sizes.item,
         vocab_size=layout.vocab_size,

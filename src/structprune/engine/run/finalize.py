@@ -24,7 +24,7 @@ from structprune.calibration.select import fingerprint
 from structprune.checkpoint.folder import FolderFiles, write_companions
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME, source_metadata
-from structprune.checkpoint.weight_files import WeightFiles
+from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import retyped, shape_of
 from structprune.engine.planning.shapes import LOGIT_TOKENS
@@ -153,7 +153,7 @@ def _with_outer(
     with context.meter.phase(Phase.PERPLEXITY):
         metrics = final_metrics(context, outcome)
     removed = context.stock.layout.num_parameters - writer.num_parameters
-    files = writer.weight_files(context.recipe.max_shard_size)
+    files = writer.weight_files(context.recipe.max_shard_size, tensors_around(context.reader))
     size = size_report(context, files, outcome, removed_in_blocks=removed, scope_parameters=scope_parameters)
     return Result(files=files, config=config, outcome=outcome, size=size, metrics=metrics, repair=repair)
 
@@ -203,7 +203,7 @@ def size_report(
     """Report sizes before and after; the two parts of what was removed may differ in sign."""
     layout = context.stock.layout
     return SizeReport(
-        parameters_before=layout.num_parameters,
+        parameters_before=layout.all_parameters,
         parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
@@ -211,7 +211,8 @@ def size_report(
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         reachable=outcome.shares,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
-        removed_share_of_model=(layout.num_parameters - files.num_parameters) / layout.num_parameters,
+        removed_share_of_model=(layout.all_parameters - files.num_parameters) / layout.all_parameters,
+        parameters_around=layout.around.parameters,
     )
 
 
@@ -257,7 +258,7 @@ def _write_files(context: RunContext, result: Result) -> FolderFiles:
     beside = write_companions(
         context.reader.directory,
         checkpoint,
-        config,
+        context.reader.output_config(config),
         context.reader.weight_files,
         same_width=config.get("hidden_size") == context.reader.config.get("hidden_size"),
     )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.sources.gguf_families import Transform
+from structprune.architectures.stock.wrapper import text_view
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
 from structprune.errors import NumericalError
-from structprune.exporters.export import Exporter, ExportRequest, ExportResult
+from structprune.exporters.export import TEXT_ALONE, Exporter, ExportRequest, ExportResult
 from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf, stock_names
 from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk
@@ -29,8 +30,11 @@ def export_gguf(request: ExportRequest) -> ExportResult:
     tokenizer_gguf = request.tokenizer_gguf or request.source_gguf
     if tokenizer_gguf is not None:
         request.note(f"tokenizer copied from {tokenizer_gguf}")
-    reader = stock_names(request.reader)
+    view = text_view(request.reader)
+    reader = stock_names(view)
     plan = plan_gguf(reader, request.dtype, tokenizer_gguf)
+    if view.wrapper is not None:
+        request.note(TEXT_ALONE)
     for note in plan.tokenizer.notes:
         request.note(note)
     check_free_disk(path, plan.num_bytes)
