@@ -16,7 +16,7 @@ from torch import Tensor
 
 _ROOT = Path(__file__).parents[2]
 _CHILD = Path(__file__).with_name("vllm_child.py")
-_SECONDS = 580
+_SECONDS = 2000
 # Room for the keys and values of the prompts; vLLM would take, and fill, a part of the machine's memory.
 _CACHE_BYTES = 2**26
 

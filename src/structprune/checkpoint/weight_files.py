@@ -121,15 +121,15 @@ class WeightFile:
         """Size of the file, its header included."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
 
-    def write(self, directory: Path, put: PutTensor = copy_bytes) -> None:
-        """Write the file into `directory`, whole and synced or not at all; `put` appends each tensor's bytes.
+    def write(self, directory: Path, put: PutTensor | None = None) -> None:
+        """Write the file into `directory`, whole and synced or not at all.
 
-        Raises CheckpointError for a short shard.
+        `put` appends the bytes of a tensor; by default they are copied. Raises CheckpointError for a short shard.
         """
         with atomic_path(directory / self.name) as temporary, temporary.open("wb") as target:
             target.write(self.header)
             for tensor in self.tensors:
-                put(tensor, target)
+                (put or copy_bytes)(tensor, target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ class WeightFiles:
         return sum(file.num_bytes for file in self.files)
 
     def write(
-        self, directory: Path, written: Callable[[str], None] = lambda name: None, put: PutTensor = copy_bytes
+        self, directory: Path, written: Callable[[str], None] = lambda name: None, put: PutTensor | None = None
     ) -> None:
         """Write the files into `directory`, and the index last if there are several; `written` is told each name.
 
