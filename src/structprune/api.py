@@ -335,7 +335,7 @@ def export(
     merge_adapter: str = NO_ADAPTER,
     observer: Observer | None = None,
 ) -> ExportResult:
-    """Write `model` (an output of `prune`, or any model that `prune` takes) for another runtime: `gguf`, `onnx`.
+    """Write `model` (an output of `prune`, or any model that it takes) for another runtime: `gguf`, `onnx` or `vllm`.
 
     `merge_adapter` is the folder of a LoRA adapter that is merged into it first, or `beside`.
     In a GGUF file the tokenizer of a model that came from another one is copied from there, as `tokenizer_gguf` would

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -147,6 +148,22 @@ def empty_folder(path: Path) -> None:
     """Make it a folder with nothing in it."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Generator[Path]:
+    """Yield a temporary folder beside `path` to fill; on success it is renamed to `path`, else it is removed."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        # It was made for the owner alone; outputs follow the user's umask like any other folder.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        temporary.rename(path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -299,8 +299,8 @@ def test_inspect(family: str, cli: Run, tiny_llama: Path, tiny_opt: Path) -> Non
     }
     assert [(r["runtime"], r["loads"]) for r in runtimes] == [
         ("transformers", "yes"),
-        ("vLLM, native", {"llama": "yes", "opt": "unverified"}[family]),
-        ("vLLM, Transformers backend", "unverified"),
+        ("vLLM, native", "yes"),
+        ("vLLM, Transformers backend", "yes"),
         ("SGLang", {"llama": "yes", "opt": "unverified"}[family]),
         ("llama.cpp", {"llama": "yes", "opt": "no"}[family]),
     ]

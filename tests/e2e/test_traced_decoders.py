@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from structprune import prune
 from structprune.api import export, inspect, plan, recover
 from structprune.architectures.modeling.per_layer import MODELING_NAME
-from structprune.architectures.stock.loading import load_model, output_head
+from structprune.architectures.stock.loading import backbone, load_model, output_head
 from structprune.errors import UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
@@ -102,7 +102,7 @@ def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file
     with torch.no_grad():
         expected_BSV = model(input_ids=IDS_BS).logits
         torch.testing.assert_close(loaded(input_ids=IDS_BS).logits, expected_BSV)
-        hidden_BSD = loaded.base_model(input_ids=IDS_BS).last_hidden_state
+        hidden_BSD = backbone(loaded)(input_ids=IDS_BS).last_hidden_state
         torch.testing.assert_close(output_head(loaded)(hidden_BSD), expected_BSV, rtol=1e-5, atol=1e-5)
 
 

@@ -30,7 +30,7 @@ from structprune.api import prune
 from structprune.checkpoint import weight_files
 from structprune.recipe import Recipe
 
-copy, begun = weight_files._copy, []
+copy, begun = weight_files.copy_bytes, []
 
 def copied(tensor, target):
     if target.name not in begun:
@@ -40,7 +40,7 @@ def copied(tensor, target):
         os.kill(os.getpid(), signal.SIGKILL)
     copy(tensor, target)
 
-weight_files._copy = copied
+weight_files.copy_bytes = copied
 prune(sys.argv[1], Recipe.model_validate_json(sys.argv[3]), sys.argv[2])
 """
 

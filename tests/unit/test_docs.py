@@ -37,7 +37,7 @@ FOREIGN_FLAGS = {
     "pip": {"--no-deps", "--pre"},
     "torchrun": {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"},
     "accelerate": {"--multi_gpu", "--num_processes", "--cpu"},
-    "vllm": {"--trust-remote-code"},
+    "vllm": {"--trust-remote-code", "--model-impl"},
     "mkdocs": {"--strict"},
     "placeholders": {"--option", "--on", "--off", "--no"},
 }
@@ -188,6 +188,7 @@ RESULT_FILES = {
     *("comparison.json", "comparison.csv", "eval.json", "bench.json", "REJECTED.json"),
     *(
         "modeling_structprune.py",
+        "configuration_structprune.py",
         "model.safetensors.index.json",
         "vocab.json",
         "added_tokens.json",

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
-from structprune.checkpoint.weight_source import STORED_DTYPES, names_by_bytes
+from structprune.checkpoint.weight_source import STORED_DTYPES, dtype_code, names_by_bytes
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json
 
@@ -40,6 +41,12 @@ class StoredTensor:
     start: int
     """First byte in the file."""
     num_bytes: int
+
+    @classmethod
+    def planned(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+        """Describe a tensor that lies in no file yet."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return cls(name=name, dtype=dtype_code(dtype), shape=shape, path=Path(), start=0, num_bytes=num_bytes)
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +94,23 @@ def tensors_around(reader: CheckpointReader) -> list[StoredTensor]:
     ]
 
 
+def copy_bytes(tensor: StoredTensor, target: BinaryIO) -> None:
+    """Append the tensor's bytes to `target`, a chunk at a time."""
+    left = tensor.num_bytes
+    with tensor.path.open("rb", buffering=0) as source:
+        source.seek(tensor.start)
+        while left:
+            chunk = source.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise CheckpointError("the shard is shorter than its header says", where=str(tensor.path))
+            target.write(chunk)
+            left -= len(chunk)
+
+
+PutTensor = Callable[[StoredTensor, BinaryIO], None]
+"""Appends the bytes of a tensor to an open file."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
     """One file that is to be written."""
@@ -112,12 +136,15 @@ class WeightFile:
         """Size of the file, its header included."""
         return len(self.header) + sum(tensor.num_bytes for tensor in self.tensors)
 
-    def write(self, directory: Path) -> None:
-        """Write the file into `directory`, whole and synced or not at all. Raises CheckpointError for a short shard."""
+    def write(self, directory: Path, put: PutTensor | None = None) -> None:
+        """Write the file into `directory`, whole and synced or not at all.
+
+        `put` appends the bytes of a tensor; by default they are copied. Raises CheckpointError for a short shard.
+        """
         with atomic_path(directory / self.name) as temporary, temporary.open("wb") as target:
             target.write(self.header)
             for tensor in self.tensors:
-                _copy(tensor, target)
+                (put or copy_bytes)(tensor, target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,14 +191,16 @@ class WeightFiles:
         """Size of all files, without the index."""
         return sum(file.num_bytes for file in self.files)
 
-    def write(self, directory: Path, written: Callable[[str], None] = lambda name: None) -> None:
+    def write(
+        self, directory: Path, written: Callable[[str], None] = lambda name: None, put: PutTensor | None = None
+    ) -> None:
         """Write the files into `directory`, and the index last if there are several; `written` is told each name.
 
-        One chunk of a tensor is in memory at a time. Call it when every other file that a loader reads is there.
-        Raises CheckpointError for a shard that is shorter than it was.
+        `put` appends a tensor's bytes; by default they are copied, one chunk in memory at a time. Call it when every
+        other file that a loader reads is there. Raises CheckpointError for a shard that is shorter than it was.
         """
         for file in self.files:
-            file.write(directory)
+            file.write(directory, put)
             written(file.name)
         if len(self.files) > 1:
             write_json(directory / INDEX_NAME, self._index())
@@ -188,16 +217,3 @@ class WeightFiles:
             "metadata": {"total_parameters": self.num_parameters, "total_size": total},
             "weight_map": dict(sorted(places.items())),
         }
-
-
-def _copy(tensor: StoredTensor, target: BinaryIO) -> None:
-    """Append the tensor's bytes to `target`, a chunk at a time."""
-    left = tensor.num_bytes
-    with tensor.path.open("rb", buffering=0) as source:
-        source.seek(tensor.start)
-        while left:
-            chunk = source.read(min(left, _CHUNK_BYTES))
-            if not chunk:
-                raise CheckpointError("the shard is shorter than its header says", where=str(tensor.path))
-            target.write(chunk)
-            left -= len(chunk)

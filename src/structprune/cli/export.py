@@ -14,9 +14,11 @@ from structprune.cli.flags import JsonFlag, MergeAdapterFlag, QuietFlag
 def export(
     model: Annotated[str, typer.Argument(help="Output of `prune`, or any model that it takes.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to create, e.g. small.gguf; for onnx a directory.")
+        Path, typer.Option("-o", "--output", help="File to create, e.g. small.gguf; for onnx and vllm a directory.")
     ],
-    format: Annotated[str, typer.Option(help="gguf (llama.cpp) or onnx (ONNX Runtime, OpenVINO).")] = "gguf",
+    format: Annotated[
+        str, typer.Option(help="gguf (llama.cpp), onnx (ONNX Runtime, OpenVINO) or vllm (its class for uneven blocks).")
+    ] = "gguf",
     dtype: Annotated[str, typer.Option(help="stored, float32, float16 or bfloat16.")] = "stored",
     tokenizer_gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the dense model, whose tokenizer is copied.")
@@ -25,7 +27,7 @@ def export(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write MODEL for llama.cpp, uneven widths too, or as an ONNX graph."""
+    """Write MODEL for llama.cpp or vLLM, uneven widths too, or as an ONNX graph."""
     from structprune.api import export as run_export
     from structprune.cli.interrupt import interruptible
     from structprune.cli.progress import progress_observer

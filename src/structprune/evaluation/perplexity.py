@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.sources.tokenizer import TextEncoder
-from structprune.architectures.stock.loading import output_head
+from structprune.architectures.stock.loading import backbone, output_head
 from structprune.calibration.context import WindowStart, consecutive_windows
 from structprune.errors import InputError, NumericalError
 
@@ -172,4 +172,4 @@ def score_predictions(logits_TV: Tensor, labels_T: Tensor, wanted_TV: Tensor | N
 
 def _hidden_SD(model: Any, ids_1S: Tensor) -> Tensor:
     """Compute the last hidden states of one window, without the last position, whose prediction lies outside."""
-    return model.base_model(input_ids=ids_1S.to(model.device), use_cache=False).last_hidden_state[0, :-1]
+    return backbone(model)(input_ids=ids_1S.to(model.device), use_cache=False).last_hidden_state[0, :-1]

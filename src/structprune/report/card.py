@@ -158,7 +158,11 @@ _CAUSAL = "AutoModelForCausalLM"
 # Runtime -> the command that loads the directory; the flag is added where a modelling file has to run.
 _COMMANDS = {
     "vLLM, native": ("vLLM", "vllm serve {name}"),
-    "vLLM, Transformers backend": ("vLLM", "vllm serve {name}"),
+    "vLLM, Transformers backend": ("vLLM", "vllm serve {name} --model-impl transformers"),
+    "vLLM, exported": (
+        "vLLM, in a class of its own",
+        "structprune export {name} --format vllm -o {name}-vllm\nvllm serve {name}-vllm",
+    ),
     "SGLang": ("SGLang", "python -m sglang.launch_server --model-path {name}"),
     "llama.cpp": ("llama.cpp", "structprune export {name} --format gguf -o {name}.gguf"),
 }
@@ -182,11 +186,13 @@ def _loading(report: PruneReport, name: str) -> list[str]:
         )
     if own:
         code.append("The code that this allows, `modeling_structprune.py`, consists of stock classes and little more.")
+    shown: set[str] = set()
     for support in report.runtimes:
-        if support.loads != "yes" or support.runtime not in _COMMANDS:
+        title, command = _COMMANDS.get(support.runtime, ("", ""))
+        if support.loads != "yes" or not title or title in shown:
             continue
-        title, command = _COMMANDS[support.runtime]
-        flag = " --trust-remote-code" if own and title == "vLLM" else ""
+        shown.add(title)
+        flag = " --trust-remote-code" if own and title.startswith("vLLM") else ""
         read = "" if support.basis == "checked" else " (by its source, not run)"
         code.append(f"{title}{read}:\n\n```sh\n{command.format(name=name)}{flag}\n```")
     rows = [(s.runtime, s.loads + (f", {s.basis}" if s.basis else ""), s.reason) for s in report.runtimes]

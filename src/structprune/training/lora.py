@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.stock.linear import linear_maps
-from structprune.architectures.stock.loading import load_model, output_head
+from structprune.architectures.stock.loading import backbone, load_model, output_head
 from structprune.architectures.stock.model import StockModel
 from structprune.errors import UnsupportedError
 from structprune.memory import release_free_memory
@@ -176,7 +176,7 @@ class LoraStudent:
     def _hidden_SD(self, window: int) -> Tensor:
         """Compute one window's hidden states behind the final norm."""
         ids_1S = self._streamed.windows.ids_NS[window : window + 1].to(self._streamed.device)
-        return self._model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
+        return backbone(self._model)(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
 
     def _install(self) -> None:
         with torch.no_grad():

@@ -100,6 +100,28 @@ class _StreamMlp(nn.Module):
         return residual
 ''',
     ),
+    ("mlp", "pair"): (
+        "_PairMlp",
+        '''
+
+class _PairMlp(nn.Module):
+    """In the place of a removed MLP that gives more than its output, such as a router's numbers."""
+
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(()), None
+''',
+    ),
+    ("mlp", "zeros-pair"): (
+        "_ZeroPairMlp",
+        '''
+
+class _ZeroPairMlp(nn.Module):
+    """In the place of a removed MLP that gives more than its output, of which the shape is read."""
+
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(hidden_states.shape), None
+''',
+    ),
     ("mlp", "zeros"): (
         "_ZeroMlp",
         '''

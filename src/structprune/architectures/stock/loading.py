@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
@@ -140,6 +146,13 @@ def _check_complete(model: Any, missing: Sequence[str], where: str) -> None:
         got=f"no {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
         do="check that config.json belongs to it, and that all of it was fetched",
     )
+
+
+def backbone(model: Any) -> Any:
+    """Return what is in front of the head: it gives the last hidden states, behind the final norm."""
+    base = model.base_model
+    # The name that a class has for it may be that of another class.
+    return base if base is not model else next(each for each in model.children() if isinstance(each, PreTrainedModel))
 
 
 def has_own_modeling_file(directory: Path) -> bool:

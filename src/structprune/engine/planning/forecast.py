@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from structprune.allocation import ALLOCATORS
-from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
-from structprune.checkpoint.weight_source import dtype_code
 from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible, reachable_shares
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
@@ -58,17 +55,7 @@ class Forecast:
         """Count the bytes of the result's weight files, headers included, where its tensors are known."""
         if self.tensors is None:
             return None
-        stored = [
-            StoredTensor(
-                name=name,
-                dtype=dtype_code(tensor.dtype),
-                shape=tensor.shape,
-                path=Path(),
-                start=0,
-                num_bytes=math.prod(tensor.shape) * tensor.dtype.itemsize,
-            )
-            for name, tensor in self.tensors.items()
-        ]
+        stored = [StoredTensor.planned(name, tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()]
         return WeightFiles.of(stored, max_shard_size).num_bytes
 
 
@@ -148,14 +135,18 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
     if ALLOCATORS.get(recipe.allocator).compares != "none":
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
         check_shared_out(stock, recipe, {})
-        shape = ResultShape(
-            model_type=stock.config.model_type,
+        before = shape_of(stock, recipe, stock.layout.config)
+        attention = "attention" in kinds
+        shape = replace(
+            before,
             structure=Structure.PER_LAYER,
-            tied=stock.layout.tied_embeddings,
-            narrow_values=("attention" in kinds and recipe.head_units == "value-channel")
-            or has_narrow_values(stock.layout.config),
-            removed_sublayers=recipe.allow_block_removal or any(len(kinds) == 1 for kinds in stock.removed),
-            tensor_parallel=recipe.tensor_parallel,
+            narrow_values=before.narrow_values or (attention and recipe.head_units == "value-channel"),
+            removed_sublayers=before.removed_sublayers or recipe.allow_block_removal,
+            removed_attention=before.removed_attention or (attention and recipe.allow_block_removal),
+            query_heads="unknown" if attention and recipe.head_units != "value-channel" else before.query_heads,
+            uneven_experts=before.uneven_experts or ("mlp" in kinds and stock.family.experts is not None),
+            # What the allocator decides is seen to divide when it is known.
+            indivisible=None,
         )
         return Forecast(shape=shape, kept=None, shares=reachable_shares(stock, recipe, kinds, None), tensors=None)
     kept = choose_widths(stock, recipe, kinds, None)
