@@ -111,6 +111,10 @@ def _counted(
         if _count(block, layout) != total + 1:
             continue
         after = shapes_of(block)
-        longer = [each for each, shape in before.items() if after.get(each) == (total + 1, *shape[1:])]
+        longer = [
+            each
+            for each, shape in before.items()
+            if shape[:1] == (total,) and after.get(each) == (total + 1, *shape[1:])
+        ]
         return name, tuple(each for each in longer if not each.startswith(f"{layout.module}."))
     return "", ()

@@ -63,6 +63,19 @@ def expert_settings(
             wanted="such as qwen3_moe",
             do="use another --method",
         )
+    if without := [index for index in range(len(stock.layout.blocks)) if stock.family.at(index).experts is None]:
+        raise UnsupportedError(
+            f"method {method.name!r} removes as many experts of every block",
+            got=f"block {without[0]}, which has none",
+            wanted="a mixture in every block",
+            do="prune channels of the experts with another --method",
+        )
+    if not experts.count_field or not experts.chosen_field or not experts.routers:
+        raise UnsupportedError(
+            f"no config entry is known for the experts of {stock.family.name}, so none can leave",
+            got=f"number {experts.count_field or 'unknown'}, chosen {experts.chosen_field or 'unknown'}",
+            do="prune channels of the experts with another --method",
+        )
     if recipe.scope != "mlp":
         raise UnsupportedError(
             f"method {method.name!r} removes whole experts", got=f"--scope {recipe.scope}", wanted="--scope mlp"
