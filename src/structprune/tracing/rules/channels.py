@@ -10,7 +10,7 @@ from structprune.tracing.values import Step, Value, silent_in_all, silent_in_any
 
 
 def _affine(step: Step, channels: Term, names: tuple[str, ...]) -> list[Value]:
-    """Tie the statistics and parameters of a norm to its channels, and return the parameters."""
+    """Unify the statistics and parameters of a norm with its channels, and return the parameters."""
     given = [value for name in names if (value := step.value(name)) is not None]
     for value in given:
         step.unify(channels, value.dims[0])
@@ -29,7 +29,7 @@ def _batch_norm(step: Step) -> Output:
 def _group_norm(step: Step) -> Output:
     """Read a norm of groups of channels: whole groups are apart, the channels of one see each other."""
     value = step.inputs()[0]
-    groups, inner = step.split(value.dims[1], step.arguments["num_groups"])
+    inner = step.split(value.dims[1], step.arguments["num_groups"])[1]
     step.couple(inner)
     scales = _affine(step, value.dims[1], ("weight", "bias"))
     return Value(dims=value.dims, silent=silent_in_all(scales) if scales else silent_in_all((value,)))
@@ -67,7 +67,7 @@ def _prelu(step: Step) -> Output:
 
 
 def _glu(step: Step) -> Output:
-    """Halve an axis: the first half is gated by the second."""
+    """Split an axis in two: the first half is gated by the second."""
     value = step.inputs()[0]
     axis = step.axis(len(value.dims), default=-1)
     first, second = step.cut(value.dims[axis], value.dims[axis].size // 2)
