@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import structprune
 from structprune import ModuleRecipe, compact, prune_module
 from structprune.errors import InputError, UnsupportedError
-from structprune.modules.choice import SCOPES, Limits, choose
+from structprune.modules.choice import RANKINGS, Limits, choose
 from structprune.modules.compaction import compacted, tensors_of
 from structprune.modules.costs import MACS, PARAMETERS
 from structprune.modules.importance import IMPORTANCES, NORMALISATIONS, REDUCTIONS, measure, unit_scores
@@ -252,7 +252,7 @@ def test_gradients_are_those_of_the_loss() -> None:
         torch.testing.assert_close(gradients[name].first, parameter.grad)
 
 
-def test_scopes_rank_what_they_say() -> None:
+def test_rankings_rank_what_they_say() -> None:
     """Families of unequal importance: by itself each loses as much, together the weak one loses all that it may."""
     model, given = made("resnet")
     found = structprune.layout(model, given[0])
@@ -261,7 +261,7 @@ def test_scopes_rank_what_they_say() -> None:
         family.name: torch.arange(family.num_units, dtype=torch.float64) + 100 * number
         for number, family in enumerate(found.families)
     }
-    kept = {name: choose(found, scores, cost, target, scope=SCOPES.get(name), limits=Limits()) for name in SCOPES}
+    kept = {name: choose(found, scores, cost, target, ranking=RANKINGS.get(name), limits=Limits()) for name in RANKINGS}
     for keep in kept.values():
         assert cost({found.family(name).atom: len(units) for name, units in keep.items()}) <= target
     shares = {name: len(kept["local"][name]) / found.family(name).num_units for name in scores}
@@ -278,7 +278,7 @@ def test_scopes_rank_what_they_say() -> None:
 
 def test_limits_hold() -> None:
     model, given = made("resnet")
-    recipe = ModuleRecipe(sparsity=0.4, scope="global", max_share=0.5, multiple_of=4, repair=False)
+    recipe = ModuleRecipe(sparsity=0.4, ranking="global", max_share=0.5, multiple_of=4, repair=False)
     result = prune_module(model, given, recipe)
     for before, after in result.widths.values():
         assert after >= before / 2
@@ -291,10 +291,10 @@ def test_limits_hold() -> None:
     ("name", "recipe"),
     [
         ("resnet", ModuleRecipe(sparsity=0.4, cost="macs")),
-        ("resnet", ModuleRecipe(sparsity=0.4, steps=3, scope="pattern")),
+        ("resnet", ModuleRecipe(sparsity=0.4, steps=3, ranking="pattern")),
         ("mixed", ModuleRecipe(sparsity=0.3, allow_coupled=True, families="all")),
         ("attention", ModuleRecipe(sparsity=0.2, families="all")),
-        ("bert", ModuleRecipe(sparsity=0.3, scope="global")),
+        ("bert", ModuleRecipe(sparsity=0.3, ranking="global")),
         ("vit", ModuleRecipe(sparsity=0.2, families="stock")),
         ("whisper", ModuleRecipe(sparsity=0.2)),
     ],
@@ -371,7 +371,7 @@ def test_stock_config_where_there_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["mixed", "attention", "bert"])
 def test_program_runs_without_the_models_code(name: str, tmp_path: Path) -> None:
     model, given = made(name)
-    result = prune_module(model, given, ModuleRecipe(sparsity=0.2, families="all", scope="global"))
+    result = prune_module(model, given, ModuleRecipe(sparsity=0.2, families="all", ranking="global"))
     path = result.save(tmp_path / "out")
     assert {each.name for each in path.iterdir()} >= {"model.safetensors", "program.pt2", "module_report.json"}
     program = torch.export.load(path / "program.pt2").module()
@@ -392,7 +392,7 @@ def test_what_cannot_be() -> None:
         prune_module(model, [], ModuleRecipe(sparsity=0.3))
     with pytest.raises(InputError, match="sparsity"):
         ModuleRecipe(sparsity=1.5)
-    for field in ("importance", "scope", "reduction", "normalisation", "families", "cost"):
+    for field in ("importance", "ranking", "reduction", "normalisation", "families", "cost"):
         with pytest.raises(InputError, match="nonsense"):
             ModuleRecipe(sparsity=0.3, **{field: "nonsense"})
     with pytest.raises(UnsupportedError, match="held by"):
@@ -406,3 +406,22 @@ def test_mode_of_the_model_is_kept() -> None:
     assert model.training
     assert result.module.training
     assert not any(torch.equal(a, b) for a, b in [(outputs(model.eval(), given[0])[0], torch.zeros(1))])
+
+
+def test_the_worked_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/any-architecture.md runs, and what the page says of it is so."""
+    page = (Path(__file__).parents[2] / "docs" / "any-architecture.md").read_text(encoding="utf-8")
+    code = page.split("```python\n", 1)[1].split("```", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert [(family.num_units, family.is_exact) for family in names["found"].families] == [(16, True), (32, True)]
+    text = repr(names["result"].module)
+    for part in ("Conv2d(3, 12, ", "BatchNorm2d(12, ", "Conv2d(12, 24, ", "Linear(in_features=24, out_features=10"):
+        assert part in text
+    assert names["result"].removal.difference < 1e-6
+    assert {path.name for path in (tmp_path / "out/smaller").iterdir()} == {
+        "model.safetensors",
+        "module_report.json",
+        "program.pt2",
+    }

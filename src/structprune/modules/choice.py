@@ -18,19 +18,19 @@ _HALVINGS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
+class Ranking:
     """Among which units the least important ones are looked for: families with equal keys are ranked together."""
 
     name: str
     key: Callable[[UnitFamily], object]
 
 
-LOCAL = Scope(name="local", key=lambda family: family.name)
-GLOBAL = Scope(name="global", key=lambda family: None)
-PATTERN = Scope(name="pattern", key=lambda family: family.pattern)
-SCOPES: Registry[Scope] = Registry(
-    "scope",
-    Scope,
+LOCAL = Ranking(name="local", key=lambda family: family.name)
+GLOBAL = Ranking(name="global", key=lambda family: None)
+PATTERN = Ranking(name="pattern", key=lambda family: family.pattern)
+RANKINGS: Registry[Ranking] = Registry(
+    "ranking",
+    Ranking,
     {name: f"structprune.modules.choice:{name.upper()}" for name in ("local", "global", "pattern")},
 )
 
@@ -51,13 +51,13 @@ def choose(
     cost: Callable[[Counts], int],
     target: float,
     *,
-    scope: Scope,
+    ranking: Ranking,
     limits: Limits,
 ) -> dict[str, list[int]]:
     """Choose the units that stay so that the cost is at most `target`, and removes as little as that takes.
 
-    `scores` has the families that may lose units, (U,) each. Every rank (see `scope`) loses the same share of its
-    units. Raises InputError with the least cost that is possible where the target is below it.
+    `scores` has the families that may lose units, (U,) each. Families that are ranked together lose the same
+    share of all their units. Raises InputError with the least cost that is possible where the target is below it.
     """
     families = [family for family in layout.families if family.name in scores]
 
@@ -65,7 +65,7 @@ def choose(
         return cost({family.atom: len(keep[family.name]) for family in families})
 
     def at(share: float) -> dict[str, list[int]]:
-        return _kept(families, scores, share, scope, limits)
+        return _kept(families, scores, share, ranking, limits)
 
     if counted(at(0.0)) <= target:
         return at(0.0)
@@ -86,13 +86,13 @@ def choose(
 
 
 def _kept(
-    families: Sequence[UnitFamily], scores: Mapping[str, Tensor], share: float, scope: Scope, limits: Limits
+    families: Sequence[UnitFamily], scores: Mapping[str, Tensor], share: float, ranking: Ranking, limits: Limits
 ) -> dict[str, list[int]]:
-    ranks: dict[object, list[UnitFamily]] = {}
+    together_by: dict[object, list[UnitFamily]] = {}
     for family in families:
-        ranks.setdefault(scope.key(family), []).append(family)
+        together_by.setdefault(ranking.key(family), []).append(family)
     kept: dict[str, list[int]] = {}
-    for members in ranks.values():
+    for members in together_by.values():
         together = torch.cat([scores[family.name] for family in members])
         # A stable order: of equal numbers the first leaves first.
         gone = torch.zeros(len(together), dtype=torch.bool)

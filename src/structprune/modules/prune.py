@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
-from structprune.modules.choice import SCOPES, Limits, choose
+from structprune.modules.choice import RANKINGS, Limits, choose
 from structprune.modules.compaction import Compaction, compacted
 from structprune.modules.costs import COSTS, Counts
 from structprune.modules.eligible import eligible
@@ -191,7 +191,7 @@ def _step(
     limits = Limits(max_share=recipe.max_share, multiple_of=recipe.multiple_of)
 
     def chosen(cost: Callable[[Counts], int], target: float) -> dict[str, list[int]]:
-        return choose(current, scores, cost, target, scope=SCOPES.get(recipe.scope), limits=limits)
+        return choose(current, scores, cost, target, ranking=RANKINGS.get(recipe.ranking), limits=limits)
 
     if recipe.cost in COSTS:
         cost = COSTS.get(recipe.cost)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from structprune.errors import InputError
-from structprune.modules.choice import SCOPES
+from structprune.modules.choice import RANKINGS
 from structprune.modules.costs import COSTS
 from structprune.modules.eligible import CHOICES
 from structprune.modules.importance import IMPORTANCES, NORMALISATIONS, REDUCTIONS, entry
@@ -34,7 +34,7 @@ class ModuleRecipe:
     """How a unit's tensors become one number: `mean`, `sum`, `max` or `first`."""
     normalisation: str = "mean"
     """How families are made comparable: `none`, `mean`, `max`, `sum`, `gaussian` or `lamp`."""
-    scope: str = "local"
+    ranking: str = "local"
     """Who is ranked together: each family by itself (`local`), all (`global`), or all that are isomorphic
     (`pattern`)."""
     steps: int = 1
@@ -65,6 +65,6 @@ class ModuleRecipe:
         if self.cost not in COSTS and self.cost != LATENCY:
             raise InputError(f"unknown cost {self.cost!r}", wanted=", ".join((*COSTS, LATENCY)))
         IMPORTANCES.check(self.importance)
-        SCOPES.check(self.scope)
+        RANKINGS.check(self.ranking)
         entry(REDUCTIONS, self.reduction, "reduction")
         entry(NORMALISATIONS, self.normalisation, "normalisation")
