@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from structprune import ModuleRecipe
 
-TRAINED, EPOCHS, BATCH = 10_000, 8, 64
-TESTED, EXAMPLES = 2_000, 8
+TRAINED, EPOCHS, BATCH = 8_000, 6, 64
+TESTED, EXAMPLES = 1_024, 8
 WIDTH, BLOCKS = 16, 2
 
 
@@ -121,10 +121,16 @@ def main() -> None:
             f"{importance}, {ranking}{', repaired' if repair else ''}": ModuleRecipe(
                 sparsity=sparsity, cost="macs", importance=importance, ranking=ranking, repair=repair
             )
-            for importance in ("magnitude", "taylor", "hessian")
-            for ranking in ("local", "pattern", "global")
+            for importance in ("magnitude", "taylor")
+            for ranking in ("local", "global")
             for repair in (False, True)
         }
+        recipes["taylor, pattern, repaired"] = ModuleRecipe(
+            sparsity=sparsity, cost="macs", importance="taylor", ranking="pattern"
+        )
+        recipes["hessian, global, repaired"] = ModuleRecipe(
+            sparsity=sparsity, cost="macs", importance="hessian", ranking="global"
+        )
         recipes["taylor, global, repaired, 4 steps"] = ModuleRecipe(
             sparsity=sparsity, cost="macs", importance="taylor", ranking="global", steps=4
         )

@@ -23,6 +23,7 @@ from structprune.modules.importance import IMPORTANCES, NORMALISATIONS, REDUCTIO
 from structprune.modules.layout import ModuleLayout, as_example
 from structprune.modules.program import GraphModule
 from structprune.modules.repair import repaired
+from structprune.modules.solve import Sums, least_squares_by_output
 from structprune.tracing.replay import masked_state
 from support.networks import Attention, Mixed, ResNet, Shared, small_bert, small_vit, small_whisper
 
@@ -327,7 +328,7 @@ def test_repair_of_a_convolution_is_least_squares() -> None:
     parameters = {"weight": state["2.weight"][:, keep["0"]], "bias": state["2.bias"]}
     smaller[2].load_state_dict(parameters)
     wanted = distance(smaller, model, given)
-    assert wanted < 0.5 * distance(compact(model, keep, given[0]), model, given)
+    assert wanted < 0.6 * distance(compact(model, keep, given[0]), model, given)
     best = copy.deepcopy(smaller)
     optimiser = torch.optim.LBFGS(best[2].parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
@@ -340,6 +341,36 @@ def test_repair_of_a_convolution_is_least_squares() -> None:
     optimiser.step(closure)
     # The ridge of 0.01 draws toward the old weight, and costs little.
     assert distance(best, model, given) <= wanted < 1.1 * distance(best, model, given)
+
+
+def test_repair_that_helps_only_where_it_was_fitted_is_left_out() -> None:
+    """Two inputs are equal in the fitted examples and opposite in the held-out one: nothing may be made of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
+    model[0].weight.data = torch.eye(2)
+    same = [torch.randn(64, 1).repeat(1, 2) for _ in range(4)]
+    opposite = torch.randn(64, 1) * torch.tensor([1.0, -1.0])
+    found = structprune.layout(model, same[0])
+    keep = {found.families[0].name: [0]}
+    _, names = repaired(found, keep, [as_example(each) for each in same])
+    assert names == ["1.weight"]
+    state, names = repaired(found, keep, [as_example(each) for each in (*same[:3], opposite)])
+    assert names == []
+    assert torch.equal(state["1.weight"], model[1].weight)
+
+
+def test_outputs_choose_ridges_of_their_own() -> None:
+    """An output whose held-out targets are others keeps its weight, one beside it is solved."""
+    torch.manual_seed(0)
+    x, y = torch.randn(50, 4).double(), torch.randn(50, 4).double()
+    weight, keep = torch.randn(2, 4), torch.tensor([True, True, False, True])
+    true = weight.double() + torch.tensor([[0, 0, 0, 0], [0.5, -1.0, 0, 2.0]])
+    true[:, 2] = 0
+    fit = Sums(gram_II=x.T @ x, target_OI=torch.stack([torch.randn(50).double(), x @ true[1]]) @ x)
+    held = Sums(gram_II=y.T @ y, target_OI=torch.stack([y @ true[0], y @ true[1]]) @ y)
+    solution = least_squares_by_output(weight, keep, fit, held)
+    torch.testing.assert_close(solution.weight_OK[0], weight[0, keep].double())
+    torch.testing.assert_close(solution.weight_OK[1], true[1, keep], rtol=0.01, atol=0.01)
 
 
 def test_training_between_steps() -> None:

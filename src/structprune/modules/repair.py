@@ -15,14 +15,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from structprune.modules.layout import Keep, ModuleLayout, Use
-from structprune.solvers.least_squares import least_squares
-from structprune.tracing.replay import Example, Kept, See, cut_state, watch
+from structprune.modules.solve import Sums, least_squares_by_output
+from structprune.tracing.replay import Example, Kept, See, cut_state, replay, watch
 from structprune.tracing.terms import Atom, Term, kept_positions, leaves
 from structprune.tracing.values import arguments_of
-from structprune.types import LayerProblem, Moments
 
-_DAMPING = 0.01
-"""Ridge as a share of the Gram's mean diagonal where there are too few examples to choose it by."""
 _MIN_EXAMPLES = 4
 """Examples from which every fourth one chooses the ridges instead of being fitted."""
 _PATCH_NUMBERS = 1 << 22
@@ -121,39 +118,57 @@ class _Consumer:
     """Axis of its outputs."""
 
 
-@dataclass(slots=True)
-class _Sums:
-    gram_II: Tensor
-    target_OI: Tensor
-    energy: float = 0.0
-    tokens: int = 0
-
-    def moments(self) -> Moments:
-        return Moments(
-            gram_II=self.gram_II, num_tokens=self.tokens, target_OI=self.target_OI, target_energy=self.energy
-        )
-
-
 def repaired(layout: ModuleLayout, keep: Keep, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[str]]:
     """Solve the weights that read removed units again, so that each gives what it gave in the dense module.
 
     Stages (families that share a consumer) go in the order of the graph, each on inputs that the repaired stages before
-    it give, with the dense module's outputs as targets: (tensors, names of the weights that were solved). The solver
-    and its choice of ridges are those of blocks (`solvers/least_squares.py`); every fourth example is held out for it.
+    it give, with the dense module's outputs as targets: (tensors, names of the weights that were solved). Every fourth
+    example is held out: it chooses the ridges (`solve.py`), and where the new weights of a stage bring what the whole
+    module returns no nearer to the dense module for it, the old ones stay. The weights are then solved on all examples.
     Weights in groups, transposed or read by several operations stay as they are.
     """
     state = {name: tensor.detach() for name, tensor in layout.state.items()}
     dense, done = dict(state), list[str]()
     removed = {atom: units for atom, units in layout.kept_atoms(keep).items() if len(units) < atom.size}
     gone: dict[Atom, Sequence[int]] = {}
+    judge = _Judge(layout, dense, [each for number, each in enumerate(examples) if _is_held_out(number, examples)])
     for atoms, consumers in _stages(layout, removed):
-        if consumers:
-            sums = _measure(layout, consumers, examples, (dense, state), gone)
-            for consumer in consumers:
-                state |= _solved(consumer, state, sums[consumer.weight], removed, gone)
-                done.append(consumer.weight)
-        gone |= {atom: removed[atom] for atom in atoms}
+        sums = _measure(layout, consumers, examples, (dense, state), gone) if consumers else {}
+        without = {**gone, **{atom: removed[atom] for atom in atoms}}
+        final, judged = dict(state), dict(state)
+        for consumer in consumers:
+            _solve(consumer, state, sums[consumer.weight], (removed, gone), (final, judged))
+        if consumers and judge.prefers(judged, state, without):
+            state = final
+            done += [consumer.weight for consumer in consumers]
+        gone = without
     return state, done
+
+
+def _is_held_out(number: int, examples: Sequence[Example]) -> bool:
+    return len(examples) >= _MIN_EXAMPLES and number % _MIN_EXAMPLES == _MIN_EXAMPLES - 1
+
+
+class _Judge:
+    """How far the outputs of the smaller module are from the dense ones, for examples that nothing was fitted to."""
+
+    def __init__(self, layout: ModuleLayout, dense: Mapping[str, Tensor], examples: Sequence[Example]) -> None:
+        self._layout = layout
+        self._examples = examples
+        self._wanted = [replay(layout.traced, dense, example) for example in examples]
+
+    def prefers(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], gone: Kept) -> bool:
+        """Whether the first tensors do better than the second; always where there is no example to tell by."""
+        return not self._examples or self._distance(first, gone) < self._distance(second, gone)
+
+    def _distance(self, state: Mapping[str, Tensor], gone: Kept) -> float:
+        cut = cut_state(self._layout.traced, state, gone)
+        total = 0.0
+        for example, wanted in zip(self._examples, self._wanted, strict=True):
+            for one, other in zip(replay(self._layout.traced, cut, example, gone), wanted, strict=True):
+                if other.is_floating_point():
+                    total += float((one - other).square().sum() / other.square().sum().clamp_min(1e-30))
+        return total
 
 
 def _stages(layout: ModuleLayout, removed: Mapping[Atom, Sequence[int]]) -> list[tuple[set[Atom], list[_Consumer]]]:
@@ -213,7 +228,7 @@ def _measure(
     examples: Sequence[Example],
     states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     gone: Kept,
-) -> dict[str, tuple[_Sums, _Sums | None]]:
+) -> dict[str, tuple[Sums, Sums | None]]:
     """Sum products of inputs with each other and with the dense module's outputs: (fitted, held out) by weight.
 
     `states` has the tensors of the dense module and those of the repaired one, which gives the inputs without the units
@@ -221,10 +236,10 @@ def _measure(
     """
     dense, state = states
     cut = cut_state(layout.traced, state, gone)
-    sums: dict[tuple[str, bool], _Sums] = {}
+    sums: dict[tuple[str, bool], Sums] = {}
     for number, example in enumerate(examples):
         targets: dict[str, Tensor] = {}
-        held = len(examples) >= _MIN_EXAMPLES and number % _MIN_EXAMPLES == _MIN_EXAMPLES - 1
+        held = _is_held_out(number, examples)
         watch(layout.traced, dense, example, {}, {each.node: _keeps(each, targets, gone) for each in consumers})
         watch(layout.traced, cut, example, gone, {each.node: _adds(each, targets, sums, held) for each in consumers})
     return {each.weight: (sums[each.weight, False], sums.get((each.weight, True))) for each in consumers}
@@ -240,13 +255,13 @@ def _keeps(consumer: _Consumer, targets: dict[str, Tensor], gone: Kept) -> See:
     return see
 
 
-def _adds(consumer: _Consumer, targets: dict[str, Tensor], sums: dict[tuple[str, bool], _Sums], held: bool) -> See:
+def _adds(consumer: _Consumer, targets: dict[str, Tensor], sums: dict[tuple[str, bool], Sums], held: bool) -> See:
     """Return what adds up the products of a map's inputs."""
     return lambda named, _: _add(sums, consumer, named, targets.pop(consumer.weight), held)
 
 
 def _add(
-    sums: dict[tuple[str, bool], _Sums], consumer: _Consumer, named: Mapping[str, Any], target_TO: Tensor, held: bool
+    sums: dict[tuple[str, bool], Sums], consumer: _Consumer, named: Mapping[str, Any], target_TO: Tensor, held: bool
 ) -> None:
     start = 0
     for part in consumer.form.rows(named):
@@ -256,25 +271,28 @@ def _add(
         inputs = rows_TI.shape[1]
         found = sums.get((consumer.weight, held))
         if found is None:
-            found = sums[consumer.weight, held] = _Sums(
+            found = sums[consumer.weight, held] = Sums(
                 gram_II=torch.zeros(inputs, inputs, dtype=torch.float64),
                 target_OI=torch.zeros(wanted_TO.shape[1], inputs, dtype=torch.float64),
             )
         # Products of a part are exact enough in the model's type; their sum over all parts is not.
         found.gram_II += rows_TI.T @ rows_TI
         found.target_OI += wanted_TO.T @ rows_TI
-        found.energy += float(wanted_TO.square().sum(dtype=torch.float64))
-        found.tokens += len(rows_TI)
 
 
-def _solved(
+def _solve(
     consumer: _Consumer,
     state: Mapping[str, Tensor],
-    sums: tuple[_Sums, _Sums | None],
-    removed: Kept,
-    gone: Kept,
-) -> dict[str, Tensor]:
-    """Solve one weight and its bias: new tensors by name, of the old shapes, zero for the inputs that leave."""
+    sums: tuple[Sums, Sums | None],
+    kept: tuple[Kept, Kept],
+    results: tuple[dict[str, Tensor], dict[str, Tensor]],
+) -> None:
+    """Put a new weight and bias, of the old shapes and zero for the inputs that leave, into both `results`.
+
+    `kept` has what stays in the end, and what has left already. The first result is solved on all examples, the second
+    on those that are not held out.
+    """
+    removed, gone = kept
     old, form = state[consumer.weight], consumer.form
     whole_OI = form.matrix(old)
     rows = torch.tensor(kept_positions(consumer.outputs, gone))
@@ -284,17 +302,13 @@ def _solved(
     if consumer.bias is not None:
         whole_OI = torch.cat([whole_OI, state[consumer.bias][:, None]], 1)
         keep_I = torch.cat([keep_I, torch.ones(1, dtype=torch.bool)])
-    fit, held_out = sums
-    problem = LayerProblem(
-        weight_OI=whole_OI[rows],
-        fit=fit.moments(),
-        held_out=None if held_out is None else held_out.moments(),
-        width=1,
-        damping=_DAMPING,
-        producer_norm_U=torch.ones(len(keep_I)),
-    )
-    solved_OI = torch.zeros_like(whole_OI)
-    solved_OI[rows[:, None], keep_I.nonzero().T] = least_squares(problem, keep_I).weight_OK
-    if consumer.bias is None:
-        return {consumer.weight: form.weight_of(solved_OI, old)}
-    return {consumer.weight: form.weight_of(solved_OI[:, :-1], old), consumer.bias: solved_OI[:, -1].contiguous()}
+    solution = least_squares_by_output(whole_OI[rows], keep_I, *sums)
+    for result, weight_OK in zip(results, (solution.weight_OK, solution.judged_OK), strict=True):
+        if weight_OK is None:
+            continue
+        solved_OI = torch.zeros_like(whole_OI)
+        solved_OI[rows[:, None], keep_I.nonzero().T] = weight_OK.to(whole_OI.dtype)
+        if consumer.bias is not None:
+            result[consumer.bias] = solved_OI[:, -1].contiguous()
+            solved_OI = solved_OI[:, :-1]
+        result[consumer.weight] = form.weight_of(solved_OI, old)
