@@ -91,7 +91,7 @@ def try_ours(
         write(output, way=name, sparsity=recipe.sparsity, seconds=round(seconds, 1), native=result.is_native, **found)
 
 
-def bisected(prune: Callable[[float], nn.Module], example: Given, wanted: float, trials: int = 9) -> nn.Module:
+def bisected(prune: Callable[[float], nn.Module], example: Given, wanted: float, trials: int = 7) -> nn.Module:
     """Find the ratio at which another library's smaller module has at most `wanted` multiplications."""
     low, high = 0.0, 1.0
     best: nn.Module | None = None

@@ -17,7 +17,8 @@ import structprune
 from structprune import ModuleRecipe, compact, prune_module
 from structprune.errors import InputError, UnsupportedError
 from structprune.modules.choice import RANKINGS, Limits, choose
-from structprune.modules.compaction import compacted, tensors_of
+from structprune.modules.compaction import compacted
+from structprune.modules.compare import tensors_of
 from structprune.modules.costs import MACS, PARAMETERS
 from structprune.modules.importance import IMPORTANCES, NORMALISATIONS, REDUCTIONS, measure, unit_scores
 from structprune.modules.layout import ModuleLayout, as_example

@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from structprune.errors import UnsupportedError
+from structprune.modules.compare import are_close, tensors_of
 from structprune.modules.layout import Given, Keep, ModuleLayout, evaluating
 from structprune.modules.layout import layout as find_layout
 from structprune.modules.program import GraphModule
 from structprune.modules.sizes import attempts, guess, has_numbers, table_numbers, write_guesses
 from structprune.tracing.replay import (
-    TOLERANCE,
     Kept,
     Removal,
     check_states,
@@ -137,21 +135,4 @@ def is_equal(module: nn.Module, layout: ModuleLayout, wanted: Sequence[Tensor]) 
     except Exception:
         # Stock code raises whatever it raises for sizes that it does not expect.
         return False
-    return len(found) == len(wanted) and all(map(_is_close, found, wanted))
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """List the tensors that a module returns, in order."""
-    return [each for each in pytree.tree_leaves(output) if isinstance(each, Tensor)]
-
-
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    if not wanted.is_floating_point():
-        return torch.equal(found, wanted)
-    if wanted.numel() == 0:
-        return True
-    largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
-    # Not `>`: what is not a number is no equality.
-    return bool((found - wanted).abs().max() <= TOLERANCE.get(wanted.dtype, 3e-2) * largest)
+    return are_close(found, wanted)

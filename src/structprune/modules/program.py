@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import UnsupportedError, first_line
+from structprune.modules.compare import are_close, tensors_of
 from structprune.modules.layout import evaluating
 from structprune.tracing.graph import Traced
 from structprune.tracing.replay import Example, Kept, returned
@@ -66,15 +67,20 @@ class GraphModule(nn.Module):
 def save_program(model: nn.Module, example: Example, path: Path) -> None:
     """Export a module for the sizes of an example, and write the program (.pt2), which torch.export.load reads.
 
-    Raises UnsupportedError where torch.export has no graph of it.
+    Raises UnsupportedError where torch.export has no graph of it, or one that returns something else for the example.
     """
     try:
         with warnings.catch_warnings(), evaluating(model), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, tuple(example.args), dict(example.kwargs), strict=False)
+            wanted = tensors_of(model(*example.args, **example.kwargs))
+            found = tensors_of(program.module()(*example.args, **example.kwargs))
             torch.export.save(program, path)
     except Exception as error:
         # torch.export raises many types.
         raise UnsupportedError(
             "the smaller module cannot be exported", where=type(model).__name__, got=first_line(error)
         ) from error
+    if not are_close(found, wanted):
+        path.unlink()
+        raise UnsupportedError("the exported program returns something else", where=type(model).__name__)

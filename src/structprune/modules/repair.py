@@ -272,8 +272,8 @@ def _add(
         found = sums.get((consumer.weight, held))
         if found is None:
             found = sums[consumer.weight, held] = Sums(
-                gram_II=torch.zeros(inputs, inputs, dtype=torch.float64),
-                target_OI=torch.zeros(wanted_TO.shape[1], inputs, dtype=torch.float64),
+                gram_II=rows_TI.new_zeros(inputs, inputs, dtype=torch.float64),
+                target_OI=rows_TI.new_zeros(wanted_TO.shape[1], inputs, dtype=torch.float64),
             )
         # Products of a part are exact enough in the model's type; their sum over all parts is not.
         found.gram_II += rows_TI.T @ rows_TI
