@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from structprune import ModuleRecipe
 
-TRAINED, EPOCHS, BATCH = 8_000, 6, 64
+TRAINED, EPOCHS, BATCH = 6_000, 5, 64
 TESTED, EXAMPLES = 1_024, 8
-WIDTH, BLOCKS = 16, 2
+WIDTH, BLOCKS = 16, 1
 
 
 class Block(nn.Module):
@@ -85,7 +85,7 @@ def train(model: nn.Module, given: Tensor, classes: Tensor, epochs: int, rate: f
             loss.backward()
             optimiser.step()
             schedule.step()
-        print(f"epoch {epoch}: loss {float(loss):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"epoch {epoch}: loss {float(loss.detach()):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     model.eval()
 
 

@@ -26,8 +26,8 @@ from structprune import ModuleRecipe
 RATE, SECONDS = 16_000, 30
 START, END = (50257, 50362), 50256
 """Tokens that begin a transcript without times, and the one that ends it."""
-HEARD, CLIPS = 40, 2
-"""Tokens of a calibration transcript, and clips of one example."""
+HEARD, EXAMPLES = 40, 4
+"""Tokens of a calibration transcript, and examples of one clip of 30 seconds each."""
 _CODES = {0: numpy.float32, 1: numpy.int8, 2: numpy.int16, 3: numpy.int32, 4: numpy.float16}
 
 
@@ -175,12 +175,12 @@ def main() -> None:
     others = [sound(path) for path in (*sorted((clips / "cards").glob("*.wav")), *sorted(clips.glob("*.raw")))]
     generator = torch.Generator().manual_seed(0)
     long = []
-    for _ in range(8):
+    for _ in range(EXAMPLES):
         order = torch.randperm(len(others), generator=generator).tolist()
         long.append(numpy.concatenate([others[number] for number in order])[: RATE * SECONDS])
     examples = []
-    for start in range(0, len(long), CLIPS):
-        part = features(long[start : start + CLIPS])
+    for clip in long:
+        part = features([clip])
         ids = torch.tensor([(each + [END] * HEARD)[:HEARD] for each in heard(model, part, HEARD)])
         examples.append({"input_features": part, "decoder_input_ids": ids, "use_cache": False})
 
@@ -199,10 +199,11 @@ def main() -> None:
     print(f"multiplications: {macs(model, examples[0]):,}")
     for sparsity in options.sparsities:
         recipes = {
-            f"{importance}, {ranking}{', repaired' if repair else ''}": ModuleRecipe(
-                sparsity=sparsity, cost="macs", importance=importance, ranking=ranking, repair=repair
+            f"{importance}, {families}{', repaired' if repair else ''}": ModuleRecipe(
+                sparsity=sparsity, cost="macs", importance=importance, families=families, repair=repair
             )
-            for importance, ranking in (("magnitude", "local"), ("taylor", "global"))
+            for importance in ("magnitude", "taylor")
+            for families in ("stock", "native")
             for repair in (False, True)
         }
         try_ours(model, examples, recipes, measure, options.output, loss, options.only)

@@ -384,6 +384,26 @@ def test_training_between_steps() -> None:
     assert count(model) > sizes[0] > sizes[1] == count(result.module)
 
 
+def test_family_that_shrinks_to_one_unit_is_still_counted() -> None:
+    """Heads that have left but one are no family in the next step; the numbers are those of the module all the same."""
+    model, given = made("bert")
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.layer.0.attention"):
+            parameter.data *= 0.1
+    recipe = ModuleRecipe(
+        sparsity=0.29,
+        steps=2,
+        max_share=0.75,
+        ranking="global",
+        normalisation="none",
+        repair=False,
+        families=lambda family: family.num_units == 4,
+    )
+    result = prune_module(model, given, recipe)
+    assert result.costs["parameters"][1] == count(result.module)
+    assert [after for before, after in result.widths.values() if before == 4] == [1, 1]
+
+
 def test_stock_config_where_there_is_one(tmp_path: Path) -> None:
     """A ViT of fewer neurons loads with `from_pretrained`; with fewer heads its config cannot say it."""
     from transformers import ViTForImageClassification

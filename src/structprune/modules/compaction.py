@@ -94,6 +94,9 @@ def _loses(layout: ModuleLayout, name: str, units: Sequence[int]) -> bool:
 
 def _native(layout: ModuleLayout, cut: Mapping[str, Tensor], kept: Kept, wanted: Sequence[Tensor]) -> nn.Module | None:
     """Build a copy of the model that runs with the smaller tensors, None where its code does not."""
+    if isinstance(layout.model, GraphModule):
+        # Its code is a graph that has its sizes written in it.
+        return None
     counts = {atom: len(units) for atom, units in kept.items()}
     guesses = guess(layout, counts)
     numbers = table_numbers(layout, counts)

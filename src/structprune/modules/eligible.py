@@ -38,7 +38,8 @@ def _has_config(layout: ModuleLayout, families: Sequence[UnitFamily], allow_coup
         module = compacted(layout, layout.state, keep, allow_coupled=allow_coupled).module
     except UnsupportedError:
         return False
-    return stock_model(layout, module, layout.kept_atoms(keep)) is not None
+    counts = {atom: len(units) for atom, units in layout.kept_atoms(keep).items()}
+    return stock_model(layout, module, counts) is not None
 
 
 def _half(families: Sequence[UnitFamily]) -> dict[str, list[int]]:

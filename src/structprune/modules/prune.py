@@ -113,32 +113,33 @@ def prune_module(
     _check_sizes(inputs)
     dense = current = layout(model, examples[0])
     names = eligible(dense, recipe.families, allow_coupled=recipe.allow_coupled)
+    left = {family.name: family.num_units for family in dense.families}
     done: _Step | None = None
     for number in range(1, recipe.steps + 1):
         share = recipe.sparsity * number / recipe.steps
         done = _step(dense, current, names, recipe, share, inputs, loss)
         module = done.compaction.module
+        left |= {name: len(units) for name, units in done.keep.items()}
         if tune is not None:
             tune(module)
             module.eval()
         if number < recipe.steps:
             current = layout(module, examples[0])
-            names &= {family.name for family in current.families}
+            # A family of one unit is none any more, and others of its module have other names then.
+            names &= {family.name for family in current.families if left.get(family.name) == family.num_units}
     assert done is not None
+    counts = {family.atom: left[family.name] for family in dense.families}
     module, is_stock = done.compaction.module, False
     if done.compaction.is_native:
-        stock = stock_model(dense, module, done.kept_of(dense))
+        stock = stock_model(dense, module, counts)
         module, is_stock = (stock, True) if stock is not None else (module, False)
     module.train(model.training)
-    counts = {atom: len(units) for atom, units in done.kept_of(dense).items()}
     return PrunedModule(
         module=module,
         is_native=done.compaction.is_native,
         is_stock=is_stock,
         removal=done.compaction.removal,
-        widths={
-            family.name: (family.num_units, counts.get(family.atom, family.num_units)) for family in dense.families
-        },
+        widths={family.name: (family.num_units, left[family.name]) for family in dense.families},
         costs={name: (COSTS.get(name).of(dense)({}), COSTS.get(name).of(dense)(counts)) for name in COSTS},
         repaired=tuple(done.repaired),
         example=inputs[0],
@@ -150,10 +151,6 @@ class _Step:
     compaction: Compaction
     keep: Keep
     repaired: Sequence[str]
-
-    def kept_of(self, dense: ModuleLayout) -> dict[Any, list[int]]:
-        """Return as many units of each family of the dense module as are left."""
-        return {dense.family(name).atom: list(range(len(units))) for name, units in self.keep.items()}
 
 
 def _check_sizes(inputs: Sequence[Example]) -> None:

@@ -12,14 +12,13 @@ from torch import nn
 
 from structprune.modules.costs import Counts, size_of
 from structprune.modules.layout import ModuleLayout
-from structprune.tracing.replay import Kept
 from structprune.tracing.terms import Atom, Product, atoms, resolve
 
 _MAX_CHOICES = 64
 """Configs that are tried."""
 
 
-def stock_model(layout: ModuleLayout, module: nn.Module, kept: Kept) -> nn.Module | None:
+def stock_model(layout: ModuleLayout, module: nn.Module, counts: Counts) -> nn.Module | None:
     """Build the smaller model from a stock config: (type of the model)(config) with other numbers of units.
 
     Entries of `model.config` that are sizes of what shrank are tried with what they are now, in all combinations, until
@@ -29,7 +28,6 @@ def stock_model(layout: ModuleLayout, module: nn.Module, kept: Kept) -> nn.Modul
     config = getattr(layout.model, "config", None)
     if config is None or not callable(getattr(config, "to_dict", None)):
         return None
-    counts = {atom: len(units) for atom, units in kept.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for changes in _changes(config, layout, counts):
         changed = copy.deepcopy(config)
