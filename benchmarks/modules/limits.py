@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from structprune import ModuleRecipe, prune_module
 from structprune.errors import StructPruneError
-from structprune.modules.compare import tensors_of
 
-SECONDS = 120
+SECONDS = 60
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -63,7 +62,7 @@ def segformer() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], num_labels=5)
+    config = hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1])
     return hf.ResNetForImageClassification(config)
 
 
@@ -155,7 +154,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] 
 
 
 def ours(name: str) -> dict[str, Any]:
-    """Prune a quarter of the parameters, and say what came of it."""
+    """Remove 15% of the parameters, and say what came of it."""
     model, example = MODELS[name][0]().eval(), MODELS[name][1]()
     start = time.perf_counter()
     try:
@@ -179,7 +178,11 @@ def theirs(name: str) -> dict[str, Any]:
 
     model, example = MODELS[name][0]().eval(), MODELS[name][1]()
     before = sum(each.numel() for each in model.parameters())
-    heads = [each for path, each in model.named_modules() if isinstance(each, nn.Linear) and path.endswith(HEADS)]
+    heads = [
+        each
+        for path, each in model.named_modules()
+        if isinstance(each, nn.Linear | nn.Conv2d) and HEADS & set(path.split("."))
+    ]
     try:
         pruner = tp.pruner.BasePruner(
             model,
@@ -187,7 +190,6 @@ def theirs(name: str) -> dict[str, Any]:
             importance=tp.importance.GroupMagnitudeImportance(),
             pruning_ratio=0.25,
             ignored_layers=heads,
-            output_transform=lambda output: sum(each.sum() for each in tensors_of(output)),
         )
         pruner.step()
     except Exception as error:
@@ -204,7 +206,7 @@ def theirs(name: str) -> dict[str, Any]:
     return {"outcome": "runs" if after < before else "runs, and nothing left it", "left": after / before}
 
 
-HEADS = ("classifier", "lm_head", "proj_out")
+HEADS = {"classifier", "lm_head", "proj_out"}
 
 
 def main() -> None:
