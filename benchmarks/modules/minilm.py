@@ -101,9 +101,6 @@ def main() -> None:
             for repair in (False, True)
             if repair or ranking == "local"
         }
-        recipes["taylor, stock, repaired"] = ModuleRecipe(
-            sparsity=sparsity, cost="macs", importance="taylor", families="stock", max_share=1.0
-        )
         try_ours(model, examples, recipes, measure, options.output, loss, options.only)
         for importance in ("magnitude", "taylor"):
             name = f"torch-pruning, {importance}"

