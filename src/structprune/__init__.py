@@ -12,16 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structprune.api import prune, recover
+    from structprune.modules.compaction import compact
+    from structprune.modules.layout import layout
+    from structprune.modules.prune import prune_module
+    from structprune.modules.settings import ModuleRecipe
     from structprune.recipe import Recipe
     from structprune.recipe.training import RecoverySettings
     from structprune.results.recovery import RecoveryReport
     from structprune.results.report import PruneReport
 
 __version__ = "0.1.0"
-__all__ = ["PruneReport", "Recipe", "RecoveryReport", "RecoverySettings", "__version__", "prune", "recover"]
+__all__ = [
+    "ModuleRecipe",
+    "PruneReport",
+    "Recipe",
+    "RecoveryReport",
+    "RecoverySettings",
+    "__version__",
+    "compact",
+    "layout",
+    "prune",
+    "prune_module",
+    "recover",
+]
 
 _LAZY = {
     "prune": "structprune.api",
+    "layout": "structprune.modules.layout",
+    "compact": "structprune.modules.compaction",
+    "prune_module": "structprune.modules.prune",
+    "ModuleRecipe": "structprune.modules.settings",
     "recover": "structprune.api",
     "Recipe": "structprune.recipe",
     "RecoverySettings": "structprune.recipe.training",

@@ -135,6 +135,35 @@ def plain_convolution(x: Tensor, m: Any) -> Tensor:
     return F.conv1d(x.transpose(1, 2), m.w, m.c, padding=1).transpose(1, 2)
 
 
+def doubled_depthwise(x: Tensor, m: Any) -> Tensor:
+    return F.conv1d(x.transpose(1, 2), m.w, groups=12).transpose(1, 2)
+
+
+def channelwise(function: Callable[[Tensor, Any], Tensor], places: int = 1) -> Apply:
+    """An operation on (batch, channels, places), with as many axes of places as are wanted, all but the first of 1."""
+
+    def apply(x: Tensor, m: Any) -> Tensor:
+        channels = x.transpose(1, 2)
+        result = function(channels.reshape(*channels.shape, *[1] * (places - 1)), m)
+        return result.flatten(2)[..., :2].transpose(1, 2)
+
+    return apply
+
+
+def resampled(name: str, *arguments: Any) -> Case:
+    """A pool or resampling over as many axes of places as its name says."""
+    places = int(name[-2])
+
+    def function(x: Tensor, _: Any) -> Tensor:
+        result = getattr(aten, name)(x, *(value(places) if callable(value) else value for value in arguments))
+        return result[0] if isinstance(result, tuple) else result
+
+    return Case(name=name, apply=channelwise(function, places))
+
+
+NORM_PARAMETERS: dict[str, tuple[int, ...]] = {"w": (12,), "c": (12,)}
+
+
 def complex_turn(x: Tensor, _: Around) -> Tensor:
     pairs = torch.view_as_complex(x.reshape(BATCH, POSITIONS, 6, 2).contiguous())
     return torch.view_as_real(pairs * (1 + 2j)).flatten(-2)
@@ -319,7 +348,69 @@ CASES = (
     ),
     Case(name="conv1d", apply=depthwise, weights={"w": (12, 1, 3), "c": (12,)}),
     Case(name="conv1d", apply=plain_convolution, weights={"w": (9, 12, 3), "c": (9,)}, exact=(9, 12), reads=9),
-    Case(name="conv1d", apply=grouped, weights={"w": (6, 4, 3)}, exact=(2, 4), reads=6),
+    Case(name="conv1d", apply=grouped, weights={"w": (6, 4, 3)}, exact=(2, 3, 4), reads=6),
+    Case(name="conv1d", apply=doubled_depthwise, weights={"w": (24, 1, 1)}, exact=(2, 12), reads=24),
+    *(
+        Case(
+            name=f"conv_transpose{count}d",
+            apply=channelwise(
+                lambda x, m, count=count: getattr(aten, f"conv_transpose{count}d")(
+                    x, m.w[(...,) + (None,) * count], m.c
+                ),
+                count,
+            ),
+            weights={"w": (12, 9), "c": (9,)},
+            exact=(9, 12),
+            reads=9,
+        )
+        for count in (1, 2, 3)
+    ),
+    Case(
+        name="conv_transpose1d",
+        apply=channelwise(lambda x, m: F.conv_transpose1d(x, m.w[..., None])),
+        weights={"w": (12, 9)},
+        exact=(9, 12),
+        reads=9,
+    ),
+    # Norms of channels, pools, resampling.
+    Case(
+        name="batch_norm",
+        apply=channelwise(lambda x, m: F.batch_norm(x, m.mean.detach(), m.var.detach().abs(), m.w, m.c)),
+        weights={**NORM_PARAMETERS, "mean": (12,), "var": (12,)},
+    ),
+    Case(
+        name="batch_norm",
+        apply=channelwise(lambda x, m: F.batch_norm(x, m.mean.detach(), m.var.detach().abs())),
+        weights={"mean": (12,), "var": (12,)},
+    ),
+    Case(
+        name="instance_norm",
+        apply=channelwise(lambda x, m: F.instance_norm(x, weight=m.w, bias=m.c)),
+        weights=NORM_PARAMETERS,
+    ),
+    Case(
+        name="group_norm",
+        apply=channelwise(lambda x, m: F.group_norm(x, 3, m.w, m.c)),
+        weights=NORM_PARAMETERS,
+        exact=(3,),
+        coupled=(4,),
+    ),
+    Case(name="group_norm", apply=channelwise(lambda x, _: F.group_norm(x, 3)), exact=(3,), coupled=(4,)),
+    *(resampled(f"max_pool{count}d", lambda places: [2, *[1] * (places - 1)]) for count in (1, 2, 3)),
+    *(resampled(f"avg_pool{count}d", lambda places: [2, *[1] * (places - 1)]) for count in (1, 2, 3)),
+    *(
+        resampled(f"adaptive_{kind}_pool{count}d", lambda places: [2, *[1] * (places - 1)])
+        for kind in ("avg", "max")
+        for count in (1, 2, 3)
+    ),
+    *(resampled(f"upsample_nearest{count}d", None, lambda places: [2.0] * places) for count in (1, 2, 3)),
+    resampled("upsample_linear1d", [7], False, None),
+    resampled("upsample_bilinear2d", [7, 2], False, None),
+    resampled("upsample_bicubic2d", [7, 2], False, None),
+    Case(name="prelu", apply=channelwise(lambda x, m: F.prelu(x, m.w)), weights={"w": (12,)}),
+    Case(name="prelu", apply=channelwise(lambda x, m: F.prelu(x, m.w)), weights={"w": (1,)}),
+    Case(name="glu", apply=unary(lambda x: F.glu(x, -1)), exact=(6,), reads=6),
+    Case(name="feature_dropout", apply=unary(lambda x: aten.feature_dropout(x, 0.5, False))),
     Case(
         name="conv2d",
         apply=lambda x, m: F.conv2d(x.transpose(1, 2)[..., None], m.w)[..., 0].transpose(1, 2),

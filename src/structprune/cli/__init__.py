@@ -24,6 +24,7 @@ from structprune.cli import inspect as inspect_verb
 from structprune.cli import methods as methods_verb
 from structprune.cli import plan as plan_verb
 from structprune.cli import prune as prune_verb
+from structprune.cli import prune_module as prune_module_verb
 from structprune.cli import push as push_verb
 from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
@@ -56,6 +57,7 @@ app.command("report", cls=report_verb.ReportCommand)(report_verb.report)
 app.command("export", cls=Command)(export_verb.export)
 app.command("push", cls=Command)(push_verb.push)
 app.command("compare", cls=compare_verb.CompareCommand)(compare_verb.compare)
+app.command("prune-module", cls=Command, epilog=prune_module_verb.EXAMPLES)(prune_module_verb.prune_module)
 app.command("advise", cls=advise_verb.AdviseCommand)(advise_verb.advise)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
@@ -23,6 +23,8 @@ from structprune.tracing.values import Value, arguments_of, operation_name
 
 Kept = Mapping[Atom, Sequence[int]]
 """Atom -> the things that stay, ascending."""
+See = Callable[[Mapping[str, Any], Any], None]
+"""Takes the arguments of an operation by their names, and its result."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Largest difference from the masked module, as a share of its largest output; of other types 3e-2.
 
@@ -53,6 +55,48 @@ def replay(traced: Traced, state: Mapping[str, Tensor], example: Example, kept: 
     `kept` says which units `state` has left; sizes that the code has written down are changed with them.
     """
     return _Replay(traced, state, kept or {}).outputs(example)
+
+
+def returned(traced: Traced, state: Mapping[str, Tensor], example: Example, kept: Kept | None = None) -> Any:
+    """Run the graph like `replay`, with gradients where they are on, and return all that the module returns."""
+    program = traced.program
+    run = _Replay(traced, state, kept or {})
+    found = run.run(*graph_inputs(traced, state, example), enable_io_processing=False)
+    specs = program.graph_signature.output_specs
+    given = [each for each, spec in zip(found, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
+    assert program.call_spec.out_spec is not None
+    return pytree.tree_unflatten(given, program.call_spec.out_spec)
+
+
+def watch(
+    traced: Traced, state: Mapping[str, Tensor], example: Example, kept: Kept, watched: Mapping[Node, See]
+) -> None:
+    """Run the graph like `replay` up to the last of some operations, and show each: its arguments, and its result."""
+    run = _Replay(traced, state, kept, watched=watched)
+    with torch.no_grad():
+        run.run(*graph_inputs(traced, state, example), enable_io_processing=False)
+
+
+def graph_inputs(traced: Traced, state: Mapping[str, Tensor], example: Example) -> list[Any]:
+    """List what goes into the graph, in its order. Raises InputError for arguments of another form than the traced."""
+    program = traced.program
+    given, form = pytree.tree_flatten((tuple(example.args), dict(example.kwargs)))
+    if form != program.call_spec.in_spec:
+        raise InputError(
+            "the arguments have another form than those that were traced",
+            got=str(form),
+            wanted=str(program.call_spec.in_spec),
+        )
+    inputs = iter(given)
+    values: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in STATE_KINDS:
+            values.append(state[str(spec.target)])
+        elif spec.kind == InputKind.USER_INPUT:
+            values.append(next(inputs))
+        else:
+            raise UnsupportedError("the graph has an input that is neither tensor nor argument", got=str(spec))
+    return values
 
 
 def cut_state(traced: Traced, state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
@@ -186,43 +230,44 @@ def _select(tensor: Tensor, axis: int, term: Term, kept: Kept) -> Tensor:
 class _Replay(Interpreter):
     """One run of a graph, operation after operation, each with its sizes written anew."""
 
-    def __init__(self, traced: Traced, state: Mapping[str, Tensor], kept: Kept, *, record: bool = False) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        state: Mapping[str, Tensor],
+        kept: Kept,
+        *,
+        record: bool = False,
+        watched: Mapping[Node, See] | None = None,
+    ) -> None:
         super().__init__(traced.program.graph_module, garbage_collect_values=not record)
         self.extra_traceback = False
         self._traced = traced
         self._state = state
         self._kept = kept
         self._record = record
+        self._watched = watched
+        self._unseen = set(watched or ())
         self._results: dict[Node, Tensor] = {}
         self.seen: dict[Node, Tensor] = {}
         """Results by node, where they are recorded."""
 
     def outputs(self, example: Example) -> list[Tensor]:
         """Run the graph. Raises InputError for arguments of another form than those that were traced."""
-        program = self._traced.program
-        given, form = pytree.tree_flatten((tuple(example.args), dict(example.kwargs)))
-        if form != program.call_spec.in_spec:
-            raise InputError(
-                "the arguments have another form than those that were traced",
-                got=str(form),
-                wanted=str(program.call_spec.in_spec),
-            )
-        inputs = iter(given)
-        values: list[Any] = []
-        for spec in program.graph_signature.input_specs:
-            if spec.kind in STATE_KINDS:
-                values.append(self._state[str(spec.target)])
-            elif spec.kind == InputKind.USER_INPUT:
-                values.append(next(inputs))
-            else:
-                raise UnsupportedError("the graph has an input that is neither tensor nor argument", got=str(spec))
+        values = graph_inputs(self._traced, self._state, example)
         with torch.no_grad():
             self.run(*values, enable_io_processing=False)
         return [self._results[each] for each in self._traced.outputs]
 
     def run_node(self, n: Node) -> Any:
         """Run one operation with the sizes that its inputs have now."""
+        if self._watched is not None and not self._unseen:
+            # Nothing behind the last operation is wanted.
+            return None
         result = self._run(n)
+        if self._watched is not None and n in self._unseen:
+            self._unseen.remove(n)
+            named = {name: self.map_nodes_to_values(each, n) for name, each in arguments_of(n).items()}
+            self._watched[n](named, result)
         if n in self._traced.outputs:
             self._results[n] = result
         return result

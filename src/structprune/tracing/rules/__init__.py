@@ -5,13 +5,14 @@ A new operation is one value in one of the tables. Read first: `operation.py`, w
 
 from __future__ import annotations
 
+from structprune.tracing.rules.channels import CHANNELS
 from structprune.tracing.rules.elementwise import ELEMENTWISE
 from structprune.tracing.rules.operation import Operation
 from structprune.tracing.rules.products import PRODUCTS
 from structprune.tracing.rules.reductions import REDUCTIONS
 from structprune.tracing.rules.shapes import SHAPES
 
-OPERATIONS: dict[str, Operation] = {**ELEMENTWISE, **SHAPES, **PRODUCTS, **REDUCTIONS}
+OPERATIONS: dict[str, Operation] = {**ELEMENTWISE, **SHAPES, **PRODUCTS, **REDUCTIONS, **CHANNELS}
 """Name of an ATen operation, without its overload -> its entry."""
 
 

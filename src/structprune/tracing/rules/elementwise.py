@@ -132,7 +132,8 @@ ELEMENTWISE: dict[str, Operation] = {
     **dict.fromkeys(("relu", "relu6", "silu", "gelu", "tanh", "neg", "abs", "sqrt", "square", "floor"), _FIRST),
     **dict.fromkeys(("ceil", "round", "sin", "erf", "sign", "leaky_relu", "elu", "celu", "hardtanh"), _FIRST),
     **dict.fromkeys(
-        ("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout", "isinf", "isnan"), _FIRST
+        ("mish", "hardswish", "asinh", "expm1", "log1p", "nan_to_num", "dropout", "isinf", "isnan", "feature_dropout"),
+        _FIRST,
     ),
     **dict.fromkeys(("exp", "exp2", "sigmoid", "hardsigmoid", "cos", "softplus", "log_sigmoid"), _NONE),
     **dict.fromkeys(("logical_not", "bitwise_not", "le", "ge", "eq"), _NONE),

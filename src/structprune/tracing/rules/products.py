@@ -6,7 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from structprune.tracing.rules.operation import Call, Operation, Output
-from structprune.tracing.terms import Atom, Term
+from structprune.tracing.terms import Atom, Term, split
 from structprune.tracing.values import Mixing, Step, Value, silent_in_all, silent_in_any, silent_without
 
 
@@ -91,11 +91,10 @@ def _convolution(step: Step) -> Output:
     elif weight.dims[1].size == 1 and groups == channels.size:
         step.unify(value.dims[1], channels)
     else:
-        # Whole groups stay; within a group the inputs may be fewer, as many in each.
+        # Whole groups may leave, and within the groups inputs or outputs, as many in each.
         group, inputs = step.split(value.dims[1], groups)
         step.unify(inputs, weight.dims[1])
         step.unify(step.split(channels, groups)[0], group)
-        step.pin(group)
         step.contract(weight.dims[1], (value, weight), bias)
     silent = silent_in_any((value, weight))
     step.notes.mixings.append(Mixing(node=step.node, over=value.dims[2], heads=None))
@@ -107,9 +106,9 @@ def _convolution(step: Step) -> Output:
 
 
 def _resize_groups(call: Call) -> None:
-    weight = call.inputs["weight"].dims
-    if call.arguments["groups"] == weight[0].size and weight[1].size == 1:
-        call.arguments["groups"] = call.size(weight[0])
+    groups = call.arguments["groups"]
+    if groups > 1:
+        call.arguments["groups"] = call.size(split(call.inputs["weight"].dims[0], groups, "groups")[0])
 
 
 def _attention(step: Step) -> Output:

@@ -1,0 +1,114 @@
+"""`structprune prune-module`: folders of stock encoders and vision models, examples from files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertModel, PreTrainedTokenizerFast, ViTForImageClassification
+
+from support.command_line import CommandLine
+from support.networks import small_bert, small_vit, small_whisper
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT with a tokenizer of letters, a ViT, and inputs for it with labels."""
+    root = tmp_path_factory.mktemp("modules")
+    small_bert().save_pretrained(root / "bert")
+    letters = {letter: number for number, letter in enumerate("?abcdefghijklmnopqrstuvwxyz .")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(root / "bert")
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    small_vit().save_pretrained(root / "vit")
+    torch.manual_seed(0)
+    pictures = torch.randn(17, 3, 16, 16)
+    save_file({"pixel_values": pictures, "labels": torch.randint(0, 5, (17,))}, root / "pictures.safetensors")
+    numpy.save(root / "pictures.npy", pictures.numpy())
+    small_whisper().save_pretrained(root / "whisper")
+    save_file(
+        {"input_features": torch.randn(4, 10, 40), "decoder_input_ids": torch.randint(3, 60, (4, 6))},
+        root / "speech.safetensors",
+    )
+    return root
+
+
+def test_text_for_an_encoder(folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, errors = command_line(
+        "prune-module", str(folders / "bert"), "-o", str(out), "--examples", str(folders / "text.txt"),
+        "--seq-len", "20", "--batch-size", "4", "--sparsity", "10%", "--families", "stock", "--json",
+    )  # fmt: skip
+    assert code == 0, errors
+    report = json.loads(printed)
+    assert report["is_stock"]
+    assert report["difference_from_masked"] < 1e-4
+    assert report["repaired"]
+    loaded = BertModel.from_pretrained(out)
+    assert loaded.config.intermediate_size < 48
+    assert sum(each.numel() for each in loaded.parameters()) == report["costs"]["parameters"]["after"]
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_labels_give_a_loss(importance: str, folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, errors = command_line(
+        "prune-module", str(folders / "vit"), "-o", str(out), "--examples", str(folders / "pictures.safetensors"),
+        "--importance", importance, "--ranking", "global", "--cost", "macs", "--sparsity", "0.2",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "macs" in printed
+    program = torch.export.load(out / "program.pt2").module()
+    assert program(pixel_values=torch.randn(8, 3, 16, 16)).logits.shape == (8, 5)
+
+
+def test_array_and_speech(folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    for model, file, size in (("vit", "pictures.npy", "8"), ("whisper", "speech.safetensors", "2")):
+        out = tmp_path / model
+        code, _, errors = command_line(
+            "prune-module", str(folders / model), "-o", str(out), "--examples", str(folders / file),
+            "--batch-size", size, "--sparsity", "0.1", "--families", "stock", "--no-repair",
+        )  # fmt: skip
+        assert code == 0, errors
+    assert ViTForImageClassification.from_pretrained(tmp_path / "vit").config.intermediate_size < 48
+
+
+def test_what_is_refused(folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    def refused(*arguments: str, model: Path = folders / "vit", examples: str = "pictures.npy") -> str:
+        code, _, errors = command_line(
+            "prune-module", str(model), "-o", str(tmp_path / "out"), "--examples", str(folders / examples), *arguments
+        )
+        assert code == 2
+        assert not (tmp_path / "out").exists()
+        return errors
+
+    assert "labels" in refused("--importance", "taylor")
+    assert "no batch" in refused("--batch-size", "100")
+    assert "no such file" in refused(examples="gone.npy")
+    assert "tokenizer" in refused(examples="text.txt")
+    assert "unknown ranking 'everywhere'" in refused("--ranking", "everywhere")
+    assert "no such folder" in refused(model=tmp_path / "gone")
+    # An array that is a pickle, and a class that is none of a model.
+    (folders / "pickle.npy").write_bytes(b"\x80\x04N.")
+    assert "cannot be read" in refused(examples="pickle.npy")
+    for name in ("Trainer", "../../evil", "os.system", 3):
+        folder = tmp_path / "other"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"architectures": [name], "model_type": "vit"}))
+        assert "no class of stock transformers" in refused(model=folder)
+    # Weights that an unpickler would have to run.
+    (folder / "config.json").write_text((folders / "vit/config.json").read_text())
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "does not load" in refused(model=folder)
+    (tmp_path / "out").mkdir()
+    code, _, errors = command_line(
+        "prune-module", str(folders / "vit"), "-o", str(tmp_path / "out"), "--examples", str(folders / "pictures.npy")
+    )
+    assert code == 2
+    assert "there already" in errors
