@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structprune.errors import InputError
+from structprune.files import make_folder, whole_folder, write_json
 from structprune.modules.choice import RANKINGS, Limits, choose
 from structprune.modules.compaction import Compaction, compacted
 from structprune.modules.costs import COSTS, Counts
@@ -77,15 +77,15 @@ class PrunedModule:
         path = Path(directory)
         if path.exists():
             raise InputError("the directory is there already", where=str(path), do="name another one")
-        path.mkdir(parents=True)
+        make_folder(path.parent, "the smaller module")
         save_pretrained: Any = getattr(self.module, "save_pretrained", None)
-        if self.is_stock and callable(save_pretrained):
-            save_pretrained(path)
-        else:
-            save_model(self.module, str(path / "model.safetensors"))
-        save_program(self.module, self.example, path / "program.pt2")
-        text = json.dumps(self.report(), indent=2)
-        (path / "module_report.json").write_text(text + "\n", encoding="utf-8")
+        with whole_folder(path) as staging:
+            if self.is_stock and callable(save_pretrained):
+                save_pretrained(staging)
+            else:
+                save_model(self.module, str(staging / "model.safetensors"))
+            save_program(self.module, self.example, staging / "program.pt2")
+            write_json(staging / "module_report.json", self.report())
         return path
 
 
