@@ -111,7 +111,7 @@ def _planned_start(resolved: ResolvedRun) -> str | None:
     """Find what windows will begin with. Raises InputError for a start token that the tokenizer does not have."""
     stock = resolved.stock
     try:
-        encoder = TextEncoder(stock.reader.directory, stock.layout.vocab_size, stock.config)
+        encoder = TextEncoder(stock.reader.directory, stock.layout.vocab_size, stock.tokenizer_config)
         return window_start(encoder, resolved.recipe.bos).text
     except CheckpointError:
         # Without a tokenizer there is still much to plan.

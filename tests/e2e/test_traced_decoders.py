@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from structprune import prune
@@ -16,6 +17,7 @@ from structprune.api import export, inspect, plan, recover
 from structprune.architectures.modeling.per_layer import MODELING_NAME
 from structprune.architectures.stock.loading import backbone, load_model, output_head
 from structprune.errors import UnsupportedError
+from structprune.evaluation.reload import ReloadSpec, reload_here
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.report import PruneReport
@@ -104,6 +106,30 @@ def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file
         torch.testing.assert_close(loaded(input_ids=IDS_BS).logits, expected_BSV)
         hidden_BSD = backbone(loaded)(input_ids=IDS_BS).last_hidden_state
         torch.testing.assert_close(output_head(loaded)(hidden_BSD), expected_BSV, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "impossible"),
+    [
+        # Weights that a module around uses, stored buffers, heads that are told apart by name.
+        ("falcon_h1", None),
+        ("qwen3_5_text", None),
+        ("llama4_text", None),
+        ("gemma4_text", None),
+        ("deepseek_v3", "no tensor of the checkpoint is model.layers.1.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_loading_module_by_module(model_type: str, impossible: str | None, tmp_path: Path) -> None:
+    """The reload check of a result that does not fit into the memory."""
+    source = save_decoder(model_type, tmp_path / model_type)
+    with torch.no_grad():
+        expected_SV = AutoModelForCausalLM.from_pretrained(source).eval()(input_ids=IDS_BS[:1]).logits[0]
+    save_file({"ids_S": IDS_BS[0].clone(), "logits_SV": expected_SV.contiguous()}, tmp_path / "probe.safetensors")
+    result = reload_here(
+        ReloadSpec(directory=source, probe=tmp_path / "probe.safetensors", mode="streamed", dtype="float32")
+    )
+    assert (result.error, result.impossible) == (None, impossible)
+    assert impossible is not None or result.relative_difference < 1e-5
 
 
 @pytest.mark.parametrize("model_type", [kind for kind in HELD_HEADS if kind in USUAL])

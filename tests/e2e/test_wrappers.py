@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
 # A family file with a tied head; one that is traced, and adds what it finds in images between blocks.
 USUAL = ("gemma3", "qwen3_vl")
-OTHERS = ("llava", "mistral3", "qwen2_5_vl", "qwen2_vl")
+OTHERS = ("llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5")
 KINDS = [*USUAL, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 # Their configs have no entry for the size of a head.
 HELD_HEADS = ("qwen2_5_vl", "qwen2_vl")
@@ -125,6 +125,24 @@ def test_the_text_model_is_pruned_and_the_rest_stays(source: Path, text_file: Pa
     assert f"{size.parameters_around:,}, copied as they are" in card
 
 
+@pytest.mark.slow
+def test_a_mixture_inside(text_file: Path, tmp_path: Path) -> None:
+    """Llama 4: experts that files have stacked, beside blocks without any."""
+    source, output = save_wrapper("llama4", tmp_path / "llama4"), tmp_path / "out"
+    report = run(source, output, text_file, multiple_of=8)
+    assert report.reload.relative_difference is not None
+    assert report.reload.relative_difference < 1e-5
+    old, new = (load_file(folder / "model.safetensors") for folder in (source, output))
+    assert old.keys() == new.keys()
+    changed = {name for name in old if old[name].shape != new[name].shape}
+    assert any("experts" in name for name in changed)
+    assert all("feed_forward" in name for name in changed)
+    around = [name for name in old if not name.startswith("language_model.")]
+    assert around
+    assert all(torch.equal(old[name], new[name]) for name in around)
+    assert torch.isfinite(logits(loaded(output), **image_inputs("llama4"))).all()
+
+
 def masked(dense: Any, kept: Mapping[str, Mapping[str, list[int]]]) -> Any:
     """The dense model with zeros for the channels that went."""
     for index, kinds in kept.items():
@@ -168,8 +186,12 @@ def test_heads_go_too(source: Path, text_file: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_go_where_nothing_enters_between_them(source: Path, text_file: Path, tmp_path: Path) -> None:
-    if source.name == "qwen3_vl":
-        with pytest.raises(UnsupportedError, match="added behind blocks by their number"):
+    refused = {
+        "qwen3_vl": "added behind blocks by their number",
+        "qwen3_5": "are of different kinds, so none of them can be removed",
+    }
+    if source.name in refused:
+        with pytest.raises(UnsupportedError, match=refused[source.name]):
             run(source, tmp_path / "out", text_file, method="depth", sparsity=0.3)
         return
     report = run(source, tmp_path / "out", text_file, method="depth", sparsity=0.3)

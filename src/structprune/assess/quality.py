@@ -195,7 +195,7 @@ def _streamed(
 ) -> tuple[list[PerplexityResult], int]:
     """Evaluate the models one block at a time; return the results and the planned peak."""
     limit = min(stock.layout.max_positions for stock in models)
-    encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size, models[-1].config)
+    encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size, models[-1].tokenizer_config)
     start = window_start(encoder, request.bos)
     windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
     del encoder

@@ -165,43 +165,48 @@ def _empty_model(directory: Path, dtype: torch.dtype, own: bool) -> Any:
 
 
 def _streamed(directory: Path, dtype: torch.dtype, model: Any) -> Any:
-    """Attach hooks to the empty model, so that each module reads its weights when it runs, and drops them."""
+    """Let the modules of the empty model read their tensors from the files whenever code asks for one."""
     reader = CheckpointReader(directory)
     wraps = is_wrapper_type(reader.config.get("model_type"))
     # The files of causal models have today's names, those of image-text models the ones of their source.
-    stored = {own: name for name, own in module_names(model, reader.shapes).items()} if wraps else None
+    stored = {own: name for name, own in module_names(model, reader.shapes).items()} if wraps else {}
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         # Tied parameters are one object under several names, of which the checkpoint has one.
-        place = name if stored is None else stored.get(name)
-        if place in reader.shapes:
+        if (place := stored.get(name) if wraps else name) in reader.shapes:
             names[id(parameter)] = place
     for prefix, module in model.named_modules():
-        own_names = {n: names.get(id(p)) for n, p in module.named_parameters(recurse=False)}
-        for name, source in own_names.items():
+        sources: dict[str, str] = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            own = stored.get(full) if wraps else full
+            source = own if own in reader.shapes else names.get(id(parameter))
             if source is None and not wraps:
-                raise _NotStreamableError(f"no tensor of the checkpoint is {prefix}.{name}")
-        if own_names and all(own_names.values()):
-            module.register_forward_pre_hook(_reads(reader, {n: s for n, s in own_names.items() if s}, dtype))
-            module.register_forward_hook(_drops(dict(module.named_parameters(recurse=False))))
+                raise _NotStreamableError(f"no tensor of the checkpoint is {full}")
+            if source is not None:
+                sources[name] = source
+        for name, _ in module.named_buffers(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if (own := stored.get(full) if wraps else full) in reader.shapes:
+                sources[name] = own
+        if sources:
+            _read_when_asked(module, reader, sources, dtype)
     return model
 
 
-def _reads(reader: CheckpointReader, sources: Mapping[str, str], dtype: torch.dtype) -> Any:
-    def before(module: nn.Module, _: Any) -> None:
-        for name, source in sources.items():
-            tensor = reader.read([source], dtype=dtype)[source]
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+def _read_when_asked(
+    module: nn.Module, reader: CheckpointReader, sources: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """Make a module's tensors those of the checkpoint, read anew for each use: some are used by a module around it."""
+    stock_class: Any = type(module)
 
-    return before
+    def read(self: Any, name: str) -> Any:
+        source = sources.get(name)
+        if source is None:
+            return stock_class.__getattr__(self, name)
+        return reader.read([source], dtype=dtype)[source]
 
-
-def _drops(empty: Mapping[str, nn.Parameter]) -> Any:
-    def after(module: nn.Module, *_: Any) -> None:
-        for name, parameter in empty.items():
-            setattr(module, name, parameter)
-
-    return after
+    module.__class__ = type(stock_class.__name__, (stock_class,), {"__getattr__": read})
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def write_recovered(
         write_modeling_file(directory, streamed.stock.family, streamed.reader.config)
     reader = streamed.reader
     beside = write_companions(reader.directory, directory, reader.output_config(reader.config), reader.weight_files)
-    check_same_tokens(streamed.reader.directory, directory, streamed.stock.config)
+    check_same_tokens(streamed.reader.directory, directory, streamed.stock.tokenizer_config)
     # Two tokenizers were there.
     release_free_memory()
     for name in (MANIFEST_NAME, REPORT_NAME, WIDTHS_NAME):

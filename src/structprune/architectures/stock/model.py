@@ -172,6 +172,11 @@ class StockModel:
             self.notes += ("experts are stored stacked; the output has one tensor for each map of each expert",)
         return view
 
+    @property
+    def tokenizer_config(self) -> PretrainedConfig | None:
+        """The config by which the tokenizer's class is chosen; None: the file's, as of an image-text model around."""
+        return self.config if self.reader.wrapper is None else None
+
     def file_form(self, *, per_layer: bool) -> FileForm:
         """Say how tensors lie in an output's files: under the source's names, or as our own modelling file needs them.
 

@@ -57,6 +57,12 @@ def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> Re
             got=recipe.sensitivity_samples,
             wanted="no --sensitivity-samples",
         )
+    if stock.family.others:
+        raise UnsupportedError(
+            f"the blocks of {stock.family.name} are of different kinds, so none of them can be removed",
+            got=f"block 0 and block {min(stock.family.others)}",
+            do="prune units with another --method",
+        )
     if any(block.shapes != blocks[0].shapes for block in blocks):
         raise UnsupportedError(
             "the source's blocks have different widths",

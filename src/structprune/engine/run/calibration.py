@@ -26,7 +26,7 @@ def source_context(
     Raises CheckpointError for a tokenizer that cannot be used, InputError for a start token that it does not have.
     """
     reader = stock.reader
-    encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.config)
+    encoder = TextEncoder(reader.directory, stock.layout.vocab_size, stock.tokenizer_config)
 
     def sample(num_windows: int, window_len: int, draw: int) -> Tensor:
         return sample_windows(
@@ -65,7 +65,8 @@ def renderer(reader: CheckpointReader) -> Render:
 
     @functools.cache
     def render() -> Render:
-        config = build_config(reader, usable_config(reader)[0])
+        # As of the model whose tokenizer it is.
+        config = build_config(reader, usable_config(reader)[0]) if reader.wrapper is None else None
         return TextEncoder(reader.directory, config=config).render or join_turns
 
     return lambda turns: render()(turns)

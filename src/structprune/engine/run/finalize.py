@@ -262,7 +262,7 @@ def _write_files(context: RunContext, result: Result) -> FolderFiles:
         context.reader.weight_files,
         same_width=config.get("hidden_size") == context.reader.config.get("hidden_size"),
     )
-    check_same_tokens(context.reader.directory, checkpoint, context.stock.config)
+    check_same_tokens(context.reader.directory, checkpoint, context.stock.tokenizer_config)
     # Two tokenizers were there.
     release_free_memory()
     write_weights(result.files, checkpoint, context.observer)
