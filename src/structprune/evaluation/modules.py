@@ -48,7 +48,9 @@ def load_stock_module(directory: Path) -> nn.Module:
     loading: Any = kind
     try:
         # Weights in other formats than safetensors are programs for an unpickler.
-        model = loading.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        model = loading.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # transformers raises whatever its parts raise.
         raise CheckpointError(
@@ -121,7 +123,9 @@ def _windows(path: Path, directory: Path, seq_len: int) -> dict[str, Tensor]:
     except UnicodeDecodeError as error:
         raise InputError("this text is not UTF-8", where=str(path), got=first_line(error)) from error
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         # transformers raises whatever its parts raise.
         raise InputError(

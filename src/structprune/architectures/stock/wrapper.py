@@ -121,7 +121,9 @@ class _TextModel:
         self._text: Any = config.get_text_config()
         self._key = self._entry()
         with parameters_on_meta():
-            self._model: Any = AutoModelForImageTextToText.from_config(_with_few_tokens(config)).eval()
+            self._model: Any = AutoModelForImageTextToText.from_config(
+                _with_few_tokens(config), trust_remote_code=False
+            ).eval()
         self._path, self._module = self._found_module()
         self._head = self._name_of(self._model.get_output_embeddings())
 
