@@ -93,7 +93,12 @@ def test_entries_of_biases_are_found() -> None:
         assert set(group.bias_modules) == set(other.bias_modules)
 
 
-@pytest.fixture(scope="module", params=list(DESCRIBED))
+# Graphs of recurrences are long; of the others there is one like them.
+LONG = ("deepseek_v3", "falcon_h1", "llama4_text", "mpt", "qwen3_5_text")
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind in LONG else ()) for kind in DESCRIBED]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_decoder(request.param, tmp_path_factory.mktemp("traced") / request.param)
 

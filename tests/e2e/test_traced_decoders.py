@@ -113,8 +113,8 @@ def test_uneven_channels_and_heads_by_the_default_method(source: Path, text_file
     [
         # Weights that a module around uses, stored buffers, heads that are told apart by name.
         ("falcon_h1", None),
-        ("qwen3_5_text", None),
-        ("llama4_text", None),
+        pytest.param("qwen3_5_text", None, marks=pytest.mark.slow),
+        pytest.param("llama4_text", None, marks=pytest.mark.slow),
         ("gemma4_text", None),
         ("deepseek_v3", "no tensor of the checkpoint is model.layers.1.mlp.experts.gate_up_proj"),
     ],
