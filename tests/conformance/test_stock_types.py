@@ -67,6 +67,8 @@ def described(directory: Path, model_type: str) -> tuple[str, str, str]:
         else:
             reasons.append(f"{name}: {(group.held or 'no config entry says fewer').partition(', whose inputs ')[0]}")
     tested = "traced and tested" if model_type in (*DESCRIBED, *TRACED) else "traced"
+    # A mixture has as many groups as experts.
+    units, reasons = list(dict.fromkeys(units)), list(dict.fromkeys(reasons))
     return tested, ", ".join(units) or "whole sublayers only", "; ".join(reasons).replace("|", "/")
 
 
