@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
+from structprune.checkpoint.renaming import Labels, Renaming, Starts
 from structprune.checkpoint.stacked import Place, Stacking
 from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter, WeightSource, names_by_bytes
 from structprune.checkpoint.wrapper import Wrapper
@@ -57,8 +58,8 @@ class CheckpointReader:
         self.notes: tuple[str, ...] = ()
         """What was found in the files that a person should know, a sentence each."""
         self._shard_of = self._locate()
-        # Renamings one after the other, each a list of (stored, wanted) starts of names, or of whole names by either.
-        self._renamings: list[list[tuple[str, str]] | dict[str, str]] = []
+        # One after the other.
+        self._renamings: list[Renaming] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._stored_dtypes: dict[str, torch.dtype] = {}
         self._read_headers()
@@ -77,21 +78,18 @@ class CheckpointReader:
 
     def renamed(self, prefixes: Mapping[str, str]) -> CheckpointReader:
         """Return a view with other names: the first of `prefixes`, stored -> wanted, that fits is exchanged."""
-        view = copy.copy(self)
-        pairs = list(prefixes.items())
-        view._renamings = [*self._renamings, pairs]
-        view._shard_of = {_exchanged(name, pairs): path for name, path in self._shard_of.items()}
-        view.shapes = {_exchanged(name, pairs): shape for name, shape in self.shapes.items()}
-        view._stored_dtypes = {_exchanged(name, pairs): dtype for name, dtype in self._stored_dtypes.items()}
-        return view
+        return self._with(Starts(prefixes))
 
     def relabelled(self, names: Mapping[str, str]) -> CheckpointReader:
         """Return a view with other names, stored -> wanted, for the tensors that are there under a stored one."""
+        return self._with(Labels(names))
+
+    def _with(self, renaming: Renaming) -> CheckpointReader:
         view = copy.copy(self)
-        view._renamings = [*self._renamings, {wanted: stored for stored, wanted in names.items()}]
-        view._shard_of = {names.get(name, name): path for name, path in self._shard_of.items()}
-        view.shapes = {names.get(name, name): shape for name, shape in self.shapes.items()}
-        view._stored_dtypes = {names.get(name, name): dtype for name, dtype in self._stored_dtypes.items()}
+        view._renamings = [*self._renamings, renaming]
+        view._shard_of = {renaming.wanted(name): path for name, path in self._shard_of.items()}
+        view.shapes = {renaming.wanted(name): shape for name, shape in self.shapes.items()}
+        view._stored_dtypes = {renaming.wanted(name): dtype for name, dtype in self._stored_dtypes.items()}
         return view
 
     def with_config(self, config: dict[str, Any]) -> CheckpointReader:
@@ -113,8 +111,8 @@ class CheckpointReader:
         """
         other = CheckpointReader(directory)
         if self.wrapper is not None:
-            for pairs in self._renamings:
-                other = other.renamed(dict(pairs))
+            for renaming in self._renamings:
+                other = other._with(renaming)
         return other
 
     @property
@@ -166,11 +164,8 @@ class CheckpointReader:
 
     def stored_name(self, name: str) -> str:
         """Return the tensor's name in the files, whether it is there or not."""
-        for pairs in reversed(self._renamings):
-            if isinstance(pairs, dict):
-                name = pairs.get(name, name)
-            else:
-                name = _exchanged(name, [(wanted, stored) for stored, wanted in pairs])
+        for renaming in reversed(self._renamings):
+            name = renaming.stored(name)
         return name
 
     def _locate(self) -> dict[str, Path]:
@@ -451,13 +446,6 @@ class CheckpointReader:
         """Everything that an output depends on: weights, config and the tokenizer's files."""
         more = () if self.weights is None else self.weights.content_files
         return [*self.files, *read_files(self.directory), *more]
-
-
-def _exchanged(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    for old, new in prefixes:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 def _row_chunks(shape: torch.Size, item_bytes: int) -> list[tuple[int, int | None]]:

@@ -16,8 +16,9 @@ from structprune.errors import UnsupportedError
 from structprune.types import AxisSlice, HeadUnits, UnitGroup
 
 VALUES_ENTRY = "v_head_dim"
-CHANNELS_ENTRY = "structprune_mlp_channels"
 """Config entry of a block whose KV heads have lost value channels: as many are left in each."""
+CHANNELS_ENTRY = "structprune_mlp_channels"
+"""Config entry of a block whose MLP has lost channels where stock code derives their number: as many are left."""
 
 
 def head_size(config: PretrainedConfig) -> int:
