@@ -125,6 +125,10 @@ class UnitGroup:
         assert num_keep % self.partitions == 0
         return {name: num_keep // self.partitions * factor for name, factor in self.config_fields.items()}
 
+    def fixed_changes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return the fixed entries that config.json lacks: what is said already stays, as blocks may have their own."""
+        return {name: value for name, value in self.fixed_fields.items() if config.get(name) is None}
+
     def config_changes(self, num_keep: int) -> dict[str, int]:
         """Return all that a config of `num_keep` units has to say: `config_values` and the fixed entries."""
         return {**self.fixed_fields, **self.config_values(num_keep)}

@@ -62,8 +62,7 @@ def per_layer_config(config: Mapping[str, Any], stock: StockModel, kept: Mapping
             if count != group.num_units and not group.config_fields:
                 raise UnsupportedError(f"stock {stock.family.name} cannot express fewer {kind} units")
             layers[block.index].update(group.config_values(count))
-            # What is said already stays: blocks may have their own.
-            result |= {name: value for name, value in group.fixed_fields.items() if result.get(name) is None}
+            result |= group.fixed_changes(result)
     check_attention_is_left(removed)
     if any(removed):
         result[REMOVED_ENTRY] = removed_entry(removed)

@@ -39,6 +39,5 @@ def uniform_config(config: Mapping[str, Any], kept: Iterable[tuple[UnitGroup, in
         said |= values
         result |= values
         if count != group.num_units:
-            # What is said already stays: blocks may have their own.
-            result |= {name: value for name, value in group.fixed_fields.items() if result.get(name) is None}
+            result |= group.fixed_changes(result)
     return family.resized(result)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from structprune.checkpoint.reader import CheckpointReader
@@ -98,6 +99,18 @@ def without_own_widths(config: PretrainedConfig) -> PretrainedConfig:
     result.per_layer_config = {index: fields for index, fields in kept.items() if fields} or None
     result.allow_global_per_layer_attribute_access = True
     return result
+
+
+def with_few_tokens(config: PretrainedConfig, num_tokens: int) -> PretrainedConfig:
+    """Copy a config, so that its model, or the text model inside, has so few tokens; its weights are float32."""
+    small: Any = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.vocab_size = num_tokens
+    # Numbers that are computed as a model is built would be rounded to the type of its weights.
+    small.dtype = text.dtype = torch.float32
+    if isinstance(text.pad_token_id, int) and text.pad_token_id >= num_tokens:
+        text.pad_token_id = 0
+    return small
 
 
 def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings: Any) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structprune.architectures.stock.model import StockModel
+from structprune.architectures.stock.model import StockModel, block_arguments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +82,13 @@ def mixer_memory(stock: StockModel, seq_len: int, dtype: torch.dtype) -> dict[fr
     }
     if not sorts:
         return {}
-    number = torch.zeros((), dtype=dtype)
-    outer = {name: number.expand(stock.layout.outer_tensors[name]) for name in stock.embedding_tensors()}
-    inputs = stock.embed(torch.zeros(1, seq_len, dtype=torch.int64), outer)[1]
+    arguments = block_arguments(stock, seq_len, dtype, torch.device("cpu"))
     found: dict[frozenset[str], ForwardBytes] = {}
     for sort, block in sorts.items():
         tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in block.shapes.items()}
         module = stock.block(block.index, tensors).to("meta")
-        hidden_BSD, kwargs = _on_meta((number.expand(1, seq_len, stock.layout.hidden_size), inputs.kwargs[block.index]))
+        kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments[block.index])
+        hidden_BSD = torch.empty(1, seq_len, stock.layout.hidden_size, dtype=dtype, device="meta")
         with stock.stage(module, block.index, stock.stage_of(block.index, "mixer")):
             found[sort] = forward_bytes(functools.partial(module, hidden_BSD, **kwargs))
     return found
-
-
-def _on_meta(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value)

@@ -464,6 +464,16 @@ def _put(block: nn.Module, name: str, value: Tensor) -> None:
     setattr(place, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
+def block_arguments(
+    stock: StockModel, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Any], ...]:
+    """Return what the stock model passes to each block for one window; its embeddings are one number, repeated."""
+    number = torch.zeros((), device=device, dtype=dtype)
+    tensors = {name: number.expand(stock.layout.outer_tensors[name]) for name in stock.embedding_tensors()}
+    ids_1S = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
+    return stock.embed(ids_1S, tensors)[1].kwargs
+
+
 def output_tensor(output: Any) -> Tensor:
     """Return a block's hidden states, whether the layer returns them bare or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -7,12 +7,10 @@ no causal model of such a text config, one is put together of its text model and
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -30,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
+from structprune.architectures.stock.config import with_few_tokens
 from structprune.architectures.stock.counts import check_counts
 from structprune.architectures.stock.placeholders import parameters_on_meta
 from structprune.architectures.stock.without_images import NUM_TOKENS, difference
@@ -122,7 +121,7 @@ class _TextModel:
         self._key = self._entry()
         with parameters_on_meta():
             self._model: Any = AutoModelForImageTextToText.from_config(
-                _with_few_tokens(config), trust_remote_code=False
+                with_few_tokens(config, NUM_TOKENS), trust_remote_code=False
             ).eval()
         self._path, self._module = self._found_module()
         self._head = self._name_of(self._model.get_output_embeddings())
@@ -186,7 +185,7 @@ class _TextModel:
             head: Any = self._model.get_submodule(self._head)
             causal_class = _with_head(self._module, type(self._text), biased=head.bias is not None)
             AutoModelForCausalLM.register(type(self._text), causal_class, exist_ok=True)
-        text = _with_few_tokens(self._text)
+        text = with_few_tokens(self._text, NUM_TOKENS)
         setattr(text, _TIED, self._tied())
         with parameters_on_meta():
             causal: Any = AutoModelForCausalLM.from_config(text, trust_remote_code=False).eval()
@@ -227,18 +226,6 @@ class _TextModel:
         return UnsupportedError(
             f"{self._config.model_type} wraps a text model, and {what}", where=self._where, got=got, wanted=wanted
         )
-
-
-def _with_few_tokens(config: Any) -> Any:
-    """Copy a config, so that its text model has as few tokens as the comparison needs."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.vocab_size = NUM_TOKENS
-    # Numbers that are computed as a model is built would be rounded to the type of its weights.
-    small.dtype = text.dtype = torch.float32
-    if isinstance(text.pad_token_id, int) and text.pad_token_id >= NUM_TOKENS:
-        text.pad_token_id = 0
-    return small
 
 
 def _translated(stored: str, module_name: str, start: str, own: str) -> str:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from structprune.architectures.families.common import CHANNELS_ENTRY
-from structprune.architectures.family import MlpMaps
+from structprune.architectures.family import Experts, MlpMaps
 from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.stock.placeholders import STAND_INS, give_buffers
 from structprune.architectures.traced.mixture import Mixture, find_mixture
@@ -52,7 +52,8 @@ class TracedBlock:
         self._configs: dict[tuple[Any, ...], PretrainedConfig] = {}
         self.mixture: Mixture | None = find_mixture(self._config, self._stock)
         self._mixers: dict[str, type[nn.Module]] = {}
-        self._whole = self._traced(self._key(self._config))
+        self._own_key = self._key(self._config)
+        self._whole = self._traced(self._own_key)
         self._mixers = self._mixer_stand_ins()
         self._sublayers = functools.lru_cache(_KEPT)(self._traced)
         self._traced_groups: dict[tuple[Any, HeadUnits], tuple[UnitGroup, ...]] = {}
@@ -124,7 +125,7 @@ class TracedBlock:
     def _graph(self, config: PretrainedConfig) -> tuple[Traced, Sublayers]:
         """Return the graph of the block, and its sublayers; without mixers for another config than the model's."""
         key = self._key(config)
-        return self._whole if key == self._key(self._config) else self._sublayers(key)
+        return self._whole if key == self._own_key else self._sublayers(key)
 
     def _mixer_stand_ins(self) -> dict[str, type[nn.Module]]:
         """Choose what stands for mixers where other widths are traced: their graphs are long, and always the same."""
@@ -183,7 +184,12 @@ class TracedBlock:
     def small(self) -> SmallBlock:
         """Build the block with few units."""
         groups = self.groups(self._config, "kv-group")
-        return SmallBlock(self._around, groups, self.index, self.mixture, self.channel_maps)
+        return SmallBlock(self._around, groups, self.index, self.experts, self.channel_maps)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of a mixture, by their names in files; None where the block is none."""
+        return None if self.mixture is None else self.mixture.experts
 
     def norms(self, kind: SublayerKind) -> tuple[str, ...]:
         """Return the norms that only this sublayer has."""

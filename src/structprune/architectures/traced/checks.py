@@ -20,7 +20,6 @@ from transformers import PretrainedConfig
 
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import RemovedSublayers
-from structprune.architectures.traced.mixture import Mixture
 from structprune.architectures.traced.small_block import TOLERANCE, SmallBlock, relative_difference, with_units
 from structprune.architectures.traced.surroundings import look_around, token_ids
 from structprune.architectures.units import compact
@@ -111,10 +110,7 @@ class _Small:
 
     def _small_block(self, stock: Pieces, index: int) -> SmallBlock:
         groups = stock.family.at(index).groups(self._around.config, "kv-group")
-        experts = stock.family.at(index).experts
-        parts = sum(group.expert is not None for group in groups)
-        mixture = None if experts is None else Mixture(experts=experts, num_experts=parts)
-        return SmallBlock(self._around, groups, index, mixture, stock.family.channel_maps)
+        return SmallBlock(self._around, groups, index, stock.family.at(index).experts, stock.family.channel_maps)
 
     def _of(self, index: int) -> SmallBlock:
         return self._small[self._around.kind_of[index]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -35,19 +36,11 @@ def traced_family(config: PretrainedConfig) -> Family:
     # What was run is not needed again; the description is kept for as long as the process lives.
     around.model.to("meta")
     first = kinds[0]
+    # What all blocks have but the others.
+    stated: dict[str, Any] = {each.name: getattr(first, each.name) for each in fields(BlockKind)}
     return Family(
+        **stated,
         name=config.model_type,
-        attention_module=first.attention_module,
-        mlp_modules=first.mlp_modules,
-        mixer_modules=first.mixer_modules,
-        norms=first.norms,
-        stand_ins=first.stand_ins,
-        groups=first.groups,
-        stages=first.stages,
-        unstack=first.unstack,
-        experts=first.experts,
-        stream_scales=first.stream_scales,
-        given=first.given,
         others={index: kinds[kind] for index, kind in enumerate(around.kind_of) if kind != 0},
         blocks_module=around.blocks_module,
         embedding_modules=around.embedding_modules,
@@ -109,7 +102,7 @@ def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) ->
         groups=block.groups,
         stages=lambda _: block.stages,
         unstack=block.unstack,
-        experts=None if block.mixture is None else block.mixture.experts,
+        experts=block.experts,
         stream_scales=block.stream_scales(),
         given=block.given,
     )

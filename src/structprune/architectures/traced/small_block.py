@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from structprune.architectures.family import MlpMaps
+from structprune.architectures.family import Experts, MlpMaps
 from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.stock.experts import split_experts
 from structprune.architectures.stock.placeholders import give_buffers, parameters_on_meta
-from structprune.architectures.traced.mixture import Mixture
 from structprune.architectures.traced.surroundings import Surroundings, random_tensor
 from structprune.architectures.traced.widths import shapes_of
 from structprune.types import UnitGroup, UnitKind
@@ -38,35 +37,30 @@ class SmallBlock:
         around: Surroundings,
         groups: Sequence[UnitGroup],
         index: int,
-        mixture: Mixture | None,
-        channel_maps: MlpMaps | None = None,
+        experts: Experts | None,
+        channel_maps: MlpMaps | None,
     ) -> None:
-        self._around, self.index, self._channel_maps = around, index, channel_maps
-        self._experts = None if mixture is None else mixture.experts
+        self._around, self.index, self._experts, self._channel_maps = around, index, experts, channel_maps
+        self._given = around.given_buffers(index)
         few: dict[UnitKind, int] = {
             group.kind: min(_FEW[group.kind], group.num_units) for group in groups if group.config_fields
         }
         self.config = with_units(own_config(around.config, index), groups, few)
-        self._take_few_experts(mixture)
-        generator = torch.Generator().manual_seed(1)
+        if experts is not None and experts.count_field:
+            self._take_few_experts(experts)
         layer = self._stock(index)
-        if self._experts is not None:
-            split_experts(layer, self._experts)
-        self.tensors = {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
+        if experts is not None:
+            split_experts(layer, experts)
+        self.tensors = _random_tensors(layer)
 
-    def _take_few_experts(self, mixture: Mixture | None) -> None:
+    def _take_few_experts(self, experts: Experts) -> None:
         """Leave as few experts as stock code takes, of those that tokens are sent to."""
-        if mixture is None or not mixture.experts.count_field:
-            return
-        chosen = getattr(self.config, mixture.experts.chosen_field, None) or 1
-        for count in (max(4, 2 * chosen), mixture.num_experts):
-            if count > mixture.num_experts:
-                continue
-            setattr(self.config, mixture.experts.count_field, count)
+        total = getattr(self.config, experts.count_field)
+        chosen = getattr(self.config, experts.chosen_field, None) or 1
+        for count in (min(max(4, 2 * chosen), total), total):
+            setattr(self.config, experts.count_field, count)
             layer = self._stock(self.index)
-            generator = torch.Generator().manual_seed(1)
-            tensors = {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
-            layer.load_state_dict(tensors, strict=True, assign=True)
+            layer.load_state_dict(_random_tensors(layer), strict=True, assign=True)
             try:
                 self.run(layer)
             except Exception:
@@ -79,7 +73,7 @@ class SmallBlock:
         with parameters_on_meta():
             layer: nn.Module = layer_class(self.config, layer_idx=index).eval()
         narrow_mlp(layer, self.config, self._channel_maps)
-        give_buffers(layer, self._around.given_buffers(self.index), torch.device("cpu"))
+        give_buffers(layer, self._given, torch.device("cpu"))
         return layer.requires_grad_(False)
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -154,6 +148,11 @@ class SmallBlock:
         if self._experts is not None and any(name.startswith(f"{self._experts.module}.") for name in names):
             zeros |= {name for name in self.tensors if name.startswith(f"{self._experts.module}.")}
         return {name: torch.zeros_like(each) if name in zeros else each for name, each in self.tensors.items()}
+
+
+def _random_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: random_tensor(shape, generator) for name, shape in shapes_of(layer).items()}
 
 
 def _keep_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: object, output: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from structprune.architectures.stock.config import with_few_tokens
 from structprune.architectures.stock.placeholders import Recorder, StopForward, parameters_on_meta
 from structprune.architectures.traced.widths import shapes_of
 from structprune.errors import UnsupportedError, first_line
@@ -134,7 +135,9 @@ def look_around(config: PretrainedConfig) -> Surroundings:
 
     `config` is that of a model whose blocks have equal widths.
     """
-    small = _with_few_tokens(config)
+    small: Any = with_few_tokens(config, VOCAB_SIZE)
+    # The product of experts that asks for no kind of machine, and for no numbers.
+    small._experts_implementation = "batched_mm"
     with parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(small, trust_remote_code=False).eval().requires_grad_(False)
     blocks_module, blocks = _blocks(model, small.num_hidden_layers)
@@ -216,18 +219,6 @@ def _returns_tuple(model: Any, block: nn.Module, recorder: Recorder) -> bool:
     except Exception as error:
         # Stock code that wants more than it is given raises many types.
         raise _not_described("a block of it does not run by itself", model, first_line(error)) from error
-
-
-def _with_few_tokens(config: PretrainedConfig) -> PretrainedConfig:
-    small = copy.deepcopy(config)
-    small.vocab_size = VOCAB_SIZE
-    # The product of experts that asks for no kind of machine, and for no numbers.
-    small._experts_implementation = "batched_mm"  # pyright: ignore[reportPrivateUsage]
-    # Numbers that are computed as a model is built would be rounded to the type of its weights.
-    small.dtype = torch.float32
-    if isinstance(small.pad_token_id, int) and small.pad_token_id >= VOCAB_SIZE:
-        small.pad_token_id = 0
-    return small
 
 
 def _blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock.model import StockModel, output_tensor
+from structprune.architectures.stock.model import StockModel, block_arguments, output_tensor
 from structprune.engine.planning.pieces import Piece, What, Work
 from structprune.linalg.rotation import principal_basis
 from structprune.memory import release_free_memory
@@ -161,12 +161,7 @@ class Trials:
 
     def _arguments(self, block: BlockLayout, tokens: int) -> dict[str, Any]:
         """Return what the stock model passes to the block for one window; its embeddings are one number, repeated."""
-        number = torch.zeros((), device=self.device, dtype=self.dtype)
-        tensors = {
-            name: number.expand(self.stock.layout.outer_tensors[name]) for name in self.stock.embedding_tensors()
-        }
-        ids_1S = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
-        return self.stock.embed(ids_1S, tensors)[1].kwargs[block.index]
+        return block_arguments(self.stock, tokens, self.dtype, self.device)[block.index]
 
     def _forward(self, block: BlockLayout, module: nn.Module, tokens: int) -> Callable[[], object]:
         hidden_BSD, arguments = self._states(tokens, self.stock.layout.hidden_size), self._arguments(block, tokens)
