@@ -7,7 +7,6 @@ Shape suffixes: B sequences, S positions, V vocabulary.
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections import Counter
@@ -21,12 +20,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.stock.placeholders import parameters_on_meta
 from structprune.architectures.stock.wrapper import is_wrapper_type
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError
 from support.decoders import SIZES, TINY_DECODERS
+from support.generated import check_table
+from support.streamed import streamed_logits
 from support.wrappers import SECTIONS, TINY_WRAPPERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -79,16 +78,6 @@ def filled(model: Any) -> dict[str, Tensor]:
     return {**tensors, **around}
 
 
-def streamed_logits(directory: Path) -> Tensor:
-    stock = StockModel(CheckpointReader(directory))
-    hidden_BSD, inputs = stock.embed(IDS_BS, stock.reader.read(stock.embedding_tensors()))
-    with torch.no_grad():
-        for block in stock.layout.blocks:
-            module = stock.block(block.index, stock.reader.read(block.shapes, block.prefix))
-            hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
-        return stock.load_head(torch.device("cpu"), torch.float32)(hidden_BSD)
-
-
 def outcome(model_type: str) -> tuple[str, str, str]:
     """What becomes of the type, the type of its text model, and the reason where it is not taken."""
     if not is_wrapper_type(model_type):
@@ -131,12 +120,4 @@ def test_the_table_is_what_becomes_of_every_type() -> None:
         "|---|---|---|---|",
         *(f"| {name} | {text} | {how} | {reason} |" for name, (how, text, reason) in found.items()),
     ]
-    page = PAGE.read_text(encoding="utf-8")
-    before, start, rest = page.partition(START)
-    table, end, after = rest.partition(END)
-    assert start
-    assert end
-    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
-        PAGE.write_text(f"{before}{start}\n\n{chr(10).join(made)}\n\n{end}{after}", encoding="utf-8")
-        return
-    assert table.strip() == "\n".join(made), "docs/wrappers.md is out of date; see the head of this file"
+    check_table(PAGE, START, END, made)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections import Counter
@@ -19,6 +18,7 @@ from structprune.architectures import FAMILIES
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError
+from support.generated import check_table
 from support.traced import DESCRIBED, TRACED, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -84,12 +84,4 @@ def test_the_table_is_what_becomes_of_every_type() -> None:
         "|---|---|---|---|",
         *rows,
     ]
-    page = PAGE.read_text(encoding="utf-8")
-    before, start, rest = page.partition(START)
-    table, end, after = rest.partition(END)
-    assert start
-    assert end
-    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
-        PAGE.write_text(f"{before}{start}\n\n{chr(10).join(made)}\n\n{end}{after}", encoding="utf-8")
-        return
-    assert table.strip() == "\n".join(made), "docs/decoders.md is out of date; see the head of this file"
+    check_table(PAGE, START, END, made)

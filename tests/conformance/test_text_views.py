@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from structprune.architectures.stock.loading import load_model
-from structprune.architectures.stock.model import StockModel, output_tensor
+from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.wrapper import text_view
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError, UnsupportedError
 from support.checkpoints import change_config, change_weights
+from support.streamed import streamed_logits
 from support.wrappers import save_wrapper
 
 CPU = torch.device("cpu")
@@ -42,20 +43,9 @@ def stock_logits(directory: Path) -> Tensor:
         return model(input_ids=IDS_BS).logits
 
 
-def streamed_logits(directory: Path) -> Tensor:
-    """What the parts of the text model make of the same, one block after the other."""
-    stock = StockModel(CheckpointReader(directory))
-    hidden_BSD, inputs = stock.embed(IDS_BS, stock.reader.read(stock.embedding_tensors()))
-    with torch.no_grad():
-        for block in stock.layout.blocks:
-            module = stock.block(block.index, stock.reader.read(block.shapes, block.prefix))
-            hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
-        return stock.load_head(CPU, torch.float32)(hidden_BSD)
-
-
 def test_the_text_model_computes_what_the_whole_does_without_an_image(source: Path) -> None:
     expected_BSV = stock_logits(source)
-    torch.testing.assert_close(streamed_logits(source), expected_BSV, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_logits(source), expected_BSV, rtol=1e-5, atol=1e-5)
     loaded = load_model(source, CPU, torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS_BS).logits, expected_BSV, rtol=1e-5, atol=1e-5)
@@ -91,7 +81,7 @@ def test_names_of_today_and_of_before(source: Path, tmp_path: Path) -> None:
     stock = StockModel(CheckpointReader(copy))
     block = stock.layout.blocks[0]
     assert stock.reader.stored_name(f"{block.prefix}mlp.new.bias").startswith("model.language_model.layers.0.")
-    torch.testing.assert_close(streamed_logits(copy), stock_logits(source), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_logits(copy), stock_logits(source), rtol=1e-5, atol=1e-5)
 
 
 def test_the_config_of_the_whole_comes_back(source: Path) -> None:
@@ -110,9 +100,14 @@ def test_a_config_from_before_text_configs(tmp_path: Path) -> None:
     text = config.pop("text_config")
     text.pop("model_type")
     (source / "config.json").write_text(json.dumps({**text, **config}))
-    torch.testing.assert_close(streamed_logits(source), stock_logits(source), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_logits(source), stock_logits(source), rtol=1e-5, atol=1e-5)
     view = text_view(CheckpointReader(source))
     assert view.output_config({**view.config, "intermediate_size": 40})["text_config"]["intermediate_size"] == 40
+
+
+def text_logits(directory: Path) -> Tensor:
+    """What the parts of the text model make of the same, one block after the other."""
+    return streamed_logits(StockModel(CheckpointReader(directory)), IDS_BS)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
@@ -120,7 +115,7 @@ def test_positions_stored_as_integers_are_left_alone(kind: str, tmp_path: Path) 
     source = save_wrapper(kind, tmp_path / "model")
     positions = {"vision_tower.embeddings.position_ids": torch.arange(4)[None]}
     change_weights(source, lambda tensors: {**tensors, **positions})
-    torch.testing.assert_close(streamed_logits(source), stock_logits(source), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(text_logits(source), stock_logits(source), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -128,7 +123,7 @@ def test_a_text_model_that_is_not_described_is_refused_for_what_it_is(kind: str,
     source = save_wrapper(kind, tmp_path / kind)
     said = None
     try:
-        found_BSV = streamed_logits(source)
+        found_BSV = text_logits(source)
     except UnsupportedError as error:
         said = str(error)
     if said is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from structprune.architectures import FAMILIES
@@ -23,6 +22,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.types import UNIT_KINDS, HeadUnits, UnitGroup, UnitKind
 from support.models import TINY_MODELS
+from support.streamed import streamed_logits
 from support.traced import DESCRIBED, HELD_HEADS, save_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,15 +106,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @functools.cache
 def stock_of(directory: Path) -> StockModel:
     return StockModel(CheckpointReader(directory))
-
-
-def streamed_logits(stock: StockModel, ids_BS: Tensor) -> Tensor:
-    reader = stock.reader
-    hidden_BSD, inputs = stock.embed(ids_BS, reader.read(stock.embedding_tensors()))
-    for block in stock.layout.blocks:
-        module = stock.block(block.index, reader.read(block.shapes, block.prefix))
-        hidden_BSD = output_tensor(module(hidden_BSD, **inputs.kwargs[block.index]))
-    return stock.head(reader.read(stock.head_tensors()))(hidden_BSD)
 
 
 @torch.no_grad()

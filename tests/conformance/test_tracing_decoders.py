@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from structprune.tracing.sublayers import find_stream, find_sublayers, stages
 from structprune.types import UnitGroup
 from support.blocks import RecordedBlock, recorded_blocks
 from support.decoders import TINY_DECODERS, tiny_decoder
+from support.generated import check_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -99,12 +99,4 @@ def test_the_table_is_what_the_graphs_have() -> None:
         "",
         *(f"{number}. {text}" for number, text in enumerate(notes.texts, 1)),
     ]
-    page = PAGE.read_text(encoding="utf-8")
-    before, start, rest = page.partition(START)
-    found, end, after = rest.partition(END)
-    assert start
-    assert end
-    if os.environ.get("STRUCTPRUNE_REWRITE") == "1":
-        PAGE.write_text(f"{before}{start}\n\n{chr(10).join(made)}\n\n{end}{after}", encoding="utf-8")
-        return
-    assert found.strip() == "\n".join(made), "docs/tracing.md is not what the tracer finds; see the head of this file"
+    check_table(PAGE, START, END, made)

@@ -173,6 +173,16 @@ def with_blocks(model: Any, num_blocks: int) -> Any:
     return type(model)(config)
 
 
+@torch.no_grad()
+def spread_weights(model: Any) -> None:
+    """Draw the weights anew, so large that channels differ; those of norms are around 1."""
+    for name, parameter in model.named_parameters():
+        if not re.search(r"norm|\bln_", name):
+            parameter.normal_(std=0.15)
+        elif name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5)
+
+
 def save_tiny(
     kind: str,
     directory: Path,
@@ -186,12 +196,7 @@ def save_tiny(
     model = TINY_MODELS[kind]()
     if num_blocks is not None:
         model = with_blocks(model, num_blocks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not re.search(r"norm|\bln_", name):
-                parameter.normal_(std=0.15)
-            elif name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
+    spread_weights(model)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(directory)
     return directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from support.decoders import HEADS, LATENT, OLD, SIZES, TINY_DECODERS
-from support.models import byte_tokenizer
+from support.models import byte_tokenizer, spread_weights
 
 WINDOWS: dict[str, Any] = {
     "sliding_window": 8,
@@ -106,12 +105,7 @@ def save_decoder(model_type: str, directory: Path, *, dtype: torch.dtype = torch
     """Write a random model of this type with a byte tokenizer. Weights are scaled up so that channels differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not re.search(r"norm|\bln_", name):
-                parameter.normal_(std=0.15)
-            elif name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
+    spread_weights(model)
     model.to(dtype).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory

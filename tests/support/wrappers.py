@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from support.models import COMMON, byte_tokenizer
+from support.decoders import DELTA
+from support.models import COMMON, byte_tokenizer, spread_weights
 
 IMAGE_TOKEN, START_TOKEN, END_TOKEN, VIDEO_TOKEN = 250, 251, 252, 253
 TEXT: dict[str, Any] = {**COMMON, "num_hidden_layers": 3, "pad_token_id": None}
@@ -44,14 +44,7 @@ PLACES: dict[str, Any] = {
     "vision_start_token_id": START_TOKEN,
     "vision_end_token_id": END_TOKEN,
 }
-DELTA: dict[str, Any] = {
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 5,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_hidden_layers": 4,
-}
+_DELTA: dict[str, Any] = {**DELTA, "num_hidden_layers": 4}
 
 TINY_WRAPPERS: Mapping[str, dict[str, Any]] = {
     # Windows in some blocks, a tied head, norms behind the sublayers.
@@ -120,7 +113,7 @@ TINY_WRAPPERS: Mapping[str, dict[str, Any]] = {
     "qwen3_5": {
         "text_config": {
             **SIZED,
-            **DELTA,
+            **_DELTA,
             "rope_parameters": {**SECTIONS, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
         },
         "vision_config": {**PATCHES, "out_hidden_size": 32, "num_position_embeddings": 16},
@@ -146,12 +139,7 @@ def tiny_wrapper(model_type: str, **changes: Any) -> Any:
     """A random model of this type. Weights are scaled up so that channels differ."""
     torch.manual_seed(0)
     model: Any = AutoModelForImageTextToText.from_config(tiny_wrapper_config(model_type, **changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not re.search(r"norm|\bln_", name):
-                parameter.normal_(std=0.15)
-            elif name.endswith("weight"):
-                parameter.uniform_(0.5, 1.5)
+    spread_weights(model)
     return model
 
 
