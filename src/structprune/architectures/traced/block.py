@@ -276,10 +276,12 @@ class TracedBlock:
     def _plain_maps(self, own: Sequence[UnitGroup]) -> MlpMaps | None:
         """Return the maps of an MLP that others of any width can stand for; None where it has more than linear maps."""
         group, block = own[0], self._around.blocks[self.index]
+        plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
+        if self.mixture is not None or len(own) > 1 or not plain:
+            return None
         parts = {part.tensor.rpartition(".")[0]: part for part in group.producers}
         modules = [block.get_submodule(name) for name in (*parts, group.consumer_module)]
-        plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
-        if len(own) > 1 or not plain or not all(type(module) is nn.Linear for module in modules):
+        if not all(type(module) is nn.Linear for module in modules):
             return None
         return MlpMaps(first=tuple(parts), last=group.consumer_module)
 
