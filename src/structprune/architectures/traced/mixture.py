@@ -33,7 +33,7 @@ class Mixture:
         return block
 
     def of_all(self, group: UnitGroup, shared: Sequence[UnitGroup], output_module: str | None) -> list[UnitGroup]:
-        """Return the group of each expert from that of the first one; `shared` ones have as many units and come last."""
+        """Return the group of each expert from that of the first one, and then the `shared` ones, of as many units."""
         groups = [self._of(group, number) for number in range(self.num_experts)]
         groups += [replace(each, expert=self.num_experts + number) for number, each in enumerate(shared)]
         return [
