@@ -112,7 +112,9 @@ TRACED = (
 OWN_MLP = ("bloom", "mpt")
 """Types whose MLPs lose channels by our modelling file alone."""
 HELD_HEADS = {
-    **dict.fromkeys(("bloom", "deepseek_v3", "mpt"), "cannot express fewer attention"),
+    **dict.fromkeys(("bloom", "mpt"), "cannot express fewer attention"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), "cannot express fewer attention"),
+    **dict.fromkeys(("minimax_m2", "olmoe"), "this attention has no KV heads that can leave"),
     **dict.fromkeys(
         ("biogpt", "codegen", "helium", "minicpm3", "persimmon", "youtu"), "cannot express fewer attention"
     ),
