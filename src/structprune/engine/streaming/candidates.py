@@ -24,7 +24,7 @@ from structprune.memory import release_free_memory
 from structprune.types import BlockLayout
 
 Candidate = tuple[int, ...]
-"""For each block of the model the number of the variant that takes part, or `PASSED_BY`."""
+"""The number of the variant that takes part of each block, or `PASSED_BY`."""
 PASSED_BY = -1
 """The block is not there: its input is its output."""
 BuildVariant = Callable[[BlockLayout, int], nn.Module]
@@ -109,7 +109,7 @@ class CandidateStreams:
         return {candidates[member]: self._stores[branch.slot] for branch in branches for member in branch.members}
 
     def _branched(self, branches: Sequence[_Branch], variants: Sequence[int], propagator: Propagator) -> list[_Branch]:
-        """Part the branches by the variants of the next block, and copy the states of those that part."""
+        """Split the branches by the variants of the next block, and copy the states of those that go apart."""
         free = [slot for slot in range(len(self._stores)) if slot not in {branch.slot for branch in branches}]
         result: list[_Branch] = []
         for branch in branches:
