@@ -45,7 +45,7 @@ class Round:
 
     candidates: Sequence[Candidate]
     number: int
-    """Of the rounds of one search, ascending."""
+    """The place among the rounds of the search, from 0."""
     values: Mapping[str, Any]
     """What the search has to know of the rounds before, as JSON holds it; kept with the hidden states."""
     description: str
