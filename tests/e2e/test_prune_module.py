@@ -79,6 +79,30 @@ def test_array_and_speech(folders: Path, command_line: CommandLine, tmp_path: Pa
     assert ViTForImageClassification.from_pretrained(tmp_path / "vit").config.intermediate_size < 48
 
 
+EXAMPLES = {"bert": "text.txt", "vit": "pictures.npy", "whisper": "speech.safetensors"}
+
+
+@pytest.mark.parametrize("model", list(EXAMPLES))
+def test_prune_names_the_command_that_works(
+    model: str, folders: Path, command_line: CommandLine, tmp_path: Path
+) -> None:
+    """What `prune` says of a model of another kind is a command; with names in the place of OUT and FILE it runs."""
+    for verb in ("plan", "prune"):
+        arguments = ("-o", str(tmp_path / "not")) if verb == "prune" else ()
+        code, _, errors = command_line(verb, str(folders / model), *arguments, "--method", "depgraph")
+        assert code == 2
+        assert "is no causal language model" in errors
+    assert [*tmp_path.iterdir()] == []
+    program, *named = errors.split("`")[1].split()
+    assert program == "structprune"
+    filled = {"OUT": str(tmp_path / "out"), "FILE": str(folders / EXAMPLES[model])}
+    code, _, errors = command_line(
+        *(filled.get(each, each) for each in named), "--batch-size", "2", "--seq-len", "20", "--sparsity", "0.1"
+    )
+    assert code == 0, errors
+    assert (tmp_path / "out" / "module_report.json").is_file()
+
+
 def test_what_is_refused(folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
     def refused(*arguments: str, model: Path = folders / "vit", examples: str = "pictures.npy") -> str:
         code, _, errors = command_line(

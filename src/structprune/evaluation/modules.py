@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from structprune.architectures.stock.classes import stock_class
 from structprune.checkpoint.folder import check_folder, check_names_no_code
 from structprune.errors import CheckpointError, InputError, UnsupportedError, first_line
 from structprune.files import check_regular, read_json
@@ -34,14 +35,12 @@ def load_stock_module(directory: Path) -> nn.Module:
     check_folder(directory)
     config = read_json(directory / "config.json")
     check_names_no_code(config, str(directory / "config.json"))
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    kind = stock_class(config)
+    if kind is None:
         raise UnsupportedError(
             "no class of stock transformers has this name",
             where=str(directory / "config.json"),
-            got=f"architectures: {named}",
+            got=f"architectures: {config.get('architectures')}",
             wanted="the name of one model class, such as BertModel",
         )
     transformers_logging.disable_progress_bar()
