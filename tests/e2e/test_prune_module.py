@@ -79,6 +79,29 @@ def test_array_and_speech(folders: Path, command_line: CommandLine, tmp_path: Pa
     assert ViTForImageClassification.from_pretrained(tmp_path / "vit").config.intermediate_size < 48
 
 
+def test_exported_program(folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    """What `prune-module` writes is pruned again from its program alone; heads leave by `--families all`."""
+    source, examples = folders / "vit", folders / "pictures.npy"
+    for number, more in enumerate(((), ("--families", "all"), ())):
+        out = tmp_path / str(number)
+        code, printed, errors = command_line(
+            "prune-module", str(source), "-o", str(out), "--examples", str(examples), "--sparsity", "0.1", "--json",
+            *more,
+        )  # fmt: skip
+        assert code == 0, errors
+        report = json.loads(printed)
+        assert report["difference_from_masked"] < 1e-4
+        assert report["repaired"]
+        lost = [name for name, width in report["widths"].items() if width["after"] < width["before"]]
+        assert bool(more) == any("attention" in name for name in lost) or source.is_dir()
+        source = out / "program.pt2"
+    code, _, errors = command_line(
+        "prune-module", str(source), "-o", str(tmp_path / "out"), "--examples", str(examples), "--batch-size", "4"
+    )
+    assert code == 2
+    assert "with --batch-size 8" in errors
+
+
 EXAMPLES = {"bert": "text.txt", "vit": "pictures.npy", "whisper": "speech.safetensors"}
 
 

@@ -79,7 +79,12 @@ _OWN = ("batch_size", "max_batches", "seq_len")
 
 @takes_fields(_Settings.model_fields, lambda values: validated(_Settings, given(values)))
 def prune_module(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory of a model of any stock class.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face directory of a model of any stock class, or a .pt2 file of torch.export.save."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     examples: Annotated[
         Path,
@@ -92,9 +97,9 @@ def prune_module(
     settings: Any,
     as_json: ReportJsonFlag = False,
 ) -> None:
-    """Prune MODEL, an encoder, a vision or a speech model; causal language models have `prune`."""
+    """Prune MODEL, an encoder, a vision or a speech model, whole in memory; causal language models have `prune`."""
     from structprune.errors import InputError
-    from structprune.evaluation.modules import LABELS, load_stock_module, losses_of, read_examples
+    from structprune.evaluation.modules import LABELS, load_module, losses_of, read_examples
     from structprune.modules.prune import prune_module as run
     from structprune.modules.settings import ModuleRecipe
 
@@ -103,7 +108,7 @@ def prune_module(
     fields = settings.model_dump()
     asked = {name: fields.pop(name) for name in _OWN}
     recipe = ModuleRecipe(**fields)
-    module = load_stock_module(model)
+    module = load_module(model)
     batches = read_examples(examples, module, model, batch_size=asked["batch_size"], seq_len=asked["seq_len"])
     batches = batches[: asked["max_batches"]]
     inputs = [{name: value for name, value in batch.items() if name != LABELS} for batch in batches]

@@ -18,10 +18,19 @@ from structprune.architectures.stock.classes import stock_class
 from structprune.checkpoint.folder import check_folder, check_names_no_code
 from structprune.errors import CheckpointError, InputError, UnsupportedError, first_line
 from structprune.files import check_regular, read_json
+from structprune.modules.exported import ExportedModule, load_exported
 
 LABELS = "labels"
 """Argument that makes transformers' models give a loss."""
 Batch = Mapping[str, Any]
+
+
+def load_module(path: Path) -> nn.Module:
+    """Load a model in evaluation mode: a .pt2 file of torch.export.save, or a folder of a stock class.
+
+    Raises what `load_exported` and `load_stock_module` raise.
+    """
+    return load_exported(path) if path.suffix == ".pt2" else load_stock_module(path)
 
 
 def load_stock_module(directory: Path) -> nn.Module:
@@ -81,18 +90,33 @@ def read_examples(path: Path, model: Any, directory: Path, *, batch_size: int, s
             wanted=f"as many examples of every argument, {batch_size} or more",
             do="give more examples, or a smaller --batch-size",
         )
-    constants = {"use_cache": False} if getattr(model.config, "is_encoder_decoder", False) else {}
+    constants = {"use_cache": False} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
     count = min(sizes.values()) // batch_size
+    if isinstance(model, ExportedModule):
+        _check_exported({name: (batch_size, *each.shape[1:]) for name, each in tensors.items()}, model, path)
     return [
         {**{name: each[n * batch_size : (n + 1) * batch_size] for name, each in tensors.items()}, **constants}
         for n in range(count)
     ]
 
 
+def _check_exported(sizes: Mapping[str, tuple[int, ...]], model: ExportedModule, path: Path) -> None:
+    """Raise InputError for examples of other names or sizes than those that the program was exported with."""
+    if sizes != model.sizes:
+        first = next(iter(model.sizes.values()), ())
+        raise InputError(
+            "an exported program takes inputs of the names and sizes that it was exported with",
+            where=str(path),
+            got=str(dict(sizes)),
+            wanted=str(model.sizes),
+            do=f"give such examples, with --batch-size {first[0]}" if first else None,
+        )
+
+
 def losses_of(batches: list[dict[str, Any]], model: Any) -> Iterator[Tensor]:
     """Yield the loss that the model itself gives of each batch with labels. Raises InputError where it gives none."""
     for batch in batches:
-        loss = model(**batch).loss if LABELS in batch else None
+        loss = getattr(model(**batch), "loss", None) if LABELS in batch else None
         if loss is None:
             raise InputError(
                 "this importance reads gradients of a loss, and there is none",
