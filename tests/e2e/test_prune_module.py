@@ -141,6 +141,10 @@ def test_what_is_refused(folders: Path, command_line: CommandLine, tmp_path: Pat
     assert "tokenizer" in refused(examples="text.txt")
     assert "unknown ranking 'everywhere'" in refused("--ranking", "everywhere")
     assert "no such folder" in refused(model=tmp_path / "gone")
+    assert "does not fit the budget" in refused("--memory", "100KiB")
+    weights = 4 * ViTForImageClassification.from_pretrained(folders / "vit").num_parameters()
+    assert ": 5 times its weights" in refused("--memory", str(5 * weights - 1), "--importance", "taylor")
+    assert "labels" in refused("--memory", str(5 * weights), "--importance", "taylor")
     # An array that is a pickle, and a class that is none of a model.
     (folders / "pickle.npy").write_bytes(b"\x80\x04N.")
     assert "cannot be read" in refused(examples="pickle.npy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,51 @@ from typing import Any
 import numpy
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from structprune.architectures.stock.classes import stock_class
 from structprune.checkpoint.folder import check_folder, check_names_no_code
-from structprune.errors import CheckpointError, InputError, UnsupportedError, first_line
+from structprune.errors import CheckpointError, InputError, MemoryBudgetError, UnsupportedError, first_line
 from structprune.files import check_regular, read_json
+from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.modules.exported import ExportedModule, load_exported
 
 LABELS = "labels"
 """Argument that makes transformers' models give a loss."""
 Batch = Mapping[str, Any]
+_COPIES = 4
+"""The model itself, tensors that are solved again, those of the smaller module as they are cut, and that module."""
+
+
+def check_fits(path: Path, budget: int | None, *, with_gradients: bool) -> None:
+    """Raise MemoryBudgetError where the copies of the weights that a run makes are more than `budget` bytes.
+
+    None: 80% of what is free. Activations come on top, and are not known before the model runs.
+    """
+    budget = available_bytes() * 8 // 10 if budget is None else budget
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    try:
+        weights = sum(map(_float32_bytes, files)) if files else path.stat().st_size
+    except (OSError, SafetensorError):
+        # Whoever loads it says what is wrong with it.
+        return
+    copies = _COPIES + with_gradients
+    if weights * copies > budget:
+        raise MemoryBudgetError(
+            "this model is pruned whole in memory, and does not fit the budget",
+            where=str(path),
+            got=format_bytes(budget),
+            wanted=f"at least {format_budget(weights * copies)}: {copies} times its weights in float32",
+            do="raise --memory where there is more; `structprune prune` holds one block of a causal language model",
+        )
+
+
+def _float32_bytes(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def load_module(path: Path) -> nn.Module:
