@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertModel, PreTrainedTokenizerFast, ViTForImageClassification
+from transformers import (
+    BertModel,
+    PreTrainedTokenizerFast,
+    ViTForImageClassification,
+    WhisperForConditionalGeneration,
+)
 
 from support.command_line import CommandLine
 from support.networks import small_bert, small_vit, small_whisper
@@ -100,6 +107,52 @@ def test_exported_program(folders: Path, command_line: CommandLine, tmp_path: Pa
     )
     assert code == 2
     assert "with --batch-size 8" in errors
+
+
+def masked(dense: Any, smaller: Any) -> Any:
+    """The dense model with zeros where the smaller one's matrices lack rows or columns, which their numbers tell."""
+    model, there = copy.deepcopy(dense), smaller.state_dict()
+    changed = 0
+    for name, tensor in model.state_dict().items():
+        left = there[name]
+        for axis in range(tensor.ndim if tensor.ndim > 1 else 0):
+            if left.shape[axis] != tensor.shape[axis]:
+                rows, kept = tensor.movedim(axis, 0).flatten(1), left.movedim(axis, 0).flatten(1)
+                if rows.shape[1] == kept.shape[1]:
+                    is_there = (rows[:, None] == kept[None]).all(-1).any(1)
+                    assert int(is_there.sum()) == len(kept)
+                    tensor.movedim(axis, 0)[~is_there] = 0
+                    changed += 1
+    assert changed > 3
+    return model
+
+
+LOADED = {
+    "bert": (BertModel, "text.txt", {"input_ids": torch.arange(20).reshape(2, 10) + 1}),
+    "vit": (ViTForImageClassification, "pictures.npy", {"pixel_values": torch.ones(2, 3, 16, 16)}),
+    "whisper": (
+        WhisperForConditionalGeneration,
+        "speech.safetensors",
+        {"input_features": torch.ones(2, 10, 40), "decoder_input_ids": torch.arange(12).reshape(2, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LOADED))
+def test_stock_output_is_the_masked_model(name: str, folders: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    """What `from_pretrained` loads computes what the dense model computes with zeros in place of what left."""
+    kind, examples, inputs = LOADED[name]
+    code, _, errors = command_line(
+        "prune-module", str(folders / name), "-o", str(tmp_path / "out"), "--examples", str(folders / examples),
+        "--families", "stock", "--sparsity", "0.15", "--no-repair", "--seq-len", "10", "--batch-size", "2",
+    )  # fmt: skip
+    assert code == 0, errors
+    dense, smaller = (kind.from_pretrained(folder).eval() for folder in (folders / name, tmp_path / "out"))
+    assert smaller.num_parameters() <= 0.85 * dense.num_parameters()
+    with torch.no_grad():
+        found, wanted = (model(**inputs)[0] for model in (smaller, masked(dense, smaller)))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, dense(**inputs)[0], atol=1e-3)
 
 
 EXAMPLES = {"bert": "text.txt", "vit": "pictures.npy", "whisper": "speech.safetensors"}
