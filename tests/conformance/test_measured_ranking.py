@@ -14,7 +14,7 @@ from structprune import ModuleRecipe, prune_module
 from structprune.errors import InputError, UnsupportedError
 from structprune.modules.costs import MACS, PARAMETERS
 from structprune.modules.layout import as_example
-from structprune.modules.sensitivity import _rises, measured_per_cost
+from structprune.modules.sensitivity import convex_rises, measured_per_cost
 
 NEURONS = 24
 
@@ -76,7 +76,7 @@ def test_protected_families_stay_whole(model: Branches, given: list[Tensor]) -> 
         prune_module(model, given, ModuleRecipe(sparsity=0.2, protect=("*",)))
 
 
-def test_numbers_are_rises_of_the_error_over_what_a_unit_costs(model: Branches, given: list[Tensor]) -> None:
+def test_numbers_areconvex_rises_of_the_error_over_what_a_unit_costs(model: Branches, given: list[Tensor]) -> None:
     """Of each family alone: the sum up to the last trial is the error there, and the order is that of the scores."""
     layout = structprune.layout(model, given[0])
     families = [each for each in layout.families if each.num_units == NEURONS]
@@ -98,13 +98,13 @@ def test_numbers_are_rises_of_the_error_over_what_a_unit_costs(model: Branches, 
     assert MACS.of(layout)({}) > 0
 
 
-def test_rises_are_the_largest_convex_curve_below_the_errors() -> None:
+def testconvex_rises_are_the_largest_convex_curve_below_the_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         numbers = [0, *(torch.randperm(30, generator=generator)[:6] + 1).sort().values.tolist()]
         errors = [0.0, *torch.rand(6, generator=generator, dtype=torch.float64).cumsum(0).tolist()]
-        curve = [0.0, *itertools.accumulate(_rises(numbers, errors))]
-        assert all(second > first for first, second in itertools.pairwise(_rises(numbers, errors)))
+        curve = [0.0, *itertools.accumulate(convex_rises(numbers, errors))]
+        assert all(second > first for first, second in itertools.pairwise(convex_rises(numbers, errors)))
         for number in numbers:
             # Below each point the curve is the lowest of all chords over it.
             chords = [

@@ -44,7 +44,7 @@ def greedy(weight_OI: Tensor, gram_II: Tensor, groups: list[list[int]]) -> tuple
 
 def test_costs_of_neurons_are_those_of_brute_force() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3)).double().requires_grad_(False)
+    model: Any = nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3)).double().requires_grad_(False)
     given = [torch.randn(10, 5, dtype=torch.float64) for _ in range(5)]
     layout = structprune.layout(model, given[0])
     found = removal_costs(layout, layout.families, [as_example(each) for each in given])["0"]
@@ -85,7 +85,7 @@ def test_heads_are_groups_of_their_channels() -> None:
 def test_units_that_others_can_make_up_for_leave_first() -> None:
     """Two equal neurons with large weights: the norm keeps both, reconstruction needs one."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).requires_grad_(False)
+    model: Any = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).requires_grad_(False)
     for tensor in (model[0].weight, model[0].bias):
         tensor[1] = tensor[0] = 3 * tensor[0]
     model[2].weight[:, :2] *= 3

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from structprune.errors import CheckpointError, InputError, StructPruneError, UnsupportedError
+from structprune.modules.compare import tensors_of
 from structprune.modules.exported import load_exported
 from support.networks import Mixed, ResNet, Shared, small_bert, small_vit, small_whisper
 
@@ -72,9 +73,7 @@ def test_computes_what_the_program_computes(
     assert list(read.sizes.values()) == [tuple(each.shape) for each in given]
     with torch.no_grad():
         found = read(**dict(zip(read.sizes, given, strict=True)))
-        wanted = [
-            each for each in torch.utils._pytree.tree_leaves(program.module()(*args, **kwargs)) if torch.is_tensor(each)
-        ]
+        wanted = tensors_of(program.module()(*args, **kwargs))
     assert all(map(torch.equal, found, wanted))
     assert len(found) == len(wanted)
     assert {name: tuple(each.shape) for name, each in read.named_parameters()} == {

@@ -19,6 +19,8 @@ from structprune.tracing.rules import operation
 
 _PREFIX = "torch.ops.aten."
 _POSITIONAL = 1
+_OVERLOAD: Any = type(torch.ops.aten.add.Tensor)
+"""Type of an operation for one kind of arguments."""
 _AS_THEY_ARE = {
     "as_bool": bool,
     "as_string": str,
@@ -186,8 +188,8 @@ def _step(node: Mapping[str, Any]) -> _Step | None:
     packet, _, overload = target.removeprefix(_PREFIX).partition(".")
     if packet in IGNORED and target.startswith(_PREFIX):
         return None
-    found = getattr(getattr(torch.ops.aten, packet, None), overload, None) if packet.isidentifier() else None
-    if not target.startswith(_PREFIX) or not isinstance(found, torch._ops.OpOverload) or not _is_plain(packet, found):
+    found: Any = getattr(getattr(torch.ops.aten, packet, None), overload, None) if packet.isidentifier() else None
+    if not isinstance(found, _OVERLOAD) or not target.startswith(_PREFIX) or not _is_plain(packet, found):
         raise UnsupportedError(
             "the program has an operation that is not run here",
             where=f"node {node.get('name')}",
@@ -200,11 +202,11 @@ def _step(node: Mapping[str, Any]) -> _Step | None:
     return _Step(run=found, args=tuple(args), kwargs=kwargs, gives=_gives(node["outputs"]))
 
 
-def _is_plain(packet: str, found: torch._ops.OpOverload) -> bool:
+def _is_plain(packet: str, found: Any) -> bool:
     """Whether the tracer knows the operation, or it is public, only computes, and reads no file."""
     if operation(packet) is not None:
         return True
-    schema = found._schema
+    schema: Any = found._schema
     hidden = packet.startswith("_") or "unsafe" in packet or schema.is_mutable
     reads_file = any("file" in argument.name for argument in schema.arguments)
     return not hidden and not reads_file and all("Tensor" in str(each.type) for each in schema.returns)

@@ -60,7 +60,7 @@ def make_place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     module = root
     *path, last = name.split(".")
     for each in path:
-        if each not in module._modules:
+        if each not in dict(module.named_children()):
             module.add_module(each, nn.Module())
         module = module.get_submodule(each)
     return module, last

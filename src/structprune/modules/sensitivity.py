@@ -54,12 +54,12 @@ def measured_per_cost(
             continue
         numbers = sorted({max(int(share * most), 1) for share in _SHARES})
         errors = [error.without(state, {family.atom: sorted(order_U[number:].tolist())}) for number in numbers]
-        rises = _rises([0, *numbers], [0.0, *errors])
+        rises = convex_rises([0, *numbers], [0.0, *errors])
         found[name][order_U[:most]] = torch.tensor(rises, dtype=torch.float64) / saved
     return found
 
 
-def _rises(numbers: Sequence[int], errors: Sequence[float]) -> list[float]:
+def convex_rises(numbers: Sequence[int], errors: Sequence[float]) -> list[float]:
     """Return how much each removal adds, by the convex hull below points (number removed, error)."""
     rises: list[float] = []
     at = 0

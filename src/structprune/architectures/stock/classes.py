@@ -23,8 +23,9 @@ def stock_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
 def wraps_text_model(config: Mapping[str, Any]) -> bool:
     """Whether a config.json, or the stock config of its type, has the config of a text model inside."""
     model_type = config.get("model_type")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    inner: Any = CONFIG_MAPPING[model_type].sub_configs if known else {}
+    inner: Any = {}
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        inner = CONFIG_MAPPING[model_type].sub_configs
     return "text_config" in config or "text_config" in inner
 
 
