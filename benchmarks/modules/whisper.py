@@ -137,14 +137,16 @@ def features(clips: list[Any]) -> Tensor:
 
 def heard(model: Any, inputs: Tensor, length: int = 60) -> list[list[int]]:
     """Transcribe clips, the likeliest token after the other."""
-    ids = torch.tensor([START] * len(inputs))
+    step = ids = torch.tensor([START] * len(inputs))
+    past = None
     with torch.no_grad():
         encoded = model.model.encoder(inputs)
         for _ in range(length):
-            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, -1]
-            following = torch.where((ids == END).any(1), END, logits.argmax(-1))
-            ids = torch.cat([ids, following[:, None]], 1)
-            if (following == END).all():
+            out = model(encoder_outputs=encoded, decoder_input_ids=step, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            step = torch.where((ids == END).any(1), END, out.logits[:, -1].argmax(-1))[:, None]
+            ids = torch.cat([ids, step], 1)
+            if (step == END).all():
                 break
     return ids.tolist()
 
