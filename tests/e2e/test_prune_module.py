@@ -14,18 +14,20 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertModel,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTForImageClassification,
     WhisperForConditionalGeneration,
 )
 
 from support.command_line import CommandLine
+from support.models import save_tiny
 from support.networks import small_bert, small_vit, small_whisper
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with a tokenizer of letters, a ViT, and inputs for it with labels."""
+    """A BERT with a tokenizer of letters, a causal model, a ViT, a Whisper, and inputs for them."""
     root = tmp_path_factory.mktemp("modules")
     small_bert().save_pretrained(root / "bert")
     letters = {letter: number for number, letter in enumerate("?abcdefghijklmnopqrstuvwxyz .")}
@@ -33,6 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(root / "bert")
     (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    save_tiny("llama", root / "llama")
     small_vit().save_pretrained(root / "vit")
     torch.manual_seed(0)
     pictures = torch.randn(17, 3, 16, 16)
@@ -129,6 +132,7 @@ def masked(dense: Any, smaller: Any) -> Any:
 
 LOADED = {
     "bert": (BertModel, "text.txt", {"input_ids": torch.arange(20).reshape(2, 10) + 1}),
+    "llama": (LlamaForCausalLM, "text.txt", {"input_ids": torch.arange(20).reshape(2, 10) + 1}),
     "vit": (ViTForImageClassification, "pictures.npy", {"pixel_values": torch.ones(2, 3, 16, 16)}),
     "whisper": (
         WhisperForConditionalGeneration,

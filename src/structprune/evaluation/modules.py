@@ -122,7 +122,7 @@ def read_examples(path: Path, model: Any, directory: Path, *, batch_size: int, s
             wanted=f"as many examples of every argument, {batch_size} or more",
             do="give more examples, or a smaller --batch-size",
         )
-    constants = {"use_cache": False} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
+    constants = {"use_cache": False} if _has_cache(model) else {}
     count = min(sizes.values()) // batch_size
     if isinstance(model, ExportedModule):
         _check_exported({name: (batch_size, *each.shape[1:]) for name, each in tensors.items()}, model, path)
@@ -130,6 +130,13 @@ def read_examples(path: Path, model: Any, directory: Path, *, batch_size: int, s
         {**{name: each[n * batch_size : (n + 1) * batch_size] for name, each in tensors.items()}, **constants}
         for n in range(count)
     ]
+
+
+def _has_cache(model: Any) -> bool:
+    """Whether a stock model returns a cache unless it is told not to; a graph cannot have such an output."""
+    return isinstance(model, transformers.PreTrainedModel) and (
+        model.can_generate() or bool(getattr(model.config, "is_encoder_decoder", False))
+    )
 
 
 def _check_exported(sizes: Mapping[str, tuple[int, ...]], model: ExportedModule, path: Path) -> None:
