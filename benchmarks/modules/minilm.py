@@ -97,7 +97,10 @@ def main() -> None:
             f"{importance}, {ranking}{', repaired' if repair else ''}": ModuleRecipe(
                 sparsity=sparsity, cost="macs", importance=importance, ranking=ranking, repair=repair
             )
-            for importance, ranking in (("magnitude", "local"), ("taylor", "local"), ("taylor", "global"))
+            for importance, ranking in (
+                *(("magnitude", "local"), ("taylor", "local"), ("taylor", "global")),
+                *(("reconstruction", "local"), ("taylor", "measured")),
+            )
             for repair in (False, True)
             if repair or ranking == "local"
         }

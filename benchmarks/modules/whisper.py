@@ -1,9 +1,11 @@
-"""Whisper tiny.en: word errors on five clips of LibriVox, before and after.
+"""Whisper tiny.en: word errors on five clips of LibriVox, and words that change on synthetic speech, before and after.
 
-The weights are those of a CTranslate2 file, whose tensors are renamed here. Calibrated on other clips of the same
-package (cards, digits), put one behind the other to 30 seconds, with what the dense model hears in them.
+The weights are those of a CTranslate2 file, whose tensors are renamed here. Calibrated on what `speech.py` makes, with
+the first words that the dense model hears in each clip: transcripts are cut to one length instead of filled up, for
+what comes behind the end of a transcript counts like any other token.
 
-    python benchmarks/modules/whisper.py --data DATA -o out/whisper.jsonl
+    python benchmarks/modules/speech.py --data DATA
+    python benchmarks/modules/whisper.py --data DATA -o out/whisper.jsonl --sparsities 0.1 0.2
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import re
 import struct
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,8 @@ from structprune import ModuleRecipe
 RATE, SECONDS = 16_000, 30
 START, END = (50257, 50362), 50256
 """Tokens that begin a transcript without times, and the one that ends it."""
-HEARD, EXAMPLES = 40, 4
-"""Tokens of a calibration transcript, and examples of one clip of 30 seconds each."""
+HEARD, EXAMPLES, TESTS = 24, 32, 24
+"""Tokens of a calibration transcript, clips that calibrate, and clips that are only listened to."""
 _CODES = {0: numpy.float32, 1: numpy.int8, 2: numpy.int16, 3: numpy.int32, 4: numpy.float16}
 
 
@@ -134,14 +137,16 @@ def features(clips: list[Any]) -> Tensor:
 
 def heard(model: Any, inputs: Tensor, length: int = 60) -> list[list[int]]:
     """Transcribe clips, the likeliest token after the other."""
-    ids = torch.tensor([START] * len(inputs))
+    step = ids = torch.tensor([START] * len(inputs))
+    past = None
     with torch.no_grad():
         encoded = model.model.encoder(inputs)
         for _ in range(length):
-            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, -1]
-            following = torch.where((ids == END).any(1), END, logits.argmax(-1))
-            ids = torch.cat([ids, following[:, None]], 1)
-            if (following == END).all():
+            out = model(encoder_outputs=encoded, decoder_input_ids=step, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            step = torch.where((ids == END).any(1), END, out.logits[:, -1].argmax(-1))[:, None]
+            ids = torch.cat([ids, step], 1)
+            if (step == END).all():
                 break
     return ids.tolist()
 
@@ -172,23 +177,26 @@ def main() -> None:
     wanted = {match[2]: match[1] for match in found if match}
     inputs = features([sound(clips / f"librivox/{name}.wav") for name in wanted])
 
-    others = [sound(path) for path in (*sorted((clips / "cards").glob("*.wav")), *sorted(clips.glob("*.raw")))]
-    generator = torch.Generator().manual_seed(0)
-    long = []
-    for _ in range(EXAMPLES):
-        order = torch.randperm(len(others), generator=generator).tolist()
-        long.append(numpy.concatenate([others[number] for number in order])[: RATE * SECONDS])
-    examples = []
-    for clip in long:
-        part = features([clip])
-        ids = torch.tensor([(each + [END] * HEARD)[:HEARD] for each in heard(model, part, HEARD)])
-        examples.append({"input_features": part, "decoder_input_ids": ids, "use_cache": False})
+    examples, tests = [], []
+    for path in sorted((options.data / "speech").glob("*.wav")):
+        part = features([sound(path)])
+        (ids,) = heard(model, part)
+        if len(ids) >= HEARD and len(examples) < EXAMPLES:
+            cut = torch.tensor([ids[:HEARD]])
+            examples.append({"input_features": part, "decoder_input_ids": cut, "use_cache": False})
+        elif len(tests) < TESTS:
+            tests.append((part, words(tokenizer.decode(ids))))
+        if len(examples) == EXAMPLES and len(tests) == TESTS:
+            break
 
     def measure(module: nn.Module) -> dict[str, float]:
         texts = [tokenizer.decode(ids) for ids in heard(module, inputs)]
         wrong = sum(errors(words(line), words(text)) for line, text in zip(wanted.values(), texts, strict=True))
-        print(texts, flush=True)
-        return {"word_error_rate": wrong / sum(len(words(line)) for line in wanted.values())}
+        changed = sum(errors(old, words(tokenizer.decode(heard(module, part)[0]))) for part, old in tests)
+        return {
+            "word_error_rate": wrong / sum(len(words(line)) for line in wanted.values()),
+            "changed_words": changed / sum(len(old) for _, old in tests),
+        }
 
     def loss(module: nn.Module) -> Any:
         for example in examples:
@@ -198,12 +206,21 @@ def main() -> None:
     write(options.output, way="dense", sparsity=0.0, **judged(model, examples[0], measure))
     print(f"multiplications: {macs(model, examples[0]):,}")
     for sparsity in options.sparsities:
+        own = ModuleRecipe(sparsity=sparsity, cost="macs", importance="taylor", reduction="sum")
+        neurons = replace(own, families="stock", protect=("*.decoder.*",))
+        ways = {
+            "taylor, heads and neurons": own,
+            "taylor, heads and neurons, measured": replace(own, ranking="measured"),
+            "taylor, neurons": replace(own, families="stock"),
+            "taylor, neurons of the encoder": neurons,
+            "reconstruction, neurons of the encoder": replace(neurons, importance="reconstruction"),
+            "reconstruction, heads and neurons of the encoder": replace(
+                own, importance="reconstruction", protect=neurons.protect
+            ),
+        }
         recipes = {
-            f"{importance}, {families}{', repaired' if repair else ''}": ModuleRecipe(
-                sparsity=sparsity, cost="macs", importance=importance, families=families, repair=repair
-            )
-            for importance in ("magnitude", "taylor")
-            for families in ("stock", "native")
+            f"{name}{', repaired' if repair else ''}": replace(recipe, repair=repair)
+            for name, recipe in ways.items()
             for repair in (False, True)
         }
         try_ours(model, examples, recipes, measure, options.output, loss, options.only)

@@ -368,8 +368,8 @@ class LayerProblem:
     """Ridge, as a share of the mean diagonal of the Gram."""
     shrinkage: float = 0.0
     """Share of the correlations between units that greedy removal does not count on, from 0 to 1."""
-    producer_norm_U: Tensor
-    """Product over the producers of the L2 norm of the unit's slice."""
+    producer_norms_MU: Tensor
+    """L2 norm of the unit's slice of each producer's weight, (producers, units)."""
     seed: int = 0
     """Differs between blocks, kinds and parts; for what is drawn at random."""
     sensitivity_OO: Tensor | None = None

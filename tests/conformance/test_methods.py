@@ -109,7 +109,7 @@ def test_needs_statistics_exactly_where_a_part_reads_them(name: str) -> None:
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=30, sum_I=x_TI.double().sum(dim=0)),
         width=1,
         damping=1e-4,
-        producer_norm_U=torch.ones(6),
+        producer_norms_MU=torch.ones(1, 6),
         taylor=TaylorSums(**dict.fromkeys(("signed_U", "first_U", "second_U", "mixed_U"), torch.arange(6.0))),
     )
     unmeasured = replace(problem.fit, gram_II=torch.eye(6), sum_I=torch.zeros(6, dtype=torch.float64))

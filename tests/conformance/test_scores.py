@@ -30,7 +30,7 @@ def make_problem(num_units: int, width: int, dtype: torch.dtype = torch.float32)
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=40, sum_I=x_TI.double().sum(dim=0)),
         width=width,
         damping=1e-4,
-        producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
+        producer_norms_MU=torch.rand(1, num_units, generator=generator) + 0.5,
         sensitivity_OO=gradient_TO.T @ gradient_TO / 40,
         taylor=TaylorSums(
             signed_U=torch.randn(num_units, generator=generator, dtype=torch.float64),
@@ -46,14 +46,14 @@ def sums_of(problem: LayerProblem) -> dict[str, Tensor]:
     return {field.name: getattr(problem.taylor, field.name) for field in fields(TaylorSums)}
 
 
-def by_hand(width: int, producer_norm_U: Tensor) -> LayerProblem:
+def by_hand(width: int, producer_norms_U: Tensor) -> LayerProblem:
     """A 2 x 3 consumer; four tokens with input norms 2, 3 and 4, so root mean squares of 1, 1.5 and 2."""
     return LayerProblem(
         weight_OI=torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]]),
         fit=Moments(gram_II=torch.tensor([[4.0, 0.5, -1.0], [0.5, 9.0, 2.0], [-1.0, 2.0, 16.0]]), num_tokens=4),
         width=width,
         damping=1e-4,
-        producer_norm_U=producer_norm_U,
+        producer_norms_MU=producer_norms_U[None],
     )
 
 
@@ -78,7 +78,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         problem,
         weight_OI=problem.weight_OI[:, order_I],
         fit=problem.fit.reordered(order_I),
-        producer_norm_U=problem.producer_norm_U[order_U],
+        producer_norms_MU=problem.producer_norms_MU[:, order_U],
         taylor=TaylorSums(**{field: sum_U[order_U] for field, sum_U in sums_of(problem).items()}),
     )
     score = SCORES.get(name).score
@@ -111,7 +111,7 @@ def test_depends_on_what_it_says_that_it_reads(name: str, part: str) -> None:
 def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
     problem = make_problem(6, width)
     problem.weight_OI[:, 2 * width : 3 * width] = 0
-    problem.producer_norm_U[2] = 0
+    problem.producer_norms_MU[:, 2] = 0
     for sum_U in sums_of(problem).values():
         sum_U[2] = 0
     score_U = SCORES.get(name).score(problem)
@@ -122,9 +122,9 @@ def test_unit_without_weights_scores_zero(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", list(SCORES))
 def test_leaves_the_problem_alone(name: str) -> None:
     problem = make_problem(6, 2)
-    before = problem.weight_OI.clone(), problem.fit.gram_II.clone(), problem.producer_norm_U.clone()
+    before = problem.weight_OI.clone(), problem.fit.gram_II.clone(), problem.producer_norms_MU.clone()
     SCORES.get(name).score(problem)
-    after = problem.weight_OI, problem.fit.gram_II, problem.producer_norm_U
+    after = problem.weight_OI, problem.fit.gram_II, problem.producer_norms_MU
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -159,7 +159,14 @@ def test_magnitude_of_a_group_is_the_norm_of_its_slice() -> None:
     torch.testing.assert_close(score_U, torch.tensor([2.0 * (17 + 29 + 45) ** 0.5]))
     problem = make_problem(6, 4)
     expected_U = torch.stack([problem.weight_OI[:, 4 * u : 4 * u + 4].norm() for u in range(6)])
-    torch.testing.assert_close(SCORES.get("magnitude").score(problem), expected_U * problem.producer_norm_U)
+    torch.testing.assert_close(SCORES.get("magnitude").score(problem), expected_U * problem.producer_norms_MU.prod(0))
+
+
+def test_group_norm_by_hand() -> None:
+    """A mean over all matrices of squares: two producers and the consumer."""
+    problem = replace(by_hand(1, torch.ones(3)), producer_norms_MU=torch.tensor([[2.0, 1.0, 0.5], [1.0, 3.0, 2.0]]))
+    expected_U = torch.tensor([4.0 + 1.0 + 17, 1.0 + 9.0 + 29, 0.25 + 4.0 + 45]) / 3
+    torch.testing.assert_close(SCORES.get("group-norm").score(problem), expected_U)
 
 
 def test_l2_by_hand() -> None:

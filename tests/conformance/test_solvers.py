@@ -47,7 +47,7 @@ def make_problem(
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=len(x_TI), sum_I=x_TI.double().sum(dim=0)),
         width=width,
         damping=damping,
-        producer_norm_U=torch.ones(num_inputs // width),
+        producer_norms_MU=torch.ones(1, num_inputs // width),
     )
 
 
@@ -131,7 +131,7 @@ def test_permutation_equivariant(name: str, width: int) -> None:
         problem,
         weight_OI=problem.weight_OI[:, order_I],
         fit=problem.fit.reordered(order_I),
-        producer_norm_U=problem.producer_norm_U[order_U],
+        producer_norms_MU=problem.producer_norms_MU[:, order_U],
     )
     solver = SOLVERS.get(name).solve
     expected_OI = dense_weight(problem, keep_U, solver(problem, keep_U).weight_OK)[:, order_I]
@@ -308,7 +308,7 @@ def split_problem(
         fit=moments(slice(0, 40 if held_out else 60)),
         width=1,
         damping=1e-2,
-        producer_norm_U=torch.ones(12),
+        producer_norms_MU=torch.ones(1, 12),
         held_out=moments(slice(40, 60)) if held_out else None,
     )
 
@@ -415,7 +415,7 @@ def test_a_repair_is_never_worse_than_none_on_held_out_tokens(seed: int, tokens:
         held_out=moments(slice(tokens, None)),
         width=1,
         damping=1e-4,
-        producer_norm_U=torch.ones(24),
+        producer_norms_MU=torch.ones(1, 24),
     )
     keep_U = keep_mask(24, list(range(16)))
     kept_K = problem.kept_inputs(keep_U)

@@ -611,6 +611,12 @@ SECTIONS: dict[str, list[Case]] = {
             test=f"{BAD}: test_unknown_family",
         ),
         Case(
+            given="an encoder, a vision or a speech model of stock transformers",
+            build=config(model_type="vit", architectures=["ViTModel"]),
+            happens="refused",
+            test="test_prune_module.py: test_prune_names_the_command_that_works",
+        ),
+        Case(
             given="an image-text model: its text model is pruned",
             build=changed(wrapper),
             happens="accepted",

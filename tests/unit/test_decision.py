@@ -27,7 +27,7 @@ def test_equals_the_residual_of_lstsq(width: int) -> None:
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=200),
         width=width,
         damping=1e-12,
-        producer_norm_U=torch.ones(12 // width),
+        producer_norms_MU=torch.ones(1, 12 // width),
     )
     keep_U = torch.arange(12 // width) % 2 == 0
     kept_K = problem.kept_inputs(keep_U)

@@ -112,7 +112,7 @@ def make_problem(
         partitions=partitions,
         damping=1e-3,
         shrinkage=0.1,
-        producer_norm_U=torch.rand(num_units, generator=generator) + 0.5,
+        producer_norms_MU=torch.rand(1, num_units, generator=generator) + 0.5,
         seed=3,
         sensitivity_OO=gradient_TO.T @ gradient_TO / 60 if sensitivity else None,
         taylor=TaylorSums(

@@ -36,7 +36,7 @@ def problem(*parts: Tensor, seed: int = 0, damping: float = 1e-2) -> LayerProble
         held_out=sums[1] if len(sums) > 1 else None,
         width=1,
         damping=damping,
-        producer_norm_U=torch.ones(INPUTS),
+        producer_norms_MU=torch.ones(1, INPUTS),
     )
 
 

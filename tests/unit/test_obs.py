@@ -91,7 +91,7 @@ def test_metric_prices_the_loss() -> None:
         fit=Moments(gram_II=hessian_II, num_tokens=1),
         width=1,
         damping=1e-12,
-        producer_norm_U=torch.ones(8),
+        producer_norms_MU=torch.ones(1, 8),
         sensitivity_OO=sensitivity_OO,
     )
     for unit in range(8):

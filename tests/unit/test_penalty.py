@@ -26,7 +26,7 @@ def problem(seed: int, num_units: int = 10, width: int = 1) -> LayerProblem:
         fit=Moments(gram_II=x_TI.T @ x_TI, num_tokens=200),
         width=width,
         damping=1e-6,
-        producer_norm_U=torch.ones(num_units),
+        producer_norms_MU=torch.ones(1, num_units),
     )
 
 

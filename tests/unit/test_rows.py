@@ -40,7 +40,7 @@ def in_two_parts_and_whole() -> tuple[LayerProblem, LayerProblem]:
         width=2,
         damping=1e-3,
         shrinkage=0.1,
-        producer_norm_U=torch.rand(12, generator=generator),
+        producer_norms_MU=torch.rand(1, 12, generator=generator),
         sensitivity_OO=torch.eye(5) * torch.rand(5, generator=generator),
         taylor=TaylorSums(
             **dict.fromkeys(("signed_U", "first_U", "second_U", "mixed_U"), torch.rand(12, generator=generator))

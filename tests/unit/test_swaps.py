@@ -76,7 +76,7 @@ def make_problem(num_units: int, width: int, *, sensitivity: bool, target: bool 
         fit=Moments(gram_II=gram_II, num_tokens=len(x_TI), target_OI=target_OI),
         width=width,
         damping=1e-3,
-        producer_norm_U=torch.ones(num_units),
+        producer_norms_MU=torch.ones(1, num_units),
         sensitivity_OO=gradient_TO.T @ gradient_TO / 50 if sensitivity else None,
     )
 

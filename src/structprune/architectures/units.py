@@ -75,12 +75,12 @@ def remove_sublayer(tensors: Mapping[str, Tensor], block: BlockLayout, kind: Uni
 
 
 def producer_norms(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-    """Compute the product over the producers' weights of each unit's L2 norm, shape (units,), float32."""
-    norms = torch.ones(group.num_units)
+    """Compute each unit's L2 norm of its slice of every producer's weight, shape (producers, units), float32."""
+    norms: list[Tensor] = []
     for part in group.producers:
         weight = tensors[part.tensor]
         if weight.ndim < 2:
             continue  # a bias moves with its row but is no weight of its own
         rows = weight.float().movedim(part.axis, 0)[part.indices(torch.arange(group.num_units))]
-        norms = norms * rows.reshape(group.num_units, -1).norm(dim=1).cpu()
-    return norms
+        norms.append(rows.reshape(group.num_units, -1).norm(dim=1).cpu())
+    return torch.stack(norms)

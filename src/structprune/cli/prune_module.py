@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from structprune.cli.flags import ReportJsonFlag
 from structprune.cli.settings import given, takes_fields
 from structprune.recipe import Flag, Group
-from structprune.recipe.fields import Share, validated
+from structprune.recipe.fields import ByteCount, Share, validated
 
 if TYPE_CHECKING:
     from structprune.modules.prune import PrunedModule
@@ -21,8 +21,9 @@ EXAMPLES = """Examples:
   structprune prune-module MiniLM -o smaller --examples my-text.txt
   structprune prune-module ViT -o smaller --examples pictures.npy \\
     --families stock --sparsity 0.2
-  structprune prune-module Whisper -o smaller \\
-    --examples speech.safetensors --importance taylor --ranking global"""
+  structprune prune-module Whisper -o smaller --examples speech.safetensors \\
+    --importance taylor --families stock --protect '*.decoder.*' --cost macs
+  structprune prune-module program.pt2 -o smaller --examples pictures.npy"""
 
 
 class _Settings(BaseModel):
@@ -37,6 +38,9 @@ class _Settings(BaseModel):
         description="which units leave. native: those that the model's code runs without; stock: those of which a "
         "stock config can have fewer; all",
     )
+    protect: Annotated[tuple[str, ...], Flag(Group.WHAT, unset="none")] = Field(
+        default=(), description="families that stay whole: names or patterns such as '*.decoder.*', several times"
+    )
     allow_coupled: Annotated[bool, Flag(Group.WHAT)] = Field(
         default=False, description="let units leave that a LayerNorm or a softmax sees together"
     )
@@ -48,7 +52,8 @@ class _Settings(BaseModel):
     )
     importance: Annotated[str, Flag(Group.HOW)] = Field(
         default="magnitude",
-        description="magnitude, taylor or hessian; the last two need a tensor called labels among the examples",
+        description="magnitude, taylor, hessian or reconstruction; taylor and hessian need a tensor called labels "
+        "among the examples",
     )
     reduction: Annotated[str, Flag(Group.HOW)] = Field(
         default="mean", description="how a unit's tensors become one number: mean, sum, max or first"
@@ -57,7 +62,9 @@ class _Settings(BaseModel):
         default="mean", description="how families are made comparable: none, mean, max, sum, gaussian or lamp"
     )
     ranking: Annotated[str, Flag(Group.HOW)] = Field(
-        default="local", description="who is ranked together: local, pattern or global"
+        default="local",
+        description="who is ranked together: local, pattern or global; measured: all, by the error that each family's "
+        "absence makes in what comes out, for what it costs",
     )
     steps: Annotated[int, Flag(Group.HOW)] = Field(
         default=1, description="rounds of scores, choice, repair and removal"
@@ -72,14 +79,22 @@ class _Settings(BaseModel):
     seq_len: Annotated[int, Flag(Group.CALIBRATION)] = Field(
         default=128, ge=4, description="tokens per window, where the examples are a text"
     )
+    memory: Annotated[ByteCount | None, Flag(Group.RESOURCES, unset="80% of what is free")] = Field(
+        default=None, ge=1, description="host bytes that copies of the weights may take, such as 4GiB"
+    )
 
 
-_OWN = ("batch_size", "max_batches", "seq_len")
+_OWN = ("batch_size", "max_batches", "seq_len", "memory")
 
 
 @takes_fields(_Settings.model_fields, lambda values: validated(_Settings, given(values)))
 def prune_module(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory of a model of any stock class.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face directory of a model of any stock class, or a .pt2 file of torch.export.save."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     examples: Annotated[
         Path,
@@ -92,9 +107,10 @@ def prune_module(
     settings: Any,
     as_json: ReportJsonFlag = False,
 ) -> None:
-    """Prune MODEL, an encoder, a vision or a speech model; causal language models have `prune`."""
+    """Prune MODEL, an encoder, a vision or a speech model, whole in memory; causal language models have `prune`."""
     from structprune.errors import InputError
-    from structprune.evaluation.modules import LABELS, load_stock_module, losses_of, read_examples
+    from structprune.evaluation.modules import LABELS, check_fits, load_module, losses_of, read_examples
+    from structprune.modules.importance import IMPORTANCES
     from structprune.modules.prune import prune_module as run
     from structprune.modules.settings import ModuleRecipe
 
@@ -103,7 +119,8 @@ def prune_module(
     fields = settings.model_dump()
     asked = {name: fields.pop(name) for name in _OWN}
     recipe = ModuleRecipe(**fields)
-    module = load_stock_module(model)
+    check_fits(model, asked["memory"], with_gradients=bool(IMPORTANCES.get(recipe.importance).reads))
+    module = load_module(model)
     batches = read_examples(examples, module, model, batch_size=asked["batch_size"], seq_len=asked["seq_len"])
     batches = batches[: asked["max_batches"]]
     inputs = [{name: value for name, value in batch.items() if name != LABELS} for batch in batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,59 @@ from typing import Any
 import numpy
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from structprune.architectures.stock.classes import stock_class
 from structprune.checkpoint.folder import check_folder, check_names_no_code
-from structprune.errors import CheckpointError, InputError, UnsupportedError, first_line
+from structprune.errors import CheckpointError, InputError, MemoryBudgetError, UnsupportedError, first_line
 from structprune.files import check_regular, read_json
+from structprune.memory import available_bytes, format_budget, format_bytes
+from structprune.modules.exported import ExportedModule, load_exported
 
 LABELS = "labels"
 """Argument that makes transformers' models give a loss."""
 Batch = Mapping[str, Any]
+_COPIES = 4
+"""The model itself, tensors that are solved again, those of the smaller module as they are cut, and that module."""
+
+
+def check_fits(path: Path, budget: int | None, *, with_gradients: bool) -> None:
+    """Raise MemoryBudgetError where the copies of the weights that a run makes are more than `budget` bytes.
+
+    None: 80% of what is free. Activations come on top, and are not known before the model runs.
+    """
+    budget = available_bytes() * 8 // 10 if budget is None else budget
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    try:
+        weights = sum(map(_float32_bytes, files)) if files else path.stat().st_size
+    except (OSError, SafetensorError):
+        # Whoever loads it says what is wrong with it.
+        return
+    copies = _COPIES + with_gradients
+    if weights * copies > budget:
+        raise MemoryBudgetError(
+            "this model is pruned whole in memory, and does not fit the budget",
+            where=str(path),
+            got=format_bytes(budget),
+            wanted=f"at least {format_budget(weights * copies)}: {copies} times its weights in float32",
+            do="raise --memory where there is more; `structprune prune` holds one block of a causal language model",
+        )
+
+
+def _float32_bytes(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return 4 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def load_module(path: Path) -> nn.Module:
+    """Load a model in evaluation mode: a .pt2 file of torch.export.save, or a folder of a stock class.
+
+    Raises what `load_exported` and `load_stock_module` raise.
+    """
+    return load_exported(path) if path.suffix == ".pt2" else load_stock_module(path)
 
 
 def load_stock_module(directory: Path) -> nn.Module:
@@ -34,14 +76,12 @@ def load_stock_module(directory: Path) -> nn.Module:
     check_folder(directory)
     config = read_json(directory / "config.json")
     check_names_no_code(config, str(directory / "config.json"))
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    kind = stock_class(config)
+    if kind is None:
         raise UnsupportedError(
             "no class of stock transformers has this name",
             where=str(directory / "config.json"),
-            got=f"architectures: {named}",
+            got=f"architectures: {config.get('architectures')}",
             wanted="the name of one model class, such as BertModel",
         )
     transformers_logging.disable_progress_bar()
@@ -82,18 +122,40 @@ def read_examples(path: Path, model: Any, directory: Path, *, batch_size: int, s
             wanted=f"as many examples of every argument, {batch_size} or more",
             do="give more examples, or a smaller --batch-size",
         )
-    constants = {"use_cache": False} if getattr(model.config, "is_encoder_decoder", False) else {}
+    constants = {"use_cache": False} if _has_cache(model) else {}
     count = min(sizes.values()) // batch_size
+    if isinstance(model, ExportedModule):
+        _check_exported({name: (batch_size, *each.shape[1:]) for name, each in tensors.items()}, model, path)
     return [
         {**{name: each[n * batch_size : (n + 1) * batch_size] for name, each in tensors.items()}, **constants}
         for n in range(count)
     ]
 
 
+def _has_cache(model: Any) -> bool:
+    """Whether a stock model returns a cache unless it is told not to; a graph cannot have such an output."""
+    return isinstance(model, transformers.PreTrainedModel) and (
+        model.can_generate() or bool(getattr(model.config, "is_encoder_decoder", False))
+    )
+
+
+def _check_exported(sizes: Mapping[str, tuple[int, ...]], model: ExportedModule, path: Path) -> None:
+    """Raise InputError for examples of other names or sizes than those that the program was exported with."""
+    if sizes != model.sizes:
+        first = next(iter(model.sizes.values()), ())
+        raise InputError(
+            "an exported program takes inputs of the names and sizes that it was exported with",
+            where=str(path),
+            got=str(dict(sizes)),
+            wanted=str(model.sizes),
+            do=f"give such examples, with --batch-size {first[0]}" if first else None,
+        )
+
+
 def losses_of(batches: list[dict[str, Any]], model: Any) -> Iterator[Tensor]:
     """Yield the loss that the model itself gives of each batch with labels. Raises InputError where it gives none."""
     for batch in batches:
-        loss = model(**batch).loss if LABELS in batch else None
+        loss = getattr(model(**batch), "loss", None) if LABELS in batch else None
         if loss is None:
             raise InputError(
                 "this importance reads gradients of a loss, and there is none",

@@ -20,6 +20,7 @@ METHODS: Registry[Method] = Registry(
         "depth": "structprune.methods.depth:DEPTH",
         "reap": "structprune.methods.reap:REAP",
         "magnitude": "structprune.methods.magnitude:MAGNITUDE",
+        "depgraph": "structprune.methods.depgraph:DEPGRAPH",
         "slicegpt": "structprune.methods.slicegpt:SLICEGPT",
         "random": "structprune.methods.random:RANDOM",
     },

@@ -1,4 +1,6 @@
-"""Which units leave: the least important of each family, of all families together, or of all that are isomorphic."""
+"""Which units leave: the least important of each family, of all families together, or of all that are isomorphic; or
+those of all families whose loss the outputs feel least.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,18 @@ from torch import Tensor
 from structprune.errors import InputError
 from structprune.modules.costs import Counts
 from structprune.modules.layout import ModuleLayout, UnitFamily
+from structprune.modules.sensitivity import measured_per_cost
 from structprune.registry import Registry
+from structprune.tracing.replay import Example
 
 _HALVINGS = 40
 """Bisection steps: a share is found to within 1e-12, finer than one unit of any model."""
+
+
+Weigh = Callable[
+    [ModuleLayout, Mapping[str, Tensor], Callable[[Counts], int], Sequence[Example], float], dict[str, Tensor]
+]
+"""(layout, scores by family, cost, examples, largest share that a family loses) -> scores by family."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,15 +33,18 @@ class Ranking:
 
     name: str
     key: Callable[[UnitFamily], object]
+    weigh: Weigh | None = None
+    """What becomes of the scores first; None: they are ranked as they are."""
 
 
 LOCAL = Ranking(name="local", key=lambda family: family.name)
 GLOBAL = Ranking(name="global", key=lambda family: None)
 PATTERN = Ranking(name="pattern", key=lambda family: family.pattern)
+MEASURED = Ranking(name="measured", key=lambda family: None, weigh=measured_per_cost)
 RANKINGS: Registry[Ranking] = Registry(
     "ranking",
     Ranking,
-    {name: f"structprune.modules.choice:{name.upper()}" for name in ("local", "global", "pattern")},
+    {name: f"structprune.modules.choice:{name.upper()}" for name in ("local", "global", "pattern", "measured")},
 )
 
 

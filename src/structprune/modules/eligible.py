@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fnmatch
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.modules.compaction import compacted
 from structprune.modules.layout import ModuleLayout, UnitFamily
 from structprune.modules.stock import stock_model
@@ -56,11 +57,35 @@ CHOICES: Registry[Eligibility] = Registry(
 )
 
 
+def _protected(layout: ModuleLayout, patterns: Collection[str]) -> set[str]:
+    names = [family.name for family in layout.families]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(
+                "no family has such a name",
+                where="protect",
+                got=pattern,
+                wanted=", ".join(names[:20]),
+                do="give a name, or a pattern such as 'decoder.*'",
+            )
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
 def eligible(
-    layout: ModuleLayout, choice: str | Callable[[UnitFamily], bool], *, allow_coupled: bool
+    layout: ModuleLayout,
+    choice: str | Callable[[UnitFamily], bool],
+    *,
+    allow_coupled: bool,
+    protect: Collection[str] = (),
 ) -> frozenset[str]:
-    """Name the families that may lose units. Raises UnsupportedError where there is none, with what holds them."""
-    candidates = [family for family in layout.families if family.is_exact or allow_coupled]
+    """Name the families that may lose units, without those whose names fit a pattern of `protect`.
+
+    Raises InputError for a pattern that fits no family, UnsupportedError where none is left, with what holds them.
+    """
+    protected = _protected(layout, protect)
+    candidates = [
+        family for family in layout.families if (family.is_exact or allow_coupled) and family.name not in protected
+    ]
     if callable(choice):
         chosen = [family for family in candidates if choice(family)]
     else:
@@ -71,7 +96,8 @@ def eligible(
         chosen = [each for sort in sorts.values() if rule.holds(layout, sort, allow_coupled) for each in sort]
         chosen = chosen or ([] if rule.is_strict else candidates)
     if not chosen:
-        held = {reason for axis in layout.frozen for reason in axis.reasons[:1]}
+        held = {"protect"} if protected else set[str]()
+        held |= {reason for axis in layout.frozen for reason in axis.reasons[:1]}
         coupled = {operation for family in layout.families for operation in family.couplings}
         raise UnsupportedError(
             "no unit can leave this module by these settings",

@@ -6,7 +6,7 @@ the numbers of a family are normalised so that families can be ranked together. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from structprune.errors import InputError
 from structprune.modules.layout import ModuleLayout, UnitFamily, evaluating
+from structprune.modules.reconstruction import removal_costs
 from structprune.registry import Registry
+from structprune.tracing.replay import Example
 
 Losses = Callable[[nn.Module], Iterable[Tensor]]
 """Gives the loss of one batch after the other, of the model as it is then; each is differentiated as it comes."""
@@ -38,6 +40,8 @@ class Importance:
     score: Callable[[Tensor, Gradients], Tensor]
     reads: frozenset[str] = frozenset()
     """Fields of `Gradients` that are measured for it."""
+    rate: Callable[[ModuleLayout, Sequence[UnitFamily], Sequence[Example]], dict[str, Tensor]] | None = None
+    """Numbers of whole units, (U,) by family, from examples; families that are not there have those of `score`."""
 
 
 def _magnitude(weight: Tensor, _: Gradients) -> Tensor:
@@ -58,6 +62,7 @@ def _hessian(weight: Tensor, gradients: Gradients) -> Tensor:
 MAGNITUDE = Importance(name="magnitude", score=_magnitude)
 TAYLOR = Importance(name="taylor", score=_taylor, reads=frozenset({"first"}))
 HESSIAN = Importance(name="hessian", score=_hessian, reads=frozenset({"second"}))
+RECONSTRUCTION = Importance(name="reconstruction", score=_magnitude, rate=removal_costs)
 IMPORTANCES: Registry[Importance] = Registry(
     "importance",
     Importance,
@@ -65,6 +70,7 @@ IMPORTANCES: Registry[Importance] = Registry(
         "magnitude": "structprune.modules.importance:MAGNITUDE",
         "taylor": "structprune.modules.importance:TAYLOR",
         "hessian": "structprune.modules.importance:HESSIAN",
+        "reconstruction": "structprune.modules.importance:RECONSTRUCTION",
     },
 )
 
@@ -154,21 +160,29 @@ def unit_scores(
     *,
     reduction: str = "mean",
     normalisation: str = "mean",
+    examples: Sequence[Example] = (),
+    names: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Compute one number per unit of every family, (U,) in float64.
+    """Compute one number per unit of every family, or of those of `names`, (U,) in float64.
 
-    Biases and buffers do not count, as they are added to what the weights give. Raises InputError for unknown names of
-    a reduction or a normalisation.
+    Biases and buffers do not count, as they are added to what the weights give; `examples` are for an importance that
+    rates units by them. Raises InputError for unknown names of a reduction or a normalisation, and where such an
+    importance has none.
     """
     reduce, normalise = entry(REDUCTIONS, reduction, "reduction"), entry(NORMALISATIONS, normalisation, "normalisation")
     elements: dict[str, Tensor] = {}
     for name in _weights(layout):
         weight, sums = layout.state[name].detach(), gradients[name]
         elements[name] = importance.score(weight, sums)
+    if importance.rate is not None and not examples:
+        raise InputError(f"the importance {importance.name!r} reads examples", wanted="one input or more")
+    families = [family for family in layout.families if names is None or family.name in names]
+    rated = {} if importance.rate is None else importance.rate(layout, families, examples)
     found: dict[str, Tensor] = {}
-    for family in layout.families:
+    for family in families:
         members = _member_scores(family, elements)
         scores_U = reduce(torch.stack(members)) if members else torch.zeros(family.num_units, dtype=torch.float64)
+        scores_U = rated.get(family.name, scores_U)
         found[family.name] = normalise(scores_U)
     return found
 

@@ -39,22 +39,13 @@ class GraphModule(nn.Module):
                 shared = made.setdefault(
                     id(traced.parameters[name]), nn.Parameter(tensor.detach(), tensor.is_floating_point())
                 )
-                self._place(name).register_parameter(name.rpartition(".")[2], shared)  # pyright: ignore[reportArgumentType]
+                place, last = self._places[name] = make_place(self, name)
+                place.register_parameter(last, shared)  # pyright: ignore[reportArgumentType]
             elif name in traced.program.constants:
                 self._constants[name] = tensor.detach()
             else:
-                self._place(name).register_buffer(name.rpartition(".")[2], tensor.detach())
-
-    def _place(self, name: str) -> nn.Module:
-        """Return the submodule that holds a tensor, made where it is not there yet."""
-        module: nn.Module = self
-        *path, last = name.split(".")
-        for each in path:
-            if each not in module._modules:
-                module.add_module(each, nn.Module())
-            module = module.get_submodule(each)
-        self._places[name] = (module, last)
-        return module
+                place, last = self._places[name] = make_place(self, name)
+                place.register_buffer(last, tensor.detach())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = {
@@ -62,6 +53,17 @@ class GraphModule(nn.Module):
             **{name: getattr(module, last) for name, (module, last) in self._places.items()},
         }
         return returned(self._traced, state, Example(args=args, kwargs=kwargs), self._kept)
+
+
+def make_place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the submodule that a tensor's full name names, made where it is not there yet, and the name in it."""
+    module = root
+    *path, last = name.split(".")
+    for each in path:
+        if each not in dict(module.named_children()):
+            module.add_module(each, nn.Module())
+        module = module.get_submodule(each)
+    return module, last
 
 
 def save_program(model: nn.Module, example: Example, path: Path) -> None:

@@ -112,7 +112,7 @@ def prune_module(
     inputs = [as_example(each) for each in examples]
     _check_sizes(inputs)
     dense = current = layout(model, examples[0])
-    names = eligible(dense, recipe.families, allow_coupled=recipe.allow_coupled)
+    names = eligible(dense, recipe.families, allow_coupled=recipe.allow_coupled, protect=recipe.protect)
     left = {family.name: family.num_units for family in dense.families}
     done: _Step | None = None
     for number in range(1, recipe.steps + 1):
@@ -183,15 +183,25 @@ def _step(
     """Remove units of the current module until so much of the dense module's cost has gone."""
     importance = IMPORTANCES.get(recipe.importance)
     gradients = measure(current, importance, loss)
-    scores = unit_scores(current, importance, gradients, reduction=recipe.reduction, normalisation=recipe.normalisation)
-    scores = {name: each for name, each in scores.items() if name in names}
+    scores = unit_scores(
+        current,
+        importance,
+        gradients,
+        reduction=recipe.reduction,
+        normalisation=recipe.normalisation,
+        examples=inputs,
+        names=names,
+    )
     limits = Limits(max_share=recipe.max_share, multiple_of=recipe.multiple_of)
+    # Seconds are searched by multiplications.
+    cost, ranking = COSTS.find(recipe.cost) or COSTS.get("macs"), RANKINGS.get(recipe.ranking)
+    if ranking.weigh is not None:
+        scores = ranking.weigh(current, scores, cost.of(current), inputs, recipe.max_share)
 
-    def chosen(cost: Callable[[Counts], int], target: float) -> dict[str, list[int]]:
-        return choose(current, scores, cost, target, ranking=RANKINGS.get(recipe.ranking), limits=limits)
+    def chosen(count: Callable[[Counts], int], target: float) -> dict[str, list[int]]:
+        return choose(current, scores, count, target, ranking=ranking, limits=limits)
 
     if recipe.cost in COSTS:
-        cost = COSTS.get(recipe.cost)
         keep = chosen(cost.of(current), (1 - share) * cost.of(dense)({}))
     else:
         keep = _timed(dense, current, chosen, 1 - share, recipe)

@@ -29,14 +29,15 @@ class ModuleRecipe:
     """What the sparsity is a share of: `parameters`, `macs` (multiplications for one example), or `latency`, seconds of
     one call on this machine."""
     importance: str = "magnitude"
-    """`magnitude` (w^2), `taylor` (|w g|) or `hessian` (w^2 g^2 / 2); the last two need a loss."""
+    """`magnitude` (w^2), `taylor` (|w g|) and `hessian` (w^2 g^2 / 2), which need a loss, or `reconstruction`, the
+    error that a removal adds where the weights that read the unit are solved again."""
     reduction: str = "mean"
     """How a unit's tensors become one number: `mean`, `sum`, `max` or `first`."""
     normalisation: str = "mean"
     """How families are made comparable: `none`, `mean`, `max`, `sum`, `gaussian` or `lamp`."""
     ranking: str = "local"
-    """Who is ranked together: each family by itself (`local`), all (`global`), or all that are isomorphic
-    (`pattern`)."""
+    """Who is ranked together: each family by itself (`local`), all (`global`), all that are isomorphic (`pattern`), or
+    all by the error that their absence is measured to make, for what they cost (`measured`)."""
     steps: int = 1
     """Rounds of scores, choice, repair and removal, each with its part of the sparsity."""
     repair: bool = True
@@ -48,6 +49,8 @@ class ModuleRecipe:
     families: str | Callable[[UnitFamily], bool] = "native"
     """Which families lose units: those that the model's own code runs without (`native`), those of which a stock config
     can have fewer (`stock`), all (`all`), or a choice of one's own."""
+    protect: tuple[str, ...] = ()
+    """Names of families that stay whole, or patterns of names such as `*.decoder.*`."""
     allow_coupled: bool = False
     """Whether units that a LayerNorm, a GroupNorm or a softmax sees together may leave."""
 

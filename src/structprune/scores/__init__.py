@@ -8,6 +8,7 @@ from structprune.scores.score import Score, Selector
 
 _SCORES = {
     "magnitude": "structprune.scores.weights:MAGNITUDE",
+    "group-norm": "structprune.scores.weights:GROUP_NORM",
     "random": "structprune.scores.weights:RANDOM",
     "wanda": "structprune.scores.activations:WANDA",
     "fluctuation": "structprune.scores.activations:FLUCTUATION",

@@ -1,4 +1,4 @@
-"""Scores from the weights alone. Shape suffixes: U units, O outputs, I inputs."""
+"""Scores from the weights alone. Shape suffixes: M producers, U units, O outputs, I inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ def magnitude(problem: LayerProblem) -> Tensor:
 
     The product is unchanged when a channel's scale moves between the producers and the consumer of a linear unit.
     """
-    weight_OI = problem.weight_OI.float()
-    consumer_norm_U = weight_OI.T.reshape(problem.num_units, -1).norm(dim=1)
-    return problem.producer_norm_U * consumer_norm_U
+    return problem.producer_norms_MU.prod(dim=0) * _consumer_norms(problem)
+
+
+def group_norm(problem: LayerProblem) -> Tensor:
+    """Return the mean over the group's matrices of the squared L2 norm of each unit's slice, shape (U,).
+
+    DepGraph (arXiv 2301.12900, section 3.4) sums over the group; a mean ranks alike.
+    """
+    norms_MU = torch.cat([problem.producer_norms_MU, _consumer_norms(problem)[None]])
+    return norms_MU.square().mean(dim=0)
+
+
+def _consumer_norms(problem: LayerProblem) -> Tensor:
+    return problem.weight_OI.float().T.reshape(problem.num_units, -1).norm(dim=1)
 
 
 def random(problem: LayerProblem) -> Tensor:
@@ -27,4 +38,5 @@ def random(problem: LayerProblem) -> Tensor:
 
 
 MAGNITUDE = Score(score=magnitude, reads=set())
+GROUP_NORM = Score(score=group_norm, reads=set())
 RANDOM = Score(score=random, reads=set())

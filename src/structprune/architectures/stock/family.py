@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.family import Family
+from structprune.architectures.stock.classes import other_kind, wraps_text_model
 from structprune.architectures.stock.config import build_config
 from structprune.architectures.traced.lookup import family_of, is_stock_decoder
 from structprune.checkpoint.reader import CheckpointReader
@@ -29,7 +30,14 @@ def family_of_checkpoint(reader: CheckpointReader, usable: Mapping[str, Any]) ->
     if not is_stock_decoder(config):
         raise unknown_family(reader)
     _check_sizes(reader, config)
-    return family_of(config)
+    try:
+        return family_of(config)
+    except UnsupportedError as error:
+        # Stock code makes decoders of encoders too, with a head that the checkpoint has not.
+        other = other_kind(reader.config, reader.directory)
+        if other is None:
+            raise
+        raise other from error
 
 
 def _check_sizes(reader: CheckpointReader, config: PretrainedConfig) -> None:
@@ -56,9 +64,12 @@ def _check_sizes(reader: CheckpointReader, config: PretrainedConfig) -> None:
 
 
 def unknown_family(reader: CheckpointReader) -> UnsupportedError:
-    """Build the error for a model type that is no family; for a wrapper, with the way to the text model inside."""
+    """Build the error for a model type that is no family, with the way there is: for a wrapper, for another kind."""
+    other = other_kind(reader.config, reader.directory)
+    if other is not None:
+        return other
     model_type, architectures = reader.config.get("model_type"), str(reader.config.get("architectures"))
-    wraps = "text_config" in reader.config or "ForConditionalGeneration" in architectures
+    wraps = wraps_text_model(reader.config) or "ForConditionalGeneration" in architectures
     return UnsupportedError(
         f"{model_type} wraps a text model together with other parts" if wraps else "unknown model family",
         where=str(reader.directory / "config.json"),

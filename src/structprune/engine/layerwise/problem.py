@@ -49,7 +49,7 @@ def layer_problem(
         partitions=group.partitions,
         damping=context.damping,
         shrinkage=context.shrinkage,
-        producer_norm_U=producer_norms(tensors, group).to(where),
+        producer_norms_MU=producer_norms(tensors, group).to(where),
         seed=context.recipe.seed * 1_000_003
         + (group.expert or 0) * 10_007
         + block.index * len(UNIT_KINDS)

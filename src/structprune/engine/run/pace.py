@@ -280,7 +280,7 @@ class Trials:
             partitions=group.partitions,
             damping=_DAMPING,
             shrinkage=0.0 if priced else self.recipe.shrinkage,
-            producer_norm_U=numbers_U.float(),
+            producer_norms_MU=numbers_U.float()[None],
             sensitivity_OO=torch.eye(outputs, device=self.device) if priced or self.weighs else None,
             taylor=TaylorSums(signed_U=numbers_U, first_U=numbers_U, second_U=numbers_U, mixed_U=numbers_U),
         )
