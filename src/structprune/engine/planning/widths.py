@@ -61,8 +61,8 @@ def reachable_shares(
         return _even_shares(budgets, options, allocator.allocate)
     if kept is None:
         return _possible_shares(budgets, options)
-    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
-    steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
+    total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
+    steps = [budget.multiple_of * budget.unit_size for budget in budgets]
     gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
     # With the last unit goes more than the units.
     removed = sum(removed_parameters(b, group, kept[group.kind][b.index]) for b, group in sublayers(stock, kinds))
@@ -80,11 +80,11 @@ def _possible_shares(budgets: Sequence[BlockBudget], options: AllocationOptions)
     """
     check_bounds(budgets, options)
     _check_attention_stays(budgets, options)
-    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
     # In parameters: what must go, and of each group the first step beyond that and those after it, which are equal.
     least, steps = 0, list[tuple[int, int, int]]()
     for budget in budgets:
-        allowed, size = allowed_removals(budget, options), budget.unit_parameters
+        allowed, size = allowed_removals(budget, options), budget.unit_size
         least += allowed[0] * size
         if len(allowed) > 1:
             steps.append(((allowed[1] - allowed[0]) * size, budget.multiple_of * size, len(allowed) - 2))
@@ -118,10 +118,10 @@ def _check_attention_stays(budgets: Sequence[BlockBudget], options: AllocationOp
     attention = [budget for budget in budgets if budget.kind == "attention"]
     if not options.allow_removal or not attention or any(b.block in options.protected for b in attention):
         return
-    total, target = sum(b.module_parameters for b in budgets), removal_target(budgets, options)
-    most = sum(largest_removal(b, options) * b.unit_parameters for b in budgets)
+    total, target = sum(b.module_size for b in budgets), removal_target(budgets, options)
+    most = sum(largest_removal(b, options) * b.unit_size for b in budgets)
     # One step of one of them has to stay.
-    most -= min(b.multiple_of * b.unit_parameters for b in attention)
+    most -= min(b.multiple_of * b.unit_size for b in attention)
     if most < target:
         raise InputError(
             "the sparsity would take the attention of every block",
@@ -135,11 +135,11 @@ def _even_shares(
     budgets: Sequence[BlockBudget], options: AllocationOptions, allocate: Callable[..., list[int]]
 ) -> ReachableShares:
     """Search what an allocator that compares nothing removes for other shares: more for a larger one, in steps."""
-    total = sum(budget.module_parameters for budget in budgets)
+    total = sum(budget.module_size for budget in budgets)
 
     def removed(asked: float) -> float:
         kept = allocate(budgets, replace(options, sparsity=asked))
-        units = sum(b.unit_parameters * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
+        units = sum(b.unit_size * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
         return units / total
 
     found, asked = removed(options.sparsity), options.sparsity
@@ -164,8 +164,8 @@ def _budgets(
             block=block.index,
             kind=group.kind,
             num_units=group.num_units,
-            unit_parameters=sum(block.unit_parameters(part) for part in block.groups_of(group.kind)),
-            module_parameters=block.module_parameters(group),
+            unit_size=sum(block.unit_parameters(part) for part in block.groups_of(group.kind)),
+            module_size=block.module_parameters(group),
             multiple_of=_multiple(recipe, group),
             cost_U=None if costs is None else costs[group.kind][block.index],
         )
