@@ -22,5 +22,7 @@ class Allocator:
     an allocator removes no sublayer."""
     bounded: bool = True
     """Whether it holds each group between the least and the largest share of its units that the settings name."""
+    holds_several: bool = False
+    """Whether it holds several sums to their limits (`AllocationOptions.further`)."""
     reads_widths: bool = False
     """Whether the widths are decided outside, and the sparsity is what they make of it."""

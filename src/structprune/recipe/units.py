@@ -46,7 +46,7 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     )
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
-        description="how the blocks share the sparsity: uniform, closed-form, fermi-dirac, softmax or standardised",
+        description="how the blocks share the sparsity: uniform, closed-form, dp, milp, fermi-dirac, softmax or standardised",
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
