@@ -17,9 +17,9 @@ from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget, k
 from structprune.allocation.budget import Sizes
 from structprune.allocation.knapsack import dynamic_programming
 from structprune.allocation.menu import Budget, Choice, Slot, Variant, make_menu, total_cost, total_price
-from structprune.allocation.mixed_integer import check_solver, mixed_integer
+from structprune.allocation.mixed_integer import mixed_integer
 from structprune.allocation.path import lagrangian_path
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 
 needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="needs the extra milp")
 
@@ -203,8 +203,8 @@ def test_several_limits_are_held() -> None:
 
 def test_scipy_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"scipy, which is not installed.*structprune\[milp\]"):
-        check_solver()
+    with pytest.raises(UnsupportedError, match=r"allocator 'milp' needs .*; got no scipy.*structprune\[milp\]"):
+        ALLOCATORS.get("milp").check("milp")
 
 
 def rising_menu(num_slots: int, num_widths: int, num_units: int) -> list[Slot]:

@@ -6,7 +6,6 @@ Puzzle (arXiv 2411.19146) searches its blocks.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,23 +24,12 @@ _MOST_NODES = 20_000
 _MOST_TRIES = 8
 
 
-def check_solver() -> None:
-    """Raise InputError if scipy is not installed."""
-    if importlib.util.find_spec("scipy") is None:
-        raise InputError(
-            "the choice under several limits is made with scipy, which is not installed",
-            wanted="one limit and --allocator dp, or scipy",
-            do="install it with `pip install 'structprune[milp]'`",
-        )
-
-
 def mixed_integer(slots: Sequence[Slot], budget: Budget) -> Choice:
     """Find the choice of least price that meets every limit; where it can keep more at no loss, it does.
 
     HiGHS proves the choice best unless it comes to its limit of nodes first. Raises InputError if no choice meets the
-    budget, or scipy is not there.
+    budget.
     """
-    check_solver()
     if not budget.met(slots, tuple(len(slot.variants) - 1 for slot in slots)):
         raise InputError("no choice of widths meets every limit", got=_written(budget), do="raise a limit")
     limits = list(budget.at_most)
@@ -99,10 +87,12 @@ def _scaled(prices: NDArray[np.float64]) -> NDArray[np.float64]:
 def allocate_within(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
     """Return the units to keep whose removals have the least total loss of all that meet every limit.
 
-    Raises InputError if the limits cannot be met within the groups' bounds, or scipy is not there.
+    Raises InputError if the limits cannot be met within the groups' bounds.
     """
     slots, budget = make_menu(budgets, options)
     return kept_units(slots, mixed_integer(slots, budget))
 
 
-MILP = Allocator(allocate=allocate_within, compares="loss", holds_several=True)
+MILP = Allocator(
+    allocate=allocate_within, compares="loss", holds_several=True, packages=("scipy",), extra="structprune[milp]"
+)
