@@ -11,6 +11,7 @@ from structprune.cli.settings import takes_recipe
 
 if TYPE_CHECKING:
     from structprune.api import RunPlan
+    from structprune.engine.planning.limits import Limit
     from structprune.engine.planning.plan import DevicePlan, PrunePlan
 
 
@@ -51,6 +52,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
             f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
         ),
     ]
+    rows += [(f"limit of {limit.name}", _limit_line(limit, found)) for limit in found.forecast.limits]
     if found.time is not None:
         rows.append(("time", f"{in_words(found.time.seconds)} on this machine"))
         rows += [(f"  {name}", f"{seconds:,.0f} s") for name, seconds in found.time.stretches.items()]
@@ -85,6 +87,13 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     return [*rows, ("reload check", check), *(("note", note) for note in found.notes)]
 
 
+def _limit_line(limit: Limit, found: RunPlan) -> str:
+    """Say what is asked of a quantity, what it is with all units, and where widths are known what it will be."""
+    kept = found.forecast.kept
+    will_be = "" if kept is None else f", {limit.predicted(kept):,} predicted"
+    return f"at most {limit.at_most:,}, {limit.before:,} with all units{will_be}"
+
+
 def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
     """Format the planned peak of the host or the device, and the peaks of its phases."""
     from structprune.memory import format_bytes
@@ -103,6 +112,15 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
         "size": asdict(found.size),
+        "limits": [
+            {
+                "name": limit.name,
+                "at_most": limit.at_most,
+                "before": limit.before,
+                "predicted": None if found.forecast.kept is None else limit.predicted(found.forecast.kept),
+            }
+            for limit in found.forecast.limits
+        ],
         "start_token": found.start,
         "notes": found.notes,
         "seconds": None if found.time is None else {"all": found.time.seconds, "stretches": dict(found.time.stretches)},

@@ -30,6 +30,7 @@ from structprune.recipe.fields import (
     settings_fingerprint,
     validated,
 )
+from structprune.recipe.limits import TARGETS
 from structprune.registry import Registry
 from structprune.texts import AUTO, WeightedText, weighted_texts
 
@@ -212,6 +213,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         for name, other in (("num_samples", "time_budget"), ("time_budget", "num_samples")):
             if overrides.get(name) is not None and other not in overrides:
                 values.pop(other, None)
+        # A share or limits decide how much goes, and limits go together.
+        targets = {name for name in TARGETS if overrides.get(name) is not None}
+        if targets and overrides.get("sparsity") is None:
+            values.pop("sparsity", None)
+        elif overrides.get("sparsity") is not None and not targets:
+            for name in TARGETS:
+                values.pop(name, None)
         return cls.build(**{**values, **overrides})
 
     @property

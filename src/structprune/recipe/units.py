@@ -11,11 +11,13 @@ from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost, Count, FileBytes, KvCache
 from structprune.recipe.repaired import RepairedRecipe
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
+SPARSITY_DECIDES = "--sparsity decides"
 
 
 class UnitsRecipe(RepairedRecipe, frozen=True):
@@ -24,6 +26,16 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     pipeline: ClassVar[str] = "units"
     removes: ClassVar[str] = "units of sublayers"
 
+    target_parameters: Annotated[Count | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
+        default=None, description="the most parameters that the result may have, such as 1B; instead of --sparsity"
+    )
+    target_bytes: Annotated[FileBytes | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
+        default=None, description="the most bytes of its weight files, such as 4GiB; instead of --sparsity"
+    )
+    target_kv_cache: Annotated[KvCache | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
+        default=None,
+        description="the most bytes of keys and values of so many tokens, such as 8192:2GiB; instead of --sparsity",
+    )
     head_units: Annotated[HeadUnits | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
         default=None,
         description="what attention loses. kv-group: KV heads with their query heads; query-head: query heads alone; "
@@ -46,7 +58,8 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     )
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
-        description="how the blocks share the sparsity: uniform, closed-form, dp, milp, fermi-dirac, softmax or standardised",
+        description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
+        "standardised",
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
@@ -106,7 +119,7 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
         own = super().own_values(values)
         widths = as_widths(own.get("widths"))
         if not widths.blocks:
-            return own
+            return {**_of_cache(own), **own}
         asked = own.get("head_units") or widths.head_units
         if widths.head_units not in (None, asked) and "attention" in widths.kinds:
             raise InputError(
@@ -118,9 +131,20 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
         return {"scope": kinds[0] if len(kinds) == 1 else "all", **own, "widths": widths, "head_units": asked}
 
 
+def _of_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Say the scope that a limit of the KV cache alone means: attention, or all beside limits of other things."""
+    targets = [name for name in TARGETS if values.get(name) is not None]
+    if "target_kv_cache" not in targets:
+        return {}
+    return {"scope": "attention" if len(targets) == 1 else "all"}
+
+
 class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     """What a run that removes units works by."""
 
+    target_parameters: AtMost = 0
+    target_bytes: AtMost = 0
+    target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
     head_units: HeadUnits = SAID
     multiple_of: int = SAID
     damping: Damping = SAID

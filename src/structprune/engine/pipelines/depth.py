@@ -16,8 +16,9 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
-from structprune.engine.planning.forecast import Forecast, result_tensors, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.tensors import result_tensors
 from structprune.engine.planning.widths import Widths, check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize

@@ -19,6 +19,7 @@ from structprune.engine.layerwise.block import pass_block, prune_block
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
+from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, sublayers
 from structprune.engine.run.context import RunContext
@@ -70,6 +71,7 @@ def execute(context: RunContext) -> PruneReport:
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        limits=find_limits(context.stock, context.settings(ResolvedUnits), context.kinds),
         widths=kept_units,
         reused=None if found is None else found.reused,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),

@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import retyped, shape_of
+from structprune.engine.planning.limits import Limit, limit_reports
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
@@ -86,6 +87,8 @@ class Outcome:
     pruned_NSD: Tensor
     shares: ReachableShares | None
     """What share of the scope goes, beside the nearest that its units allow."""
+    limits: Sequence[Limit] = ()
+    """What decided the widths, where a share did not."""
     widths: Widths = field(default_factory=dict[str, list[int]])
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
@@ -302,6 +305,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
+        limits=limit_reports(result.outcome.limits, result.outcome.widths, written.model, result.size),
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
