@@ -87,10 +87,20 @@ def kept_units(slots: Sequence[Slot], choice: Choice) -> list[int]:
 def make_menu(budgets: Sequence[BlockBudget], options: AllocationOptions) -> tuple[list[Slot], Budget]:
     """List the widths that every group may have with their predicted losses, and what all together may add.
 
-    A price is the sum of the losses of the removals that lead to the width. Raises InputError as `check_bounds`, and
-    NumericalError if a loss is not finite.
+    Raises InputError as `check_bounds`, and NumericalError if a loss is not finite.
     """
     check_bounds(budgets, options)
+    removals = (removal_target(budgets, options), *options.further)
+    dense = (sum(b.sizes[number].kept(b.num_units) for b in budgets) for number in range(len(removals)))
+    at_most = tuple(size - removal for size, removal in zip(dense, removals, strict=True))
+    return list_slots(budgets, options), Budget(at_most=at_most)
+
+
+def list_slots(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[Slot]:
+    """List the widths that every group may have; a price is the sum of the losses of the removals that lead to it.
+
+    Raises NumericalError if a loss is not finite.
+    """
     slots: list[Slot] = []
     for budget in budgets:
         prices = [0.0, *torch.cumsum(removal_costs(budget), dim=0).tolist()]
@@ -100,9 +110,7 @@ def make_menu(budgets: Sequence[BlockBudget], options: AllocationOptions) -> tup
             cost = tuple(sizes.kept(keep) for sizes in budget.sizes)
             variants.append(Variant(keep=keep, cost=cost, price=prices[removed]))
         slots.append(Slot(block=budget.block, kind=budget.kind, variants=tuple(variants)))
-    removals = (removal_target(budgets, options), *options.further)
-    dense = (sum(b.sizes[number].kept(b.num_units) for b in budgets) for number in range(len(removals)))
-    return slots, Budget(at_most=tuple(size - removal for size, removal in zip(dense, removals, strict=True)))
+    return slots
 
 
 def filled(slots: Sequence[Slot], choice: Choice, budget: Budget) -> Choice:

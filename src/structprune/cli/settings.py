@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from structprune.errors import StructPruneError
 from structprune.ranks import launched
-from structprune.recipe import Flag, Recipe, all_fields
+from structprune.recipe import Flag, Group, Recipe, all_fields
+from structprune.recipe.path import PATH_NAME, with_allocation
 
 Verb = Callable[..., None]
 _RECIPE_FILE = inspect.Parameter(
@@ -23,16 +24,33 @@ _RECIPE_FILE = inspect.Parameter(
     default=None,
     annotation=Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")],
 )
+_ALLOCATION_FILE = inspect.Parameter(
+    "allocation",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(
+            help=f"An earlier run's {PATH_NAME}: the widths for --sparsity follow from what it has measured.",
+            rich_help_panel=Group.WHAT.value,
+        ),
+    ],
+)
 
 
 def takes_recipe(verb: Verb) -> Verb:
     """Give `verb` an option for every field of a recipe, and `--recipe`; its parameter `settings` gets the Recipe."""
 
     def build(values: dict[str, Any]) -> Recipe:
-        recipe, fields = values.pop("recipe"), given(values)
-        return Recipe.from_yaml(recipe, **fields) if recipe is not None else Recipe.build(**fields)
+        recipe, allocation, fields = values.pop("recipe"), values.pop("allocation"), given(values)
+        if recipe is not None:
+            fields = Recipe.merged_values(recipe, fields)
+        if allocation is not None:
+            share = Recipe.build(**{name: fields[name] for name in ("sparsity",) if name in fields}).sparsity
+            fields = with_allocation(fields, allocation, share)
+        return Recipe.build(**fields)
 
-    return takes_fields(all_fields(), build, _RECIPE_FILE)(verb)
+    return takes_fields(all_fields(), build, _RECIPE_FILE, _ALLOCATION_FILE)(verb)
 
 
 def takes_fields(

@@ -208,6 +208,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
+        return cls.build(**cls.merged_values(path, overrides))
+
+    @staticmethod
+    def merged_values(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a YAML mapping of recipe fields without validating it; `overrides` win. Raises InputError."""
         values = read_yaml(path)
         # Either decides the number of windows: what overrides one overrides the other.
         for name, other in (("num_samples", "time_budget"), ("time_budget", "num_samples")):
@@ -220,7 +225,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         elif overrides.get("sparsity") is not None and not targets:
             for name in TARGETS:
                 values.pop(name, None)
-        return cls.build(**{**values, **overrides})
+        return {**values, **overrides}
 
     @property
     def most_samples(self) -> int:

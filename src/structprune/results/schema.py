@@ -324,6 +324,9 @@ class PruneFacts(Frozen):
     """None: no window was held out, as in reports of earlier versions; what is known is in-sample only."""
     calibration: CalibrationReport
     size: SizeReport
+    predicted_loss: float | None = None
+    """What the removals are predicted to add to the loss, in nats per token: the sum of what each was measured to cost
+    the dense model. None where that was not measured."""
     limits: list[LimitReport] = Field(default_factory=list[LimitReport])
     """Limits that decided the widths; empty where a share did, and in reports of earlier versions."""
     memory: MemoryReport

@@ -75,6 +75,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
         ),
+        *([] if report.predicted_loss is None else [("predicted loss", f"{report.predicted_loss:.4f} nats per token")]),
         *((f"limit of {limit.name}", limit.line) for limit in report.limits),
         ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
         ("removed of the model", f"{size.removed_share_of_model:.2%}"),

@@ -21,13 +21,15 @@ from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_p
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.shapes import most_inputs
-from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, sublayers
+from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.final_states import first_windows
+from structprune.methods.method import SensitivityKind
+from structprune.recipe.path import RemovalPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
@@ -71,13 +73,30 @@ def execute(context: RunContext) -> PruneReport:
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        path=None if costs is None else _removal_path(context, costs),
         limits=find_limits(context.stock, context.settings(ResolvedUnits), context.kinds),
         widths=kept_units,
         reused=None if found is None else found.reused,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
-    scope = sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
-    return finalize(context, writer, config, outcome, scope)
+    return finalize(context, writer, config, outcome, _scope_parameters(context))
+
+
+def _scope_parameters(context: RunContext) -> int:
+    return sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
+
+
+def _removal_path(context: RunContext, costs: Costs) -> RemovalPath | None:
+    """Return what every width is predicted to cost, where that was measured by the loss."""
+    if context.sensitivity is not SensitivityKind.LOSS:
+        return None
+    return RemovalPath(
+        source=context.source,
+        source_fingerprint=context.reader.fingerprint(),
+        head_units=context.stock.head_units,
+        scope_parameters=_scope_parameters(context),
+        sublayers=removal_path(context.stock, context.settings(ResolvedUnits), context.kinds, costs),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

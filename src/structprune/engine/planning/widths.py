@@ -10,11 +10,13 @@ from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.allocation.budget import Sizes, allowed_removals, check_bounds, largest_removal, removal_target
+from structprune.allocation.menu import list_slots
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.limits import Limit, SublayerSizes, check_within, find_limits
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
+from structprune.recipe.path import SublayerPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.recipe.widths import BlockWidths
 from structprune.results.schema import ReachableShares
@@ -68,6 +70,24 @@ def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
             )
             check_within(limit, sum(most))
     return limits
+
+
+def removal_path(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
+) -> tuple[SublayerPath, ...]:
+    """List the widths that every sublayer may have, in parameters, with what their removals are predicted to cost."""
+    budgets = _budgets(stock, recipe, kinds, costs, [])
+    return tuple(
+        SublayerPath(
+            block=slot.block,
+            kind=slot.kind,
+            before=budget.sizes[0].kept(budget.num_units),
+            units=tuple(variant.keep for variant in slot.variants),
+            parameters=tuple(variant.cost[0] for variant in slot.variants),
+            loss=tuple(variant.price for variant in slot.variants),
+        )
+        for budget, slot in zip(budgets, list_slots(budgets, _options(stock, recipe, [])), strict=True)
+    )
 
 
 def reachable_shares(

@@ -42,6 +42,7 @@ from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
 from structprune.phases import Phase, by_name
+from structprune.recipe.path import PATH_NAME, RemovalPath
 from structprune.recipe.widths import WIDTHS_NAME, saved_widths
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
@@ -87,6 +88,8 @@ class Outcome:
     pruned_NSD: Tensor
     shares: ReachableShares | None
     """What share of the scope goes, beside the nearest that its units allow."""
+    path: RemovalPath | None = None
+    """What every width is predicted to cost; None where that was not measured."""
     limits: Sequence[Limit] = ()
     """What decided the widths, where a share did not."""
     widths: Widths = field(default_factory=dict[str, list[int]])
@@ -287,6 +290,8 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, result.outcome.widths)))
+    if result.outcome.path is not None:
+        write_json(checkpoint / PATH_NAME, result.outcome.path.model_dump(mode="json"))
     context.meter.mark("finish")
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written.model, context.recipe, result.config)
@@ -305,6 +310,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
+        predicted_loss=None if (path := result.outcome.path) is None else path.predicted(result.outcome.widths),
         limits=limit_reports(result.outcome.limits, result.outcome.widths, written.model, result.size),
         memory=_memory_report(context),
         blocks=result.outcome.reports,
