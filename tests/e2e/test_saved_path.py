@@ -85,7 +85,18 @@ def test_a_share_from_the_file_is_a_run_of_that_share(
     assert not (tmp_path / "found" / "pruning_path.json").exists()
     code, out, _ = command_line("plan", tiny_llama, *flags, "--json")
     assert code == 0
-    assert json.loads(out)["parameters_after"] == wanted.size.parameters_after
+    planned = json.loads(out)
+    assert planned["parameters_after"] == wanted.size.parameters_after
+    assert [(point["share"], point["loss"]) for point in planned["curve"]] == [
+        (point.share, point.loss) for point in read_path(saved).curve()
+    ]
+    code, out, _ = command_line("plan", tiny_llama, *flags)
+    assert code == 0
+    table = out[out.index("Predicted loss against size") :]
+    assert table.count("about what is asked") == 1
+    last = read_path(saved).curve()[-1]
+    assert f"{last.share:.1%}" in table
+    assert f"{last.loss:.4f}" in table
 
 
 def test_the_curve_falls_from_the_dense_model_to_the_smallest(
@@ -101,6 +112,16 @@ def test_the_curve_falls_from_the_dense_model_to_the_smallest(
     at = next(number for number, point in enumerate(curve) if point.share >= 0.3)
     assert curve[at - 1].loss <= report.predicted_loss <= curve[at].loss
     assert curve[-1].removed == path.before - sum(sublayer.parameters[-1] for sublayer in path.sublayers)
+
+
+def test_widths_that_are_no_widths_of_the_menu(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """From outside, below the least share and of no multiple: their loss is predicted all the same."""
+    widths = {"0": {"mlp": 0}, "1": {"mlp": 3}}
+    report = pruned(tiny_llama, tmp_path / "out", text_file, widths=widths)
+    assert report.predicted_loss is not None
+    less = pruned(tiny_llama, tmp_path / "less", text_file, widths={"0": {"mlp": 40}, "1": {"mlp": 3}})
+    assert less.predicted_loss is not None
+    assert 0 < less.predicted_loss < report.predicted_loss
 
 
 def test_none_is_saved_where_no_loss_is_measured(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

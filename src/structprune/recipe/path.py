@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,7 +46,8 @@ class SublayerPath(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class CurvePoint(BaseModel, frozen=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
     """One size on the way from the dense model to the smallest one."""
 
     share: float
@@ -113,10 +115,6 @@ class RemovalPath(BaseModel, frozen=True, extra="forbid"):
             blocks.setdefault(sublayer.block, {})[sublayer.kind] = keep
         attention = any("attention" in kinds for kinds in blocks.values())
         return BlockWidths(blocks=blocks, head_units=self.head_units if attention else None)
-
-    def predicted(self, kept: Mapping[str, Sequence[int]]) -> float:
-        """Return the predicted loss of widths of the menu, kind -> units of each block."""
-        return sum(one.loss[one.units.index(kept[one.kind][one.block])] for one in self.sublayers)
 
     def curve(self) -> list[CurvePoint]:
         """Return every choice that is the best of its size at some price of size, from the largest to the smallest."""

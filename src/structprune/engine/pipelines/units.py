@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,7 +74,7 @@ def execute(context: RunContext) -> PruneReport:
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
-        path=None if costs is None else _removal_path(context, costs),
+        **({} if costs is None else _predictions(context, costs, kept_units)),
         limits=find_limits(context.stock, context.settings(ResolvedUnits), context.kinds),
         widths=kept_units,
         reused=None if found is None else found.reused,
@@ -86,17 +87,22 @@ def _scope_parameters(context: RunContext) -> int:
     return sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
 
 
-def _removal_path(context: RunContext, costs: Costs) -> RemovalPath | None:
-    """Return what every width is predicted to cost, where that was measured by the loss."""
+def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[str, Any]:
+    """Return what these widths and all others are predicted to cost, where that was measured by the loss."""
     if context.sensitivity is not SensitivityKind.LOSS:
-        return None
-    return RemovalPath(
+        return {}
+    chosen = (
+        float(costs[group.kind][block.index][: group.num_units - kept_units[group.kind][block.index]].double().sum())
+        for block, group in sublayers(context.stock, context.kinds)
+    )
+    path = RemovalPath(
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
         head_units=context.stock.head_units,
         scope_parameters=_scope_parameters(context),
         sublayers=removal_path(context.stock, context.settings(ResolvedUnits), context.kinds, costs),
     )
+    return {"predicted_loss": sum(chosen), "path": path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

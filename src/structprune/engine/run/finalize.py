@@ -90,6 +90,8 @@ class Outcome:
     """What share of the scope goes, beside the nearest that its units allow."""
     path: RemovalPath | None = None
     """What every width is predicted to cost; None where that was not measured."""
+    predicted_loss: float | None = None
+    """What the removals are predicted to add to the loss; None where that was not measured."""
     limits: Sequence[Limit] = ()
     """What decided the widths, where a share did not."""
     widths: Widths = field(default_factory=dict[str, list[int]])
@@ -310,7 +312,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
-        predicted_loss=None if (path := result.outcome.path) is None else path.predicted(result.outcome.widths),
+        predicted_loss=result.outcome.predicted_loss,
         limits=limit_reports(result.outcome.limits, result.outcome.widths, written.model, result.size),
         memory=_memory_report(context),
         blocks=result.outcome.reports,
