@@ -100,6 +100,13 @@ def test_another_question_is_refused(tiny_llama: Path, text_file: Path, tmp_path
 def test_what_one_share_cannot_have_is_refused_before_any_work(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
+    with pytest.raises(InputError, match="the text file does not exist"):
+        prune_shares(tiny_llama, recipes(tmp_path / "none.txt"), tmp_path / "out")
+    # Found by the first run, when the text is read.
+    (tmp_path / "short.txt").write_text("few words")
+    with pytest.raises(InputError, match="short"):
+        prune_shares(tiny_llama, recipes(tmp_path / "short.txt"), tmp_path / "out")
+    (tmp_path / "short.txt").unlink()
     asked = {**recipes(text_file), "0.95": Recipe.build(calibration=str(text_file), num_samples=4, sparsity=0.95)}
     with pytest.raises(InputError, match="cannot be reached"):
         prune_shares(tiny_llama, asked, tmp_path / "out")

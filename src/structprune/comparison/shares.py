@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from structprune.api import check, prune
 from structprune.engine.run.finalize import load_report
-from structprune.errors import InputError
+from structprune.errors import InputError, StructPruneError
 from structprune.files import check_path, expand_user, make_folder, read_json, write_json
 from structprune.observer import Observer, SilentObserver
 from structprune.ranks import refuse_ranks
@@ -50,7 +50,7 @@ def prune_shares(
     observer, folder = observer or SilentObserver(), expand_user(str(output))
     check_path(folder, "the folder of several shares", spare=max(map(len, recipes)) + len("/.rejected"))
     asked = {name: recipe.model_dump(mode="json", exclude_unset=True) for name, recipe in recipes.items()}
-    before = _find(folder)
+    before = _find(folder) if _is_begun(folder) else None
     if before is not None and (before.model, before.recipes) != (str(model), asked):
         raise InputError(
             "the folder was begun with other shares, settings or another model",
@@ -65,11 +65,34 @@ def prune_shares(
             num_samples=resolved[0].recipe.num_samples,
             recipes=asked,
         )
-        make_folder(folder, "the folder of several shares")
+        made = _made(folder)
         write_json(folder / SHARES_NAME, started.model_dump(mode="json"))
     else:
-        started = before
-    return _run(started, recipes, folder, observer)
+        started, made = before, False
+    try:
+        return _run(started, recipes, folder, observer)
+    except StructPruneError:
+        # An error of the input leaves nothing half-written.
+        if not _is_begun(folder):
+            (folder / SHARES_NAME).unlink()
+            shutil.rmtree(folder / _SHARED_NAME, ignore_errors=True)
+            if made:
+                folder.rmdir()
+        raise
+
+
+def _made(folder: Path) -> bool:
+    """Make the folder, and say whether it was not there. Raises InputError for one that holds something else."""
+    _find(folder)
+    there = folder.is_dir()
+    make_folder(folder, "the folder of several shares")
+    return not there
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether any run has left something in the folder."""
+    own = (SHARES_NAME, _SHARED_NAME)
+    return folder.is_dir() and any(path.name not in own for path in folder.iterdir())
 
 
 def find_shares(output: Path) -> Started | None:
