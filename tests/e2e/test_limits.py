@@ -148,6 +148,37 @@ def test_kv_cache_of_the_written_model(family: str, text_file: Path, tmp_path: P
     assert report.recipe.scope == "attention"
 
 
+# Settings of `depth` for four blocks of a LLaMA -> blocks that go, by hand: 7,744 of 39,328 parameters are in each, and
+# a quarter of the cache.
+DEPTH: list[tuple[dict[str, Any], int]] = [
+    ({"target_parameters": 39_327}, 1),
+    ({"target_parameters": 39_328 - 7_744}, 1),
+    ({"target_parameters": 39_328 - 7_745}, 2),
+    ({"target_bytes": 4 * (39_328 - 7_744)}, 2),
+    ({"target_kv_cache": "100:13KB"}, 3),
+    ({"target_kv_cache": "100:40KB", "target_parameters": 24_000}, 2),
+    ({"target_bytes": "100KB", "repair": "scales+biases"}, 3),
+]
+
+
+@pytest.mark.parametrize(("settings", "gone"), DEPTH)
+def test_whole_blocks(settings: dict[str, Any], gone: int, text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source", num_blocks=4)
+    recipe = Recipe.build(method="depth", calibration=str(text_file), num_samples=4, seq_len=32, **settings)
+    forecast = plan(source, recipe).forecast
+    report = structprune.prune(source, recipe, tmp_path / "out")
+    assert sum(block.kept_units == 0 for block in report.blocks) == gone
+    assert report.recipe.sparsity == gone / 4
+    measured = {
+        "parameters": written_parameters(tmp_path / "out"),
+        "bytes of the weight files": written_bytes(tmp_path / "out"),
+    }
+    for limit in report.limits:
+        assert limit.reached <= limit.predicted <= limit.at_most
+        assert limit.reached == measured.get(limit.name, cache_bytes(tmp_path / "out", 100))
+    assert [limit.name for limit in forecast.limits] == [limit.name for limit in report.limits]
+
+
 @needs_scipy
 def test_parameters_and_the_cache_together(text_file: Path, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source", num_blocks=3)
@@ -242,17 +273,19 @@ def test_a_run_that_was_cut_goes_on(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"target_parameters": 100}, r"--target-parameters cannot be reached; got 100, wanted at least 14,560, what stays"),
+    ({"target_parameters": 100}, r"--target-parameters cannot be reached; got 100, wanted at least 15,584, what stays"),
     ({"target_bytes": "100"}, r"--target-bytes cannot be reached; got 100 B, wanted at least \d+,\d+ bytes"),
     (
         {"target_parameters": "1M"},
         r"within the limit already; got --target-parameters 1,000,000, wanted less than 23,8",
     ),
-    ({"target_kv_cache": "8:100", "scope": "mlp"}, r"not in scope; got --target-kv-cache, --scope mlp"),
+    ({"target_kv_cache": "8:100", "scope": "mlp"}, r"nothing in scope has a part in the bytes of the KV cache"),
     ({"target_kv_cache": "8:100", "head_units": "query-head"}, r"only whole KV heads .*wanted --head-units kv-group"),
     ({"target_bytes": "80KB", "sparsity": 0.2}, r"--target-bytes and --sparsity would decide the same thing"),
     ({"target_bytes": "80KB", "widths": {"0": {"mlp": 3}}}, r"--target-bytes and --widths would decide"),
-    ({"target_bytes": "80KB", "method": "depth"}, r"--target-bytes has no meaning for method 'depth'"),
+    ({"target_bytes": "80KB", "method": "reap"}, r"--target-bytes has no meaning for method 'reap'"),
+    ({"target_parameters": 9000, "method": "depth"}, r"cannot be reached; got 9,000, wanted at least 16,096"),
+    ({"target_bytes": "80KB", "method": "depth", "sparsity": 0.25}, r"--target-bytes and --sparsity would decide"),
     ({"target_bytes": "80KB", "method": "slicegpt"}, r"--target-bytes has no meaning for method 'slicegpt'"),
     (
         {"target_bytes": "90KB", "target_kv_cache": "50:10KB", "allocator": "dp"},
@@ -267,7 +300,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_held(
     settings: dict[str, Any], message: str, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    common = {} if settings.get("method") in ("depth", "slicegpt") else SETTINGS
+    common = {} if settings.get("method") in ("depth", "reap", "slicegpt") else SETTINGS
     values = {"calibration": str(text_file), "num_samples": 4, "seq_len": 32, **common, **settings}
     with pytest.raises(StructPruneError, match=message):
         structprune.prune(tiny_llama, Recipe.build(**values), tmp_path / "out")

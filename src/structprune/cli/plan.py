@@ -125,7 +125,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
 def _limit_line(limit: Limit, found: RunPlan) -> str:
     """Say what is asked of a quantity, what it is with all units, and where widths are known what it will be."""
     kept = found.forecast.kept
-    will_be = "" if kept is None else f", {limit.predicted(kept):,} predicted"
+    will_be = "" if kept is None or not limit.sizes else f", {limit.predicted(kept):,} predicted"
     return f"at most {limit.at_most:,}, {limit.before:,} with all units{will_be}"
 
 

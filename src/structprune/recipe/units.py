@@ -11,31 +11,20 @@ from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
-from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost, Count, FileBytes, KvCache
-from structprune.recipe.repaired import RepairedRecipe
+from structprune.recipe.limited import LimitedRecipe
+from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
-SPARSITY_DECIDES = "--sparsity decides"
 
 
-class UnitsRecipe(RepairedRecipe, frozen=True):
+class UnitsRecipe(LimitedRecipe, frozen=True):
     """What may be asked of the pipeline that prunes sublayer by sublayer."""
 
     pipeline: ClassVar[str] = "units"
     removes: ClassVar[str] = "units of sublayers"
 
-    target_parameters: Annotated[Count | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
-        default=None, description="the most parameters that the result may have, such as 1B; instead of --sparsity"
-    )
-    target_bytes: Annotated[FileBytes | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
-        default=None, description="the most bytes of its weight files, such as 4GiB; instead of --sparsity"
-    )
-    target_kv_cache: Annotated[KvCache | None, Flag(Group.WHAT, unset=SPARSITY_DECIDES)] = Field(
-        default=None,
-        description="the most bytes of keys and values of so many tokens, such as 8192:2GiB; instead of --sparsity",
-    )
     head_units: Annotated[HeadUnits | None, Flag(Group.WHAT, unset=METHODS_OWN)] = Field(
         default=None,
         description="what attention loses. kv-group: KV heads with their query heads; query-head: query heads alone; "

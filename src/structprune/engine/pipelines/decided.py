@@ -10,7 +10,7 @@ from structprune.engine.planning.limits import Limit, implied_share
 from structprune.engine.planning.widths import share_removed
 from structprune.errors import UnsupportedError
 from structprune.kinds import UnitKind
-from structprune.recipe import flag_name
+from structprune.recipe import Recipe, flag_name
 from structprune.recipe.limits import targets_of
 from structprune.recipe.units import ResolvedUnits, UnitsRecipe
 
@@ -62,12 +62,7 @@ def with_limits(
     if not limits:
         return resolved
     share = implied_share(stock, kinds, limits)
-    if "sparsity" in asked.model_fields_set and asked.sparsity != share:
-        raise UnsupportedError(
-            f"{', '.join(map(flag_name, targets_of(asked)))} and --sparsity would decide the same thing",
-            got=f"--sparsity {asked.sparsity:g}",
-            wanted="limits, or a share",
-        )
+    check_share(asked, share)
     if len(limits) > 1 and not ALLOCATORS.get(resolved.allocator).holds_several:
         raise UnsupportedError(
             f"the {resolved.allocator} allocator holds one limit",
@@ -75,3 +70,13 @@ def with_limits(
             wanted=f"--allocator {SEVERAL_ALLOCATOR}, or one of them",
         )
     return resolved.model_copy(update={"sparsity": share})
+
+
+def check_share(asked: Recipe, share: float) -> None:
+    """Raise UnsupportedError if another share is asked for than the one that the limits take."""
+    if "sparsity" in asked.model_fields_set and asked.sparsity != share:
+        raise UnsupportedError(
+            f"{', '.join(map(flag_name, targets_of(asked)))} and --sparsity would decide the same thing",
+            got=f"--sparsity {asked.sparsity:g}",
+            wanted="limits, or a share",
+        )

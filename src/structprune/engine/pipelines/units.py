@@ -69,13 +69,14 @@ def execute(context: RunContext) -> PruneReport:
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
     result = run_pass(context, pruning_pass(context, pruning, "prune"))
+    limits = find_limits(context.stock, context.recipe, context.kinds)
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
         **({} if costs is None else _predictions(context, costs, kept_units)),
-        limits=find_limits(context.stock, context.settings(ResolvedUnits), context.kinds),
+        limits=[(limit, limit.predicted(kept_units)) for limit in limits],
         widths=kept_units,
         reused=None if found is None else found.reused,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),

@@ -26,7 +26,7 @@ from structprune.engine.planning.tensors import (
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import UNIT_KINDS, UnitKind
 from structprune.memory import format_bytes
-from structprune.recipe import flag_name
+from structprune.recipe import ResolvedRecipe, flag_name
 from structprune.recipe.limits import KvCacheLimit, targets_of
 from structprune.recipe.repaired import repair_adds_biases
 from structprune.recipe.units import ResolvedUnits
@@ -54,14 +54,20 @@ class Asked:
     """The run that is asked about."""
 
     stock: StockModel
-    recipe: ResolvedUnits
+    recipe: ResolvedRecipe
     kinds: Sequence[UnitKind]
-    """Kinds in scope."""
+    """Kinds whose units may go; none where whole blocks do."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence whose cache is limited."""
+        return targets_of(self.recipe)["target_kv_cache"].tokens
 
     def new_biases(self, block: BlockLayout) -> Mapping[str, tuple[int, ...]]:
         """Return the biases that the result may have and the source lacks, name -> shape at full width."""
-        adds = "biases" in SOLVERS.get(self.recipe.solver).changes
-        kinds = UNIT_KINDS if repair_adds_biases(self.recipe) else tuple(self.kinds) if adds else ()
+        recipe = self.recipe
+        adds = isinstance(recipe, ResolvedUnits) and "biases" in SOLVERS.get(recipe.solver).changes
+        kinds = UNIT_KINDS if repair_adds_biases(recipe) else tuple(self.kinds) if adds else ()
         return missing_biases(block, kinds)
 
     def item_bytes(self, block: BlockLayout, name: str) -> int:
@@ -75,8 +81,8 @@ class Quantity:
 
     name: str
     """What is counted, in words; `{tokens}` stands for those of a cache."""
-    total: Callable[[Asked], int]
-    """What the result has if no unit goes."""
+    total: Callable[[Asked, Sequence[BlockLayout]], int]
+    """What a result of these blocks has, all of whose units are there."""
     sizes: Callable[[Asked, BlockLayout, UnitGroup], SublayerSizes]
     """What a sublayer, given by its first group, adds. Raises UnsupportedError where that is not known."""
     reached: Callable[[StockModel, int, SizeReport], int]
@@ -118,11 +124,11 @@ class Limit:
         return format_bytes(number) if self.quantity.in_bytes else f"{number:,}"
 
 
-def find_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> list[Limit]:
+def find_limits(stock: StockModel, recipe: ResolvedRecipe, kinds: Sequence[UnitKind] = ()) -> list[Limit]:
     """List the limits that a recipe asks for, in the order of its fields; none where a share decides.
 
-    Raises InputError for a limit that the model meets as it is or never can, UnsupportedError for one that is not known
-    of this model.
+    Without `kinds` whole blocks go. Raises InputError for a limit that the model meets as it is or that nothing in
+    scope has a part in, UnsupportedError for one that is not known of this model.
     """
     asked, limits = Asked(stock=stock, recipe=recipe, kinds=kinds), list[Limit]()
     for field, value in targets_of(recipe).items():
@@ -140,10 +146,15 @@ def find_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKi
             name=quantity.name.format(tokens=f"{tokens:,}"),
             tokens=tokens,
             at_most=quantity.at_most(value),
-            before=quantity.total(asked),
+            before=quantity.total(asked, stock.layout.blocks),
             sizes=sizes,
         )
-        check_within(limit, sum(size.units.kept(size.num_units) for size in sizes.values()))
+        if kinds and not any(size.units.unit for size in sizes.values()):
+            raise InputError(
+                f"nothing in scope has a part in the {limit.name}",
+                got=f"{flag_name(field)}, --scope {recipe.scope}",
+                wanted="--scope attention or --scope all",
+            )
         limits.append(limit)
     if limits and all(limit.removal <= 0 for limit in limits):
         raise InputError(
@@ -154,6 +165,31 @@ def find_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKi
     return limits
 
 
+def blocks_within(stock: StockModel, recipe: ResolvedRecipe, limits: Sequence[Limit], most: int) -> int:
+    """Return the fewest blocks, all of one shape, that must go for all limits to be met, whichever they are.
+
+    Raises InputError if not even `most` are enough.
+    """
+    counts = [0]
+    for limit in limits:
+        left = [blocks_left(stock, recipe, limit, removed) for removed in range(most + 1)]
+        check_within(limit, limit.before - left[-1])
+        counts.append(next(removed for removed, size in enumerate(left) if size <= limit.at_most))
+    return max(counts)
+
+
+def blocks_left(stock: StockModel, recipe: ResolvedRecipe, limit: Limit, removed: int) -> int:
+    """Return the most that a result has of a limited quantity when so many blocks are gone."""
+    asked = Asked(stock=stock, recipe=recipe, kinds=())
+
+    def alone(block: BlockLayout) -> int:
+        return _block_cache_bytes(stock, block, limit.tokens) if limit.tokens else 0
+
+    # Of equal blocks some may have a shorter window: those are taken to be the ones that go.
+    largest = sorted(stock.layout.blocks, key=alone, reverse=True)
+    return limit.quantity.total(asked, largest[: len(largest) - removed])
+
+
 def check_within(limit: Limit, most: int) -> None:
     """Raise InputError if a limit asks for more to go than `most`."""
     if limit.removal > most:
@@ -161,8 +197,9 @@ def check_within(limit: Limit, most: int) -> None:
             f"{flag_name(limit.field)} cannot be reached",
             got=limit.shown(limit.at_most),
             wanted=f"at least {limit.before - most:,}{' bytes' if limit.quantity.in_bytes else ''}, what stays when "
-            "every sublayer in scope keeps as little as it may",
-            do="raise it, or let more go: --scope all, --allow-block-removal, a smaller --min-retention",
+            "as much goes as may",
+            do="raise it, or let more go: a wider --scope, --allow-block-removal, a smaller --min-retention, fewer "
+            "protected blocks",
         )
 
 
@@ -184,22 +221,21 @@ def implied_share(stock: StockModel, kinds: Sequence[UnitKind], limits: Sequence
 
 
 def limit_reports(
-    limits: Sequence[Limit],
-    kept: Mapping[str, Sequence[int]],
+    limits: Sequence[tuple[Limit, int]],
     written: StockModel,
     size: SizeReport,
 ) -> list[LimitReport]:
-    """Put together what was asked, what the widths promised, and what the written model has."""
+    """Put together what was asked, what was promised (beside each limit), and what the written model has."""
     return [
         LimitReport(
             name=limit.name,
             in_bytes=limit.quantity.in_bytes,
             at_most=limit.at_most,
             before=limit.before,
-            predicted=limit.predicted(kept),
+            predicted=predicted,
             reached=limit.quantity.reached(written, limit.tokens, size),
         )
-        for limit in limits
+        for limit, predicted in limits
     ]
 
 
@@ -235,10 +271,9 @@ def _with_biases(asked: Asked, block: BlockLayout) -> BlockTensors:
         yield name, _model_for(block, name), shape
 
 
-def _whole_tensors(asked: Asked) -> Mapping[str, TensorForecast]:
-    """Return the tensors of a result that keeps every unit."""
-    stock = asked.stock
-    return result_tensors(stock, asked.recipe, stock.layout.blocks, lambda block: _with_biases(asked, block))
+def _whole_tensors(asked: Asked, blocks: Sequence[BlockLayout]) -> Mapping[str, TensorForecast]:
+    """Return the tensors of a result of these blocks with every unit."""
+    return result_tensors(asked.stock, asked.recipe, blocks, lambda block: _with_biases(asked, block))
 
 
 def _cache_numbers(stock: StockModel, index: int) -> int:
@@ -265,18 +300,20 @@ def _cache_item(stock: StockModel, block: BlockLayout) -> int:
     return stock.reader.dtypes[block.prefix + block.group("attention").consumer.tensor].itemsize
 
 
-def _cache_bytes(stock: StockModel, tokens: int) -> int:
+def _block_cache_bytes(stock: StockModel, block: BlockLayout, tokens: int) -> int:
+    if not block.has("attention"):
+        return 0
+    kept = _cached_tokens(stock, block.index, tokens)
+    return _cache_numbers(stock, block.index) * kept * _cache_item(stock, block)
+
+
+def _cache_bytes(stock: StockModel, blocks: Sequence[BlockLayout], tokens: int) -> int:
     """Count the bytes of keys and values of one sequence."""
-    return sum(
-        _cache_numbers(stock, b.index) * _cached_tokens(stock, b.index, tokens) * _cache_item(stock, b)
-        for b in stock.layout.blocks
-        if b.has("attention")
-    )
+    return sum(_block_cache_bytes(stock, block, tokens) for block in blocks)
 
 
 def _cache_sizes(asked: Asked, block: BlockLayout, group: UnitGroup) -> SublayerSizes:
     """Count what a KV head adds to the cache; channels of an MLP add nothing."""
-    limit = asked.recipe.target_kv_cache
     if group.kind != "attention":
         return SublayerSizes(num_units=group.num_units, units=Sizes(unit=0), module=0)
     if asked.stock.head_units != "kv-group":
@@ -295,31 +332,21 @@ def _cache_sizes(asked: Asked, block: BlockLayout, group: UnitGroup) -> Sublayer
             got=f"--target-kv-cache of a {stock.family.name} model",
             do="use --target-parameters or --target-bytes",
         )
-    unit = 2 * head_size(config) * _cached_tokens(stock, block.index, limit.tokens) * _cache_item(stock, block)
+    unit = 2 * head_size(config) * _cached_tokens(stock, block.index, asked.tokens) * _cache_item(stock, block)
     return SublayerSizes(num_units=group.num_units, units=Sizes(unit=unit), module=group.num_units * unit)
-
-
-def _cache_total(asked: Asked) -> int:
-    if "attention" not in asked.kinds:
-        raise InputError(
-            "keys and values are the attention's, which is not in scope",
-            got=f"--target-kv-cache, --scope {asked.recipe.scope}",
-            wanted="--scope attention or --scope all",
-        )
-    return _cache_bytes(asked.stock, asked.recipe.target_kv_cache.tokens)
 
 
 QUANTITIES: Mapping[str, Quantity] = {
     "target_parameters": Quantity(
         name="parameters",
         in_bytes=False,
-        total=lambda asked: sum(math.prod(tensor.shape) for tensor in _whole_tensors(asked).values()),
+        total=lambda asked, blocks: sum(math.prod(tensor.shape) for tensor in _whole_tensors(asked, blocks).values()),
         sizes=lambda asked, block, group: _stored_sizes(asked, block, group, lambda name: 1),
         reached=lambda written, tokens, size: size.parameters_after,
     ),
     "target_bytes": Quantity(
         name="bytes of the weight files",
-        total=lambda asked: file_bytes(_whole_tensors(asked), asked.recipe.max_shard_size),
+        total=lambda asked, blocks: file_bytes(_whole_tensors(asked, blocks), asked.recipe.max_shard_size),
         sizes=lambda asked, block, group: _stored_sizes(
             asked, block, group, lambda name: asked.item_bytes(block, name)
         ),
@@ -328,9 +355,9 @@ QUANTITIES: Mapping[str, Quantity] = {
     "target_kv_cache": Quantity(
         name="bytes of the KV cache of {tokens} tokens",
         at_most=lambda value: value.at_most,
-        total=_cache_total,
+        total=lambda asked, blocks: _cache_bytes(asked.stock, blocks, asked.tokens),
         sizes=_cache_sizes,
-        reached=lambda written, tokens, size: _cache_bytes(written, tokens),
+        reached=lambda written, tokens, size: _cache_bytes(written, written.layout.blocks, tokens),
     ),
 }
 """Field of the recipe -> what it limits. Headers of files are counted as those of all units, which are no shorter."""

@@ -60,15 +60,13 @@ def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
     Raises InputError for one that the groups' bounds do not allow.
     """
     limits = [limit for limit in find_limits(stock, recipe, kinds) if limit.removal > 0]
-    if ALLOCATORS.get(recipe.allocator).bounded:
-        for limit in limits:
-            budgets, options = _budgets(stock, recipe, kinds, None, [limit]), _options(stock, recipe, [limit])
-            most = (
-                budget.sizes[0].kept(budget.num_units) - budget.sizes[0].kept(budget.num_units - removal)
-                for budget in budgets
-                for removal in allowed_removals(budget, options)[-1:]
-            )
-            check_within(limit, sum(most))
+    bounded = ALLOCATORS.get(recipe.allocator).bounded
+    for limit in limits:
+        budgets, options = _budgets(stock, recipe, kinds, None, [limit]), _options(stock, recipe, [limit])
+        least = (b.num_units - allowed_removals(b, options)[-1] if bounded else 0 for b in budgets)
+        check_within(
+            limit, sum(b.sizes[0].kept(b.num_units) - b.sizes[0].kept(n) for b, n in zip(budgets, least, strict=True))
+        )
     return limits
 
 

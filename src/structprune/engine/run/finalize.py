@@ -92,8 +92,8 @@ class Outcome:
     """What every width is predicted to cost; None where that was not measured."""
     predicted_loss: float | None = None
     """What the removals are predicted to add to the loss; None where that was not measured."""
-    limits: Sequence[Limit] = ()
-    """What decided the widths, where a share did not."""
+    limits: Sequence[tuple[Limit, int]] = ()
+    """What decided the widths where a share did not, each beside what the widths promise."""
     widths: Widths = field(default_factory=dict[str, list[int]])
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
@@ -313,7 +313,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         calibration=calibration,
         size=result.size,
         predicted_loss=result.outcome.predicted_loss,
-        limits=limit_reports(result.outcome.limits, result.outcome.widths, written.model, result.size),
+        limits=limit_reports(result.outcome.limits, written.model, result.size),
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
