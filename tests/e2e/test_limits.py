@@ -274,7 +274,7 @@ def test_a_run_that_was_cut_goes_on(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_parameters": 100}, r"--target-parameters cannot be reached; got 100, wanted at least 15,584, what stays"),
-    ({"target_bytes": "100"}, r"--target-bytes cannot be reached; got 100 B, wanted at least \d+,\d+ bytes"),
+    ({"target_bytes": "100"}, r"--target-bytes cannot be reached; got 100 bytes, wanted at least \d+,\d+ bytes"),
     (
         {"target_parameters": "1M"},
         r"within the limit already; got --target-parameters 1,000,000, wanted less than 23,8",

@@ -13,7 +13,8 @@ from structprune.allocation.budget import Sizes, allowed_removals, check_bounds,
 from structprune.allocation.menu import list_slots
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.limits import Limit, SublayerSizes, check_within, find_limits
+from structprune.engine.planning.limits import Limit, check_within, find_limits
+from structprune.engine.planning.quantities import SublayerSizes
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.path import SublayerPath
