@@ -21,6 +21,7 @@ from structprune.results.report import PruneReport
 from structprune.runs.journal import Journal
 from support.command_line import CommandLine
 from support.models import save_tiny
+from support.wrappers import save_wrapper
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
@@ -316,3 +317,15 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path.write_text("target_parameters: 1B\ntarget_kv_cache: 8192:2GiB\n")
     assert Recipe.from_yaml(path, sparsity=0.4) == Recipe(sparsity=0.4)
     assert Recipe.from_yaml(path, target_parameters="2B").model_dump()["target_kv_cache"] == "8192:2147483648"
+
+
+def test_what_is_around_a_text_model_counts(text_file: Path, tmp_path: Path) -> None:
+    """Of an image-text model the whole checkpoint is held to the limit; its blocks keep one width."""
+    source = save_wrapper("llava", tmp_path / "source")
+    before, size = written_parameters(source), written_bytes(source)
+    report = pruned(source, tmp_path / "out", text_file, target_parameters=before - 2000)
+    found = written_parameters(tmp_path / "out")
+    assert found <= before - 2000
+    assert report.limits[0].reached == report.limits[0].predicted == found
+    report = pruned(source, tmp_path / "bytes", text_file, target_bytes=size - 8000)
+    assert report.limits[0].reached == written_bytes(tmp_path / "bytes") <= size - 8000

@@ -6,6 +6,7 @@ loss is the sum of the variants' prices: losses of different blocks are taken to
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,9 +125,10 @@ def filled(slots: Sequence[Slot], choice: Choice, budget: Budget) -> Choice:
         saved, number, place = 0.0, -1, -1
         for slot_number, (slot, places) in enumerate(zip(slots, useful, strict=True)):
             now = slot.variants[chosen[slot_number]]
-            larger = max((p for p in places if p < chosen[slot_number]), default=None)
-            if larger is None:
+            rank = bisect.bisect_left(places, chosen[slot_number])
+            if rank == 0:
                 continue
+            larger = places[rank - 1]
             cost = zip(total, now.cost, slot.variants[larger].cost, budget.at_most, strict=True)
             fits = all(sum_ - old + new <= most for sum_, old, new, most in cost)
             if fits and (number < 0 or now.price - slot.variants[larger].price > saved):
