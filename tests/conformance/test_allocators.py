@@ -5,6 +5,7 @@ Shape suffixes: U units in the order of their removal.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,12 @@ from structprune.errors import InputError
 from structprune.kinds import UnitKind
 
 # Allocators that weigh the blocks against each other by what their removals cost.
-DECIDING = [name for name in ALLOCATORS if not ALLOCATORS.get(name).reads_widths]
-"""Those that hold themselves to a sparsity."""
+DECIDING = [
+    name
+    for name in ALLOCATORS
+    if not ALLOCATORS.get(name).reads_widths and (name != "milp" or importlib.util.find_spec("scipy") is not None)
+]
+"""Those that hold themselves to a sparsity, and are installed."""
 GLOBAL = [name for name in DECIDING if name != "uniform"]
 # Of these, those to which a block's overall level of cost means something.
 LEVELS = [name for name in GLOBAL if name != "standardised"]
@@ -33,13 +38,13 @@ def rising_costs(num_units: int, seed: int, scale: float = 1.0) -> Tensor:
     return scale * (0.01 + torch.linspace(0, 1, num_units, dtype=torch.float64).square() + 0.2 * noise_U)
 
 
-def budget(num_units: int, unit_parameters: int = 1, bias: int = 0, **changes: Any) -> BlockBudget:
+def budget(num_units: int, unit_size: int = 1, bias: int = 0, **changes: Any) -> BlockBudget:
     values: dict[str, Any] = {
         "block": 0,
         "kind": "mlp",
         "num_units": num_units,
-        "unit_parameters": unit_parameters,
-        "module_parameters": num_units * unit_parameters + bias,
+        "unit_size": unit_size,
+        "module_size": num_units * unit_size + bias,
         "cost_U": rising_costs(num_units, seed=0),
         **changes,
     }
@@ -54,7 +59,7 @@ def allocate(
 
 
 def total_removed(budgets: Sequence[BlockBudget], kept: Sequence[int]) -> int:
-    return sum((b.num_units - k) * b.unit_parameters for b, k in zip(budgets, kept, strict=True))
+    return sum((b.num_units - k) * b.unit_size for b, k in zip(budgets, kept, strict=True))
 
 
 @st.composite
@@ -64,12 +69,12 @@ def models(draw: st.DrawFn, *, whole_multiples: bool = False) -> tuple[list[Bloc
     num_units = draw(st.integers(10, 20)) * multiple_of
     if not whole_multiples:
         num_units += draw(st.integers(0, multiple_of - 1))
-    unit_parameters = draw(st.integers(1, 5000))
-    bias = draw(st.integers(0, unit_parameters))
+    unit_size = draw(st.integers(1, 5000))
+    bias = draw(st.integers(0, unit_size))
     seed = draw(st.integers(0, 1000))
     scales = draw(st.lists(st.sampled_from([1e-3, 0.5, 1.0, 40.0]), min_size=1, max_size=4))
     budgets = [
-        budget(num_units, unit_parameters, bias, block=block, cost_U=rising_costs(num_units, seed + block, scale))
+        budget(num_units, unit_size, bias, block=block, cost_U=rising_costs(num_units, seed + block, scale))
         for block, scale in enumerate(scales)
     ]
     return budgets, multiple_of
@@ -92,10 +97,10 @@ def test_removes_the_asked_share_and_at_most_one_multiple_more(
     least = 0 if allow_removal and name in GLOBAL else 1
     assert all(least <= k <= b.num_units for b, k in zip(budgets, kept, strict=True))
     assert all(k == b.num_units or k % multiple_of == 0 for b, k in zip(budgets, kept, strict=True))
-    asked = sparsity * sum(b.module_parameters for b in budgets)
+    asked = sparsity * sum(b.module_size for b in budgets)
     removed = total_removed(budgets, kept)
     # One multiple of one block where the blocks share a budget, of each block where each has its own.
-    steps = [multiple_of * b.unit_parameters for b in budgets]
+    steps = [multiple_of * b.unit_size for b in budgets]
     assert removed >= asked * (1 - 1e-9) - 1e-6
     assert removed < asked + (max(steps) if name in GLOBAL else sum(steps)) + 1e-6
 
@@ -160,9 +165,9 @@ def test_uniform_treats_blocks_alike_and_each_meets_the_share() -> None:
 def test_uniform_takes_the_same_share_of_what_units_own() -> None:
     """Half of the attention belongs to no unit: 0.2 of all 3,000 parameters are 0.24 of the 2,500 that units own."""
     budgets = [
-        budget(50, 10, kind="attention", module_parameters=1000),
+        budget(50, 10, kind="attention", module_size=1000),
         budget(200, 10),
-        budget(50, 10, block=1, kind="attention", module_parameters=1000),
+        budget(50, 10, block=1, kind="attention", module_size=1000),
         budget(200, 10, block=1),
     ]
     kept = allocate("uniform", budgets, 0.2)
@@ -316,7 +321,7 @@ def test_standardised_sees_the_shape_of_the_scores_and_not_their_level() -> None
 def test_widths_from_outside_are_kept_as_they_are() -> None:
     """What is not named keeps everything, an odd dense width too; another number is held to the multiple."""
     budgets = [
-        BlockBudget(block=block, kind="mlp", num_units=20, unit_parameters=3, module_parameters=60, multiple_of=8)
+        BlockBudget(block=block, kind="mlp", num_units=20, unit_size=3, module_size=60, multiple_of=8)
         for block in range(3)
     ]
     widths: dict[int, dict[UnitKind, int]] = {0: {"mlp": 16}, 2: {"attention": 1, "mlp": 0}}

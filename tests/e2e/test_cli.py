@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from structprune.cli import main
 from structprune.methods import METHODS
 from structprune.recipe import Recipe, all_fields
+from structprune.recipe.limits import TARGETS
 from structprune.recipe.units import UnitsRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,10 +237,10 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     # Without attention in scope there are no units of it to choose.
-    unset = {"device_memory": None, "widths": None, "time_budget": 0}
+    unset = {"device_memory": None, "widths": None, "time_budget": 0, **dict.fromkeys(TARGETS)}
     assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", **unset}
-    # Memory of a device is refused here, a time and widths decide what other flags do: test_device_memory.py,
-    # test_expected_time.py and test_widths.py.
+    # Memory of a device is refused here, a time, widths and limits decide what other flags do: test_device_memory.py,
+    # test_expected_time.py, test_widths.py and test_limits.py.
     assert {*given, *unset} == set(UnitsRecipe.model_fields)
 
 

@@ -25,6 +25,7 @@ from structprune.cli import main
 from structprune.engine.planning import host as host_plan
 from structprune.errors import InputError, MemoryBudgetError, UnsupportedError
 from structprune.memory import parse_bytes
+from structprune.recipe.limits import TARGETS
 from structprune.results.report import PruneReport
 from support.models import save_tiny
 
@@ -164,7 +165,7 @@ def test_sizes_are_a_share_of_the_blocks(source: Path, text_file: Path, tmp_path
     assert report.size.removed_share_of_scope == report.size.removed_share_of_blocks == pytest.approx(0.4)
     assert report.size.removed_share_of_model == pytest.approx((before - after) / before)
     assert report.recipe.scope == "all"
-    assert {name for name, value in report.recipe.model_dump().items() if value is None} == {"device_memory"}
+    assert {name for name, value in report.recipe.model_dump().items() if value is None} == {"device_memory", *TARGETS}
 
 
 @pytest.mark.parametrize(

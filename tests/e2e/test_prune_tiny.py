@@ -22,6 +22,7 @@ from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from structprune.methods import METHODS
 from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe.limits import TARGETS
 from structprune.solvers import SOLVERS
 from support.combinations import by_pairs
 from support.models import save_tiny
@@ -40,6 +41,9 @@ MLP_PARAMETERS = {"llama": 3 * 48 * 32, "opt": 2 * 48 * 32 + 48 + 32}
 UNIT_PARAMETERS = {"llama": 3 * 32, "opt": 2 * 32 + 1}
 NUM_BLOCKS = 2
 NUM_CHANNELS = 48
+
+UNASKED = {"device_memory", "widths", *TARGETS}
+"""Fields of a resolved recipe that may stay empty."""
 
 SINGLE = "5GB"
 MANY = "20KB"
@@ -337,7 +341,7 @@ def test_report_and_manifest(
     resolvable += ("repair_samples", "time_budget")
     settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
-    assert {name for name, value in resolved.model_dump().items() if value is None} == {"device_memory", "widths"}
+    assert {name for name, value in resolved.model_dump().items() if value is None} == UNASKED
     assert manifest["calibration"] == written["calibration"]
     assert manifest["source_fingerprint"] == report.source_fingerprint == CheckpointReader(source).fingerprint()
     assert CheckpointReader(output).fingerprint() != report.source_fingerprint
@@ -360,7 +364,7 @@ def test_auto_settings_are_resolved_in_the_manifest(tiny_llama: Path, text_file:
     assert manifest["device"] != "auto"
     assert manifest["dtype"] == report.compute_dtype
     assert manifest["dtype"] != "auto"
-    assert {name for name, value in manifest.items() if value is None} == {"device_memory", "widths"}
+    assert {name for name, value in manifest.items() if value is None} == UNASKED
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

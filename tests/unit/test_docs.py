@@ -183,6 +183,7 @@ RESULT_FILES = {
         "README.md",
         "pruning_report.json",
         "pruning_widths.json",
+        "pruning_path.json",
         "recovery_report.json",
     ),
     *("comparison.json", "comparison.csv", "eval.json", "bench.json", "REJECTED.json"),

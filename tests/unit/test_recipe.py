@@ -15,6 +15,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.methods import METHODS
 from structprune.recipe import RECIPES, RESOLVED, Recipe, ResolvedRecipe, all_fields, default_sensitivity_samples
 from structprune.recipe.depth import DepthRecipe
+from structprune.recipe.limits import TARGETS
 from structprune.recipe.units import UnitsRecipe
 
 # A value per field of a recipe that removes units, which differs from the default.
@@ -22,6 +23,9 @@ CHANGES: dict[str, Any] = {
     "method": "magnitude",
     "sparsity": 0.25,
     "scope": "all",
+    "target_parameters": "1.3B",
+    "target_bytes": "4GiB",
+    "target_kv_cache": "8192:2GiB",
     "head_units": "query-head",
     "calibration": "wikitext2",
     "num_samples": 4,
@@ -369,7 +373,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
-    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale"}
+    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale", *TARGETS}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0

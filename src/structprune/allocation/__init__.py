@@ -1,6 +1,7 @@
 """Allocators: from unit counts, costs and scores of all blocks to the number of units that each block keeps.
 
-Read first: `allocator.py`, then `budget.py`, what an allocator sees and how counts are rounded; then `across.py`.
+Read first: `allocator.py`, then `budget.py`, what an allocator sees and how counts are rounded; then `across.py`. The
+exact ones choose from a menu of widths (`menu.py`): `knapsack.py` and `mixed_integer.py`; `path.py` answers all sizes.
 """
 
 from structprune.allocation.allocator import Allocator
@@ -18,6 +19,8 @@ ALLOCATORS: Registry[Allocator] = Registry(
         "fermi-dirac": "structprune.allocation.across:FERMI_DIRAC",
         "standardised": "structprune.allocation.across:STANDARDISED",
         "softmax": "structprune.allocation.across:SOFTMAX",
+        "dp": "structprune.allocation.knapsack:DP",
+        "milp": "structprune.allocation.mixed_integer:MILP",
         "widths": "structprune.allocation.outside:WIDTHS",
     },
     group="structprune.allocators",

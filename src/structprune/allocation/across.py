@@ -1,6 +1,6 @@
 """Allocation across blocks from the loss that each removal adds: threshold, Fermi-Dirac and softmax forms.
 
-Notation as in docs/methods/structprune.md: s_lj the loss added by removal j of group l, c_l its parameters, r_l the
+Notation as in docs/methods/structprune.md: s_lj the loss added by removal j of group l, c_l its size, r_l the
 removed share of group l.
 """
 
@@ -18,10 +18,10 @@ from structprune.allocation.budget import (
     AllocationOptions,
     BlockBudget,
     bounded,
+    removal_costs,
     removal_target,
     round_to_budget,
 )
-from structprune.errors import NumericalError
 
 _TINY = 1e-300
 
@@ -33,7 +33,7 @@ def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
     3a). s is made non-decreasing along each group's removal order first (pooled adjacent violators), so that what a
     threshold selects is a prefix of that order.
     """
-    return _threshold(budgets, [_increasing(_cost(b)) / b.unit_parameters for b in budgets], options)
+    return _threshold(budgets, [_increasing(removal_costs(b)) / b.unit_size for b in budgets], options)
 
 
 def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
@@ -47,7 +47,7 @@ def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> 
         deviation = cost_U.std(correction=0)
         return (cost_U - cost_U.mean()) / deviation if deviation > 0 else torch.zeros_like(cost_U)
 
-    return _threshold(budgets, [standard(_increasing(_cost(b))) for b in budgets], options)
+    return _threshold(budgets, [standard(_increasing(removal_costs(b))) for b in budgets], options)
 
 
 def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
@@ -57,7 +57,7 @@ def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
     """
     if options.temperature <= 0:
         return closed_form(budgets, options)
-    energies = [(_increasing(_cost(b)) / b.unit_parameters).clamp_min(_TINY).log() for b in budgets]
+    energies = [(_increasing(removal_costs(b)) / b.unit_size).clamp_min(_TINY).log() for b in budgets]
     pooled = torch.cat(energies)
     energies = [(e - pooled.mean()) / pooled.std().clamp_min(1e-12) for e in energies]
 
@@ -68,7 +68,7 @@ def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
         ]
 
     reach = 60.0 * max(1.0, options.temperature) + 60.0
-    mu = _bisect(lambda x: _parameters(budgets, removals(x)), removal_target(budgets, options), -reach, reach)
+    mu = _bisect(lambda x: _size(budgets, removals(x)), removal_target(budgets, options), -reach, reach)
     return round_to_budget(budgets, removals(mu), options)
 
 
@@ -80,7 +80,7 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     """
     temperature = options.temperature if options.temperature > 0 else 1.0
     importance = torch.tensor(
-        [float(_cost(b).sum().clamp_min(_TINY).log()) - torch.tensor(b.module_parameters).log() for b in budgets]
+        [float(removal_costs(b).sum().clamp_min(_TINY).log()) - torch.tensor(b.module_size).log() for b in budgets]
     )
     importance = (
         (importance - importance.mean()) / importance.std().clamp_min(1e-12) if len(budgets) > 1 else importance * 0
@@ -92,7 +92,7 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
 
     reach = 60.0 + float(importance.abs().max()) / temperature
     # More kappa keeps more: bisect on its negative, so that removals rise.
-    found = _bisect(lambda x: _parameters(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
+    found = _bisect(lambda x: _size(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
     return round_to_budget(budgets, removals(-found), options)
 
 
@@ -108,21 +108,12 @@ def _threshold(budgets: Sequence[BlockBudget], costs: list[Tensor], options: All
     # Bisection over the costs that occur; units of the cost at the threshold go only as far as the target asks.
     levels = [-math.inf, *torch.cat(costs).unique().tolist()]
     target = removal_target(budgets, options)
-    reached = bisect.bisect_left(levels, target, key=lambda x: _parameters(budgets, removals(x)))
+    reached = bisect.bisect_left(levels, target, key=lambda x: _size(budgets, removals(x)))
     beyond = removals(levels[min(reached, len(levels) - 1)])
     below = removals(levels[max(0, reached - 1)])
-    extra = _parameters(budgets, beyond) - _parameters(budgets, below)
-    share = min(1.0, (target - _parameters(budgets, below)) / extra) if extra > 0 else 0.0
+    extra = _size(budgets, beyond) - _size(budgets, below)
+    share = min(1.0, (target - _size(budgets, below)) / extra) if extra > 0 else 0.0
     return round_to_budget(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], options)
-
-
-def _cost(budget: BlockBudget) -> Tensor:
-    assert budget.cost_U is not None, "this allocator needs the loss of each removal"
-    if not torch.isfinite(budget.cost_U).all():
-        raise NumericalError(
-            "a removal cost is not finite", where=f"block {budget.block} {budget.kind}", do="raise --damping"
-        )
-    return budget.cost_U.to(torch.float64)
 
 
 def _increasing(cost_U: Tensor) -> Tensor:
@@ -141,8 +132,8 @@ def _increasing(cost_U: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
 
 
-def _parameters(budgets: Sequence[BlockBudget], removals: Sequence[float]) -> float:
-    return sum(r * b.unit_parameters for r, b in zip(removals, budgets, strict=True))
+def _size(budgets: Sequence[BlockBudget], removals: Sequence[float]) -> float:
+    return sum(r * b.unit_size for r, b in zip(removals, budgets, strict=True))
 
 
 def _bisect(removed: Callable[[float], float], target: float, low: float, high: float) -> float:

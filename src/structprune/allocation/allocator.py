@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from structprune.allocation.budget import AllocationOptions, BlockBudget
+from structprune.registry import check_installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,5 +23,15 @@ class Allocator:
     an allocator removes no sublayer."""
     bounded: bool = True
     """Whether it holds each group between the least and the largest share of its units that the settings name."""
+    holds_several: bool = False
+    """Whether it holds several sums to their limits (`AllocationOptions.further`)."""
     reads_widths: bool = False
     """Whether the widths are decided outside, and the sparsity is what they make of it."""
+    packages: tuple[str, ...] = ()
+    """Modules that it imports beside the dependencies of structprune."""
+    extra: str = ""
+    """What is installed to have them: `structprune[milp]`."""
+
+    def check(self, name: str) -> None:
+        """Raise UnsupportedError if a package that it needs is not installed."""
+        check_installed(f"allocator {name!r}", self.packages, self.extra)

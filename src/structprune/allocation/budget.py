@@ -6,10 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from structprune.errors import InputError
+from structprune.errors import InputError, NumericalError
 from structprune.kinds import UnitKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a unit group adds to a sum over the model that is limited, such as its parameters."""
+
+    unit: int
+    """What each unit that is kept adds."""
+    rest: int = 0
+    """What else the group adds, which goes when the last unit does."""
+
+    def kept(self, num_keep: int) -> int:
+        """Return what the group adds when it keeps so many units."""
+        return num_keep * self.unit + (self.rest if num_keep else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,13 +34,23 @@ class BlockBudget:
     block: int
     kind: UnitKind
     num_units: int
-    unit_parameters: int
-    module_parameters: int
-    """Parameters of the module that holds the group; the sparsity's denominator."""
+    unit_size: int
+    """What a unit adds to the sum that is limited: its parameters, or where bytes are limited those."""
+    module_size: int
+    """The same of the module that holds the group; the sparsity's denominator."""
+    rest_size: int = 0
+    """What goes beside the units when the last of them goes."""
+    further: tuple[Sizes, ...] = ()
+    """What the group adds to each further sum that is limited, in the order of `AllocationOptions.further`."""
     multiple_of: int = 1
     """Kept units are a multiple of this."""
     cost_U: Tensor | None = None
     """Loss that the removal of the first, second, ... unit adds, in the order in which the block would lose them."""
+
+    @property
+    def sizes(self) -> tuple[Sizes, ...]:
+        """What the group adds to every sum that is limited."""
+        return (Sizes(unit=self.unit_size, rest=self.rest_size), *self.further)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +58,11 @@ class AllocationOptions:
     """Settings that all allocators share, and the temperature of those that have one."""
 
     sparsity: float
-    """Share of the groups' module parameters to remove."""
+    """Share of the sum over the groups' modules to remove."""
+    removal: int | None = None
+    """How much of that sum is to be removed, where it is not said by the share."""
+    further: tuple[int, ...] = ()
+    """How much of each further sum is to be removed; only allocators that hold several sums are given any."""
     min_retention: float = 0.1
     """No group keeps a smaller share of its units; not in force where groups may go."""
     max_retention: float = 1.0
@@ -47,9 +76,24 @@ class AllocationOptions:
     """Block -> kind -> units to keep, for an allocator that reads them."""
 
 
+def asked_removal(budgets: Sequence[BlockBudget], options: AllocationOptions) -> float:
+    """Return how much is to be removed of all groups together; a share of them need not be a whole number."""
+    return options.sparsity * sum(b.module_size for b in budgets) if options.removal is None else options.removal
+
+
 def removal_target(budgets: Sequence[BlockBudget], options: AllocationOptions) -> int:
-    """Return the number of parameters to remove in all groups together."""
-    return math.ceil(options.sparsity * sum(b.module_parameters for b in budgets) - 1e-6)
+    """Return how much is to be removed of all groups together, such as the number of parameters."""
+    return math.ceil(asked_removal(budgets, options) - 1e-6)
+
+
+def removal_costs(budget: BlockBudget) -> Tensor:
+    """Return the loss that each removal adds, float64. Raises NumericalError if one is not finite."""
+    assert budget.cost_U is not None, "this allocator needs the loss of each removal"
+    if not torch.isfinite(budget.cost_U).all():
+        raise NumericalError(
+            "a removal cost is not finite", where=f"block {budget.block} {budget.kind}", do="raise --damping"
+        )
+    return budget.cost_U.to(torch.float64)
 
 
 def largest_removal(budget: BlockBudget, options: AllocationOptions) -> int:
@@ -80,11 +124,11 @@ def bounded(removal: float, budget: BlockBudget, options: AllocationOptions) -> 
 
 def check_bounds(budgets: Sequence[BlockBudget], options: AllocationOptions) -> None:
     """Raise InputError if the groups must lose more than is asked for, or cannot lose as much."""
-    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
-    removals = [(allowed_removals(budget, options), budget.unit_parameters) for budget in budgets]
+    total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
+    removals = [(allowed_removals(budget, options), budget.unit_size) for budget in budgets]
     least, most = (sum(allowed[end] * size for allowed, size in removals) for end in (0, -1))
     # What the widest steps leave beyond the target is rounding; more than a step of each group is not.
-    if least - sum(b.multiple_of * b.unit_parameters for b in budgets) >= target and options.max_retention < 1:
+    if least - sum(b.multiple_of * b.unit_size for b in budgets) >= target and options.max_retention < 1:
         raise InputError(
             "--max-retention takes more than the sparsity asks for",
             got=f"--max-retention {options.max_retention:g}, sparsity {options.sparsity:g}",
@@ -113,11 +157,11 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
     for allowed, value in zip(steps, wanted, strict=True):
         positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
     target = removal_target(budgets, options)
-    removed = sum(s[p] * b.unit_parameters for s, p, b in zip(steps, positions, budgets, strict=True))
+    removed = sum(s[p] * b.unit_size for s, p, b in zip(steps, positions, budgets, strict=True))
     while removed < target:
         open_groups = [i for i, (s, p) in enumerate(zip(steps, positions, strict=True)) if p + 1 < len(s)]
         best = max(open_groups, key=lambda i: ((wanted[i] - steps[i][positions[i]]) / _first_step(budgets[i]), -i))
-        removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_parameters
+        removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_size
         positions[best] += 1
     return [b.num_units - s[p] for b, s, p in zip(budgets, steps, positions, strict=True)]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from structprune.allocation.allocator import Allocator
-from structprune.allocation.budget import AllocationOptions, BlockBudget
+from structprune.allocation.budget import AllocationOptions, BlockBudget, asked_removal
 from structprune.errors import InputError
 
 
@@ -19,9 +19,8 @@ def uniform(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
     lose nothing, the others so much more; `min_retention` and `allow_removal` have no part: the share is the same by
     intent. Raises InputError if a group would be left empty.
     """
-    total = sum(b.module_parameters for b in budgets)
-    free = sum(b.num_units * b.unit_parameters for b in budgets if b.block not in options.protected)
-    share = options.sparsity * total / free if free else 0.0
+    free = sum(b.num_units * b.unit_size for b in budgets if b.block not in options.protected)
+    share = asked_removal(budgets, options) / free if free else 0.0
     kept: list[int] = []
     for budget in budgets:
         # The epsilon keeps 0.3 * 1000 / 1 from becoming 301 units through binary rounding.

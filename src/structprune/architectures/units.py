@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from structprune.errors import UnsupportedError
-from structprune.types import AxisSlice, BlockLayout, UnitGroup, UnitKind
+from structprune.types import UNIT_KINDS, AxisSlice, BlockLayout, UnitGroup, UnitKind
 
 
 def compact(tensors: Mapping[str, Tensor], group: UnitGroup, keep_units: Tensor) -> dict[str, Tensor]:
@@ -55,15 +55,15 @@ def check_bias(group: UnitGroup) -> None:
         )
 
 
-def missing_biases(block: BlockLayout) -> dict[str, tuple[int, ...]]:
-    """Name the biases that the block's consumers lack and can get, with their shapes.
+def missing_biases(block: BlockLayout, kinds: Collection[UnitKind] = UNIT_KINDS) -> dict[str, tuple[int, ...]]:
+    """Name the biases that the block's consumers of these kinds lack and can get, with their shapes.
 
     The config entry that gives a consumer its bias gives one to the sublayer's other maps too.
     """
     return {
         f"{module}.bias": block.shapes[f"{module}.weight"][:1]
         for group in block.groups
-        if group.consumer_bias is None and group.bias_field is not None
+        if group.kind in kinds and group.consumer_bias is None and group.bias_field is not None
         for module in group.bias_modules
     }
 

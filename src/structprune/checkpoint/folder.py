@@ -40,7 +40,10 @@ _LEFT_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("*.ckpt*", "*.data-?????-of-?????"), _WEIGHTS),
     (("*.index.json", "params.json"), "describes weights that were not read"),
     (("quantize_config.json", "quant_config.json", "hf_quant_config.json"), "describes weights that were not read"),
-    (("recovery_report.json", "REJECTED.json", "pruning_curves*.png"), "says something of the source only"),
+    (
+        ("recovery_report.json", "REJECTED.json", "pruning_curves*.png", "pruning_path.json"),
+        "says something of the source only",
+    ),
 )
 _LEFT_FOLDERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("checkpoint-*", "global_step*", "runs", "wandb"), "left there by training"),

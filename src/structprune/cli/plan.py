@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from structprune.cli.flags import JsonFlag, ModelArgument
 from structprune.cli.settings import takes_recipe
+from structprune.recipe.path import CurvePoint, read_path
 
 if TYPE_CHECKING:
     from structprune.api import RunPlan
+    from structprune.engine.planning.limits import Limit
     from structprune.engine.planning.plan import DevicePlan, PrunePlan
+
+_CURVE_ROWS = 20
 
 
 @takes_recipe
@@ -19,18 +25,48 @@ def plan(
     model: ModelArgument,
     # A Recipe, from the options that `takes_recipe` adds.
     settings: Any,
+    allocation: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what `prune` with the same options would do, and which runtimes will load the result. Reads headers only."""
+    """Show what `prune` with the same options would do, and which runtimes will load the result. Reads headers only.
+
+    With --allocation also the predicted loss at every size.
+    """
     from structprune.api import plan as run_plan
     from structprune.cli.render import runtime_rows
     from structprune.cli.tables import print_pairs
 
     found = run_plan(model, settings, timed=True)
+    curve = [] if allocation is None else read_path(allocation).curve()
     if as_json:
-        print(json.dumps(_as_dict(found), indent=2))
+        print(json.dumps({**_as_dict(found), "curve": [asdict(point) for point in curve]}, indent=2))
         return
     print_pairs(f"structprune plan {model}", [*_rows(found), *runtime_rows(found.runtimes)])
+    if curve:
+        _print_curve(curve, found)
+
+
+def _print_curve(curve: Sequence[CurvePoint], found: RunPlan) -> None:
+    """Print the predicted loss at about twenty sizes, each the next that can be had, and at the one that is asked."""
+    from structprune.cli.tables import Column, print_table
+
+    asked = next(point for point in curve if point.share >= found.recipe.sparsity * (1 - 1e-9))
+    steps = [number / _CURVE_ROWS * curve[-1].share for number in range(_CURVE_ROWS + 1)]
+    shown = [next(point for point in curve if point.share >= step * (1 - 1e-9)) for step in steps]
+    rows = sorted({point.removed: point for point in (*shown, asked)}.values(), key=lambda point: point.removed)
+    print_table(
+        "Predicted loss against size: the best widths of each",
+        [Column(name=name, figures=True) for name in ("removed of the scope", "parameters", "predicted loss", "")],
+        [
+            (
+                f"{point.share:.1%}",
+                f"{found.layout.all_parameters - point.removed:,}",
+                f"{point.loss:.4f}",
+                "about what is asked" if point is asked else "",
+            )
+            for point in rows
+        ],
+    )
 
 
 def _rows(found: RunPlan) -> list[tuple[str, str]]:
@@ -51,6 +87,7 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
             f"{format_bytes(found.size.bytes_after)}, in {' and '.join(found.size.dtypes)}",
         ),
     ]
+    rows += [(f"limit of {limit.name}", _limit_line(limit, found)) for limit in found.forecast.limits]
     if found.time is not None:
         rows.append(("time", f"{in_words(found.time.seconds)} on this machine"))
         rows += [(f"  {name}", f"{seconds:,.0f} s") for name, seconds in found.time.stretches.items()]
@@ -85,6 +122,13 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     return [*rows, ("reload check", check), *(("note", note) for note in found.notes)]
 
 
+def _limit_line(limit: Limit, found: RunPlan) -> str:
+    """Say what is asked of a quantity, what it is with all units, and where widths are known what it will be."""
+    kept = found.forecast.kept
+    will_be = "" if kept is None or not limit.sizes else f", {limit.predicted(kept):,} predicted"
+    return f"at most {limit.at_most:,}, {limit.before:,} with all units{will_be}"
+
+
 def _peak_rows(name: str, plan: PrunePlan | DevicePlan) -> list[tuple[str, str]]:
     """Format the planned peak of the host or the device, and the peaks of its phases."""
     from structprune.memory import format_bytes
@@ -103,6 +147,15 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
         "size": asdict(found.size),
+        "limits": [
+            {
+                "name": limit.name,
+                "at_most": limit.at_most,
+                "before": limit.before,
+                "predicted": None if found.forecast.kept is None else limit.predicted(found.forecast.kept),
+            }
+            for limit in found.forecast.limits
+        ],
         "start_token": found.start,
         "notes": found.notes,
         "seconds": None if found.time is None else {"all": found.time.seconds, "stretches": dict(found.time.stretches)},

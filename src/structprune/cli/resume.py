@@ -24,8 +24,13 @@ def resume(
     from structprune.cli.interrupt import run_or_say_how_to_resume
     from structprune.cli.recover import recovery_table
     from structprune.cli.render import report_table
+    from structprune.cli.shares import print_shares, resume_run_of_shares
+    from structprune.comparison.shares import find_shares
     from structprune.results.report import PruneReport
 
+    if find_shares(run) is not None:
+        print_shares(resume_run_of_shares(run, quiet=quiet), as_json=as_json)
+        return
     report = run_or_say_how_to_resume(
         lambda observer: resume_run(run, observer, rank_timeout=rank_timeout), run, quiet=quiet
     )

@@ -12,9 +12,10 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from structprune.errors import StructPruneError
+from structprune.errors import InputError, StructPruneError
 from structprune.ranks import launched
-from structprune.recipe import Flag, Recipe, all_fields
+from structprune.recipe import Flag, Group, Recipe, all_fields
+from structprune.recipe.path import PATH_NAME, with_allocation
 
 Verb = Callable[..., None]
 _RECIPE_FILE = inspect.Parameter(
@@ -23,16 +24,63 @@ _RECIPE_FILE = inspect.Parameter(
     default=None,
     annotation=Annotated[Path | None, typer.Option(help="YAML file of these settings; flags win.")],
 )
+_ALLOCATION_FILE = inspect.Parameter(
+    "allocation",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(
+            help=f"An earlier run's {PATH_NAME}: the widths for --sparsity follow from what it has measured.",
+            rich_help_panel=Group.WHAT.value,
+        ),
+    ],
+)
 
 
 def takes_recipe(verb: Verb) -> Verb:
     """Give `verb` an option for every field of a recipe, and `--recipe`; its parameter `settings` gets the Recipe."""
 
     def build(values: dict[str, Any]) -> Recipe:
-        recipe, fields = values.pop("recipe"), given(values)
-        return Recipe.from_yaml(recipe, **fields) if recipe is not None else Recipe.build(**fields)
+        return _built(*_asked(values))
 
-    return takes_fields(all_fields(), build, _RECIPE_FILE)(verb)
+    return takes_fields(all_fields(), build, _RECIPE_FILE, _ALLOCATION_FILE)(verb)
+
+
+def takes_recipes(verb: Verb) -> Verb:
+    """Give `verb` the options of `takes_recipe`, with several shares: `settings` gets name -> Recipe, one for each.
+
+    A single share has the empty name.
+    """
+
+    def build(values: dict[str, Any]) -> dict[str, Recipe]:
+        fields, allocation = _asked(values)
+        asked = str(fields.get("sparsity", ""))
+        if "," not in asked:
+            return {"": _built(fields, allocation)}
+        found: dict[str, Recipe] = {}
+        for text in asked.split(","):
+            share = Recipe.build(sparsity=text).sparsity
+            if f"{share:g}" in found:
+                raise InputError("--sparsity names a share twice", got=asked, wanted="each once, such as 0.1,0.2,0.3")
+            found[f"{share:g}"] = _built({**fields, "sparsity": share}, allocation)
+        return found
+
+    return takes_fields(all_fields(), build, _RECIPE_FILE, _ALLOCATION_FILE)(verb)
+
+
+def _asked(values: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+    """Return the settings of the file and the command line, unvalidated, and the file that widths are read from."""
+    recipe, allocation, fields = values.pop("recipe"), values.pop("allocation"), given(values)
+    return (fields if recipe is None else Recipe.merged_values(recipe, fields)), allocation
+
+
+def _built(fields: dict[str, Any], allocation: Path | None) -> Recipe:
+    """Validate the settings, with the widths of their share where those are read from a file."""
+    if allocation is None:
+        return Recipe.build(**fields)
+    share = Recipe.build(**{name: fields[name] for name in ("sparsity",) if name in fields}).sparsity
+    return Recipe.build(**with_allocation(fields, allocation, share))
 
 
 def takes_fields(
@@ -40,17 +88,23 @@ def takes_fields(
 ) -> Callable[[Verb], Verb]:
     """Give a verb an option for each of `fields`, and `more`; its parameter `settings` gets what `build` makes of them.
 
-    An option that is not on the command line has the value None.
+    An option that is not on the command line has the value None. A verb with a parameter of an option's name gets its
+    value too.
     """
     flags = {parameter.name: parameter for parameter in (*more, *(flag_of(name, f) for name, f in fields.items()))}
 
     def decorate(verb: Verb) -> Verb:
-        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        own = inspect.signature(verb, eval_str=True).parameters
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.items()
+            if name != "settings" and name not in flags
+        ]
 
         @functools.wraps(verb)
         def command(**values: Any) -> None:
             given = {name: values.pop(name) for name in flags}
+            values |= {name: given[name] for name in flags if name in own}
             try:
                 settings = build(given)
             except StructPruneError as error:

@@ -34,6 +34,7 @@ from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, default_held_out
+from structprune.recipe.limits import targets_of
 from structprune.recipe.repaired import (
     RepairedRecipe,
     objective_of,
@@ -223,7 +224,8 @@ def _head_units(recipe: Recipe, method: Method, reader: CheckpointReader) -> Hea
     Value channels need a modelling file, which a text model inside another one cannot have.
     """
     asked = recipe.head_units if isinstance(recipe, UnitsRecipe) else None
-    default = method.head_units
+    # Only whole KV heads take keys and values of the cache with them.
+    default = "kv-group" if "target_kv_cache" in targets_of(recipe) else method.head_units
     if default == "value-channel" and is_wrapper_type(reader.config.get("model_type")):
         default = "kv-group"
     return "kv-group" if recipe.scope == "mlp" else asked or default

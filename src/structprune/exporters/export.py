@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, UnsupportedError
+from structprune.registry import check_installed
 
 EXPORT_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -83,13 +83,7 @@ class Exporter:
 
     def check(self, format: str, request: ExportRequest) -> None:
         """Raise InputError for a setting that this format does not have, UnsupportedError for a missing package."""
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UnsupportedError(
-                f"writing {format} needs further packages",
-                got=f"no {', no '.join(missing)}",
-                do=f"pip install '{self.extra}'",
-            )
+        check_installed(f"writing {format}", self.packages, self.extra)
         if request.dtype not in ("stored", *self.dtypes):
             raise UnsupportedError(
                 f"{format.upper()} files are written in {', '.join(self.dtypes)}",

@@ -30,6 +30,7 @@ from structprune.recipe.fields import (
     settings_fingerprint,
     validated,
 )
+from structprune.recipe.limits import TARGETS
 from structprune.registry import Registry
 from structprune.texts import AUTO, WeightedText, weighted_texts
 
@@ -207,12 +208,24 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> Self:
         """Read a YAML mapping of recipe fields; `overrides` win. Raises InputError."""
+        return cls.build(**cls.merged_values(path, overrides))
+
+    @staticmethod
+    def merged_values(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a YAML mapping of recipe fields without validating it; `overrides` win. Raises InputError."""
         values = read_yaml(path)
         # Either decides the number of windows: what overrides one overrides the other.
         for name, other in (("num_samples", "time_budget"), ("time_budget", "num_samples")):
             if overrides.get(name) is not None and other not in overrides:
                 values.pop(other, None)
-        return cls.build(**{**values, **overrides})
+        # A share or limits decide how much goes, and limits go together.
+        targets = {name for name in TARGETS if overrides.get(name) is not None}
+        if targets and overrides.get("sparsity") is None:
+            values.pop("sparsity", None)
+        elif overrides.get("sparsity") is not None and not targets:
+            for name in TARGETS:
+                values.pop(name, None)
+        return {**values, **overrides}
 
     @property
     def most_samples(self) -> int:

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from structprune.recipe.common import ResolvedRecipe, Scope
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
-from structprune.recipe.repaired import RepairedRecipe
+from structprune.recipe.limited import LimitedRecipe
+from structprune.recipe.limits import NO_CACHE_LIMIT, AtMost, CacheAtMost
 
 # What a run does that takes or leaves blocks and experts as they are.
 LEFT_AS_THEY_ARE: Mapping[str, Any] = {
@@ -25,7 +26,7 @@ LEFT_AS_THEY_ARE: Mapping[str, Any] = {
 }
 
 
-class DepthRecipe(RepairedRecipe, frozen=True):
+class DepthRecipe(LimitedRecipe, frozen=True):
     """What may be asked of the pipeline that leaves out whole blocks."""
 
     pipeline: ClassVar[str] = "depth"
@@ -53,6 +54,9 @@ class DepthRecipe(RepairedRecipe, frozen=True):
 class ResolvedDepth(ResolvedRecipe, DepthRecipe, frozen=True):
     """What a run that removes whole blocks works by."""
 
+    target_parameters: AtMost = 0
+    target_bytes: AtMost = 0
+    target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
     score: str = SAID
     sensitivity_samples: int = SAID
     repair_samples: int = 0

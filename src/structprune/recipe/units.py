@@ -11,14 +11,15 @@ from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
-from structprune.recipe.repaired import RepairedRecipe
+from structprune.recipe.limited import LimitedRecipe
+from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
 
 
-class UnitsRecipe(RepairedRecipe, frozen=True):
+class UnitsRecipe(LimitedRecipe, frozen=True):
     """What may be asked of the pipeline that prunes sublayer by sublayer."""
 
     pipeline: ClassVar[str] = "units"
@@ -46,7 +47,8 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
     )
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
-        description="how the blocks share the sparsity: uniform, closed-form, fermi-dirac, softmax or standardised",
+        description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
+        "standardised",
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
@@ -106,7 +108,7 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
         own = super().own_values(values)
         widths = as_widths(own.get("widths"))
         if not widths.blocks:
-            return own
+            return {**_of_cache(own), **own}
         asked = own.get("head_units") or widths.head_units
         if widths.head_units not in (None, asked) and "attention" in widths.kinds:
             raise InputError(
@@ -118,9 +120,20 @@ class UnitsRecipe(RepairedRecipe, frozen=True):
         return {"scope": kinds[0] if len(kinds) == 1 else "all", **own, "widths": widths, "head_units": asked}
 
 
+def _of_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Say the scope that a limit of the KV cache alone means: attention, or all beside limits of other things."""
+    targets = [name for name in TARGETS if values.get(name) is not None]
+    if "target_kv_cache" not in targets:
+        return {}
+    return {"scope": "attention" if len(targets) == 1 else "all"}
+
+
 class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     """What a run that removes units works by."""
 
+    target_parameters: AtMost = 0
+    target_bytes: AtMost = 0
+    target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
     head_units: HeadUnits = SAID
     multiple_of: int = SAID
     damping: Damping = SAID

@@ -23,7 +23,7 @@ from structprune.report.figures import (
 from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import reload_line, repair_rows, stored_in, warnings
+from structprune.results.summary import asked, reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
@@ -48,7 +48,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
         title=f"{name}: pruning report",
         name=name,
         lead=f"{source}, pruned by {report.method}: {size.removed_share_of_scope:.2%} of the parameters of "
-        f"{_scope(report)} removed ({report.recipe.sparsity:.2%} asked), "
+        f"{_scope(report)} removed ({asked(report)}), "
         f"{'' if report.adapter is None else f'adapter {Path(report.adapter.path).name} merged, '}calibrated on "
         f"{report.calibration.description}.",
         tiles=_tiles(report),
@@ -64,6 +64,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
             (runtime.runtime, runtime.loads + (f", {runtime.basis}" if runtime.basis else ""), runtime.reason)
             for runtime in report.runtimes
         ],
+        limits=[f"Limit of {limit.name}: {limit.line}." for limit in report.limits],
         repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in repair_rows(report)],
         reload=f"Reload check: {reload_line(report.reload)}.",
         recipe=_recipe_rows(report),

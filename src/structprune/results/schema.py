@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, SerializeAsAny
 
 from structprune.errors import InputError
+from structprune.memory import format_bytes
 from structprune.recipe import ResolvedRecipe
 from structprune.results.frozen import Frozen
 
@@ -144,6 +145,32 @@ class SizeReport(Frozen):
     def removed_share_of_text_model(self) -> float:
         """Removed parameters over those of the text model alone."""
         return (self.parameters_before - self.parameters_after) / (self.parameters_before - self.parameters_around)
+
+
+class LimitReport(Frozen):
+    """A limit of what the result may have, such as of its parameters, and what it has."""
+
+    name: str
+    """What is counted, in words."""
+    in_bytes: bool
+    at_most: int
+    """What was asked for."""
+    before: int
+    """What the result would have if no unit had gone."""
+    predicted: int
+    """What the chosen widths give by the source's headers; counts a repair's new biases, which it may leave out."""
+    reached: int
+    """What the written model has."""
+
+    @property
+    def line(self) -> str:
+        """Say what was asked, what the widths promised, and what the result has."""
+
+        def shown(number: int) -> str:
+            return f"{number:,} ({format_bytes(number)})" if self.in_bytes else f"{number:,}"
+
+        predicted = "as predicted" if self.reached == self.predicted else f"predicted {shown(self.predicted)}"
+        return f"asked for at most {shown(self.at_most)}, reached {shown(self.reached)}, {predicted}"
 
 
 class RepairReport(Frozen):
@@ -297,6 +324,11 @@ class PruneFacts(Frozen):
     """None: no window was held out, as in reports of earlier versions; what is known is in-sample only."""
     calibration: CalibrationReport
     size: SizeReport
+    predicted_loss: float | None = None
+    """What the removals are predicted to add to the loss, in nats per token: the sum of what each was measured to cost
+    the dense model. None where that was not measured."""
+    limits: list[LimitReport] = Field(default_factory=list[LimitReport])
+    """Limits that decided the widths; empty where a share did, and in reports of earlier versions."""
     memory: MemoryReport
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None

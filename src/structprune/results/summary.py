@@ -73,8 +73,10 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *_adapter(report),
         (
             f"removed of {report.recipe.scope}",
-            f"{size.removed_share_of_scope:.2%} of its parameters (asked {report.recipe.sparsity:.2%})",
+            f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
         ),
+        *([] if report.predicted_loss is None else [("predicted loss", f"{report.predicted_loss:.4f} nats per token")]),
+        *((f"limit of {limit.name}", limit.line) for limit in report.limits),
         ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
         ("removed of the model", f"{size.removed_share_of_model:.2%}"),
         ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
@@ -99,6 +101,11 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
+
+
+def asked(report: PruneFacts) -> str:
+    """Say which share was asked for, or that limits decided."""
+    return "as its limits need" if report.limits else f"asked {report.recipe.sparsity:.2%}"
 
 
 def _adapter(report: PruneFacts) -> list[tuple[str, str]]:
@@ -251,7 +258,12 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
 
 def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
-    notes = (*report.notes, *share_note(report.recipe, report.size.reachable))
+    over = [limit for limit in report.limits if limit.reached > limit.at_most]
+    notes = (
+        *report.notes,
+        *(() if report.limits else share_note(report.recipe, report.size.reachable)),
+        *(f"the limit of {limit.name} is missed: {limit.line}" for limit in over),
+    )
     found = [f"{note[0].upper()}{note[1:]}." for note in notes] + _perplexity_warnings(report)
     found += _starved_warnings(report)
     raised = _places(block for block in report.blocks if block.status == "damping-raised")

@@ -15,9 +15,12 @@ from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
+from structprune.engine.pipelines.decided import check_share
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES, Choice
-from structprune.engine.planning.forecast import Forecast, result_tensors, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.limits import blocks_left, blocks_within, find_limits
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.tensors import result_tensors
 from structprune.engine.planning.widths import Widths, check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
@@ -69,9 +72,15 @@ def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> Re
             wanted="equal blocks",
             do="remove blocks first, units afterwards",
         )
-    remove = num_removed(recipe.sparsity, stock.layout)
     free = len(blocks) - recipe.protect_first - recipe.protect_last
-    if recipe.sparsity > 0 and free < 1:
+    resolved = ResolvedDepth.of(recipe, score=score, sensitivity_samples=recipe.sensitivity_samples or samples)
+    limits = find_limits(stock, resolved)
+    if limits:
+        gone = blocks_within(stock, resolved, limits, max(0, min(free, len(blocks) - 1)))
+        check_share(recipe, gone / len(blocks))
+        resolved = resolved.model_copy(update={"sparsity": gone / len(blocks)})
+    remove = num_removed(resolved.sparsity, stock.layout)
+    if resolved.sparsity > 0 and free < 1:
         raise InputError(
             "every block is protected",
             got=f"--protect-first {recipe.protect_first}, --protect-last {recipe.protect_last}",
@@ -88,7 +97,7 @@ def depth_settings(recipe: DepthRecipe, method: Method, stock: StockModel) -> Re
     if remove:
         check_numbers_can_change(stock.family)
     shallower_config(stock.layout.config, stock.config, range(len(blocks) - remove))
-    return ResolvedDepth.of(recipe, score=score, sensitivity_samples=recipe.sensitivity_samples or samples)
+    return resolved
 
 
 def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
@@ -130,6 +139,7 @@ def forecast_depth(stock: StockModel, recipe: ResolvedDepth, kinds: Sequence[Uni
             layout.blocks[: len(layout.blocks) - remove],
             lambda block: ((name, name, shape) for name, shape in block.shapes.items()),
         ),
+        limits=find_limits(stock, recipe),
     )
 
 
@@ -211,7 +221,10 @@ def _write_blocks(context: RunContext, writer: ModelWriter, kept: list[int], cho
             output_index=lambda block: numbers.get(block.index),
         ),
     )
+    removed = len(context.stock.layout.blocks) - len(kept)
+    limits = find_limits(context.stock, context.recipe)
     return Outcome(
+        limits=[(limit, blocks_left(context.stock, context.recipe, limit, removed)) for limit in limits],
         reports=[BlockReport(**line["report"]) for line in result.lines],
         kept_indices={"blocks": kept},
         dense_NSD=result.final["dense"],

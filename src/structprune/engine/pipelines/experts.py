@@ -26,8 +26,9 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.few_tokens import ExpertTokens, token_statistics
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.counted_settings import counted_shares, num_to_remove
-from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from structprune.architectures.family import Stream
 from structprune.architectures.modeling.sliced import SHORTCUTS
 from structprune.architectures.stock.model import StockModel
-from structprune.engine.planning.forecast import BlockTensors, Forecast, result_tensors, shape_of
+from structprune.engine.planning.forecast import Forecast, shape_of
+from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.sliced import sliced_config

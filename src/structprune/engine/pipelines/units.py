@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,14 +20,17 @@ from structprune.engine.layerwise.block import pass_block, prune_block
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
+from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.shapes import most_inputs
-from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, sublayers
+from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
 from structprune.engine.streaming.final_states import first_windows
+from structprune.methods.method import SensitivityKind
+from structprune.recipe.path import RemovalPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
@@ -65,17 +69,41 @@ def execute(context: RunContext) -> PruneReport:
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
     result = run_pass(context, pruning_pass(context, pruning, "prune"))
+    limits = find_limits(context.stock, context.recipe, context.kinds)
     outcome = Outcome(
         reports=[BlockReport(**report) for line in result.lines for report in line["reports"]],
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
+        **({} if costs is None else _predictions(context, costs, kept_units)),
+        limits=[(limit, limit.predicted(kept_units)) for limit in limits],
         widths=kept_units,
         reused=None if found is None else found.reused,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
-    scope = sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
-    return finalize(context, writer, config, outcome, scope)
+    return finalize(context, writer, config, outcome, _scope_parameters(context))
+
+
+def _scope_parameters(context: RunContext) -> int:
+    return sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
+
+
+def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[str, Any]:
+    """Return what these widths and all others are predicted to cost, where that was measured by the loss."""
+    if context.sensitivity is not SensitivityKind.LOSS:
+        return {}
+    chosen = (
+        float(costs[group.kind][block.index][: group.num_units - kept_units[group.kind][block.index]].double().sum())
+        for block, group in sublayers(context.stock, context.kinds)
+    )
+    path = RemovalPath(
+        source=context.source,
+        source_fingerprint=context.reader.fingerprint(),
+        head_units=context.stock.head_units,
+        scope_parameters=_scope_parameters(context),
+        sublayers=removal_path(context.stock, context.settings(ResolvedUnits), context.kinds, costs),
+    )
+    return {"predicted_loss": sum(chosen), "path": path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,15 +12,16 @@ from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
+from structprune.engine.pipelines.decided import SEVERAL_ALLOCATOR, with_limits, with_widths
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
-from structprune.engine.planning.widths import are_even, share_removed
+from structprune.engine.planning.widths import are_even, binding_limits
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import check_numbers_can_change
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
-from structprune.recipe import default_sensitivity_samples, flag_name
+from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
@@ -32,7 +33,6 @@ _NARROW = 4096
 # Where nothing is to be compared, or to be made up for.
 _EVEN_ALLOCATOR = "uniform"
 _IDLE_SOLVER = "mask-only"
-_OUTSIDE_ALLOCATOR = "widths"
 
 
 def unit_settings(
@@ -44,7 +44,7 @@ def unit_settings(
     """
     groups = _groups_in_scope(method, recipe, stock)
     if recipe.widths.blocks:
-        recipe = _with_widths(recipe, groups, stock)
+        recipe = with_widths(recipe, _kinds(groups), stock)
     recipe = evenly_inside(recipe, groups, stock)
     _check_constants(recipe.solver or method.solver, groups, stock)
     lost = _may_be_lost(recipe, groups)
@@ -54,39 +54,15 @@ def unit_settings(
     default = math.lcm(*(g.multiple_of for g in groups)) if recipe.widths.blocks else _default_multiple(groups)
     multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
     resolved = _resolved(recipe, method, stock, groups, multiple_of)
+    limits = binding_limits(stock, resolved, _kinds(groups))
+    if len(limits) > 1 and recipe.allocator is None and recipe.structure != Structure.UNIFORM:
+        several = recipe.model_copy(update={"allocator": SEVERAL_ALLOCATOR})
+        resolved = _resolved(several, method, stock, groups, multiple_of)
+    resolved = with_limits(resolved, limits, recipe, stock, _kinds(groups))
     for group in groups:
         if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":
             _check_iterative(resolved.solver, group, stock.family.name)
     return resolved, groups
-
-
-def _with_widths(recipe: UnitsRecipe, groups: Sequence[UnitGroup], stock: StockModel) -> UnitsRecipe:
-    """Put what the widths decide into the recipe: the sparsity, and that no block is held to anything else.
-
-    Raises InputError for widths that are not the model's, UnsupportedError for settings that would decide them too.
-    """
-    decided = {
-        "sparsity": share_removed(stock, _kinds(groups), recipe.widths),
-        "allow_block_removal": any(0 in block.values() for block in recipe.widths.blocks.values()),
-        "allocator": _OUTSIDE_ALLOCATOR,
-        "temperature": 0.0,
-        "min_retention": UnitsRecipe.model_fields["min_retention"].default,
-        "max_retention": 1.0,
-        "outer_iterations": 0,
-        "protect_first": 0,
-        "protect_last": 0,
-    }
-    asked = {name: getattr(recipe, name) for name in decided if name in recipe.model_fields_set}
-    # A sublayer that the widths leave without units needs no permission, and permission is none to keep them.
-    asked.pop("allow_block_removal", None)
-    other = {name: value for name, value in asked.items() if value is not None and value != decided[name]}
-    if other:
-        raise UnsupportedError(
-            f"{', '.join(map(flag_name, other))} and --widths would decide the same thing",
-            got=", ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in other.values()),
-            wanted=f"--widths alone, which removes {decided['sparsity']:.4%} of the scope",
-        )
-    return recipe.model_copy(update=decided)
 
 
 def _may_be_lost(recipe: UnitsRecipe, groups: Sequence[UnitGroup]) -> set[UnitKind]:
@@ -179,6 +155,7 @@ def _resolved(
     evenly = recipe.structure == Structure.UNIFORM
     allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
     entry = ALLOCATORS.get(allocator)
+    entry.check(allocator)
     if entry.reads_widths and not recipe.widths.blocks:
         raise InputError(f"allocator {allocator!r} has nothing to read", wanted="--widths FILE")
     even = entry.even or (entry.reads_widths and are_even(stock, _kinds(groups), recipe.widths))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from structprune.allocation import ALLOCATORS
 from structprune.architectures.stock.model import StockModel
-from structprune.checkpoint.weight_files import StoredTensor, WeightFiles
+from structprune.engine.planning.limits import Limit, find_limits
+from structprune.engine.planning.tensors import TensorForecast, cut_tensors, file_bytes, result_tensors
 from structprune.engine.planning.widths import Widths, check_shared_out, choose_widths, indivisible, reachable_shares
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
@@ -21,17 +20,6 @@ from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import ReachableShares
 from structprune.solvers import SOLVERS
-from structprune.types import BlockLayout
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorForecast:
-    """One tensor of the result."""
-
-    shape: Shape
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +33,8 @@ class Forecast:
     """What share of the scope goes; None where the calibration text decides."""
     tensors: Mapping[str, TensorForecast] | None
     """Name in the result's files -> tensor; None where the calibration text decides, or where biases are added."""
+    limits: Sequence[Limit] = ()
+    """What decides the widths, where a share does not."""
 
     @property
     def num_parameters(self) -> int | None:
@@ -53,10 +43,7 @@ class Forecast:
 
     def num_bytes(self, max_shard_size: int) -> int | None:
         """Count the bytes of the result's weight files, headers included, where its tensors are known."""
-        if self.tensors is None:
-            return None
-        stored = [StoredTensor.planned(name, tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()]
-        return WeightFiles.of(stored, max_shard_size).num_bytes
+        return None if self.tensors is None else file_bytes(self.tensors, max_shard_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,40 +83,6 @@ def planned_size(
     )
 
 
-BlockTensors = Iterator[tuple[str, str, Shape]]
-"""Triples: a tensor's name in the block, that of the source's tensor whose dtype it has, its shape."""
-
-
-def result_tensors(
-    stock: StockModel,
-    recipe: ResolvedRecipe,
-    blocks: Sequence[BlockLayout],
-    tensors_of: Callable[[BlockLayout], BlockTensors],
-    outer: Mapping[str, tuple[str, Shape]] | None = None,
-) -> dict[str, TensorForecast]:
-    """Find the tensors of a result that has these `blocks` of the source under new numbers.
-
-    `outer`: name -> (source's tensor whose dtype it has, shape) of what lies around them; by default as it is.
-    """
-    layout, dtypes = stock.layout, stock.reader.dtypes
-    form = stock.file_form(per_layer=recipe.per_layer)
-    around = {name: (name, shape) for name, shape in layout.outer_tensors.items()} if outer is None else outer
-    shapes = {name: shape for name, (_, shape) in around.items()}
-    wanted = {form.file_name(name): dtypes[like] for name, (like, _) in around.items()}
-    for number, block in enumerate(blocks):
-        for name, like, shape in tensors_of(block):
-            full = f"{layout.blocks_module}.{number}.{name}"
-            shapes[full] = shape
-            wanted[form.file_name(full)] = dtypes[block.prefix + like]
-    found = {
-        name: TensorForecast(shape=shape, dtype=wanted[name]) for name, shape in form.stored_shapes(shapes).items()
-    }
-    if (wrapper := stock.reader.wrapper) is not None:
-        for name in wrapper.around:
-            found[name] = TensorForecast(shape=wrapper.whole.shapes[name], dtype=wrapper.whole.dtypes[name])
-    return found
-
-
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast a run that removes units. Raises InputError or UnsupportedError if it cannot be reached or written."""
     if ALLOCATORS.get(recipe.allocator).compares != "none":
@@ -148,30 +101,19 @@ def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
             # What the allocator decides is seen to divide when it is known.
             indivisible=None,
         )
-        return Forecast(shape=shape, kept=None, shares=reachable_shares(stock, recipe, kinds, None), tensors=None)
+        shares = reachable_shares(stock, recipe, kinds, None)
+        return Forecast(shape=shape, kept=None, shares=shares, tensors=None, limits=find_limits(stock, recipe, kinds))
     kept = choose_widths(stock, recipe, kinds, None)
     blocks = stock.layout.blocks
     return Forecast(
         shape=shape_of(stock, recipe, output_config(stock, recipe, kinds, kept)),
         kept=kept,
         shares=reachable_shares(stock, recipe, kinds, kept),
+        limits=find_limits(stock, recipe, kinds),
         tensors=None
         if _adds_bias(recipe)
-        else result_tensors(stock, recipe, blocks, lambda block: _cut_tensors(block, kept)),
+        else result_tensors(stock, recipe, blocks, lambda block: cut_tensors(block, kept)),
     )
-
-
-def _cut_tensors(block: BlockLayout, kept: Mapping[str, Sequence[int]]) -> BlockTensors:
-    """List the tensors of a block that keeps so many units of each kind that it has; without units a sublayer goes."""
-    gone = {kind for kind, counts in kept.items() if block.has(kind) and not counts[block.index]}
-    without = {name for kind in gone for name in block.sublayer_tensors(kind)}
-    shapes = {name: list(shape) for name, shape in block.shapes.items() if name not in without}
-    for group in block.groups:
-        if group.kind in kept and group.kind not in gone:
-            removed = group.num_units - kept[group.kind][block.index]
-            for part in group.slices:
-                shapes[part.tensor][part.axis] -= removed * part.width * part.repeat
-    yield from ((name, name, tuple(shape)) for name, shape in shapes.items())
 
 
 def output_config(

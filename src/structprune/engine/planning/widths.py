@@ -9,11 +9,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
-from structprune.allocation.budget import allowed_removals, check_bounds, largest_removal, removal_target
+from structprune.allocation.budget import Sizes, allowed_removals, check_bounds, largest_removal, removal_target
+from structprune.allocation.menu import list_slots
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
+from structprune.engine.planning.limits import Limit, check_within, find_limits
+from structprune.engine.planning.quantities import SublayerSizes
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
+from structprune.recipe.path import SublayerPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.recipe.widths import BlockWidths
 from structprune.results.schema import ReachableShares
@@ -36,12 +40,53 @@ def choose_widths(
     An allocator that compares nothing needs no costs. Raises InputError if the sparsity cannot be reached,
     UnsupportedError if `tensor_parallel` processes could not share the result evenly.
     """
-    budgets, options = _budgets(stock, recipe, kinds, costs), _options(stock, recipe)
+    limits = binding_limits(stock, recipe, kinds)
+    budgets, options = _budgets(stock, recipe, kinds, costs, limits), _options(stock, recipe, limits)
+    allocator = ALLOCATORS.get(recipe.allocator)
     kept: Widths = {kind: [0] * len(stock.layout.blocks) for kind in kinds}
-    for budget, num_keep in zip(budgets, ALLOCATORS.get(recipe.allocator).allocate(budgets, options), strict=True):
+    for budget in budgets:
+        # What adds nothing to the sum that is limited loses nothing, unless it may not keep everything.
+        least = allowed_removals(budget, options)[0] if allocator.bounded else 0
+        kept[budget.kind][budget.block] = budget.num_units - least
+    counted = [budget for budget in budgets if any(sizes.unit for sizes in budget.sizes)]
+    for budget, num_keep in zip(counted, allocator.allocate(counted, options), strict=True):
         kept[budget.kind][budget.block] = num_keep
     check_shared_out(stock, recipe, kept)
     return kept
+
+
+def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> list[Limit]:
+    """Return the limits that take something, of those that the recipe asks for; none where a share decides.
+
+    Raises InputError for one that the groups' bounds do not allow.
+    """
+    limits = [limit for limit in find_limits(stock, recipe, kinds) if limit.removal > 0]
+    bounded = ALLOCATORS.get(recipe.allocator).bounded
+    for limit in limits:
+        budgets, options = _budgets(stock, recipe, kinds, None, [limit]), _options(stock, recipe, [limit])
+        least = (b.num_units - allowed_removals(b, options)[-1] if bounded else 0 for b in budgets)
+        check_within(
+            limit, sum(b.sizes[0].kept(b.num_units) - b.sizes[0].kept(n) for b, n in zip(budgets, least, strict=True))
+        )
+    return limits
+
+
+def removal_path(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
+) -> tuple[SublayerPath, ...]:
+    """List the widths that every sublayer may have, in parameters, with what their removals are predicted to cost."""
+    budgets = _budgets(stock, recipe, kinds, costs, [])
+    return tuple(
+        SublayerPath(
+            block=slot.block,
+            kind=slot.kind,
+            before=budget.sizes[0].kept(budget.num_units),
+            units=tuple(variant.keep for variant in slot.variants),
+            parameters=tuple(variant.cost[0] for variant in slot.variants),
+            loss=tuple(variant.price for variant in slot.variants),
+        )
+        for budget, slot in zip(budgets, list_slots(budgets, _options(stock, recipe, [])), strict=True)
+    )
 
 
 def reachable_shares(
@@ -50,19 +95,20 @@ def reachable_shares(
     """Find the shares nearest to the one that is asked for.
 
     `kept` are the widths of the run; before they are known, the most that may go stands for what goes. Returns None
-    where the widths were decided outside, and where the sizes of removals have so little in common that there are too
-    many sums of them.
+    where the widths were decided outside or by limits of something else than parameters, and where the sizes of
+    removals have so little in common that there are too many sums of them.
     """
-    if recipe.widths.blocks:
+    limits = binding_limits(stock, recipe, kinds)
+    if recipe.widths.blocks or any(limit.field != "target_parameters" for limit in limits):
         return None
-    budgets, options = _budgets(stock, recipe, kinds, None), _options(stock, recipe)
+    budgets, options = _budgets(stock, recipe, kinds, None, limits), _options(stock, recipe, limits)
     allocator = ALLOCATORS.get(recipe.allocator)
     if allocator.compares == "none":
         return _even_shares(budgets, options, allocator.allocate)
     if kept is None:
         return _possible_shares(budgets, options)
-    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
-    steps = [budget.multiple_of * budget.unit_parameters for budget in budgets]
+    total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
+    steps = [budget.multiple_of * budget.unit_size for budget in budgets]
     gone = [budget.num_units - kept[budget.kind][budget.block] for budget in budgets]
     # With the last unit goes more than the units.
     removed = sum(removed_parameters(b, group, kept[group.kind][b.index]) for b, group in sublayers(stock, kinds))
@@ -80,11 +126,11 @@ def _possible_shares(budgets: Sequence[BlockBudget], options: AllocationOptions)
     """
     check_bounds(budgets, options)
     _check_attention_stays(budgets, options)
-    total, target = sum(budget.module_parameters for budget in budgets), removal_target(budgets, options)
+    total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
     # In parameters: what must go, and of each group the first step beyond that and those after it, which are equal.
     least, steps = 0, list[tuple[int, int, int]]()
     for budget in budgets:
-        allowed, size = allowed_removals(budget, options), budget.unit_parameters
+        allowed, size = allowed_removals(budget, options), budget.unit_size
         least += allowed[0] * size
         if len(allowed) > 1:
             steps.append(((allowed[1] - allowed[0]) * size, budget.multiple_of * size, len(allowed) - 2))
@@ -118,10 +164,10 @@ def _check_attention_stays(budgets: Sequence[BlockBudget], options: AllocationOp
     attention = [budget for budget in budgets if budget.kind == "attention"]
     if not options.allow_removal or not attention or any(b.block in options.protected for b in attention):
         return
-    total, target = sum(b.module_parameters for b in budgets), removal_target(budgets, options)
-    most = sum(largest_removal(b, options) * b.unit_parameters for b in budgets)
+    total, target = sum(b.module_size for b in budgets), removal_target(budgets, options)
+    most = sum(largest_removal(b, options) * b.unit_size for b in budgets)
     # One step of one of them has to stay.
-    most -= min(b.multiple_of * b.unit_parameters for b in attention)
+    most -= min(b.multiple_of * b.unit_size for b in attention)
     if most < target:
         raise InputError(
             "the sparsity would take the attention of every block",
@@ -135,11 +181,11 @@ def _even_shares(
     budgets: Sequence[BlockBudget], options: AllocationOptions, allocate: Callable[..., list[int]]
 ) -> ReachableShares:
     """Search what an allocator that compares nothing removes for other shares: more for a larger one, in steps."""
-    total = sum(budget.module_parameters for budget in budgets)
+    total = sum(budget.module_size for budget in budgets)
 
     def removed(asked: float) -> float:
-        kept = allocate(budgets, replace(options, sparsity=asked))
-        units = sum(b.unit_parameters * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
+        kept = allocate(budgets, replace(options, sparsity=asked, removal=None))
+        units = sum(b.unit_size * (b.num_units - count) for b, count in zip(budgets, kept, strict=True))
         return units / total
 
     found, asked = removed(options.sparsity), options.sparsity
@@ -156,27 +202,48 @@ def _even_shares(
 
 
 def _budgets(
-    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]] | None
+    stock: StockModel,
+    recipe: ResolvedUnits,
+    kinds: Sequence[UnitKind],
+    costs: Mapping[str, Sequence[Tensor]] | None,
+    limits: Sequence[Limit],
 ) -> list[BlockBudget]:
-    """List the unit groups that the parameters to remove are shared out to."""
-    return [
-        BlockBudget(
-            block=block.index,
-            kind=group.kind,
-            num_units=group.num_units,
-            unit_parameters=sum(block.unit_parameters(part) for part in block.groups_of(group.kind)),
-            module_parameters=block.module_parameters(group),
-            multiple_of=_multiple(recipe, group),
-            cost_U=None if costs is None else costs[group.kind][block.index],
+    """List the unit groups that what is to go is shared out to, with what they add to the limited sums."""
+    found: list[BlockBudget] = []
+    for block, group in sublayers(stock, kinds):
+        sizes = [limit.sizes[block.index, group.kind] for limit in limits] or [_parameter_sizes(block, group)]
+        found.append(
+            BlockBudget(
+                block=block.index,
+                kind=group.kind,
+                num_units=group.num_units,
+                unit_size=sizes[0].units.unit,
+                module_size=sizes[0].module,
+                rest_size=sizes[0].units.rest,
+                further=tuple(size.units for size in sizes[1:]),
+                multiple_of=_multiple(recipe, group),
+                cost_U=None if costs is None else costs[group.kind][block.index],
+            )
         )
-        for block, group in sublayers(stock, kinds)
-    ]
+    return found
 
 
-def _options(stock: StockModel, recipe: ResolvedUnits) -> AllocationOptions:
+def _parameter_sizes(block: BlockLayout, group: UnitGroup) -> SublayerSizes:
+    """Count the parameters that a share of the scope is a share of."""
+    unit = sum(block.unit_parameters(part) for part in block.groups_of(group.kind))
+    return SublayerSizes(
+        num_units=group.num_units,
+        units=Sizes(unit=unit, rest=block.sublayer_parameters(group.kind) - group.num_units * unit),
+        module=block.module_parameters(group),
+    )
+
+
+def _options(stock: StockModel, recipe: ResolvedUnits, limits: Sequence[Limit]) -> AllocationOptions:
     num_blocks = len(stock.layout.blocks)
     return AllocationOptions(
         sparsity=recipe.sparsity,
+        removal=limits[0].removal if limits else None,
+        further=tuple(limit.removal for limit in limits[1:]),
         min_retention=recipe.min_retention,
         max_retention=recipe.max_retention,
         temperature=recipe.temperature,

@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from structprune.checkpoint.readme import README_NAME, source_metadata
 from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import retyped, shape_of
+from structprune.engine.planning.limits import Limit, limit_reports
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
@@ -41,6 +42,7 @@ from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.observer import Observer
 from structprune.phases import Phase, by_name
+from structprune.recipe.path import PATH_NAME, RemovalPath
 from structprune.recipe.widths import WIDTHS_NAME, saved_widths
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
@@ -86,6 +88,12 @@ class Outcome:
     pruned_NSD: Tensor
     shares: ReachableShares | None
     """What share of the scope goes, beside the nearest that its units allow."""
+    path: RemovalPath | None = None
+    """What every width is predicted to cost; None where that was not measured."""
+    predicted_loss: float | None = None
+    """What the removals are predicted to add to the loss; None where that was not measured."""
+    limits: Sequence[tuple[Limit, int]] = ()
+    """What decided the widths where a share did not, each beside what the widths promise."""
     widths: Widths = field(default_factory=dict[str, list[int]])
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
@@ -284,6 +292,8 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, result.outcome.widths)))
+    if result.outcome.path is not None:
+        write_json(checkpoint / PATH_NAME, result.outcome.path.model_dump(mode="json"))
     context.meter.mark("finish")
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written.model, context.recipe, result.config)
@@ -302,6 +312,8 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
+        predicted_loss=result.outcome.predicted_loss,
+        limits=limit_reports(result.outcome.limits, written.model, result.size),
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,

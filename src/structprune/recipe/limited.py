@@ -1,0 +1,28 @@
+"""Recipes of the pipelines that can be held to a size of the result instead of a share that goes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from structprune.recipe.fields import Flag, Group
+from structprune.recipe.limits import Count, FileBytes, KvCache
+from structprune.recipe.repaired import RepairedRecipe
+
+_SPARSITY_DECIDES = "--sparsity decides"
+
+
+class LimitedRecipe(RepairedRecipe, frozen=True):
+    """What may be asked of the pipelines that count what every unit or block adds to the result."""
+
+    target_parameters: Annotated[Count | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
+        default=None, description="the most parameters that the result may have, such as 1B; instead of --sparsity"
+    )
+    target_bytes: Annotated[FileBytes | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
+        default=None, description="the most bytes of its weight files, such as 4GiB; instead of --sparsity"
+    )
+    target_kv_cache: Annotated[KvCache | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
+        default=None,
+        description="the most bytes of keys and values of so many tokens, such as 8192:2GiB; instead of --sparsity",
+    )
