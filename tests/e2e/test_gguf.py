@@ -33,7 +33,7 @@ from transformers import (
 
 from structprune import Recipe, prune
 from structprune.api import export
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
+from structprune.architectures.gguf.table import GGUF_FAMILIES
 from structprune.architectures.stock.loading import load_model
 from structprune.cli import main
 from structprune.errors import CheckpointError, InputError, NumericalError, StructPruneError, UnsupportedError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
+from structprune.architectures.gguf.table import GGUF_FAMILIES
 from structprune.exporters.runtimes import ResultShape, result_shape, runtimes
 from structprune.kinds import Structure
 

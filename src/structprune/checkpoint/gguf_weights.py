@@ -28,7 +28,8 @@ _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16
 
 RowOrder = Literal["stored", "halves", "grouped"]
 """halves: a head's rows are pairs in the file, and first half, second half in the checkpoint; grouped: queries of all
-heads, then keys, then values in the file, and head by head in the checkpoint."""
+heads, then keys, then values in the file, and in the checkpoint the queries, key and value of one KV head after the
+other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,9 @@ class GgufRows:
     count: int
     order: RowOrder = "stored"
     heads: int = 1
+    """Heads of the tensor; KV heads where it is grouped."""
+    queries: int = 1
+    """Queries of one KV head, where it is grouped."""
 
     def indices(self, first: int, last: int) -> np.ndarray[Any, Any]:
         """Return which rows of the file's tensor are rows `first` up to `last` of this piece."""
@@ -50,10 +54,12 @@ class GgufRows:
             half, pair = np.divmod(row, size // 2)
             wanted = head * size + 2 * pair + half
         elif self.order == "grouped":
-            size = self.count // (3 * self.heads)
-            head, row = np.divmod(wanted, 3 * size)
+            size = self.count // ((self.queries + 2) * self.heads)
+            head, row = np.divmod(wanted, (self.queries + 2) * size)
             part, inner = np.divmod(row, size)
-            wanted = (part * self.heads + head) * size + inner
+            # Queries of one KV head follow each other; its key and its value come behind those of the others.
+            place = np.where(part < self.queries, head * self.queries + part, part * self.heads + head)
+            wanted = place * size + inner
         return self.first + wanted
 
 
@@ -68,6 +74,8 @@ class GgufEntry:
     """Added to every number."""
     transposed: bool = False
     """The parts are the tensor's columns."""
+    row: bool = False
+    """A vector that is one row of a matrix in the file."""
 
 
 class GgufWeights:
@@ -168,7 +176,9 @@ class GgufSlice:
         if entry.transposed:
             return self._read(entry.shape[::-1], 0, entry.shape[1]).T[part]
         if not isinstance(part, slice):
-            return self._read(entry.shape, 0, entry.shape[0])
+            part = slice(None)
+        if entry.row:
+            return self._read((1, *entry.shape), 0, 1)[0][part]
         first, last, _ = part.indices(entry.shape[0])
         return self._read((last - first, *entry.shape[1:]), first, last)
 
@@ -181,7 +191,7 @@ class GgufSlice:
         result = torch.empty((last - first, columns), dtype=weights.dtype)
         for rows, start, stop in self._pieces(first, last, columns):
             info = weights.header.tensors[rows.source]
-            if len(entry.shape) == 1:
+            if len(shape) == 1:
                 # A vector is one row in the file.
                 values = weights.rows(info, np.zeros(1, np.int64)).reshape(-1)[rows.indices(start[0], start[1])]
             else:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.architectures.sources.gguf_families import Transform
 from structprune.architectures.stock.wrapper import text_view
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
 from structprune.errors import NumericalError
 from structprune.exporters.export import TEXT_ALONE, Exporter, ExportRequest, ExportResult
-from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf, stock_names
+from structprune.exporters.gguf.plan import GgufPlan, plan_gguf, stock_names
+from structprune.exporters.gguf.tensors import GgufPart, GgufTensor
 from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk
 
@@ -99,29 +99,31 @@ def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> 
     if not tensor.sources:
         return torch.zeros(tensor.shape, dtype=dtype)
     parts: list[Tensor] = []
-    for source, transform, heads in tensor.sources:
-        part = _transformed(reader.read([source])[source], transform, heads)
+    for source in tensor.sources:
+        part = _transformed(reader.read([source.name])[source.name], source)
         low, high = part.aminmax()
         if max(-float(low), float(high)) > torch.finfo(dtype).max:
             raise NumericalError(
-                f"tensor {source!r} holds values that {str(dtype).removeprefix('torch.')} cannot",
+                f"tensor {source.name!r} holds values that {str(dtype).removeprefix('torch.')} cannot",
                 wanted="--dtype bfloat16 or float32",
             )
         parts.append(part.to(dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
-def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
-    if transform == "plus-one":
+def _transformed(value: Tensor, part: GgufPart) -> Tensor:
+    heads, rest = part.heads, value.shape[1:]
+    if part.transform == "plus-one":
         return value.float() + 1.0
-    if transform == "transpose":
+    if part.transform == "transpose":
         return value.T
-    if transform == "ungroup":
-        return value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
-    if transform == "interleave":
+    if part.transform == "ungroup":
+        groups = value.reshape(heads, part.queries + 2, -1, *rest)
+        pieces = (groups[:, : part.queries], groups[:, part.queries], groups[:, part.queries + 1])
+        return torch.cat([piece.reshape(-1, *rest) for piece in pieces])
+    if part.transform == "interleave":
         # Row i of a head's first half and row i of its second half become neighbours.
-        sublayers = value.reshape(heads, 2, -1, *value.shape[1:])
-        return sublayers.transpose(1, 2).reshape(value.shape)
+        return value.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(value.shape)
     return value
 
 

@@ -82,6 +82,14 @@ class GgufFields:
             wanted=wanted,
         )
 
+    def raw(self, name: str) -> Any:
+        """Read a value as it is; None for a file without it."""
+        return self._take(name)
+
+    def skip(self, name: str) -> None:
+        """Mark a key that the architecture does not read."""
+        self._used.add(name)
+
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
         """Read a whole number; a list with one number per block that are all the same is that number."""
         value = self._take(name)

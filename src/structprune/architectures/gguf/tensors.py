@@ -1,0 +1,143 @@
+"""The tensors of a checkpoint as rows of those of a GGUF file: the rules of a description, read backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from structprune.architectures.gguf.description import GgufReading, Rule, Transform
+from structprune.architectures.gguf.read import parsed_config
+from structprune.checkpoint.gguf_weights import GgufEntry, GgufRows, RowOrder
+from structprune.errors import CheckpointError
+
+_ORDERS: Mapping[Transform, RowOrder] = {"interleave": "halves", "ungroup": "grouped"}
+# Architectures whose queries, keys and values may be one tensor, or three: the names in the file, in its order.
+_FUSED = ("attn_q", "attn_k", "attn_v")
+
+
+def dimensions(*, hidden: int, vocab: int, positions: int, head_size: int, experts: int) -> dict[str, int]:
+    """Return the dimensions that are the same everywhere, by the letters of description.py."""
+    return {"d": hidden, "v": vocab, "p": positions, "h": head_size, "e": experts}
+
+
+def block_dimensions(*, heads: int, kv_heads: int, head_size: int, channels: int) -> dict[str, int]:
+    """Return the dimensions of one block, by the letters of description.py."""
+    q, k, f = heads * head_size, kv_heads * head_size, channels
+    return {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k, "n": heads, "m": kv_heads}
+
+
+class GgufTensors:
+    """The tensors of a checkpoint of which the config is known but for its biases, which are set here."""
+
+    def __init__(self, reading: GgufReading, vocab_size: int, config: dict[str, Any]) -> None:
+        self._fields, self._family, self._sizes = reading.fields, reading.family, reading.sizes
+        self._config = config
+        sizes = reading.sizes
+        parsed = parsed_config(config, reading.fields.where)
+        self._dims = {
+            **dimensions(
+                hidden=sizes.hidden,
+                vocab=vocab_size,
+                positions=sizes.positions,
+                head_size=sizes.head_size,
+                experts=sizes.experts,
+            ),
+            **block_dimensions(
+                heads=sizes.heads, kv_heads=sizes.kv_heads, head_size=sizes.head_size, channels=sizes.channels
+            ),
+            **self._family.dims(parsed),
+        }
+        kinds = self._family.kinds
+        self._kinds = kinds(parsed) if kinds is not None else [frozenset[str]()] * sizes.blocks
+
+    def all(self) -> Iterator[tuple[str, GgufEntry]]:
+        """Yield (name in the checkpoint, how it is made). Raises CheckpointError for a missing one or another shape."""
+        target, family = self._family.uniform, self._family
+        for rule in target.outer:
+            yield from self._tensor(rule, rule.source, rule.target)
+        together = {bias: entry for entry, biases in family.biases.items() for bias in biases}
+        for entry in family.biases:
+            if entry:
+                self._config[entry] = any(
+                    self._fields.has_tensor(f"blk.{block}.{rule.target}")
+                    for rule in target.block
+                    if together.get(rule.source) == entry
+                    for block in range(self._sizes.blocks)
+                )
+        for block, kinds in enumerate(self._kinds):
+            for rule in target.block:
+                if rule.kinds and not rule.kinds & kinds:
+                    continue
+                name = f"{family.blocks}{block}.{rule.source}"
+                if not rule.optional:
+                    yield from self._tensor(rule, name, f"blk.{block}.{rule.target}")
+                elif rule.source in together and self._config.get(together[rule.source], True):
+                    # Stock code has these biases all or none: one that the file lacks is zero.
+                    found = list(self._tensor(rule, name, f"blk.{block}.{rule.target}"))
+                    yield from found or [(name, GgufEntry(shape=self._shape(rule), parts=()))]
+
+    def _shape(self, rule: Rule) -> tuple[int, ...]:
+        return tuple(self._dims[dim] for dim in rule.dims)
+
+    def _tensor(self, rule: Rule, name: str, target: str) -> Iterator[tuple[str, GgufEntry]]:
+        shape = self._shape(rule)
+        if rule.stacked:
+            yield from self._stacked(rule, name, target, shape)
+            return
+        transposed = rule.transform == "transpose"
+        parts = self._parts(rule, target, shape[::-1] if transposed else shape)
+        if parts:
+            shift = -1.0 if rule.transform == "plus-one" else 0.0
+            yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
+
+    def _stacked(self, rule: Rule, name: str, target: str, shape: tuple[int, ...]) -> Iterator[tuple[str, GgufEntry]]:
+        count = self._dims[rule.stacked]
+        if not self._taken(target, (count, *shape), rule):
+            return
+        row = len(shape) == 1
+        step = 1 if row else shape[0]
+        for number in range(count):
+            rows = GgufRows(source=target, first=number * step, count=step)
+            yield name.format(number), GgufEntry(shape=shape, parts=(rows,), row=row)
+
+    def _parts(self, rule: Rule, target: str, shape: tuple[int, ...]) -> tuple[GgufRows, ...]:
+        """Return the file's rows that make the tensor; none for an optional one that is not there."""
+        sizes, order = self._sizes, _ORDERS.get(rule.transform, "stored")
+        heads = sizes.kv_heads if rule.dims[0] == "k" or order == "grouped" else sizes.heads
+        *block, stem, ending = target.split(".")
+        beginning = "".join(f"{part}." for part in block)
+        widths = {"attn_q": self._dims["q"], "attn_k": self._dims["k"], "attn_v": self._dims["k"]}
+        fused = f"{beginning}attn_qkv.{ending}"
+        if stem in _FUSED and not self._fields.has_tensor(target) and self._fields.has_tensor(fused):
+            first = sum(widths[other] for other in _FUSED[: _FUSED.index(stem)])
+            self._taken(fused, (self._dims["q+2k"], *shape[1:]), rule)
+            return (GgufRows(source=fused, first=first, count=shape[0], order=order, heads=heads),)
+        apart = [f"{beginning}{other}.{ending}" for other in _FUSED]
+        whole = stem == "attn_qkv" and order == "stored"
+        if whole and not self._fields.has_tensor(target) and self._fields.has_tensor(apart[0]):
+            for other, width in zip(apart, widths.values(), strict=True):
+                self._taken(other, (width, *shape[1:]), rule)
+            return tuple(
+                GgufRows(source=other, first=0, count=width)
+                for other, width in zip(apart, widths.values(), strict=True)
+            )
+        if not self._taken(target, shape, rule):
+            return ()
+        queries = sizes.heads // sizes.kv_heads
+        return (GgufRows(source=target, first=0, count=shape[0], order=order, heads=heads, queries=queries),)
+
+    def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
+        """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""
+        there = self._fields.take_tensor(target)
+        if not there and rule.optional:
+            return False
+        found = self._fields.header.tensors[target].shape if there else None
+        if found != shape:
+            raise CheckpointError(
+                f"tensor {target!r} is missing in the GGUF file, or has another shape than its metadata says",
+                where=self._fields.where,
+                got="none" if found is None else list(found),
+                wanted=list(shape),
+                do="the file is incomplete, or of a variant of this architecture that cannot be read",
+            )
+        return True
