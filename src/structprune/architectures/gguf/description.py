@@ -166,8 +166,14 @@ class GgufFamily:
     """Config entries that the architectures take for granted -> value."""
     names: Mapping[str, str] = field(default_factory=dict[str, str])
     """Size -> config entry, where neither that name nor the config's own map of names leads to it; empty: no entry."""
+    mlp_multiple: int = 0
+    """MLPs are so many times the hidden size wide, which no config entry says; 0: one does."""
     dims: Callable[[Any], Mapping[str, int]] = lambda _: {}
     """Parsed config -> dimensions of its own."""
+    kv_heads: Callable[[Any], int] = lambda config: (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    )
+    """Parsed config -> KV heads of a block that has lost none."""
     kinds: Callable[[Any], list[frozenset[str]]] | None = None
     """Parsed config -> kinds of each block, for `Rule.kinds`."""
     experts: Experts | None = None

@@ -142,10 +142,11 @@ def one_base() -> Entry:
     return Entry(read=read, write=lambda _: {})
 
 
-def windows(period: int, default: int | None = None, *, may_lack: bool = False) -> Entry:
+def windows(period: int, default: int | None = None, *, may_lack: bool = False, none_says_so: bool = False) -> Entry:
     """Build the entry of attention windows in all blocks but every `period`-th.
 
-    `default` is the window of a file that says none; `may_lack`: without one all attention is full.
+    `default` is the window of a file that says none; `may_lack`: without one all attention is full, and with
+    `none_says_so` the config has none then, rather than one that is never asked for.
     """
 
     def read(reading: GgufReading) -> dict[str, Any]:
@@ -153,8 +154,7 @@ def windows(period: int, default: int | None = None, *, may_lack: bool = False) 
         pattern = reading.fields.pattern("attention.sliding_window_pattern", sizes.blocks, period)
         window = reading.fields.integer("attention.sliding_window", 0 if may_lack else default, least=0)
         types = [_SLIDING if own and window else _FULL for own in pattern]
-        # Without a window it is never asked for.
-        return {"layer_types": types, "sliding_window": window or sizes.positions}
+        return {"layer_types": types, "sliding_window": window or (None if none_says_so else sizes.positions)}
 
     def write(model: GgufModel) -> dict[str, Value]:
         types = model.layer_types()

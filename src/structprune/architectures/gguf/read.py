@@ -151,6 +151,13 @@ def entry_name(model_type: str, family: GgufFamily, size: str) -> str:
 def _sizes_in_config(model_type: str, reading: GgufReading) -> dict[str, Any]:
     """Return the config entries of the sizes. Raises UnsupportedError for one that the config cannot say."""
     sizes, family, result = reading.sizes, reading.family, dict[str, Any]()
+    if family.mlp_multiple and sizes.channels != family.mlp_multiple * sizes.hidden:
+        raise UnsupportedError(
+            "MLPs of this architecture have a fixed width in transformers",
+            where=reading.fields.where,
+            got=f"{sizes.channels} channels, hidden size {sizes.hidden}",
+            wanted=f"{family.mlp_multiple * sizes.hidden} channels",
+        )
     for size, usual in _NAMES.items():
         name = entry_name(model_type, family, usual)
         if name and (size != "experts" or sizes.experts):

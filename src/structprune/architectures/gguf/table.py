@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from structprune.architectures.gguf.description import GgufFamily
 from structprune.architectures.gguf.families.fused import FUSED
+from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
 
-GGUF_FAMILIES: Mapping[str, GgufFamily] = {**LLAMA_LIKE, **GEMMA, **FUSED, **LAYER_NORM}
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {**LLAMA_LIKE, **GATED_FAMILIES, **GEMMA, **FUSED, **LAYER_NORM}
 """`config.model_type` -> its description."""
 
 

@@ -31,7 +31,8 @@ def hyperparameters(model: GgufModel) -> dict[str, Value]:
 def _context_length(model: GgufModel) -> int:
     """Return the number of positions; no more than the sliding window where the architecture attends to everything."""
     name = entry_name(model.config.model_type, model.family, "max_position_embeddings")
-    length: int = getattr(model.config, name)
+    # Where no entry limits positions, because a bias of the distances is all there is of them, this is a usual length.
+    length: int = getattr(model.config, name) if name else 2048
     if model.family.window == "caps-context" and "sliding_attention" in model.layer_types():
         length = min(length, model.config.sliding_window)
     return length

@@ -180,8 +180,7 @@ def _parsed_config(reader: CheckpointReader) -> Any:
 def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedSublayers) -> list[BlockWidths]:
     """Read each block's widths from its tensors; a removed sublayer has zeros."""
     size_of_head = head_size(config)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
+    of_config = {"q": config.num_attention_heads * size_of_head, "k": family.kv_heads(config) * size_of_head}
     result: list[BlockWidths] = []
     for index, kinds in enumerate(removed):
         size = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from structprune.architectures.modeling.removed import RemovedSublayers
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Computed by the stock model, and in old checkpoints all the same.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
@@ -86,6 +87,8 @@ def list_tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSub
     kinds = family.kinds(config) if family.kinds is not None else None
     used: set[str] = set()
     result = _joined(reader, _Place(dims=common), target.outer, used)
+    if target.needs_head and all(tensor.name != _HEAD for tensor in result):
+        result.append(replace(next(tensor for tensor in result if tensor.name == _EMBEDDING), name=_HEAD))
     for name, factors in rope_factors(model).items():
         result.append(GgufTensor(name=name, shape=tuple(factors.shape), values=factors))
     for number, block in enumerate(model.blocks):

@@ -1,0 +1,131 @@
+"""GGUF architectures of types without a family file: written, loaded by a stock llama.cpp, and read again.
+
+Each model here is written as GGUF, gives llama.cpp the log-probabilities that it has in transformers, and comes back
+from its file as the weights and the config that it had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gguf import PROMPTS, SIZES, assert_same, rope, stock_checkpoint
+from transformers import CONFIG_MAPPING
+
+from structprune.api import export
+from structprune.architectures.sources.gguf import open_gguf
+from structprune.architectures.stock.model import StockModel
+from support.streamed import streamed_logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEADS = {"head_dim": 16}
+PARTIAL = rope("default", partial_rotary_factor=0.5)
+WINDOWS = {"num_hidden_layers": 9, "sliding_window": 8}
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 5.0,
+}
+OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 96}
+ALIBI = {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256}
+LATER_FALCON = {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2}
+MINISTRAL = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)
+# Name -> (type, config beside SIZES, architecture of the file).
+MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
+    "gemma": ("gemma", HEADS, "gemma"),
+    "granite": ("granite", SCALES, "granite"),
+    "granite, biased": ("granite", {**SCALES, "attention_bias": True, "mlp_bias": True}, "granite"),
+    "granite, fewer heads": ("granite", {**SCALES, "num_attention_heads": 2, "head_dim": 16}, "granite"),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}, "smollm3"),
+    "ministral3": ("ministral3", {**HEADS, **MINISTRAL}, "mistral3"),
+    "olmo2": ("olmo2", {}, "olmo2"),
+    "olmo2, tied": ("olmo2", {"tie_word_embeddings": True}, "olmo2"),
+    "olmo3": ("olmo3", WINDOWS, "olmo2"),
+    "exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}, "exaone4"),
+    "glm4": ("glm4", {**HEADS, **PARTIAL}, "glm4"),
+    "glm": ("glm", {**HEADS, **PARTIAL}, "chatglm"),
+    "starcoder2": ("starcoder2", {}, "starcoder2"),
+    "phi": ("phi", PARTIAL, "phi2"),
+    "stablelm": ("stablelm", rope("default", partial_rotary_factor=0.25), "stablelm"),
+    "stablelm, biased": ("stablelm", {"use_qkv_bias": True}, "stablelm"),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}, "stablelm"),
+    "cohere": ("cohere", {"logit_scale": 0.3}, "command-r"),
+    "cohere2": ("cohere2", {**WINDOWS, "logit_scale": 0.3}, "cohere2"),
+    "falcon": ("falcon", {"multi_query": True, "num_kv_heads": 1}, "falcon"),
+    "falcon, later": ("falcon", LATER_FALCON, "falcon"),
+    "falcon, one norm": (
+        "falcon",
+        {**LATER_FALCON, "num_ln_in_parallel_attn": 1},
+        "falcon",
+    ),
+    "nemotron": ("nemotron", {**HEADS, **PARTIAL}, "nemotron"),
+    "nemotron, biased": ("nemotron", {**HEADS, "attention_bias": True, "mlp_bias": True}, "nemotron"),
+    "bloom": ("bloom", {}, "bloom"),
+    "mpt": ("mpt", ALIBI, "mpt"),
+    "mpt, clamped": ("mpt", {**ALIBI, "attn_config": {"clip_qkv": 0.5}}, "mpt"),
+    "gpt_bigcode": ("gpt_bigcode", OLD, "starcoder"),
+}
+# llama.cpp's table of GELU has half precision.
+GELU = ("gemma", "starcoder2", "phi", "falcon", "bloom", "mpt", "gpt_bigcode")
+
+
+def config_of(name: str) -> Any:
+    model_type, own, _ = MODELS[name]
+    config = CONFIG_MAPPING[model_type]
+    known = {*config.attribute_map, *(field.name for field in dataclasses.fields(config))}
+    return config(**{**{name: value for name, value in SIZES.items() if name in known}, **own})
+
+
+def check_both_ways(config: Any, architecture: str, folder: Path, atol: float) -> None:
+    """Write, compare with llama.cpp, read, and compare weights, config and streamed logits with the model's."""
+    source, model = stock_checkpoint(config, folder / "model")
+    result = export(source, folder / "model.gguf", dtype="float32")
+    assert result.architecture == architecture
+    assert_same(folder / "model.gguf", model, atol=atol)
+    reader = open_gguf(folder / "model.gguf")
+    stock = StockModel(reader)
+    assert_same_config(stock.config, config)
+    found = reader.read(list(reader.shapes))
+    wanted = dict(model.state_dict())
+    assert wanted.keys() - found.keys() <= {"lm_head.weight"}
+    for name, value in found.items():
+        # Norms that are stored as 1 + weight come back rounded.
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=1.2e-7 if "norm" in name else 0)
+    for ids in PROMPTS:
+        ids_BS = torch.tensor([ids])
+        logits = model(input_ids=ids_BS).logits
+        torch.testing.assert_close(streamed_logits(stock, ids_BS), logits, rtol=0, atol=2e-5)
+
+
+# What no file says, and what is said otherwise: where the file has a head of its own, it is one.
+SILENT = {"dtype", "architectures", "transformers_version", "initializer_range", "tie_word_embeddings", "_name_or_path"}
+
+
+def assert_same_config(found: Any, wanted: Any) -> None:
+    first, second = found.to_dict(), wanted.to_dict()
+    for name, value in second.items():
+        if isinstance(value, dict) and "model_type" in value:
+            assert_same_config(getattr(found, name), getattr(wanted, name))
+        elif name not in SILENT and "drop" not in name:
+            assert first.get(name) == value, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_written_and_read(name: str, tmp_path: Path) -> None:
+    atol = 5e-3 if MODELS[name][0] in GELU else 1e-4
+    check_both_ways(config_of(name), MODELS[name][2], tmp_path, atol)
