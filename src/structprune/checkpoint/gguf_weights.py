@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,10 @@ class GgufEntry:
     """The parts are the tensor's columns."""
     row: bool = False
     """A vector that is one row of a matrix in the file."""
+    alternating: bool = False
+    """The rows of the parts come in turns."""
+    items: tuple[GgufEntry, ...] = ()
+    """Entries that are stacked along a first dimension; it has no parts of its own then."""
 
 
 class GgufWeights:
@@ -127,7 +131,8 @@ class GgufWeights:
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read, at most."""
         piece = max(_CHUNK_NUMBERS, *(info.shape[-1] for info in self.header.tensors.values()))
-        whole = [math.prod(entry.shape) for entry in self._entries.values() if entry.transposed]
+        single = [entry.items[0] if entry.items else entry for entry in self._entries.values()]
+        whole = [math.prod(entry.shape) for entry in single if entry.transposed or entry.alternating]
         return _PIECE_BYTES * piece + max(whole, default=0) * (4 + self.dtype.itemsize)
 
     def __enter__(self) -> GgufWeights:
@@ -139,7 +144,8 @@ class GgufWeights:
 
     def path_of(self, name: str) -> Path:
         """Return the file that holds the tensor, or its first part."""
-        parts = self._entries[name].parts
+        entry = self._entries[name]
+        parts = (entry.items[0] if entry.items else entry).parts
         return self.header.tensors[parts[0].source].path if parts else self.header.path
 
     def rows(self, info: GgufTensorInfo, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -173,6 +179,10 @@ class GgufSlice:
 
     def __getitem__(self, part: Any) -> Tensor:
         entry = self._entry
+        if entry.items:
+            return self._of_items(part)
+        if entry.alternating:
+            return self._in_turns()[part]
         if entry.transposed:
             return self._read(entry.shape[::-1], 0, entry.shape[1]).T[part]
         if not isinstance(part, slice):
@@ -181,6 +191,28 @@ class GgufSlice:
             return self._read((1, *entry.shape), 0, 1)[0][part]
         first, last, _ = part.indices(entry.shape[0])
         return self._read((last - first, *entry.shape[1:]), first, last)
+
+    def _of_items(self, part: Any) -> Tensor:
+        """Read one item, some, or all of them, and of it what the rest of the index says."""
+        first, *rest = part if isinstance(part, tuple) else (part,)
+        items = self._entry.items[slice(None) if first is Ellipsis else first]
+        if isinstance(items, GgufEntry):
+            own = GgufSlice(self._weights, self._name, items)
+            # A vector, or rows of a matrix, need not be read whole.
+            return own[rest[0]] if len(rest) == 1 else own[...][tuple(rest)] if rest else own[...]
+        stacked = torch.stack([GgufSlice(self._weights, self._name, item)[...] for item in items])
+        return stacked[(slice(None), *rest)] if rest else stacked
+
+    def _in_turns(self) -> Tensor:
+        """Read the whole tensor, whose rows are those of its parts in turns."""
+        entry = self._entry
+        turned = entry.shape[::-1] if entry.transposed else entry.shape
+        count = len(entry.parts)
+        single = replace(entry, shape=(turned[0] // count, *turned[1:]), alternating=False, transposed=False)
+        result = torch.empty(turned, dtype=self._weights.dtype)
+        for place, rows in enumerate(entry.parts):
+            result[place::count] = GgufSlice(self._weights, self._name, replace(single, parts=(rows,)))[...]
+        return result.T if entry.transposed else result
 
     def _read(self, shape: tuple[int, ...], first: int, last: int) -> Tensor:
         """Read rows `first` up to `last` of the parts. Raises NumericalError for a number that float16 cannot hold."""

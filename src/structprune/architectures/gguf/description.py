@@ -11,14 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from structprune.architectures.family import Experts
 from structprune.architectures.gguf.fields import GgufFields
+from structprune.checkpoint.stacked import Stacking
 from structprune.types import UnitKind
 
 Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup"]
 """interleave: rows of a head from (first half, second half) to pairs, as llama.cpp's NORM rotary positions want
 them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from the queries, key and value
 of one KV head after the other to those of all heads."""
+
+Rows = Literal["all", "front", "back", "even", "odd"]
+"""Which rows of a checkpoint's tensor a tensor of the file holds: gate and up are one map in some checkpoints, one
+behind the other or in turns."""
 
 Value = int | float | str | bool | list[int] | list[float]
 """A value in a file: int is written as uint32, float as float32."""
@@ -43,8 +47,19 @@ class Rule:
     stacked: str = ""
     """A dimension: one tensor of each of so many in the checkpoint, whose number stands for `{}`; stacked in the file.
     """
+    rows: Rows = "all"
+    flat: bool = False
+    """A matrix of one row that is a vector in the file."""
     kinds: frozenset[str] = frozenset()
     """Kinds of blocks that have it; empty: all."""
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in the file, of one of each where they are stacked, from that in the checkpoint."""
+        if self.transform == "transpose":
+            return shape[::-1]
+        if self.flat:
+            return shape[1:]
+        return shape if self.rows == "all" else (shape[0] // 2, *shape[1:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +191,9 @@ class GgufFamily:
     """Parsed config -> KV heads of a block that has lost none."""
     kinds: Callable[[Any], list[frozenset[str]]] | None = None
     """Parsed config -> kinds of each block, for `Rule.kinds`."""
-    experts: Experts | None = None
-    """How experts lie in checkpoints, where no family file says so."""
+    stacking: Stacking | None = None
+    """How experts may lie stacked in checkpoints, where no family file says so."""
+    written_stacked: bool = False
+    """Whether stock code reads experts stacked only."""
     read_if: Callable[[GgufReading], bool] = lambda _: True
     """Whether a file of the architecture is read as this type, rather than as the next one in the table."""

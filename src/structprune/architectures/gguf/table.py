@@ -10,8 +10,9 @@ from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
+from structprune.architectures.gguf.families.mixtures import MIXTURES
 
-GGUF_FAMILIES: Mapping[str, GgufFamily] = {**LLAMA_LIKE, **GATED_FAMILIES, **GEMMA, **FUSED, **LAYER_NORM}
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {**LLAMA_LIKE, **GATED_FAMILIES, **GEMMA, **FUSED, **LAYER_NORM, **MIXTURES}
 """`config.model_type` -> its description."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from structprune.architectures.gguf.description import GgufReading, Rule, Transform
+from structprune.architectures.gguf.description import GgufFamily, GgufReading, Rule, Transform
 from structprune.architectures.gguf.read import parsed_config
 from structprune.checkpoint.gguf_weights import GgufEntry, GgufRows, RowOrder
 from structprune.errors import CheckpointError
@@ -65,16 +66,24 @@ class GgufTensors:
                     for block in range(self._sizes.blocks)
                 )
         for block, kinds in enumerate(self._kinds):
-            for rule in target.block:
-                if rule.kinds and not rule.kinds & kinds:
-                    continue
-                name = f"{family.blocks}{block}.{rule.source}"
-                if not rule.optional:
-                    yield from self._tensor(rule, name, f"blk.{block}.{rule.target}")
-                elif rule.source in together and self._config.get(together[rule.source], True):
-                    # Stock code has these biases all or none: one that the file lacks is zero.
-                    found = list(self._tensor(rule, name, f"blk.{block}.{rule.target}"))
-                    yield from found or [(name, GgufEntry(shape=self._shape(rule), parts=()))]
+            rules = [rule for rule in target.block if not rule.kinds or rule.kinds & kinds]
+            pieces = list(self._block(rules, block, together))
+            yield from _stacked_anew(_whole(pieces), family)
+
+    def _block(
+        self, rules: Sequence[Rule], block: int, together: Mapping[str, str]
+    ) -> Iterator[tuple[Rule, str, GgufEntry]]:
+        """Yield what each rule says of one block."""
+        for rule in rules:
+            name = f"{self._family.blocks}{block}.{rule.source}"
+            if rule.optional and not (rule.source in together and self._config.get(together[rule.source], True)):
+                continue
+            found = list(self._tensor(rule, name, f"blk.{block}.{rule.target}"))
+            if rule.optional and not found:
+                # Stock code has these biases all or none: one that the file lacks is zero.
+                found = [(name, GgufEntry(shape=self._shape(rule), parts=()))]
+            for each, entry in found:
+                yield rule, each, entry
 
     def _shape(self, rule: Rule) -> tuple[int, ...]:
         return tuple(self._dims[dim] for dim in rule.dims)
@@ -84,18 +93,18 @@ class GgufTensors:
         if rule.stacked:
             yield from self._stacked(rule, name, target, shape)
             return
-        transposed = rule.transform == "transpose"
-        parts = self._parts(rule, target, shape[::-1] if transposed else shape)
+        parts = self._parts(rule, target, rule.stored(shape))
         if parts:
             shift = -1.0 if rule.transform == "plus-one" else 0.0
+            transposed = rule.transform == "transpose"
             yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
 
     def _stacked(self, rule: Rule, name: str, target: str, shape: tuple[int, ...]) -> Iterator[tuple[str, GgufEntry]]:
-        count = self._dims[rule.stacked]
-        if not self._taken(target, (count, *shape), rule):
+        count, stored = self._dims[rule.stacked], rule.stored(shape)
+        if not self._taken(target, (count, *stored), rule):
             return
         row = len(shape) == 1
-        step = 1 if row else shape[0]
+        step = 1 if row else stored[0]
         for number in range(count):
             rows = GgufRows(source=target, first=number * step, count=step)
             yield name.format(number), GgufEntry(shape=shape, parts=(rows,), row=row)
@@ -124,7 +133,11 @@ class GgufTensors:
         if not self._taken(target, shape, rule):
             return ()
         queries = sizes.heads // sizes.kv_heads
-        return (GgufRows(source=target, first=0, count=shape[0], order=order, heads=heads, queries=queries),)
+        return (
+            GgufRows(
+                source=target, first=0, count=1 if rule.flat else shape[0], order=order, heads=heads, queries=queries
+            ),
+        )
 
     def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
         """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""
@@ -141,3 +154,35 @@ class GgufTensors:
                 do="the file is incomplete, or of a variant of this architecture that cannot be read",
             )
         return True
+
+
+def _whole(pieces: Iterable[tuple[Rule, str, GgufEntry]]) -> Iterator[tuple[str, GgufEntry]]:
+    """Join the rows of those tensors of which the file's tensors have some each."""
+    waiting: dict[str, GgufEntry] = {}
+    for rule, name, entry in pieces:
+        if rule.rows == "all":
+            yield name, entry
+        elif name not in waiting:
+            waiting[name] = entry
+        else:
+            first = waiting.pop(name)
+            yield name, replace(first, parts=(*first.parts, *entry.parts), alternating=rule.rows == "odd")
+
+
+def _stacked_anew(entries: Iterable[tuple[str, GgufEntry]], family: GgufFamily) -> Iterator[tuple[str, GgufEntry]]:
+    """Stack the tensors of single experts where stock code knows no other way."""
+    if family.stacking is None or not family.written_stacked:
+        yield from entries
+        return
+    items: dict[str, list[GgufEntry]] = {}
+    for name, entry in entries:
+        place = family.stacking.place(name)
+        if place is None:
+            yield name, entry
+            continue
+        turned = family.stacking.transposed and len(entry.shape) == 2
+        items.setdefault(place.stacked, []).append(
+            replace(entry, shape=entry.shape[::-1], transposed=True) if turned else entry
+        )
+    for name, own in items.items():
+        yield name, GgufEntry(shape=(len(own), *own[0].shape), parts=(), items=tuple(own))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.architectures.gguf.description import Rows
 from structprune.architectures.stock.wrapper import text_view
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
@@ -108,10 +110,20 @@ def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> 
                 wanted="--dtype bfloat16 or float32",
             )
         parts.append(part.to(dtype))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(tensor.shape).contiguous()
+
+
+_ROWS: Mapping[Rows, Callable[[int], slice]] = {
+    "all": lambda _: slice(None),
+    "front": lambda count: slice(count // 2),
+    "back": lambda count: slice(count // 2, None),
+    "even": lambda _: slice(0, None, 2),
+    "odd": lambda _: slice(1, None, 2),
+}
 
 
 def _transformed(value: Tensor, part: GgufPart) -> Tensor:
+    value = value[_ROWS[part.rows](len(value))]
     heads, rest = part.heads, value.shape[1:]
     if part.transform == "plus-one":
         return value.float() + 1.0

@@ -75,8 +75,10 @@ def stock_names(reader: CheckpointReader) -> CheckpointReader:
         base=rules.blocks.partition(".")[0],
         head=_HEAD_MODULE,
         renamed=known.renamed if known else {},
-        experts=known.experts if known else rules.experts,
+        experts=known.experts if known else None,
     )
+    if rules.stacking is not None:
+        view = view.unstacked(rules.stacking)
     head = f"{_HEAD_MODULE}.weight"
     if getattr(_parsed_config(reader), "tie_word_embeddings", False):
         return with_tied_embedding(view, embedding, head)
@@ -181,7 +183,7 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
     """Read each block's widths from its tensors; a removed sublayer has zeros."""
     size_of_head = head_size(config)
     of_config = {"q": config.num_attention_heads * size_of_head, "k": family.kv_heads(config) * size_of_head}
-    result: list[BlockWidths] = []
+    of_kind, result = family.dims(config), list[BlockWidths]()
     for index, kinds in enumerate(removed):
         size = {
             dim: 0 if (kind := "mlp" if dim == "f" else "attention") in kinds else of_config.get(dim, 0)
@@ -191,6 +193,9 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
             kind = "mlp" if dim == "f" else "attention"
             if kind not in kinds:
                 full = f"{family.blocks}{index}.{name}"
+                if family.kinds is not None and full not in reader.shapes and dim in of_kind:
+                    size[dim] = of_kind[dim]
+                    continue
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
                 size[dim] = reader.shapes[full][axis]

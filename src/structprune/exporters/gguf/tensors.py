@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from structprune.architectures.gguf.description import GgufModel, Rule, Transform
+from structprune.architectures.gguf.description import GgufModel, Rows, Rule, Transform
 from structprune.architectures.gguf.read import entry_name
 from structprune.architectures.gguf.rope_writing import rope_factors
 from structprune.architectures.gguf.tensors import block_dimensions, dimensions
@@ -30,6 +30,7 @@ class GgufPart:
     """Heads of the tensor; KV heads where rows are to be ungrouped."""
     queries: int = 1
     """Queries of one KV head."""
+    rows: Rows = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class _Place:
             transform=rule.transform,
             heads=kv_heads if grouped or rule.dims[0] == "k" else heads,
             queries=heads // kv_heads if grouped else 1,
+            rows=rule.rows,
         )
 
 
@@ -133,8 +135,7 @@ def _joined(reader: CheckpointReader, place: _Place, rules: Sequence[Rule], used
         if not zeros:
             _check_shape(reader, name, shape)
             used.add(name)
-        if rule.transform == "transpose":
-            shape = shape[::-1]
+        shape = rule.stored(shape)
         full = place.target_prefix + rule.target
         before = result.get(full)
         result[full] = GgufTensor(
@@ -162,6 +163,7 @@ def _stacked(reader: CheckpointReader, place: _Place, rule: Rule, used: set[str]
         used.update(names)
         parts = [place.part(rule, name) for name in names]
     full = place.target_prefix + rule.target
+    shape = rule.stored(shape)
     return {full: GgufTensor(name=full, shape=(count, *shape), sources=tuple(parts), float32=rule.float32)}
 
 

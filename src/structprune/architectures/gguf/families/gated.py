@@ -32,7 +32,7 @@ from structprune.architectures.gguf.rules import (
     norm,
 )
 
-_SCALES = (
+SCALES: tuple[Entry, ...] = (
     number("attention.scale", "attention_multiplier", lambda sizes: sizes.head_size**-0.5, zero_is_none=True),
     number("embedding_scale", "embedding_multiplier", 1.0, zero_is_none=True),
     number("residual_scale", "residual_multiplier", 1.0, zero_is_none=True),
@@ -40,11 +40,12 @@ _SCALES = (
     # The architecture turns no heads where this key says no.
     only("rope.scaling.finetuned", True),
 )
+"""Entries of Granite's factors."""
 _GRANITE = Target(
     architecture="granite",
     outer=ends(),
     block=gated_block("interleave"),
-    entries=(*USUAL, *_SCALES),
+    entries=(*USUAL, *SCALES),
     rope_factors=LLAMA3_FACTORS,
 )
 
