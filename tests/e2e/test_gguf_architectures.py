@@ -82,6 +82,28 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "mpt": ("mpt", ALIBI, "mpt"),
     "mpt, clamped": ("mpt", {**ALIBI, "attn_config": {"clip_qkv": 0.5}}, "mpt"),
     "gpt_bigcode": ("gpt_bigcode", OLD, "starcoder"),
+    "jais2": ("jais2", HEADS, "jais2"),
+    "olmo": ("olmo", {"clip_qkv": 0.8}, "olmo"),
+    "olmo3, scaled": (
+        "olmo3",
+        {
+            **WINDOWS,
+            "rope_parameters": {
+                "full_attention": {
+                    **rope("yarn", factor=4.0, original_max_position_embeddings=32)["rope_parameters"],
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                },
+                "sliding_attention": rope("default")["rope_parameters"],
+            },
+        },
+        "olmo2",
+    ),
+    "exaone4, windows": ("exaone4", {"num_hidden_layers": 64, "sliding_window": 8}, "exaone4"),
+    "arcee": ("arcee", HEADS, "arcee"),
+    "ernie4_5": ("ernie4_5", HEADS, "ernie4_5"),
+    "seed_oss": ("seed_oss", HEADS, "seed_oss"),
+    "hunyuan": ("hunyuan_v1_dense", HEADS, "hunyuan-dense"),
     "mixtral": ("mixtral", {**LOCAL, **HEADS}, "llama"),
     "olmoe": ("olmoe", {**EXPERTS, "num_key_value_heads": 4}, "olmoe"),
     "qwen2_moe": (

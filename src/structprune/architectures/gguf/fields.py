@@ -83,8 +83,9 @@ class GgufFields:
         )
 
     def raw(self, name: str) -> Any:
-        """Read a value as it is; None for a file without it."""
-        return self._take(name)
+        """Read a value as it is, a number as `number` does; None for a file without it."""
+        value = self._take(name)
+        return shortest(value) if isinstance(value, float) else value
 
     def skip(self, name: str) -> None:
         """Mark a key that the architecture does not read."""

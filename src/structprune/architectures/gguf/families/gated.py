@@ -19,10 +19,11 @@ from structprune.architectures.gguf.entries import (
     unturned,
     windows,
 )
-from structprune.architectures.gguf.families.llama import ATTENTION_AND_MLP_BIASES, GATED, USUAL
+from structprune.architectures.gguf.families.llama import ATTENTION_AND_MLP_BIASES, GATED, LLAMA_TARGET, USUAL
 from structprune.architectures.gguf.rules import (
     INPUT_BIASES,
     LLAMA3_FACTORS,
+    OUTPUT_BIAS,
     attention,
     bare,
     ends,
@@ -30,7 +31,9 @@ from structprune.architectures.gguf.rules import (
     gated_mlp,
     head_norms,
     norm,
+    plain_mlp,
 )
+from structprune.errors import UnsupportedError
 
 SCALES: tuple[Entry, ...] = (
     number("attention.scale", "attention_multiplier", lambda sizes: sizes.head_size**-0.5, zero_is_none=True),
@@ -104,11 +107,42 @@ _OLMO3 = replace(
     entries=(RMS_EPSILON, HEAD_SIZE, windows(4), local_rotary(), constants({"attention_bias": False})),
 )
 
+# llama.cpp knows the model with attention windows by its blocks, and gives windows to no other.
+_WINDOWED_BLOCKS = 64
+
+
+def _exaone4_windows() -> Entry:
+    some, none = windows(4, 4096), windows(4, may_lack=True, none_says_so=True)
+
+    def check(windowed: bool, blocks: int, where: str | None = None) -> None:
+        if windowed != (blocks == _WINDOWED_BLOCKS):
+            raise UnsupportedError(
+                f"llama.cpp's exaone4 has attention windows with {_WINDOWED_BLOCKS} blocks, and with no other number",
+                where=where,
+                got=f"{blocks} blocks {'with' if windowed else 'without'} windows",
+            )
+
+    def read(reading: GgufReading) -> Mapping[str, Any]:
+        blocks = reading.sizes.blocks
+        if blocks == _WINDOWED_BLOCKS:
+            return some.read(reading)
+        values = none.read(reading)
+        check(values["sliding_window"] is not None, blocks, reading.fields.where)
+        return values
+
+    def write(model: GgufModel) -> Mapping[str, Value]:
+        windowed = "sliding_attention" in model.layer_types()
+        check(windowed, len(model.blocks))
+        return some.write(model) if windowed else {}
+
+    return Entry(read=read, write=write)
+
+
 _EXAONE4 = Target(
     architecture="exaone4",
     outer=ends(),
     block=(*bare((*attention(), *gated_mlp())), *head_norms(), *_POST_NORMS),
-    entries=(*USUAL, windows(4, may_lack=True, none_says_so=True)),
+    entries=(*USUAL, _exaone4_windows()),
     rope_factors=LLAMA3_FACTORS,
 )
 
@@ -139,6 +173,45 @@ _GLM_FAMILY = replace(
     biases={"attention_bias": INPUT_BIASES},
 )
 
+_NO_BIASES = constants({"attention_bias": False, "mlp_bias": False})
+_ARCEE = Target(
+    architecture="arcee",
+    outer=ends(),
+    block=(
+        norm("attention", "input_layernorm", "attn_norm"),
+        *bare(attention("interleave")),
+        norm("mlp", "post_attention_layernorm", "ffn_norm"),
+        *bare(plain_mlp("mlp.up_proj", "mlp.down_proj")),
+    ),
+    entries=(*USUAL, _NO_BIASES),
+    rope_factors=LLAMA3_FACTORS,
+)
+_ERNIE = Target(architecture="ernie4_5", outer=ends(), block=bare(gated_block()), entries=USUAL)
+_SEED_OSS = Target(
+    architecture="seed_oss",
+    outer=ends(),
+    block=(
+        norm("attention", "input_layernorm", "attn_norm"),
+        *(rule for rule in attention() if rule.source != OUTPUT_BIAS),
+        norm("mlp", "post_attention_layernorm", "post_attention_norm"),
+        *bare(gated_mlp()),
+    ),
+    entries=(*USUAL, constants({"attention_out_bias": False, "mlp_bias": False})),
+)
+_HUNYUAN = Target(
+    architecture="hunyuan-dense",
+    outer=ends(),
+    block=(
+        *bare(gated_block()),
+        *head_norms("self_attn.query_layernorm", "self_attn.key_layernorm"),
+    ),
+    entries=(*USUAL, constants({"attention_bias": False})),
+)
+# The same block under other names: a file of it is read as LLaMA's.
+_WRITTEN_AS_LLAMA = replace(
+    GATED, uniform=LLAMA_TARGET, biases=ATTENTION_AND_MLP_BIASES, window="any", read_if=lambda _: False
+)
+
 GATED_FAMILIES: Mapping[str, GgufFamily] = {
     "granite": replace(GATED, uniform=_GRANITE, biases=ATTENTION_AND_MLP_BIASES, names={"head_dim": "head_dim"}),
     "smollm3": replace(
@@ -156,6 +229,12 @@ GATED_FAMILIES: Mapping[str, GgufFamily] = {
     ),
     "olmo2": replace(GATED, uniform=_OLMO2),
     "exaone4": replace(GATED, uniform=_EXAONE4, window="any", names={"head_dim": "head_dim"}),
+    "arcee": replace(GATED, uniform=_ARCEE, activations=("relu2",)),
+    "ernie4_5": replace(GATED, uniform=_ERNIE, requires={"use_bias": False}),
+    "seed_oss": replace(GATED, uniform=_SEED_OSS, biases={"attention_bias": INPUT_BIASES}),
+    "hunyuan_v1_dense": replace(GATED, uniform=_HUNYUAN),
+    "internlm3": _WRITTEN_AS_LLAMA,
+    "iquestcoder": _WRITTEN_AS_LLAMA,
     "glm4": _GLM_FAMILY,
     "glm": replace(_GLM_FAMILY, uniform=_GLM),
 }

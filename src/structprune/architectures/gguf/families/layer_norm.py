@@ -290,6 +290,40 @@ _NEMOTRON = Target(
     unused=("attention.layer_norm_rms_epsilon",),
     needs_head=True,
 )
+_JAIS2 = Target(
+    architecture="jais2",
+    outer=ends(layer_norm(None, "model.norm", "output_norm")),
+    block=biased(
+        (
+            *layer_norm("attention", "input_layernorm", "attn_norm"),
+            *attention(),
+            *layer_norm("mlp", "post_attention_layernorm", "ffn_norm"),
+            *plain_mlp("mlp.up_proj", "mlp.down_proj"),
+        )
+    ),
+    entries=(layer_norm_epsilon("layer_norm_eps"), HEAD_SIZE, rotary()),
+)
+
+
+def _olmo_epsilon() -> Entry:
+    """Build the entry of OLMo's epsilon, which stock code has as a constant."""
+    key = "attention.layer_norm_epsilon"
+    return Entry(read=only(key, 1e-5).read, write=lambda _: {key: 1e-5})
+
+
+_OLMO = Target(
+    architecture="olmo",
+    outer=ends(()),
+    # Norms without weights have no tensors.
+    block=bare((*attention("interleave"), *gated_mlp())),
+    entries=(
+        _olmo_epsilon(),
+        rotary(),
+        number("attention.clamp_kqv", "clip_qkv", 0.0, off=None),
+        constants({"attention_bias": False}),
+    ),
+    even_heads=True,
+)
 
 
 def _all_heads(config: Any) -> int:
@@ -373,6 +407,13 @@ LAYER_NORM: Mapping[str, GgufFamily] = {
     ),
     "cohere": replace(_DECODER, uniform=_COMMAND_R, requires={"use_qk_norm": False}),
     "cohere2": replace(_DECODER, uniform=_COHERE2),
+    "jais2": replace(
+        _DECODER,
+        activations=("relu2",),
+        uniform=_JAIS2,
+        requires={"attention_bias": True, "mlp_bias": True},
+    ),
+    "olmo": replace(_DECODER, uniform=_OLMO),
     "nemotron": replace(
         _DECODER,
         activations=("relu2",),

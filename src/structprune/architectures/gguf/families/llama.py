@@ -27,14 +27,14 @@ from structprune.architectures.gguf.rules import (
 USUAL: tuple[Entry, ...] = (RMS_EPSILON, HEAD_SIZE, ROTARY)
 """Entries of an architecture with RMSNorm, a size of heads and rotary positions."""
 
-_LLAMA = Target(
+LLAMA_TARGET = Target(
     architecture="llama",
     outer=ends(),
     block=gated_block("interleave"),
     entries=USUAL,
     rope_factors=LLAMA3_FACTORS,
 )
-_DECI = replace(_LLAMA, architecture="deci", lists_widths=True, skips_attention=True)
+_DECI = replace(LLAMA_TARGET, architecture="deci", lists_widths=True, skips_attention=True)
 _QWEN2 = Target(architecture="qwen2", outer=ends(), block=gated_block(), entries=USUAL, even_heads=True)
 _QWEN3 = replace(_QWEN2, architecture="qwen3", block=(*gated_block(), *head_norms()), even_heads=False)
 _EXPERTS = (
@@ -69,7 +69,7 @@ _OPENELM = replace(
 )
 
 GATED = GgufFamily(
-    blocks="model.layers.", activations=("silu",), widths=SEPARATE_WIDTHS, uniform=_LLAMA, window="caps-context"
+    blocks="model.layers.", activations=("silu",), widths=SEPARATE_WIDTHS, uniform=LLAMA_TARGET, window="caps-context"
 )
 """A family whose maps have the names of LLaMA's."""
 ATTENTION_AND_MLP_BIASES = {"attention_bias": (*INPUT_BIASES, OUTPUT_BIAS), "mlp_bias": GATED_BIASES}
@@ -85,7 +85,7 @@ LLAMA_LIKE: Mapping[str, GgufFamily] = {
     ),
     "mistral": replace(
         GATED,
-        uniform=replace(_LLAMA, entries=(*USUAL, constants({"sliding_window": None}))),
+        uniform=replace(LLAMA_TARGET, entries=(*USUAL, constants({"sliding_window": None}))),
         uneven=_DECI,
         read_if=lambda reading: not reading.sizes.experts,
     ),
