@@ -47,6 +47,31 @@ MINISTRAL = rope(
     llama_4_scaling_beta=0.1,
 )
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+DEEPSEEK_YARN = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=0.7,
+    mscale_all_dim=0.7,
+)
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Name -> (type, config beside SIZES, architecture of the file).
 MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
@@ -114,14 +139,35 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "granitemoe": ("granitemoe", {**LOCAL, **SCALES}, "granitemoe"),
     "granitemoeshared": ("granitemoeshared", {**LOCAL, **SCALES, "shared_intermediate_size": 48}, "granitemoe"),
     "gpt_oss": ("gpt_oss", {**LOCAL, **HEADS, "sliding_window": 8, **rope("default")}, "gpt-oss"),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, **ROUTED, "n_group": 1, "topk_group": 1}, "deepseek2"),
+    "deepseek_v3, groups": (
+        "deepseek_v3",
+        {**LATENT, **ROUTED, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, **DEEPSEEK_YARN},
+        "deepseek2",
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**LATENT, **ROUTED, "n_shared_experts": 2, "n_group": None, "topk_group": None, "topk_method": "greedy"},
+        "deepseek2",
+    ),
+    "dots1": (
+        "dots1",
+        {**HEADS, **ROUTED, "num_key_value_heads": 4, "sliding_window": None, "norm_topk_prob": True},
+        "dots1",
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {**HEADS, **ROUTED, **PARTIAL, "attention_bias": True, "use_qk_norm": True},
+        "glm4moe",
+    ),
     "llama4_text": (
         "llama4_text",
         {**LOCAL, **HEADS, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "num_hidden_layers": 5},
         "llama4",
     ),
 }
-# Types that can be read and written, and not pruned: tracing does not describe them.
-UNDESCRIBED = ("qwen2_moe", "granitemoeshared")
+# What can be read and written, and not pruned: tracing does not describe it.
+UNDESCRIBED = ("qwen2_moe", "granitemoeshared", "deepseek_v2")
 # llama.cpp's table of GELU has half precision.
 GELU = ("gemma", "starcoder2", "phi", "falcon", "bloom", "mpt", "gpt_bigcode")
 

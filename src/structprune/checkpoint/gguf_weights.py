@@ -80,6 +80,8 @@ class GgufEntry:
     """The rows of the parts come in turns."""
     items: tuple[GgufEntry, ...] = ()
     """Entries that are stacked along a first dimension; it has no parts of its own then."""
+    joined: bool = False
+    """The items come one behind the other along the rows instead."""
 
 
 class GgufWeights:
@@ -131,8 +133,8 @@ class GgufWeights:
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read, at most."""
         piece = max(_CHUNK_NUMBERS, *(info.shape[-1] for info in self.header.tensors.values()))
-        single = [entry.items[0] if entry.items else entry for entry in self._entries.values()]
-        whole = [math.prod(entry.shape) for entry in single if entry.transposed or entry.alternating]
+        every = [entry.items[0] if entry.items and not entry.joined else entry for entry in self._entries.values()]
+        whole = [math.prod(each.shape) for each in every if each.transposed or each.alternating or each.joined]
         return _PIECE_BYTES * piece + max(whole, default=0) * (4 + self.dtype.itemsize)
 
     def __enter__(self) -> GgufWeights:
@@ -179,6 +181,8 @@ class GgufSlice:
 
     def __getitem__(self, part: Any) -> Tensor:
         entry = self._entry
+        if entry.joined:
+            return torch.cat([GgufSlice(self._weights, self._name, item)[...] for item in entry.items])[part]
         if entry.items:
             return self._of_items(part)
         if entry.alternating:

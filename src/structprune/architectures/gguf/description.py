@@ -15,10 +15,11 @@ from structprune.architectures.gguf.fields import GgufFields
 from structprune.checkpoint.stacked import Stacking
 from structprune.types import UnitKind
 
-Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup"]
+Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup", "latent-keys", "latent-values"]
 """interleave: rows of a head from (first half, second half) to pairs, as llama.cpp's NORM rotary positions want
 them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from the queries, key and value
-of one KV head after the other to those of all heads."""
+of one KV head after the other to those of all heads; latent-keys, latent-values: the keys' rows of each head,
+transposed, and the values', of a map from latents to both."""
 
 Rows = Literal["all", "front", "back", "even", "odd"]
 """Which rows of a checkpoint's tensor a tensor of the file holds: gate and up are one map in some checkpoints, one
@@ -48,17 +49,18 @@ class Rule:
     """A dimension: one tensor of each of so many in the checkpoint, whose number stands for `{}`; stacked in the file.
     """
     rows: Rows = "all"
-    flat: bool = False
-    """A matrix of one row that is a vector in the file."""
+    stored_dims: tuple[str, ...] = ()
+    """Dimensions in the file, where they are others; without the stacked one."""
     kinds: frozenset[str] = frozenset()
     """Kinds of blocks that have it; empty: all."""
 
-    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape in the file, of one of each where they are stacked, from that in the checkpoint."""
+    def stored(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape in the file, of one of each where they are stacked, by the size of each dimension."""
+        if self.stored_dims:
+            return tuple(dims[dim] for dim in self.stored_dims)
+        shape = tuple(dims[dim] for dim in self.dims)
         if self.transform == "transpose":
             return shape[::-1]
-        if self.flat:
-            return shape[1:]
         return shape if self.rows == "all" else (shape[0] // 2, *shape[1:])
 
 
@@ -153,8 +155,12 @@ class Target:
     """The head is always the embedding."""
     needs_head: bool = False
     """The file holds a head of its own even where it is the embedding."""
+    latent: bool = False
+    """Keys and values come from latents: their sizes are entries of their own, and the file has one KV head."""
     even_heads: bool = False
     """Heads times head size is always the hidden size."""
+    no_groups: bool = False
+    """Every head has keys and values of its own."""
     unused: tuple[str, ...] = ()
     """Keys that llama.cpp's converter writes and the architecture does not read."""
 

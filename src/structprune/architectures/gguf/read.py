@@ -99,7 +99,7 @@ def read_sizes(fields: GgufFields, target: Target) -> Sizes:
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_size = fields.integer("attention.key_length", max(1, hidden // heads))
     values = fields.integer("attention.value_length", head_size if hidden % heads else max(1, hidden // heads))
-    if values != head_size or (target.even_heads and head_size * heads != hidden):
+    if (values != head_size and not target.latent) or (target.even_heads and head_size * heads != hidden):
         raise _other_heads(fields, target.even_heads, f"keys of {head_size}, values of {values}", heads, hidden)
     experts = fields.integer("expert_count", 0, least=0)
     if experts > len(fields.header.tensors) * 2**16:
@@ -162,7 +162,7 @@ def _sizes_in_config(model_type: str, reading: GgufReading) -> dict[str, Any]:
         name = entry_name(model_type, family, usual)
         if name and (size != "experts" or sizes.experts):
             result[name] = getattr(sizes, size)
-        elif size == "head_size" and sizes.head_size * sizes.heads != sizes.hidden:
+        elif size == "head_size" and not reading.target.latent and sizes.head_size * sizes.heads != sizes.hidden:
             raise _other_heads(reading.fields, True, f"heads of {sizes.head_size}", sizes.heads, sizes.hidden)
         elif size == "kv_heads" and usual not in family.names and sizes.kv_heads != sizes.heads:
             raise UnsupportedError(

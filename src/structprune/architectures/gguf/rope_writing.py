@@ -47,8 +47,11 @@ def rope_factors(model: GgufModel) -> dict[str, Tensor]:
     return {}
 
 
-def write_rope(model: GgufModel, *, partial: bool, log_multiplier: bool) -> dict[str, Value]:
-    """Return the keys of full attention's rotary positions. Raises UnsupportedError for a scaling that they lack."""
+def write_rope(model: GgufModel, *, partial: bool, log_multiplier: bool, scale_is_one: bool = True) -> dict[str, Value]:
+    """Return the keys of full attention's rotary positions. Raises UnsupportedError for a scaling that they lack.
+
+    `log_multiplier`: a second scale of YaRN has a key; `scale_is_one`: the first is taken for 1.
+    """
     parameters = rope_parameters(model)
     rotated = int(model.head_size * float(parameters.get("partial_rotary_factor") or 1.0))
     if rotated != model.head_size and not partial:
@@ -66,7 +69,7 @@ def write_rope(model: GgufModel, *, partial: bool, log_multiplier: bool) -> dict
     if kind == "linear":
         return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}
     if kind == "yarn" and parameters.get("truncate", True):
-        multiplier = _log_multiplier(parameters) if log_multiplier else {}
+        multiplier = _log_multiplier(parameters, scale_is_one) if log_multiplier else {}
         if multiplier or not _own_yarn_factor(parameters):
             return values | _yarn(parameters) | multiplier
     if kind != "default":
@@ -96,9 +99,9 @@ def _attention_factor(model: GgufModel, parameters: Mapping[str, Any]) -> dict[s
     return {"rope.scaling.attn_factor": float(factor), "rope.scaling.original_context_length": original}
 
 
-def _log_multiplier(parameters: Mapping[str, Any]) -> dict[str, Value]:
+def _log_multiplier(parameters: Mapping[str, Any], scale_is_one: bool) -> dict[str, Value]:
     """Return the key of YaRN's second scale; nothing where the first is not 1, which llama.cpp takes it for."""
-    if parameters.get("attention_factor") is not None or parameters.get("mscale") != 1.0:
+    if parameters.get("attention_factor") is not None or (scale_is_one and parameters.get("mscale") != 1.0):
         return {}
     second = parameters.get("mscale_all_dim")
     return {"rope.scaling.yarn_log_multiplier": float(second)} if second else {}

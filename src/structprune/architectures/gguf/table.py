@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from structprune.architectures.gguf.description import GgufFamily
+from structprune.architectures.gguf.families.deepseek import DEEPSEEK
 from structprune.architectures.gguf.families.fused import FUSED
 from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
@@ -12,7 +13,15 @@ from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
 from structprune.architectures.gguf.families.mixtures import MIXTURES
 
-GGUF_FAMILIES: Mapping[str, GgufFamily] = {**LLAMA_LIKE, **GATED_FAMILIES, **GEMMA, **FUSED, **LAYER_NORM, **MIXTURES}
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    **LLAMA_LIKE,
+    **GATED_FAMILIES,
+    **GEMMA,
+    **FUSED,
+    **LAYER_NORM,
+    **MIXTURES,
+    **DEEPSEEK,
+}
 """`config.model_type` -> its description."""
 
 

@@ -89,18 +89,22 @@ class GgufTensors:
         return tuple(self._dims[dim] for dim in rule.dims)
 
     def _tensor(self, rule: Rule, name: str, target: str) -> Iterator[tuple[str, GgufEntry]]:
-        shape = self._shape(rule)
+        shape, stored = self._shape(rule), rule.stored(self._dims)
         if rule.stacked:
             yield from self._stacked(rule, name, target, shape)
             return
-        parts = self._parts(rule, target, rule.stored(shape))
+        if rule.transform in ("latent-keys", "latent-values"):
+            self._taken(target, stored, rule)
+            yield name, _of_heads(target, stored, shape, transposed=rule.transform == "latent-keys")
+            return
+        parts = self._parts(rule, target, stored)
         if parts:
             shift = -1.0 if rule.transform == "plus-one" else 0.0
             transposed = rule.transform == "transpose"
             yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
 
     def _stacked(self, rule: Rule, name: str, target: str, shape: tuple[int, ...]) -> Iterator[tuple[str, GgufEntry]]:
-        count, stored = self._dims[rule.stacked], rule.stored(shape)
+        count, stored = self._dims[rule.stacked], rule.stored(self._dims)
         if not self._taken(target, (count, *stored), rule):
             return
         row = len(shape) == 1
@@ -132,12 +136,10 @@ class GgufTensors:
             )
         if not self._taken(target, shape, rule):
             return ()
+        # A matrix of one row may be a vector in the file.
+        count = 1 if len(shape) < len(rule.dims) else shape[0]
         queries = sizes.heads // sizes.kv_heads
-        return (
-            GgufRows(
-                source=target, first=0, count=1 if rule.flat else shape[0], order=order, heads=heads, queries=queries
-            ),
-        )
+        return (GgufRows(source=target, first=0, count=count, order=order, heads=heads, queries=queries),)
 
     def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
         """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""
@@ -156,6 +158,20 @@ class GgufTensors:
         return True
 
 
+def _of_heads(source: str, stored: tuple[int, ...], shape: tuple[int, ...], *, transposed: bool) -> GgufEntry:
+    """Return the rows of a map that belong to each head, which are a matrix of its own in the file."""
+    heads, rows, columns = stored
+    items = tuple(
+        GgufEntry(
+            shape=(columns, rows) if transposed else (rows, columns),
+            parts=(GgufRows(source=source, first=head * rows, count=rows),),
+            transposed=transposed,
+        )
+        for head in range(heads)
+    )
+    return GgufEntry(shape=shape, parts=(), items=items, joined=True)
+
+
 def _whole(pieces: Iterable[tuple[Rule, str, GgufEntry]]) -> Iterator[tuple[str, GgufEntry]]:
     """Join the rows of those tensors of which the file's tensors have some each."""
     waiting: dict[str, GgufEntry] = {}
@@ -166,6 +182,11 @@ def _whole(pieces: Iterable[tuple[Rule, str, GgufEntry]]) -> Iterator[tuple[str,
             waiting[name] = entry
         else:
             first = waiting.pop(name)
+            if entry.items:
+                # Of each head in turn.
+                items = tuple(item for pair in zip(first.items, entry.items, strict=True) for item in pair)
+                yield name, replace(first, items=items)
+                continue
             yield name, replace(first, parts=(*first.parts, *entry.parts), alternating=rule.rows == "odd")
 
 

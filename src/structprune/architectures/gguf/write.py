@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from structprune.architectures.gguf.description import GgufModel, Value
 from structprune.architectures.gguf.read import entry_name, is_mixture
+from structprune.errors import UnsupportedError
 
 
 def hyperparameters(model: GgufModel) -> dict[str, Value]:
     """Return the entries without the architecture's name in front. Raises UnsupportedError for what cannot be said."""
     config, target = model.config, model.target
+    whole = next(block for block in model.blocks if block.heads)
+    if target.no_groups and whole.heads != whole.kv_heads:
+        raise UnsupportedError(
+            f"llama.cpp's {target.architecture} has keys and values for every head",
+            got=f"{whole.kv_heads} KV heads, {whole.heads} heads",
+        )
     widths = {
         target.width_key: [block.channels for block in model.blocks],
         "attention.head_count": [block.heads for block in model.blocks],

@@ -275,6 +275,8 @@ class TracedBlock:
 
     def _plain_maps(self, own: Sequence[UnitGroup]) -> MlpMaps | None:
         """Return the maps of an MLP that others of any width can stand for; None where it has more than linear maps."""
+        if self.mixture is not None:
+            return None
         group, block = own[0], self._around.blocks[self.index]
         parts = {part.tensor.rpartition(".")[0]: part for part in group.producers}
         modules = [block.get_submodule(name) for name in (*parts, group.consumer_module)]

@@ -102,7 +102,7 @@ def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> 
         return torch.zeros(tensor.shape, dtype=dtype)
     parts: list[Tensor] = []
     for source in tensor.sources:
-        part = _transformed(reader.read([source.name])[source.name], source)
+        part = _transformed(reader.read([source.name])[source.name], source, tensor.shape)
         low, high = part.aminmax()
         if max(-float(low), float(high)) > torch.finfo(dtype).max:
             raise NumericalError(
@@ -122,7 +122,10 @@ _ROWS: Mapping[Rows, Callable[[int], slice]] = {
 }
 
 
-def _transformed(value: Tensor, part: GgufPart) -> Tensor:
+def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tensor:
+    if part.transform in ("latent-keys", "latent-values"):
+        heads = value.reshape(shape[0], -1, value.shape[-1])
+        return heads[:, : shape[2]].transpose(1, 2) if part.transform == "latent-keys" else heads[:, -shape[1] :]
     value = value[_ROWS[part.rows](len(value))]
     heads, rest = part.heads, value.shape[1:]
     if part.transform == "plus-one":

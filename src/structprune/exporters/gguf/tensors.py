@@ -135,7 +135,7 @@ def _joined(reader: CheckpointReader, place: _Place, rules: Sequence[Rule], used
         if not zeros:
             _check_shape(reader, name, shape)
             used.add(name)
-        shape = rule.stored(shape)
+        shape = rule.stored(place.dims)
         full = place.target_prefix + rule.target
         before = result.get(full)
         result[full] = GgufTensor(
@@ -163,7 +163,7 @@ def _stacked(reader: CheckpointReader, place: _Place, rule: Rule, used: set[str]
         used.update(names)
         parts = [place.part(rule, name) for name in names]
     full = place.target_prefix + rule.target
-    shape = rule.stored(shape)
+    shape = rule.stored(place.dims)
     return {full: GgufTensor(name=full, shape=(count, *shape), sources=tuple(parts), float32=rule.float32)}
 
 

@@ -32,7 +32,7 @@ _MLP_WIDTH = whole("feed_forward_length", "intermediate_size", 1)
 _NO_BIAS = constants({"attention_bias": False})
 
 
-def _apart(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Stacking:
+def stacked_apart(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Stacking:
     """Return how experts are stacked by transformers whose checkpoints usually have each map by itself."""
     return Stacking(
         module=module,
@@ -97,6 +97,7 @@ _OLMOE = Target(
     entries=(*USUAL, CHOSEN, _NO_BIAS),
     even_heads=True,
     needs_head=True,
+    no_groups=True,
 )
 
 
@@ -123,7 +124,7 @@ _QWEN2_MOE = Target(
         router("mlp.gate"),
         *expert_maps("mlp.experts"),
         *shared_expert("mlp.shared_expert"),
-        _shared("mlp.shared_expert_gate", "gate_inp_shexp", ("1", "d"), flat=True),
+        _shared("mlp.shared_expert_gate", "gate_inp_shexp", ("1", "d"), stored_dims=("d",)),
     ),
     entries=(
         *USUAL,
@@ -280,7 +281,7 @@ MIXTURES: Mapping[str, GgufFamily] = {
         GATED,
         uniform=_MIXTRAL,
         widths=SEPARATE_WIDTHS | {"f": ("mlp.experts.0.w3.weight", 0)},
-        stacking=_apart("mlp.experts", "w1", "w3", "w2"),
+        stacking=stacked_apart("mlp.experts", "w1", "w3", "w2"),
         read_if=lambda reading: reading.sizes.experts > 0,
     ),
     "olmoe": replace(
@@ -288,7 +289,7 @@ MIXTURES: Mapping[str, GgufFamily] = {
         uniform=_OLMOE,
         widths=_APART_WIDTHS,
         window="any",
-        stacking=_apart("mlp.experts"),
+        stacking=stacked_apart("mlp.experts"),
         requires={"norm_topk_prob": False, "clip_qkv": None},
     ),
     "qwen2_moe": replace(
@@ -297,7 +298,7 @@ MIXTURES: Mapping[str, GgufFamily] = {
         widths=_APART_WIDTHS,
         biases={"qkv_bias": INPUT_BIASES},
         names={"intermediate_size": "moe_intermediate_size"},
-        stacking=_apart("mlp.experts"),
+        stacking=stacked_apart("mlp.experts"),
         dims=lambda config: {"s": config.shared_expert_intermediate_size, "1": 1},
         requires={"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
