@@ -78,6 +78,10 @@ class GgufEntry:
     """A vector that is one row of a matrix in the file."""
     alternating: bool = False
     """The rows of the parts come in turns."""
+    logged: bool = False
+    """Numbers below zero in the file, of which the checkpoint has the logarithms without their sign."""
+    flat: bool = False
+    """A vector that is a matrix in the file, row by row."""
     items: tuple[GgufEntry, ...] = ()
     """Entries that are stacked along a first dimension; it has no parts of its own then."""
     joined: bool = False
@@ -193,6 +197,9 @@ class GgufSlice:
             part = slice(None)
         if entry.row:
             return self._read((1, *entry.shape), 0, 1)[0][part]
+        if entry.flat:
+            rows = entry.parts[0].count
+            return self._read((rows, entry.shape[0] // rows), 0, rows).reshape(-1)[part]
         first, last, _ = part.indices(entry.shape[0])
         return self._read((last - first, *entry.shape[1:]), first, last)
 
@@ -234,6 +241,7 @@ class GgufSlice:
                 values = weights.rows(info, rows.indices(start[0], start[1]))
             piece = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(-1, columns)
             piece = piece + entry.shift if entry.shift else piece
+            piece = torch.log(-piece) if entry.logged else piece
             result[stop : stop + len(piece)] = piece
             if weights.dtype == torch.float16:
                 self._check_float16(piece, result[stop : stop + len(piece)])

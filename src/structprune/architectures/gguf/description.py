@@ -8,18 +8,21 @@ a description may have more of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from structprune.architectures.gguf.fields import GgufFields
 from structprune.checkpoint.stacked import Stacking
 from structprune.types import UnitKind
 
-Transform = Literal["copy", "interleave", "plus-one", "transpose", "ungroup", "latent-keys", "latent-values"]
+Transform = Literal[
+    "copy", "interleave", "plus-one", "transpose", "ungroup", "latent-keys", "latent-values", "minus-exp"
+]
 """interleave: rows of a head from (first half, second half) to pairs, as llama.cpp's NORM rotary positions want
 them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from the queries, key and value
 of one KV head after the other to those of all heads; latent-keys, latent-values: the keys' rows of each head,
-transposed, and the values', of a map from latents to both."""
+transposed, and the values', of a map from latents to both; minus-exp: the logarithm of a rate of decay, in the file
+the rate itself, below zero."""
 
 Rows = Literal["all", "front", "back", "even", "odd"]
 """Which rows of a checkpoint's tensor a tensor of the file holds: gate and up are one map in some checkpoints, one
@@ -49,6 +52,8 @@ class Rule:
     """A dimension: one tensor of each of so many in the checkpoint, whose number stands for `{}`; stacked in the file.
     """
     rows: Rows = "all"
+    factor: Callable[[Any], Any] | None = None
+    """Parsed config -> what the tensor is multiplied by as it is written; a config that is read has ones."""
     stored_dims: tuple[str, ...] = ()
     """Dimensions in the file, where they are others; without the stacked one."""
     kinds: frozenset[str] = frozenset()
@@ -62,6 +67,11 @@ class Rule:
         if self.transform == "transpose":
             return shape[::-1]
         return shape if self.rows == "all" else (shape[0] // 2, *shape[1:])
+
+
+def of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return rules that blocks of one kind alone have."""
+    return tuple(replace(rule, kinds=frozenset({kind})) for rule in rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +169,8 @@ class Target:
     """Keys and values come from latents: their sizes are entries of their own, and the file has one KV head."""
     even_heads: bool = False
     """Heads times head size is always the hidden size."""
+    some_attention: bool = False
+    """Blocks without attention say so by no KV heads."""
     no_groups: bool = False
     """Every head has keys and values of its own."""
     unused: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from structprune.architectures.gguf.description import GgufFamily, GgufReading, Sizes, Target
 from structprune.architectures.gguf.fields import GgufFields
 from structprune.architectures.gguf.table import GGUF_FAMILIES, READ_AS
+from structprune.architectures.stock.config import with_infinities
 from structprune.errors import CheckpointError, UnsupportedError
 
 ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
@@ -108,7 +109,7 @@ def read_sizes(fields: GgufFields, target: Target) -> Sizes:
         blocks=blocks,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.integer("attention.head_count_kv", heads, most=heads),
+        kv_heads=fields.integer("attention.head_count_kv", heads, most=heads, or_none=target.some_attention),
         head_size=head_size,
         channels=_channels(fields, target, experts),
         positions=fields.integer("context_length"),
@@ -176,7 +177,9 @@ def _sizes_in_config(model_type: str, reading: GgufReading) -> dict[str, Any]:
 def parsed_config(config: Mapping[str, Any], where: str) -> Any:
     """Return the stock config object. Raises CheckpointError for entries that make none."""
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        return CONFIG_MAPPING[config["model_type"]].from_dict(
+            {name: with_infinities(each) for name, each in config.items()}
+        )
     except Exception as error:
         # transformers raises many types for a config that makes no model; all of them are the input's fault.
         raise CheckpointError("transformers cannot read this configuration", where=where, got=str(error)) from error

@@ -9,6 +9,7 @@ from structprune.architectures.gguf.families.deepseek import DEEPSEEK
 from structprune.architectures.gguf.families.fused import FUSED
 from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
+from structprune.architectures.gguf.families.hybrids import HYBRIDS
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
 from structprune.architectures.gguf.families.mixtures import MIXTURES
@@ -21,6 +22,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **LAYER_NORM,
     **MIXTURES,
     **DEEPSEEK,
+    **HYBRIDS,
 }
 """`config.model_type` -> its description."""
 

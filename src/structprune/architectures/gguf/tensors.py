@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,8 +101,13 @@ class GgufTensors:
         parts = self._parts(rule, target, stored)
         if parts:
             shift = -1.0 if rule.transform == "plus-one" else 0.0
-            transposed = rule.transform == "transpose"
-            yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
+            transposed, logged = rule.transform == "transpose", rule.transform == "minus-exp"
+            # A vector may be a matrix of one column or of several rows in the file.
+            flat = len(stored) > len(shape)
+            yield (
+                name,
+                GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed, logged=logged, flat=flat),
+            )
 
     def _stacked(self, rule: Rule, name: str, target: str, shape: tuple[int, ...]) -> Iterator[tuple[str, GgufEntry]]:
         count, stored = self._dims[rule.stacked], rule.stored(self._dims)
@@ -136,8 +142,8 @@ class GgufTensors:
             )
         if not self._taken(target, shape, rule):
             return ()
-        # A matrix of one row may be a vector in the file.
-        count = 1 if len(shape) < len(rule.dims) else shape[0]
+        # What has another shape in the file is read whole.
+        count = rule_rows(shape) if rule.stored_dims else shape[0]
         queries = sizes.heads // sizes.kv_heads
         return (GgufRows(source=target, first=0, count=count, order=order, heads=heads, queries=queries),)
 
@@ -156,6 +162,11 @@ class GgufTensors:
                 do="the file is incomplete, or of a variant of this architecture that cannot be read",
             )
         return True
+
+
+def rule_rows(shape: tuple[int, ...]) -> int:
+    """Return the rows of a tensor of the file; a vector is one."""
+    return math.prod(shape[:-1])
 
 
 def _of_heads(source: str, stored: tuple[int, ...], shape: tuple[int, ...], *, transposed: bool) -> GgufEntry:

@@ -126,6 +126,10 @@ def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tenso
     if part.transform in ("latent-keys", "latent-values"):
         heads = value.reshape(shape[0], -1, value.shape[-1])
         return heads[:, : shape[2]].transpose(1, 2) if part.transform == "latent-keys" else heads[:, -shape[1] :]
+    if part.factor is not None:
+        value = value.float() * part.factor
+    if part.transform == "minus-exp":
+        return -torch.exp(value.float())
     value = value[_ROWS[part.rows](len(value))]
     heads, rest = part.heads, value.shape[1:]
     if part.transform == "plus-one":

@@ -193,8 +193,8 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
             kind = "mlp" if dim == "f" else "attention"
             if kind not in kinds:
                 full = f"{family.blocks}{index}.{name}"
-                if family.kinds is not None and full not in reader.shapes and dim in of_kind:
-                    size[dim] = of_kind[dim]
+                if family.kinds is not None and full not in reader.shapes and dim in of_kind | of_config:
+                    size[dim] = (of_config | of_kind)[dim]
                     continue
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class GgufPart:
     queries: int = 1
     """Queries of one KV head."""
     rows: Rows = "all"
+    factor: Any = None
+    """A number, or one for each row, (rows, 1); None: nothing is multiplied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ class _Place:
     """Dimension of a rule -> its size here."""
     heads: tuple[int, int] = (1, 1)
     """Query heads and KV heads."""
+    config: Any = None
+    """What factors are made of."""
     gone: frozenset[str] = frozenset()
     """Sublayers that the block lost, whose tensors are zeros."""
 
@@ -70,6 +75,7 @@ class _Place:
             heads=kv_heads if grouped or rule.dims[0] == "k" else heads,
             queries=heads // kv_heads if grouped else 1,
             rows=rule.rows,
+            factor=None if rule.factor is None else rule.factor(self.config),
         )
 
 
@@ -88,7 +94,7 @@ def list_tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSub
     common |= family.dims(config)
     kinds = family.kinds(config) if family.kinds is not None else None
     used: set[str] = set()
-    result = _joined(reader, _Place(dims=common), target.outer, used)
+    result = _joined(reader, _Place(dims=common, config=config), target.outer, used)
     if target.needs_head and all(tensor.name != _HEAD for tensor in result):
         result.append(replace(next(tensor for tensor in result if tensor.name == _EMBEDDING), name=_HEAD))
     for name, factors in rope_factors(model).items():
@@ -107,6 +113,7 @@ def list_tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSub
             source_prefix=f"{family.blocks}{block.index}.",
             target_prefix=f"blk.{number}.",
             dims=dims,
+            config=config,
             heads=(block.heads, block.kv_heads),
             gone=removed[block.index],
         )

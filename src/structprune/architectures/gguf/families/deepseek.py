@@ -18,6 +18,7 @@ from structprune.architectures.gguf.description import (
     Rule,
     Target,
     Value,
+    of_kind,
 )
 from structprune.architectures.gguf.entries import HEAD_SIZE, RMS_EPSILON, constants, flag, number, rotary, whole
 from structprune.architectures.gguf.families.llama import GATED, USUAL
@@ -60,10 +61,6 @@ def is_gated(function: int, *, unless_said: bool) -> Any:
     return check
 
 
-def _of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    return tuple(replace(rule, kinds=frozenset({kind})) for rule in rules)
-
-
 def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tuple[Rule, ...]:
     """Return the rules of a dense MLP of the width `F`, or of a mixture; `scored`: with a bias for the choice."""
     dense = tuple(
@@ -76,7 +73,7 @@ def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tup
         *expert_maps("mlp.experts"),
         *shared_expert(shared),
     )
-    return (*_of_kind("dense", dense), *_of_kind("mixture", mixture))
+    return (*of_kind("dense", dense), *of_kind("mixture", mixture))
 
 
 def leading_dense(config: Any) -> list[frozenset[str]]:
@@ -187,8 +184,8 @@ def _latent_rules() -> tuple[Rule, ...]:
     )
     return (
         norm("attention", "input_layernorm", "attn_norm"),
-        *_of_kind("low rank", low),
-        *_of_kind("full rank", (plain("q_proj", "attn_q", ("nk", "d")),)),
+        *of_kind("low rank", low),
+        *of_kind("full rank", (plain("q_proj", "attn_q", ("nk", "d")),)),
         plain("kv_a_proj_with_mqa", "attn_kv_a_mqa", ("lk+r", "d")),
         plain("kv_a_layernorm", "attn_kv_a_norm", ("lk",)),
         plain(
@@ -253,7 +250,7 @@ _GLM4_MOE = Target(
     block=(
         norm("attention", "input_layernorm", "attn_norm"),
         *(rule for rule in attention() if not rule.source.endswith("o_proj.bias")),
-        *_of_kind("normed heads", head_norms()),
+        *of_kind("normed heads", head_norms()),
         norm("mlp", "post_attention_layernorm", "post_attention_norm"),
         *dense_or_mixture(scored=True),
     ),

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from structprune.architectures.gguf.description import Entry, GgufFamily, GgufModel, GgufReading, Rule, Target, Value
+from structprune.architectures.gguf.description import (
+    Entry,
+    GgufFamily,
+    GgufModel,
+    GgufReading,
+    Rule,
+    Target,
+    Value,
+    of_kind,
+)
 from structprune.architectures.gguf.entries import (
     HEAD_SIZE,
     constants,
@@ -130,17 +139,13 @@ def _falcon_kv_heads(config: Any) -> int:
     return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
 
 
-def _of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    return tuple(replace(rule, kinds=frozenset({kind})) for rule in rules)
-
-
 _FALCON = Target(
     architecture="falcon",
     outer=ends(layer_norm(None, "transformer.ln_f", "output_norm"), embedding="transformer.word_embeddings"),
     block=(
-        *_of_kind("one norm", layer_norm("attention", "input_layernorm", "attn_norm")),
-        *_of_kind("two norms", layer_norm("attention", "ln_attn", "attn_norm_2")),
-        *_of_kind("two norms", layer_norm("mlp", "ln_mlp", "attn_norm")),
+        *of_kind("one norm", layer_norm("attention", "input_layernorm", "attn_norm")),
+        *of_kind("two norms", layer_norm("attention", "ln_attn", "attn_norm_2")),
+        *of_kind("two norms", layer_norm("mlp", "ln_mlp", "attn_norm")),
         *bare(linear("attention", "self_attention.query_key_value", "attn_qkv", "q+2k", "d", "ungroup")),
         *bare(linear("attention", "self_attention.dense", "attn_output", "d", "q")),
         *bare(_FALCON_MLP),
@@ -232,9 +237,9 @@ _STABLELM = Target(
     block=(
         *layer_norm("attention", "input_layernorm", "attn_norm"),
         *(rule for rule in attention() if rule.source != OUTPUT_BIAS),
-        *_of_kind("sequential", layer_norm("mlp", "post_attention_layernorm", "ffn_norm")),
+        *of_kind("sequential", layer_norm("mlp", "post_attention_layernorm", "ffn_norm")),
         *bare(gated_mlp()),
-        *_of_kind(
+        *of_kind(
             "normed heads",
             tuple(
                 Rule(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from structprune.architectures.gguf.description import Entry, GgufFamily, GgufModel, GgufReading, Rule, Target
+from structprune.architectures.gguf.description import Entry, GgufFamily, GgufModel, GgufReading, Rule, Target, of_kind
 from structprune.architectures.gguf.entries import constants, only, unturned, whole, windows
 from structprune.architectures.gguf.families.gated import SCALES
 from structprune.architectures.gguf.families.llama import GATED, USUAL
@@ -233,16 +233,12 @@ def _write_llama4(model: GgufModel) -> dict[str, int]:
     return {"interleave_moe_layer_step": int(model.config.interleave_moe_layer_step)}
 
 
-def _of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    return tuple(replace(rule, kinds=frozenset({kind})) for rule in rules)
-
-
 _LLAMA4 = Target(
     architecture="llama4",
     outer=ends(),
     block=(
         *_attention_block(),
-        *_of_kind(
+        *of_kind(
             "dense",
             tuple(
                 replace(
@@ -253,7 +249,7 @@ _LLAMA4 = Target(
                 for rule in bare(gated_mlp())
             ),
         ),
-        *_of_kind(
+        *of_kind(
             "mixture",
             (
                 router("feed_forward.router"),
