@@ -152,7 +152,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "olmoe": ("olmoe", {**EXPERTS, "num_key_value_heads": 4}, "olmoe"),
     "qwen2_moe": (
         "qwen2_moe",
-        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
         "qwen2moe",
     ),
     "granitemoe": ("granitemoe", {**LOCAL, **SCALES}, "granitemoe"),
@@ -193,6 +193,23 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
         },
         "jamba",
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **EXPERTS,
+            **HEADS,
+            **rope("default", partial_rotary_factor=0.5),
+            "num_hidden_layers": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        "qwen3next",
+    ),
     "llama4_text": (
         "llama4_text",
         {**LOCAL, **HEADS, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "num_hidden_layers": 5},
@@ -200,7 +217,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 # What can be read and written, and not pruned: tracing does not describe it.
-UNDESCRIBED = ("qwen2_moe", "granitemoeshared", "deepseek_v2")
+UNDESCRIBED = ("granitemoeshared", "deepseek_v2")
 # llama.cpp's table of GELU has half precision.
 GELU = ("gemma", "starcoder2", "phi", "falcon", "bloom", "mpt", "gpt_bigcode")
 

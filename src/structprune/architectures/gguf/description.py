@@ -16,13 +16,23 @@ from structprune.checkpoint.stacked import Stacking
 from structprune.types import UnitKind
 
 Transform = Literal[
-    "copy", "interleave", "plus-one", "transpose", "ungroup", "latent-keys", "latent-values", "minus-exp"
+    "copy",
+    "interleave",
+    "plus-one",
+    "transpose",
+    "ungroup",
+    "minus-exp",
+    "latent-keys",
+    "latent-values",
+    "delta-states",
+    "delta-gates",
 ]
 """interleave: rows of a head from (first half, second half) to pairs, as llama.cpp's NORM rotary positions want
 them; plus-one: norms that stock code applies as 1 + weight; transpose: Conv1D; ungroup: from the queries, key and value
 of one KV head after the other to those of all heads; latent-keys, latent-values: the keys' rows of each head,
 transposed, and the values', of a map from latents to both; minus-exp: the logarithm of a rate of decay, in the file
-the rate itself, below zero."""
+the rate itself, below zero; delta-states, delta-gates: queries, keys and values of all key heads, and the gates, of a
+map to those of one key head after the other."""
 
 Rows = Literal["all", "front", "back", "even", "odd"]
 """Which rows of a checkpoint's tensor a tensor of the file holds: gate and up are one map in some checkpoints, one

@@ -98,6 +98,11 @@ def bare(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if not rule.optional)
 
 
+def shifted(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return the rules with norms that stock code applies as 1 + weight."""
+    return tuple(replace(rule, transform="plus-one") if rule.source.endswith("norm.weight") else rule for rule in rules)
+
+
 def biased(rules: tuple[Rule, ...], *names: str) -> tuple[Rule, ...]:
     """Return the rules with biases that are always there: all of them, or those of these maps."""
     return tuple(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from structprune.architectures.gguf.description import GgufFamily
 from structprune.architectures.gguf.families.deepseek import DEEPSEEK
+from structprune.architectures.gguf.families.delta import DELTA
 from structprune.architectures.gguf.families.fused import FUSED
 from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
@@ -23,6 +24,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **MIXTURES,
     **DEEPSEEK,
     **HYBRIDS,
+    **DELTA,
 }
 """`config.model_type` -> its description."""
 

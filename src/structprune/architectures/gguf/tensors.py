@@ -13,6 +13,8 @@ from structprune.checkpoint.gguf_weights import GgufEntry, GgufRows, RowOrder
 from structprune.errors import CheckpointError
 
 _ORDERS: Mapping[Transform, RowOrder] = {"interleave": "halves", "ungroup": "grouped"}
+# Two tensors of the file share the rows that each head has in one of the checkpoint.
+_BY_HEADS = ("latent-keys", "latent-values", "delta-states", "delta-gates")
 # Architectures whose queries, keys and values may be one tensor, or three: the names in the file, in its order.
 _FUSED = ("attn_q", "attn_k", "attn_v")
 
@@ -94,9 +96,9 @@ class GgufTensors:
         if rule.stacked:
             yield from self._stacked(rule, name, target, shape)
             return
-        if rule.transform in ("latent-keys", "latent-values"):
+        if rule.transform in _BY_HEADS:
             self._taken(target, stored, rule)
-            yield name, _of_heads(target, stored, shape, transposed=rule.transform == "latent-keys")
+            yield name, GgufEntry(shape=shape, parts=(), items=self._items(rule, target, stored), joined=True)
             return
         parts = self._parts(rule, target, stored)
         if parts:
@@ -108,6 +110,29 @@ class GgufTensors:
                 name,
                 GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed, logged=logged, flat=flat),
             )
+
+    def _items(self, rule: Rule, target: str, stored: tuple[int, ...]) -> tuple[GgufEntry, ...]:
+        """Return the rows that each head has in a map to all of them, as far as this tensor of the file holds them."""
+        dims, columns = self._dims, stored[-1]
+        if rule.transform in ("latent-keys", "latent-values"):
+            rows, turned = stored[1], rule.transform == "latent-keys"
+            shape = (columns, rows) if turned else (rows, columns)
+            places = [[(head * rows, rows)] for head in range(stored[0])]
+        else:
+            groups, turned = dims["groups"], False
+            keys, values = groups * dims["hk"], dims["values"] // groups
+            states = ((0, dims["hk"]), (keys, dims["hk"]), (2 * keys, values))
+            own = states if rule.transform == "delta-states" else ((0, values),)
+            places = [[(first + head * count, count) for first, count in own] for head in range(groups)]
+            shape = (sum(count for _, count in own), columns)
+        return tuple(
+            GgufEntry(
+                shape=shape,
+                parts=tuple(GgufRows(source=target, first=first, count=count) for first, count in place),
+                transposed=turned,
+            )
+            for place in places
+        )
 
     def _stacked(self, rule: Rule, name: str, target: str, shape: tuple[int, ...]) -> Iterator[tuple[str, GgufEntry]]:
         count, stored = self._dims[rule.stacked], rule.stored(self._dims)
@@ -143,7 +168,7 @@ class GgufTensors:
         if not self._taken(target, shape, rule):
             return ()
         # What has another shape in the file is read whole.
-        count = rule_rows(shape) if rule.stored_dims else shape[0]
+        count = math.prod(shape[:-1]) if rule.stored_dims else shape[0]
         queries = sizes.heads // sizes.kv_heads
         return (GgufRows(source=target, first=0, count=count, order=order, heads=heads, queries=queries),)
 
@@ -162,25 +187,6 @@ class GgufTensors:
                 do="the file is incomplete, or of a variant of this architecture that cannot be read",
             )
         return True
-
-
-def rule_rows(shape: tuple[int, ...]) -> int:
-    """Return the rows of a tensor of the file; a vector is one."""
-    return math.prod(shape[:-1])
-
-
-def _of_heads(source: str, stored: tuple[int, ...], shape: tuple[int, ...], *, transposed: bool) -> GgufEntry:
-    """Return the rows of a map that belong to each head, which are a matrix of its own in the file."""
-    heads, rows, columns = stored
-    items = tuple(
-        GgufEntry(
-            shape=(columns, rows) if transposed else (rows, columns),
-            parts=(GgufRows(source=source, first=head * rows, count=rows),),
-            transposed=transposed,
-        )
-        for head in range(heads)
-    )
-    return GgufEntry(shape=shape, parts=(), items=items, joined=True)
 
 
 def _whole(pieces: Iterable[tuple[Rule, str, GgufEntry]]) -> Iterator[tuple[str, GgufEntry]]:

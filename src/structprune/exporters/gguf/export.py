@@ -126,6 +126,8 @@ def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tenso
     if part.transform in ("latent-keys", "latent-values"):
         heads = value.reshape(shape[0], -1, value.shape[-1])
         return heads[:, : shape[2]].transpose(1, 2) if part.transform == "latent-keys" else heads[:, -shape[1] :]
+    if part.transform in ("delta-states", "delta-gates"):
+        return _delta(value, part, shape)
     if part.factor is not None:
         value = value.float() * part.factor
     if part.transform == "minus-exp":
@@ -144,6 +146,17 @@ def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tenso
         # Row i of a head's first half and row i of its second half become neighbours.
         return value.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(value.shape)
     return value
+
+
+def _delta(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tensor:
+    """Take queries, keys and values of all key heads, or the gates, from those of one key head after the other."""
+    groups = value.reshape(part.heads, -1, value.shape[-1])
+    if part.transform == "delta-gates":
+        return groups[:, -(shape[0] // part.heads) :]
+    values = groups.shape[1] - shape[0] // part.heads
+    keys = groups.shape[1] // 2 - values
+    pieces = groups.split([keys, keys, values, values], dim=1)[:3]
+    return torch.cat([piece.reshape(-1, value.shape[-1]) for piece in pieces])
 
 
 GGUF = Exporter(

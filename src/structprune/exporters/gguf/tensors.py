@@ -69,6 +69,8 @@ class _Place:
         """Return the part that a rule makes of this tensor."""
         heads, kv_heads = self.heads
         grouped = rule.transform == "ungroup"
+        if rule.transform in ("delta-states", "delta-gates"):
+            return GgufPart(name=name, transform=rule.transform, heads=self.dims["groups"])
         return GgufPart(
             name=name,
             transform=rule.transform,

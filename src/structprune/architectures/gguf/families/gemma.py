@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from structprune.architectures.gguf.description import Entry, GgufFamily, Rule, Target
 from structprune.architectures.gguf.entries import (
@@ -18,15 +17,9 @@ from structprune.architectures.gguf.entries import (
     windows,
 )
 from structprune.architectures.gguf.families.llama import USUAL
-from structprune.architectures.gguf.rules import SEPARATE_WIDTHS, bare, ends, gated_block, head_norms, norm
+from structprune.architectures.gguf.rules import SEPARATE_WIDTHS, bare, ends, gated_block, head_norms, norm, shifted
 
 GELU_TANH = "gelu_pytorch_tanh"
-
-
-def _shifted(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    return tuple(
-        replace(rule, transform="plus-one") if rule.source.endswith("norm.weight") else rule for rule in bare(rules)
-    )
 
 
 _SANDWICH = (
@@ -38,12 +31,14 @@ _SANDWICH = (
 
 
 def _gemma(architecture: str, block: tuple[Rule, ...], *entries: Entry) -> GgufFamily:
-    outer = _shifted(ends()[:2])
+    outer = shifted(ends()[:2])
     return GgufFamily(
         blocks="model.layers.",
         activations=(GELU_TANH,),
         widths=SEPARATE_WIDTHS,
-        uniform=Target(architecture=architecture, outer=outer, block=_shifted(block), entries=entries, needs_tied=True),
+        uniform=Target(
+            architecture=architecture, outer=outer, block=shifted(bare(block)), entries=entries, needs_tied=True
+        ),
     )
 
 

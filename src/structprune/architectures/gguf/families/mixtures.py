@@ -114,6 +114,11 @@ def shared_expert(module: str) -> tuple[Rule, ...]:
     )
 
 
+def shared_gate(source: str) -> Rule:
+    """Return the rule of what weighs such an expert: one row, which is a vector in the file."""
+    return _shared(source, "gate_inp_shexp", ("1", "d"), stored_dims=("d",))
+
+
 _QWEN2_MOE = Target(
     architecture="qwen2moe",
     outer=ends(),
@@ -124,7 +129,7 @@ _QWEN2_MOE = Target(
         router("mlp.gate"),
         *expert_maps("mlp.experts"),
         *shared_expert("mlp.shared_expert"),
-        _shared("mlp.shared_expert_gate", "gate_inp_shexp", ("1", "d"), stored_dims=("d",)),
+        shared_gate("mlp.shared_expert_gate"),
     ),
     entries=(
         *USUAL,
