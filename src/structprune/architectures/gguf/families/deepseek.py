@@ -106,6 +106,10 @@ _GROUPS = (
 _NAMES = {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
 
 
+# llama.cpp knows the models whose queries come straight from the stream by their blocks.
+_WITHOUT_QUERY_LATENTS = (26, 27)
+
+
 def _read_latent(reading: GgufReading) -> dict[str, Any]:
     fields = reading.fields
     rotated = fields.integer("rope.dimension_count")
@@ -135,6 +139,11 @@ def _write_latent(model: GgufModel) -> dict[str, Value]:
     if both[1] and both[0] != both[1]:
         raise UnsupportedError(
             "llama.cpp's deepseek2 knows one scale of YaRN", got=f"mscale {both[0]}, mscale_all_dim {both[1]}"
+        )
+    if not config.q_lora_rank and len(model.blocks) not in _WITHOUT_QUERY_LATENTS:
+        raise UnsupportedError(
+            "llama.cpp's deepseek2 has queries without latents with 26 or 27 blocks, and with no other number",
+            got=f"q_lora_rank {config.q_lora_rank}, {len(model.blocks)} blocks",
         )
     keys = write_rope(model, partial=False, log_multiplier=bool(both[1]), scale_is_one=False)
     keys.pop("rope.scaling.yarn_log_multiplier", None)
