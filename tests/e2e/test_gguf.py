@@ -145,7 +145,7 @@ UNIFORM: dict[str, tuple[Callable[[], Any], str]] = {
 def randomised(config: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    fill(model, shifted=config.model_type.startswith(("gemma", "nemotron", "qwen3_next")))
+    fill(model, shifted=config.model_type.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5")))
     return model
 
 

@@ -95,6 +95,14 @@ H1_FACTORS = {
     "mlp_multipliers": [0.9, 0.7],
     "ssm_multipliers": [1.1, 0.9, 0.8, 1.2, 1.05],
 }
+RULE = {
+    "num_hidden_layers": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Name -> (type, config beside SIZES, architecture of the file).
 MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
@@ -199,20 +207,17 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     ),
     "qwen3_next": (
         "qwen3_next",
-        {
-            **EXPERTS,
-            **HEADS,
-            **rope("default", partial_rotary_factor=0.5),
-            "num_hidden_layers": 4,
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
+        {**EXPERTS, **HEADS, **PARTIAL, **RULE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
         "qwen3next",
+    ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            **HEADS,
+            **RULE,
+            **rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        },
+        "qwen35",
     ),
     "llama4_text": (
         "llama4_text",

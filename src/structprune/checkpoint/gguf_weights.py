@@ -26,10 +26,11 @@ _CHUNK_NUMBERS = 2**20
 _PIECE_BYTES = 4 * 4
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-RowOrder = Literal["stored", "halves", "grouped"]
+RowOrder = Literal["stored", "halves", "grouped", "tiled"]
 """halves: a head's rows are pairs in the file, and first half, second half in the checkpoint; grouped: queries of all
 heads, then keys, then values in the file, and in the checkpoint the queries, key and value of one KV head after the
-other."""
+other; tiled: the first value head of every key head, then the second one of each, in the file, and those of one key
+head after the other in the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +42,11 @@ class GgufRows:
     count: int
     order: RowOrder = "stored"
     heads: int = 1
-    """Heads of the tensor; KV heads where it is grouped."""
+    """Heads of the tensor; KV heads where it is grouped, key heads where it is tiled."""
     queries: int = 1
-    """Queries of one KV head, where it is grouped."""
+    """Queries of one KV head, where it is grouped; value heads of a key head, where it is tiled."""
+    skipped: int = 0
+    """Rows in front that are no part of a tiling."""
 
     def indices(self, first: int, last: int) -> np.ndarray[Any, Any]:
         """Return which rows of the file's tensor are rows `first` up to `last` of this piece."""
@@ -60,7 +63,15 @@ class GgufRows:
             # Queries of one KV head follow each other; its key and its value come behind those of the others.
             place = np.where(part < self.queries, head * self.queries + part, part * self.heads + head)
             wanted = place * size + inner
+        elif self.order == "tiled":
+            wanted = np.where(wanted < self.skipped, wanted, self.skipped + self._tiled(wanted - self.skipped))
         return self.first + wanted
+
+    def _tiled(self, wanted: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        size = (self.count - self.skipped) // (self.heads * self.queries)
+        head, inner = np.divmod(wanted, size)
+        key, value = np.divmod(head, self.queries)
+        return (value * self.heads + key) * size + inner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +89,8 @@ class GgufEntry:
     """A vector that is one row of a matrix in the file."""
     alternating: bool = False
     """The rows of the parts come in turns."""
+    columns: GgufRows | None = None
+    """How the columns lie in the file, by the rule for rows; None: as they are."""
     logged: bool = False
     """Numbers below zero in the file, of which the checkpoint has the logarithms without their sign."""
     flat: bool = False
@@ -240,6 +253,8 @@ class GgufSlice:
             else:
                 values = weights.rows(info, rows.indices(start[0], start[1]))
             piece = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(-1, columns)
+            if entry.columns is not None:
+                piece = piece[:, torch.from_numpy(entry.columns.indices(0, columns))]
             piece = piece + entry.shift if entry.shift else piece
             piece = torch.log(-piece) if entry.logged else piece
             result[stop : stop + len(piece)] = piece

@@ -62,6 +62,9 @@ class Rule:
     """A dimension: one tensor of each of so many in the checkpoint, whose number stands for `{}`; stacked in the file.
     """
     rows: Rows = "all"
+    tiled: Literal["", "rows", "columns"] = ""
+    """Whether value heads of a key head, one after the other in a checkpoint, are apart in the file: first those that
+    come first in each key head."""
     factor: Callable[[Any], Any] | None = None
     """Parsed config -> what the tensor is multiplied by as it is written; a config that is read has ones."""
     stored_dims: tuple[str, ...] = ()

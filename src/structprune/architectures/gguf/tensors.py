@@ -106,9 +106,18 @@ class GgufTensors:
             transposed, logged = rule.transform == "transpose", rule.transform == "minus-exp"
             # A vector may be a matrix of one column or of several rows in the file.
             flat = len(stored) > len(shape)
+            columns = self._tiled("", shape[-1], 0) if rule.tiled == "columns" else None
             yield (
                 name,
-                GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed, logged=logged, flat=flat),
+                GgufEntry(
+                    shape=shape,
+                    parts=parts,
+                    shift=shift,
+                    transposed=transposed,
+                    logged=logged,
+                    flat=flat,
+                    columns=columns,
+                ),
             )
 
     def _items(self, rule: Rule, target: str, stored: tuple[int, ...]) -> tuple[GgufEntry, ...]:
@@ -169,8 +178,22 @@ class GgufTensors:
             return ()
         # What has another shape in the file is read whole.
         count = math.prod(shape[:-1]) if rule.stored_dims else shape[0]
+        if rule.tiled == "rows":
+            return (self._tiled(target, count, self._dims.get("states", 0) if rule.dims[0] == "qkv" else 0),)
         queries = sizes.heads // sizes.kv_heads
         return (GgufRows(source=target, first=0, count=count, order=order, heads=heads, queries=queries),)
+
+    def _tiled(self, source: str, count: int, skipped: int) -> GgufRows:
+        keys = self._dims["groups"]
+        return GgufRows(
+            source=source,
+            first=0,
+            count=count,
+            order="tiled",
+            heads=keys,
+            queries=self._dims["t"] // keys,
+            skipped=skipped,
+        )
 
     def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
         """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,8 @@ def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tenso
         return heads[:, : shape[2]].transpose(1, 2) if part.transform == "latent-keys" else heads[:, -shape[1] :]
     if part.transform in ("delta-states", "delta-gates"):
         return _delta(value, part, shape)
+    if part.tiled:
+        value = _tiled(value, part)
     if part.factor is not None:
         value = value.float() * part.factor
     if part.transform == "minus-exp":
@@ -146,6 +149,15 @@ def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tenso
         # Row i of a head's first half and row i of its second half become neighbours.
         return value.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(value.shape)
     return value
+
+
+def _tiled(value: Tensor, part: GgufPart) -> Tensor:
+    """Put the first value head of every key head in front, then the second ones, along rows or columns."""
+    if part.tiled == "columns":
+        return _tiled(value.T, replace(part, tiled="rows")).T
+    front, rest = value[: part.skipped], value[part.skipped :]
+    apart = rest.reshape(part.heads, part.queries, -1, *rest.shape[1:]).transpose(0, 1)
+    return torch.cat([front, apart.reshape(rest.shape)])
 
 
 def _delta(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tensor:

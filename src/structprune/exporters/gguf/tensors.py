@@ -32,6 +32,10 @@ class GgufPart:
     queries: int = 1
     """Queries of one KV head."""
     rows: Rows = "all"
+    tiled: str = ""
+    """Whether rows or columns of value heads are put apart; `heads` are key heads then."""
+    skipped: int = 0
+    """Rows in front that stay."""
     factor: Any = None
     """A number, or one for each row, (rows, 1); None: nothing is multiplied."""
 
@@ -71,6 +75,15 @@ class _Place:
         grouped = rule.transform == "ungroup"
         if rule.transform in ("delta-states", "delta-gates"):
             return GgufPart(name=name, transform=rule.transform, heads=self.dims["groups"])
+        if rule.tiled:
+            return GgufPart(
+                name=name,
+                transform=rule.transform,
+                tiled=rule.tiled,
+                heads=self.dims["groups"],
+                queries=self.dims["t"] // self.dims["groups"],
+                skipped=self.dims["states"] if rule.dims[0] == "qkv" else 0,
+            )
         return GgufPart(
             name=name,
             transform=rule.transform,

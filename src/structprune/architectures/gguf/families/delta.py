@@ -1,4 +1,4 @@
-"""Mixtures whose blocks attend by a gated delta rule, all but every fourth: Qwen 3 Next.
+"""Blocks that attend by a gated delta rule, all but every fourth: Qwen 3 Next, a mixture, and Qwen 3.5.
 
 A checkpoint has queries, keys, values and gates of one key head after the other; the file those of all heads.
 """
@@ -27,6 +27,7 @@ from structprune.architectures.gguf.rules import (
     bare,
     ends,
     expert_maps,
+    gated_mlp,
     head_norms,
     norm,
     router,
@@ -76,11 +77,12 @@ def _dims(config: Any) -> dict[str, int]:
         "hv": value,
         "values": values * value,
         "qkv": 2 * keys * key + values * value,
+        "states": 2 * keys * key,
         "qkvz": 2 * keys * key + 2 * values * value,
         "t": values,
         "2t": 2 * values,
         "kernel": config.linear_conv_kernel_dim,
-        "s": config.shared_expert_intermediate_size,
+        "s": getattr(config, "shared_expert_intermediate_size", 0),
     }
 
 
@@ -103,13 +105,13 @@ def _write(model: GgufModel) -> dict[str, Value]:
     period = types.index(_FULL) + 1 if _FULL in types else len(types) + 1
     if types != [_FULL if (index + 1) % period == 0 else _LINEAR for index in range(len(types))]:
         raise UnsupportedError(
-            "llama.cpp's qwen3next attends in equally spaced blocks",
+            f"llama.cpp's {model.target.architecture} attends in equally spaced blocks",
             got=f"layer_types {types}",
             do="export a model that has lost no blocks",
         )
     if config.linear_key_head_dim != config.linear_value_head_dim:
         raise UnsupportedError(
-            "llama.cpp's qwen3next has keys and values of one size in its recurrence",
+            f"llama.cpp's {model.target.architecture} has keys and values of one size in its recurrence",
             got=f"{config.linear_key_head_dim} and {config.linear_value_head_dim}",
         )
     return {
@@ -148,6 +150,57 @@ _QWEN3_NEXT = Target(
     width_key="expert_feed_forward_length",
 )
 
+# Its projections are apart, and its value heads in another order.
+_TILED_RULE = (
+    _delta("in_proj_qkv.weight", "attn_qkv.weight", ("qkv", "d"), tiled="rows"),
+    _delta("in_proj_z.weight", "attn_gate.weight", ("values", "d"), tiled="rows"),
+    _delta("in_proj_b.weight", "ssm_beta.weight", ("t", "d"), tiled="rows"),
+    _delta("in_proj_a.weight", "ssm_alpha.weight", ("t", "d"), tiled="rows"),
+    *(
+        replace(rule, tiled="columns" if rule.source.endswith("out_proj.weight") else "rows")
+        for rule in _RULE
+        if rule.source.endswith(("conv1d.weight", "dt_bias", "A_log", "out_proj.weight"))
+    ),
+    _delta("norm.weight", "ssm_norm.weight", ("hv",)),
+)
+
+
+def _sections() -> Entry:
+    """Build the rotary entry of a model that can also look: where height and width are, which text does not ask."""
+    turned, key = rotary(partial=True), "rope.dimension_sections"
+
+    def read(reading: GgufReading) -> dict[str, Any]:
+        found = reading.fields.raw(key)
+        sections = [11, 11, 10] if found is None else [int(each) for each in list(found)[:3]]
+        parameters = turned.read(reading)["rope_parameters"]
+        return {"rope_parameters": {**parameters, "mrope_section": sections, "mrope_interleaved": True}}
+
+    def write(model: GgufModel) -> dict[str, Value]:
+        sections = model.config.rope_parameters.get("mrope_section") or [11, 11, 10]
+        return {**turned.write(model), key: [*map(int, sections), 0]}
+
+    return Entry(read=read, write=write)
+
+
+_QWEN35 = Target(
+    architecture="qwen35",
+    outer=shifted(ends()),
+    block=(
+        *shifted((norm(None, "input_layernorm", "attn_norm"),)),
+        *of_kind(_FULL, (*_QUERIES, *shifted(head_norms()))),
+        *of_kind(_LINEAR, _TILED_RULE),
+        *shifted((norm("mlp", "post_attention_layernorm", "post_attention_norm"),)),
+        *bare(gated_mlp()),
+    ),
+    entries=(
+        RMS_EPSILON,
+        HEAD_SIZE,
+        _sections(),
+        Entry(read=_read, write=_write),
+        constants({"attention_bias": False}),
+    ),
+)
+
 DELTA: Mapping[str, GgufFamily] = {
     "qwen3_next": replace(
         GATED,
@@ -159,6 +212,14 @@ DELTA: Mapping[str, GgufFamily] = {
         kinds=lambda config: [frozenset({kind}) for kind in config.layer_types],
         stacking=stacked_apart("mlp.experts"),
         requires={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    "qwen3_5_text": replace(
+        GATED,
+        uniform=_QWEN35,
+        widths={"f": ("mlp.up_proj.weight", 0)},
+        window="any",
+        dims=_dims,
+        kinds=lambda config: [frozenset({kind}) for kind in config.layer_types],
     ),
 }
 """`config.model_type` -> its description."""
