@@ -227,6 +227,30 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
 }
 # What can be read and written, and not pruned: tracing does not describe it.
 UNDESCRIBED = ("granitemoeshared", "deepseek_v2")
+# The same block as LLaMA's, in files that say nothing else.
+WRITTEN_AS_ANOTHER = frozenset({"internlm3", "iquestcoder"})
+# Architectures that transformers has too and that have no description -> why.
+REFUSED: Mapping[str, str] = {
+    "gptj": "llama.cpp has the name, and no code that loads it",
+    "mamba": "no MLP and no attention: nothing to prune",
+    "mamba2": "no MLP and no attention: nothing to prune",
+    "gemma3n": "what a token adds to each block by itself: not pruned here either",
+    "gemma4": "sizes of heads per block, which no description says yet",
+    "apertus": "the numbers of its activation are lists in the metadata and weights in transformers",
+    "bitnet": "weights of three values with scales; not pruned here either",
+    **dict.fromkeys(
+        (
+            *("afmoe", "dbrx", "ernie4_5-moe", "exaone-moe", "glm-dsa", "granitehybrid", "hunyuan-moe", "kimi-linear"),
+            *("lfm2", "lfm2moe", "mimo2", "minicpm3", "minimax-m2", "nemotron_h", "nemotron_h_moe", "phimoe"),
+            "qwen35moe",
+        ),
+        "not described yet",
+    ),
+    **dict.fromkeys(
+        ("hunyuan_vl", "mistral4", "paddleocr", "qwen2vl", "qwen3vl", "qwen3vlmoe"),
+        "the text model of an image-text type; not described yet",
+    ),
+}
 # llama.cpp's table of GELU has half precision.
 GELU = ("gemma", "starcoder2", "phi", "falcon", "bloom", "mpt", "gpt_bigcode")
 

@@ -43,7 +43,7 @@ def read_config(fields: GgufFields) -> tuple[dict[str, Any], GgufReading]:
             "this GGUF architecture cannot be read",
             where=fields.where,
             got=fields.architecture,
-            wanted=", ".join(READ_AS),
+            wanted="an architecture of the table in docs/gguf.md",
             do="start from the model's Hugging Face checkpoint",
         )
     model_type, reading = _chosen(fields)

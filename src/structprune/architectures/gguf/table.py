@@ -10,6 +10,7 @@ from structprune.architectures.gguf.families.delta import DELTA
 from structprune.architectures.gguf.families.fused import FUSED
 from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
+from structprune.architectures.gguf.families.gpt import GPT_LIKE
 from structprune.architectures.gguf.families.hybrids import HYBRIDS
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
@@ -20,6 +21,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **GATED_FAMILIES,
     **GEMMA,
     **FUSED,
+    **GPT_LIKE,
     **LAYER_NORM,
     **MIXTURES,
     **DEEPSEEK,

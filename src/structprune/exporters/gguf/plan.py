@@ -140,7 +140,7 @@ def _family(reader: CheckpointReader) -> GgufFamily:
             "no GGUF form is known for this model family",
             where=where,
             got=f"model_type {model_type!r}",
-            wanted=", ".join(GGUF_FAMILIES),
+            wanted="a type of the table in docs/gguf.md",
         )
     if SLICED_ENTRY in reader.config:
         raise UnsupportedError(
