@@ -159,6 +159,11 @@ def fill(model: Any, *, shifted: bool = False) -> None:
             parameter.uniform_(-0.3, 0.3)
         else:
             parameter.uniform_(0.5, 1.5)
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        # By which a mixture chooses.
+        if name in saved and buffer.is_floating_point():
+            buffer.normal_(std=0.15)
 
 
 def stock_checkpoint(config: Any, directory: Path, **tokenizer: Any) -> tuple[Path, Any]:

@@ -39,7 +39,7 @@ SCALES = {
 }
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 96}
 ALIBI = {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256}
-LATER_FALCON = {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2}
+LATER_FALCON = {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2}
 MINISTRAL = rope(
     "yarn",
     factor=4.0,
@@ -219,6 +219,65 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
         },
         "qwen35",
     ),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        {
+            **HEADS,
+            **RULE,
+            **EXPERTS,
+            **rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        "qwen35moe",
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": False,
+        },
+        "ernie4_5-moe",
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**HEADS, "num_experts": 4, "moe_topk": 2}, "hunyuan-moe"),
+    "minimax_m2": ("minimax_m2", {**HEADS, **LOCAL, **PARTIAL}, "minimax-m2"),
+    "afmoe": (
+        "afmoe",
+        {
+            **HEADS,
+            **EXPERTS,
+            **WINDOWS,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+            "num_shared_experts": 2,
+            "route_scale": 1.5,
+            "mup_enabled": True,
+        },
+        "afmoe",
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        {**EXPERTS, **WINDOWS, "moe_intermediate_size": 32, "num_shared_experts": 2, "routed_scaling_factor": 1.5},
+        "exaone-moe",
+    ),
+    "mellum": (
+        "mellum",
+        {
+            **HEADS,
+            **EXPERTS,
+            **WINDOWS,
+            "moe_intermediate_size": 32,
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2 + ["sliding_attention"],
+            "rope_parameters": {
+                kind: rope("default")["rope_parameters"] for kind in ("full_attention", "sliding_attention")
+            },
+        },
+        "mellum",
+    ),
     "llama4_text": (
         "llama4_text",
         {**LOCAL, **HEADS, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "num_hidden_layers": 5},
@@ -238,11 +297,11 @@ REFUSED: Mapping[str, str] = {
     "gemma4": "sizes of heads per block, which no description says yet",
     "apertus": "the numbers of its activation are lists in the metadata and weights in transformers",
     "bitnet": "weights of three values with scales; not pruned here either",
+    "phimoe": "transformers chooses experts otherwise (sparse mixer)",
     **dict.fromkeys(
         (
-            *("afmoe", "dbrx", "ernie4_5-moe", "exaone-moe", "glm-dsa", "granitehybrid", "hunyuan-moe", "kimi-linear"),
-            *("lfm2", "lfm2moe", "mimo2", "minicpm3", "minimax-m2", "nemotron_h", "nemotron_h_moe", "phimoe"),
-            "qwen35moe",
+            *("cohere2moe", "dbrx", "glm-dsa", "granitehybrid", "hy_v3", "kimi-linear", "laguna", "lfm2", "lfm2moe"),
+            *("mimo2", "minicpm3", "nemotron_h", "nemotron_h_moe", "qwen4exp"),
         ),
         "not described yet",
     ),

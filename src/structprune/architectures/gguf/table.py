@@ -15,6 +15,7 @@ from structprune.architectures.gguf.families.hybrids import HYBRIDS
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
 from structprune.architectures.gguf.families.mixtures import MIXTURES
+from structprune.architectures.gguf.families.routed import ROUTED
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **LLAMA_LIKE,
@@ -27,6 +28,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **DEEPSEEK,
     **HYBRIDS,
     **DELTA,
+    **ROUTED,
 }
 """`config.model_type` -> its description."""
 

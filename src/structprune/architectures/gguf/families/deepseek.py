@@ -61,11 +61,15 @@ def is_gated(function: int, *, unless_said: bool) -> Any:
     return check
 
 
-def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tuple[Rule, ...]:
-    """Return the rules of a dense MLP of the width `F`, or of a mixture; `scored`: with a bias for the choice."""
-    dense = tuple(
+def dense_mlp() -> tuple[Rule, ...]:
+    """Return the rules of a dense MLP of the width `F`."""
+    return tuple(
         replace(rule, dims=tuple("F" if dim == "f" else dim for dim in rule.dims)) for rule in bare(gated_mlp())
     )
+
+
+def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tuple[Rule, ...]:
+    """Return the rules of a dense MLP of the width `F`, or of a mixture; `scored`: with a bias for the choice."""
     bias = Rule(source="mlp.gate.e_score_correction_bias", target="exp_probs_b.bias", dims=("e",), sublayer="mlp")
     mixture = (
         router("mlp.gate"),
@@ -73,7 +77,7 @@ def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tup
         *expert_maps("mlp.experts"),
         *shared_expert(shared),
     )
-    return (*of_kind("dense", dense), *of_kind("mixture", mixture))
+    return (*of_kind("dense", dense_mlp()), *of_kind("mixture", mixture))
 
 
 def leading_dense(config: Any) -> list[frozenset[str]]:
@@ -103,7 +107,7 @@ _GROUPS = (
     whole("expert_group_count", "n_group", 1),
     whole("expert_group_used_count", "topk_group", 1),
 )
-_NAMES = {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
+MIXTURE_NAMES = {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
 
 
 # llama.cpp knows the models whose queries come straight from the stream by their blocks.
@@ -245,7 +249,7 @@ _DEEPSEEK_FAMILY = replace(
     uniform=_DEEPSEEK3,
     widths={"f": ("mlp.experts.0.up_proj.weight", 0)},
     window="any",
-    names={**_NAMES, "head_dim": "", "num_key_value_heads": ""},
+    names={**MIXTURE_NAMES, "head_dim": "", "num_key_value_heads": ""},
     kv_heads=lambda _: 1,
     dims=lambda config: {**latent_dims(config), **mixture_dims(config)},
     kinds=_deepseek_kinds,
@@ -300,11 +304,11 @@ def _glm_norms(reading: GgufReading) -> dict[str, Any]:
     return {"use_qk_norm": reading.fields.has_tensor("blk.0.attn_q_norm.weight")}
 
 
-_APART = replace(
+APART = replace(
     GATED,
     widths=SEPARATE_WIDTHS | {"f": ("mlp.experts.0.up_proj.weight", 0)},
     window="any",
-    names=_NAMES,
+    names=MIXTURE_NAMES,
     dims=mixture_dims,
     kinds=leading_dense,
     stacking=stacked_apart("mlp.experts"),
@@ -319,11 +323,11 @@ DEEPSEEK: Mapping[str, GgufFamily] = {
         requires={"n_group": None, "topk_group": None, "topk_method": "greedy"},
         read_if=is_gated(SOFTMAX, unless_said=True),
     ),
-    "dots1": replace(_APART, uniform=_DOTS1, names={**_NAMES, "head_dim": "head_dim"}, window="caps-context"),
+    "dots1": replace(APART, uniform=_DOTS1, names={**MIXTURE_NAMES, "head_dim": "head_dim"}, window="caps-context"),
     "glm4_moe": replace(
-        _APART,
+        APART,
         uniform=_GLM4_MOE,
-        names={**_NAMES, "head_dim": "head_dim"},
+        names={**MIXTURE_NAMES, "head_dim": "head_dim"},
         biases={"attention_bias": INPUT_BIASES},
         kinds=_glm_kinds,
     ),

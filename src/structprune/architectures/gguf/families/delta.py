@@ -124,6 +124,12 @@ def _write(model: GgufModel) -> dict[str, Value]:
     }
 
 
+_MIXTURE = (
+    router("mlp.gate"),
+    *expert_maps("mlp.experts"),
+    *shared_expert("mlp.shared_expert"),
+    shared_gate("mlp.shared_expert_gate"),
+)
 _QWEN3_NEXT = Target(
     architecture="qwen3next",
     outer=shifted(ends()),
@@ -132,10 +138,7 @@ _QWEN3_NEXT = Target(
         *of_kind(_FULL, (*_QUERIES, *shifted(head_norms()))),
         *of_kind(_LINEAR, _RULE),
         *shifted((norm("mlp", "post_attention_layernorm", "post_attention_norm"),)),
-        router("mlp.gate"),
-        *expert_maps("mlp.experts"),
-        *shared_expert("mlp.shared_expert"),
-        shared_gate("mlp.shared_expert_gate"),
+        *_MIXTURE,
     ),
     entries=(
         RMS_EPSILON,
@@ -201,25 +204,33 @@ _QWEN35 = Target(
     ),
 )
 
+_QWEN35_MOE = replace(
+    _QWEN35,
+    architecture="qwen35moe",
+    block=(*(rule for rule in _QWEN35.block if "mlp." not in rule.source), *_MIXTURE),
+    entries=(
+        *_QWEN35.entries,
+        CHOSEN,
+        whole("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ),
+    width_key="expert_feed_forward_length",
+)
+
+_FAMILY = replace(
+    GATED, window="any", dims=_dims, kinds=lambda config: [frozenset({kind}) for kind in config.layer_types]
+)
+_MIXTURE_FAMILY = replace(
+    _FAMILY,
+    uniform=_QWEN3_NEXT,
+    widths={"f": ("mlp.experts.0.up_proj.weight", 0)},
+    names={"intermediate_size": "moe_intermediate_size"},
+    stacking=stacked_apart("mlp.experts"),
+)
 DELTA: Mapping[str, GgufFamily] = {
     "qwen3_next": replace(
-        GATED,
-        uniform=_QWEN3_NEXT,
-        widths={"f": ("mlp.experts.0.up_proj.weight", 0)},
-        window="any",
-        names={"intermediate_size": "moe_intermediate_size"},
-        dims=_dims,
-        kinds=lambda config: [frozenset({kind}) for kind in config.layer_types],
-        stacking=stacked_apart("mlp.experts"),
-        requires={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        _MIXTURE_FAMILY, requires={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
     ),
-    "qwen3_5_text": replace(
-        GATED,
-        uniform=_QWEN35,
-        widths={"f": ("mlp.up_proj.weight", 0)},
-        window="any",
-        dims=_dims,
-        kinds=lambda config: [frozenset({kind}) for kind in config.layer_types],
-    ),
+    "qwen3_5_text": replace(_FAMILY, uniform=_QWEN35, widths={"f": ("mlp.up_proj.weight", 0)}),
+    "qwen3_5_moe_text": replace(_MIXTURE_FAMILY, uniform=_QWEN35_MOE),
 }
 """`config.model_type` -> its description."""
