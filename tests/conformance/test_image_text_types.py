@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from structprune.architectures.stock.model import StockModel
 from structprune.architectures.stock.placeholders import parameters_on_meta
 from structprune.architectures.stock.wrapper import is_wrapper_type
+from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import StructPruneError
 from support.decoders import SIZES, TINY_DECODERS
 from support.generated import check_table
@@ -70,12 +72,13 @@ def filled(model: Any) -> dict[str, Tensor]:
             tensors[name] = value + 1 if value.ndim == 1 and name.endswith("norm.weight") else value
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
+    kept = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     around = {name: torch.zeros(1) for name, _ in model.named_parameters() if name not in tensors}
     for name, zero in around.items():
         # On the CPU, where stock code looks for the place of a model.
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, torch.nn.Parameter(zero))
-    return {**tensors, **around}
+    return {**tensors, **kept, **around}
 
 
 def outcome(model_type: str) -> tuple[str, str, str]:
@@ -88,21 +91,22 @@ def outcome(model_type: str) -> tuple[str, str, str]:
         model = tiny(model_type)
         text = model.config.get_text_config().model_type
         tensors = filled(model)
-        with tempfile.TemporaryDirectory() as directory:
-            model.config.save_pretrained(directory)
-            save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-            found_BSV = streamed_logits(Path(directory))
-        with torch.no_grad():
-            expected_BSV = model(input_ids=IDS_BS, use_cache=False).logits
-    except StructPruneError as error:
-        said = re.sub(r"^.* (has no family file|wraps a text model), and ", "", error.what)
-        got = " ".join(str(error.got or "").split())[:100]
-        return "refused", text, (said + (f": {got}" if got else "")).replace("|", "/")
     except OverflowError as error:
         return "not tried", text, str(error)
     except Exception as error:
         # Configs want more than the usual entries, and say so by many types.
         return "not tried", text, f"its config wants more than the usual entries ({type(error).__name__})"
+    with tempfile.TemporaryDirectory() as directory:
+        model.config.save_pretrained(directory)
+        save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+        try:
+            found_BSV = streamed_logits(StockModel(CheckpointReader(Path(directory))), IDS_BS)
+        except StructPruneError as error:
+            said = re.sub(r"^.* (has no family file|wraps a text model), and ", "", error.what)
+            got = " ".join(str(error.got or "").split())[:100]
+            return "refused", text, (said + (f": {got}" if got else "")).replace("|", "/")
+    with torch.no_grad():
+        expected_BSV = model(input_ids=IDS_BS, use_cache=False).logits
     if not torch.allclose(found_BSV, expected_BSV, rtol=1e-4, atol=1e-5):
         return "refused", text, "its text model computes other logits than the whole does"
     return ("pruned and tested" if model_type in TINY_WRAPPERS else "compared"), text, ""

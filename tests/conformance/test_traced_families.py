@@ -17,10 +17,11 @@ from structprune.architectures.stock.model import StockModel, output_tensor
 from structprune.architectures.traced import family as traced_module
 from structprune.architectures.traced import lookup
 from structprune.architectures.traced.family import traced_family
+from structprune.architectures.traced.mixture import joined_units
 from structprune.architectures.units import compact
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
-from structprune.types import UNIT_KINDS, HeadUnits, UnitGroup, UnitKind
+from structprune.types import UNIT_KINDS, AxisSlice, HeadUnits, UnitGroup, UnitKind
 from support.models import TINY_MODELS
 from support.streamed import streamed_logits
 from support.traced import DESCRIBED, HELD_HEADS, save_decoder
@@ -231,3 +232,23 @@ def test_units_that_are_not_the_models_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lookup, "traced_family", crossed)
     with pytest.raises(UnsupportedError, match=r"without mlp units|does not run piece by piece"):
         StockModel(CheckpointReader(save_decoder("smollm3", tmp_path / "smollm3")))
+
+
+def test_an_expert_that_is_twice_as_wide_loses_two_channels_for_one(tmp_path: Path) -> None:
+    stock = stock_of(save_decoder("ernie4_5_moe", tmp_path / "model"))
+    *experts, shared = stock.layout.blocks[1].groups_of("mlp")
+    assert {(group.num_units, group.width) for group in experts} == {(24, 1)}
+    assert (shared.num_units, shared.width) == (24, 2)
+    assert shared.consumer.indices(torch.tensor([3, 5])).tolist() == [6, 7, 10, 11]
+    assert {part.width for part in shared.producers} == {2}
+
+
+def test_units_that_cannot_be_joined_stay_as_they_are() -> None:
+    part = AxisSlice(tensor="up.weight", axis=0)
+    consumer = replace(part, tensor="down.weight", axis=1)
+    group = UnitGroup(kind="mlp", num_units=48, width=1, producers=(part,), consumer=consumer, consumer_module="down")
+    assert joined_units(group, 24).num_units == 24
+    assert joined_units(group, 36) is group
+    assert joined_units(group, 48) is group
+    apart = replace(group, producers=(replace(part, repeat=2, stride=48),))
+    assert joined_units(apart, 24) is apart

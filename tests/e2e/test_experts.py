@@ -21,6 +21,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, StructPruneError, UnsupportedError
 from structprune.results.report import PruneReport
 from support.models import save_tiny
+from support.traced import save_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,3 +194,28 @@ def test_what_is_refused(
 def test_a_model_without_experts(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)removes experts of a mixture.*llama.*qwen3_moe"):
         prune(tiny_llama, recipe(text_file), tmp_path / "out")
+
+
+def test_blocks_without_experts_stay(text_file: Path, tmp_path: Path) -> None:
+    """DeepSeek V3 begins with plain MLPs; its router has a correction for each expert beside its rows."""
+    source = save_decoder("deepseek_v3", tmp_path / "model", n_group=1)
+    report = prune(source, recipe(text_file, sparsity=0.5), tmp_path / "out")
+    before, after = load_file(source / "model.safetensors"), tensors_of(tmp_path / "out")
+    assert [(block.block, block.kept_units) for block in report.blocks] == [(1, 2), (2, 2), (3, 2)]
+    assert report.size.removed_share_of_scope == pytest.approx(0.4, abs=0.05), "the expert for all tokens stays"
+    for name, tensor in after.items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(tensor, before[name])
+    kept = json.loads((tmp_path / "out" / "pruning_manifest.json").read_text())["kept_indices"]
+    assert set(kept) == {"1", "2", "3"}
+    for block in (1, 2, 3):
+        for part in ("weight", "e_score_correction_bias"):
+            name = f"model.layers.{block}.mlp.gate.{part}"
+            assert torch.equal(after[name], before[name][kept[str(block)]["expert"]])
+    assert report.reload.mode == "whole"
+
+
+def test_a_router_of_sets_keeps_its_experts(text_file: Path, tmp_path: Path) -> None:
+    source = save_decoder("deepseek_v3", tmp_path / "model", n_group=2)
+    with pytest.raises(UnsupportedError, match="chooses sets of experts first"):
+        prune(source, recipe(text_file, sparsity=0.5), tmp_path / "out")

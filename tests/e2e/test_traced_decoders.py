@@ -64,7 +64,7 @@ def check_output(report: PruneReport, output: Path, *, own_code: bool) -> Any:
 
 
 def mixture(source: Path) -> bool:
-    return any("expert" in name for name in stored_names(source))
+    return any("expert" in name or "_moe." in name for name in stored_names(source))
 
 
 def stored_names(directory: Path) -> list[str]:

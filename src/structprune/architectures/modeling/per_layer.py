@@ -332,7 +332,9 @@ def _with_mixers(layers: str, attention: str) -> str:
     module, _, name = attention.rpartition(".")
     told = f"            {attention}.config ="
     assert told in layers
-    return layers.replace(told, f'            if hasattr({module}, "{name}"):\n                {attention}.config =')
+    # Some classes have no such attribute there, others have None.
+    asked = f'            if getattr({module}, "{name}", None) is not None:\n'
+    return layers.replace(told, f"{asked}                {attention}.config =")
 
 
 def _with_narrow_values(family: Family, layers: str) -> str:

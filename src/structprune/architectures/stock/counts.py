@@ -37,7 +37,9 @@ def check_counts(reader: CheckpointReader) -> None:
             )
     for name in _SIZES:
         size = reader.config.get(name)
-        if isinstance(size, int | float) and not 0 < size < _LARGEST:
+        # What is not used may be written as zero, as stock Qwen 2 MoE does with its window.
+        unused = size == 0 and reader.config.get(f"use_{name}") is False
+        if isinstance(size, int | float) and not unused and not 0 < size < _LARGEST:
             raise CheckpointError(
                 f"{name} is no size",
                 where=where,

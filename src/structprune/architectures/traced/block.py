@@ -18,7 +18,7 @@ from structprune.architectures.families.common import CHANNELS_ENTRY
 from structprune.architectures.family import Experts, MlpMaps
 from structprune.architectures.modeling.narrow_mlp import narrow_mlp
 from structprune.architectures.stock.placeholders import STAND_INS, give_buffers
-from structprune.architectures.traced.mixture import Mixture, find_mixture
+from structprune.architectures.traced.mixture import Mixture, find_mixture, joined_units
 from structprune.architectures.traced.small_block import SmallBlock, own_config
 from structprune.architectures.traced.surroundings import Surroundings, set_attention, to_meta
 from structprune.architectures.traced.widths import BiasEntry, WidthEntries, bias_entry, width_entries
@@ -234,7 +234,8 @@ class TracedBlock:
         found = [self._as_whole(group) for group in mlp_groups(traced)]
         experts = [group for group in found if self.mixture is not None and self.mixture.is_expert(group)]
         if self.mixture is not None and len(experts) == 1 and experts[0].output_norm_eps is None:
-            return (*experts, *(group for group in found if group not in experts))
+            num_units = experts[0].num_units
+            return (*experts, *(joined_units(group, num_units) for group in found if group not in experts))
         if self.mixture is None and len(found) == 1:
             return tuple(found)
         several = f"{len(found)} groups: {', '.join(group.name for group in found[:3])}"
@@ -278,10 +279,12 @@ class TracedBlock:
         if self.mixture is not None:
             return None
         group, block = own[0], self._around.blocks[self.index]
+        plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
+        if self.mixture is not None or len(own) > 1 or not plain:
+            return None
         parts = {part.tensor.rpartition(".")[0]: part for part in group.producers}
         modules = [block.get_submodule(name) for name in (*parts, group.consumer_module)]
-        plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
-        if len(own) > 1 or not plain or not all(type(module) is nn.Linear for module in modules):
+        if not all(type(module) is nn.Linear for module in modules):
             return None
         return MlpMaps(first=tuple(parts), last=group.consumer_module)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -53,7 +55,7 @@ def traced_family(config: PretrainedConfig) -> Family:
         classes={config.model_type: _classes(around, holder, any(block.given for block in blocks.values()))},
         channel_maps=next((block.channel_maps for block in blocks.values() if block.channel_maps is not None), None),
         attention_implementation=around.attention_implementation,
-        tiled_attention=bool(around.model._supports_attention_backend),
+        tiled_attention=bool(around.model._supports_attention_backend) and not _tells_attention_apart(around.blocks),
         # Harmless where it reads none.
         attention_reads_widths=True,
         returns_tuple=around.returns_tuple,
@@ -63,6 +65,15 @@ def traced_family(config: PretrainedConfig) -> Family:
         numbered=numbered,
         notes=_notes(config, blocks),
     )
+
+
+def _tells_attention_apart(blocks: nn.Module) -> bool:
+    """Whether the code of a block does something else for some implementations of attention.
+
+    DeepSeek V3.2 chooses the keys of each query for "eager" and "sdpa" alone, so it is not to see another name.
+    """
+    forwards = {type(module).forward for module in blocks.modules()}
+    return any(re.search(r"""["'](sdpa|eager)["']""", inspect.getsource(forward)) for forward in forwards)
 
 
 def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) -> BlockKind:

@@ -33,7 +33,7 @@ class Mixture:
         return block
 
     def of_all(self, group: UnitGroup, shared: Sequence[UnitGroup], output_module: str | None) -> list[UnitGroup]:
-        """Return the group of each expert from that of the first one; `shared` ones are as wide, and come behind."""
+        """Return the group of each expert from that of the first one, and then the `shared` ones, of as many units."""
         groups = [self._of(group, number) for number in range(self.num_experts)]
         groups += [replace(each, expert=self.num_experts + number) for number, each in enumerate(shared)]
         return [
@@ -60,6 +60,28 @@ class Mixture:
             consumer=moved(group.consumer),
             consumer_module=named(group.consumer_module),
         )
+
+
+def joined_units(group: UnitGroup, num_units: int) -> UnitGroup:
+    """Join neighbouring units until there are `num_units` of them; the same group where that cannot be.
+
+    An expert for all tokens may be several times as wide as the others by one config entry. Then it loses several
+    channels for each one of theirs.
+    """
+    factor, rest = divmod(group.num_units, num_units)
+    if rest or factor < 2 or any(part.repeat > 1 or part.run for part in group.slices):
+        return group
+
+    def wider(part: AxisSlice) -> AxisSlice:
+        return replace(part, width=part.width * factor)
+
+    return replace(
+        group,
+        num_units=num_units,
+        width=group.width * factor,
+        producers=tuple(map(wider, group.producers)),
+        consumer=wider(group.consumer),
+    )
 
 
 def find_mixture(config: PretrainedConfig, build: Callable[[PretrainedConfig], nn.Module]) -> Mixture | None:

@@ -1,7 +1,8 @@
 """The pipeline that removes whole experts of a mixture: measure a block, choose, write it with those that stay.
 
-An expert is taken or left, and every block keeps as many, so there is no allocation and nothing to solve. The dense
-model's stream is measured, as in the paper; the pruned one passes along for the reported windows only.
+An expert is taken or left, and every block keeps as many, so there is no allocation and nothing to solve. Blocks
+without experts stay as they are. The dense model's stream is measured, as in the paper; the pruned one passes along for
+the reported windows only.
 
 Shape suffixes: E experts, R tokens that are sent to one expert, D hidden size.
 """
@@ -45,6 +46,8 @@ from structprune.types import BlockLayout, UnitGroup, UnitKind
 _ENOUGH_TOKENS = 100
 # What the report and the manifest call it.
 KIND = "expert"
+# Config entry of routers that choose among sets of experts first, and then among those inside (DeepSeek V3).
+_SETS = "n_group"
 
 
 def expert_settings(
@@ -63,17 +66,18 @@ def expert_settings(
             wanted="such as qwen3_moe",
             do="use another --method",
         )
-    if without := [index for index in range(len(stock.layout.blocks)) if stock.family.at(index).experts is None]:
-        raise UnsupportedError(
-            f"method {method.name!r} removes as many experts of every block",
-            got=f"block {without[0]}, which has none",
-            wanted="a mixture in every block",
-            do="prune channels of the experts with another --method",
-        )
     if not experts.count_field or not experts.chosen_field or not experts.routers:
         raise UnsupportedError(
             f"no config entry is known for the experts of {stock.family.name}, so none can leave",
             got=f"number {experts.count_field or 'unknown'}, chosen {experts.chosen_field or 'unknown'}",
+            do="prune channels of the experts with another --method",
+        )
+    num_sets = getattr(stock.config, _SETS, None) or 1
+    if num_sets > 1:
+        raise UnsupportedError(
+            "its router chooses sets of experts first, and other numbers of experts make other sets",
+            got=f"{_SETS} {num_sets}",
+            wanted=f"{_SETS} 1",
             do="prune channels of the experts with another --method",
         )
     if recipe.scope != "mlp":
@@ -89,8 +93,8 @@ def expert_settings(
             wanted=f"at most {total - chosen}: {experts.chosen_field} is {chosen}",
             do="lower --sparsity",
         )
-    groups = tuple(group for group in stock.groups if group.kind == "mlp")
-    return ResolvedExperts.of(recipe), groups
+    block = next(block for block in stock.layout.blocks if _is_mixture(stock, block))
+    return ResolvedExperts.of(recipe), block.groups_of("mlp")
 
 
 def expert_request(request: PlanRequest) -> PlanRequest:
@@ -111,9 +115,12 @@ def forecast_experts(stock: StockModel, recipe: ResolvedExperts, kinds: Sequence
     keep = total - remove
 
     def tensors_of(block: BlockLayout) -> BlockTensors:
+        mixture = _is_mixture(stock, block)
         # Experts are alike, so it does not matter which ones stay.
         for name, shape in block.shapes.items():
-            if name in experts.routers:
+            if not mixture:
+                yield name, name, shape
+            elif name in experts.routers:
                 yield name, name, (keep, *shape[1:])
             elif not name.startswith(f"{experts.module}.") or _expert_number(name, experts) < keep:
                 yield name, name, shape
@@ -139,7 +146,8 @@ def execute_experts(context: RunContext) -> PruneReport:
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     outcome = _prune_blocks(context, experts, writer)
     config = _with_fewer(context.reader.config, context.stock, _num_kept(context, experts))
-    in_scope = sum(block.module_parameters(block.group("mlp")) for block in layout.blocks)
+    mixtures = [block for block in layout.blocks if _is_mixture(context.stock, block)]
+    in_scope = sum(block.module_parameters(block.group("mlp")) for block in mixtures)
     return finalize(context, writer, config, outcome, in_scope)
 
 
@@ -207,6 +215,9 @@ def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) ->
     def visit(block: BlockLayout, state: PassState) -> Visited:
         started = time.perf_counter()
         tensors, module = load_block(context, block)
+        if not _is_mixture(context.stock, block):
+            _move(context, block, module, state, "dense", "pruned")
+            return Visited(tensors=tensors, values={"kept": None})
         with context.meter.phase(Phase.PROPAGATE):
             found = measure_experts(module, experts, total, state.propagator, block.index, state.stores["dense"])
         del module
@@ -230,12 +241,17 @@ def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) ->
 
     def replay(block: BlockLayout, line: Line, state: PassState) -> None:
         tensors, module = load_block(context, block)
-        with context.meter.phase(Phase.PROPAGATE):
-            state.propagator.run(module, block.index, state.stores["dense"])
+        if line["kept"] is None:
+            _move(context, block, module, state, "dense", "pruned")
+            return
+        _move(context, block, module, state, "dense")
         del module
         smaller = keep_experts(tensors, experts, line["kept"])
         del tensors
         _move_pruned(context, experts, block, smaller, state)
+
+    def describe(block: BlockLayout, line: Line) -> str:
+        return f"block {block.index} " + ("as it is" if line["kept"] is None else f"{len(line['kept'])}/{total}")
 
     def finish(state: PassState) -> dict[str, Tensor]:
         return {name: first_windows(context.ranks, store, context.num_probe) for name, store in state.stores.items()}
@@ -249,13 +265,14 @@ def _prune_blocks(context: RunContext, experts: Experts, writer: ModelWriter) ->
             visit=visit,
             replay=replay,
             finish=finish,
-            describe=lambda block, line: f"block {block.index} {len(line['kept'])}/{total}",
+            describe=describe,
             writer=writer,
         ),
     )
+    cut = [line for line in result.lines if line["kept"] is not None]
     return Outcome(
-        reports=[BlockReport(**line["report"]) for line in result.lines],
-        kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in result.lines},
+        reports=[BlockReport(**line["report"]) for line in cut],
+        kept_indices={str(line["report"]["block"]): {KIND: line["kept"]} for line in cut},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
         shares=counted_shares(context.recipe.sparsity, total),
@@ -268,8 +285,14 @@ def _move_pruned(
     """Move the pruned stream over the block with the experts that stay."""
     cast = {name: tensor.to(context.device, context.dtype) for name, tensor in smaller.items()}
     module = context.stock.block(block.index, cast, _config(context, experts, block.index))
+    _move(context, block, module, state, "pruned")
+
+
+def _move(context: RunContext, block: BlockLayout, module: nn.Module, state: PassState, *streams: str) -> None:
+    """Move these streams over the block."""
     with context.meter.phase(Phase.PROPAGATE):
-        state.propagator.run(module, block.index, state.stores["pruned"])
+        for name in streams:
+            state.propagator.run(module, block.index, state.stores[name])
 
 
 def _statistics(context: RunContext, found: Saliency, kept: Sequence[int]) -> dict[str, float]:
@@ -278,6 +301,10 @@ def _statistics(context: RunContext, found: Saliency, kept: Sequence[int]) -> di
     removed = 1 - float(found.mean_E[list(kept)].sum()) / total if total else 0.0
     counts = [ExpertTokens(sent=int(sent), enough=_ENOUGH_TOKENS) for sent in found.tokens_E]
     return {"saliency_removed": removed, **token_statistics(counts, context.num_measured_tokens)}
+
+
+def _is_mixture(stock: StockModel, block: BlockLayout) -> bool:
+    return stock.family.at(block.index).experts is not None
 
 
 def _experts(stock: StockModel) -> Experts:
