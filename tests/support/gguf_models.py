@@ -103,6 +103,17 @@ RULE = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
 }
+GRANITE_4 = {
+    **SCALES,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    # Of experts, of which there are none.
+    "intermediate_size": 11008,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Name -> (type, config beside SIZES, architecture of the file).
 MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
@@ -278,6 +289,29 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
         },
         "mellum",
     ),
+    "granitemoehybrid": ("granitemoehybrid", GRANITE_4, "granitehybrid"),
+    "granitemoehybrid, turned": (
+        "granitemoehybrid",
+        {**GRANITE_4, "position_embedding_type": "rope", "mamba_n_groups": 2},
+        "granitehybrid",
+    ),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        "lfm2",
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {
+            **EXPERTS,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+            "rope_parameters": rope("default")["rope_parameters"],
+        },
+        "lfm2moe",
+    ),
+    "minicpm3": ("minicpm3", {**LATENT, "v_head_dim": 16}, "minicpm3"),
     "llama4_text": (
         "llama4_text",
         {**LOCAL, **HEADS, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2, "num_hidden_layers": 5},
@@ -285,7 +319,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 # What can be read and written, and not pruned: tracing does not describe it.
-UNDESCRIBED = ("granitemoeshared", "deepseek_v2")
+UNDESCRIBED = ("granitemoeshared", "afmoe")
 # The same block as LLaMA's, in files that say nothing else.
 WRITTEN_AS_ANOTHER = frozenset({"internlm3", "iquestcoder"})
 # Architectures that transformers has too and that have no description -> why.
@@ -297,11 +331,12 @@ REFUSED: Mapping[str, str] = {
     "gemma4": "sizes of heads per block, which no description says yet",
     "apertus": "the numbers of its activation are lists in the metadata and weights in transformers",
     "bitnet": "weights of three values with scales; not pruned here either",
+    "granitehybrid with experts": "experts beside the shared MLP, in blocks of two kinds",
     "phimoe": "transformers chooses experts otherwise (sparse mixer)",
     **dict.fromkeys(
         (
-            *("cohere2moe", "dbrx", "glm-dsa", "granitehybrid", "hy_v3", "kimi-linear", "laguna", "lfm2", "lfm2moe"),
-            *("mimo2", "minicpm3", "nemotron_h", "nemotron_h_moe", "qwen4exp"),
+            *("cohere2moe", "dbrx", "glm-dsa", "hy_v3", "kimi-linear", "laguna"),
+            *("mimo2", "nemotron_h", "nemotron_h_moe", "qwen4exp"),
         ),
         "not described yet",
     ),

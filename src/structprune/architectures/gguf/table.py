@@ -12,10 +12,12 @@ from structprune.architectures.gguf.families.gated import GATED_FAMILIES
 from structprune.architectures.gguf.families.gemma import GEMMA
 from structprune.architectures.gguf.families.gpt import GPT_LIKE
 from structprune.architectures.gguf.families.hybrids import HYBRIDS
+from structprune.architectures.gguf.families.latent import LATENTS
 from structprune.architectures.gguf.families.layer_norm import LAYER_NORM
 from structprune.architectures.gguf.families.llama import LLAMA_LIKE
 from structprune.architectures.gguf.families.mixtures import MIXTURES
 from structprune.architectures.gguf.families.routed import ROUTED
+from structprune.architectures.gguf.families.turns import TURNS
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **LLAMA_LIKE,
@@ -28,7 +30,9 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     **DEEPSEEK,
     **HYBRIDS,
     **DELTA,
+    **LATENTS,
     **ROUTED,
+    **TURNS,
 }
 """`config.model_type` -> its description."""
 

@@ -1,8 +1,4 @@
-"""Mixtures with a few dense blocks in front and experts that all tokens pass; DeepSeek's attention from latents.
-
-In the file keys and values of a head are two tensors, the keys' transposed, so that llama.cpp multiplies queries by
-them first; a file of an older converter, which has one tensor for both, is refused by that tensor's name.
-"""
+"""Mixtures with a few dense blocks in front and experts that all tokens pass: DeepSeek, GLM 4.5, dots.llm1."""
 
 from __future__ import annotations
 
@@ -13,18 +9,15 @@ from typing import Any
 from structprune.architectures.gguf.description import (
     Entry,
     GgufFamily,
-    GgufModel,
     GgufReading,
     Rule,
     Target,
-    Value,
     of_kind,
 )
 from structprune.architectures.gguf.entries import HEAD_SIZE, RMS_EPSILON, constants, flag, number, rotary, whole
+from structprune.architectures.gguf.families.latent import LATENT, LATENT_BLOCK, latent_dims
 from structprune.architectures.gguf.families.llama import GATED, USUAL
 from structprune.architectures.gguf.families.mixtures import CHOSEN, shared_expert, stacked_apart
-from structprune.architectures.gguf.rope_reading import read_rope
-from structprune.architectures.gguf.rope_writing import rope_parameters, write_rope
 from structprune.architectures.gguf.rules import (
     INPUT_BIASES,
     SEPARATE_WIDTHS,
@@ -37,7 +30,6 @@ from structprune.architectures.gguf.rules import (
     norm,
     router,
 )
-from structprune.errors import UnsupportedError
 
 SOFTMAX, SIGMOID = 1, 2
 """llama.cpp's numbers for how scores of experts are made."""
@@ -110,118 +102,6 @@ _GROUPS = (
 MIXTURE_NAMES = {"intermediate_size": "moe_intermediate_size", "num_experts": "n_routed_experts"}
 
 
-# llama.cpp knows the models whose queries come straight from the stream by their blocks.
-_WITHOUT_QUERY_LATENTS = (26, 27)
-
-
-def _read_latent(reading: GgufReading) -> dict[str, Any]:
-    fields = reading.fields
-    rotated = fields.integer("rope.dimension_count")
-    whole_key = fields.integer("attention.key_length_mla")
-    parameters = read_rope(fields, rotated, reading.sizes.positions, partial=False, log_multiplier=False, factors=())
-    # The converter writes a tenth of it, which llama.cpp takes back.
-    multiplier = fields.number("rope.scaling.yarn_log_multiplier", 0.0) * 10
-    if multiplier:
-        parameters |= {"mscale": float(f"{multiplier:.6g}"), "mscale_all_dim": float(f"{multiplier:.6g}")}
-    rank = fields.integer("attention.q_lora_rank", 0, least=0)
-    return {
-        "q_lora_rank": rank or None,
-        "kv_lora_rank": fields.integer("attention.kv_lora_rank"),
-        "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": whole_key - rotated,
-        "v_head_dim": fields.integer("attention.value_length_mla"),
-        "num_key_value_heads": reading.sizes.heads,
-        "rope_parameters": parameters,
-        "attention_bias": False,
-    }
-
-
-def _write_latent(model: GgufModel) -> dict[str, Value]:
-    config = model.config
-    parameters = rope_parameters(model)
-    both = parameters.get("mscale"), parameters.get("mscale_all_dim")
-    if both[1] and both[0] != both[1]:
-        raise UnsupportedError(
-            "llama.cpp's deepseek2 knows one scale of YaRN", got=f"mscale {both[0]}, mscale_all_dim {both[1]}"
-        )
-    if not config.q_lora_rank and len(model.blocks) not in _WITHOUT_QUERY_LATENTS:
-        raise UnsupportedError(
-            "llama.cpp's deepseek2 has queries without latents with 26 or 27 blocks, and with no other number",
-            got=f"q_lora_rank {config.q_lora_rank}, {len(model.blocks)} blocks",
-        )
-    keys = write_rope(model, partial=False, log_multiplier=bool(both[1]), scale_is_one=False)
-    keys.pop("rope.scaling.yarn_log_multiplier", None)
-    keys |= {"rope.scaling.yarn_log_multiplier": 0.1 * both[1]} if both[1] else {}
-    rank = {"attention.q_lora_rank": int(config.q_lora_rank)} if config.q_lora_rank else {}
-    return {
-        **keys,
-        **rank,
-        "attention.kv_lora_rank": int(config.kv_lora_rank),
-        "attention.key_length": int(config.kv_lora_rank + config.qk_rope_head_dim),
-        "attention.value_length": int(config.kv_lora_rank),
-        "attention.key_length_mla": int(config.qk_nope_head_dim + config.qk_rope_head_dim),
-        "attention.value_length_mla": int(config.v_head_dim),
-    }
-
-
-LATENT = Entry(read=_read_latent, write=_write_latent)
-"""DeepSeek's attention: the sizes of latents, keys and values, and rotary positions."""
-
-
-def latent_dims(config: Any) -> dict[str, int]:
-    """Return the dimensions of attention from latents."""
-    heads, key = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-    return {
-        "lq": config.q_lora_rank or 0,
-        "lk": config.kv_lora_rank,
-        "lk+r": config.kv_lora_rank + config.qk_rope_head_dim,
-        "nk": heads * key,
-        "kv": heads * (config.qk_nope_head_dim + config.v_head_dim),
-        "nv": heads * config.v_head_dim,
-        "n": heads,
-        "nope": config.qk_nope_head_dim,
-        "hv": config.v_head_dim,
-    }
-
-
-def _latent_rules() -> tuple[Rule, ...]:
-    def plain(source: str, target: str, dims: tuple[str, ...], **more: Any) -> Rule:
-        return Rule(
-            source=f"self_attn.{source}.weight", target=f"{target}.weight", dims=dims, sublayer="attention", **more
-        )
-
-    low = (
-        plain("q_a_proj", "attn_q_a", ("lq", "d")),
-        plain("q_a_layernorm", "attn_q_a_norm", ("lq",)),
-        plain("q_b_proj", "attn_q_b", ("nk", "lq")),
-    )
-    return (
-        norm("attention", "input_layernorm", "attn_norm"),
-        *of_kind("low rank", low),
-        *of_kind("full rank", (plain("q_proj", "attn_q", ("nk", "d")),)),
-        plain("kv_a_proj_with_mqa", "attn_kv_a_mqa", ("lk+r", "d")),
-        plain("kv_a_layernorm", "attn_kv_a_norm", ("lk",)),
-        plain(
-            "kv_b_proj",
-            "attn_k_b",
-            ("kv", "lk"),
-            stored_dims=("n", "lk", "nope"),
-            transform="latent-keys",
-            rows="front",
-        ),
-        plain(
-            "kv_b_proj",
-            "attn_v_b",
-            ("kv", "lk"),
-            stored_dims=("n", "hv", "lk"),
-            transform="latent-values",
-            rows="back",
-        ),
-        plain("o_proj", "attn_output", ("d", "nv")),
-        norm("mlp", "post_attention_layernorm", "ffn_norm"),
-    )
-
-
 def latent_kinds(config: Any) -> frozenset[str]:
     """Return whether queries come from latents too."""
     return frozenset({"low rank" if config.q_lora_rank else "full rank"})
@@ -234,14 +114,14 @@ def _deepseek_kinds(config: Any) -> list[frozenset[str]]:
 _DEEPSEEK3 = Target(
     architecture="deepseek2",
     outer=ends(),
-    block=(*_latent_rules(), *dense_or_mixture(scored=True)),
+    block=(*LATENT_BLOCK, *dense_or_mixture(scored=True)),
     entries=(RMS_EPSILON, LATENT, *MIXTURE_ENTRIES, *_GROUPS, gating(SIGMOID), constants({"rope_interleave": True})),
     width_key="expert_feed_forward_length",
     latent=True,
 )
 _DEEPSEEK2 = replace(
     _DEEPSEEK3,
-    block=(*_latent_rules(), *dense_or_mixture(scored=False)),
+    block=(*LATENT_BLOCK, *dense_or_mixture(scored=False)),
     entries=(RMS_EPSILON, LATENT, *MIXTURE_ENTRIES, gating(SOFTMAX), constants({"mlp_bias": False})),
 )
 _DEEPSEEK_FAMILY = replace(

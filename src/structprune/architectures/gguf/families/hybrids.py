@@ -37,10 +37,11 @@ from structprune.architectures.gguf.rules import (
 )
 from structprune.errors import UnsupportedError
 
-_STATE_SIZES = (
+STATE_SIZES = (
     whole("ssm.conv_kernel", "mamba_d_conv"),
     whole("ssm.state_size", "mamba_d_state"),
 )
+"""Entries of a recurrence's kernel and states."""
 
 
 def _mixer(source: str, target: str, dims: tuple[str, ...], **more: Any) -> Rule:
@@ -51,6 +52,35 @@ _CONVOLUTION = (
     _mixer("conv1d.weight", "ssm_conv1d.weight", ("c", "1", "kernel"), stored_dims=("c", "kernel"), float32=True),
     _mixer("conv1d.bias", "ssm_conv1d.bias", ("c",)),
 )
+
+
+def mamba2(*, normed: bool) -> tuple[Rule, ...]:
+    """Return the rules of a recurrence of Mamba 2; `normed`: in all blocks, rather than in those of that kind."""
+    gated = (_mixer("norm.weight", "ssm_norm.weight", ("i",), stored_dims=("g", "i/g"), float32=True),)
+    return (
+        _mixer("in_proj.weight", "ssm_in.weight", ("in", "d")),
+        *_CONVOLUTION,
+        _mixer("dt_bias", "ssm_dt.bias", ("t",)),
+        _mixer("A_log", "ssm_a", ("t",), stored_dims=("t", "1"), transform="minus-exp", float32=True),
+        _mixer("D", "ssm_d", ("t",), stored_dims=("t", "1"), float32=True),
+        *(gated if normed else of_kind("normed", gated)),
+        _mixer("out_proj.weight", "ssm_out.weight", ("d", "i")),
+    )
+
+
+def mixer_dims(inner: int, heads: int, groups: int, state: int, kernel: int) -> dict[str, int]:
+    """Return the dimensions of a recurrence of Mamba 2, by its channels, heads, groups, states and kernel."""
+    channels = inner + 2 * groups * state
+    return {
+        "1": 1,
+        "i": inner,
+        "c": channels,
+        "in": inner + channels + heads,
+        "t": heads,
+        "kernel": kernel,
+        "g": groups,
+        "i/g": inner // groups,
+    }
 
 
 def _feed_forward(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -117,18 +147,9 @@ def _write_falcon(model: GgufModel) -> dict[str, Value]:
 
 
 def _falcon_dims(config: Any) -> dict[str, int]:
-    inner, heads = config.mamba_d_ssm, config.mamba_n_heads
-    channels = inner + 2 * config.mamba_n_groups * config.mamba_d_state
-    return {
-        "1": 1,
-        "i": inner,
-        "c": channels,
-        "in": inner + channels + heads,
-        "t": heads,
-        "kernel": config.mamba_d_conv,
-        "g": config.mamba_n_groups,
-        "i/g": inner // config.mamba_n_groups,
-    }
+    return mixer_dims(
+        config.mamba_d_ssm, config.mamba_n_heads, config.mamba_n_groups, config.mamba_d_state, config.mamba_d_conv
+    )
 
 
 def _falcon_kinds(config: Any) -> list[frozenset[str]]:
@@ -153,23 +174,14 @@ _FALCON_H1 = Target(
         (
             norm(None, "input_layernorm", "attn_norm"),
             *bare(attention()),
-            _mixer("in_proj.weight", "ssm_in.weight", ("in", "d")),
-            *_CONVOLUTION,
-            _mixer("dt_bias", "ssm_dt.bias", ("t",)),
-            _mixer("A_log", "ssm_a", ("t",), stored_dims=("t", "1"), transform="minus-exp", float32=True),
-            _mixer("D", "ssm_d", ("t",), stored_dims=("t", "1"), float32=True),
-            *of_kind(
-                "normed",
-                (_mixer("norm.weight", "ssm_norm.weight", ("i",), stored_dims=("g", "i/g"), float32=True),),
-            ),
-            _mixer("out_proj.weight", "ssm_out.weight", ("d", "i")),
+            *mamba2(normed=False),
             replace(norm("mlp", "pre_ff_layernorm", "ffn_norm"), target="ffn_norm"),
             *_feed_forward(bare(gated_mlp())),
         )
     ),
     entries=(
         *USUAL,
-        *_STATE_SIZES,
+        *STATE_SIZES,
         Entry(read=_read_falcon, write=_write_falcon),
         constants(
             {
@@ -292,7 +304,7 @@ _JAMBA = Target(
     ),
     entries=(
         RMS_EPSILON,
-        *_STATE_SIZES,
+        *STATE_SIZES,
         CHOSEN,
         Entry(read=_read_jamba, write=_write_jamba),
         constants({"mamba_conv_bias": True, "mamba_proj_bias": False}),
