@@ -311,6 +311,11 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
         },
         "lfm2moe",
     ),
+    "hy_v3": (
+        "hy_v3",
+        {**HEADS, **EXPERTS, "moe_intermediate_size": 32, "num_shared_experts": 1, "router_scaling_factor": 1.5},
+        "hy_v3",
+    ),
     "minicpm3": ("minicpm3", {**LATENT, "v_head_dim": 16}, "minicpm3"),
     "llama4_text": (
         "llama4_text",
@@ -320,8 +325,12 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
 }
 # What can be read and written, and not pruned: tracing does not describe it.
 UNDESCRIBED = ("granitemoeshared", "afmoe")
-# The same block as LLaMA's, in files that say nothing else.
-WRITTEN_AS_ANOTHER = frozenset({"internlm3", "iquestcoder"})
+# Types with the block of another, in files that say nothing else -> what a file is read as, config beside SIZES.
+WRITTEN_AS_ANOTHER: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "internlm3": ("llama", HEADS),
+    "iquestcoder": ("llama", HEADS),
+    "glm4_moe_lite": ("deepseek_v3", {**LATENT, **{k: v for k, v in ROUTED.items() if k != "first_k_dense_replace"}}),
+}
 # Architectures that transformers has too and that have no description -> why.
 REFUSED: Mapping[str, str] = {
     "gptj": "llama.cpp has the name, and no code that loads it",
@@ -335,7 +344,7 @@ REFUSED: Mapping[str, str] = {
     "phimoe": "transformers chooses experts otherwise (sparse mixer)",
     **dict.fromkeys(
         (
-            *("cohere2moe", "dbrx", "glm-dsa", "hy_v3", "kimi-linear", "laguna"),
+            *("cohere2moe", "dbrx", "glm-dsa", "kimi-linear", "laguna"),
             *("mimo2", "nemotron_h", "nemotron_h_moe", "qwen4exp"),
         ),
         "not described yet",

@@ -9,12 +9,22 @@ from typing import Any
 from structprune.architectures.gguf.description import (
     Entry,
     GgufFamily,
+    GgufModel,
     GgufReading,
     Rule,
     Target,
     of_kind,
 )
-from structprune.architectures.gguf.entries import HEAD_SIZE, RMS_EPSILON, constants, flag, number, rotary, whole
+from structprune.architectures.gguf.entries import (
+    HEAD_SIZE,
+    RMS_EPSILON,
+    constants,
+    derived,
+    flag,
+    number,
+    rotary,
+    whole,
+)
 from structprune.architectures.gguf.families.latent import LATENT, LATENT_BLOCK, latent_dims
 from structprune.architectures.gguf.families.llama import GATED, USUAL
 from structprune.architectures.gguf.families.mixtures import CHOSEN, shared_expert, stacked_apart
@@ -30,6 +40,7 @@ from structprune.architectures.gguf.rules import (
     norm,
     router,
 )
+from structprune.errors import UnsupportedError
 
 SOFTMAX, SIGMOID = 1, 2
 """llama.cpp's numbers for how scores of experts are made."""
@@ -76,6 +87,37 @@ def leading_dense(config: Any) -> list[frozenset[str]]:
     """Return the kinds of blocks of a config that counts its dense ones."""
     first = config.first_k_dense_replace
     return [frozenset({"dense" if index < first else "mixture"}) for index in range(config.num_hidden_layers)]
+
+
+def by_mlp_types(config: Any) -> list[frozenset[str]]:
+    """Return the kinds of blocks of a config that lists them."""
+    return [frozenset({"mixture" if kind == "sparse" else "dense"}) for kind in config.mlp_layer_types]
+
+
+def dense_blocks(reading: GgufReading) -> int:
+    """Count the blocks of a file that are no mixtures."""
+    has = reading.fields.has_tensor
+    return sum(not has(f"blk.{index}.ffn_gate_inp.weight") for index in range(reading.sizes.blocks))
+
+
+def mlp_types() -> Entry:
+    """Build the entry of a config that lists which blocks are mixtures: all behind the dense ones in front."""
+
+    def read(reading: GgufReading) -> dict[str, Any]:
+        dense = dense_blocks(reading)
+        return {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (reading.sizes.blocks - dense)}
+
+    def count(model: GgufModel) -> int:
+        types = [model.config.mlp_layer_types[block.index] for block in model.blocks]
+        dense = types.count("dense")
+        if "dense" in types[dense:]:
+            raise UnsupportedError(
+                f"llama.cpp's {model.target.architecture} has its dense blocks in front", got=f"mlp_layer_types {types}"
+            )
+        return dense
+
+    key = derived("leading_dense_block_count", dense_blocks, count)
+    return Entry(read=lambda reading: {**key.read(reading), **read(reading)}, write=key.write)
 
 
 def mixture_dims(config: Any) -> dict[str, int]:
@@ -195,6 +237,7 @@ APART = replace(
     requires={"n_group": 1, "topk_group": 1},
 )
 
+_LISTED = (CHOSEN, MIXTURE_ENTRIES[1], mlp_types(), *MIXTURE_ENTRIES[3:])
 DEEPSEEK: Mapping[str, GgufFamily] = {
     "deepseek_v3": _DEEPSEEK_FAMILY,
     "deepseek_v2": replace(
@@ -202,6 +245,25 @@ DEEPSEEK: Mapping[str, GgufFamily] = {
         uniform=_DEEPSEEK2,
         requires={"n_group": None, "topk_group": None, "topk_method": "greedy"},
         read_if=is_gated(SOFTMAX, unless_said=True),
+    ),
+    # The same block, whose config says otherwise which are mixtures: a file of it is read as DeepSeek's.
+    "glm4_moe_lite": replace(
+        _DEEPSEEK_FAMILY,
+        uniform=replace(
+            _DEEPSEEK3,
+            entries=(
+                RMS_EPSILON,
+                LATENT,
+                *_LISTED,
+                *_GROUPS,
+                gating(SIGMOID),
+                constants({"rope_interleave": True}),
+            ),
+        ),
+        kinds=lambda config: [
+            kinds | {"low rank" if config.q_lora_rank else "full rank"} for kinds in by_mlp_types(config)
+        ],
+        read_if=lambda _: False,
     ),
     "dots1": replace(APART, uniform=_DOTS1, names={**MIXTURE_NAMES, "head_dim": "head_dim"}, window="caps-context"),
     "glm4_moe": replace(

@@ -24,9 +24,12 @@ from structprune.architectures.gguf.families.deepseek import (
     MIXTURE_ENTRIES,
     MIXTURE_NAMES,
     SIGMOID,
+    by_mlp_types,
+    dense_blocks,
     dense_mlp,
     dense_or_mixture,
     gating,
+    mlp_types,
 )
 from structprune.architectures.gguf.families.llama import USUAL
 from structprune.architectures.gguf.families.mixtures import CHOSEN, shared_expert, stacked_apart
@@ -195,13 +198,49 @@ _EXAONE_MOE = Target(
     block=(*_PRE_NORMS, *bare(attention()), *head_norms(), *dense_or_mixture(scored=True)),
     entries=(
         *USUAL,
-        *MIXTURE_ENTRIES[:3],
+        CHOSEN,
+        _MLP_WIDTH,
+        mlp_types(),
+        Entry(read=lambda reading: {"first_k_dense_replace": dense_blocks(reading)}, write=lambda _: {}),
         whole("expert_shared_count", "num_shared_experts"),
         *MIXTURE_ENTRIES[4:],
         _shared_width("num_shared_experts"),
         gating(SIGMOID),
         windows(4),
         only("nextn_predict_layers", 0),
+    ),
+    width_key=_EXPERT_WIDTH,
+)
+_HY_V3 = Target(
+    architecture="hy_v3",
+    outer=ends(),
+    block=(
+        *_PRE_NORMS,
+        *bare(attention()),
+        *head_norms(),
+        *of_kind("dense", dense_mlp()),
+        *of_kind(
+            "mixture",
+            (
+                router("mlp.gate"),
+                Rule(source="mlp.e_score_correction_bias", target="exp_probs_b", dims=("e",), sublayer="mlp"),
+                *expert_maps("mlp.experts"),
+                *shared_expert("mlp.shared_experts"),
+            ),
+        ),
+    ),
+    entries=(
+        *USUAL,
+        CHOSEN,
+        _MLP_WIDTH,
+        mlp_types(),
+        whole("expert_shared_count", "num_shared_experts", 1),
+        _shared_width("num_shared_experts"),
+        number("expert_weights_scale", "router_scaling_factor", 1.0, zero_is_none=True),
+        derived("expert_weights_norm", lambda _: True, lambda _: True),
+        gating(SIGMOID),
+        only("nextn_predict_layers", 0),
+        constants({"attention_bias": False, "mlp_bias": False}),
     ),
     width_key=_EXPERT_WIDTH,
 )
@@ -262,7 +301,9 @@ ROUTED: Mapping[str, GgufFamily] = {
         names={**MIXTURE_NAMES, "num_experts": "num_experts", "head_dim": "head_dim"},
         requires={"n_group": 1, "topk_group": 1},
         dims=_wide("num_shared_experts"),
+        kinds=by_mlp_types,
     ),
+    "hy_v3": replace(_ROUTED, uniform=_HY_V3, dims=_wide("num_shared_experts"), kinds=by_mlp_types),
     "mellum": replace(_ROUTED, uniform=_MELLUM, requires={"norm_topk_prob": True}, dims=lambda _: {}, kinds=None),
 }
 """`config.model_type` -> its description."""
