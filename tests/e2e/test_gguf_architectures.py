@@ -31,7 +31,7 @@ gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Streamed in every run of the tests; the rest are slow, for each is traced first.
-STREAMED = ("granite", "phi", "falcon", "mixtral", "gpt_oss", "falcon_h1")
+STREAMED = ("granite", "phi", "mixtral", "falcon_h1")
 
 
 def atol_of(name: str) -> float:
@@ -46,7 +46,11 @@ def written(name: str, folder: Path) -> tuple[Path, Any]:
     return folder / "model.gguf", model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    # One model of each type in every run of the tests.
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in MODELS],
+)
 def test_written_and_read(name: str, tmp_path: Path) -> None:
     path, model = written(name, tmp_path)
     assert_same(path, model, atol=atol_of(name))

@@ -242,7 +242,7 @@ def only(key: str, *accepted: object) -> Entry:
 def derived(key: str, found: Callable[[GgufReading], int], written: Callable[[GgufModel], int]) -> Entry:
     """Build the entry of a key whose value follows from others. A file without it says the same."""
 
-    def read(reading: GgufReading) -> dict[str, Any]:
+    def read(reading: GgufReading) -> Mapping[str, Any]:
         return only(key, found(reading)).read(reading) if reading.fields.raw(key) is not None else {}
 
     return Entry(read=read, write=lambda model: {key: written(model)})

@@ -183,7 +183,8 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
     """Read each block's widths from its tensors; a removed sublayer has zeros."""
     size_of_head = head_size(config)
     of_config = {"q": config.num_attention_heads * size_of_head, "k": family.kv_heads(config) * size_of_head}
-    of_kind, result = family.dims(config), list[BlockWidths]()
+    said: Mapping[str, int] = {**of_config, **family.dims(config)}
+    result: list[BlockWidths] = []
     for index, kinds in enumerate(removed):
         size = {
             dim: 0 if (kind := "mlp" if dim == "f" else "attention") in kinds else of_config.get(dim, 0)
@@ -193,8 +194,8 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
             kind = "mlp" if dim == "f" else "attention"
             if kind not in kinds:
                 full = f"{family.blocks}{index}.{name}"
-                if family.kinds is not None and full not in reader.shapes and dim in of_kind | of_config:
-                    size[dim] = (of_config | of_kind)[dim]
+                if family.kinds is not None and full not in reader.shapes and dim in said:
+                    size[dim] = said[dim]
                     continue
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))

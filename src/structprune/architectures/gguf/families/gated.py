@@ -24,6 +24,7 @@ from structprune.architectures.gguf.rules import (
     INPUT_BIASES,
     LLAMA3_FACTORS,
     OUTPUT_BIAS,
+    SEPARATE_WIDTHS,
     attention,
     bare,
     ends,
@@ -169,7 +170,7 @@ _GLM = replace(
 _GLM_FAMILY = replace(
     GATED,
     uniform=_GLM4,
-    widths=GATED.widths | {"f": ("mlp.down_proj.weight", 1)},
+    widths=SEPARATE_WIDTHS | {"f": ("mlp.down_proj.weight", 1)},
     biases={"attention_bias": INPUT_BIASES},
 )
 

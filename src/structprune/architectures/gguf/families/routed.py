@@ -33,7 +33,16 @@ from structprune.architectures.gguf.families.deepseek import (
 )
 from structprune.architectures.gguf.families.llama import USUAL
 from structprune.architectures.gguf.families.mixtures import CHOSEN, shared_expert, stacked_apart
-from structprune.architectures.gguf.rules import attention, bare, ends, expert_maps, head_norms, norm, router
+from structprune.architectures.gguf.rules import (
+    SEPARATE_WIDTHS,
+    attention,
+    bare,
+    ends,
+    expert_maps,
+    head_norms,
+    norm,
+    router,
+)
 
 _EXPERT_WIDTH = "expert_feed_forward_length"
 _MLP_WIDTH = whole("feed_forward_length", "intermediate_size", 1)
@@ -281,7 +290,7 @@ ROUTED: Mapping[str, GgufFamily] = {
     "minimax_m2": replace(
         _ROUTED,
         uniform=_MINIMAX_M2,
-        widths=_ROUTED.widths | {"f": ("mlp.experts.0.w3.weight", 0)},
+        widths=SEPARATE_WIDTHS | {"f": ("mlp.experts.0.w3.weight", 0)},
         names={"num_experts": "num_local_experts", "head_dim": "head_dim"},
         stacking=stacked_apart("mlp.experts", "w1", "w3", "w2"),
         dims=lambda _: {},
