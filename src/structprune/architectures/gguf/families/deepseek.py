@@ -71,15 +71,18 @@ def dense_mlp() -> tuple[Rule, ...]:
     )
 
 
-def dense_or_mixture(*, scored: bool, shared: str = "mlp.shared_experts") -> tuple[Rule, ...]:
-    """Return the rules of a dense MLP of the width `F`, or of a mixture; `scored`: with a bias for the choice."""
-    bias = Rule(source="mlp.gate.e_score_correction_bias", target="exp_probs_b.bias", dims=("e",), sublayer="mlp")
-    mixture = (
-        router("mlp.gate"),
-        *((bias,) if scored else ()),
-        *expert_maps("mlp.experts"),
-        *shared_expert(shared),
-    )
+def choice_bias(
+    source: str = "mlp.gate.e_score_correction_bias", target: str = "exp_probs_b.bias", **more: Any
+) -> tuple[Rule]:
+    """Return the rule of a bias that a router adds to its scores for the choice alone."""
+    return (Rule(**{"source": source, "target": target, "dims": ("e",), "sublayer": "mlp", **more}),)
+
+
+def dense_or_mixture(
+    bias: tuple[Rule, ...], *, gate: str = "mlp.gate", shared: str = "mlp.shared_experts"
+) -> tuple[Rule, ...]:
+    """Return the rules of a dense MLP of the width `F`, or of a mixture with this bias for the choice."""
+    mixture = (router(gate), *bias, *expert_maps("mlp.experts"), *shared_expert(shared))
     return (*of_kind("dense", dense_mlp()), *of_kind("mixture", mixture))
 
 
@@ -156,14 +159,14 @@ def _deepseek_kinds(config: Any) -> list[frozenset[str]]:
 _DEEPSEEK3 = Target(
     architecture="deepseek2",
     outer=ends(),
-    block=(*LATENT_BLOCK, *dense_or_mixture(scored=True)),
+    block=(*LATENT_BLOCK, *dense_or_mixture(choice_bias())),
     entries=(RMS_EPSILON, LATENT, *MIXTURE_ENTRIES, *_GROUPS, gating(SIGMOID), constants({"rope_interleave": True})),
     width_key="expert_feed_forward_length",
     latent=True,
 )
 _DEEPSEEK2 = replace(
     _DEEPSEEK3,
-    block=(*LATENT_BLOCK, *dense_or_mixture(scored=False)),
+    block=(*LATENT_BLOCK, *dense_or_mixture(())),
     entries=(RMS_EPSILON, LATENT, *MIXTURE_ENTRIES, gating(SOFTMAX), constants({"mlp_bias": False})),
 )
 _DEEPSEEK_FAMILY = replace(
@@ -187,7 +190,7 @@ _GLM4_MOE = Target(
         *(rule for rule in attention() if not rule.source.endswith("o_proj.bias")),
         *of_kind("normed heads", head_norms()),
         norm("mlp", "post_attention_layernorm", "post_attention_norm"),
-        *dense_or_mixture(scored=True),
+        *dense_or_mixture(choice_bias()),
     ),
     entries=(
         RMS_EPSILON,
@@ -208,7 +211,7 @@ _DOTS1 = Target(
         *bare(attention()),
         *head_norms(),
         norm("mlp", "post_attention_layernorm", "ffn_norm"),
-        *dense_or_mixture(scored=True),
+        *dense_or_mixture(choice_bias()),
     ),
     entries=(*USUAL, *MIXTURE_ENTRIES, gating(SIGMOID), constants({"attention_bias": False, "sliding_window": None})),
     width_key="expert_feed_forward_length",

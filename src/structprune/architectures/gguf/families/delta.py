@@ -124,6 +124,16 @@ def _write(model: GgufModel) -> dict[str, Value]:
     }
 
 
+def _block(rule: tuple[Rule, ...], mlp: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    return (
+        *shifted((norm(None, "input_layernorm", "attn_norm"),)),
+        *of_kind(_FULL, (*_QUERIES, *shifted(head_norms()))),
+        *of_kind(_LINEAR, rule),
+        *shifted((norm("mlp", "post_attention_layernorm", "post_attention_norm"),)),
+        *mlp,
+    )
+
+
 _MIXTURE = (
     router("mlp.gate"),
     *expert_maps("mlp.experts"),
@@ -133,13 +143,7 @@ _MIXTURE = (
 _QWEN3_NEXT = Target(
     architecture="qwen3next",
     outer=shifted(ends()),
-    block=(
-        *shifted((norm(None, "input_layernorm", "attn_norm"),)),
-        *of_kind(_FULL, (*_QUERIES, *shifted(head_norms()))),
-        *of_kind(_LINEAR, _RULE),
-        *shifted((norm("mlp", "post_attention_layernorm", "post_attention_norm"),)),
-        *_MIXTURE,
-    ),
+    block=_block(_RULE, _MIXTURE),
     entries=(
         RMS_EPSILON,
         HEAD_SIZE,
@@ -188,13 +192,7 @@ def _sections() -> Entry:
 _QWEN35 = Target(
     architecture="qwen35",
     outer=shifted(ends()),
-    block=(
-        *shifted((norm(None, "input_layernorm", "attn_norm"),)),
-        *of_kind(_FULL, (*_QUERIES, *shifted(head_norms()))),
-        *of_kind(_LINEAR, _TILED_RULE),
-        *shifted((norm("mlp", "post_attention_layernorm", "post_attention_norm"),)),
-        *bare(gated_mlp()),
-    ),
+    block=_block(_TILED_RULE, bare(gated_mlp())),
     entries=(
         RMS_EPSILON,
         HEAD_SIZE,
@@ -207,7 +205,7 @@ _QWEN35 = Target(
 _QWEN35_MOE = replace(
     _QWEN35,
     architecture="qwen35moe",
-    block=(*(rule for rule in _QWEN35.block if "mlp." not in rule.source), *_MIXTURE),
+    block=_block(_TILED_RULE, _MIXTURE),
     entries=(
         *_QWEN35.entries,
         CHOSEN,

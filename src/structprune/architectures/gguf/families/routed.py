@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from structprune.architectures.gguf.description import Entry, GgufFamily, GgufReading, Rule, Target, of_kind
+from structprune.architectures.gguf.description import Entry, GgufFamily, GgufReading, Rule, Target
 from structprune.architectures.gguf.entries import (
     HEAD_SIZE,
     RMS_EPSILON,
@@ -25,8 +25,8 @@ from structprune.architectures.gguf.families.deepseek import (
     MIXTURE_NAMES,
     SIGMOID,
     by_mlp_types,
+    choice_bias,
     dense_blocks,
-    dense_mlp,
     dense_or_mixture,
     gating,
     mlp_types,
@@ -85,22 +85,10 @@ _ERNIE_MOE = Target(
     block=(
         *_PRE_NORMS,
         *bare(attention()),
-        *of_kind("dense", dense_mlp()),
-        *of_kind(
-            "mixture",
-            (
-                router("mlp.gate"),
-                Rule(
-                    source="mlp.gate.moe_statics.e_score_correction_bias",
-                    target="exp_probs_b.bias",
-                    dims=("1", "e"),
-                    stored_dims=("e",),
-                    sublayer="mlp",
-                    float32=True,
-                ),
-                *expert_maps("mlp.experts"),
-                *shared_expert("mlp.shared_experts"),
-            ),
+        *dense_or_mixture(
+            choice_bias(
+                "mlp.gate.moe_statics.e_score_correction_bias", dims=("1", "e"), stored_dims=("e",), float32=True
+            )
         ),
     ),
     entries=(
@@ -146,7 +134,7 @@ _MINIMAX_M2 = Target(
         norm("attention", "self_attn.q_norm", "attn_q_norm", "q"),
         norm("attention", "self_attn.k_norm", "attn_k_norm", "k"),
         router("mlp.gate"),
-        Rule(source="mlp.e_score_correction_bias", target="exp_probs_b.bias", dims=("e",), sublayer="mlp"),
+        *choice_bias("mlp.e_score_correction_bias"),
         *expert_maps("mlp.experts", "w1", "w3", "w2"),
     ),
     entries=(
@@ -175,16 +163,7 @@ _AFMOE = Target(
         Rule(source="self_attn.gate_proj.weight", target="attn_gate.weight", dims=("q", "d"), sublayer="attention"),
         norm("attention", "post_attention_layernorm", "post_attention_norm"),
         norm("mlp", "pre_mlp_layernorm", "ffn_norm"),
-        *of_kind("dense", dense_mlp()),
-        *of_kind(
-            "mixture",
-            (
-                router("mlp.router.gate"),
-                Rule(source="mlp.expert_bias", target="exp_probs_b.bias", dims=("e",), sublayer="mlp"),
-                *expert_maps("mlp.experts"),
-                *shared_expert("mlp.shared_experts"),
-            ),
-        ),
+        *dense_or_mixture(choice_bias("mlp.expert_bias"), gate="mlp.router.gate"),
         norm("mlp", "post_mlp_layernorm", "post_ffw_norm"),
     ),
     entries=(
@@ -204,7 +183,7 @@ _AFMOE = Target(
 _EXAONE_MOE = Target(
     architecture="exaone-moe",
     outer=ends(),
-    block=(*_PRE_NORMS, *bare(attention()), *head_norms(), *dense_or_mixture(scored=True)),
+    block=(*_PRE_NORMS, *bare(attention()), *head_norms(), *dense_or_mixture(choice_bias())),
     entries=(
         *USUAL,
         CHOSEN,
@@ -227,16 +206,7 @@ _HY_V3 = Target(
         *_PRE_NORMS,
         *bare(attention()),
         *head_norms(),
-        *of_kind("dense", dense_mlp()),
-        *of_kind(
-            "mixture",
-            (
-                router("mlp.gate"),
-                Rule(source="mlp.e_score_correction_bias", target="exp_probs_b", dims=("e",), sublayer="mlp"),
-                *expert_maps("mlp.experts"),
-                *shared_expert("mlp.shared_experts"),
-            ),
-        ),
+        *dense_or_mixture(choice_bias("mlp.e_score_correction_bias", "exp_probs_b")),
     ),
     entries=(
         *USUAL,

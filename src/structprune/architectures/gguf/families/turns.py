@@ -22,7 +22,7 @@ from structprune.architectures.gguf.description import (
     of_kind,
 )
 from structprune.architectures.gguf.entries import HEAD_SIZE, RMS_EPSILON, ROTARY, constants, number, whole
-from structprune.architectures.gguf.families.deepseek import SIGMOID, dense_mlp, gating
+from structprune.architectures.gguf.families.deepseek import SIGMOID, choice_bias, dense_mlp, gating
 from structprune.architectures.gguf.families.gated import SCALES
 from structprune.architectures.gguf.families.hybrids import STATE_SIZES, mamba2, mixer_dims
 from structprune.architectures.gguf.families.llama import GATED
@@ -191,7 +191,7 @@ _LFM2_MOE = replace(
             "mixture",
             (
                 router("feed_forward.gate"),
-                Rule(source="feed_forward.expert_bias", target="exp_probs_b.bias", dims=("e",), sublayer="mlp"),
+                *choice_bias("feed_forward.expert_bias"),
                 *expert_maps("feed_forward.experts", "w1", "w3", "w2"),
             ),
         ),
