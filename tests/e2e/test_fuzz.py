@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from structprune.api import check, inspect
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.errors import StructPruneError
 from structprune.memory import PeakMeter
 from structprune.recipe import Recipe, all_fields

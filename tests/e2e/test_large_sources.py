@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from structprune import prune
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.memory import PeakMeter
 from structprune.recipe import Recipe
 from support.models import byte_tokenizer, llama_config

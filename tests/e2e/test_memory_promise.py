@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from structprune import Recipe
 from structprune.api import plan
-from structprune.checkpoint.reader import SINGLE_NAME
+from structprune.checkpoint.shards import SINGLE_NAME
 from structprune.checkpoint.weight_files import stored_tensors
 from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import MemoryBudgetError

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from structprune import Recipe, prune
 from structprune.architectures.modeling.per_layer import MODELING_NAME
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.checkpoint.weight_files import WeightFiles
 from structprune.cli import main
 from structprune.engine.planning.reload import ReloadBound

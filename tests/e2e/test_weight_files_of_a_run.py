@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from structprune.api import prune, recover, resume
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.engine.pipelines import units
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings

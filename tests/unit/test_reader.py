@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from structprune.checkpoint import reader as reader_module
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.errors import CheckpointError, NumericalError
 from support.models import save_tiny
 
@@ -350,7 +351,7 @@ def test_shard_larger_than_memory_has_its_headers_read(tmp_path: Path, monkeypat
             raise RuntimeError(f"unable to mmap 25707028920 bytes from file <{path}>: Cannot allocate memory (12)")
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr(reader_module, "safe_open", refuse)
+    monkeypatch.setattr("structprune.checkpoint.shards.safe_open", refuse)
     reader = CheckpointReader(tmp_path)
     assert reader.shapes == {"a": (3,)}
     with pytest.raises(CheckpointError, match="cannot be mapped into memory; got unable to mmap 25707028920 bytes"):

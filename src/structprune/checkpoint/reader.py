@@ -10,29 +10,24 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from structprune.checkpoint.folder import check_folder, check_names_no_code, read_files
 from structprune.checkpoint.renaming import Labels, Renaming, Starts
+from structprune.checkpoint.shards import locate, open_shard, read_headers
 from structprune.checkpoint.stacked import Place, Stacking
-from structprune.checkpoint.weight_source import STORED_DTYPES, MergedAdapter, WeightSource, names_by_bytes
+from structprune.checkpoint.weight_source import MergedAdapter, WeightSource, names_by_bytes
 from structprune.checkpoint.wrapper import Wrapper
-from structprune.errors import CheckpointError, NumericalError, first_line
-from structprune.files import check_regular, read_json
+from structprune.errors import CheckpointError, NumericalError
+from structprune.files import read_json
 from structprune.types import Around
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
 _CHUNK_BYTES = 16 * 2**20
-
-# Old checkpoints carry the causal mask as a buffer of bytes, and positions as one of integers; nothing needs them.
-_COMPUTED = {"BOOL": ("attn.bias", "attention.bias"), "U8": ("attn.bias", "attention.bias"), "I64": ("position_ids",)}
 
 
 class CheckpointReader:
@@ -55,14 +50,19 @@ class CheckpointReader:
         self._source_config = self.config
         check_names_no_code(self.config, str(directory / "config.json"))
         self._pieces: dict[str, tuple[Stacking, Place]] = {}
-        self.notes: tuple[str, ...] = ()
+        placed, self.notes = self._locate()
         """What was found in the files that a person should know, a sentence each."""
-        self._shard_of = self._locate()
         # One after the other.
         self._renamings: list[Renaming] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._stored_dtypes: dict[str, torch.dtype] = {}
-        self._read_headers()
+        headers = read_headers(placed, partial(self._open, framework="np"))
+        self._shard_of = {name: header.path for name, header in headers.items()}
+        self.shapes = {name: header.shape for name, header in headers.items()}
+        self._stored_dtypes = {name: header.dtype for name, header in headers.items()}
+
+    def _locate(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+        if self.weights is None:
+            return locate(self.directory)
+        return {name: self.weights.path_of(name) for name in self.weights}, ()
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -168,74 +168,6 @@ class CheckpointReader:
             name = renaming.stored(name)
         return name
 
-    def _locate(self) -> dict[str, Path]:
-        if self.weights is not None:
-            return {name: self.weights.path_of(name) for name in self.weights}
-        index_path = self.directory / INDEX_NAME
-        single_path = self.directory / SINGLE_NAME
-        # Stock transformers prefers the single file where both are there.
-        if single_path.exists():
-            with self._open(single_path, "np") as handle:
-                return dict.fromkeys(handle.keys(), single_path)
-        if index_path.exists():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(
-                    "the index has no weight_map", where=str(index_path), do="download the checkpoint again"
-                )
-            shards: dict[str, Path] = {}
-            for name, file_name in weight_map.items():
-                # An index is untrusted input: a shard must be a plain file name beside it.
-                if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
-                    raise CheckpointError(
-                        "the index names a shard outside its directory", where=str(index_path), got=repr(file_name)
-                    )
-                shards[name] = self.directory / file_name
-            return self._present(shards)
-        if shards_there := sorted(path.name for path in self.directory.glob("*.safetensors")):
-            raise CheckpointError(
-                "the weight files have no index",
-                where=str(self.directory),
-                got=f"{shards_there[0]}" + (f" and {len(shards_there) - 1} more" if len(shards_there) > 1 else ""),
-                wanted=f"{SINGLE_NAME}, or {INDEX_NAME} beside the shards",
-                do=f"rename the file to {SINGLE_NAME}"
-                if len(shards_there) == 1
-                else f"fetch {INDEX_NAME} from where the shards are from, or save the model again with save_pretrained",
-            )
-        pickled = sorted(p.name for p in self.directory.glob("*.bin"))
-        raise CheckpointError(
-            "no safetensors weights found",
-            where=str(self.directory),
-            got=pickled[0] if pickled else "none",
-            wanted=f"{SINGLE_NAME} or {INDEX_NAME}",
-            do="convert pickled weights with save_pretrained(safe_serialization=True) first; pickles are never loaded"
-            if pickled
-            else "check the path",
-        )
-
-    def _present(self, placed: Mapping[str, Path]) -> dict[str, Path]:
-        """Map each tensor to its shard as the shards have it: of the index, stock code uses only the list of files.
-
-        Raises CheckpointError for a tensor that is in two shards without the index saying which one counts.
-        """
-        found: dict[str, Path] = {}
-        for path in dict.fromkeys(placed.values()):
-            with self._open(path, "np") as handle:
-                for name in set(handle.keys()):
-                    if name in found and placed.get(name) not in (found[name], path):
-                        raise CheckpointError(
-                            f"two shards hold tensor {name!r}, and the index does not say which one counts",
-                            where=str(self.directory),
-                            got=f"{found[name].name} and {path.name}",
-                        )
-                    if name not in found or placed.get(name) == path:
-                        found[name] = path
-        if invented := sorted(placed.keys() - found.keys()):
-            self.notes += (f"{INDEX_NAME} names {len(invented)} tensor(s) that no shard holds, such as {invented[0]}",)
-        if omitted := sorted(found.keys() - placed.keys()):
-            self.notes += (f"{INDEX_NAME} leaves out {len(omitted)} tensor(s) of its shards, such as {omitted[0]}",)
-        return found
-
     def open_slice(self, name: str) -> Any:
         """Return a tensor as the file has it, of which rows can be read. Raises CheckpointError as reading does."""
         return self._open(self._shard_of[name]).get_slice(self.stored_name(name))
@@ -245,61 +177,7 @@ class CheckpointReader:
         return self._shard_of[name]
 
     def _open(self, path: Path, framework: Literal["pt", "np"] = "pt") -> Any:
-        """Open a shard.
-
-        Headers are read as numpy: torch maps a file as private memory, which systems refuse for one larger than theirs.
-        """
-        if self.weights is not None:
-            return self.weights
-        try:
-            check_regular(path, CheckpointError)
-            return safe_open(str(path), framework=framework)
-        except FileNotFoundError:
-            raise CheckpointError(
-                "a shard that the index names is missing", where=str(path), do="download the checkpoint again"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "the shard is truncated or not safetensors",
-                where=str(path),
-                got=str(error),
-                do="download this file again",
-            ) from None
-        except RuntimeError as error:
-            raise CheckpointError(
-                "the shard cannot be mapped into memory",
-                where=str(path),
-                got=first_line(error),
-                do="save the checkpoint in smaller shards, or allow the system to map more than its memory",
-            ) from None
-
-    def _read_headers(self) -> None:
-        by_shard: dict[Path, list[str]] = {}
-        for name, path in self._shard_of.items():
-            by_shard.setdefault(path, []).append(name)
-        for path, names in by_shard.items():
-            with self._open(path, "np") as handle:
-                present = set(handle.keys())
-                for name in names:
-                    if name not in present:
-                        raise CheckpointError(
-                            f"the index places tensor {name!r} in a shard that lacks it", where=str(path)
-                        )
-                    part = handle.get_slice(name)
-                    dtype = part.get_dtype()
-                    if name.endswith(_COMPUTED.get(dtype, ())):
-                        del self._shard_of[name]
-                        continue
-                    if dtype not in STORED_DTYPES:
-                        raise CheckpointError(
-                            f"tensor {name!r} is stored quantised or as integers",
-                            where=str(path),
-                            got=dtype,
-                            wanted=", ".join(STORED_DTYPES),
-                            do="prune the unquantised checkpoint, then quantise the result",
-                        )
-                    self.shapes[name] = tuple(part.get_shape())
-                    self._stored_dtypes[name] = STORED_DTYPES[dtype]
+        return open_shard(path, framework) if self.weights is None else self.weights
 
     def num_bytes(self, names: Iterable[str]) -> int:
         """Count the bytes that the named tensors take as they are read."""

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.checkpoint.weight_source import STORED_DTYPES, dtype_code, names_by_bytes
 from structprune.errors import CheckpointError
 from structprune.files import atomic_path, write_json

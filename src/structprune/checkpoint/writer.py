@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from structprune.checkpoint.reader import INDEX_NAME
+from structprune.checkpoint.shards import INDEX_NAME
 from structprune.checkpoint.stacked import Shape, Stacking
 from structprune.checkpoint.weight_files import StoredTensor, WeightFiles, stored_tensors
 from structprune.errors import NumericalError

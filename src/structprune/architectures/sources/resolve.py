@@ -20,7 +20,8 @@ from structprune.architectures.sources.adapter import BESIDE, NO_ADAPTER, adapte
 from structprune.architectures.sources.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.checkpoint.folder import CODE_SUFFIXES, WEIGHT_SUFFIXES, module_folders
-from structprune.checkpoint.reader import INDEX_NAME, SINGLE_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import check_path, expand_user, read_json
 

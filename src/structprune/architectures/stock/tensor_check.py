@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from structprune.checkpoint.reader import INDEX_NAME, CheckpointReader
+from structprune.checkpoint.reader import CheckpointReader
+from structprune.checkpoint.shards import INDEX_NAME
 from structprune.errors import CheckpointError
 
 # Kept in old checkpoints beside the weights: what the stock class computes, and a format's number.

@@ -103,7 +103,7 @@ def depth_request(request: PlanRequest, recipe: ResolvedDepth) -> PlanRequest:
         return replace(
             request,
             num_windows=request.sensitivity_windows,
-            num_stores=free + 1,
+            num_stores=free,
             compares=compares,
             num_removed_blocks=remove,
         )

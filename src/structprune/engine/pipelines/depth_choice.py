@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
-from structprune.calibration.snapshots import Snapshots
 from structprune.calibration.store import HiddenStore
 from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.blocks import load_block
-from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.candidates import PASSED_BY, Candidate, CandidateStreams, Round
 from structprune.engine.streaming.losses import summed_losses
 from structprune.errors import NumericalError
-from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.registry import Registry
 from structprune.scores.blocks import angular_distance
@@ -119,13 +118,16 @@ def choose_angular(context: RunContext, num_remove: int) -> Choice:
     )
 
 
+# The one variant of a block that is there.
+_KEPT = 0
+
+
 @torch.no_grad()
 def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
     """Choose one block after the other, each time the one without which the loss of the first windows is smallest.
 
-    In each round each block is read once. The stream of the model as it is moves along; before each block that may be
-    removed it is copied, and the copy passes that block by. So candidates share what comes before their block, which
-    halves the work, and as many boundaries' hidden states are stored as there are candidates, and one more.
+    The models of a round, each without one block more, run together (`CandidateStreams`): they share what comes before
+    their block, which halves the work.
     """
     num_windows = context.num_backward
     blocks = context.stock.layout.blocks
@@ -133,55 +135,35 @@ def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
     may_go = range(protect_first, len(blocks) - protect_last)
     removed: list[int] = []
     statistics: dict[int, dict[str, float]] = {}
-    with contextlib.ExitStack() as stack:
-        streams: list[HiddenStore] = []
-        for slot in range(len(may_go) + 1):
-            streams.append(open_store(context, context.run.staging / f"candidate-{slot}.bin", num_windows))
-            stack.callback(streams[-1].close)
-        current, spare = streams[0], streams[1:]
-        snapshots = Snapshots(context.run.staging / "choice", context.observer.note)
-        kept = snapshots.load()
-        if kept is not None:
-            removed = kept.values["removed"]
-            statistics = {int(index): found for index, found in kept.values["statistics"].items()}
+
+    def without(index: int) -> Candidate:
+        return tuple(PASSED_BY if block.index in (index, *removed) else _KEPT for block in blocks)
+
+    def build(block: BlockLayout, _: int) -> nn.Module:
+        return load_block(context, block)[1]
+
+    with contextlib.closing(
+        CandidateStreams(context, context.run.staging / "choice", len(may_go), num_windows)
+    ) as streams:
+        if streams.found is not None:
+            removed = streams.found.values["removed"]
+            statistics = {int(index): found for index, found in streams.found.values["statistics"].items()}
         for number in range(len(removed) + 1, num_remove + 1):
-            left = [block for block in blocks if block.index not in removed]
-            without: dict[int, HiddenStore] = {}
-            propagator = embed(context, {current: num_windows})
-            if kept is not None:
-                # Of this round, since all blocks that go before it are removed.
-                without = dict(zip(kept.values["without"], spare, strict=False))
-                kept.restore({"current": current} | {str(index): store for index, store in without.items()})
-                left = [block for block in left if block.index > kept.values["block"]]
-                kept = None
-            context.observer.start(f"measured loss, removal {number} of {num_remove}", len(left))
-            for block in left:
-                module = load_block(context, block)[1]
-                for store in without.values():
-                    propagator.run(module, block.index, store)
-                if block.index in may_go:
-                    without[block.index] = spare[len(without)]
-                    for start, stop in propagator.batches(0, num_windows):
-                        without[block.index].write(start, current.read(start, stop))
-                propagator.run(module, block.index, current)
-                del module
-                snapshots.keep(
-                    (number - 1) * len(blocks) + block.index,
-                    {"current": current} | {str(index): store for index, store in without.items()},
-                    values={
-                        "removed": removed,
-                        "statistics": statistics,
-                        "without": list(without),
-                        "block": block.index,
-                    },
-                )
-                release_free_memory()
-                context.observer.advance(f"block {block.index}")
-            losses = _losses(context, without, num_windows)
+            candidates = {index: without(index) for index in may_go if index not in removed}
+            found = streams.run(
+                Round(
+                    candidates=list(candidates.values()),
+                    number=number - 1,
+                    values={"removed": removed, "statistics": statistics},
+                    description=f"measured loss, removal {number} of {num_remove}",
+                ),
+                build,
+            )
+            losses = _losses(context, {index: found[each] for index, each in candidates.items()}, num_windows)
             removed.append(min(losses, key=lambda index: losses[index]))
             for index, loss in losses.items():
                 statistics[index] = {"loss_without": loss, "removal": float(number)}
-    snapshots.discard()
+        streams.discard()
     return Choice(removed=frozenset(removed), statistics=statistics)
 
 

@@ -97,13 +97,12 @@ def _choice_of_blocks(request: PlanRequest) -> Counts:
         return _added(_passes(request, request.num_windows))
     if request.compares != "losses":
         return {}
-    # One boundary is that of the model as it is.
-    candidates, found = (request.num_stores or 1) - 1, dict[Piece, float]()
+    candidates, found = request.num_stores or 1, dict[Piece, float]()
+    num_blocks = len(request.layout.blocks)
     for gone in range(request.num_removed_blocks):
-        # A candidate's stream begins at its own block; blocks that are gone are passed by nobody.
-        left = candidates - gone
-        share = (len(request.layout.blocks) - gone) / len(request.layout.blocks)
-        passes = _passes(request, request.num_windows * share * (1 + (left - 1) / 2))
+        # A candidate's stream begins behind its own block, and before the last of these there is the one of all others.
+        left, there = candidates - gone, num_blocks - gone
+        passes = _passes(request, request.num_windows * (there * (left + 1) / 2 - 1) / num_blocks)
         found = _added(found, passes, {Piece(What.HEAD): request.num_windows * left})
     return found
 
