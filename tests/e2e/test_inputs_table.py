@@ -678,7 +678,7 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         Case(
             given="an architecture that is not known here",
-            build=lambda place: (plain_gguf(place.top / "a.gguf", "bloom"), ("inspect", place.top / "a.gguf"))[1],
+            build=lambda place: (plain_gguf(place.top / "a.gguf", "gptj"), ("inspect", place.top / "a.gguf"))[1],
             happens="refused",
             test=f"{BAD}: test_gguf_of_another_architecture",
         ),

@@ -21,13 +21,19 @@ def copy_gguf(
     quantise: gguf.GGMLQuantizationType | None = None,
     architecture: str | None = None,
     keep: Callable[[str], bool] | None = None,
+    rounded: gguf.GGMLQuantizationType | None = None,
+    tensors_per_file: int = 0,
 ) -> Path:
     """`source` again: with `keys` (None takes one away), after `change` of its float32 tensors, matrices quantised.
 
-    `keep` chooses tensors by name. A key's value is a pair (value, gguf type) where its type does not follow from it.
+    `rounded` are matrices that are quantised and dequantised again. `keep` chooses tensors by name. With
+    `tensors_per_file` the file is split, and the first part returned. A key's value is a pair (value, gguf type) where
+    its type does not follow from it.
     """
     reader: Any = gguf.GGUFReader(str(source))
-    writer: Any = gguf.GGUFWriter(None, architecture or reader.get_field("general.architecture").contents())
+    writer: Any = gguf.GGUFWriter(
+        None, architecture or reader.get_field("general.architecture").contents(), split_max_tensors=tensors_per_file
+    )
     wanted = dict(keys or {})
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or key in wanted:
@@ -47,15 +53,18 @@ def copy_gguf(
     for name, value in tensors.items():
         if keep is not None and not keep(name):
             continue
-        if quantise is not None and value.ndim > 1 and "position" not in name:
+        in_blocks = value.ndim > 1 and "position" not in name and value.shape[-1] % 32 == 0
+        if quantise is not None and in_blocks:
             writer.add_tensor(name, gguf.quantize(value, quantise), raw_dtype=quantise)
+        elif rounded is not None and in_blocks:
+            writer.add_tensor(name, gguf.dequantize(gguf.quantize(value, rounded), rounded))
         else:
             writer.add_tensor(name, value.astype(np.float32))
     writer.write_header_to_file(target)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return target
+    return target if not tensors_per_file else sorted(target.parent.glob(f"{target.stem}-00001-of-*.gguf"))[0]
 
 
 def plain_gguf(path: Path, architecture: str) -> None:

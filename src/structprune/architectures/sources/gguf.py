@@ -10,7 +10,7 @@ import atexit
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import yaml
 
-from structprune.architectures.sources.gguf_config import GgufSizes, read_config
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES, GgufFamily, Rule
-from structprune.architectures.sources.gguf_fields import GgufFields
+from structprune.architectures.gguf.fields import GgufFields
+from structprune.architectures.gguf.read import read_config
+from structprune.architectures.gguf.tensors import GgufTensors
 from structprune.architectures.sources.gguf_tokenizer import write_tokenizer
 from structprune.checkpoint.gguf_file import GgufHeader, read_gguf
-from structprune.checkpoint.gguf_weights import GgufEntry, GgufRows, GgufWeights, RowOrder
+from structprune.checkpoint.gguf_weights import GgufEntry, GgufWeights
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import README_NAME
 from structprune.errors import CheckpointError
@@ -31,9 +31,6 @@ from structprune.files import write_json, write_text
 
 # Widths that a file can have in common with a checkpoint.
 _WIDTHS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ORDERS: Mapping[str, RowOrder] = {"interleave": "halves", "ungroup": "grouped"}
-# Architectures whose queries, keys and values may be one tensor, or three: the names in the file, in its order.
-_FUSED = ("attn_q", "attn_k", "attn_v")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +94,10 @@ def _stamp(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
 def _read(path: Path) -> _GgufSource:
     header = read_gguf(path)
     fields = GgufFields(header)
-    config, sizes = read_config(fields)
+    config, reading = read_config(fields)
     vocab_size = _vocab_size(fields)
     config["vocab_size"] = vocab_size
-    family = GGUF_FAMILIES[config["model_type"]]
-    entries = dict(_Entries(fields, family, sizes, vocab_size, config).all())
+    entries = dict(GgufTensors(reading, vocab_size, config).all())
     config["tie_word_embeddings"] = "lm_head.weight" not in entries
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = header.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
@@ -134,110 +130,6 @@ def _vocab_size(fields: GgufFields) -> int:
             wanted=info.shape[0],
         )
     return said
-
-
-class _Entries:
-    """The tensors of a checkpoint by the rules of its family (gguf_families.py), read backwards."""
-
-    def __init__(
-        self, fields: GgufFields, family: GgufFamily, sizes: GgufSizes, vocab_size: int, config: dict[str, Any]
-    ) -> None:
-        self._fields, self._family, self._sizes, self._config = fields, family, sizes, config
-        q, k, f = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size, sizes.channels
-        self._dims = {
-            "d": sizes.hidden,
-            "v": vocab_size,
-            "p": sizes.positions,
-            "h": sizes.head_size,
-            "q": q,
-            "k": k,
-            "f": f,
-            "e": sizes.experts,
-            "2f": 2 * f,
-            "q+2k": q + 2 * k,
-        }
-
-    def all(self) -> Iterator[tuple[str, GgufEntry]]:
-        """Yield (name in the checkpoint, how it is made). Raises CheckpointError for a missing one or another shape."""
-        target, family = self._family.uniform, self._family
-        for rule in target.outer:
-            yield from self._tensor(rule, rule.source, rule.target)
-        together = {bias: entry for entry, biases in family.biases.items() for bias in biases}
-        for entry in family.biases:
-            if entry:
-                self._config[entry] = any(
-                    self._fields.has_tensor(f"blk.{block}.{rule.target}")
-                    for rule in target.block
-                    if together.get(rule.source) == entry
-                    for block in range(self._sizes.blocks)
-                )
-        for block in range(self._sizes.blocks):
-            for rule in target.block:
-                name = f"{family.blocks}{block}.{rule.source}"
-                if not rule.optional:
-                    yield from self._tensor(rule, name, f"blk.{block}.{rule.target}")
-                elif rule.source in together and self._config.get(together[rule.source], True):
-                    # Stock code has these biases all or none: one that the file lacks is zero.
-                    found = list(self._tensor(rule, name, f"blk.{block}.{rule.target}"))
-                    yield from found or [(name, GgufEntry(shape=self._shape(rule), parts=()))]
-
-    def _shape(self, rule: Rule) -> tuple[int, ...]:
-        return tuple(self._dims[dim] for dim in rule.dims)
-
-    def _tensor(self, rule: Rule, name: str, target: str) -> Iterator[tuple[str, GgufEntry]]:
-        shape = self._shape(rule)
-        if rule.stacked:
-            experts = self._sizes.experts
-            if self._taken(target, (experts, *shape), rule):
-                for number in range(experts):
-                    rows = GgufRows(source=target, first=number * shape[0], count=shape[0])
-                    yield name.format(number), GgufEntry(shape=shape, parts=(rows,))
-            return
-        transposed = rule.transform == "transpose"
-        parts = self._parts(rule, target, shape[::-1] if transposed else shape)
-        if parts:
-            shift = -1.0 if rule.transform == "plus-one" else 0.0
-            yield name, GgufEntry(shape=shape, parts=parts, shift=shift, transposed=transposed)
-
-    def _parts(self, rule: Rule, target: str, shape: tuple[int, ...]) -> tuple[GgufRows, ...]:
-        """Return the file's rows that make the tensor; none for an optional one that is not there."""
-        sizes, order = self._sizes, _ORDERS.get(rule.transform, "stored")
-        heads = sizes.kv_heads if rule.dims[0] == "k" else sizes.heads
-        *block, stem, ending = target.split(".")
-        beginning = "".join(f"{part}." for part in block)
-        widths = {"attn_q": self._dims["q"], "attn_k": self._dims["k"], "attn_v": self._dims["k"]}
-        fused = f"{beginning}attn_qkv.{ending}"
-        if stem in _FUSED and not self._fields.has_tensor(target) and self._fields.has_tensor(fused):
-            first = sum(widths[other] for other in _FUSED[: _FUSED.index(stem)])
-            self._taken(fused, (self._dims["q+2k"], *shape[1:]), rule)
-            return (GgufRows(source=fused, first=first, count=shape[0], order=order, heads=heads),)
-        apart = [f"{beginning}{other}.{ending}" for other in _FUSED]
-        if stem == "attn_qkv" and not self._fields.has_tensor(target) and self._fields.has_tensor(apart[0]):
-            for other, width in zip(apart, widths.values(), strict=True):
-                self._taken(other, (width, *shape[1:]), rule)
-            return tuple(
-                GgufRows(source=other, first=0, count=width)
-                for other, width in zip(apart, widths.values(), strict=True)
-            )
-        if not self._taken(target, shape, rule):
-            return ()
-        return (GgufRows(source=target, first=0, count=shape[0], order=order, heads=heads),)
-
-    def _taken(self, target: str, shape: tuple[int, ...], rule: Rule) -> bool:
-        """Whether the file has it. Raises CheckpointError for a missing one that must be there, or another shape."""
-        there = self._fields.take_tensor(target)
-        if not there and rule.optional:
-            return False
-        found = self._fields.header.tensors[target].shape if there else None
-        if found != shape:
-            raise CheckpointError(
-                f"tensor {target!r} is missing in the GGUF file, or has another shape than its metadata says",
-                where=self._fields.where,
-                got="none" if found is None else list(found),
-                wanted=list(shape),
-                do="the file is incomplete, or of a variant of this architecture that cannot be read",
-            )
-        return True
 
 
 def _write_origin(header: GgufHeader, path: Path, name: str) -> None:

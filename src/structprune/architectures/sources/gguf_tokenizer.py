@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from structprune.architectures.sources.gguf_fields import is_one_of
+from structprune.architectures.gguf.fields import is_one_of
 from structprune.architectures.sources.gguf_pretokenizers import DEFAULT, PRE_TOKENIZERS
 from structprune.checkpoint.gguf_file import GgufHeader
 from structprune.errors import CheckpointError, UnsupportedError

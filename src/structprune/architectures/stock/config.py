@@ -126,3 +126,10 @@ def build_config(reader: CheckpointReader, usable: Mapping[str, Any], **settings
     return AutoConfig.from_pretrained(
         str(reader.directory), local_files_only=True, trust_remote_code=False, **corrected, **settings
     )
+
+
+def with_infinities(value: Any) -> Any:
+    """Return an entry with the infinite numbers that transformers spells out in JSON."""
+    if isinstance(value, list):
+        return [with_infinities(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    return float(value["__float__"]) if isinstance(value, dict) and list(value) == ["__float__"] else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]

@@ -276,6 +276,8 @@ class TracedBlock:
 
     def _plain_maps(self, own: Sequence[UnitGroup]) -> MlpMaps | None:
         """Return the maps of an MLP that others of any width can stand for; None where it has more than linear maps."""
+        if self.mixture is not None:
+            return None
         group, block = own[0], self._around.blocks[self.index]
         plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
         if self.mixture is not None or len(own) > 1 or not plain:

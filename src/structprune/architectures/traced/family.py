@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from structprune.architectures.family import BlockKind, Family, StandIn, StockClasses
+from structprune.architectures.stock.config import with_infinities
 from structprune.architectures.stock.conversions import translates_names
 from structprune.architectures.stock.head import LOGIT_ENTRIES
 from structprune.architectures.stock.placeholders import STAND_INS
@@ -196,19 +197,12 @@ def _common_start(names: Sequence[str]) -> str:
     return first[:same]
 
 
-def _number(value: Any) -> Any:
-    """Return an entry with the infinite numbers that transformers spells out in JSON."""
-    if isinstance(value, list):
-        return [_number(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
-    return float(value["__float__"]) if isinstance(value, dict) and list(value) == ["__float__"] else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-
-
 def _resized(blocks: Mapping[int, TracedBlock], around: Surroundings) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Build the check that stock code takes a config with smaller numbers, and gives the blocks that it should."""
 
     def check(config: dict[str, Any]) -> dict[str, Any]:
         try:
-            entries = {name: _number(each) for name, each in config.items() if name != "dtype"}
+            entries = {name: with_infinities(each) for name, each in config.items() if name != "dtype"}
             parsed: Any = type(around.config).from_dict(entries)
             set_attention(parsed, around.attention_implementation)
             wanted = copy.deepcopy(around.config)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from structprune.architectures.sources.gguf_families import Transform
+from structprune.architectures.gguf.description import Rows
 from structprune.architectures.stock.wrapper import text_view
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.readme import source_metadata
 from structprune.errors import NumericalError
 from structprune.exporters.export import TEXT_ALONE, Exporter, ExportRequest, ExportResult
-from structprune.exporters.gguf.plan import GgufPlan, GgufTensor, plan_gguf, stock_names
+from structprune.exporters.gguf.plan import GgufPlan, plan_gguf, stock_names
+from structprune.exporters.gguf.tensors import GgufPart, GgufTensor
 from structprune.files import atomic_path, make_folder
 from structprune.runs.directory import check_free_disk
 
@@ -99,30 +102,73 @@ def _value(tensor: GgufTensor, reader: CheckpointReader, dtype: torch.dtype) -> 
     if not tensor.sources:
         return torch.zeros(tensor.shape, dtype=dtype)
     parts: list[Tensor] = []
-    for source, transform, heads in tensor.sources:
-        part = _transformed(reader.read([source])[source], transform, heads)
+    for source in tensor.sources:
+        part = _transformed(reader.read([source.name])[source.name], source, tensor.shape)
         low, high = part.aminmax()
         if max(-float(low), float(high)) > torch.finfo(dtype).max:
             raise NumericalError(
-                f"tensor {source!r} holds values that {str(dtype).removeprefix('torch.')} cannot",
+                f"tensor {source.name!r} holds values that {str(dtype).removeprefix('torch.')} cannot",
                 wanted="--dtype bfloat16 or float32",
             )
         parts.append(part.to(dtype))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(tensor.shape).contiguous()
 
 
-def _transformed(value: Tensor, transform: Transform, heads: int) -> Tensor:
-    if transform == "plus-one":
+_ROWS: Mapping[Rows, Callable[[int], slice]] = {
+    "all": lambda _: slice(None),
+    "front": lambda count: slice(count // 2),
+    "back": lambda count: slice(count // 2, None),
+    "even": lambda _: slice(0, None, 2),
+    "odd": lambda _: slice(1, None, 2),
+}
+
+
+def _transformed(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tensor:
+    if part.transform in ("latent-keys", "latent-values"):
+        heads = value.reshape(shape[0], -1, value.shape[-1])
+        return heads[:, : shape[2]].transpose(1, 2) if part.transform == "latent-keys" else heads[:, -shape[1] :]
+    if part.transform in ("delta-states", "delta-gates"):
+        return _delta(value, part, shape)
+    if part.tiled:
+        value = _tiled(value, part)
+    if part.factor is not None:
+        value = value.float() * part.factor
+    if part.transform == "minus-exp":
+        return -torch.exp(value.float())
+    value = value[_ROWS[part.rows](len(value))]
+    heads, rest = part.heads, value.shape[1:]
+    if part.transform == "plus-one":
         return value.float() + 1.0
-    if transform == "transpose":
+    if part.transform == "transpose":
         return value.T
-    if transform == "ungroup":
-        return value.reshape(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
-    if transform == "interleave":
+    if part.transform == "ungroup":
+        groups = value.reshape(heads, part.queries + 2, -1, *rest)
+        pieces = (groups[:, : part.queries], groups[:, part.queries], groups[:, part.queries + 1])
+        return torch.cat([piece.reshape(-1, *rest) for piece in pieces])
+    if part.transform == "interleave":
         # Row i of a head's first half and row i of its second half become neighbours.
-        sublayers = value.reshape(heads, 2, -1, *value.shape[1:])
-        return sublayers.transpose(1, 2).reshape(value.shape)
+        return value.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(value.shape)
     return value
+
+
+def _tiled(value: Tensor, part: GgufPart) -> Tensor:
+    """Put the first value head of every key head in front, then the second ones, along rows or columns."""
+    if part.tiled == "columns":
+        return _tiled(value.T, replace(part, tiled="rows")).T
+    front, rest = value[: part.skipped], value[part.skipped :]
+    apart = rest.reshape(part.heads, part.queries, -1, *rest.shape[1:]).transpose(0, 1)
+    return torch.cat([front, apart.reshape(rest.shape)])
+
+
+def _delta(value: Tensor, part: GgufPart, shape: tuple[int, ...]) -> Tensor:
+    """Take queries, keys and values of all key heads, or the gates, from those of one key head after the other."""
+    groups = value.reshape(part.heads, -1, value.shape[-1])
+    if part.transform == "delta-gates":
+        return groups[:, -(shape[0] // part.heads) :]
+    values = groups.shape[1] - shape[0] // part.heads
+    keys = groups.shape[1] // 2 - values
+    pieces = groups.split([keys, keys, values, values], dim=1)[:3]
+    return torch.cat([piece.reshape(-1, value.shape[-1]) for piece in pieces])
 
 
 GGUF = Exporter(

@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from structprune.architectures import FAMILIES
 from structprune.architectures.families.common import head_size
+from structprune.architectures.gguf.description import BlockWidths, GgufFamily, GgufModel, Target, Value
+from structprune.architectures.gguf.read import ACTIVATIONS, parsed_config
+from structprune.architectures.gguf.table import GGUF_FAMILIES
+from structprune.architectures.gguf.write import hyperparameters
 from structprune.architectures.modeling.removed import REMOVED_ENTRY, RemovedSublayers, removed_sublayers
 from structprune.architectures.modeling.sliced import SLICED_ENTRY
 from structprune.architectures.modeling.value_channels import has_narrow_values
-from structprune.architectures.sources.gguf_families import GGUF_FAMILIES, GgufFamily, Rule, Target, Transform
 from structprune.architectures.stock.names import with_stock_names, with_tied_embedding
 from structprune.architectures.stock.tensor_check import without_head
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.exporters.export import EXPORT_DTYPES
 from structprune.exporters.gguf.entries import GgufTokenizer
-from structprune.exporters.gguf.metadata import BlockWidths, GgufModel, Value, hyperparameters, rope_factors
+from structprune.exporters.gguf.tensors import GgufTensor, list_tensors
 from structprune.exporters.gguf.tokenizer import built_tokenizer, copied_tokenizer
 from structprune.types import UNIT_KINDS
 
@@ -37,22 +38,8 @@ from structprune.types import UNIT_KINDS
 _ZERO_CHANNELS = 32
 # Of every stock class that has rules.
 _HEAD_MODULE = "lm_head"
-# Computed by the stock model, and in old checkpoints all the same.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 # Entries that say what this module reads from the tensors; without them the config is a stock one.
 _NOT_STOCK = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", REMOVED_ENTRY)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufTensor:
-    """One tensor of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[tuple[str, Transform, int], ...] = ()
-    """Checkpoint tensors that it is joined of, what happens to each, and its heads; none: zeros or `values`."""
-    values: Tensor | None = None
-    float32: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +77,8 @@ def stock_names(reader: CheckpointReader) -> CheckpointReader:
         renamed=known.renamed if known else {},
         experts=known.experts if known else None,
     )
+    if rules.stacking is not None:
+        view = view.unstacked(rules.stacking)
     head = f"{_HEAD_MODULE}.weight"
     if getattr(_parsed_config(reader), "tie_word_embeddings", False):
         return with_tied_embedding(view, embedding, head)
@@ -120,7 +109,7 @@ def plan_gguf(reader: CheckpointReader, dtype: str, tokenizer_gguf: Path | None)
         head_size=head_size(config),
         blocks=tuple(_with_stand_ins(widths, removed, target)),
     )
-    tensors = _tensors(reader, model, removed)
+    tensors = list_tensors(reader, model, removed)
     vocab_size: int = config.vocab_size
     tokenizer = (
         built_tokenizer(reader.directory, vocab_size, config)
@@ -151,7 +140,7 @@ def _family(reader: CheckpointReader) -> GgufFamily:
             "no GGUF form is known for this model family",
             where=where,
             got=f"model_type {model_type!r}",
-            wanted=", ".join(GGUF_FAMILIES),
+            wanted="a type of the table in docs/gguf.md",
         )
     if SLICED_ENTRY in reader.config:
         raise UnsupportedError(
@@ -173,21 +162,12 @@ def _family(reader: CheckpointReader) -> GgufFamily:
 
 def _parsed_config(reader: CheckpointReader) -> Any:
     stock = {name: value for name, value in reader.config.items() if name not in _NOT_STOCK}
-    try:
-        config: Any = CONFIG_MAPPING[stock["model_type"]].from_dict(stock)
-    except Exception as error:
-        # transformers raises many types for a config that makes no model; all of them are the input's fault.
-        raise CheckpointError(
-            "transformers cannot read this configuration",
-            where=str(reader.directory / "config.json"),
-            got=str(error),
-        ) from error
+    config = parsed_config(stock, str(reader.directory / "config.json"))
     family = GGUF_FAMILIES[stock["model_type"]]
-    names = ("hidden_activation", "hidden_act", "activation_function")
-    activation = next(getattr(config, name) for name in names if getattr(config, name, None))
+    activation = next((getattr(config, name) for name in ACTIVATIONS if getattr(config, name, None)), None)
     wrong = {name: (getattr(config, name), value) for name, value in family.requires.items()}
     wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
-    if activation not in family.activations:
+    if family.activations and activation not in family.activations:
         wrong["activation"] = (activation, " or ".join(family.activations))
     for name, (got, wanted) in wrong.items():
         raise UnsupportedError(
@@ -202,8 +182,8 @@ def _parsed_config(reader: CheckpointReader) -> Any:
 def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: RemovedSublayers) -> list[BlockWidths]:
     """Read each block's widths from its tensors; a removed sublayer has zeros."""
     size_of_head = head_size(config)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    of_config = {"q": config.num_attention_heads * size_of_head, "k": kv_heads * size_of_head}
+    of_config = {"q": config.num_attention_heads * size_of_head, "k": family.kv_heads(config) * size_of_head}
+    said: Mapping[str, int] = {**of_config, **family.dims(config)}
     result: list[BlockWidths] = []
     for index, kinds in enumerate(removed):
         size = {
@@ -214,6 +194,9 @@ def _widths(reader: CheckpointReader, family: GgufFamily, config: Any, removed: 
             kind = "mlp" if dim == "f" else "attention"
             if kind not in kinds:
                 full = f"{family.blocks}{index}.{name}"
+                if family.kinds is not None and full not in reader.shapes and dim in said:
+                    size[dim] = said[dim]
+                    continue
                 if full not in reader.shapes:
                     raise CheckpointError(f"the checkpoint lacks tensor {full!r}", where=str(reader.directory))
                 size[dim] = reader.shapes[full][axis]
@@ -276,109 +259,3 @@ def _with_stand_ins(widths: Sequence[BlockWidths], removed: RemovedSublayers, ta
             block = replace(block, heads=whole.heads // whole.kv_heads, kv_heads=1)
         result.append(block)
     return result
-
-
-def _tensors(reader: CheckpointReader, model: GgufModel, removed: RemovedSublayers) -> list[GgufTensor]:
-    """List the file's tensors, in order. Raises CheckpointError if checkpoint and rules do not match one to one."""
-    target, config = model.target, model.config
-    common = {
-        "d": config.hidden_size,
-        "v": config.vocab_size,
-        "p": config.max_position_embeddings,
-        "h": model.head_size,
-        "e": getattr(config, "num_experts", None) or 0,
-    }
-    used: set[str] = set()
-    result = _joined(reader, _Place(dims=common), target.outer, used)
-    for name, factors in rope_factors(model).items():
-        result.append(GgufTensor(name=name, shape=tuple(factors.shape), values=factors))
-    for number, block in enumerate(model.blocks):
-        q, k, f = block.heads * model.head_size, block.kv_heads * model.head_size, block.channels
-        dims = common | {"q": q, "k": k, "f": f, "2f": 2 * f, "q+2k": q + 2 * k}
-        rules = [rule for rule in target.block if rule.sublayer != "attention" or block.heads]
-        place = _Place(
-            source_prefix=f"{model.family.blocks}{block.index}.",
-            target_prefix=f"blk.{number}.",
-            dims=dims,
-            heads=(block.heads, block.kv_heads),
-            gone=removed[block.index],
-        )
-        result += _joined(reader, place, rules, used)
-    left = [name for name in reader.shapes if name not in used and not name.endswith(_COMPUTED)]
-    if left:
-        raise UnsupportedError(
-            f"llama.cpp's {target.architecture} has no place for {len(left)} tensor(s), first {sorted(left)[0]!r}",
-            where=str(reader.directory),
-        )
-    return result
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """One block of checkpoint and file, or what is outside the blocks."""
-
-    source_prefix: str = ""
-    """What names of the checkpoint's tensors start with."""
-    target_prefix: str = ""
-    """What names in the file start with."""
-    dims: Mapping[str, int]
-    """Dimension of a rule -> its size here."""
-    heads: tuple[int, int] = (1, 1)
-    """Query heads and KV heads."""
-    gone: frozenset[str] = frozenset()
-    """Sublayers that the block lost, whose tensors are zeros."""
-
-
-def _joined(reader: CheckpointReader, place: _Place, rules: Sequence[Rule], used: set[str]) -> list[GgufTensor]:
-    """Build the tensors that `rules` make in one place; what they read of the checkpoint is added to `used`."""
-    result: dict[str, GgufTensor] = {}
-    for rule in rules:
-        if rule.stacked:
-            result |= _stacked(reader, place, rule, used)
-            continue
-        name = place.source_prefix + rule.source
-        zeros = rule.sublayer in place.gone
-        if rule.optional and (zeros or name not in reader.shapes):
-            continue
-        shape = tuple(place.dims[dim] for dim in rule.dims)
-        if not zeros:
-            _check_shape(reader, name, shape)
-            used.add(name)
-        if rule.transform == "transpose":
-            shape = shape[::-1]
-        full = place.target_prefix + rule.target
-        before = result.get(full)
-        result[full] = GgufTensor(
-            name=full,
-            shape=shape if before is None else (before.shape[0] + shape[0], *shape[1:]),
-            sources=(
-                *(() if before is None else before.sources),
-                *(() if zeros else ((name, rule.transform, place.heads[1 if rule.dims[0] == "k" else 0]),)),
-            ),
-            float32=rule.float32,
-        )
-    return list(result.values())
-
-
-def _stacked(reader: CheckpointReader, place: _Place, rule: Rule, used: set[str]) -> dict[str, GgufTensor]:
-    """Make one tensor of the file for all experts of a block."""
-    sources: list[tuple[str, Transform, int]] = []
-    shape, experts = tuple(place.dims[dim] for dim in rule.dims), place.dims["e"]
-    if rule.sublayer not in place.gone:
-        names = [place.source_prefix + rule.source.format(number) for number in range(experts)]
-        for name in names:
-            _check_shape(reader, name, shape)
-        used.update(names)
-        sources = [(name, rule.transform, 1) for name in names]
-    full = place.target_prefix + rule.target
-    return {full: GgufTensor(name=full, shape=(experts, *shape), sources=tuple(sources), float32=rule.float32)}
-
-
-def _check_shape(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> None:
-    if reader.shapes.get(name) != shape:
-        raise CheckpointError(
-            f"tensor {name!r} is missing or has another shape than the rest of the checkpoint says",
-            where=str(reader.directory),
-            got=reader.shapes.get(name, "none"),
-            wanted=shape,
-        )

@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from structprune.architectures.sources.gguf_fields import GgufFields, shortest
+from structprune.architectures.gguf.fields import GgufFields, shortest
 from structprune.checkpoint.gguf_file import dequantiser, read_rows
 from structprune.errors import CheckpointError, UnsupportedError
 
 # Relative, of factors that were computed in float32.
 _TOLERANCE = 1e-5
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def read_rope(
-    fields: GgufFields, head_size: int, context: int, *, partial: bool, factors: Sequence[str]
+    fields: GgufFields, head_size: int, context: int, *, partial: bool, log_multiplier: bool, factors: Sequence[str]
 ) -> dict[str, Any]:
     """Read full attention's `rope_parameters`; `factors` names the tensors that the architecture reads, if any.
 
+    `partial`: it may turn a part of each head only; `log_multiplier`: it reads a factor of YaRN's own scale.
     Raises UnsupportedError for a scaling that transformers does not have, CheckpointError for factors of another
     number.
     """
@@ -54,7 +56,7 @@ def read_rope(
     if kind == "yarn":
         if any(fields.has_tensor(name) for name in factors):
             raise _unknown(fields, "yarn together with factors of each frequency")
-        return parameters | _yarn(scale, original, attention)
+        return parameters | _yarn(scale, original, attention) | (_own_yarn(fields) if log_multiplier else {})
     if kind not in ("none", "linear", "longrope"):
         raise _unknown(fields, kind)
     found = {name: _factors(fields, name, rotated // 2) for name in factors if fields.take_tensor(name)}
@@ -76,12 +78,18 @@ def _yarn(scale: float, original: int, attention: float) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": scale,
         "original_max_position_embeddings": original,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
+        **_BETAS,
     }
     if attention != 1.0:
         values["attention_factor"] = attention * (0.1 * math.log(scale) + 1.0)
     return values
+
+
+def _own_yarn(fields: GgufFields) -> dict[str, Any]:
+    """Read what few architectures have of YaRN in the file: its frequencies, and the scale that divides its own."""
+    values = {name: fields.number(f"rope.scaling.yarn_{name}", usual) for name, usual in _BETAS.items()}
+    multiplier = fields.number("rope.scaling.yarn_log_multiplier", 0.0)
+    return values | ({"mscale": 1.0, "mscale_all_dim": multiplier} if multiplier else {})
 
 
 def _factors(fields: GgufFields, name: str, count: int) -> list[float]:

@@ -82,13 +82,35 @@ class GgufFields:
             wanted=wanted,
         )
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """Read a whole number; a list with one number per block that are all the same is that number."""
+    def raw(self, name: str) -> Any:
+        """Read a value as it is, a number as `number` does; None for a file without it."""
+        value = self._take(name)
+        return shortest(value) if isinstance(value, float) else value
+
+    def skip(self, name: str) -> None:
+        """Mark a key that the architecture does not read."""
+        self._used.add(name)
+
+    def integer(
+        self,
+        name: str,
+        default: int | None = None,
+        *,
+        least: int = 1,
+        most: int = 2**31 - 1,
+        or_none: bool = False,
+    ) -> int:
+        """Read a whole number; a list with one number per block that are all the same is that number.
+
+        With `or_none` blocks may have zero instead.
+        """
         value = self._take(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value) and (value == value[0]).all():
-            value = int(value[0])
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+            own = value[value != 0] if or_none else value
+            if len(own) and (own == own[0]).all():
+                value = int(own[0])
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self._wrong(name, value, f"a whole number from {least} to {most}")
         return value
