@@ -61,7 +61,7 @@ def main() -> None:
                 fit=Moments(gram_II=gram_II, num_tokens=ids_NS.numel()),
                 width=1,
                 damping=DAMPING,
-                producer_norm_U=torch.ones(num_units),
+                producer_norms_MU=torch.ones(1, num_units),
             )
             found = objectives(problem, round((1 - sparsity) * num_units))
             rows.append({"sparsity": sparsity, "block": index, **found})

@@ -120,7 +120,7 @@ def problem(weight_OI: Tensor, sensitivity_OO: Tensor, fit: Moments, held_out: M
         held_out=held_out,
         width=1,
         damping=DAMPING,
-        producer_norm_U=torch.ones(weight_OI.shape[1]),
+        producer_norms_MU=torch.ones(1, weight_OI.shape[1]),
         sensitivity_OO=sensitivity_OO,
     )
 

@@ -49,7 +49,7 @@ def build(context: RunContext, block: BlockLayout, variant: int) -> nn.Module:
 
 def run(context: RunContext, candidates: Sequence[Candidate], num_stores: int) -> dict[Candidate, Tensor]:
     with contextlib.closing(
-        CandidateStreams(context, context.run.staging / "kept", num_stores, NUM_WINDOWS)
+        CandidateStreams(context, context.observer, context.run.staging, num_stores=num_stores, num_windows=NUM_WINDOWS)
     ) as streams:
         found = streams.run(
             Round(candidates=candidates, number=0, values={}, description="candidates"),
@@ -100,7 +100,9 @@ def test_an_interrupted_round_goes_on(context: RunContext, monkeypatch: pytest.M
     this = Round(candidates=CANDIDATES, number=0, values={"search": 7}, description="candidates")
     for at in (2, -1):
         with contextlib.closing(
-            CandidateStreams(context, context.run.staging / "kept", len(set(CANDIDATES)), NUM_WINDOWS)
+            CandidateStreams(
+                context, context.observer, context.run.staging, num_stores=len(set(CANDIDATES)), num_windows=NUM_WINDOWS
+            )
         ) as streams:
             assert streams.found is None if at == 2 else streams.found.values["search"] == 7
             with contextlib.suppress(KeyboardInterrupt):

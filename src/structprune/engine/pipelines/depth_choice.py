@@ -143,7 +143,9 @@ def choose_measured_loss(context: RunContext, num_remove: int) -> Choice:
         return load_block(context, block)[1]
 
     with contextlib.closing(
-        CandidateStreams(context, context.run.staging / "choice", len(may_go), num_windows)
+        CandidateStreams(
+            context, context.observer, context.run.staging, num_stores=len(may_go), num_windows=num_windows
+        )
     ) as streams:
         if streams.found is not None:
             removed = streams.found.values["removed"]

@@ -17,10 +17,11 @@ from torch import nn
 
 from structprune.calibration.snapshots import Snapshot, Snapshots
 from structprune.calibration.store import HiddenStore
-from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.embed import embed, open_store
+from structprune.engine.streaming.model import StreamedModel
 from structprune.engine.streaming.propagate import Propagator
 from structprune.memory import release_free_memory
+from structprune.observer import Observer
 from structprune.types import BlockLayout
 
 Candidate = tuple[int, ...]
@@ -52,16 +53,20 @@ class Round:
 
 
 class CandidateStreams:
-    """Stores for the candidates of all rounds of a search, and the newest hidden states of the current one."""
+    """Stores for the candidates of all rounds of a search, and the newest hidden states of the current one.
 
-    def __init__(self, context: RunContext, folder: Path, num_stores: int, num_windows: int) -> None:
-        self._context, self._num_windows = context, num_windows
-        self._snapshots = Snapshots(folder, context.observer.note)
+    Files of both lie in `scratch`; those of the newest states stay there for a process that goes on.
+    """
+
+    def __init__(
+        self, model: StreamedModel, observer: Observer, scratch: Path, *, num_stores: int, num_windows: int
+    ) -> None:
+        self._model, self._observer, self._num_windows = model, observer, num_windows
+        self._snapshots = Snapshots(scratch / "choice", observer.note)
         self._stores: list[HiddenStore] = []
         with contextlib.ExitStack() as stack:
             for slot in range(num_stores):
-                path = context.run.staging / f"candidate-{slot}.bin"
-                self._stores.append(open_store(context, path, num_windows))
+                self._stores.append(open_store(model, scratch / f"candidate-{slot}.bin", num_windows))
                 stack.callback(self._stores[-1].close)
             self._closing = stack.pop_all()
         self.found: Snapshot | None = self._snapshots.load()
@@ -80,10 +85,10 @@ class CandidateStreams:
 
         The round that an interrupted process was in begins behind the last block that is kept.
         """
-        blocks = self._context.stock.layout.blocks
+        blocks = self._model.stock.layout.blocks
         candidates = list(dict.fromkeys(this.candidates))
         assert len(candidates) <= len(self._stores)
-        propagator = embed(self._context, {self._stores[0]: self._num_windows})
+        propagator = embed(self._model, {self._stores[0]: self._num_windows})
         branches = [_Branch(members=tuple(range(len(candidates))), slot=0)]
         left = [block for block in blocks if any(each[block.index] != PASSED_BY for each in candidates)]
         if self.found is not None:
@@ -91,7 +96,7 @@ class CandidateStreams:
             self.found.restore({str(branch.slot): self._stores[branch.slot] for branch in branches})
             left = [block for block in left if block.index > self.found.values["block"]]
             self.found = None
-        self._context.observer.start(this.description, len(left))
+        self._observer.start(this.description, len(left))
         for block in left:
             branches = self._branched(branches, [candidate[block.index] for candidate in candidates], propagator)
             self._move(block, branches, candidates, build, propagator)
@@ -105,7 +110,7 @@ class CandidateStreams:
                 },
             )
             release_free_memory()
-            self._context.observer.advance(f"block {block.index}")
+            self._observer.advance(f"block {block.index}")
         return {candidates[member]: self._stores[branch.slot] for branch in branches for member in branch.members}
 
     def _branched(self, branches: Sequence[_Branch], variants: Sequence[int], propagator: Propagator) -> list[_Branch]:
