@@ -12,8 +12,7 @@ DEPGRAPH = Method(
     name="depgraph",
     title="DepGraph: Towards Any Structural Pruning",
     paper="arXiv 2301.12900",
-    summary="sum of squared norms over the group; no data, no update, uniform; encoders, vision and speech models: "
-    "`structprune prune-module`",
+    summary="sum of squared norms over the group; no data, no update, uniform",
     provenance="published formula",
     score="group-norm",
     allocator="uniform",

@@ -161,8 +161,9 @@ def _sizes_in_config(model_type: str, reading: GgufReading) -> dict[str, Any]:
         )
     for size, usual in _NAMES.items():
         name = entry_name(model_type, family, usual)
-        if name and (size != "experts" or sizes.experts):
-            result[name] = getattr(sizes, size)
+        # Without experts their number is zero.
+        if name and (number := getattr(sizes, size)):
+            result[name] = number
         elif size == "head_size" and not reading.target.latent and sizes.head_size * sizes.heads != sizes.hidden:
             raise _other_heads(reading.fields, True, f"heads of {sizes.head_size}", sizes.heads, sizes.hidden)
         elif size == "kv_heads" and usual not in family.names and sizes.kv_heads != sizes.heads:

@@ -68,12 +68,12 @@ def traced_family(config: PretrainedConfig) -> Family:
 
 
 def _tells_attention_apart(blocks: nn.Module) -> bool:
-    """Whether the code of a block does something else for some implementations of attention.
+    """Whether the code of a block does something for SDPA that it does not for other implementations of attention.
 
     DeepSeek V3.2 chooses the keys of each query for "eager" and "sdpa" alone, so it is not to see another name.
     """
     forwards = {type(module).forward for module in blocks.modules()}
-    return any(re.search(r"""["'](sdpa|eager)["']""", inspect.getsource(forward)) for forward in forwards)
+    return any(re.search(r"""["']sdpa["']""", inspect.getsource(forward)) for forward in forwards)
 
 
 def _kind(config: PretrainedConfig, around: Surroundings, block: TracedBlock) -> BlockKind:
