@@ -26,6 +26,7 @@ from structprune.checkpoint.writer import CheckpointWriter
 from structprune.errors import MemoryBudgetError
 from structprune.memory import parse_bytes
 from support.models import byte_tokenizer, llama_config
+from support.traced import save_decoder
 
 _CHILD = """
 import json, sys
@@ -123,6 +124,17 @@ def test_a_run_keeps_to_its_plan(
     if store == "file":
         # No smaller than it is named, by a mebibyte.
         assert memory["budget_bytes"] - memory["planned_peak_bytes"] < 2**20
+
+
+def test_many_experts_keep_to_their_plan(text_file: Path, tmp_path: Path) -> None:
+    """In bfloat16, computed in float32: what was cut of each expert lies beside the block as it was."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 256, "num_experts": 48, "num_experts_per_tok": 2}
+    positions = {"num_hidden_layers": 1, "head_dim": 64, "max_position_embeddings": 512}
+    source = save_decoder("qwen3_moe", tmp_path / "mixture", dtype=torch.bfloat16, **sizes, **positions)
+    values = settings(text_file, num_samples=8, multiple_of=8, sparsity=0.2)
+    memory = pruned_in_a_process(source, tmp_path / "out", values)
+    assert memory["measured_peak_bytes"] <= memory["planned_peak_bytes"]
+    assert memory["measured_phases"]["solve (mlp)"] <= memory["phases"]["solve (mlp)"]
 
 
 @pytest.mark.slow

@@ -110,7 +110,8 @@ def prune_block(
                 del sublayer
             widths[kind] = num_keep[kind]
             result = result.followed_by(pruned)
-            del pruned
+            # Of the block as it was nothing is needed any more: the next module takes its place.
+            del pruned, module
             module = _module(context, block, result.tensors, widths)
             # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
@@ -284,6 +285,8 @@ def _prune_sublayer(
             del tasks
             for name in turn:
                 cut = with_group(cut, groups[name], parts[name])
+                if len(groups) > 1:
+                    parts[name] = parts[name].written()
     parts = {name: parts[name] for name in groups}
     statistics = _means([part.statistics for part in parts.values()])
     counts = [part.tokens for part in parts.values() if part.tokens is not None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class SolvedGroup:
     cost_U: Tensor | None
     tokens: ExpertTokens | None
     """Tokens that an expert was sent; None for what every token passes."""
+
+    def written(self) -> SolvedGroup:
+        """Return the same without the consumer's weights, which are in the block's tensors by now."""
+        return replace(self, result=replace(self.result, weight_OK=self.result.weight_OK.new_empty(0)))
 
 
 def solve_cost(block: BlockLayout, group: UnitGroup) -> float:

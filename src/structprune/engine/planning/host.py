@@ -302,26 +302,29 @@ def _slicing(sizes: HostSizes) -> PhaseBytes:
 def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> PhaseBytes:
     """Plan one sublayer's statistics, choice and solve; its removal costs and new producers, if they are asked for.
 
-    Its groups are measured in one pass and solved one after the other, with the others' sums beside.
+    Its groups are measured in one pass and solved one after the other, with the others' sums beside, or in their place
+    what was cut of them already.
     """
     request, group = sizes.request, groups[0]
     problem = group_problem(request, sizes.block, group)
     inputs = group.num_units * group.width
-    beside = sizes.pruning + sizes.weights + sizes.cast + (len(groups) - 1) * problem.sums
+    beside = sizes.pruning + sizes.weights + sizes.cast
+    others, kept = len(groups) - 1, (problem.kept or inputs) // group.width
+    cut = sizes.block.unit_parameters(group) * kept * problem.stored_item
     # What the gradient left of each sublayer in scope.
     sensitivities = len(by_kind(request.groups)) * sizes.hidden**2 * 4 if request.needs_sensitivity else 0
     # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
     batch = max(_measuring(sizes, group), 3 * problem.gram // 16)
     phases: PhaseBytes = {
-        SublayerPhase.STATISTICS.of(kind): beside + problem.sums + batch,
-        SublayerPhase.SOLVE.of(kind): beside + problem.solve + sensitivities,
+        SublayerPhase.STATISTICS.of(kind): beside + (others + 1) * problem.sums + batch,
+        SublayerPhase.SOLVE.of(kind): beside + others * max(problem.sums, cut) + problem.solve + sensitivities,
     }
     again = max(phases.values())
     if request.needs_sensitivity:
         dense = sizes.stores_closed + sizes.gradient + sizes.weights
-        others = sum(gram_bytes(other) for other in request.groups if other is not group)
+        grams = sum(gram_bytes(other) for other in request.groups if other is not group)
         ordered = inputs * sizes.hidden * problem.stored_item
-        costs = problem.gram + others + ordered + problem.removal_costs
+        costs = problem.gram + grams + ordered + problem.removal_costs
         phases[SublayerPhase.REMOVAL_COSTS.of(kind)] = dense + costs + sensitivities
     if request.num_latents and kind == "mlp":
         tokens = solver_windows(request.num_windows, request.seq_len) * request.seq_len
