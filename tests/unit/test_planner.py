@@ -469,7 +469,8 @@ def test_a_device_holds_blocks_and_sums_and_no_stores() -> None:
     assert found.phases[SOLVE_MLP] > 11008**2 * (8 + 4)
     block, gram, cross = LLAMA_7B.blocks[0].num_parameters * 2, 11008**2 * 4, 4096 * 11008 * 4
     assert found.phases[STATISTICS_MLP] > block + gram + cross
-    assert found.phases[Phase.READ_BLOCK] > 2 * block
+    # One module of a block at a time.
+    assert block < found.phases[Phase.READ_BLOCK] <= found.phases[Phase.PROPAGATE]
     # The stores stay on the host.
     assert on_device(2**40, num_windows=4096).phases == on_device(2**40).phases
 

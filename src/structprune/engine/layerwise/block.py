@@ -181,6 +181,7 @@ def pass_block(
     widths = {kind: num for kind, num in num_keep.items() if block.has(kind)}
     for stage, _ in _stages(context, block):
         inputs_NSI = _cached_inputs(context, block, stage, num_keep, streams)
+        del module
         if inputs_NSI is None:
             module = _module(context, block, tensors, widths)
         else:

@@ -68,8 +68,8 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
     loss = base + max(outer.values()) + logit_bytes(vocab_size, request.compute_dtype)
     phases: PhaseBytes = {
         Phase.EMBED: base + sum(outer[name] for name in embedding_names(request)) + 2 * hidden * one_each,
-        # The block as it was is there until its cut successor is.
-        Phase.READ_BLOCK: base + 2 * weights,
+        # Where the stream's basis changes, the block as it was is there until its successor is.
+        Phase.READ_BLOCK: base + (1 if request.slices == "no" else 2) * weights,
         Phase.PROPAGATE: running,
         Phase.PERPLEXITY: loss + 2 * request.num_probe * seq_len * hidden * item,
     }
