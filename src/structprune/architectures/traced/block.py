@@ -280,7 +280,7 @@ class TracedBlock:
             return None
         group, block = own[0], self._around.blocks[self.index]
         plain = all(part.axis == 0 and part.width == part.repeat == 1 and part.offset == 0 for part in group.producers)
-        if self.mixture is not None or len(own) > 1 or not plain:
+        if len(own) > 1 or not plain:
             return None
         parts = {part.tensor.rpartition(".")[0]: part for part in group.producers}
         modules = [block.get_submodule(name) for name in (*parts, group.consumer_module)]
