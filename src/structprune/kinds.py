@@ -1,4 +1,4 @@
-"""Kinds of units and of outputs, by name. Without torch: the command line is ready before that is loaded."""
+"""Kinds of units, of outputs and of sources, by name. Without torch: the command line is ready before that is loaded."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """Kinds of units in the order of a block's forward pass."""
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = (*UNIT_KINDS, "mixer")
+
+Provenance = Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
+"""How far a method of ours is the one that its source describes."""
 
 
 class Structure(StrEnum):

@@ -26,7 +26,10 @@ needs_scipy = pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reas
 
 @st.composite
 def menus(draw: st.DrawFn, num_costs: int = 1) -> list[Slot]:
-    """Up to six slots of up to four widths; prices need be neither smooth nor ascending."""
+    """Up to six slots of up to four widths; prices need be neither smooth nor ascending, and their sums are exact.
+
+    Eighths: where sums are rounded, which of two choices is the cheaper depends on the order of the additions.
+    """
     slots: list[Slot] = []
     for block in range(draw(st.integers(1, 6))):
         count = draw(st.integers(1, 4))
@@ -36,7 +39,7 @@ def menus(draw: st.DrawFn, num_costs: int = 1) -> list[Slot]:
         ]
         prices = [0.0, *draw(st.lists(st.integers(-2, 40), min_size=count - 1, max_size=count - 1))]
         variants = [
-            Variant(keep=count - place, cost=tuple(column[place] for column in costs), price=prices[place] / 7)
+            Variant(keep=count - place, cost=tuple(column[place] for column in costs), price=prices[place] / 8)
             for place in range(count)
         ]
         slots.append(Slot(block=block, kind="mlp", variants=tuple(variants)))

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Literal
 
 from structprune.allocation import ALLOCATORS
-from structprune.kinds import HeadUnits, UnitKind
+from structprune.kinds import HeadUnits, Provenance, UnitKind
 
 
 class SensitivityKind(StrEnum):
@@ -30,7 +30,7 @@ class Method:
     title: str
     paper: str
     summary: str
-    provenance: Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]
+    provenance: Provenance
     pipeline: Literal["units", "depth", "experts", "slice"] = "units"
     """Which loop of the engine runs it: units of every block go, whole blocks or experts go, or the stream is cut.
 
