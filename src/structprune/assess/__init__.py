@@ -4,6 +4,7 @@ Read first: `quality.py`; then `speed.py`.
 """
 
 from structprune.assess.columns import side_by_side
+from structprune.assess.latency import time_widths
 from structprune.assess.quality import EvaluationRequest, evaluate, evaluate_all, generate, load_with_tokenizer
 from structprune.assess.speed import SpeedRequest, bench
 
@@ -16,4 +17,5 @@ __all__ = [
     "generate",
     "load_with_tokenizer",
     "side_by_side",
+    "time_widths",
 ]

@@ -258,7 +258,7 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
 
 def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
-    over = [limit for limit in report.limits if limit.reached > limit.at_most]
+    over = [limit for limit in report.limits if limit.is_missed]
     notes = (
         *report.notes,
         *(() if report.limits else share_note(report.recipe, report.size.reachable)),
