@@ -28,6 +28,7 @@ CHANGES: dict[str, Any] = {
     "target_kv_cache": "8192:2GiB",
     "target_latency": "decode:0.75x",
     "latency_table": {"sublayers": [{"kind": "mlp", "units": [0, 48], "prefill": [0, 1], "decode": [0, 1]}]},
+    "vocabulary": {"num_rows": 9, "ids": [0, 2, 5]},
     "head_units": "query-head",
     "calibration": "wikitext2",
     "num_samples": 4,
@@ -374,7 +375,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
+    added = {"vocabulary", "max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
     added_later = {
         "widths",
         "latency_table",

@@ -333,6 +333,29 @@ class AdapterReport(Frozen):
     """Tensors that the adapter has in whole."""
 
 
+class VocabularyReport(Frozen):
+    """Tokens that were taken out of the source's vocabulary before anything else."""
+
+    before: int
+    """Rows of the source's embedding."""
+    after: int
+    parameters: int
+    """Numbers that went with them; they are in the parameters before."""
+    covered: float
+    """Share of the tokens of the texts, that the choice was made by, that stay: the mean of the texts."""
+    texts: tuple[str, ...]
+    num_tokens: int
+    """Tokens of those texts."""
+
+    @property
+    def line(self) -> str:
+        """Say how many tokens stay, and what went with the others."""
+        return (
+            f"{self.after:,} of {self.before:,} tokens stay, {self.parameters:,} parameters fewer; {self.covered:.3%} "
+            f"of the {self.num_tokens:,} tokens that were counted"
+        )
+
+
 class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
@@ -344,6 +367,8 @@ class PruneFacts(Frozen):
     """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
     adapter: AdapterReport | None = None
     """None: the source's own weights."""
+    vocabulary: VocabularyReport | None = None
+    """None: all tokens stay."""
     family: str
     method: str
     recipe: SerializeAsAny[ResolvedRecipe]

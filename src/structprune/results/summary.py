@@ -71,6 +71,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *perplexity_rows(report),
         *commit,
         *_adapter(report),
+        *([] if report.vocabulary is None else [("vocabulary", report.vocabulary.line)]),
         (
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
