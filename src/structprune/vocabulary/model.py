@@ -135,8 +135,8 @@ def _bpe_shrunk(model: Model, ids: Mapping[str, int]) -> dict[str, Any]:
 
 def _by_merges(model: Model) -> list[str]:
     """Order tokens by the first merge that makes them: training made the commonest pairs first."""
-    order = dict.fromkeys(_merged(model, *pair) for pair in _merges(model))
-    return [token for token in order if token in _listed(model)]
+    order, vocabulary = dict.fromkeys(_merged(model, *pair) for pair in _merges(model)), _listed(model)
+    return [token for token in order if token in vocabulary]
 
 
 # Unigram
