@@ -19,7 +19,7 @@ from torch import Tensor
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.weight_source import dtype_code
 
-_PIECE_BYTES = 16 * 2**20
+_PIECE_BYTES = 4 * 2**20
 
 
 class FewerRows:
