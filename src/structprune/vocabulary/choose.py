@@ -1,7 +1,8 @@
-"""Which tokens are worth a row: those that texts use, then those that the tokenizer's training found common.
+"""Which tokens are worth a row: those that texts use, and those that the tokenizer's training found common.
 
-Every text's counts are shares of its own tokens, so that a long text does not decide alone. A token that occurs nowhere
-stands behind all that do, in the order of the tokenizer's training, if its script occurs in the texts at all.
+Every text's counts are shares of its own tokens, so that a long text does not decide alone. Texts that are counted are
+a sample: a tenth of the decision is left to the order in which training made the tokens, as a power law, for tokens
+whose scripts occur in the texts. So a token that is common elsewhere stays before one that stands in the texts once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ MULTIPLE = 64
 """Rows of the result are a multiple of this."""
 # Of all letters of the texts: scripts that are rarer are taken for stray names.
 _LEAST_SHARE = 1e-4
+# What is left to the order of training; and the place in it up to which tokens count nearly alike. With it texts of P2
+# that were not counted get 3.2% longer in tokens at a fifth of Gemma 3's vocabulary, by counts alone 3.4%.
+_TRAINED_SHARE, _TRAINED_FLAT = 0.1, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +81,19 @@ def choose_tokens(
 def _in_order(
     common: Sequence[str], ids: Mapping[str, int], texts: Sequence[CountedText], spelled: Mapping[int, str]
 ) -> Iterable[int]:
-    """Yield ids, the most useful first: by their mean share of the texts, then as training found them common."""
+    """Yield ids, the most useful first; those of other scripts last, as training found them common."""
     share_V = mean_shares(texts)
-    order = torch.argsort(share_V, descending=True, stable=True)
-    used = order[share_V[order] > 0].tolist()
-    yield from used
+    used = torch.nonzero(share_V).flatten().tolist()
     scripts = _scripts_of(used, share_V, spelled)
-    later = [ids[token] for token in common if share_V[ids[token]] == 0]
-    yield from (number for number in later if script_set(spelled.get(number, "")) <= scripts)
-    yield from later
+    trained = [ids[token] for token in common]
+    likely_V = torch.zeros_like(share_V)
+    for place, number in enumerate(trained):
+        if script_set(spelled.get(number, "")) <= scripts:
+            likely_V[number] = 1 / (_TRAINED_FLAT + place)
+    score_V = share_V + _TRAINED_SHARE * likely_V / likely_V.sum().clamp_min(1e-300)
+    order = torch.argsort(score_V, descending=True, stable=True)
+    yield from order[score_V[order] > 0].tolist()
+    yield from trained
 
 
 def mean_shares(texts: Sequence[CountedText]) -> Tensor:
