@@ -75,11 +75,13 @@ class History(BaseModel):
         return min(self.evaluations, key=lambda entry: (entry.divergence, entry.step))
 
 
-def distil(context: RecoveryContext, student: Student, place: Workplace, name: str = "recover") -> History:
+def distil(
+    context: RecoveryContext, student: Student, place: Workplace, name: str = "recover", steps: int | None = None
+) -> History:
     """Train until the windows or the time are used up; `student` then is the best state of all evaluations.
 
-    `name` is that of the progress. The evaluations are at the start, whenever the windows have been passed once, and at
-    the end. Raises NumericalError.
+    `name` is that of the progress. With `steps` there are so many, instead of passes over all windows. The evaluations
+    are at the start, whenever the windows have been passed once, and at the end. Raises NumericalError.
     """
     settings = context.settings
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
@@ -91,7 +93,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
         _link(newest[0] / _BEST_NAME, best)
         context.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(context.texts.all_train) // settings.batch)
-    total = settings.epochs * per_pass
+    total = settings.epochs * per_pass if steps is None else steps
     # The shares of the texts follow the measurements.
     interval = max(1, per_pass // 8) if settings.mix == "robust" else per_pass
     last = time.perf_counter()
@@ -150,7 +152,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
 
     while history.step < total and (limit is None or clock() < limit):
         windows = mix.windows(history.mix, history.step, settings.batch)
-        coming = range(history.step, history.step + steps_ahead())
+        coming = range(history.step, min(total, history.step + steps_ahead()))
         student.prepare([w for step in coming for w in mix.windows(history.mix, step, settings.batch)])
         progress = max(history.step / total, 0.0 if limit is None else clock() / limit)
         rate = settings.learning_rate * course(history.step, settings.warmup, progress)

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from structprune.engine.planning.device import device_plan
+from structprune.engine.planning.gates import gate_disk_bytes, gate_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
@@ -156,6 +157,8 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     )
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
+    if request.gates is not None:
+        phases |= gate_phases(sizes, phases[Phase.EMBED])
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.needs_statistics:
@@ -376,6 +379,8 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += sum(request.stored_bytes.values())
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
+    if request.gates is not None:
+        total += gate_disk_bytes(sizes)
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 
 

@@ -1,0 +1,50 @@
+"""What is reported of gates that learned which units stay."""
+
+from __future__ import annotations
+
+from structprune.results.frozen import Frozen
+
+
+class GatedText(Frozen):
+    """How far two choices of units are from the dense model on those windows of a text that no gate learned from."""
+
+    name: str
+    num_windows: int
+    before: float
+    """Mean KL divergence per token of the choice at the start, in nats."""
+    after: float
+    """The same of the learned choice."""
+
+
+class GatedSublayer(Frozen):
+    """What gates changed in one sublayer."""
+
+    block: int
+    kind: str
+    num_free: int
+    """Units near the threshold, which could change sides."""
+    kept_before: int
+    kept_after: int
+    came: int
+    """Units that stay now and would have gone."""
+
+
+class GatesReport(Frozen):
+    """What was learned about which units stay, before any block was cut."""
+
+    learner: str
+    steps: int
+    num_windows: int
+    """Calibration windows that were learned from."""
+    losses: list[float]
+    """Mean KL divergence per token of each step's window, in nats, with the gates of that step."""
+    texts: list[GatedText]
+    sublayers: list[GatedSublayer]
+    accepted: bool
+    """Whether every text came nearer to the dense model; otherwise the method chose the units as it does without."""
+    seconds: float
+
+    @property
+    def num_changed(self) -> int:
+        """How many units came, in all."""
+        return sum(sublayer.came for sublayer in self.sublayers)
