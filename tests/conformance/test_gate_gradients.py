@@ -6,7 +6,6 @@ Shape suffixes: U units of all sublayers in scope, I consumer inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from structprune.allocation.gates import GateProblem, Gates
 from structprune.allocation.gates.gate import gate_problem
-from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.widths import priced_sublayers, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.gated import unit_of_input
@@ -92,7 +90,7 @@ def whole_model_gradient(
     model.eval().requires_grad_(False)
     ids_1S = context.windows.ids_NS[WINDOW : WINDOW + 1]
     wanted = model(input_ids=ids_1S).logits[0].log_softmax(dim=-1)
-    blocks = model.get_submodule(context.stock.family.blocks_module)
+    blocks = list(model.get_submodule(context.stock.family.blocks_module).children())
     gates: list[Tensor] = []
     for budget, part in zip(problem.budgets, problem.parts(gate_U.float()), strict=True):
         gate = part.clone().requires_grad_(True)
@@ -126,7 +124,8 @@ def add_by_hand(
 
 @pytest.mark.parametrize("stand_ins", [False, True])
 @pytest.mark.parametrize(
-    ("family", "head_units"), [("llama", "kv-group"), ("opt", "kv-group"), ("gemma2", "kv-group"), ("gpt_neox", "kv-group")]
+    ("family", "head_units"),
+    [("llama", "kv-group"), ("opt", "kv-group"), ("gemma2", "kv-group"), ("gpt_neox", "kv-group")],
 )
 def test_gate_gradients(family: str, head_units: HeadUnits, *, stand_ins: bool, tmp_path: Path) -> None:
     directory = save_tiny(family, tmp_path / "model")
@@ -141,10 +140,8 @@ def test_gate_gradients(family: str, head_units: HeadUnits, *, stand_ins: bool, 
         recovery, tmp_path, context.kinds, start, problem, Gates(start=lambda _: recorder, paper="none")
     )
     loss = student.step([WINDOW], 1.0, 1)
-    (gradient_U, losses), = recorder.heard
-    expected_U, expected_loss = whole_model_gradient(
-        context, directory, start, problem, gate_U, stand_ins=stand_ins
-    )
+    ((gradient_U, losses),) = recorder.heard
+    expected_U, expected_loss = whole_model_gradient(context, directory, start, problem, gate_U, stand_ins=stand_ins)
     assert gradient_U is not None
     assert losses == [loss]
     assert loss == pytest.approx(expected_loss, rel=1e-4)

@@ -218,6 +218,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "protect_last": 0,
         "sensitivity_samples": 3,
         "sensitivity_scale": "given",
+        "gates": "none",
+        "gates_steps": 3,
         "repair": "scales",
         "repair_samples": 2,
         "repair_epochs": 2,

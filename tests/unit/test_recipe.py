@@ -58,6 +58,8 @@ CHANGES: dict[str, Any] = {
     "repair": "scales",
     "repair_samples": 3,
     "repair_epochs": 2,
+    "gates": "graspprune",
+    "gates_steps": 5,
     "objective": "worst",
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
@@ -373,7 +375,8 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
-    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale", *TARGETS}
+    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale"}
+    added_later |= {"gates", "gates_steps", *TARGETS}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0

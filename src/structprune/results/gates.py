@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from structprune.results.frozen import Frozen
 
 
@@ -48,3 +50,16 @@ class GatesReport(Frozen):
     def num_changed(self) -> int:
         """How many units came, in all."""
         return sum(sublayer.came for sublayer in self.sublayers)
+
+    @property
+    def text_figures(self) -> str:
+        """Say for every text how far both choices are from the dense model."""
+        return ", ".join(f"{Path(text.name).name} {text.before:.4f} -> {text.after:.4f}" for text in self.texts)
+
+    @property
+    def outcome(self) -> str:
+        """Say whether the learned choice counts."""
+        if not self.accepted:
+            return "not every text came nearer to the dense model, so the units were chosen as without gates"
+        blocks = len({sublayer.block for sublayer in self.sublayers if sublayer.came})
+        return f"{self.num_changed:,} units of {blocks} blocks changed places"

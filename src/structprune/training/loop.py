@@ -135,7 +135,9 @@ def distil(
         now = time.perf_counter()
         return now + max(_LEAST_PAUSE_S, (now - started) / _SNAPSHOT_SHARE)
 
-    evaluate()
+    if not history.evaluations:
+        # A run that goes on was measured where an uninterrupted one is: another state could be the best.
+        evaluate()
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
     context.observer.start(name, total - history.step)
     limit = settings.limit_s

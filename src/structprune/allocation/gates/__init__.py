@@ -16,6 +16,10 @@ GATES: Registry[Gates] = Registry(
     Gates,
     {
         "graspprune": "structprune.allocation.gates.graspprune:GRASPPRUNE",
+        "maskprune": "structprune.allocation.gates.maskprune:MASKPRUNE",
+        "ddp": "structprune.allocation.gates.ddp:DDP",
+        "bypass": "structprune.allocation.gates.bypass:BYPASS",
+        "unipruning": "structprune.allocation.gates.unipruning:UNIPRUNING",
     },
     group="structprune.gates",
     reserved=[NO_GATES],

@@ -49,6 +49,8 @@ class GateProblem:
     units that may change lie between -1 and 1, and the threshold at 0."""
     free_U: Tensor
     """Whether a unit may change sides."""
+    stays_U: Tensor
+    """Whether a unit stays at the start."""
     num_steps: int
     """Steps that there will be."""
     seed: int = 0
@@ -82,9 +84,27 @@ class GateProblem:
             masks.append(mask)
         return torch.cat(masks)
 
-    def start(self) -> Tensor:
-        """Return the choice at the start (U,)."""
-        return self.keep(self.start_U)
+    def net(self, gradient_U: Tensor) -> Tensor:
+        """Take the budget's price from the derivative of the loss by every gate; 0 where a unit may not change sides.
+
+        The price per parameter is the one at which, of the units that may change, as much would stay as at the start
+        if their derivatives alone decided. All gates that are opened lower the loss; what is left here tells those that
+        are worth their parameters (below zero) from the others, which is what an optimiser wants that steps by signs.
+        Where every sublayer keeps its width, each has a price of its own.
+        """
+        owns = len(self.budgets) if all(len(step) == 1 for step in self.steps) else 1
+        group_U = torch.cat([torch.full((b.num_units,), i % owns) for i, b in enumerate(self.budgets)])
+        result_U = torch.zeros_like(gradient_U)
+        for number in range(owns):
+            here_U = self.free_U & (group_U == number)
+            size_F, value_F = self.size_U[here_U], -gradient_U[here_U] / self.size_U[here_U]
+            order_F = value_F.argsort(descending=True, stable=True)
+            stays = float(self.size_U[here_U & self.stays_U].sum())
+            count = int((size_F[order_F].cumsum(0) <= stays).sum())
+            if 0 < count < len(order_F):
+                price = float(value_F[order_F[count - 1]] + value_F[order_F[count]]) / 2
+                result_U[here_U] = (price - value_F) * size_F
+        return result_U
 
 
 def gate_problem(
@@ -106,10 +126,11 @@ def gate_problem(
     movable = [0 < count < budget.num_units for budget, count in zip(budgets, gone, strict=True)]
     near = [part.abs() for part, can in zip(parts, movable, strict=True) if can]
     width = float(torch.cat(near).quantile(_BAND_SHARE)) if near else 1.0
-    scores, free, steps = list[Tensor](), list[Tensor](), list[tuple[int, ...]]()
+    scores, free, stays, steps = list[Tensor](), list[Tensor](), list[Tensor](), list[tuple[int, ...]]()
     for budget, part, count, can in zip(budgets, parts, gone, movable, strict=True):
         inside_U = part.abs() <= width if can else torch.zeros(budget.num_units, dtype=torch.bool)
-        side_U = torch.where(torch.arange(budget.num_units) < count, -_OUTSIDE, _OUTSIDE).double()
+        stays.append(torch.arange(budget.num_units) >= count)
+        side_U = torch.where(stays[-1], _OUTSIDE, -_OUTSIDE).double()
         scores.append(torch.where(inside_U, part / max(width, _TINY), side_U))
         free.append(inside_U)
         low = int((~inside_U[:count]).sum())
@@ -122,6 +143,7 @@ def gate_problem(
         target=removal_target(budgets, options),
         start_U=torch.cat(scores),
         free_U=torch.cat(free),
+        stays_U=torch.cat(stays),
         num_steps=num_steps,
         seed=seed,
     )
@@ -200,5 +222,5 @@ def adam_direction(
 
 def learning_rate(published: float, num_steps: int) -> float:
     """Return the published rate, or with few steps one by which a score can cross the band."""
-    # A cosine from the full rate to nothing is half of it on average; the band is 2 wide.
-    return max(published, 4 / max(1, num_steps))
+    # The band is 2 wide; a cosine from the full rate to nothing is half of it on average, and steps shrink near an end.
+    return max(published, 6 / max(1, num_steps))

@@ -33,6 +33,7 @@ from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.recipe.units import ResolvedUnits, UnitsRecipe
 from structprune.results.gates import GatedSublayer, GatedText, GatesReport
+from structprune.results.recovery import Evaluation
 from structprune.training.calibrated import on_calibration
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.gates.start import Start, measure_start
@@ -56,7 +57,13 @@ class _Learned:
 
     history: History
     keep_U: Tensor
-    """The best choice, in order of removal."""
+    """The best choice of those that were measured, or the last one where the start is the best; in order of removal."""
+
+    @property
+    def measured(self) -> Evaluation:
+        """What the windows that only measure say of it."""
+        best = self.history.best
+        return best if best.step else self.history.evaluations[-1]
 
 
 def choose_units(
@@ -80,7 +87,8 @@ def choose_units(
         save_file({_KEEP: learned.keep_U, **orders}, path)
         line = journal.record(_STEP, [path], report=report.model_dump(mode="json"))
     report = GatesReport(**line["report"])
-    _tell(context, report)
+    # With the numbers, whichever way it went.
+    context.observer.note(f"gates ({report.learner}): {report.outcome}; KL on held-out windows: {report.text_figures}")
     if not report.accepted:
         return Chosen(widths={kind: list(counts) for kind, counts in widths.items()}, units=(), report=report)
     return _chosen(context, problem, load_file(path), widths, report)
@@ -135,7 +143,7 @@ def _distilled(
         student = GatedStudent(recovery, place.scratch, context.kinds, start, problem, GATES.get(recipe.gates))
         with contextlib.closing(student):
             history = distil(recovery, student, place, "gates", recipe.gates_steps)
-            keep_U = problem.start() if history.best.step == 0 else student.choice()
+            keep_U = student.choice()
     release_free_memory()
     return _Learned(history=history, keep_U=keep_U)
 
@@ -143,14 +151,14 @@ def _distilled(
 def _report(
     context: RunContext, recovery: RecoveryContext, problem: GateProblem, learned: _Learned, seconds: float
 ) -> GatesReport:
-    before, after = learned.history.evaluations[0].by_text, learned.history.best.by_text
+    before, after = learned.history.evaluations[0].by_text, learned.measured.by_text
     texts = [
         GatedText(name=name, num_windows=len(windows), before=old, after=new)
         for name, windows, old, new in zip(
             _names(context, recovery), recovery.texts.held_out, before, after, strict=True
         )
     ]
-    start_U, keep_U = problem.start(), learned.keep_U
+    start_U, keep_U = problem.stays_U, learned.keep_U
     parts = zip(
         problem.budgets, *(problem.parts(value_U) for value_U in (problem.free_U, start_U, keep_U)), strict=True
     )
@@ -182,17 +190,6 @@ def _names(context: RunContext, recovery: RecoveryContext) -> list[str]:
         next((text.name for text in context.windows.texts if windows[0] in text.windows), context.calibration_name)
         for windows in recovery.texts.held_out
     ]
-
-
-def _tell(context: RunContext, report: GatesReport) -> None:
-    """Say whether the learned choice counts, with the numbers."""
-    figures = ", ".join(f"{Path(text.name).name} {text.before:.4f} -> {text.after:.4f}" for text in report.texts)
-    what = (
-        f"{report.num_changed} units changed places"
-        if report.accepted
-        else "not every text came nearer to the dense model, so the units are chosen as without gates"
-    )
-    context.observer.note(f"gates ({report.learner}): {what}; KL on held-out windows: {figures}")
 
 
 def _chosen(
