@@ -131,7 +131,7 @@ class Pruning:
     measured: SensitivityPass | None
     """What the dense model's measurements say of each block."""
     units: Sequence[Mapping[str, Sequence[int]]] = ()
-    """Per block, name of the group -> units that stay, where they are given; empty: the method chooses them."""
+    """Units that stay of each group, by block and name, where they are given; empty: the method chooses them."""
     measures_costs: bool = False
     """Whether removals have their costs measured again, on the pruned model's stream."""
 

@@ -57,7 +57,7 @@ class Chosen:
     widths: dict[str, list[int]]
     """Kind -> units that each block keeps."""
     units: Sequence[Mapping[str, Sequence[int]]]
-    """Per block, name of the group -> units that stay; empty where nothing helped: then the method chooses."""
+    """Units that stay of each group, by block and name; empty where nothing helped: then the method chooses."""
     report: GatesReport
 
 

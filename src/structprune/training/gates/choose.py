@@ -1,4 +1,4 @@
-"""From the widths that an allocator chose to the units that stay, learned through the whole model.
+"""The units that stay, learned through the whole model, around the widths that an allocator chose.
 
 The sensitivity pass has said what each removal costs. Around the threshold that follows from it, gates learn on the
 calibration windows which units are missed least together. The last windows of every text are not learned from: a
@@ -28,6 +28,7 @@ from structprune.engine.planning.widths import priced_sublayers
 from structprune.engine.run.context import Chosen, RunContext
 from structprune.kinds import Structure
 from structprune.memory import release_free_memory
+from structprune.methods.method import SensitivityKind
 from structprune.phases import Phase
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
@@ -98,7 +99,9 @@ def _problem(context: RunContext, costs: Mapping[str, list[Tensor]], widths: Map
     recipe = context.settings(ResolvedUnits)
     budgets, options = priced_sublayers(context.stock, recipe, context.kinds, costs)
     # Widths that something else than one threshold decided stay as they are.
-    decided = ALLOCATORS.get(recipe.allocator).compares != "loss" or bool(options.further)
+    decided = SensitivityKind(ALLOCATORS.get(recipe.allocator).compares) is not SensitivityKind.LOSS or bool(
+        options.further
+    )
     return gate_problem(
         budgets,
         options,
