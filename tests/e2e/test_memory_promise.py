@@ -95,6 +95,7 @@ RUNS = [
         {"method": "structprune", "sensitivity_samples": 4, "gates": "graspprune", "gates_steps": 3},
         "memory",
         id="gates",
+        marks=SLOW,
     ),
     pytest.param(
         {"method": "structprune", "sensitivity_samples": 4, "gates": "graspprune", "gates_steps": 3},

@@ -20,7 +20,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap": ("llama", {"method": "flap"}),
     "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
     "gates": ("llama", {"method": "structprune", "scope": "all", "gates": "graspprune", "gates_steps": 4}),
-    "gates, forward only": ("opt", {"method": "structprune", "gates": "bypass", "gates_steps": 3}),
     "repair": ("llama", {"method": "fasp", "scope": "all", "repair": "scales"}),
     "repair-biases": ("llama", {"method": "fasp", "scope": "all", "repair": "scales+biases", "repair_epochs": 2}),
     "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
