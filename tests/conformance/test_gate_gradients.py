@@ -5,6 +5,7 @@ Shape suffixes: U units of all sublayers in scope, I consumer inputs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from structprune.allocation.gates.gate import gate_problem
 from structprune.engine.planning.widths import priced_sublayers, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.gated import unit_of_input
-from structprune.kinds import HeadUnits
 from structprune.recipe.training import RecoverySettings
 from structprune.recipe.units import ResolvedUnits
 from structprune.training.calibrated import on_calibration
 from structprune.training.gates.start import Start, file_name
-from structprune.training.gates.student import GatedStudent
+from structprune.training.gates.student import GatedStudent, GateLoss
 from structprune.types import BlockLayout, UnitGroup
 from support.contexts import SEQ_LEN, context_for
 from support.models import save_tiny
@@ -81,9 +81,16 @@ def write_start(context: RunContext, folder: Path, *, stand_ins: bool) -> Start:
 
 
 def whole_model_gradient(
-    context: RunContext, directory: Path, start: Start, problem: GateProblem, gate_U: Tensor, *, stand_ins: bool
+    context: RunContext,
+    directory: Path,
+    start: Start,
+    problem: GateProblem,
+    gate_U: Tensor,
+    *,
+    stand_ins: bool,
+    by_text: bool = False,
 ) -> tuple[Tensor, float]:
-    """Autograd on the whole model, the gates by hand: the derivative of the mean divergence, and that itself."""
+    """Autograd on the whole model, the gates by hand: the derivative of the mean loss, and that itself."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation=context.stock.family.attention_implementation, trust_remote_code=False
     )
@@ -99,6 +106,8 @@ def whole_model_gradient(
         add_by_hand(blocks[budget.block], layout, layout.group(budget.kind), gate, start, stand_ins=stand_ins)
     found = model(input_ids=ids_1S).logits[0].log_softmax(dim=-1)
     loss = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / SEQ_LEN
+    if by_text:
+        loss = nn.functional.nll_loss(found[:-1], ids_1S[0, 1:], reduction="sum") / SEQ_LEN
     return torch.cat(torch.autograd.grad(loss, gates)), float(loss.detach())
 
 
@@ -122,34 +131,46 @@ def add_by_hand(
     module.get_submodule(group.consumer_module).register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("stand_ins", [False, True])
 @pytest.mark.parametrize(
-    ("family", "head_units"),
-    [("llama", "kv-group"), ("opt", "kv-group"), ("gemma2", "kv-group"), ("gpt_neox", "kv-group")],
+    ("family", "stand_ins", "loss"),
+    [
+        ("llama", False, "divergence"),
+        ("llama", True, "divergence"),
+        ("llama", True, "text"),
+        ("opt", True, "divergence"),
+        ("gemma2", False, "divergence"),
+        ("gpt_neox", True, "divergence"),
+    ],
 )
-def test_gate_gradients(family: str, head_units: HeadUnits, *, stand_ins: bool, tmp_path: Path) -> None:
+def test_gate_gradients(family: str, stand_ins: bool, loss: GateLoss, tmp_path: Path) -> None:
     directory = save_tiny(family, tmp_path / "model")
-    context = context_for(directory, head_units=head_units)
+    context = context_for(directory)
     problem = problem_of(context)
     start = write_start(context, tmp_path, stand_ins=stand_ins)
     gate_U = torch.rand(len(problem.start_U), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     recorder = _Recorder(gate_U)
     settings = RecoverySettings(mode="scales", seq_len=SEQ_LEN, batch=1, learning_rate=1.0)
     recovery = on_calibration(context, context.stock, settings, len(context.windows.ids_NS))
-    student = GatedStudent(
-        recovery, tmp_path, context.kinds, start, problem, Gates(start=lambda _: recorder, paper="none")
-    )
-    loss = student.step([WINDOW], 1.0, 1)
-    ((gradient_U, losses),) = recorder.heard
-    expected_U, expected_loss = whole_model_gradient(context, directory, start, problem, gate_U, stand_ins=stand_ins)
-    assert gradient_U is not None
-    assert losses == [loss]
-    assert loss == pytest.approx(expected_loss, rel=1e-4)
-    assert float(expected_U.norm()) > 0
-    assert float((gradient_U - expected_U).norm() / expected_U.norm()) < 1e-4
-    # What is measured is the model with the units that stay.
-    kept_U = recorder.keep().double()
-    measured = student.measure([WINDOW])
-    wanted = whole_model_gradient(context, directory, start, problem, kept_U, stand_ins=stand_ins)[1]
-    assert measured == [pytest.approx(wanted, rel=1e-4)]
-    student.close()
+    for uses_gradient in (True, False):
+        gates = Gates(start=lambda _: recorder, paper="none", uses_gradient=uses_gradient)
+        with contextlib.closing(
+            GatedStudent(recovery, tmp_path, context.kinds, start, problem, gates, loss)
+        ) as student:
+            found = student.step([WINDOW], 1.0, 1)
+            measured = student.measure([WINDOW])
+        expected_U, expected = whole_model_gradient(
+            context, directory, start, problem, gate_U, stand_ins=stand_ins, by_text=loss == "text"
+        )
+        gradient_U, losses = recorder.heard.pop()
+        assert losses == [found]
+        assert found == pytest.approx(expected, rel=1e-4)
+        if not uses_gradient:
+            assert gradient_U is None
+            continue
+        assert gradient_U is not None
+        assert float(expected_U.norm()) > 0
+        assert float((gradient_U - expected_U).norm() / expected_U.norm()) < 1e-4
+        # What is measured is the divergence of the model with the units that stay.
+        kept_U = recorder.keep().double()
+        wanted = whole_model_gradient(context, directory, start, problem, kept_U, stand_ins=stand_ins)[1]
+        assert measured == [pytest.approx(wanted, rel=1e-4)]

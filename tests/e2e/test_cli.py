@@ -220,6 +220,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "sensitivity_scale": "given",
         "gates": "none",
         "gates_steps": 3,
+        "gates_loss": "text",
         "repair": "scales",
         "repair_samples": 2,
         "repair_epochs": 2,

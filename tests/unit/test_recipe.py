@@ -60,6 +60,7 @@ CHANGES: dict[str, Any] = {
     "repair_epochs": 2,
     "gates": "graspprune",
     "gates_steps": 5,
+    "gates_loss": "text",
     "objective": "worst",
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
@@ -376,7 +377,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
     added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale"}
-    added_later |= {"gates", "gates_steps", *TARGETS}
+    added_later |= {"gates", "gates_steps", "gates_loss", *TARGETS}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0

@@ -98,6 +98,11 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     gates_steps: Annotated[int, Flag(Group.HOW)] = Field(
         default=128, ge=1, description="steps of the gates, each on one calibration window"
     )
+    gates_loss: Annotated[Literal["divergence", "text"], Flag(Group.ADVANCED)] = Field(
+        default="divergence",
+        description="what the gates lower. divergence: the KL divergence from the dense model's predictions; text: the "
+        "loss of the calibration text's own next tokens",
+    )
     sensitivity_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
     ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")

@@ -171,7 +171,7 @@ def gate_charts(report: PruneReport) -> list[Chart]:
                 Axis(label="step", format=_whole),
                 Axis(label="", format=short, low=0.0),
             ),
-            caption="KL divergence from the dense model, in nats per token; windows differ among themselves.",
+            caption="What the gates lower, in nats per token; windows differ among themselves.",
             legend=(("s1", f"mean of the last {_LOSS_MEAN}"), ("faint", "one window")),
         )
     ]

@@ -39,7 +39,8 @@ class GatesReport(Frozen):
     num_windows: int
     """Calibration windows that were learned from."""
     losses: list[float]
-    """Mean KL divergence per token of each step's window, in nats, with the gates of that step."""
+    """Mean loss per token of each step's window, in nats, with the gates of that step: the KL divergence from the dense
+    model, or that of the text's next tokens."""
     texts: list[GatedText]
     sublayers: list[GatedSublayer]
     accepted: bool

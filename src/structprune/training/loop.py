@@ -39,7 +39,7 @@ class Student(Protocol):
     """A model that learns."""
 
     def step(self, windows: Sequence[int], rate: float, number: int) -> float:
-        """Take step `number` (from 1) of the optimiser; return the mean KL divergence per token before it."""
+        """Take step `number` (from 1) of the optimiser; return the mean loss per token before it."""
         ...
 
     def measure(self, windows: Sequence[int]) -> list[float]:
@@ -76,12 +76,19 @@ class History(BaseModel):
 
 
 def distil(
-    context: RecoveryContext, student: Student, place: Workplace, name: str = "recover", steps: int | None = None
+    context: RecoveryContext,
+    student: Student,
+    place: Workplace,
+    name: str = "recover",
+    *,
+    steps: int | None = None,
+    loss_name: str = "KL",
 ) -> History:
     """Train until the windows or the time are used up; `student` then is the best state of all evaluations.
 
-    `name` is that of the progress. With `steps` there are so many, instead of passes over all windows. The evaluations
-    are at the start, whenever the windows have been passed once, and at the end. Raises NumericalError.
+    `name` is that of the progress, and `loss_name` what a step lowers. With `steps` there are so many, instead of
+    passes over all windows. The evaluations are at the start, whenever the windows have been passed once, and at the
+    end. Raises NumericalError.
     """
     settings = context.settings
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
@@ -167,7 +174,9 @@ def distil(
         if history.step % interval == 0:
             evaluate()
         spent = f"{history.seconds:.0f} s" if limit is None else f"{history.seconds:.0f} of {limit:.0f} s"
-        context.observer.advance(f"KL {loss:.4f}  {spent}  memory {format_bytes(context.student.meter.peak_so_far())}")
+        context.observer.advance(
+            f"{loss_name} {loss:.4f}  {spent}  memory {format_bytes(context.student.meter.peak_so_far())}"
+        )
         if time.perf_counter() >= next_snapshot:
             next_snapshot = keep()
     evaluate()

@@ -43,6 +43,7 @@ from structprune.training.loop import History, distil
 from structprune.training.snapshots import going_on
 
 _STEP = "gates"
+_LOSS_NAMES = {"divergence": "KL", "text": "loss"}
 _KEEP = "keep"
 
 
@@ -143,9 +144,12 @@ def _distilled(
 ) -> _Learned:
     recipe = context.settings(ResolvedUnits)
     with context.meter.phase(Phase.GATES):
-        student = GatedStudent(recovery, place.scratch, context.kinds, start, problem, GATES.get(recipe.gates))
+        gates = GATES.get(recipe.gates)
+        student = GatedStudent(recovery, place.scratch, context.kinds, start, problem, gates, recipe.gates_loss)
         with contextlib.closing(student):
-            history = distil(recovery, student, place, "gates", recipe.gates_steps)
+            history = distil(
+                recovery, student, place, "gates", steps=recipe.gates_steps, loss_name=_LOSS_NAMES[recipe.gates_loss]
+            )
             keep_U = student.choice()
     release_free_memory()
     return _Learned(history=history, keep_U=keep_U)

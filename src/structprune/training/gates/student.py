@@ -1,33 +1,38 @@
 """The dense model with gates, as a model that learns: its blocks are streamed, and only the gates take gradients.
 
-A step runs one window through the model with the gates that the learner asks for, and gives it the KL divergence from
-the dense model and its derivative by every gate. What is measured is always the model with the units that would stay.
+A step runs one window through the model with the gates that the learner asks for, and gives it the loss, the KL
+divergence from the dense model or that of the text, and its derivative by every gate. What is measured is always the model with the units that would stay.
 
 Shape suffixes: P gates of a block, U units of all sublayers in scope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from structprune.allocation import BlockBudget
 from structprune.allocation.gates import GateLearner, GateProblem, Gates
+from structprune.calibration.store import HiddenStore
 from structprune.engine.streaming.gated import add_gate
 from structprune.engine.streaming.model import StreamedModel
 from structprune.training.adam import check_gradient
 from structprune.training.context import RecoveryContext
+from structprune.training.divergence import text_loss
 from structprune.training.gates.start import Place, Start
 from structprune.training.parameters import BlockParameters
 from structprune.training.snapshots import load_tensors, save_tensors
 from structprune.training.stream import StreamedStudent
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
+GateLoss = Literal["divergence", "text"]
+"""What gates lower: the divergence from the dense model, or the loss of the text's own next tokens."""
 _GATE = "structprune_gate"
 _LEARNER, _CHOICE = "learner.safetensors", "choice.safetensors"
 
@@ -78,12 +83,14 @@ class GatedStudent(StreamedStudent):
         start: Start,
         problem: GateProblem,
         gates: Gates,
+        loss: GateLoss = "divergence",
     ) -> None:
         # Few enough to stay in memory wherever the states of the blocks are.
         self._flat: dict[int, Tensor] = {}
         super().__init__(context, folder, partial(gates_of, kinds=kinds, start=start))
         self._problem = problem
         self._gates = gates
+        self._by_text = loss == "text"
         self._learner: GateLearner = gates.start(problem)
         self._chosen: Tensor | None = None
         self._orders = {place(b): start.order_U(*place(b)) for b in problem.budgets}
@@ -118,9 +125,29 @@ class GatedStudent(StreamedStudent):
             self._chosen = load_tensors(folder / _CHOICE)["keep"]
 
     def _loss(self, windows: Sequence[int]) -> float:
-        """Measure the mean divergence per token with the gates as they are put."""
-        found = super().measure(windows)
-        return sum(found) / len(found)
+        """Measure the mean loss per token with the gates as they are put."""
+        if not self._by_text:
+            found = super().measure(windows)
+            return sum(found) / len(found)
+        final = self._forward(windows, None)
+        return sum(self._text_losses(windows, final)) / (len(windows) * final.shape[1])
+
+    def _head_gradient(self, windows: Sequence[int], final: HiddenStore, gradient: HiddenStore) -> float:
+        if not self._by_text:
+            return super()._head_gradient(windows, final, gradient)
+        return sum(self._text_losses(windows, final, gradient))
+
+    def _text_losses(
+        self, windows: Sequence[int], final: HiddenStore, gradient: HiddenStore | None = None
+    ) -> Iterator[float]:
+        """Yield each window's summed loss of its next tokens; the derivatives go to `gradient`."""
+        for place, number in enumerate(windows):
+            hidden_SD = self._state(final, place)
+            ids_S = self._streamed.windows.ids_NS[number].to(hidden_SD.device)
+            gradient_SD = None if gradient is None else torch.empty(hidden_SD.shape, device=hidden_SD.device)
+            yield text_loss(self._heads.student, hidden_SD, ids_S, gradient_SD)
+            if gradient is not None and gradient_SD is not None:
+                gradient.write(place, gradient_SD[None].cpu())
 
     def _update(self, index: int, gradient_P: Tensor, rate: float, number: int) -> None:
         check_gradient(gradient_P, f"block {index}")
