@@ -89,7 +89,7 @@ def execute(context: RunContext) -> PruneReport:
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
-        **({} if costs is None else _predictions(context, costs, kept_units)),
+        **({} if costs is None else _predictions(context, costs, kept_units, given=bool(chosen and chosen.units))),
         limits=[(limit, limit.predicted(kept_units)) for limit in limits],
         widths=kept_units,
         reused=None if found is None else found.reused,
@@ -103,8 +103,11 @@ def _scope_parameters(context: RunContext) -> int:
     return sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
 
 
-def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[str, Any]:
-    """Return what these widths and all others are predicted to cost, where that was measured by the loss."""
+def _predictions(context: RunContext, costs: Costs, kept_units: Widths, *, given: bool) -> dict[str, Any]:
+    """Return what these widths and all others are predicted to cost, where that was measured by the loss.
+
+    For units that are given nothing is predicted: the costs are those of the units that the method would remove.
+    """
     if context.sensitivity is not SensitivityKind.LOSS:
         return {}
     chosen = (
@@ -118,7 +121,7 @@ def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[
         scope_parameters=_scope_parameters(context),
         sublayers=removal_path(context.stock, context.settings(ResolvedUnits), context.kinds, costs),
     )
-    return {"predicted_loss": sum(chosen), "path": path}
+    return {"predicted_loss": None if given else sum(chosen), "path": path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

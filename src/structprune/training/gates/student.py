@@ -1,7 +1,8 @@
 """The dense model with gates, as a model that learns: its blocks are streamed, and only the gates take gradients.
 
 A step runs one window through the model with the gates that the learner asks for, and gives it the loss, the KL
-divergence from the dense model or that of the text, and its derivative by every gate. What is measured is always the model with the units that would stay.
+divergence from the dense model or that of the text, and its derivative by every gate. What is measured is always the
+model with the units that would stay.
 
 Shape suffixes: P gates of a block, U units of all sublayers in scope.
 """
