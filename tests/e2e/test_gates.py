@@ -199,7 +199,7 @@ class Stopper(SilentObserver):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_goes_on_from_its_own_snapshot(
     *,
     damaged: bool,
