@@ -15,6 +15,8 @@ def gate_phases(sizes: HostSizes, embed: int) -> PhaseBytes:
     The model that learns is the dense one, and what learns is a number per unit; what stands in for units is a matrix.
     """
     request, block = sizes.request, sizes.block
+    if request.gates is None:
+        return {}
     window = request.seq_len * sizes.hidden * sizes.item
     beside = sizes.stores_closed
     if sizes.choice.store == "memory":
@@ -43,6 +45,8 @@ def gate_device_bytes(request: PlanRequest, block: BlockLayout, weights: int, he
 def gate_disk_bytes(sizes: HostSizes) -> int:
     """Return the bytes of the stand-ins of all blocks, and of states that do not stay in memory."""
     request = sizes.request
+    if request.gates is None:
+        return 0
     num_blocks = len(request.layout.blocks)
     total = num_blocks * sum(_stand_in_bytes(group) for group in request.groups)
     if sizes.choice.store == "file":
