@@ -43,6 +43,7 @@ from structprune.results.summary import share_note
 from structprune.runs.directory import RunDirectory, check_absent
 from structprune.training import REPAIRS
 from structprune.training.finalize import RECOVERY_REPORT_NAME
+from structprune.training.gates.choose import choose_units, learner_of
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
 from structprune.types import ModelLayout
 
@@ -184,12 +185,13 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
     method = METHODS.get(recipe.method)
     run.check()
-    if ranks.size > 1 and (repair := repair_of(recipe)) is not None:
-        raise UnsupportedError(
-            "a repair is not for several ranks",
-            got=f"--repair {repair}, {ranks.size} ranks",
-            do="prune without --repair, then `structprune recover --mode scales` in one process",
-        )
+    recover_after = "prune without --repair, then `structprune recover --mode scales` in one process"
+    for what, flag, name, do in (
+        ("a repair", "--repair", repair_of(recipe), recover_after),
+        ("learning gates", "--gates", learner_of(recipe), "start it without torchrun"),
+    ):
+        if ranks.size > 1 and name is not None:
+            raise UnsupportedError(f"{what} is not for several ranks", got=f"{flag} {name}, {ranks.size} ranks", do=do)
     if ranks.size > 1 and (shared is not None or not PIPELINES.get(method.pipeline).shares_windows):
         what = "a place for the measurements of other runs" if shared else f"method {method.name!r}"
         alike = [name for name in METHODS if PIPELINES.get(METHODS.get(name).pipeline).shares_windows]
@@ -285,6 +287,7 @@ def _context(
         dtype=resolved.dtype,
         started=started - run.journal.earlier_s,
         repair=None if (wanted := repair_of(resolved.recipe)) is None else REPAIRS.get(wanted),
+        choose_units=None if learner_of(resolved.recipe) is None else choose_units,
         shared=shared,
         device_meter=DeviceMeter(device=resolved.device, plan=begun.plan.device),
         meter=meter,

@@ -25,6 +25,7 @@ class Phase(StrEnum):
     SENSITIVITY_BACKWARD = "sensitivity: backward"
     SENSITIVITY_LOSS = "sensitivity: loss"
     SENSITIVITY_SCORES = "sensitivity: scores"
+    GATES = "gates"
     ITERATE = "iterate"
     REPAIR = "repair"
     SLICE_STATISTICS = "statistics"

@@ -179,9 +179,13 @@ def pid_of_rank(launcher: int, rank: int) -> int:
             ["prune", "MODEL", "-o", "OUT", "--repair", "scales"],
             "a repair is not for several ranks; got --repair",
         ),
+        (
+            ["prune", "MODEL", "-o", "OUT", "--gates", "graspprune"],
+            "learning gates is not for several ranks; got --gates graspprune, 2 ranks",
+        ),
         (["prune", "MODEL", "-o", "OUT", "--method", "fasq"], "unknown method 'fasq'"),
     ],
-    ids=["eval", "plan", "depth", "slicegpt", "repair", "unknown"],
+    ids=["eval", "plan", "depth", "slicegpt", "repair", "gates", "unknown"],
 )
 def test_what_is_refused(arguments: list[str], said: str, model: Path, tmp_path: Path) -> None:
     names = {"MODEL": str(model), "OUT": str(tmp_path / "out")}

@@ -49,6 +49,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "slices": ("llama", {"method": "slicegpt"}),
     "slices of one basis": ("llama", {"method": "slicegpt", "structure": "uniform"}),
     "experts": ("qwen3_moe", {"method": "reap"}),
+    "gates": (
+        "llama",
+        {
+            "method": "structprune",
+            "multiple_of": 1,
+            "scope": "all",
+            "sensitivity_samples": 2,
+            "gates": "graspprune",
+            "gates_steps": 7,
+        },
+    ),
+    "gates, forward only": (
+        "llama",
+        {"method": "structprune", "multiple_of": 1, "sensitivity_samples": 2, "gates": "bypass", "gates_steps": 3},
+    ),
     "repair": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales"}),
     "repair, two passes": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales", "repair_epochs": 2}),
 }

@@ -92,6 +92,18 @@ RUNS = [
     pytest.param({"method": "structprune", "sensitivity_samples": 4}, "memory", id="structprune"),
     pytest.param({"method": "structprune", "sensitivity_samples": 4}, "file", id="structprune-smallest-budget"),
     pytest.param(
+        {"method": "structprune", "sensitivity_samples": 4, "gates": "graspprune", "gates_steps": 3},
+        "memory",
+        id="gates",
+        marks=SLOW,
+    ),
+    pytest.param(
+        {"method": "structprune", "sensitivity_samples": 4, "gates": "graspprune", "gates_steps": 3},
+        "file",
+        id="gates-smallest-budget",
+        marks=SLOW,
+    ),
+    pytest.param(
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
     ),
     pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "memory", id="repair"),

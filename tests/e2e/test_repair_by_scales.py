@@ -21,7 +21,7 @@ from structprune.phases import Phase
 from structprune.results.report import PruneReport
 from structprune.results.summary import summary_rows
 from structprune.training import loop
-from structprune.training.repair import divided
+from structprune.training.calibrated import divided
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -52,6 +52,8 @@ def content(output: Path) -> dict[str, Any]:
         del report[name]
     if report["repair"] is not None:
         del report["repair"]["seconds"]
+    if report["gates"] is not None:
+        del report["gates"]["seconds"]
     del files["README.md"], files["pruning_report.html"]
     return files | {"report": report}
 

@@ -19,6 +19,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("llama", {"method": "fasp"}),
     "flap": ("llama", {"method": "flap"}),
     "llm-pruner": ("llama", {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}),
+    "gates": ("llama", {"method": "structprune", "scope": "all", "gates": "graspprune", "gates_steps": 4}),
     "repair": ("llama", {"method": "fasp", "scope": "all", "repair": "scales"}),
     "repair-biases": ("llama", {"method": "fasp", "scope": "all", "repair": "scales+biases", "repair_epochs": 2}),
     "angular": ("llama", {"method": "depth", "sparsity": 0.4}),

@@ -25,6 +25,7 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
         "sensitivity: backward",
         "sensitivity: loss",
         "sensitivity: scores",
+        "gates",
         "iterate",
         "repair",
         "statistics",

@@ -61,6 +61,9 @@ CHANGES: dict[str, Any] = {
     "repair": "scales",
     "repair_samples": 3,
     "repair_epochs": 2,
+    "gates": "graspprune",
+    "gates_steps": 5,
+    "gates_loss": "text",
     "objective": "worst",
     "tensor_parallel": 2,
     "max_shard_size": "1GB",
@@ -384,6 +387,9 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         "repair_epochs",
         "objective",
         "sensitivity_scale",
+        "gates",
+        "gates_steps",
+        "gates_loss",
         *TARGETS,
     }
     own = added_later & set(type(resolved).model_fields)

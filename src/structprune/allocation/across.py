@@ -17,10 +17,13 @@ from structprune.allocation.allocator import Allocator
 from structprune.allocation.budget import (
     AllocationOptions,
     BlockBudget,
+    allowed_removals,
     bounded,
+    check_bounds,
     removal_costs,
     removal_target,
     round_to_budget,
+    round_to_steps,
 )
 
 _TINY = 1e-300
@@ -33,7 +36,7 @@ def closed_form(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
     3a). s is made non-decreasing along each group's removal order first (pooled adjacent violators), so that what a
     threshold selects is a prefix of that order.
     """
-    return _threshold(budgets, [_increasing(removal_costs(b)) / b.unit_size for b in budgets], options)
+    return _threshold(budgets, [increasing(removal_costs(b)) / b.unit_size for b in budgets], options)
 
 
 def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
@@ -47,7 +50,7 @@ def standardised(budgets: Sequence[BlockBudget], options: AllocationOptions) -> 
         deviation = cost_U.std(correction=0)
         return (cost_U - cost_U.mean()) / deviation if deviation > 0 else torch.zeros_like(cost_U)
 
-    return _threshold(budgets, [standard(_increasing(removal_costs(b))) for b in budgets], options)
+    return _threshold(budgets, [standard(increasing(removal_costs(b))) for b in budgets], options)
 
 
 def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[int]:
@@ -57,7 +60,7 @@ def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
     """
     if options.temperature <= 0:
         return closed_form(budgets, options)
-    energies = [(_increasing(removal_costs(b)) / b.unit_size).clamp_min(_TINY).log() for b in budgets]
+    energies = [(increasing(removal_costs(b)) / b.unit_size).clamp_min(_TINY).log() for b in budgets]
     pooled = torch.cat(energies)
     energies = [(e - pooled.mean()) / pooled.std().clamp_min(1e-12) for e in energies]
 
@@ -98,25 +101,36 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
 
 def _threshold(budgets: Sequence[BlockBudget], costs: list[Tensor], options: AllocationOptions) -> list[int]:
     """Return the units to keep when all removals that cost at most lambda are made; costs ascend within a group."""
+    check_bounds(budgets, options)
+    steps = [allowed_removals(budget, options) for budget in budgets]
+    return threshold(budgets, costs, steps, removal_target(budgets, options))
 
-    def removals(threshold: float) -> list[float]:
+
+def threshold(
+    budgets: Sequence[BlockBudget], costs: Sequence[Tensor], steps: Sequence[Sequence[int]], target: int
+) -> list[int]:
+    """Return the units to keep when all removals up to one cost are made, of so many as `steps` allow each group.
+
+    Costs ascend within a group; the steps reach the target.
+    """
+
+    def removals(most: float) -> list[float]:
         return [
-            bounded(float(torch.searchsorted(p, threshold, right=True)), b, options)
-            for p, b in zip(costs, budgets, strict=True)
+            min(max(float(torch.searchsorted(p, most, right=True)), float(s[0])), float(s[-1]))
+            for p, s in zip(costs, steps, strict=True)
         ]
 
     # Bisection over the costs that occur; units of the cost at the threshold go only as far as the target asks.
-    levels = [-math.inf, *torch.cat(costs).unique().tolist()]
-    target = removal_target(budgets, options)
+    levels = [-math.inf, *torch.cat(list(costs)).unique().tolist()]
     reached = bisect.bisect_left(levels, target, key=lambda x: _size(budgets, removals(x)))
     beyond = removals(levels[min(reached, len(levels) - 1)])
     below = removals(levels[max(0, reached - 1)])
     extra = _size(budgets, beyond) - _size(budgets, below)
     share = min(1.0, (target - _size(budgets, below)) / extra) if extra > 0 else 0.0
-    return round_to_budget(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], options)
+    return round_to_steps(budgets, [b + share * (a - b) for a, b in zip(beyond, below, strict=True)], steps, target)
 
 
-def _increasing(cost_U: Tensor) -> Tensor:
+def increasing(cost_U: Tensor) -> Tensor:
     """Return the nearest non-decreasing sequence (pool adjacent violators); the sum over a whole pool is unchanged."""
     values: list[float] = []
     counts: list[int] = []

@@ -163,10 +163,16 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
     """
     check_bounds(budgets, options)
     steps = [allowed_removals(budget, options) for budget in budgets]
+    return round_to_steps(budgets, wanted, steps, removal_target(budgets, options))
+
+
+def round_to_steps(
+    budgets: Sequence[BlockBudget], wanted: Sequence[float], steps: Sequence[Sequence[int]], target: int
+) -> list[int]:
+    """Round as `round_to_budget` does, where each group's removals are some of `steps`; these reach the target."""
     positions: list[int] = []
     for allowed, value in zip(steps, wanted, strict=True):
         positions.append(max(i for i, removal in enumerate(allowed) if i == 0 or removal <= value + 1e-9))
-    target = removal_target(budgets, options)
     removed = sum(s[p] * b.unit_size for s, p, b in zip(steps, positions, budgets, strict=True))
     while removed < target:
         open_groups = [i for i, (s, p) in enumerate(zip(steps, positions, strict=True)) if p + 1 < len(s)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from structprune.allocation.gates import gates_of
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.forward_bytes import mixer_memory
@@ -43,7 +44,7 @@ from structprune.recipe.repaired import (
     repair_of,
     repair_windows,
 )
-from structprune.recipe.units import UnitsRecipe
+from structprune.recipe.units import ResolvedUnits, UnitsRecipe
 from structprune.results.summary import LEAST_TOKENS, TOKENS_PER_UNIT
 from structprune.types import UnitGroup, UnitKind
 
@@ -279,6 +280,18 @@ def check_planned(model: str | Path, recipe: Recipe) -> ResolvedRun:
     return resolved
 
 
+def _divisions(recipe: ResolvedRecipe, method: Method) -> list[tuple[str, str]]:
+    """List what needs some windows to fit and others to judge by: what it does with them, and its setting."""
+    found: list[tuple[str, str]] = []
+    if recipe.chooses_ridge and method.needs_statistics:
+        found.append(("fit and choose the ridge", "--damping auto"))
+    if repair_of(recipe) is not None:
+        found.append(("teach the repair and measure it", f"--repair {repair_of(recipe)}"))
+    if isinstance(recipe, ResolvedUnits) and gates_of(recipe.gates) is not None:
+        found.append(("teach the gates and measure them", f"--gates {recipe.gates}"))
+    return found
+
+
 def drawn_windows(
     resolved: ResolvedRun, plan: PrunePlan, notify: Callable[[str], None]
 ) -> tuple[str, CalibrationWindows]:
@@ -287,8 +300,8 @@ def drawn_windows(
     Raises InputError for a text with too few windows.
     """
     recipe = resolved.recipe
-    chooses = recipe.chooses_ridge and resolved.method.needs_statistics
-    num_needed = 2 if chooses or repair_of(recipe) else 1
+    divisions = _divisions(recipe, resolved.method)
+    num_needed = 2 if divisions else 1
     source = source_context(
         resolved.stock,
         WindowRequest(
@@ -306,13 +319,13 @@ def drawn_windows(
     )
     name, windows = load_texts(recipe.texts, source, notify)
     if (found := len(windows.ids_NS)) < num_needed:
+        what, flag = divisions[0]
+        ridge_only = len(divisions) == 1 and recipe.chooses_ridge
         raise InputError(
-            f"one window cannot both {'fit and choose the ridge' if chooses else 'teach the repair and measure it'}",
+            f"one window cannot both {what}",
             where=name,
-            got=f"{found} window of {recipe.seq_len} tokens"
-            + (", --damping auto" if chooses else f", --repair {repair_of(recipe)}"),
-            wanted=f"at least {num_needed} windows"
-            + (", or a number for --damping" if chooses and not repair_of(recipe) else ""),
+            got=f"{found} window of {recipe.seq_len} tokens, {flag}",
+            wanted=f"at least {num_needed} windows" + (", or a number for --damping" if ridge_only else ""),
             do="give more text, or lower --seq-len",
         )
     return name, windows

@@ -91,6 +91,19 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         description="JSON file with the units that each block keeps, such as an earlier run's "
         f"{WIDTHS_NAME}: {{block: {{kind: units}}}}",
     )
+    gates: Annotated[str, Flag(Group.HOW)] = Field(
+        default="none",
+        description="what learns which units stay, through the whole model before any block is cut: graspprune, or "
+        "none (docs/gates.md lists all)",
+    )
+    gates_steps: Annotated[int, Flag(Group.HOW)] = Field(
+        default=128, ge=1, description="steps of the gates, each on one calibration window"
+    )
+    gates_loss: Annotated[Literal["divergence", "text"], Flag(Group.ADVANCED)] = Field(
+        default="divergence",
+        description="what the gates lower. divergence: the KL divergence from the dense model's predictions; text: the "
+        "loss of the calibration text's own next tokens",
+    )
     sensitivity_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset="24, or fewer where those have more than 24,576 tokens")
     ] = Field(default=None, ge=1, description="windows of the streamed backward pass, or of measured losses")

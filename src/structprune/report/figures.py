@@ -12,6 +12,7 @@ from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
 from structprune.results.summary import UNITS, blocks_at_a_bound
 
+_LOSS_MEAN = 10
 PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}
 """Kind of a block report -> what it is about."""
 
@@ -145,6 +146,54 @@ def objective_charts(report: PruneReport) -> list[Chart]:
                 legend=(("s1", "median"), ("faint", "one block")),
             )
         )
+    return charts
+
+
+def gate_charts(report: PruneReport) -> list[Chart]:
+    """Draw what gates learned: the loss by step, what changed by block, and the texts that only measured."""
+    gates = report.gates
+    if gates is None:
+        return []
+    losses = [(float(step), loss) for step, loss in enumerate(gates.losses, 1)]
+    mean = [
+        sum(gates.losses[max(0, i - _LOSS_MEAN) : i]) / len(gates.losses[max(0, i - _LOSS_MEAN) : i])
+        for i in range(1, len(gates.losses) + 1)
+    ]
+    charts = [
+        Chart(
+            title=f"Loss by step, {gates.learner}",
+            svg=line_chart(
+                "loss of the gated model by step",
+                [
+                    Series(label="one window", points=losses, style="faint", markers=False),
+                    Series(label="mean of the last ones", points=[(x + 1.0, y) for x, y in enumerate(mean)]),
+                ],
+                Axis(label="step", format=_whole),
+                Axis(label="", format=short, low=0.0),
+            ),
+            caption="What the gates lower, in nats per token; windows differ among themselves.",
+            legend=(("s1", f"mean of the last {_LOSS_MEAN}"), ("faint", "one window")),
+        )
+    ]
+    by_kind: dict[str, list[tuple[str, float]]] = {}
+    for sublayer in gates.sublayers:
+        units = max(1, sublayer.num_free)
+        by_kind.setdefault(sublayer.kind, []).append((str(sublayer.block), sublayer.came / units))
+    for kind, shares in by_kind.items():
+        name = UNITS.get(kind, kind)
+        highest = max(share for _, share in shares)
+        svg = column_chart(
+            f"share of the free {name} that came, by block",
+            shares,
+            "block",
+            Axis(label="came", format=percent, low=0.0, high=highest or 1.0),
+            [],
+            [],
+        )
+        free = sum(one.num_free for one in gates.sublayers if one.kind == kind)
+        came = sum(one.came for one in gates.sublayers if one.kind == kind)
+        caption = f"{came:,} stay that would have gone, of {free:,} that could change sides."
+        charts.append(Chart(title=f"{name[0].upper()}{name[1:]} that changed places", svg=svg, caption=caption))
     return charts
 
 

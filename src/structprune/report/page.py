@@ -15,6 +15,7 @@ from structprune.memory import format_bytes
 from structprune.report.figures import (
     Chart,
     fit_charts,
+    gate_charts,
     memory_charts,
     objective_charts,
     retention_charts,
@@ -23,7 +24,7 @@ from structprune.report.figures import (
 from structprune.results.measured import Bench, Evaluation
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import asked, reload_line, repair_rows, stored_in, warnings
+from structprune.results.summary import asked, gate_rows, reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
@@ -56,6 +57,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
         before_after=_before_after(report, measured),
         notes=_notes(measured),
         blocks=drawable([*retention_charts(report), *fit_charts(report)]),
+        gates=drawable(gate_charts(report)),
         objectives=drawable(objective_charts(report)),
         memory=drawable(memory_charts(report)),
         phases=_phase_rows(report),
@@ -68,7 +70,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
             *([] if report.vocabulary is None else [f"Vocabulary: {report.vocabulary.line}."]),
             *(f"Limit of {limit.name}: {limit.line}." for limit in report.limits),
         ],
-        repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in repair_rows(report)],
+        repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in (*gate_rows(report), *repair_rows(report))],
         reload=f"Reload check: {reload_line(report.reload)}.",
         recipe=_recipe_rows(report),
         block_head=("block", "kind", "kept", "of", "error, cut", "error, solved", "status", "seconds"),

@@ -12,6 +12,7 @@ from structprune.errors import InputError
 from structprune.memory import format_bytes
 from structprune.recipe import ResolvedRecipe
 from structprune.results.frozen import Frozen
+from structprune.results.gates import GatesReport
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -387,6 +388,8 @@ class PruneFacts(Frozen):
     memory: MemoryReport
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
+    gates: GatesReport | None = None
+    """None: there were none."""
     repair: RepairReport | None = None
     """None: there was none."""
     reload: ReloadReport

@@ -93,6 +93,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
             f"{beginning(calibration.start)}",
         ),
         *_starved_row(report),
+        *gate_rows(report),
         *repair_rows(report),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),
@@ -115,6 +116,22 @@ def _adapter(report: PruneFacts) -> list[tuple[str, str]]:
         return []
     replaced = f", {adapter.num_replaced} replaced" if adapter.num_replaced else ""
     return [("adapter", f"{Path(adapter.path).name}, merged: {adapter.num_updated} tensors changed{replaced}")]
+
+
+def gate_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say (name, value) of what gates learned about which units stay; nothing where there were none."""
+    gates = report.gates
+    if gates is None:
+        return []
+    measured = sum(text.num_windows for text in gates.texts)
+    return [
+        (
+            f"gates by {gates.learner}",
+            f"{gates.outcome}; KL from the dense model on {measured} of the calibration's windows, nothing solved yet: "
+            f"{gates.text_figures} nats per token; {gates.steps} steps on {gates.num_windows} others in "
+            f"{gates.seconds:.0f} s",
+        )
+    ]
 
 
 def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:

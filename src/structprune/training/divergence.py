@@ -1,4 +1,4 @@
-"""The KL divergence from the teacher's predictions, and its derivative by the student's last hidden states.
+"""The KL divergence from the teacher's predictions or the loss of a text, and the derivative by the last hidden states.
 
 With logits z of the student and distributions p (teacher) and q (student), dKL(p || q)/dz = q - p.
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
+from structprune.engine.planning.shapes import DIVERGENCE_TOKENS, LOGIT_TOKENS
 from structprune.engine.streaming.model import StreamedModel
 
 
@@ -69,6 +69,26 @@ def divergence(
                 continue
             slope_TV = found_TV.exp_().sub_(wanted_TV.exp_())
         gradient_SD[part] = torch.autograd.grad(logits_TV, part_TD, slope_TV.to(logits_TV.dtype))[0].float()
+    return total
+
+
+def text_loss(head: nn.Module, hidden_SD: Tensor, ids_S: Tensor, gradient_SD: Tensor | None = None) -> float:
+    """Sum the negative log-likelihoods of a window's next tokens; the derivative by `hidden_SD` goes to `gradient_SD`.
+
+    The last position predicts a token outside the window and takes no part: its derivative is zero.
+    """
+    if gradient_SD is not None:
+        gradient_SD.zero_()
+    total, last = 0.0, len(hidden_SD) - 1
+    for start in range(0, last, LOGIT_TOKENS):
+        part = slice(start, min(start + LOGIT_TOKENS, last))
+        part_TD = hidden_SD[part].detach().requires_grad_(gradient_SD is not None)
+        with torch.set_grad_enabled(gradient_SD is not None):
+            logits_TV = head(part_TD)
+            loss = nn.functional.cross_entropy(logits_TV.float(), ids_S[1:][part], reduction="sum")
+        total += float(loss.detach())
+        if gradient_SD is not None:
+            gradient_SD[part] = torch.autograd.grad(loss, part_TD)[0].float()
     return total
 
 

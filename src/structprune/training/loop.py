@@ -39,7 +39,7 @@ class Student(Protocol):
     """A model that learns."""
 
     def step(self, windows: Sequence[int], rate: float, number: int) -> float:
-        """Take step `number` (from 1) of the optimiser; return the mean KL divergence per token before it."""
+        """Take step `number` (from 1) of the optimiser; return the mean loss per token before it."""
         ...
 
     def measure(self, windows: Sequence[int]) -> list[float]:
@@ -75,11 +75,20 @@ class History(BaseModel):
         return min(self.evaluations, key=lambda entry: (entry.divergence, entry.step))
 
 
-def distil(context: RecoveryContext, student: Student, place: Workplace, name: str = "recover") -> History:
+def distil(
+    context: RecoveryContext,
+    student: Student,
+    place: Workplace,
+    name: str = "recover",
+    *,
+    steps: int | None = None,
+    loss_name: str = "KL",
+) -> History:
     """Train until the windows or the time are used up; `student` then is the best state of all evaluations.
 
-    `name` is that of the progress. The evaluations are at the start, whenever the windows have been passed once, and at
-    the end. Raises NumericalError.
+    `name` is that of the progress, and `loss_name` what a step lowers. With `steps` there are so many, instead of
+    passes over all windows. The evaluations are at the start, whenever the windows have been passed once, and at the
+    end. Raises NumericalError.
     """
     settings = context.settings
     snapshots, best = Snapshots(place.folder), place.scratch / _BEST_NAME
@@ -91,7 +100,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
         _link(newest[0] / _BEST_NAME, best)
         context.observer.note(f"going on after step {history.step} of an earlier run")
     per_pass = -(-len(context.texts.all_train) // settings.batch)
-    total = settings.epochs * per_pass
+    total = settings.epochs * per_pass if steps is None else steps
     # The shares of the texts follow the measurements.
     interval = max(1, per_pass // 8) if settings.mix == "robust" else per_pass
     last = time.perf_counter()
@@ -133,7 +142,9 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
         now = time.perf_counter()
         return now + max(_LEAST_PAUSE_S, (now - started) / _SNAPSHOT_SHARE)
 
-    evaluate()
+    if not history.evaluations:
+        # A run that goes on was measured where an uninterrupted one is: another state could be the best.
+        evaluate()
     next_snapshot = time.perf_counter() + _LEAST_PAUSE_S
     context.observer.start(name, total - history.step)
     limit = settings.limit_s
@@ -150,7 +161,7 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
 
     while history.step < total and (limit is None or clock() < limit):
         windows = mix.windows(history.mix, history.step, settings.batch)
-        coming = range(history.step, history.step + steps_ahead())
+        coming = range(history.step, min(total, history.step + steps_ahead()))
         student.prepare([w for step in coming for w in mix.windows(history.mix, step, settings.batch)])
         progress = max(history.step / total, 0.0 if limit is None else clock() / limit)
         rate = settings.learning_rate * course(history.step, settings.warmup, progress)
@@ -163,7 +174,9 @@ def distil(context: RecoveryContext, student: Student, place: Workplace, name: s
         if history.step % interval == 0:
             evaluate()
         spent = f"{history.seconds:.0f} s" if limit is None else f"{history.seconds:.0f} of {limit:.0f} s"
-        context.observer.advance(f"KL {loss:.4f}  {spent}  memory {format_bytes(context.student.meter.peak_so_far())}")
+        context.observer.advance(
+            f"{loss_name} {loss:.4f}  {spent}  memory {format_bytes(context.student.meter.peak_so_far())}"
+        )
         if time.perf_counter() >= next_snapshot:
             next_snapshot = keep()
     evaluate()

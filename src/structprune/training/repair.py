@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,15 +36,15 @@ from structprune.exporters.per_layer import write_modeling_file
 from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
-from structprune.recipe.repaired import objective_of, repair_epochs, repair_of, repair_windows
-from structprune.recipe.training import RecoverySettings, num_kept_apart
+from structprune.recipe.repaired import repair_epochs, repair_of, repair_windows
+from structprune.recipe.training import RecoverySettings
 from structprune.results.schema import RepairReport
+from structprune.training.calibrated import on_calibration
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.loop import History, distil
 from structprune.training.parameters import ScaleParameters, scales_of
 from structprune.training.snapshots import going_on
 from structprune.training.stream import Learning, StreamedStudent, learned
-from structprune.training.texts import Texts
 from structprune.types import UNIT_KINDS, BlockLayout, UnitKind
 
 _STEP = "repair"
@@ -185,48 +185,7 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
         epochs=repair_epochs(context.recipe),
         seed=context.recipe.seed,
     )
-    ids_NS = context.windows.ids_NS
-    ids_NS = ids_NS[: repair_windows(context.recipe, len(ids_NS))]
-    # Window by window: a run that goes on must not depend on how much memory was free at its start.
-    teacher = StreamedModel(
-        stock=context.stock,
-        windows=replace(context.windows, ids_NS=ids_NS),
-        plan=replace(context.plan, micro_batch_windows=1),
-        device=context.device,
-        dtype=context.dtype,
-        meter=context.meter,
-    )
-    train, measured = divided(_by_text(context, len(ids_NS)))
-    return RecoveryContext(
-        teacher=teacher,
-        student=replace(teacher, stock=student),
-        settings=settings.resolved(),
-        texts=Texts(names=(context.calibration_name,), windows=teacher.windows, train=(train,), held_out=measured),
-        targets=(),
-        resident=context.plan.store == "memory",
-        observer=context.observer,
-        objective=objective_of(context.recipe),
-    )
-
-
-def _by_text(context: RunContext, num_windows: int) -> list[list[int]]:
-    """List the numbers of the repair's windows, of each text."""
-    numbers = range(num_windows)
-    texts = [[number for number in text.windows if number in numbers] for text in context.windows.texts]
-    return [text for text in texts if text] or [list(numbers)]
-
-
-def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Divide windows into those that are learned from, all together, and those of each text that only measure.
-
-    These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
-    """
-    counts = [num_kept_apart(len(text)) if len(text) > 1 else 0 for text in texts]
-    if not any(counts):
-        counts[-1] = 1
-    train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
-    measured = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
-    return tuple(train), measured
+    return on_calibration(context, student, settings, repair_windows(context.recipe, len(context.windows.ids_NS)))
 
 
 def _distilled(context: RecoveryContext, place: Workplace, learning: Learning) -> tuple[History, int]:

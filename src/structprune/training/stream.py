@@ -183,9 +183,13 @@ class StreamedStudent:
         state_3P[0] = weights_P
         self._states.write(index, state_3P)
 
+    def _weights_P(self, index: int) -> Tensor:
+        return self._states.weights_P(index)
+
     def _module(self, index: int) -> nn.Module:
-        weights_P = self._states.weights_P(index)
-        return self._parameters[index].module(self._streamed, self._blocks[index], weights_P, self._fixed[index])
+        return self._parameters[index].module(
+            self._streamed, self._blocks[index], self._weights_P(index), self._fixed[index]
+        )
 
     def _boundary(self, stack: contextlib.ExitStack, index: int, num_windows: int) -> HiddenStore:
         shape = (num_windows, *self._inputs.shape[1:])

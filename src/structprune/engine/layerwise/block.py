@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.few_tokens import token_statistics
 from structprune.engine.layerwise.refine import refine
-from structprune.engine.layerwise.solve import SolvedGroup, solve_cost, solve_group, with_group
+from structprune.engine.layerwise.solve import SolvedGroup, Wanted, solve_cost, solve_group, with_group
 from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure, read_ranges
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
@@ -68,13 +68,15 @@ def prune_block(
     streams: Streams,
     sensitivity: Mapping[str, Sensitivity],
     *,
+    given: Mapping[str, Sequence[int]] | None = None,
     measure_costs: bool = False,
 ) -> BlockResult:
     """Measure, decide and solve one sublayer of the block after the other; both streams move on to the block's output.
 
     Sublayers that read the same state of the stream are solved against the same output, each with the others as they
-    are by then; the streams move once for all of them. With `measure_costs` the removals of each sublayer have their
-    costs measured again, on the pruned model's stream.
+    are by then; the streams move once for all of them. Units that are `given` by the name of their group are not
+    chosen, only solved for. With `measure_costs` the removals of each sublayer have their costs measured again, on the
+    pruned model's stream.
     """
     with context.meter.phase(Phase.READ_BLOCK):
         result = BlockResult(tensors=context.reader.read(block.shapes, block.prefix))
@@ -105,7 +107,13 @@ def prune_block(
                 )
                 widths[kind] = num_keep[kind]
                 pruned = _prune_sublayer(
-                    context, sublayer, result.tensors, widths, sensitivity, measure_costs=measure_costs
+                    context,
+                    sublayer,
+                    result.tensors,
+                    widths,
+                    sensitivity,
+                    given=given or {},
+                    measure_costs=measure_costs,
                 )
                 del sublayer
             widths[kind] = num_keep[kind]
@@ -244,6 +252,7 @@ def _prune_sublayer(
     widths: Mapping[str, int],
     sensitivity: Mapping[str, Sensitivity],
     *,
+    given: Mapping[str, Sequence[int]],
     measure_costs: bool,
 ) -> BlockResult:
     """Prune each group of a sublayer: the only one, or every expert's own choice of as many units.
@@ -274,7 +283,7 @@ def _prune_sublayer(
                         block,
                         groups[name],
                         cut,
-                        num_keep,
+                        Wanted(num_keep=num_keep, units=given.get(name)),
                         [moments.pop(name) for moments in measured if name in moments],
                         sensitivity.get(name, sensitivity.get(kind)),
                         measure_costs=measure_costs,

@@ -43,6 +43,23 @@ class SolvedGroup:
         return replace(self, result=replace(self.result, weight_OK=self.result.weight_OK.new_empty(0)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to stay of one group."""
+
+    num_keep: int
+    units: Sequence[int] | None = None
+    """Which units, where that is given; None: the score or selector chooses them."""
+
+    def mask_U(self, problem: LayerProblem) -> Tensor | None:
+        """Return the given units as a mask."""
+        if self.units is None:
+            return None
+        keep_U = torch.zeros(problem.num_units, dtype=torch.bool, device=problem.device)
+        keep_U[list(self.units)] = True
+        return keep_U
+
+
 def solve_cost(block: BlockLayout, group: UnitGroup) -> float:
     """Estimate a problem's time in multiplications: a factorisation, and products as wide as the outputs."""
     inputs = group.num_units * group.width
@@ -54,7 +71,7 @@ def solve_group(
     block: BlockLayout,
     group: UnitGroup,
     tensors: Mapping[str, Tensor],
-    num_keep: int,
+    wanted: Wanted,
     measured: list[Moments],
     sensitivity: Sensitivity | None,
     *,
@@ -68,7 +85,7 @@ def solve_group(
     # The problem has them in its own order, or as they are.
     measured.clear()
     try:
-        keep_U, result = _decide(context, problem, num_keep, by_weights=tokens is not None and tokens.sent == 0)
+        keep_U, result = _decide(context, problem, wanted, by_weights=tokens is not None and tokens.sent == 0)
         statistics |= _decision_objectives(context, problem, keep_U)
     except NumericalError as error:
         # Scores and solvers see a matrix, not where it is from.
@@ -116,24 +133,30 @@ def _context(problem: LayerProblem, measured: Sequence[Moments]) -> dict[str, fl
 
 
 def _decide(
-    context: RunContext, problem: LayerProblem, num_keep: int, *, by_weights: bool
+    context: RunContext, problem: LayerProblem, wanted: Wanted, *, by_weights: bool
 ) -> tuple[Tensor, SolveResult]:
-    """Choose the units, solve the consumer. Gradients that no token gave are zero: then the weights decide."""
-    if context.score in SELECTORS:
-        keep_U = SELECTORS.get(context.score).keep(problem, num_keep)
-    else:
-        score = SCORES.get(context.score)
-        if by_weights and "gradients" in score.reads:
-            score = MAGNITUDE
-        score_U = score.score(problem)
-        if not torch.isfinite(score_U).all():
-            raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
-        keep_U = keep_best(score_U, num_keep, problem.partitions)
+    """Choose the units unless they are given, solve the consumer."""
+    keep_U = wanted.mask_U(problem)
+    if keep_U is None:
+        keep_U = _chosen(context, problem, wanted.num_keep, by_weights=by_weights)
     release_free_memory()
     result = SOLVERS.get(context.solver).solve(problem, keep_U)
     if not torch.isfinite(result.weight_OK).all():
         raise NumericalError("the solver's weight is not finite", do="raise --damping")
     return keep_U, result
+
+
+def _chosen(context: RunContext, problem: LayerProblem, num_keep: int, *, by_weights: bool) -> Tensor:
+    """Choose the units that stay. Gradients that no token gave are zero: then the weights decide."""
+    if context.score in SELECTORS:
+        return SELECTORS.get(context.score).keep(problem, num_keep)
+    score = SCORES.get(context.score)
+    if by_weights and "gradients" in score.reads:
+        score = MAGNITUDE
+    score_U = score.score(problem)
+    if not torch.isfinite(score_U).all():
+        raise NumericalError("a score is not finite", do="the source checkpoint may be damaged")
+    return keep_best(score_U, num_keep, problem.partitions)
 
 
 def _decision_objectives(context: RunContext, problem: LayerProblem, keep_U: Tensor) -> dict[str, float]:

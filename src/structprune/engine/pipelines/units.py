@@ -23,7 +23,7 @@ from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
-from structprune.engine.run.context import RunContext
+from structprune.engine.run.context import Chosen, RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
@@ -66,8 +66,22 @@ def execute(context: RunContext) -> PruneReport:
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
+    chosen: Chosen | None = None
+    if context.choose_units is not None:
+        assert found is not None
+        assert costs is not None
+        chosen = context.choose_units(context, costs, kept_units, found.folder)
+        kept_units = chosen.widths
+        config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
+
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
-    pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
+    pruning = Pruning(
+        journal=context.run.journal,
+        writer=writer,
+        widths=kept_units,
+        measured=found,
+        units=() if chosen is None else chosen.units,
+    )
     result = run_pass(context, pruning_pass(context, pruning, "prune"))
     limits = find_limits(context.stock, context.recipe, context.kinds)
     outcome = Outcome(
@@ -75,10 +89,11 @@ def execute(context: RunContext) -> PruneReport:
         kept_indices={str(number): line["kept"] for number, line in enumerate(result.lines)},
         dense_NSD=result.final["dense"],
         pruned_NSD=result.final["pruned"],
-        **({} if costs is None else _predictions(context, costs, kept_units)),
+        **({} if costs is None else _predictions(context, costs, kept_units, given=bool(chosen and chosen.units))),
         limits=[(limit, limit.predicted(kept_units)) for limit in limits],
         widths=kept_units,
         reused=None if found is None else found.reused,
+        gates=None if chosen is None else chosen.report,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     return finalize(context, writer, config, outcome, _scope_parameters(context))
@@ -88,8 +103,11 @@ def _scope_parameters(context: RunContext) -> int:
     return sum(block.module_parameters(group) for block, group in sublayers(context.stock, context.kinds))
 
 
-def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[str, Any]:
-    """Return what these widths and all others are predicted to cost, where that was measured by the loss."""
+def _predictions(context: RunContext, costs: Costs, kept_units: Widths, *, given: bool) -> dict[str, Any]:
+    """Return what these widths and all others are predicted to cost, where that was measured by the loss.
+
+    For units that are given nothing is predicted: the costs are those of the units that the method would remove.
+    """
     if context.sensitivity is not SensitivityKind.LOSS:
         return {}
     chosen = (
@@ -103,7 +121,7 @@ def _predictions(context: RunContext, costs: Costs, kept_units: Widths) -> dict[
         scope_parameters=_scope_parameters(context),
         sublayers=removal_path(context.stock, context.settings(ResolvedUnits), context.kinds, costs),
     )
-    return {"predicted_loss": sum(chosen), "path": path}
+    return {"predicted_loss": None if given else sum(chosen), "path": path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +133,8 @@ class Pruning:
     widths: Widths
     measured: SensitivityPass | None
     """What the dense model's measurements say of each block."""
+    units: Sequence[Mapping[str, Sequence[int]]] = ()
+    """Units that stay of each group, by block and name, where they are given; empty: the method chooses them."""
     measures_costs: bool = False
     """Whether removals have their costs measured again, on the pruned model's stream."""
 
@@ -135,7 +155,13 @@ def pruning_pass(context: RunContext, pruning: Pruning, name: str) -> BlockPass:
         sensitivity = {} if pruning.measured is None else pruning.measured.of_block(block.index)
         measures_costs = pruning.measures_costs
         result = prune_block(
-            context, block, num_keep[block.index], streams(state), sensitivity, measure_costs=measures_costs
+            context,
+            block,
+            num_keep[block.index],
+            streams(state),
+            sensitivity,
+            given=pruning.units[block.index] if pruning.units else {},
+            measure_costs=measures_costs,
         )
         return Visited(
             tensors=result.tensors,

@@ -13,6 +13,7 @@ from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
 from structprune.engine.pipelines.decided import allocator_for, with_limits, with_widths
+from structprune.engine.pipelines.gated_settings import check_gates, planned_gates
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import are_even, binding_limits
@@ -59,6 +60,7 @@ def unit_settings(
         asked = recipe.model_copy(update={"allocator": allocator})
         resolved = _resolved(asked, method, stock, groups, multiple_of)
     resolved = with_limits(resolved, limits, recipe, stock, _kinds(groups))
+    check_gates(resolved, method, groups)
     for group in groups:
         if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":
             _check_iterative(resolved.solver, group, stock.family.name)
@@ -94,6 +96,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
+        gates=planned_gates(recipe),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, kinds, recipe.solver) if method.needs_statistics else (),
     )

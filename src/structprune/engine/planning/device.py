@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from structprune.engine.planning.gates import gate_device_bytes
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
@@ -93,6 +94,9 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
         phases[Phase.SENSITIVITY_LOSS] = loss + 2 * gradient
     if request.repair_windows:
         phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
+    if request.gates is not None:
+        learning = gate_device_bytes(request, block, weights, max(outer.values()))
+        phases[Phase.GATES] = max(base + learning, running + sensitivity)
     if request.needs_scores:
         phases[Phase.SENSITIVITY_SCORES] = running + sensitivity
     if request.needs_weight_gradients:

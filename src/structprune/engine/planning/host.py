@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from structprune.engine.planning.device import device_plan
+from structprune.engine.planning.gates import gate_disk_bytes, gate_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
@@ -156,6 +157,7 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     )
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
+    phases |= gate_phases(sizes, phases[Phase.EMBED])
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.needs_statistics:
@@ -321,7 +323,8 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
     }
     again = max(phases.values())
     if request.needs_sensitivity:
-        dense = sizes.stores_closed + sizes.gradient + sizes.weights
+        # Gates measure the order of removals while a store is open.
+        dense = max(sizes.stores_closed + sizes.gradient, sizes.stores_open if request.gates else 0) + sizes.weights
         grams = sum(gram_bytes(other) for other in request.groups if other is not group)
         ordered = inputs * sizes.hidden * problem.stored_item
         costs = problem.gram + grams + ordered + problem.removal_costs
@@ -376,6 +379,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += sum(request.stored_bytes.values())
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
+    total += gate_disk_bytes(sizes)
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 
 

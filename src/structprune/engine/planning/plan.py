@@ -95,6 +95,17 @@ class PrunePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedGates:
+    """What gates do, as far as bytes and time depend on it."""
+
+    steps: int
+    sets: int
+    """Sets of gates that a step runs its window with."""
+    backward: bool
+    """Whether a step differentiates the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """What is to be done, as far as bytes depend on it."""
 
@@ -133,6 +144,8 @@ class PlanRequest:
     """Passes over those that it learns from."""
     repair_adds_biases: bool = False
     """Whether its consumers get biases first, where they lack them and can have them."""
+    gates: PlannedGates | None = None
+    """What learns which units stay before any block is cut; None: nothing does."""
     num_rehearsals: int = 0
     """Passes that come before the one that is written."""
     chooses_ridge: bool = False

@@ -71,6 +71,14 @@ def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
     return limits
 
 
+def priced_sublayers(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
+) -> tuple[list[BlockBudget], AllocationOptions]:
+    """List the sublayers in scope with what their removals cost, and what all of them have to meet."""
+    limits = binding_limits(stock, recipe, kinds)
+    return _budgets(stock, recipe, kinds, costs, limits), _options(stock, recipe, limits)
+
+
 def removal_path(
     stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
 ) -> tuple[SublayerPath, ...]:

@@ -27,6 +27,7 @@ def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
     counted: Work = {
         "sensitivity": _sensitivity(request),
         "choice of blocks": _choice_of_blocks(request),
+        "gates": _gates(request),
         "blocks": _slicing(request) if request.slices != "no" else _pruning(request, choice),
         "repair": _repair(request),
         "perplexities and checks": _measurements(request),
@@ -163,6 +164,31 @@ def _repair(request: PlanRequest) -> Counts:
             Piece(What.HEAD_BACKWARD): 2 * steps,
             Piece(What.HEAD): 2 * evaluations * measured,
         },
+    )
+
+
+def _gates(request: PlanRequest) -> Counts:
+    """Count the pass over the windows that teach, the steps, each on one of them, and the measurements.
+
+    The teacher passes each window once that takes part. With several texts each has windows that only measure; here
+    they are counted as those of one.
+    """
+    gates = request.gates
+    if gates is None:
+        return {}
+    measured = num_kept_apart(request.num_windows)
+    taught, blocks = request.num_windows - measured, len(request.layout.blocks)
+    evaluations = 1 + -(-gates.steps // taught)
+    steps = gates.steps * gates.sets
+    passes = taught + min(gates.steps, taught) + steps + (1 + evaluations) * measured
+    heads = Piece(What.HEAD_BACKWARD if gates.backward else What.HEAD)
+    return _added(
+        _passes(request, passes),
+        _sums(request, taught),
+        _parts(request, What.COSTS),
+        {Piece(What.HEAD): 2 * evaluations * measured},
+        {heads: 2 * steps},
+        {Piece(What.BACKWARD): steps * blocks} if gates.backward else {},
     )
 
 

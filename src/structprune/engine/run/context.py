@@ -18,6 +18,7 @@ from structprune.observer import Observer, SilentObserver
 from structprune.recipe import ResolvedRecipe
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.gates import GatesReport
 from structprune.results.schema import RepairReport
 from structprune.runs.directory import RunDirectory
 from structprune.solvers import SOLVERS
@@ -47,6 +48,23 @@ class Repair:
 
     run: Callable[[RunContext, ModelWriter, Mapping[str, Any]], Repaired]
     """(run, shards of the pruned model, its config). Raises NumericalError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What is left of the units when gates have learned."""
+
+    widths: dict[str, list[int]]
+    """Kind -> units that each block keeps."""
+    units: Sequence[Mapping[str, Sequence[int]]]
+    """Units that stay of each group, by block and name; empty where nothing helped: then the method chooses."""
+    report: GatesReport
+
+
+ChooseUnits = Callable[["RunContext", Mapping[str, list[Tensor]], Mapping[str, list[int]], Path], Chosen]
+"""(run, costs of all removals, widths, folder of the sensitivity pass) -> the units that stay.
+
+Raises NumericalError."""
 
 
 Resolved = TypeVar("Resolved", bound=ResolvedRecipe)
@@ -80,6 +98,8 @@ class RunContext(StreamedModel):
     """`time.perf_counter()` at the start of the run."""
     repair: Repair | None = None
     """What learns behind the last block; None: nothing does."""
+    choose_units: ChooseUnits | None = None
+    """What chooses units through the whole model before any block is cut; None: nothing does."""
     shared: Path | None = None
     """Where the dense model's measurements are kept for other runs; None: only for this one."""
     device_meter: DeviceMeter = field(default_factory=DeviceMeter)

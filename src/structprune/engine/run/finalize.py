@@ -47,6 +47,7 @@ from structprune.recipe.widths import WIDTHS_NAME, saved_widths
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.rebuild import read_report
+from structprune.results.gates import GatesReport
 from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
@@ -100,6 +101,8 @@ class Outcome:
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
     """What an earlier run had measured for this one."""
+    gates: GatesReport | None = None
+    """What was learned about which units stay; None: nothing was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +326,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
+        gates=result.outcome.gates,
         repair=result.repair,
         reload=written.reload,
         num_ranks=context.ranks.size,

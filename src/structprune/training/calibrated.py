@@ -1,0 +1,64 @@
+"""Learning on a run's own calibration windows: the last ones of every text only measure.
+
+Shape suffixes: N windows, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from structprune.architectures.stock.model import StockModel
+from structprune.engine.run.context import RunContext
+from structprune.engine.streaming.model import StreamedModel
+from structprune.recipe.repaired import objective_of
+from structprune.recipe.training import RecoverySettings, num_kept_apart
+from structprune.training.context import RecoveryContext
+from structprune.training.texts import Texts
+
+
+def on_calibration(
+    context: RunContext, student: StockModel, settings: RecoverySettings, num_windows: int
+) -> RecoveryContext:
+    """Let `student` learn from the dense model on the run's first `num_windows` calibration windows."""
+    ids_NS = context.windows.ids_NS[:num_windows]
+    # Window by window: a run that goes on must not depend on how much memory was free at its start.
+    teacher = StreamedModel(
+        stock=context.stock,
+        windows=replace(context.windows, ids_NS=ids_NS),
+        plan=replace(context.plan, micro_batch_windows=1),
+        device=context.device,
+        dtype=context.dtype,
+        meter=context.meter,
+    )
+    train, measured = divided(by_text(context, len(ids_NS)))
+    return RecoveryContext(
+        teacher=teacher,
+        student=replace(teacher, stock=student),
+        settings=settings.resolved(),
+        texts=Texts(names=(context.calibration_name,), windows=teacher.windows, train=(train,), held_out=measured),
+        targets=(),
+        resident=context.plan.store == "memory",
+        observer=context.observer,
+        objective=objective_of(context.recipe),
+    )
+
+
+def by_text(context: RunContext, num_windows: int) -> list[list[int]]:
+    """List the numbers of the first `num_windows` windows, of each text."""
+    numbers = range(num_windows)
+    texts = [[number for number in text.windows if number in numbers] for text in context.windows.texts]
+    return [text for text in texts if text] or [list(numbers)]
+
+
+def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Divide windows into those that are learned from, all together, and those of each text that only measure.
+
+    These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
+    """
+    counts = [num_kept_apart(len(text)) if len(text) > 1 else 0 for text in texts]
+    if not any(counts):
+        counts[-1] = 1
+    train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
+    measured = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
+    return tuple(train), measured
