@@ -148,6 +148,48 @@ def objective_charts(report: PruneReport) -> list[Chart]:
     return charts
 
 
+def search_charts(report: PruneReport) -> list[Chart]:
+    """Draw what a search has measured generation by generation, and the widths before and after it."""
+    search = report.search
+    if search is None or not search.generations:
+        return []
+    points = _numbered([1 + generation.change for generation in search.generations])
+    svg = line_chart(
+        "divergence of the best widths by generation, over that of the start",
+        [Series(label="best so far", points=[(number + 1, value) for number, value in points])],
+        Axis(label="generation", format=_whole),
+        Axis(label="", format=short),
+        [Level(value=1.0, label="start")],
+    )
+    caption = (
+        "KL divergence from the dense model of the best widths so far over that of the start, each time on windows "
+        "that were drawn for this generation alone."
+    )
+    charts = [Chart(title="Best so far, by generation", svg=svg, caption=caption)]
+    for kind, before in search.start_widths.items():
+        after = search.found_widths[kind]
+        series = [
+            Series(label="start", points=_numbered(before), style="s2"),
+            Series(label="found", points=_numbered(after)),
+        ]
+        name = UNITS.get(kind, kind)
+        charts.append(
+            Chart(
+                title=f"{name[0].upper()}{name[1:]} before and after",
+                svg=line_chart(
+                    f"{name} kept by block, before and after the search",
+                    series,
+                    Axis(label="block", format=_whole),
+                    Axis(label="", format=_whole, low=0.0),
+                ),
+                caption="What the search began with, and the best that it found"
+                + ("." if search.taken else ", which was not taken."),
+                legend=tuple((one.style, one.label) for one in series),
+            )
+        )
+    return charts
+
+
 def memory_charts(report: PruneReport) -> list[Chart]:
     """Draw the measured memory over time and the plan; no charts for a report without the measurements."""
     memory = report.memory

@@ -198,6 +198,73 @@ class RepairReport(Frozen):
     seconds: float
 
 
+class SearchGeneration(Frozen):
+    """What one generation of a search over widths has measured."""
+
+    num_choices: int
+    """Choices that were proposed."""
+    loss: float
+    """KL divergence from the dense model of the best one so far, on this generation's windows, in nats per token."""
+    start_loss: float
+    """The same of the choice that the search started from, on the same windows."""
+    seconds: float
+
+    @property
+    def change(self) -> float:
+        """How much less the best one so far loses than the start, as a share of that: negative where it is better."""
+        return self.loss / self.start_loss - 1 if self.start_loss else 0.0
+
+
+class SearchReport(Frozen):
+    """What a search over widths has found, on windows that none of its generations saw."""
+
+    name: str
+    generations: list[SearchGeneration]
+    num_measured: int
+    """Choices that were measured, each time that one was."""
+    num_finalists: int
+    """Choices that were compared with the start."""
+    num_windows: int
+    seq_len: int
+    start_loss: float
+    """KL divergence of the start from the dense model on these windows, in nats per token; with `--objective worst`
+    that of the text where it is largest."""
+    found_loss: float
+    """The same of the best finalist."""
+    gain: float
+    """How much less that one loses."""
+    standard_error: float | None
+    """Of the gain, from differences window by window; None: nothing else was found, or one window tells none."""
+    taken: bool
+    """Whether the gain is above two standard errors: otherwise the widths are those of the start."""
+    num_masks: int
+    """Draws of other units that were measured at the widths that were chosen."""
+    masks_better: int
+    """How many of these lose less than the method's own units."""
+    masks_loss: float
+    """KL divergence of them, in the mean."""
+    start_widths: dict[str, list[int]]
+    """Kind -> units of each block that the search started from."""
+    found_widths: dict[str, list[int]]
+    """The same of the best finalist."""
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """Say what the search gained, and what became of it."""
+        where = f"on {self.num_windows} windows that it had not seen"
+        minutes = f"{self.num_measured} measurements, {self.seconds / 60:.1f} minutes"
+        if not self.num_finalists:
+            return f"{self.name}: found no other widths ({minutes})"
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
+        verdict = "taken" if self.taken else "less than two standard errors, so the start stays"
+        return (
+            f"{self.name}: KL from the dense model {self.start_loss:.4f} -> {self.found_loss:.4f} nats per token "
+            f"{where}, a gain of {self.gain:.4f}{error}: {verdict}; of {self.num_masks} draws of other units at these "
+            f"widths {self.masks_better} lost less ({minutes})"
+        )
+
+
 class MemoryStretch(Frozen):
     """The highest point of one stretch of the run, from the end of the stretch before it."""
 
@@ -332,6 +399,8 @@ class PruneFacts(Frozen):
     memory: MemoryReport
     blocks: list[BlockReport]
     reused: ReusedStatistics | None = None
+    search: SearchReport | None = None
+    """None: there was none."""
     repair: RepairReport | None = None
     """None: there was none."""
     reload: ReloadReport

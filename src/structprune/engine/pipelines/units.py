@@ -25,6 +25,7 @@ from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
+from structprune.engine.search.run import search_widths
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
@@ -33,7 +34,7 @@ from structprune.methods.method import SensitivityKind
 from structprune.recipe.path import RemovalPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport
+from structprune.results.schema import BlockReport, SearchReport
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
@@ -66,6 +67,14 @@ def execute(context: RunContext) -> PruneReport:
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
+    search: SearchReport | None = None
+    if context.settings(ResolvedUnits).searches:
+        assert found is not None
+        assert costs is not None
+        searched = search_widths(context, found, costs, kept_units)
+        kept_units, search = searched.widths, searched.report
+        config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
+
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     pruning = Pruning(journal=context.run.journal, writer=writer, widths=kept_units, measured=found)
     result = run_pass(context, pruning_pass(context, pruning, "prune"))
@@ -79,6 +88,7 @@ def execute(context: RunContext) -> PruneReport:
         limits=[(limit, limit.predicted(kept_units)) for limit in limits],
         widths=kept_units,
         reused=None if found is None else found.reused,
+        search=search,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     return finalize(context, writer, config, outcome, _scope_parameters(context))

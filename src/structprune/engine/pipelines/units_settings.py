@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.allocation import ALLOCATORS
+from structprune.allocation.proposers import SEARCHES, Search
 from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENTRY
 from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
@@ -15,13 +16,15 @@ from structprune.architectures.units import check_bias
 from structprune.engine.pipelines.decided import SEVERAL_ALLOCATOR, with_limits, with_widths
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.searching import SearchWork, search_work, window_shares
 from structprune.engine.planning.widths import are_even, binding_limits
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import check_numbers_can_change
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
-from structprune.recipe import default_sensitivity_samples
+from structprune.recipe import default_sensitivity_samples, flag_name
+from structprune.recipe.limits import targets_of
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
@@ -94,8 +97,30 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
+        search=_search_work(request, recipe),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, kinds, recipe.solver) if method.needs_statistics else (),
+    )
+
+
+def _search_work(request: PlanRequest, recipe: ResolvedUnits) -> SearchWork | None:
+    """Count what a search does; None where there is none. Raises UnsupportedError on several ranks."""
+    search = _search(recipe)
+    if search is None:
+        return None
+    if request.num_ranks > 1:
+        raise UnsupportedError(
+            "a search over widths is not for several ranks",
+            got=f"--search {recipe.search}, {request.num_ranks} ranks",
+            do="run it in one process, or leave --search out",
+        )
+    return search_work(
+        search,
+        search.options(recipe.search_generations, recipe.search_children, recipe.seed),
+        num_windows=request.num_windows,
+        backward=recipe.backward_samples,
+        num_texts=len(recipe.texts),
+        seq_len=recipe.seq_len,
     )
 
 
@@ -152,13 +177,15 @@ def _resolved(
     `groups` are those in scope.
     """
     narrows = {VALUES_ENTRY, CHANNELS_ENTRY} & {name for group in groups for name in group.config_fields}
-    evenly = recipe.structure == Structure.UNIFORM
-    allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
+    evenly, search = recipe.structure == Structure.UNIFORM, _search(recipe)
+    starts_evenly = evenly or (search is not None and search.even)
+    allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if starts_evenly else method.allocator))
     entry = ALLOCATORS.get(allocator)
     entry.check(allocator)
     if entry.reads_widths and not recipe.widths.blocks:
         raise InputError(f"allocator {allocator!r} has nothing to read", wanted="--widths FILE")
     even = entry.even or (entry.reads_widths and are_even(stock, _kinds(groups), recipe.widths))
+    even = even and (search is None or search.even)
     temperature = method.temperature if allocator == method.allocator else 0.0
     target = _checked_target(recipe, method, groups)
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
@@ -186,12 +213,15 @@ def _resolved(
         )
     uneven = _has_uneven_blocks(recipe, stock, protect_first + protect_last)
     if not even and evenly:
+        gives = f"allocator {allocator!r}" if search is None else f"search {recipe.search!r} from {allocator!r}"
         raise UnsupportedError(
-            f"allocator {allocator!r} gives every block its own width",
+            f"{gives} gives every block its own width",
             wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
         )
     _check_allocator(recipe, method, score, allocator)
     _check_path(method, solver, target)
+    if search is not None:
+        _check_search(recipe, method, allocator)
     return ResolvedUnits.of(
         recipe,
         multiple_of=multiple_of,
@@ -207,7 +237,45 @@ def _resolved(
         protect_first=protect_first,
         protect_last=protect_last,
         sensitivity_samples=recipe.sensitivity_samples or default_sensitivity_samples(recipe.seq_len),
+        **_search_settings(recipe, search),
     )
+
+
+def _search(recipe: UnitsRecipe) -> Search | None:
+    """Find the search that a recipe asks for. Raises InputError for an unknown name."""
+    none = UnitsRecipe.model_fields["search"].default
+    return None if recipe.search == none else SEARCHES.get(recipe.search)
+
+
+def _search_settings(recipe: UnitsRecipe, search: Search | None) -> dict[str, int]:
+    """Fill what the recipe leaves to the search. Raises UnsupportedError for settings of a search without one."""
+    asked = {name: getattr(recipe, name) for name in ("search_generations", "search_children")}
+    if search is None:
+        for name, value in asked.items():
+            if value:
+                raise UnsupportedError(
+                    "nothing searches for widths",
+                    got=f"{flag_name(name)} {value}",
+                    wanted=f"--search {', '.join(SEARCHES)}",
+                )
+        return dict.fromkeys(asked, 0)
+    options = search.options(*asked.values(), seed=recipe.seed)
+    return {"search_generations": options.generations, "search_children": options.children}
+
+
+def _check_search(recipe: UnitsRecipe, method: Method, allocator: str) -> None:
+    """Raise UnsupportedError where a search has nothing to start from, InputError for too few calibration windows."""
+    if method.sensitivity_for(allocator) is not SensitivityKind.LOSS or not ALLOCATORS.get(allocator).bounded:
+        raise UnsupportedError(
+            f"a search over widths starts from predicted losses, which {method.name!r} with the {allocator} allocator "
+            "does not measure",
+            got=f"--search {recipe.search}",
+            wanted="--method structprune, or an allocator that compares losses, such as closed-form",
+        )
+    if recipe.sparsity == 0 and not targets_of(recipe):
+        raise InputError("nothing is to go, so there are no widths to search for", got=f"--search {recipe.search}")
+    num_texts = len(recipe.texts)
+    window_shares(recipe.most_samples // num_texts, 1, num_texts, recipe.seq_len)
 
 
 def _checked_target(recipe: UnitsRecipe, method: Method, groups: Sequence[UnitGroup]) -> Target:

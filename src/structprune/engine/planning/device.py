@@ -91,6 +91,13 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
             base + weights + moving + kept + (sensitivity if request.needs_sensitivity else 0)
         )
         phases[Phase.SENSITIVITY_LOSS] = loss + 2 * gradient
+    if request.search is not None:
+        phases[Phase.SEARCH_STATISTICS] = running + sensitivity
+        compared = base + max(outer.values()) + divergence_bytes(vocab_size, request.compute_dtype)
+        phases[Phase.SEARCH_CANDIDATES] = max(running, compared + 2 * seq_len * hidden * item)
+        if solves == "device":
+            for kind, parts in by_kind(request.groups).items():
+                phases |= _search_phases(request, block, kind, parts, base + weights)
     if request.repair_windows:
         phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
     if request.needs_scores:
@@ -160,6 +167,21 @@ def _solve_phases(
             beside + problem.gram + problem.removal_costs + others + sensitivities + copied
         )
     return phases
+
+
+def _search_phases(
+    request: PlanRequest, block: BlockLayout, kind: UnitKind, parts: Sequence[UnitGroup], beside: int
+) -> PhaseBytes:
+    """Plan ordering the units of a sublayer, and solving one of its widths."""
+    problem = group_problem(request, block, parts[0]).alone
+    copied = problem.inputs**2 * 8
+    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_sensitivity else 0
+    grams = sum(gram_bytes(group) for group in request.groups)
+    order = grams + max(problem.decide, problem.removal_costs) + sensitivity
+    return {
+        SublayerPhase.SEARCH_ORDER.of(kind): beside + order + copied,
+        SublayerPhase.SEARCH_SOLVE.of(kind): beside + problem.solve + copied,
+    }
 
 
 def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: Place) -> int:

@@ -17,6 +17,7 @@ import torch
 from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
+from structprune.engine.planning.searching import KEPT_VARIANTS, SearchWork
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
     LEARNED_VECTORS,
@@ -154,6 +155,8 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     phases = (
         _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     )
+    if request.search is not None:
+        phases |= _search(sizes)
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
     if request.slices != "no":
@@ -252,6 +255,36 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
         sums = sum(gram_bytes(group) for group in request.groups)
         running = sizes.weights + sizes.cast + sizes.activations
         phases[Phase.SENSITIVITY_SCORES] = sizes.stores_open + running + sums
+    return phases
+
+
+def _search(sizes: HostSizes) -> PhaseBytes:
+    """Plan a search over widths: the sums of all consumers of a block, what follows from one, and what candidates take.
+
+    Candidates' hidden states take no more than those of the pass that prunes, however many there are.
+    """
+    request, block = sizes.request, sizes.block
+    beside = sizes.stores_open + sizes.weights + sizes.cast
+    grams = sum(gram_bytes(group) for group in request.groups)
+    phases: PhaseBytes = {
+        Phase.SEARCH_STATISTICS: beside
+        + grams
+        + max(sizes.activations, *(_measuring(sizes, group) for group in request.groups)),
+    }
+    for kind, groups in by_kind(request.groups).items():
+        problem = group_problem(request, block, groups[0]).alone
+        ordered = problem.inputs * sizes.hidden * problem.stored_item
+        # What was measured of each sublayer's sensitivity is read again.
+        order = grams + ordered + max(problem.decide, problem.removal_costs)
+        if request.needs_sensitivity:
+            order += len(by_kind(request.groups)) * sizes.hidden**2 * 4
+        phases[SublayerPhase.SEARCH_ORDER.of(kind)] = beside + order
+        # The block as it was, and as it is cut.
+        phases[SublayerPhase.SEARCH_SOLVE.of(kind)] = beside + sizes.weights + problem.gram + problem.solve
+    window = 2 * request.seq_len * sizes.hidden * sizes.item
+    compared = sizes.head + CHUNK_BYTES + divergence_bytes(request.layout.vocab_size, request.compute_dtype) + window
+    running = 2 * sizes.weights + sizes.cast + sizes.activations
+    phases[Phase.SEARCH_CANDIDATES] = sizes.stores_open + max(compared, running)
     return phases
 
 
@@ -370,6 +403,8 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":
         total += 2 * hidden * hidden * 8
+    if request.search is not None:
+        total += _disk_of_search(sizes, request.search)
     if request.repair_windows:
         # The blocks once more with what was learned, two snapshots, the best values of either, and the result. New
         # biases are in the shards, in the weight files, and as zeros beside what the repair begins with.
@@ -377,6 +412,19 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
+
+
+def _disk_of_search(sizes: HostSizes, search: SearchWork) -> int:
+    """Return the disk bytes of a search: sums and solved consumers of every sublayer, and the dense model's states."""
+    total = sizes.store + 2 * (search.windows.fitted * sizes.request.seq_len * sizes.hidden * sizes.item)
+    for block in sizes.request.layout.blocks:
+        for kind in by_kind(sizes.request.groups):
+            for group in block.groups_of(kind):
+                inputs = group.num_units * group.width
+                name = block.prefix + group.consumer.tensor
+                solved = KEPT_VARIANTS * sizes.request.stored_bytes[name] + group.num_units * 8 * KEPT_VARIANTS
+                total += gram_bytes(group) + 8 * inputs + 16 * group.num_units + solved
+    return total
 
 
 def _reload_bound(sizes: HostSizes) -> ReloadBound:

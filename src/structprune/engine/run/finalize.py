@@ -64,6 +64,7 @@ from structprune.results.schema import (
     RepairReport,
     ReusedStatistics,
     RuntimeReport,
+    SearchReport,
     SizeReport,
 )
 from structprune.runs.contents import check_unchanged
@@ -98,6 +99,8 @@ class Outcome:
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
     """What an earlier run had measured for this one."""
+    search: SearchReport | None = None
+    """What a search over widths has found; None: there was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +320,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         memory=_memory_report(context),
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
+        search=result.outcome.search,
         repair=result.repair,
         reload=written.reload,
         num_ranks=context.ranks.size,

@@ -88,7 +88,7 @@ def _scores(
             # An expert that no token is sent to: no removal costs anything.
             add_cost(found, group, torch.zeros(group.num_units, dtype=torch.float64))
             continue
-        moments = _moments(a, f"block {block.index} {group.name}", a.num_tokens)
+        moments = moments_of(a, f"block {block.index} {group.name}", a.num_tokens)
         problem = layer_problem(context, block, group, tensors, [moments])
         add_cost(found, group, ascending(SCORES.get(context.score).score(problem), group.partitions))
     return on_host(found)
@@ -106,7 +106,7 @@ def _measure(
 
     The sums are those of all ranks at `owner`; elsewhere there are none.
     """
-    with _summed_inputs(context, block, module) as sums:
+    with summed_inputs(context, block, module) as sums:
         propagator.run(module, block.index, store)
     return _added_up(context, sums, owner)
 
@@ -118,7 +118,7 @@ def _added_up(context: RunContext, sums: Mapping[str, GramAccumulator], owner: i
 
 
 @contextlib.contextmanager
-def _summed_inputs(context: RunContext, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
+def summed_inputs(context: RunContext, block: BlockLayout, module: nn.Module) -> Generator[dict[str, GramAccumulator]]:
     """Sum every consumer's inputs inside the context; before a norm they are scaled as the problem wants them."""
     sums = {group.name: context.accumulator(group.num_units * group.width) for group in context.groups(block)}
 
@@ -184,7 +184,7 @@ def backward(
         return [outputs[sublayer.kind] for sublayer in sublayers]
 
     with contextlib.ExitStack() as stack:
-        sums = stack.enter_context(_summed_inputs(context, block, module))
+        sums = stack.enter_context(summed_inputs(context, block, module))
         for sublayer in sublayers:
             summed = sublayer.output_module or sublayer.consumer_module
             stack.enter_context(captured(module, summed, partial(outputs.__setitem__, sublayer.kind)))
@@ -200,7 +200,7 @@ def _measured(
     where = f"block {block.index}"
     return Measured(
         moments={
-            group.name: _moments(inputs.pop(group.name), f"{where} {group.name}", gradients[group.kind].num_tokens)
+            group.name: moments_of(inputs.pop(group.name), f"{where} {group.name}", gradients[group.kind].num_tokens)
             for group in context.groups(block)
         },
         sensitivity={
@@ -209,7 +209,7 @@ def _measured(
     )
 
 
-def _moments(accumulator: GramAccumulator, where: str, num_tokens: int) -> Moments:
+def moments_of(accumulator: GramAccumulator, where: str, num_tokens: int) -> Moments:
     return Moments(sum_I=accumulator.sum_I, num_tokens=num_tokens, gram_II=accumulator.finalize(where))
 
 
