@@ -265,7 +265,7 @@ def _search_settings(recipe: UnitsRecipe, search: Search | None) -> dict[str, in
 
 def _check_search(recipe: UnitsRecipe, method: Method, allocator: str) -> None:
     """Raise UnsupportedError where a search has nothing to start from, InputError for too few calibration windows."""
-    if method.sensitivity_for(allocator) is not SensitivityKind.LOSS or not ALLOCATORS.get(allocator).bounded:
+    if method.sensitivity_for(allocator) is not SensitivityKind.LOSS:
         raise UnsupportedError(
             f"a search over widths starts from predicted losses, which {method.name!r} with the {allocator} allocator "
             "does not measure",

@@ -102,6 +102,8 @@ class _Loop:
         proposer = search.propose(slots, budget, self._choice(slots), options)
         reference = proposer.best()
         while asked := proposer.ask():
+            if not all(budget.met(slots, choice) for choice in asked):
+                raise UnsupportedError("a choice is over its limit", where=f"search {recipe.search!r}")
             self._generation(search, proposer, slots, list(asked), reference)
         chosen, report = self._judged(slots, reference)
         widths = self._widths(slots, chosen)

@@ -43,6 +43,9 @@ class Variants:
         self._solved: dict[tuple[int, str], list[Path]] = {}
         self._read: tuple[int, dict[str, Tensor]] | None = None
         """The newest block's number and tensors: its variants are built one after the other."""
+        # What an interrupted process left is not in the count of those that stay.
+        for path in folder.glob("solved-*"):
+            path.unlink()
 
     def build(self, block: BlockLayout, widths: Mapping[str, int], draw: int = 0) -> nn.Module:
         """Build the block with so many units of each kind, kinds that are not named as they are.
