@@ -1,4 +1,4 @@
-"""Kinds of units, of outputs and of sources, by name. Without torch: the command line is ready before that is loaded."""
+"""Kinds of units, outputs and sources, by name. Without torch: the command line is ready before that is loaded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Searches over widths: who proposes the choices that are measured on the model.
 
-Read first: `proposer.py`, what a search is; then `levels.py`, how a proposer moves between widths within a budget.
+Read first: `proposer.py`, what a search is; then `levels.py`, how a proposer moves between widths within a budget; then
+`evolution.py`.
 """
 
 from structprune.allocation.proposers.proposer import Measured, Proposer, Rung, Search, SearchOptions
@@ -13,6 +14,14 @@ SEARCHES: Registry[Search] = Registry(
     Search,
     {
         "evopress": "structprune.allocation.proposers.evolution:EVOPRESS",
+        "tyr": "structprune.allocation.proposers.evolution:TYR",
+        "darwinlm": "structprune.allocation.proposers.evolution:DARWINLM",
+        "spdy": "structprune.allocation.proposers.spdy:SPDY",
+        "bypass": "structprune.allocation.proposers.policy:BYPASS",
+        "graph": "structprune.allocation.proposers.policy:GRAPH",
+        "grid": "structprune.allocation.proposers.rows:GRID",
+        "progression": "structprune.allocation.proposers.rows:PROGRESSION",
+        "random": "structprune.allocation.proposers.evolution:RANDOM",
     },
     group="structprune.searches",
 )

@@ -1,51 +1,93 @@
 """Moves between widths that stay within a budget.
 
-Slots list every width that a group may have. A search moves along a part of them, its levels: near equal shares of a
-group's units, so that a step is as large for a narrow group as for a wide one.
+Slots list every width that a group may have, so a search says how far it moves: a share of the group's units, the same
+for a narrow group and for a wide one. What a move frees, another slot takes to the last unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from structprune.allocation.menu import Budget, Choice, Slot, filled, total_cost
+from structprune.allocation.menu import Budget, Choice, Slot
 
 
-def levels_of(slot: Slot, spacing: float, center: int = 0) -> list[int]:
-    """Return the positions of a slot's variants that lie about `spacing` of its units apart, ascending.
+def kept_shares(slots: Sequence[Slot], choice: Choice) -> NDArray[np.float64]:
+    """Return the share of its units that each slot keeps, of the most that it may keep."""
+    pairs = zip(slots, choice, strict=True)
+    return np.array([slot.variants[place].keep / slot.variants[0].keep for slot, place in pairs])
 
-    The variant at `center` is one of them, and so are the largest and the smallest.
+
+def place_of(slot: Slot, share: float) -> int:
+    """Return the position of the largest variant that keeps no more than a share of the units; else the smallest."""
+    # Shares come from divisions by the same width: the tolerance gives the width back.
+    most = share * slot.variants[0].keep + 1e-9
+    place = bisect.bisect_left(slot.variants, -most, key=lambda variant: -variant.keep)
+    return min(place, len(slot.variants) - 1)
+
+
+def stepped(slot: Slot, place: int, share: float) -> int | None:
+    """Return the position about `share` of the units further down, or up where it is negative; None at the end."""
+    keep = slot.variants[place].keep - share * slot.variants[0].keep
+    towards = 1 if share > 0 else -1
+    if not 0 <= place + towards < len(slot.variants):
+        return None
+    distances = [abs(variant.keep - keep) for variant in slot.variants]
+    nearest = min(range(len(distances)), key=distances.__getitem__)
+    return nearest if (nearest - place) * towards > 0 else place + towards
+
+
+def at_budget(choose: Callable[[int], Choice], last: int, slots: Sequence[Slot], budget: Budget) -> Choice | None:
+    """Return the first choice of a row, each smaller than the one before, that meets the budget; None if none does."""
+    number = bisect.bisect_left(range(last + 1), True, key=lambda number: budget.met(slots, choose(number)))
+    return None if number > last else choose(number)
+
+
+def adapted(slots: Sequence[Slot], choice: Choice, number: int, budget: Budget) -> Choice | None:
+    """Give one slot the largest width that the others leave; None where they leave too little."""
+
+    def with_place(place: int) -> Choice:
+        return (*choice[:number], place, *choice[number + 1 :])
+
+    return at_budget(with_place, len(slots[number].variants) - 1, slots, budget)
+
+
+_SHIFTS = 4000
+"""Offsets between keeping everything and nothing: a hundredth of a percent of the units is two of them."""
+
+
+def shifted(slots: Sequence[Slot], shares: Sequence[float] | NDArray[np.float64], budget: Budget) -> Choice | None:
+    """Lower or raise all shares by one number until the budget is met; None where no width is small enough.
+
+    Then the slots whose widths were rounded down take what is left, the earlier ones first.
     """
-    keeps = np.array([variant.keep for variant in slot.variants])
-    step = max(1.0, spacing * keeps[0])
-    first = keeps[center]
-    wanted = np.arange(first % step, keeps[0] + 1, step)
-    nearest = {int(np.abs(keeps - keep).argmin()) for keep in wanted}
-    return sorted(nearest | {center, 0, len(keeps) - 1})
+
+    def lowered(number: int) -> Choice:
+        offset = 1 - 2 * number / _SHIFTS
+        return tuple(place_of(slot, min(1.0, share + offset)) for slot, share in zip(slots, shares, strict=True))
+
+    found = at_budget(lowered, _SHIFTS, slots, budget)
+    if found is None:
+        return None
+    for number, place in enumerate(found):
+        if place > 0:
+            raised = (*found[:number], place - 1, *found[number + 1 :])
+            found = raised if budget.met(slots, raised) else found
+    return found
 
 
-def refilled(slots: Sequence[Slot], choice: Choice, budget: Budget) -> Choice | None:
-    """Bring a choice to the budget by the steps of least predicted loss; None where no width is small enough.
-
-    While a sum is too large the slot whose next smaller width costs the least predicted loss for what it saves gives
-    it; then what the budget leaves is taken back, the dearest step first.
-    """
-    chosen = list(choice)
-    while not budget.met(slots, tuple(chosen)):
-        totals = total_cost(slots, tuple(chosen))
-        over = [total > most for total, most in zip(totals, budget.at_most, strict=True)]
-        least: tuple[float, int] | None = None
-        for number, slot in enumerate(slots):
-            if chosen[number] + 1 == len(slot.variants):
-                continue
-            now, after = slot.variants[chosen[number]], slot.variants[chosen[number] + 1]
-            saved = sum(a - b for a, b, counts in zip(now.cost, after.cost, over, strict=True) if counts)
-            price = (after.price - now.price) / saved if saved > 0 else np.inf
-            if saved > 0 and (least is None or price < least[0]):
-                least = price, number
-        if least is None:
-            return None
-        chosen[least[1]] += 1
-    return filled(slots, tuple(chosen), budget)
+def thinned(slots: Sequence[Slot], spacing: float) -> tuple[list[Slot], list[list[int]]]:
+    """Leave the widths that lie at least a share of the units apart, and the last; also return their positions."""
+    result: list[Slot] = []
+    places: list[list[int]] = []
+    for slot in slots:
+        chosen = [0]
+        while (after := stepped(slot, chosen[-1], spacing)) is not None:
+            chosen.append(after)
+        places.append(chosen)
+        variants = tuple(slot.variants[place] for place in chosen)
+        result.append(Slot(block=slot.block, kind=slot.kind, variants=variants))
+    return result, places

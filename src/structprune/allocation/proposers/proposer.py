@@ -1,4 +1,4 @@
-"""What a search over widths is made of: who proposes choices, what it hears of them, and how many are measured how well.
+"""What a search over widths is made of: who proposes choices, what it hears of them, how many are measured how well.
 
 A proposer never sees a model. It is asked for choices, which are measured together on the same windows of text, and is
 told what they lost. It depends on its seed and on what it is told alone, so a process that goes on with a search asks
@@ -41,7 +41,7 @@ class Proposer(Protocol):
         ...
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
-        """Hear of the choices that were asked for: first of all of them, then of those that were measured again.
+        """Take in the losses of the choices that were asked for: first of all, then of those that were measured again.
 
         The last round has `best()` among them, measured on the same windows as the others.
         """
@@ -82,7 +82,7 @@ class Search:
     """Where it is from: `arXiv 2410.14649`."""
     provenance: Provenance
     propose: Callable[[Sequence[Slot], Budget, Choice, SearchOptions], Proposer]
-    """(widths of all sublayers with predicted losses, what all together may add, the choice to start from, settings)."""
+    """(all widths with predicted losses, what all may add together, first choice, settings) -> search."""
     generations: int
     children: int
     rungs: tuple[Rung, ...]
