@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from structprune import Recipe, prune
 from structprune.api import plan, resume
@@ -173,6 +174,21 @@ def test_several_limits_several_texts_and_the_worst_of_them(model: Path, text_fi
     assert search is not None
     assert search.num_windows == 8
     assert search.num_measured > 10
+
+
+def test_a_stock_config_describes_what_a_search_for_one_shape_finds(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """It begins with equal widths, and whatever it takes is one shape of all blocks."""
+    asked = recipe(text_file, search="grid", search_children=2, scope="all", sparsity=0.4, structure="uniform")
+    report = prune(model, asked, tmp_path / "out")
+    assert report.recipe.per_layer is False
+    assert report.search is not None
+    assert report.search.num_finalists > 0
+    kept = {kind: {b.kept_units for b in report.blocks if b.kind == kind} for kind in ("attention", "mlp")}
+    assert all(len(counts) == 1 for counts in kept.values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert loaded.config.intermediate_size in kept["mlp"]
 
 
 def test_the_plan_counts_the_search(model: Path, text_file: Path) -> None:

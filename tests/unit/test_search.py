@@ -1,20 +1,15 @@
-"""A search over widths without a model: its windows, its judgement, and the evolution of choices on toy losses."""
+"""A search over widths without a model: which windows it has, and what is made of its measurements."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from structprune.allocation.knapsack import dynamic_programming
-from structprune.allocation.menu import Budget, Choice, Slot, Variant, total_price
-from structprune.allocation.proposers import SEARCHES, Measured, Proposer, Rung, Search, SearchOptions
+from structprune.allocation.proposers import SEARCHES, Measured, Rung
 from structprune.calibration.context import CalibrationWindows, TextWindows
 from structprune.engine.planning.searching import search_work, stores_at_once, window_shares
 from structprune.engine.search.judge import compared, figure
@@ -115,104 +110,6 @@ def test_one_window_tells_no_error() -> None:
     assert not compared([3.0, 3.0, 2.0], [1.0, 1.0, 1.0], [0, 0, 1], MEAN).counts
 
 
-def toy_slots(seed: int, num_slots: int, num_units: int = 16, kinds: int = 2) -> list[Slot]:
-    """Sublayers of two kinds whose losses grow with what is removed, each at a pace of its own."""
-    random = np.random.default_rng(seed)
-    slots: list[Slot] = []
-    for number in range(num_slots):
-        attention = number % kinds == 1
-        units, cost = (4, 12) if attention else (num_units, 3)
-        prices = np.concatenate([[0.0], np.cumsum(np.sort(random.gamma(1.0, 1.0, units)))]) * random.gamma(1.0, 1.0)
-        slots.append(
-            Slot(
-                block=number // kinds,
-                kind="attention" if attention else "mlp",
-                variants=tuple(
-                    Variant(keep=units - gone, cost=(cost * (units - gone), units - gone if attention else 0), price=p)
-                    for gone, p in enumerate(prices.tolist())
-                ),
-            )
-        )
-    return slots
-
-
-def run(search: Search, proposer: Proposer, loss: Callable[[Choice], float], check: Callable[[Choice], None]) -> Choice:
-    """Carry out a search on a loss without noise, with its rounds."""
-    while asked := proposer.ask():
-        rounds: list[list[Measured]] = []
-        choices = list(asked)
-        assert len(set(choices)) == len(choices)
-        for number, rung in enumerate(search.rungs):
-            if rounds:
-                choices = [one.choice for one in sorted(rounds[-1], key=lambda one: one.loss)][: rung.choices]
-            if number + 1 == len(search.rungs) and proposer.best() not in choices:
-                choices.append(proposer.best())
-            for choice in choices:
-                check(choice)
-            rounds.append([Measured(choice=choice, losses=(loss(choice),)) for choice in choices])
-        proposer.tell(rounds)
-    return proposer.best()
-
-
-def one_limit(slots: Sequence[Slot], share: float) -> tuple[list[Slot], Budget]:
-    """The same with the first of its sums alone limited."""
-    cut = [
-        replace(slot, variants=tuple(replace(variant, cost=variant.cost[:1]) for variant in slot.variants))
-        for slot in slots
-    ]
-    total = sum(slot.variants[0].cost[0] for slot in cut)
-    return cut, Budget(at_most=(int(total * share),))
-
-
-@pytest.mark.parametrize("seed", [0, 2])
-def test_evolution_finds_the_optimum_of_an_additive_loss(seed: int) -> None:
-    """The menu's prices are wrong by a factor per sublayer; the loss that is measured is not."""
-    slots, budget = one_limit(toy_slots(seed, 8), 0.5)
-    random = np.random.default_rng(seed + 100)
-    factors = random.lognormal(0, 0.7, len(slots))
-
-    def loss(choice: Choice) -> float:
-        return sum(
-            slot.variants[place].price * factor for slot, place, factor in zip(slots, choice, factors, strict=True)
-        )
-
-    true_slots = [
-        Slot(
-            block=slot.block,
-            kind=slot.kind,
-            variants=tuple(Variant(keep=v.keep, cost=v.cost, price=v.price * factor) for v in slot.variants),
-        )
-        for slot, factor in zip(slots, factors.tolist(), strict=True)
-    ]
-    best = total_price(true_slots, dynamic_programming(true_slots, budget))
-    start = dynamic_programming(slots, budget)
-    search = SEARCHES.get("evopress")
-    proposer = search.propose(slots, budget, start, SearchOptions(generations=40, children=12, seed=seed))
-    assert proposer.best() == start
-    found = run(search, proposer, loss, lambda choice: None)
-    # Nearly all of what the start loses by its prices is won back.
-    assert loss(found) - best < 0.1 * (loss(start) - best)
-    assert budget.met(slots, found)
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.integers(0, 10**6), st.integers(4, 8), st.floats(0.3, 0.9), st.booleans())
-def test_every_proposal_is_within_the_limits(seed: int, num_slots: int, share: float, several: bool) -> None:
-    slots = toy_slots(seed, num_slots)
-    totals = [sum(slot.variants[0].cost[number] for slot in slots) for number in range(2)]
-    budget = Budget(at_most=(int(totals[0] * share), int(totals[1] * (share if several else 1.0))))
-    start = tuple(len(slot.variants) - 1 for slot in slots)
-    search = SEARCHES.get("evopress")
-    seen: list[Choice] = []
-
-    def check(choice: Choice) -> None:
-        assert budget.met(slots, choice)
-        seen.append(choice)
-
-    proposers = [
-        search.propose(slots, budget, start, SearchOptions(generations=2, children=3, seed=seed)) for _ in range(2)
-    ]
-    first, again = (run(search, proposer, lambda choice: total_price(slots, choice), check) for proposer in proposers)
-    # It depends on its seed and on what it was told alone.
-    assert first == again
-    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+def test_a_choice_is_judged_by_its_figure_where_it_has_one() -> None:
+    assert Measured(choice=(0,), losses=(1.0, 3.0)).loss == 2.0
+    assert Measured(choice=(0,), losses=(1.0, 3.0), figure=3.0).loss == 3.0

@@ -234,7 +234,7 @@ class SearchReport(Frozen):
     gain: float
     """How much less that one loses."""
     standard_error: float | None
-    """Of the gain, from differences window by window; None: nothing else was found, or one window tells none."""
+    """Standard error of the gain, from differences window by window; None: no other widths, or a text's only window."""
     taken: bool
     """Whether the gain is above two standard errors: otherwise the widths are those of the start."""
     num_masks: int
@@ -252,16 +252,15 @@ class SearchReport(Frozen):
     @property
     def line(self) -> str:
         """Say what the search gained, and what became of it."""
-        where = f"on {self.num_windows} windows that it had not seen"
-        minutes = f"{self.num_measured} measurements, {self.seconds / 60:.1f} minutes"
+        took = f"({self.num_measured} measurements, {self.seconds / 60:.1f} minutes)"
         if not self.num_finalists:
-            return f"{self.name}: found no other widths ({minutes})"
+            return f"{self.name}: found no other widths {took}"
         error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
-        verdict = "taken" if self.taken else "less than two standard errors, so the start stays"
+        verdict = "taken" if self.taken else "not two standard errors, so the start stays"
         return (
-            f"{self.name}: KL from the dense model {self.start_loss:.4f} -> {self.found_loss:.4f} nats per token "
-            f"{where}, a gain of {self.gain:.4f}{error}: {verdict}; of {self.num_masks} draws of other units at these "
-            f"widths {self.masks_better} lost less ({minutes})"
+            f"{self.name}: KL from the dense model {self.start_loss:.4f} -> {self.found_loss:.4f} nats per token on "
+            f"{self.num_windows} windows that it had not seen, {self.gain:.4f}{error} less: {verdict}; of "
+            f"{self.num_masks} draws of other units at these widths {self.masks_better} lost less {took}"
         )
 
 

@@ -32,9 +32,9 @@ class WindowShares:
     """How many of a text's windows go to which part, in their order."""
 
     fitted: int
-    """Those that consumers are solved on."""
+    """Windows that consumers are solved on."""
     measured: int
-    """Those that every round draws some of."""
+    """Windows that every round draws some of."""
     judged: int
 
 
@@ -47,7 +47,7 @@ class SearchWork:
     rounds: tuple[tuple[int, int], ...]
     """(choices, windows) of each round of a generation, the start among the choices of the last one."""
     windows: WindowShares
-    """Of all texts together."""
+    """Sums over the texts."""
 
 
 def window_shares(num_windows: int, backward: int, num_texts: int, seq_len: int) -> WindowShares:

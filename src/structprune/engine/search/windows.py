@@ -17,11 +17,11 @@ class SearchWindows:
     """Numbers of the run's windows, of each text; no window has two parts."""
 
     fitted: tuple[int, ...]
-    """Those that consumers are solved on, of all texts, ascending."""
+    """Windows that consumers are solved on, of all texts, ascending."""
     measured: tuple[tuple[int, ...], ...]
-    """Text -> those that every round draws some of."""
+    """Text -> windows that every round draws some of."""
     judged: tuple[tuple[int, ...], ...]
-    """Text -> those that the final judgement alone sees."""
+    """Text -> windows that the final judgement alone sees."""
 
     @property
     def unfitted(self) -> tuple[int, ...]:
