@@ -209,6 +209,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "search": "none",
         "search_generations": 0,
         "search_children": 0,
+        "search_anchors": False,
         "solver": "least-squares",
         "target": "local",
         "structure": "uniform",

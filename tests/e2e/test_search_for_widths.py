@@ -184,11 +184,31 @@ def test_a_stock_config_describes_what_a_search_for_one_shape_finds(
     report = prune(model, asked, tmp_path / "out")
     assert report.recipe.per_layer is False
     assert report.search is not None
-    assert report.search.num_finalists > 0
+    assert report.search.finalist_losses
     kept = {kind: {b.kept_units for b in report.blocks if b.kind == kind} for kind in ("attention", "mlp")}
     assert all(len(counts) == 1 for counts in kept.values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert loaded.config.intermediate_size in kept["mlp"]
+
+
+def test_predicted_losses_are_corrected_by_what_single_sublayers_lose(
+    model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    asked = recipe(text_file, search="exact", search_anchors=True, allow_block_removal=True)
+    report = prune(
+        model, asked.model_copy(update={"search_generations": None, "search_children": None}), tmp_path / "out"
+    )
+    search = report.search
+    assert search is not None
+    # A width of each, and each without any units.
+    assert [(anchor.block, anchor.kept_units > 0) for anchor in search.anchors] == [
+        *((block, True) for block in range(3)),
+        *((block, False) for block in range(3)),
+    ]
+    assert all(anchor.measured > 0 for anchor in search.anchors)
+    assert "Measured over predicted loss" in prune_page(report)
+    # 6 single ones, 2 pairs, the last comparison, the draws of other units.
+    assert search.num_measured == 6 + 2 + 1 + len(search.finalist_losses) + search.num_masks
 
 
 def test_the_plan_counts_the_search(model: Path, text_file: Path) -> None:

@@ -45,6 +45,7 @@ CHANGES: dict[str, Any] = {
     "search": "evopress",
     "search_generations": 3,
     "search_children": 5,
+    "search_anchors": True,
     "solver": "least-squares",
     "target": "dense-path",
     "structure": "per-layer",
@@ -377,7 +378,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
     written = resolved.model_dump(mode="json")
     added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
     added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale", *TARGETS}
-    added_later |= {"search", "search_generations", "search_children"}
+    added_later |= {"search", "search_generations", "search_children", "search_anchors"}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0

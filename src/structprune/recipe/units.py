@@ -61,6 +61,11 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     search_children: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own")] = Field(
         default=None, ge=0, description="choices of widths that a search proposes at a time"
     )
+    search_anchors: Annotated[bool, Flag(Group.ADVANCED)] = Field(
+        default=False,
+        description="let a search measure first what one width of every sublayer loses by itself, and what each loses "
+        "that may go, and correct predicted losses by it",
+    )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",

@@ -9,7 +9,7 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport
+from structprune.results.schema import BlockReport, SearchReport
 from structprune.results.summary import UNITS, blocks_at_a_bound
 
 PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}
@@ -151,8 +151,14 @@ def objective_charts(report: PruneReport) -> list[Chart]:
 def search_charts(report: PruneReport) -> list[Chart]:
     """Draw what a search has measured generation by generation, and the widths before and after it."""
     search = report.search
-    if search is None or not search.generations:
+    if search is None:
         return []
+    charts = [_generations_chart(search)] if search.generations else []
+    charts += [_anchors_chart(search)] if search.anchors else []
+    return [*charts, *_widths_charts(search)]
+
+
+def _generations_chart(search: SearchReport) -> Chart:
     points = _numbered([1 + generation.change for generation in search.generations])
     svg = line_chart(
         "divergence of the best widths by generation, over that of the start",
@@ -165,7 +171,42 @@ def search_charts(report: PruneReport) -> list[Chart]:
         "KL divergence from the dense model of the best widths so far over that of the start, each time on windows "
         "that were drawn for this generation alone."
     )
-    charts = [Chart(title="Best so far, by generation", svg=svg, caption=caption)]
+    return Chart(title="Best so far, by generation", svg=svg, caption=caption)
+
+
+def _anchors_chart(search: SearchReport) -> Chart:
+    """Draw by how much single sublayers lose more, or less, than was predicted."""
+    kinds = list(dict.fromkeys(anchor.kind for anchor in search.anchors))
+    series = [
+        Series(
+            label=PLACES.get(kind, kind),
+            points=[
+                (float(anchor.block), anchor.measured / anchor.predicted)
+                for anchor in search.anchors
+                if anchor.kind == kind and anchor.kept_units and anchor.predicted > 0
+            ],
+            style=f"s{number}",
+        )
+        for number, kind in enumerate(kinds, start=1)
+    ]
+    svg = line_chart(
+        "measured over predicted loss of one width of each sublayer",
+        series,
+        Axis(label="block", format=_whole),
+        Axis(label="", format=short, log=True),
+        [Level(value=1.0, label="as predicted")],
+    )
+    return Chart(
+        title="Measured over predicted loss",
+        svg=svg,
+        caption="The dense model with this sublayer alone at one width. Logarithmic.",
+        legend=tuple((one.style, one.label) for one in series) if len(series) > 1 else (),
+    )
+
+
+def _widths_charts(search: SearchReport) -> list[Chart]:
+    """Draw the widths before and after, a chart per kind of unit."""
+    charts: list[Chart] = []
     for kind, before in search.start_widths.items():
         after = search.found_widths[kind]
         series = [

@@ -215,15 +215,30 @@ class SearchGeneration(Frozen):
         return self.loss / self.start_loss - 1 if self.start_loss else 0.0
 
 
+class AnchorReport(Frozen):
+    """What the dense model loses with one sublayer changed."""
+
+    block: int
+    kind: str
+    kept_units: int
+    predicted: float
+    """Sum of what its removals were predicted to cost, in nats per token."""
+    measured: float
+    """KL divergence from the dense model, in nats per token."""
+
+
 class SearchReport(Frozen):
     """What a search over widths has found, on windows that none of its generations saw."""
 
     name: str
     generations: list[SearchGeneration]
+    anchors: list[AnchorReport] = Field(default_factory=list[AnchorReport])
+    """What single sublayers lose; empty where predicted losses were not corrected."""
     num_measured: int
     """Choices that were measured, each time that one was."""
-    num_finalists: int
-    """Choices that were compared with the start."""
+    finalist_losses: list[float]
+    """KL divergence from the dense model of the choices that were compared with the start; where single sublayers were
+    measured, the exact choice for the corrected losses is the last one."""
     num_windows: int
     seq_len: int
     start_loss: float
@@ -253,7 +268,7 @@ class SearchReport(Frozen):
     def line(self) -> str:
         """Say what the search gained, and what became of it."""
         took = f"({self.num_measured} measurements, {self.seconds / 60:.1f} minutes)"
-        if not self.num_finalists:
+        if not self.finalist_losses:
             return f"{self.name}: found no other widths {took}"
         error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
         verdict = "taken" if self.taken else "not two standard errors, so the start stays"

@@ -121,7 +121,15 @@ def _search_work(request: PlanRequest, recipe: ResolvedUnits) -> SearchWork | No
         backward=recipe.backward_samples,
         num_texts=len(recipe.texts),
         seq_len=recipe.seq_len,
+        num_anchors=_num_anchors(request, recipe),
     )
+
+
+def _num_anchors(request: PlanRequest, recipe: ResolvedUnits) -> int:
+    """Count the measurements of single sublayers, at most; with each that may go, and each two that follow."""
+    kinds = _kinds(request.groups)
+    sublayers = sum(block.has(kind) for block in request.layout.blocks for kind in kinds)
+    return sublayers * (3 if recipe.allow_block_removal else 1) if recipe.search_anchors else 0
 
 
 def _check_constants(solver: str, groups: Sequence[UnitGroup], stock: StockModel) -> None:
@@ -251,11 +259,11 @@ def _search_settings(recipe: UnitsRecipe, search: Search | None) -> dict[str, in
     """Fill what the recipe leaves to the search. Raises UnsupportedError for settings of a search without one."""
     asked = {name: getattr(recipe, name) for name in ("search_generations", "search_children")}
     if search is None:
-        for name, value in asked.items():
+        for name, value in {**asked, "search_anchors": recipe.search_anchors}.items():
             if value:
                 raise UnsupportedError(
                     "nothing searches for widths",
-                    got=f"{flag_name(name)} {value}",
+                    got=flag_name(name) if value is True else f"{flag_name(name)} {value}",
                     wanted=f"--search {', '.join(SEARCHES)}",
                 )
         return dict.fromkeys(asked, 0)

@@ -19,6 +19,8 @@ KEPT_VARIANTS = 16
 """Solved widths of a sublayer that stay on disk, the newest ones."""
 LEAST_WINDOWS = 4
 """Calibration windows that a text needs."""
+ANCHOR_RUNG = Rung(windows=4)
+"""What single sublayers are measured on."""
 # Tokens of the final judgement: with fewer a gain of a few percent is not told from chance.
 _JUDGED_TOKENS = 32_768
 # Of the blocks that a candidate passes, the share that it does not have in common with others of its round.
@@ -48,6 +50,8 @@ class SearchWork:
     """(choices, windows) of each round of a generation, the start among the choices of the last one."""
     windows: WindowShares
     """Sums over the texts."""
+    anchors: tuple[int, int] = (0, 0)
+    """(candidates, windows) of the measurements of single sublayers."""
 
 
 def window_shares(num_windows: int, backward: int, num_texts: int, seq_len: int) -> WindowShares:
@@ -73,9 +77,19 @@ def windows_per_text(rung: Rung, num_texts: int) -> int:
 
 
 def search_work(
-    search: Search, options: SearchOptions, *, num_windows: int, backward: int, num_texts: int, seq_len: int
+    search: Search,
+    options: SearchOptions,
+    *,
+    num_windows: int,
+    backward: int,
+    num_texts: int,
+    seq_len: int,
+    num_anchors: int = 0,
 ) -> SearchWork:
-    """Count what a search does at most. Raises InputError where there are too few windows."""
+    """Count what a search does at most; `num_anchors` are candidates that measure single sublayers.
+
+    Raises InputError where there are too few windows.
+    """
     per_text = window_shares(num_windows // num_texts, backward, num_texts, seq_len)
     rounds: list[tuple[int, int]] = []
     for number, rung in enumerate(search.rungs):
@@ -89,6 +103,7 @@ def search_work(
         generations=options.generations,
         children=options.children,
         rounds=tuple(rounds),
+        anchors=(num_anchors, num_texts * windows_per_text(ANCHOR_RUNG, num_texts)),
         windows=WindowShares(fitted=num_texts * per_text.fitted, measured=rest, judged=num_texts * per_text.judged),
     )
 
@@ -105,7 +120,9 @@ def candidate_windows(work: SearchWork) -> tuple[float, int]:
     """Count windows that pass all blocks as part of candidates, prefixes that are shared once, and those of heads."""
     each = [(choices * windows) * work.generations for choices, windows in work.rounds]
     last = (1 + NUM_FINALISTS + NUM_MASKS) * work.windows.judged
-    return _OWN_SHARE * (sum(each) + last), sum(each) + last
+    # These begin where the dense model is changed, half way on average.
+    single = work.anchors[0] * work.anchors[1]
+    return _OWN_SHARE * (sum(each) + last) + single / 2, sum(each) + last + single
 
 
 def solved_widths(work: SearchWork, num_sublayers: int) -> float:

@@ -15,11 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from structprune.allocation.menu import Choice, Slot, kept_units
+from structprune.allocation.menu import Budget, Choice, Slot, kept_units
 from structprune.allocation.proposers import SEARCHES, Measured, Proposer, Rung, Search
-from structprune.engine.planning.searching import NUM_FINALISTS, NUM_MASKS
+from structprune.engine.planning.searching import ANCHOR_RUNG, NUM_FINALISTS, NUM_MASKS
 from structprune.engine.planning.widths import Widths, check_shared_out, search_menu
 from structprune.engine.run.context import RunContext
+from structprune.engine.search.anchors import measure_anchors
 from structprune.engine.search.fitness import Fitness, Measurement
 from structprune.engine.search.judge import compared, figure
 from structprune.engine.search.statistics import measure_statistics
@@ -29,10 +30,12 @@ from structprune.engine.sensitivity.store import Costs
 from structprune.errors import UnsupportedError
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import SearchGeneration, SearchReport
+from structprune.results.schema import AnchorReport, SearchGeneration, SearchReport
 from structprune.runs.journal import Journal
 
 _STEP = "search"
+_ANCHORS = 1_000_003
+"""Stands for the generation of what is measured in front of the first one, where windows are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,10 @@ class _Loop:
     runners_up: list[Choice] = field(default_factory=list[Choice])
     """The others of the last round, the best one first."""
     num_measured: int = 0
+    anchors: list[AnchorReport] = field(default_factory=list[AnchorReport])
+    """What single sublayers lose, where that was measured."""
+    exact: Choice | None = None
+    """The choice of least loss that follows from these."""
 
     @property
     def recipe(self) -> ResolvedUnits:
@@ -99,8 +106,13 @@ class _Loop:
         slots, budget = search_menu(self.context.stock, recipe, kinds, costs)
         search = SEARCHES.get(recipe.search)
         options = search.options(recipe.search_generations, recipe.search_children, recipe.seed)
-        proposer = search.propose(slots, budget, self._choice(slots), options)
-        reference = proposer.best()
+        start = self._choice(slots)
+        if recipe.search_anchors:
+            slots, first = self._anchored(slots, budget, start)
+            proposer, reference = search.propose(slots, budget, first, options), start
+        else:
+            proposer = search.propose(slots, budget, start, options)
+            reference = proposer.best()
         while asked := proposer.ask():
             if not all(budget.met(slots, choice) for choice in asked):
                 raise UnsupportedError("a choice is over its limit", where=f"search {recipe.search!r}")
@@ -109,6 +121,31 @@ class _Loop:
         widths = self._widths(slots, chosen)
         check_shared_out(self.context.stock, recipe, widths)
         return Searched(widths=widths, report=report)
+
+    def _anchored(self, slots: Sequence[Slot], budget: Budget, start: Choice) -> tuple[list[Slot], Choice]:
+        """Correct the predicted losses by what single sublayers lose, and find the choice of the least."""
+
+        def losses(choices: Sequence[Choice]) -> list[float]:
+            found = self._measured(slots, choices, ANCHOR_RUNG, _ANCHORS, 0)
+            return [one.loss for one in found]
+
+        anchors = measure_anchors(slots, start, losses)
+        self.anchors = [
+            AnchorReport(
+                block=slots[number].block,
+                kind=slots[number].kind,
+                kept_units=slots[number].variants[place].keep,
+                predicted=slots[number].variants[place].price,
+                measured=loss,
+            )
+            for number, (place, loss) in (
+                *anchors.partial.items(),
+                *((number, (-1, loss)) for number, loss in anchors.gone.items()),
+            )
+        ]
+        corrected = anchors.corrected(slots)
+        self.exact = anchors.choose(corrected, budget)
+        return corrected, self.exact
 
     def _choice(self, slots: Sequence[Slot]) -> Choice:
         """Find the variants that the search starts from."""
@@ -174,7 +211,8 @@ class _Loop:
             [self._widths(slots, choice) for choice in choices],
             [0] * len(choices),
             drawn,
-            f"search, generation {generation + 1}, round {number + 1}: {len(choices)} choices{self._so_far()}",
+            f"search, {'single sublayers' if generation == _ANCHORS else f'generation {generation + 1}'}, round "
+            f"{number + 1}: {len(choices)} choices{self._so_far()}",
         )
         texts = _texts(drawn)
         self.num_measured += len(choices)
@@ -207,7 +245,10 @@ class _Loop:
     def _judged(self, slots: Sequence[Slot], reference: Choice) -> tuple[Choice, SearchReport]:
         """Compare the last few best ones with the start on windows that no generation saw; then with other units."""
         in_order = dict.fromkeys([*reversed(self.bests), *self.runners_up])
-        finalists = [choice for choice in in_order if choice != reference][:NUM_FINALISTS]
+        finalists = [choice for choice in in_order if choice not in (reference, self.exact)]
+        if self.exact not in (None, reference):
+            finalists = [*finalists[: NUM_FINALISTS - 1], self.exact]
+        finalists = finalists[:NUM_FINALISTS]
         compete = [reference, *finalists]
         objective, texts = objective_of(self.recipe), _texts(self.windows.judged)
         losses = self._losses(
@@ -232,8 +273,9 @@ class _Loop:
         return chosen, SearchReport(
             name=self.recipe.search,
             generations=self.generations,
+            anchors=self.anchors,
             num_measured=self.num_measured + len(compete) + NUM_MASKS,
-            num_finalists=len(finalists),
+            finalist_losses=[figures[choice] for choice in finalists],
             num_windows=len(texts),
             seq_len=self.context.windows.ids_NS.shape[1],
             start_loss=figures[reference],
