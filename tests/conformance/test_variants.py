@@ -26,6 +26,7 @@ from structprune.engine.search.variants import Variants
 from structprune.engine.search.windows import SearchWindows, shared_out
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.streaming.propagate import observed
+from structprune.kinds import HeadUnits
 from structprune.runs.journal import Journal
 from structprune.scores.selection import keep_best, removal_order
 from support.contexts import SEQ_LEN, context_for
@@ -206,7 +207,8 @@ def test_the_order_of_removal_leaves_the_best(partitions: int) -> None:
 
 def test_models_with_experts_and_with_narrow_values(tmp_path: Path) -> None:
     """Every sort of group can be a variant: the experts of a mixture, channels of the values."""
-    for kind, head_units in (("qwen3_moe", "kv-group"), ("llama", "value-channel")):
+    sorts: list[tuple[str, HeadUnits]] = [("qwen3_moe", "kv-group"), ("llama", "value-channel")]
+    for kind, head_units in sorts:
         context = context_for(save_tiny(kind, tmp_path / kind / "model"), head_units=head_units, scope="all")
         context = with_windows(context)
         context.run.staging.mkdir()

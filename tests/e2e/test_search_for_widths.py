@@ -125,6 +125,7 @@ def test_an_interrupted_search_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         prune(model, recipe(text_file, allocator="uniform"), tmp_path / "out")
     report = resume(tmp_path / "out")
+    assert isinstance(report, PruneReport)
     assert weights(tmp_path / "out") == weights(Path(searched.output))
     assert calls[: stop - 1] == list(range(stop - 1))
     # Nothing is measured twice, and what follows is asked for as if there had been no cut.
@@ -194,10 +195,9 @@ def test_a_stock_config_describes_what_a_search_for_one_shape_finds(
 def test_predicted_losses_are_corrected_by_what_single_sublayers_lose(
     model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    asked = recipe(text_file, search="exact", search_anchors=True, allow_block_removal=True)
-    report = prune(
-        model, asked.model_copy(update={"search_generations": None, "search_children": None}), tmp_path / "out"
-    )
+    counted = {"search_generations": None, "search_children": None}
+    asked = recipe(text_file, search="exact", search_anchors=True, allow_block_removal=True, **counted)
+    report = prune(model, asked, tmp_path / "out")
     search = report.search
     assert search is not None
     # A width of each, and each without any units.

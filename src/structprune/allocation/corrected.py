@@ -53,7 +53,7 @@ class Anchors:
         return self.pairs[one, other] - self.gone[one] - self.gone[other]
 
     def loss(self, corrected: Sequence[Slot], choice: Choice) -> float:
-        """Predict the loss of a choice with what pairs lose together."""
+        """Estimate the loss of a choice with what pairs lose together."""
         return total_price(corrected, choice) + sum(
             self.excess(one, other)
             for one, other in self.pairs

@@ -123,7 +123,7 @@ class _Loop:
         return Searched(widths=widths, report=report)
 
     def _anchored(self, slots: Sequence[Slot], budget: Budget, start: Choice) -> tuple[list[Slot], Choice]:
-        """Correct the predicted losses by what single sublayers lose, and find the choice of the least."""
+        """Scale the predicted losses by what single sublayers lose, and find the choice of the least."""
 
         def losses(choices: Sequence[Choice]) -> list[float]:
             found = self._measured(slots, choices, ANCHOR_RUNG, _ANCHORS, 0)
