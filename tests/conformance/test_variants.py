@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from structprune.calibration import snapshots
 from structprune.engine.pipelines.units import allocate
 from structprune.engine.run.context import RunContext
 from structprune.engine.search import fitness as fitness_module
@@ -29,6 +30,7 @@ from structprune.engine.streaming.propagate import observed
 from structprune.kinds import HeadUnits
 from structprune.runs.journal import Journal
 from structprune.scores.selection import keep_best, removal_order
+from structprune.types import BlockLayout
 from support.contexts import SEQ_LEN, context_for
 from support.models import save_tiny
 
@@ -193,6 +195,38 @@ def test_what_was_measured_is_not_measured_again(prepared: Prepared, monkeypatch
         # Other windows are another question.
         fitness._count = 7000  # pyright: ignore[reportPrivateUsage]
         assert fitness.measure(measurement(wanted, prepared.windows.measured[0][1:3])) != first
+
+
+def test_a_measurement_that_was_cut_goes_on_where_it_was(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hidden states that were kept of the candidates behind the newest block."""
+    windows, wanted = prepared.windows.measured[0][:3], candidates(prepared)
+    with prepared.fitness() as fitness:
+        fitness._count = 8000  # pyright: ignore[reportPrivateUsage]
+        expected = fitness.measure(measurement(wanted, windows))
+    monkeypatch.setattr(snapshots, "SHARE", 1e9)
+    build, built = Variants.build, list[int]()
+
+    def cut(self: Variants, block: BlockLayout, *rest: Any) -> Any:
+        if block.index == 2 and 2 not in built:
+            built.append(2)
+            raise KeyboardInterrupt
+        built.append(block.index)
+        return build(self, block, *rest)
+
+    monkeypatch.setattr(Variants, "build", cut)
+    with prepared.fitness() as fitness:
+        fitness._count = 8001  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(KeyboardInterrupt):
+            fitness.measure(measurement(wanted, windows))
+    assert set(built) == {0, 1, 2}
+    built[:] = [2]
+    with prepared.fitness() as fitness:
+        fitness._count = 8001  # pyright: ignore[reportPrivateUsage]
+        assert fitness.measure(measurement(wanted, windows)) == expected
+        assert set(built) == {2}
+        # What was kept is of no use to another measurement.
+        assert fitness.measure(measurement(wanted[:2], windows)) == expected[:2]
+        assert set(built) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("partitions", [1, 3])
