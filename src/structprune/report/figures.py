@@ -9,7 +9,8 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, SearchReport
+from structprune.results.schema import BlockReport
+from structprune.results.search import SearchReport
 from structprune.results.summary import UNITS, blocks_at_a_bound
 
 PLACES = {"mlp": "MLP", "attention": "attention", "block": "whole block", "expert": "experts"}

@@ -34,7 +34,8 @@ from structprune.methods.method import SensitivityKind
 from structprune.recipe.path import RemovalPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, SearchReport
+from structprune.results.schema import BlockReport
+from structprune.results.search import SearchReport
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 

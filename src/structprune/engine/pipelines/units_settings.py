@@ -7,24 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.allocation import ALLOCATORS
-from structprune.allocation.proposers import SEARCHES, Search
 from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENTRY
 from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
 from structprune.engine.pipelines.decided import SEVERAL_ALLOCATOR, with_limits, with_widths
+from structprune.engine.pipelines.search_settings import check_search, planned_search, search_of, search_settings
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
-from structprune.engine.planning.searching import SearchWork, search_work, window_shares
 from structprune.engine.planning.widths import are_even, binding_limits
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import check_numbers_can_change
 from structprune.kinds import Structure
 from structprune.methods.method import Method, SensitivityKind
-from structprune.recipe import default_sensitivity_samples, flag_name
-from structprune.recipe.limits import targets_of
+from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
@@ -97,39 +95,10 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         score=recipe.score,
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
-        search=_search_work(request, recipe),
+        search=planned_search(request, recipe),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, kinds, recipe.solver) if method.needs_statistics else (),
     )
-
-
-def _search_work(request: PlanRequest, recipe: ResolvedUnits) -> SearchWork | None:
-    """Count what a search does; None where there is none. Raises UnsupportedError on several ranks."""
-    search = _search(recipe)
-    if search is None:
-        return None
-    if request.num_ranks > 1:
-        raise UnsupportedError(
-            "a search over widths is not for several ranks",
-            got=f"--search {recipe.search}, {request.num_ranks} ranks",
-            do="run it in one process, or leave --search out",
-        )
-    return search_work(
-        search,
-        search.options(recipe.search_generations, recipe.search_children, recipe.seed),
-        num_windows=request.num_windows,
-        backward=recipe.backward_samples,
-        num_texts=len(recipe.texts),
-        seq_len=recipe.seq_len,
-        num_anchors=_num_anchors(request, recipe),
-    )
-
-
-def _num_anchors(request: PlanRequest, recipe: ResolvedUnits) -> int:
-    """Count the measurements of single sublayers, at most; with each that may go, and each two that follow."""
-    kinds = _kinds(request.groups)
-    sublayers = sum(block.has(kind) for block in request.layout.blocks for kind in kinds)
-    return sublayers * (3 if recipe.allow_block_removal else 1) if recipe.search_anchors else 0
 
 
 def _check_constants(solver: str, groups: Sequence[UnitGroup], stock: StockModel) -> None:
@@ -185,7 +154,7 @@ def _resolved(
     `groups` are those in scope.
     """
     narrows = {VALUES_ENTRY, CHANNELS_ENTRY} & {name for group in groups for name in group.config_fields}
-    evenly, search = recipe.structure == Structure.UNIFORM, _search(recipe)
+    evenly, search = recipe.structure == Structure.UNIFORM, search_of(recipe)
     starts_evenly = evenly or (search is not None and search.even)
     allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if starts_evenly else method.allocator))
     entry = ALLOCATORS.get(allocator)
@@ -229,7 +198,7 @@ def _resolved(
     _check_allocator(recipe, method, score, allocator)
     _check_path(method, solver, target)
     if search is not None:
-        _check_search(recipe, method, allocator)
+        check_search(recipe, method, allocator)
     return ResolvedUnits.of(
         recipe,
         multiple_of=multiple_of,
@@ -245,45 +214,8 @@ def _resolved(
         protect_first=protect_first,
         protect_last=protect_last,
         sensitivity_samples=recipe.sensitivity_samples or default_sensitivity_samples(recipe.seq_len),
-        **_search_settings(recipe, search),
+        **search_settings(recipe, search),
     )
-
-
-def _search(recipe: UnitsRecipe) -> Search | None:
-    """Find the search that a recipe asks for. Raises InputError for an unknown name."""
-    none = UnitsRecipe.model_fields["search"].default
-    return None if recipe.search == none else SEARCHES.get(recipe.search)
-
-
-def _search_settings(recipe: UnitsRecipe, search: Search | None) -> dict[str, int]:
-    """Fill what the recipe leaves to the search. Raises UnsupportedError for settings of a search without one."""
-    asked = {name: getattr(recipe, name) for name in ("search_generations", "search_children")}
-    if search is None:
-        for name, value in {**asked, "search_anchors": recipe.search_anchors}.items():
-            if value:
-                raise UnsupportedError(
-                    "nothing searches for widths",
-                    got=flag_name(name) if value is True else f"{flag_name(name)} {value}",
-                    wanted=f"--search {', '.join(SEARCHES)}",
-                )
-        return dict.fromkeys(asked, 0)
-    options = search.options(*asked.values(), seed=recipe.seed)
-    return {"search_generations": options.generations, "search_children": options.children}
-
-
-def _check_search(recipe: UnitsRecipe, method: Method, allocator: str) -> None:
-    """Raise UnsupportedError where a search has nothing to start from, InputError for too few calibration windows."""
-    if method.sensitivity_for(allocator) is not SensitivityKind.LOSS:
-        raise UnsupportedError(
-            f"a search over widths starts from predicted losses, which {method.name!r} with the {allocator} allocator "
-            "does not measure",
-            got=f"--search {recipe.search}",
-            wanted="--method structprune, or an allocator that compares losses, such as closed-form",
-        )
-    if recipe.sparsity == 0 and not targets_of(recipe):
-        raise InputError("nothing is to go, so there are no widths to search for", got=f"--search {recipe.search}")
-    num_texts = len(recipe.texts)
-    window_shares(recipe.most_samples // num_texts, 1, num_texts, recipe.seq_len)
 
 
 def _checked_target(recipe: UnitsRecipe, method: Method, groups: Sequence[UnitGroup]) -> Target:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
+from structprune.engine.planning.search_bytes import search_solve_phases
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
     SCORE_BYTES,
@@ -97,7 +98,7 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
         phases[Phase.SEARCH_CANDIDATES] = max(running, compared + 2 * seq_len * hidden * item)
         if solves == "device":
             for kind, parts in by_kind(request.groups).items():
-                phases |= _search_phases(request, block, kind, parts, base + weights)
+                phases |= search_solve_phases(request, block, kind, parts, base + weights)
     if request.repair_windows:
         phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
     if request.needs_scores:
@@ -167,21 +168,6 @@ def _solve_phases(
             beside + problem.gram + problem.removal_costs + others + sensitivities + copied
         )
     return phases
-
-
-def _search_phases(
-    request: PlanRequest, block: BlockLayout, kind: UnitKind, parts: Sequence[UnitGroup], beside: int
-) -> PhaseBytes:
-    """Plan ordering the units of a sublayer, and solving one of its widths."""
-    problem = group_problem(request, block, parts[0]).alone
-    copied = problem.inputs**2 * 8
-    sensitivity = request.layout.hidden_size**2 * 4 if request.needs_sensitivity else 0
-    grams = sum(gram_bytes(group) for group in request.groups)
-    order = grams + max(problem.decide, problem.removal_costs) + sensitivity
-    return {
-        SublayerPhase.SEARCH_ORDER.of(kind): beside + order + copied,
-        SublayerPhase.SEARCH_SOLVE.of(kind): beside + problem.solve + copied,
-    }
 
 
 def _sum_bytes(request: PlanRequest, group: UnitGroup, sums: Place) -> int:

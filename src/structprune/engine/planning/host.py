@@ -17,7 +17,7 @@ import torch
 from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
-from structprune.engine.planning.searching import KEPT_VARIANTS, SearchWork
+from structprune.engine.planning.search_bytes import disk_of_search, measuring_bytes, search_phases
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
     LEARNED_VECTORS,
@@ -31,7 +31,6 @@ from structprune.engine.planning.shapes import (
     one_of_each,
     repair_numbers,
     solver_windows,
-    statistics_bytes,
     weight_gradient_bytes,
 )
 from structprune.engine.planning.sizes import CHUNK_BYTES, HostChoice, HostSizes
@@ -39,9 +38,8 @@ from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.work import planned_work
 from structprune.engine.planning.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
-from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
+from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest, largest
-from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitGroup, UnitKind
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
@@ -156,7 +154,7 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
         _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     )
     if request.search is not None:
-        phases |= _search(sizes)
+        phases |= search_phases(sizes)
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
     if request.slices != "no":
@@ -258,36 +256,6 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
     return phases
 
 
-def _search(sizes: HostSizes) -> PhaseBytes:
-    """Plan a search over widths: the sums of all consumers of a block, what follows from one, and what candidates take.
-
-    Candidates' hidden states take no more than those of the pass that prunes, however many there are.
-    """
-    request, block = sizes.request, sizes.block
-    beside = sizes.stores_open + sizes.weights + sizes.cast
-    grams = sum(gram_bytes(group) for group in request.groups)
-    phases: PhaseBytes = {
-        Phase.SEARCH_STATISTICS: beside
-        + grams
-        + max(sizes.activations, *(_measuring(sizes, group) for group in request.groups)),
-    }
-    for kind, groups in by_kind(request.groups).items():
-        problem = group_problem(request, block, groups[0]).alone
-        ordered = problem.inputs * sizes.hidden * problem.stored_item
-        # What was measured of each sublayer's sensitivity is read again.
-        order = grams + ordered + max(problem.decide, problem.removal_costs)
-        if request.needs_sensitivity:
-            order += len(by_kind(request.groups)) * sizes.hidden**2 * 4
-        phases[SublayerPhase.SEARCH_ORDER.of(kind)] = beside + order
-        # The block as it was, and as it is cut.
-        phases[SublayerPhase.SEARCH_SOLVE.of(kind)] = beside + sizes.weights + problem.gram + problem.solve
-    window = 2 * request.seq_len * sizes.hidden * sizes.item
-    compared = sizes.head + CHUNK_BYTES + divergence_bytes(request.layout.vocab_size, request.compute_dtype) + window
-    running = 2 * sizes.weights + sizes.cast + sizes.activations
-    phases[Phase.SEARCH_CANDIDATES] = sizes.stores_open + max(compared, running)
-    return phases
-
-
 def _repair(sizes: HostSizes, embed: int) -> PhaseBytes:
     """Plan learning from the dense model, one window a step; `embed` is the bound of embedding without it.
 
@@ -347,7 +315,7 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
     # What the gradient left of each sublayer in scope.
     sensitivities = len(by_kind(request.groups)) * sizes.hidden**2 * 4 if request.needs_sensitivity else 0
     # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
-    batch = max(_measuring(sizes, group), 3 * problem.gram // 16)
+    batch = max(measuring_bytes(sizes, group), 3 * problem.gram // 16)
     phases: PhaseBytes = {
         SublayerPhase.STATISTICS.of(kind): beside + (others + 1) * problem.sums + batch,
         SublayerPhase.SOLVE.of(kind): beside + others * max(problem.sums, cut) + problem.solve + sensitivities,
@@ -366,17 +334,6 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
         original = sizes.weights + sizes.cast
         phases[Phase.ITERATE] = original + max(again, sizes.pruning + original + proposal)
     return phases
-
-
-def _measuring(sizes: HostSizes, group: UnitGroup) -> int:
-    """Return the bytes of a micro-batch where sums are taken of the inputs of a group's consumer."""
-    batch = max(sizes.activations, statistics_bytes(sizes.request, group, sizes.choice.micro_batch))
-    if sizes.item == 4:
-        return batch
-    # The same input in float32, where it is too large for the holes that the activations left in the heap, and what the
-    # library makes of it and of one strip to multiply them in bfloat16.
-    wide = sizes.micro_batch_tokens * group.num_units * group.width * 4
-    return batch + (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
 
 
 def _added_by_slicing(sizes: HostSizes) -> int:
@@ -404,7 +361,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
     if request.slices != "no":
         total += 2 * hidden * hidden * 8
     if request.search is not None:
-        total += _disk_of_search(sizes, request.search)
+        total += disk_of_search(sizes, request.search)
     if request.repair_windows:
         # The blocks once more with what was learned, two snapshots, the best values of either, and the result. New
         # biases are in the shards, in the weight files, and as zeros beside what the repair begins with.
@@ -412,19 +369,6 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
-
-
-def _disk_of_search(sizes: HostSizes, search: SearchWork) -> int:
-    """Return the disk bytes of a search: sums and solved consumers of every sublayer, and the dense model's states."""
-    total = sizes.store + 2 * (search.windows.fitted * sizes.request.seq_len * sizes.hidden * sizes.item)
-    for block in sizes.request.layout.blocks:
-        for kind in by_kind(sizes.request.groups):
-            for group in block.groups_of(kind):
-                inputs = group.num_units * group.width
-                name = block.prefix + group.consumer.tensor
-                solved = KEPT_VARIANTS * sizes.request.stored_bytes[name] + group.num_units * 8 * KEPT_VARIANTS
-                total += gram_bytes(group) + 8 * inputs + 16 * group.num_units + solved
-    return total
 
 
 def _reload_bound(sizes: HostSizes) -> ReloadBound:

@@ -64,9 +64,9 @@ from structprune.results.schema import (
     RepairReport,
     ReusedStatistics,
     RuntimeReport,
-    SearchReport,
     SizeReport,
 )
+from structprune.results.search import SearchReport
 from structprune.runs.contents import check_unchanged
 
 MANIFEST_NAME = "pruning_manifest.json"

@@ -30,7 +30,7 @@ from structprune.engine.sensitivity.store import Costs
 from structprune.errors import UnsupportedError
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import AnchorReport, SearchGeneration, SearchReport
+from structprune.results.search import AnchorReport, SearchGeneration, SearchReport
 from structprune.runs.journal import Journal
 
 _STEP = "search"
@@ -101,7 +101,7 @@ class _Loop:
         return self.context.settings(ResolvedUnits)
 
     def run(self, costs: Costs) -> Searched:
-        """Let the proposer propose until it has nothing more to say, and judge what it leaves."""
+        """Let the proposer propose until it has nothing more to say, and compare what it leaves with the start."""
         recipe, kinds = self.recipe, self.context.kinds
         slots, budget = search_menu(self.context.stock, recipe, kinds, costs)
         search = SEARCHES.get(recipe.search)
@@ -242,54 +242,62 @@ class _Loop:
         places = [ascending.index(number) for number in numbers]
         return [tuple(each[place] for place in places) for each in found]
 
-    def _judged(self, slots: Sequence[Slot], reference: Choice) -> tuple[Choice, SearchReport]:
-        """Compare the last few best ones with the start on windows that no generation saw; then with other units."""
+    def _finalists(self, reference: Choice) -> list[Choice]:
+        """Return the last few choices that were best, and the exact one for corrected losses."""
         in_order = dict.fromkeys([*reversed(self.bests), *self.runners_up])
-        finalists = [choice for choice in in_order if choice not in (reference, self.exact)]
-        if self.exact not in (None, reference):
-            finalists = [*finalists[: NUM_FINALISTS - 1], self.exact]
-        finalists = finalists[:NUM_FINALISTS]
-        compete = [reference, *finalists]
+        found = [choice for choice in in_order if choice not in (reference, self.exact)]
+        if self.exact is None or self.exact == reference:
+            return found[:NUM_FINALISTS]
+        return [*found[: NUM_FINALISTS - 1], self.exact]
+
+    def _judged(self, slots: Sequence[Slot], reference: Choice) -> tuple[Choice, SearchReport]:
+        """Compare the finalists with the start on windows that no generation saw; then with other units."""
+        compete = [reference, *self._finalists(reference)]
         objective, texts = objective_of(self.recipe), _texts(self.windows.judged)
         losses = self._losses(
             [self._widths(slots, choice) for choice in compete],
             [0] * len(compete),
             self.windows.judged,
-            f"search, final judgement of {len(compete)} choices",
+            f"search, last comparison of {len(compete)} choices",
         )
-        by_choice = dict(zip(compete, losses, strict=True))
-        figures = {choice: figure(each, texts, objective) for choice, each in by_choice.items()}
-        best = min(compete[1:], key=lambda choice: figures[choice], default=reference)
-        gain = compared(by_choice[reference], by_choice[best], texts, objective)
-        chosen = best if best != reference and gain.counts else reference
-        widths = self._widths(slots, chosen)
-        masks = self._losses(
+        figures = [figure(each, texts, objective) for each in losses]
+        best = min(range(1, len(compete)), key=figures.__getitem__, default=0)
+        gain = compared(losses[0], losses[best], texts, objective)
+        taken = best > 0 and gain.counts
+        chosen = best if taken else 0
+        masks = self._other_units(self._widths(slots, compete[chosen]))
+        report = SearchReport(
+            name=self.recipe.search,
+            generations=self.generations,
+            anchors=self.anchors,
+            num_measured=self.num_measured + len(compete) + NUM_MASKS,
+            finalist_losses=figures[1:],
+            num_windows=len(texts),
+            seq_len=self.context.windows.ids_NS.shape[1],
+            start_loss=figures[0],
+            found_loss=figures[best],
+            gain=gain.gain,
+            standard_error=gain.standard_error if best and math.isfinite(gain.standard_error) else None,
+            taken=taken,
+            num_masks=NUM_MASKS,
+            masks_better=sum(loss < figures[chosen] for loss in masks),
+            masks_loss=sum(masks) / NUM_MASKS,
+            start_widths=self.start,
+            found_widths=self._widths(slots, compete[best]),
+            seconds=0.0,
+        )
+        return compete[chosen], report
+
+    def _other_units(self, widths: Widths) -> list[float]:
+        """Measure draws of other units at these widths, on the windows of the last comparison."""
+        losses = self._losses(
             [widths] * NUM_MASKS,
             range(1, NUM_MASKS + 1),
             self.windows.judged,
             f"search, {NUM_MASKS} draws of other units",
         )
-        masks_gain = [compared(by_choice[chosen], each, texts, objective) for each in masks]
-        return chosen, SearchReport(
-            name=self.recipe.search,
-            generations=self.generations,
-            anchors=self.anchors,
-            num_measured=self.num_measured + len(compete) + NUM_MASKS,
-            finalist_losses=[figures[choice] for choice in finalists],
-            num_windows=len(texts),
-            seq_len=self.context.windows.ids_NS.shape[1],
-            start_loss=figures[reference],
-            found_loss=figures[best],
-            gain=gain.gain,
-            standard_error=gain.standard_error if best != reference and math.isfinite(gain.standard_error) else None,
-            taken=chosen != reference,
-            num_masks=NUM_MASKS,
-            masks_better=sum(one.gain > 0 for one in masks_gain),
-            masks_loss=sum(figure(each, texts, objective) for each in masks) / NUM_MASKS,
-            start_widths=self.start,
-            found_widths=self._widths(slots, best),
-            seconds=0.0,
-        )
+        texts = _texts(self.windows.judged)
+        return [figure(each, texts, objective_of(self.recipe)) for each in losses]
 
 
 def _texts(windows: Sequence[Sequence[int]]) -> list[int]:
