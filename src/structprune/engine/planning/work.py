@@ -123,7 +123,7 @@ def _search(request: PlanRequest) -> Counts:
         _sums(request, search.windows.fitted),
         _parts(request, What.COSTS),
         {Piece(What.SEARCH_SOLVE, kind): solved * parts for kind, parts in sublayers.items()},
-        {Piece(What.HEAD): 2 * compared},
+        {Piece(What.HEAD): 1.5 * compared},
     )
 
 

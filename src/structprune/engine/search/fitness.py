@@ -9,17 +9,18 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structprune.calibration.store import FileStore, HiddenStore
 from structprune.engine.planning.searching import stores_at_once
 from structprune.engine.run.context import RunContext
 from structprune.engine.search.variants import Variants
 from structprune.engine.streaming.candidates import CandidateStreams, Round
-from structprune.engine.streaming.divergence import divergence
+from structprune.engine.streaming.divergence import divergences
 from structprune.engine.streaming.losses import last_states
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
@@ -141,27 +142,28 @@ class Fitness:
             release_free_memory()
             with context.meter.phase(Phase.SEARCH_CANDIDATES):
                 head = context.stock.load_head(context.device, context.dtype)
-                by_candidate = {each: self._divergences(head, found[each], asked.windows) for each in found}
+                losses = self._divergences(head, [found[each] for each in candidates], asked.windows)
                 del head
             streams.discard()
         release_free_memory()
-        return [by_candidate[each] for each in candidates]
+        return losses
 
-    def _divergences(self, head: nn.Module, store: HiddenStore, windows: Sequence[int]) -> list[float]:
+    def _divergences(self, head: nn.Module, stores: Sequence[HiddenStore], windows: Sequence[int]) -> list[list[float]]:
         """Compare last hidden states with the dense model's of the same windows."""
-        device, losses = self._context.device, list[float]()
+        device, losses = self._context.device, list[list[float]]()
         for place, number in enumerate(windows):
             row = self._rows[number]
-            hidden_SD = store.read(place, place + 1)[0].to(device)
             wanted_SD = self._dense.read(row, row + 1)[0].to(device)
-            losses.append(divergence(head, head, hidden_SD, wanted_SD) / len(hidden_SD))
-            if not math.isfinite(losses[-1]):
+            students = [partial(_read, store, place, device) for store in stores]
+            sums = divergences(head, students, wanted_SD)
+            losses.append([total / len(wanted_SD) for total in sums])
+            if not all(math.isfinite(total) for total in sums):
                 raise NumericalError(
                     "the divergence from the dense model is NaN or infinite",
                     where="a candidate of the search",
                     do="use --dtype float32",
                 )
-        return losses
+        return [list(each) for each in zip(*losses, strict=True)]
 
     @torch.no_grad()
     def _dense_states(self, numbers: tuple[int, ...]) -> FileStore:
@@ -180,3 +182,8 @@ class Fitness:
             self._journal.record(_DENSE_STEP, [path])
             release_free_memory()
         return FileStore(path, shape, context.dtype, lasting=True)
+
+
+def _read(store: HiddenStore, window: int, device: torch.device) -> Tensor:
+    """Read one window's hidden states, (S, D)."""
+    return store.read(window, window + 1)[0].to(device)
