@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from structprune import Recipe, prune
 from structprune.api import plan, resume
+from structprune.engine.resolve import check, plan_run
 from structprune.engine.search.fitness import Fitness
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe.widths import WIDTHS_NAME, read_widths
@@ -224,6 +227,13 @@ def test_the_plan_counts_the_search(model: Path, text_file: Path) -> None:
     assert with_search.plan.work is not None
     assert without.plan.work is not None
     assert set(with_search.plan.work) - set(without.plan.work) == {"search"}
+
+
+def test_a_search_is_not_for_several_ranks(model: Path, text_file: Path) -> None:
+    several: Any = SimpleNamespace(size=2)
+    resolved = replace(check(str(model), recipe(text_file)), ranks=several)
+    with pytest.raises(UnsupportedError, match="a search over widths is not for several ranks"):
+        plan_run(resolved, 32)
 
 
 @pytest.mark.parametrize(
