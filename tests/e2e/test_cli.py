@@ -241,7 +241,14 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     # Without attention in scope there are no units of it to choose.
-    unset = {"device_memory": None, "widths": None, "time_budget": 0, **dict.fromkeys(TARGETS)}
+    unset = {
+        "device_memory": None,
+        "widths": None,
+        "latency_table": None,
+        "vocabulary": None,
+        "time_budget": 0,
+        **dict.fromkeys(TARGETS),
+    }
     assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", **unset}
     # Memory of a device is refused here, a time, widths and limits decide what other flags do: test_device_memory.py,
     # test_expected_time.py, test_widths.py and test_limits.py.
@@ -373,6 +380,9 @@ def test_eval_is_the_stock_perplexity(
         "stride": seq_len,
         "num_windows": num_windows,
         "num_predicted_tokens": num_windows * (seq_len - 1),
+        # A token of this tokenizer is a byte.
+        "num_bytes": num_windows * (seq_len - 1),
+        "bits_per_byte": pytest.approx(mean / math.log(2), rel=1e-5),
         "text": str(text),
     }
 

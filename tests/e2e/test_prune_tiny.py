@@ -42,7 +42,7 @@ UNIT_PARAMETERS = {"llama": 3 * 32, "opt": 2 * 32 + 1}
 NUM_BLOCKS = 2
 NUM_CHANNELS = 48
 
-UNASKED = {"device_memory", "widths", *TARGETS}
+UNASKED = {"device_memory", "widths", "latency_table", "vocabulary", *TARGETS}
 """Fields of a resolved recipe that may stay empty."""
 
 SINGLE = "5GB"

@@ -184,6 +184,7 @@ RESULT_FILES = {
         "pruning_report.json",
         "pruning_widths.json",
         "pruning_path.json",
+        "pruning_vocabulary.json",
         "recovery_report.json",
     ),
     *("comparison.json", "comparison.csv", "eval.json", "bench.json", "REJECTED.json"),

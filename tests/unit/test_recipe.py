@@ -26,6 +26,9 @@ CHANGES: dict[str, Any] = {
     "target_parameters": "1.3B",
     "target_bytes": "4GiB",
     "target_kv_cache": "8192:2GiB",
+    "target_latency": "decode:0.75x",
+    "latency_table": {"sublayers": [{"kind": "mlp", "units": [0, 48], "prefill": [0, 1], "decode": [0, 1]}]},
+    "vocabulary": {"num_rows": 9, "ids": [0, 2, 5]},
     "head_units": "query-head",
     "calibration": "wikitext2",
     "num_samples": 4,
@@ -376,8 +379,17 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         }
     # What is written now keeps the names and can be read again, as what a run worked by and as what to ask for.
     written = resolved.model_dump(mode="json")
-    added = {"max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
-    added_later = {"widths", "repair", "repair_samples", "repair_epochs", "objective", "sensitivity_scale", *TARGETS}
+    added = {"vocabulary", "max_shard_size", "output_dtype", "bos", "merge_adapter", "held_out", "time_budget"}
+    added_later = {
+        "widths",
+        "latency_table",
+        "repair",
+        "repair_samples",
+        "repair_epochs",
+        "objective",
+        "sensitivity_scale",
+        *TARGETS,
+    }
     added_later |= {"search", "search_generations", "search_children", "search_anchors"}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own

@@ -25,6 +25,8 @@ class Allocator:
     """Whether it holds each group between the least and the largest share of its units that the settings name."""
     holds_several: bool = False
     """Whether it holds several sums to their limits (`AllocationOptions.further`)."""
+    weighs_widths: bool = False
+    """Whether it asks what each width adds to a limited sum, so that the sum need not grow evenly with the units."""
     reads_widths: bool = False
     """Whether the widths are decided outside, and the sparsity is what they make of it."""
     packages: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,20 @@ class Sizes:
     """What a unit group adds to a sum over the model that is limited, such as its parameters."""
 
     unit: int
-    """What each unit that is kept adds."""
+    """What each unit that is kept adds; on average, where there is a table."""
     rest: int = 0
     """What else the group adds, which goes when the last unit does."""
+    table: tuple[tuple[int, int], ...] = ()
+    """(units, what the group adds when it keeps them), ascending from no unit to all: such as times, which do not grow
+    evenly. Between two entries the sum grows evenly. Without entries it does everywhere."""
 
     def kept(self, num_keep: int) -> int:
         """Return what the group adds when it keeps so many units."""
-        return num_keep * self.unit + (self.rest if num_keep else 0)
+        if not self.table:
+            return num_keep * self.unit + (self.rest if num_keep else 0)
+        place = max(1, bisect.bisect_left(self.table, num_keep, key=lambda entry: entry[0]))
+        (fewer, less), (more, most) = self.table[place - 1 : place + 1]
+        return less + (most - less) * (num_keep - fewer) // (more - fewer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +48,8 @@ class BlockBudget:
     """The same of the module that holds the group; the sparsity's denominator."""
     rest_size: int = 0
     """What goes beside the units when the last of them goes."""
+    size_table: tuple[tuple[int, int], ...] = ()
+    """What the group adds at some widths, where that does not grow evenly (`Sizes.table`)."""
     further: tuple[Sizes, ...] = ()
     """What the group adds to each further sum that is limited, in the order of `AllocationOptions.further`."""
     multiple_of: int = 1
@@ -50,7 +60,7 @@ class BlockBudget:
     @property
     def sizes(self) -> tuple[Sizes, ...]:
         """What the group adds to every sum that is limited."""
-        return (Sizes(unit=self.unit_size, rest=self.rest_size), *self.further)
+        return (Sizes(unit=self.unit_size, rest=self.rest_size, table=self.size_table), *self.further)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +135,8 @@ def bounded(removal: float, budget: BlockBudget, options: AllocationOptions) -> 
 def check_bounds(budgets: Sequence[BlockBudget], options: AllocationOptions) -> None:
     """Raise InputError if the groups must lose more than is asked for, or cannot lose as much."""
     total, target = sum(budget.module_size for budget in budgets), removal_target(budgets, options)
-    removals = [(allowed_removals(budget, options), budget.unit_size) for budget in budgets]
-    least, most = (sum(allowed[end] * size for allowed, size in removals) for end in (0, -1))
+    removals = [(budget, allowed_removals(budget, options)) for budget in budgets]
+    least, most = (sum(_removed(budget, allowed[end]) for budget, allowed in removals) for end in (0, -1))
     # What the widest steps leave beyond the target is rounding; more than a step of each group is not.
     if least - sum(b.multiple_of * b.unit_size for b in budgets) >= target and options.max_retention < 1:
         raise InputError(
@@ -164,6 +174,13 @@ def round_to_budget(budgets: Sequence[BlockBudget], wanted: Sequence[float], opt
         removed += (steps[best][positions[best] + 1] - steps[best][positions[best]]) * budgets[best].unit_size
         positions[best] += 1
     return [b.num_units - s[p] for b, s, p in zip(budgets, steps, positions, strict=True)]
+
+
+def _removed(budget: BlockBudget, count: int) -> int:
+    """Return what leaves the sum with so many units alone."""
+    if not budget.size_table:
+        return count * budget.unit_size
+    return budget.sizes[0].kept(budget.num_units) - budget.sizes[0].kept(budget.num_units - count)
 
 
 def _bounds(options: AllocationOptions) -> str:

@@ -128,4 +128,4 @@ def allocate_exactly(budgets: Sequence[BlockBudget], options: AllocationOptions)
     return kept_units(slots, dynamic_programming(slots, budget))
 
 
-DP = Allocator(allocate=allocate_exactly, compares="loss")
+DP = Allocator(allocate=allocate_exactly, compares="loss", weighs_widths=True)

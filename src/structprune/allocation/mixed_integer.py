@@ -94,5 +94,10 @@ def allocate_within(budgets: Sequence[BlockBudget], options: AllocationOptions) 
 
 
 MILP = Allocator(
-    allocate=allocate_within, compares="loss", holds_several=True, packages=("scipy",), extra="structprune[milp]"
+    allocate=allocate_within,
+    compares="loss",
+    holds_several=True,
+    weighs_widths=True,
+    packages=("scipy",),
+    extra="structprune[milp]",
 )

@@ -23,7 +23,7 @@ from structprune.engine.run.device import resolve_device, resolve_dtype
 from structprune.engine.streaming.evaluate import TextWindows, evaluate_streamed, plan_evaluation
 from structprune.errors import InputError
 from structprune.evaluation.generation import generate_text
-from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_windows
+from structprune.evaluation.perplexity import PerplexityResult, make_reference, perplexity, text_bytes, text_windows
 from structprune.evaluation.zero_shot import TaskRunner
 from structprune.kinds import StartToken
 from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
@@ -172,7 +172,10 @@ def _in_memory(
         )
         for text in windows
     ]
-    return [replace(result, start=start.text) for result in found]
+    return [
+        replace(result.over_text(text_bytes(encoder, text.ids_NS)), start=start.text)
+        for result, text in zip(found, windows, strict=True)
+    ]
 
 
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
@@ -198,11 +201,13 @@ def _streamed(
     encoder = TextEncoder(models[-1].reader.directory, models[-1].layout.vocab_size, models[-1].tokenizer_config)
     start = window_start(encoder, request.bos)
     windows = [_windows(limit, encoder, request, start, name, content) for name, content in texts]
+    sizes = [text_bytes(encoder, text.ids_NS) for text in windows]
     del encoder
     num_windows = sum(len(text.ids_NS) for text in windows)
     plan = plan_evaluation(models, num_windows, request.seq_len, dtype, memory)
     results = evaluate_streamed(models, windows, plan, device=device, dtype=dtype, observer=observer)
-    return [replace(result, start=start.text) for result in results], plan.peak_bytes
+    found = [replace(result.over_text(size), start=start.text) for result, size in zip(results, sizes, strict=True)]
+    return found, plan.peak_bytes
 
 
 def _note_text(observer: Observer, name: str, note: str) -> None:

@@ -59,7 +59,7 @@ def bench(
     readers = {name: open_model(name, adapter=merge_adapter if name == str(model) else NO_ADAPTER) for name in names}
     loaded = {name: load_model(reader, target, compute_dtype) for name, reader in readers.items()}
     for name, one in loaded.items():
-        _check_positions(name, one, max(request.prompts) + request.decode_tokens)
+        check_positions(name, one.config, max(request.prompts) + request.decode_tokens)
     points: dict[str, list[SpeedPoint]] = {name: [] for name in names}
     weights = {name: sum(p.numel() * p.element_size() for p in one.parameters()) for name, one in loaded.items()}
     for batch in request.batches:
@@ -94,8 +94,9 @@ def bench(
     )
 
 
-def _check_positions(name: str, model: Any, wanted: int) -> None:
-    limit = max_positions(model.config)
+def check_positions(name: str, config: Any, wanted: int) -> None:
+    """Raise InputError if a model has fewer positions than are wanted."""
+    limit = max_positions(config)
     if wanted > limit:
         raise InputError(
             "the prompt and what is decoded are longer than the model's positions",

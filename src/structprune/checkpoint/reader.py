@@ -21,7 +21,7 @@ from structprune.checkpoint.folder import check_folder, check_names_no_code, rea
 from structprune.checkpoint.renaming import Labels, Renaming, Starts
 from structprune.checkpoint.shards import locate, open_shard, read_headers
 from structprune.checkpoint.stacked import Place, Stacking
-from structprune.checkpoint.weight_source import MergedAdapter, WeightSource, names_by_bytes
+from structprune.checkpoint.weight_source import FewerTokens, MergedAdapter, WeightSource, names_by_bytes
 from structprune.checkpoint.wrapper import Wrapper
 from structprune.errors import CheckpointError, NumericalError
 from structprune.files import read_json
@@ -40,6 +40,8 @@ class CheckpointReader:
         self.directory = directory
         self.adapter: MergedAdapter | None = None
         """What is merged into the weights."""
+        self.fewer_tokens: FewerTokens | None = None
+        """What is left out of the vocabulary."""
         self.wrapper: Wrapper | None = None
         """What this is the text model of; None: it is a checkpoint of its own."""
         self.weights = weights

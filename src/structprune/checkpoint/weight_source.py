@@ -73,6 +73,22 @@ class WeightSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FewerTokens:
+    """Tokens that were taken out of the vocabulary."""
+
+    before: int
+    """Rows of the embedding."""
+    after: int
+    parameters: int
+    """Numbers that went with them."""
+    covered: float
+    """Share of the tokens of the texts, that the choice was made by, that stay."""
+    texts: tuple[str, ...]
+    num_tokens: int
+    """Tokens of those texts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergedAdapter:
     """An adapter that was merged into the weights."""
 

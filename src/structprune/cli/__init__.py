@@ -29,6 +29,7 @@ from structprune.cli import push as push_verb
 from structprune.cli import recover as recover_verb
 from structprune.cli import report as report_verb
 from structprune.cli import resume as resume_verb
+from structprune.cli import vocabulary as vocabulary_verb
 from structprune.cli.command import Command, Group
 from structprune.cli.streams import forgiving_streams
 from structprune.errors import StructPruneError
@@ -50,6 +51,7 @@ app.command("resume", cls=Command)(resume_verb.resume)
 app.command("recover", cls=Command)(recover_verb.recover)
 app.command("plan", cls=Command)(plan_verb.plan)
 app.command("inspect", cls=Command)(inspect_verb.inspect)
+app.command("vocabulary", cls=vocabulary_verb.VocabularyCommand)(vocabulary_verb.vocabulary)
 app.command("methods", cls=Command)(methods_verb.methods)
 app.command("eval", cls=eval_verb.EvalCommand)(eval_verb.evaluate)
 app.command("bench", cls=bench_verb.BenchCommand)(bench_verb.bench)

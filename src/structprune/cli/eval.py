@@ -108,5 +108,8 @@ def _text_rows(text: TextResult, against: str | None) -> list[tuple[str, str]]:
             (f"KL from {against}", f"{text.kl_to_reference:.4f} nats per token"),
             ("same likeliest token", f"{text.top1_agreement:.2%}"),
         ]
+    if text.bits_per_byte is not None and text.num_bytes:
+        tokens = text.num_predicted_tokens / text.num_bytes
+        rows.append(("bits per byte", f"{text.bits_per_byte:.4f} ({tokens:.3f} tokens per byte)"))
     windows = f"{text.seq_len} tokens, stride {text.stride}, {text.num_windows} windows, {beginning(text.start)}"
     return [*rows, ("window", windows)]

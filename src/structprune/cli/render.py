@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -10,6 +11,7 @@ from rich.text import Text
 from structprune.cli.tables import Column, Heading, Row, fits, print_pairs, print_table
 from structprune.exporters.runtimes import RuntimeSupport
 from structprune.memory import format_bytes
+from structprune.recipe.latency import LatencyTable
 from structprune.results.comparison import COST_COLUMNS, Cell, Comparison, TextScore, cost_values
 from structprune.results.measured import Bench, Rate
 from structprune.results.report import PruneReport
@@ -117,6 +119,27 @@ def bench_tables(result: Bench) -> None:
         [Column(name="model"), *(Column(name=name, figures=name in ratios) for name in (*_POINT_COLUMNS, *ratios))],
         _point_rows(result),
     )
+
+
+def latency_table(table: LatencyTable, path: Path) -> None:
+    """Print what each width takes, and where the table is."""
+    print_table(
+        f"Times on {table.device}, {table.dtype}, batch {table.batch}, prompt {table.prompt_tokens}: "
+        f"prefill {table.prefill / 1e3:,.1f} ms, decode {table.decode / 1e3:,.2f} ms a token",
+        [Column(name="units"), *(Column(name=name, figures=True) for name in ("prefill ms", "decode ms"))],
+        [
+            row
+            for times in table.sublayers
+            for row in (
+                Heading(f"{times.kind} of {times.num_units} units, one block"),
+                *(
+                    (str(units), f"{prefill / 1e3:,.3f}", f"{decode / 1e3:,.3f}")
+                    for units, prefill, decode in zip(times.units, times.prefill, times.decode, strict=True)
+                ),
+            )
+        ],
+    )
+    print(f"written to {path}: structprune prune MODEL -o OUT --target-latency 0.75x --latency-table {path}")
 
 
 _POINT_COLUMNS = ("prefill", "decode", "peak memory")

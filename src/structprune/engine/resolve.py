@@ -95,7 +95,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     opened: list[StockModel] = []
 
     def open_source() -> None:
-        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter)
+        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter, recipe.vocabulary)
         stock = StockModel(reader, _head_units(recipe, method, reader))
         if stock.sliced:
             raise UnsupportedError(

@@ -7,7 +7,7 @@ D hidden size, V vocabulary, T tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,17 @@ class PerplexityResult:
     """Share of the positions where both models' likeliest token is the same; None without a reference."""
     reference_perplexity: float | None = None
     """The reference's own, over the same tokens."""
+    num_bytes: int | None = None
+    """Bytes of the text that the predicted tokens write."""
+    bits_per_byte: float | None = None
+    """What it takes to tell a byte of the text: comparable between tokenizers, as perplexity is not."""
+
+    def over_text(self, num_bytes: int) -> PerplexityResult:
+        """Return the result with its figures per byte of text; without them where the tokens write none."""
+        if not num_bytes:
+            return self
+        bits = self.mean_nll * self.num_predicted_tokens / math.log(2)
+        return replace(self, num_bytes=num_bytes, bits_per_byte=bits / num_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -119,6 +130,11 @@ def text_windows(
         )
     ids = start.stripped(encoder.encode(text))
     return start.before(consecutive_windows(ids, start.room(seq_len), "text", name)[:num])
+
+
+def text_bytes(encoder: TextEncoder, windows_NS: Tensor) -> int:
+    """Count the bytes of the text that the predicted tokens of these windows write."""
+    return sum(len(encoder.decode(ids_S[1:]).encode()) for ids_S in windows_NS)
 
 
 @torch.no_grad()

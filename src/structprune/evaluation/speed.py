@@ -60,11 +60,11 @@ def speed_pair(
     peaks: dict[str, int] = {}
     for name, model in models.items():
         # Weights are pages of a mapped file: the first run makes them resident, and its peak would count them twice.
-        _once(model, batch, 1, 1)
+        time_once(model, batch, 1, 1)
         peaks[name] = _peak_of_one_run(model, batch, prompt_tokens, decode_tokens)
     for _ in range(repeats):
         for name, model in models.items():
-            times[name].append(_once(model, batch, prompt_tokens, decode_tokens))
+            times[name].append(time_once(model, batch, prompt_tokens, decode_tokens))
     results: dict[str, SpeedResult] = {}
     for name, pairs in times.items():
         prefill = tuple(batch * prompt_tokens / seconds for seconds, _ in pairs)
@@ -87,15 +87,15 @@ def _peak_of_one_run(model: Any, batch: int, prompt_tokens: int, decode_tokens: 
     if model.device.type == "cuda":
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
-        _once(model, batch, prompt_tokens, decode_tokens)
+        time_once(model, batch, prompt_tokens, decode_tokens)
         return torch.cuda.max_memory_allocated(model.device) - before
     with PeakMeter() as meter:
-        _once(model, batch, prompt_tokens, decode_tokens)
+        time_once(model, batch, prompt_tokens, decode_tokens)
     return meter.peak_bytes
 
 
-def _once(model: Any, batch: int, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Time one prefill and the decoding behind it, in seconds."""
+def time_once(model: Any, batch: int, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
+    """Time one prefill and the decoding of `decode_tokens` behind it, in seconds."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, prompt_tokens)
     ids_BS = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)

@@ -7,11 +7,9 @@ from typing import Any
 
 from structprune.architectures.family import Family
 from structprune.architectures.modeling.removed import REMOVED_ENTRY
+from structprune.architectures.stock.config import BLOCK_LISTS
 from structprune.errors import UnsupportedError
 
-# One value per block. Stock configs derive a list that is left out from the block's number, which changes here, so the
-# parsed config's list is written out where its blocks differ.
-_ONE_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # Numbers of blocks from the start that are treated in one way, the rest in another.
 _LEADING_BLOCKS = ("max_window_layers",)
 
@@ -41,15 +39,17 @@ def shallower_config(config: Mapping[str, Any], parsed: Any, kept: Sequence[int]
     if len(kept) == num_blocks:
         return dict(config)
     for name, value in config.items():
-        if isinstance(value, list) and value and "layer" in name and name not in _ONE_PER_BLOCK:
+        if isinstance(value, list) and value and "layer" in name and name not in BLOCK_LISTS:
             raise UnsupportedError(
                 f"config entry {name!r} lists layers, and how to cut it is not known",
                 got=value,
-                wanted=f"none but {', '.join(_ONE_PER_BLOCK)}",
+                wanted=f"none but {', '.join(BLOCK_LISTS)}",
             )
     count = parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     result = dict(config) | {count: len(kept)}
-    for name in _ONE_PER_BLOCK:
+    # Stock configs derive a list that is left out from the block's number, which changes here, so the parsed config's
+    # list is written out where its blocks differ.
+    for name in BLOCK_LISTS:
         values = getattr(parsed, name, None)
         if isinstance(values, list) and len(values) == num_blocks and (name in config or len(set(values)) > 1):
             result[name] = [values[index] for index in kept]

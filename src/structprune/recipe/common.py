@@ -33,6 +33,7 @@ from structprune.recipe.fields import (
 from structprune.recipe.limits import TARGETS
 from structprune.registry import Registry
 from structprune.texts import AUTO, WeightedText, weighted_texts
+from structprune.vocabulary.kept import ALL_TOKENS, Vocabulary
 
 Scope = Literal["mlp", "attention", "all"]
 DEFAULT_METHOD = "structprune"
@@ -91,6 +92,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     merge_adapter: AdapterSetting = Field(
         default="none",
         description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
+    )
+    vocabulary: Annotated[Vocabulary, Flag(Group.WHAT, unset="all tokens stay")] = Field(
+        default=ALL_TOKENS,
+        description="JSON file of `structprune vocabulary MODEL -o FILE`, the tokens that stay; all others go",
     )
     num_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset=f"as many as --time-budget allows, at most {MOST_SAMPLES}")

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from structprune.recipe.common import ResolvedRecipe, Scope
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe
 from structprune.recipe.limits import NO_CACHE_LIMIT, AtMost, CacheAtMost
 
@@ -57,6 +58,7 @@ class ResolvedDepth(ResolvedRecipe, DepthRecipe, frozen=True):
     target_parameters: AtMost = 0
     target_bytes: AtMost = 0
     target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
+    target_latency: LatencyAtMost = NO_LATENCY_LIMIT
     score: str = SAID
     sensitivity_samples: int = SAID
     repair_samples: int = 0

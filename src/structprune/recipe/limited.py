@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from structprune.recipe.fields import Flag, Group
+from structprune.recipe.latency import NO_TABLE, Latency, Table
 from structprune.recipe.limits import Count, FileBytes, KvCache
 from structprune.recipe.repaired import RepairedRecipe
 
@@ -25,4 +26,12 @@ class LimitedRecipe(RepairedRecipe, frozen=True):
     target_kv_cache: Annotated[KvCache | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
         default=None,
         description="the most bytes of keys and values of so many tokens, such as 8192:2GiB; instead of --sparsity",
+    )
+    target_latency: Annotated[Latency | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
+        default=None,
+        description="the longest time of a prompt or of a token, such as 0.75x of the dense model's, decode:0.75x or "
+        "prefill:120ms, by --latency-table; instead of --sparsity",
+    )
+    latency_table: Annotated[Table, Flag(Group.WHAT, unset="--target-latency needs one")] = Field(
+        default=NO_TABLE, description="JSON file of `structprune bench MODEL --table FILE`"
     )

@@ -76,7 +76,7 @@ CacheAtMost = Annotated[
 ]
 """The most of a KV cache; null in JSON where there is no limit."""
 
-TARGETS = ("target_parameters", "target_bytes", "target_kv_cache")
+TARGETS = ("target_parameters", "target_bytes", "target_kv_cache", "target_latency")
 """Fields of a recipe that limit what a run leaves."""
 
 

@@ -11,6 +11,7 @@ from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
 from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
+from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe
 from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
@@ -150,6 +151,7 @@ class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     target_parameters: AtMost = 0
     target_bytes: AtMost = 0
     target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
+    target_latency: LatencyAtMost = NO_LATENCY_LIMIT
     head_units: HeadUnits = SAID
     multiple_of: int = SAID
     damping: Damping = SAID

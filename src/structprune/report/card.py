@@ -21,6 +21,7 @@ from structprune.results.schema import BlockReport, Perplexities
 from structprune.results.summary import around_rows, beginning, stored_in
 from structprune.texts import shown_texts
 from structprune.types import HeadUnits
+from structprune.vocabulary.kept import KEPT_NAME
 
 # Entries of the source's front matter that hold for what is made of it.
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets")
@@ -201,7 +202,8 @@ def _loading(report: PruneReport, name: str) -> list[str]:
 
 def _making(report: PruneReport) -> str:
     recipe = report.recipe.model_dump(
-        mode="json", exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check"}
+        mode="json",
+        exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check", "vocabulary", "latency_table"},
     )
     recipe |= {
         "calibration": plain_name(shown_texts(report.recipe.calibration)),
@@ -217,8 +219,9 @@ def _making(report: PruneReport) -> str:
             f"differ by {check.relative_difference:.1e} (relative) from those of the pruning run."
         )
     commit = f"Made from commit `{report.source_commit}` of its source. " if report.source_commit else ""
+    tokens = "" if report.vocabulary is None else f"The tokens that stay are in `{KEPT_NAME}`. "
     return (
-        f"{commit}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens, "
+        f"{commit}{tokens}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens, "
         f"{beginning(calibration.start)} ({plain_name(calibration.description)}). {checked} "
         "Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
         f"The recipe, resolved:\n\n```yaml\n{text}```"

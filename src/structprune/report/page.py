@@ -30,7 +30,7 @@ from structprune.texts import shown_texts
 PAGE_NAME = "pruning_report.html"
 
 # Settings that say nothing of the result.
-_LEFT_OUT = ("memory", "device_memory", "max_shard_size", "reload_check")
+_LEFT_OUT = ("memory", "device_memory", "max_shard_size", "reload_check", "vocabulary", "latency_table")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,10 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
             (runtime.runtime, runtime.loads + (f", {runtime.basis}" if runtime.basis else ""), runtime.reason)
             for runtime in report.runtimes
         ],
-        limits=[f"Limit of {limit.name}: {limit.line}." for limit in report.limits],
+        limits=[
+            *([] if report.vocabulary is None else [f"Vocabulary: {report.vocabulary.line}."]),
+            *(f"Limit of {limit.name}: {limit.line}." for limit in report.limits),
+        ],
         repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in repair_rows(report)],
         reload=f"Reload check: {reload_line(report.reload)}.",
         recipe=_recipe_rows(report),

@@ -26,6 +26,10 @@ class TextResult(Frozen):
     """Mean KL(reference, model) per predicted token, in nats; None without `--against`."""
     top1_agreement: float | None
     reference_perplexity: float | None
+    num_bytes: int | None = None
+    """Bytes of the text that the predicted tokens write; None in results of earlier versions."""
+    bits_per_byte: float | None = None
+    """Comparable between models of different vocabularies, as perplexity is not."""
 
 
 class TaskResult(Frozen):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from structprune.errors import InputError
 from structprune.memory import format_bytes
@@ -148,30 +148,60 @@ class SizeReport(Frozen):
         return (self.parameters_before - self.parameters_after) / (self.parameters_before - self.parameters_around)
 
 
+Counted = Literal["numbers", "bytes", "nanoseconds"]
+"""What an amount that is limited is counted in."""
+
+
+def shown_amount(number: int, counts: Counted) -> str:
+    """Write an amount with its unit."""
+    if counts == "nanoseconds":
+        return f"{number / 1e6:,.2f} ms"
+    return f"{number:,} bytes" if counts == "bytes" else f"{number:,}"
+
+
 class LimitReport(Frozen):
     """A limit of what the result may have, such as of its parameters, and what it has."""
 
     name: str
     """What is counted, in words."""
-    in_bytes: bool
+    counts: Counted = "numbers"
     at_most: int
     """What was asked for."""
     before: int
     """What the result would have if no unit had gone."""
     predicted: int
     """What the chosen widths give by the source's headers; counts a repair's new biases, which it may leave out."""
-    reached: int
-    """What the written model has."""
+    reached: int | None
+    """What the written model has; None: that was not measured."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """Read what reports of earlier versions say of bytes."""
+        if not isinstance(values, dict) or "in_bytes" not in values:
+            return values
+        counted = {"counts": "bytes" if values["in_bytes"] else "numbers"}
+        return {name: value for name, value in values.items() if name != "in_bytes"} | counted
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether the result has more than was asked for, or is predicted to where that was not measured."""
+        return (self.predicted if self.reached is None else self.reached) > self.at_most
 
     @property
     def line(self) -> str:
         """Say what was asked, what the widths promised, and what the result has."""
 
         def shown(number: int) -> str:
-            return f"{number:,} ({format_bytes(number)})" if self.in_bytes else f"{number:,}"
+            size = f" ({format_bytes(number)})" if self.counts == "bytes" else ""
+            return f"{shown_amount(number, self.counts).removesuffix(' bytes')}{size}"
 
+        asked = f"asked for at most {shown(self.at_most)}"
+        if self.reached is None:
+            dense = f"the dense model takes {shown(self.before)}"
+            return f"{asked}, predicted {shown(self.predicted)} ({dense}); `structprune bench` measures it"
         predicted = "as predicted" if self.reached == self.predicted else f"predicted {shown(self.predicted)}"
-        return f"asked for at most {shown(self.at_most)}, reached {shown(self.reached)}, {predicted}"
+        return f"{asked}, reached {shown(self.reached)}, {predicted}"
 
 
 class RepairReport(Frozen):
@@ -304,6 +334,29 @@ class AdapterReport(Frozen):
     """Tensors that the adapter has in whole."""
 
 
+class VocabularyReport(Frozen):
+    """Tokens that were taken out of the source's vocabulary before anything else."""
+
+    before: int
+    """Rows of the source's embedding."""
+    after: int
+    parameters: int
+    """Numbers that went with them; they are in the parameters before."""
+    covered: float
+    """Share of the tokens of the texts, that the choice was made by, that stay: the mean of the texts."""
+    texts: tuple[str, ...]
+    num_tokens: int
+    """Tokens of those texts."""
+
+    @property
+    def line(self) -> str:
+        """Say how many tokens stay, and what went with the others."""
+        return (
+            f"{self.after:,} of {self.before:,} tokens stay, {self.parameters:,} parameters fewer; {self.covered:.3%} "
+            f"of the {self.num_tokens:,} tokens that were counted"
+        )
+
+
 class PruneFacts(Frozen):
     """Everything that a run states about itself."""
 
@@ -315,6 +368,8 @@ class PruneFacts(Frozen):
     """The hub's commit that a branch or tag stood for; None for a model that is not from the hub."""
     adapter: AdapterReport | None = None
     """None: the source's own weights."""
+    vocabulary: VocabularyReport | None = None
+    """None: all tokens stay."""
     family: str
     method: str
     recipe: SerializeAsAny[ResolvedRecipe]

@@ -71,6 +71,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *perplexity_rows(report),
         *commit,
         *_adapter(report),
+        *([] if report.vocabulary is None else [("vocabulary", report.vocabulary.line)]),
         (
             f"removed of {report.recipe.scope}",
             f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
@@ -259,7 +260,7 @@ def share_note(recipe: ResolvedRecipe, shares: ReachableShares | None) -> tuple[
 
 def warnings(report: PruneFacts) -> list[str]:
     """List what a reader should not miss."""
-    over = [limit for limit in report.limits if limit.reached > limit.at_most]
+    over = [limit for limit in report.limits if limit.is_missed]
     notes = (
         *report.notes,
         *(() if report.limits else share_note(report.recipe, report.size.reachable)),

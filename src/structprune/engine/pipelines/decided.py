@@ -14,8 +14,9 @@ from structprune.recipe import Recipe, flag_name
 from structprune.recipe.limits import targets_of
 from structprune.recipe.units import ResolvedUnits, UnitsRecipe
 
+# Where none is asked for: the allocator of several limits, and that of one which does not grow evenly with the units.
 SEVERAL_ALLOCATOR = "milp"
-"""The allocator of several limits where none is asked for."""
+UNEVEN_ALLOCATOR = "dp"
 _OUTSIDE_ALLOCATOR = "widths"
 
 
@@ -49,6 +50,13 @@ def with_widths(recipe: UnitsRecipe, kinds: Sequence[UnitKind], stock: StockMode
     return recipe.model_copy(update=decided)
 
 
+def allocator_for(limits: Sequence[Limit]) -> str | None:
+    """Return the allocator that limits need where none is asked for; None: they need no special one."""
+    if len(limits) > 1:
+        return SEVERAL_ALLOCATOR
+    return UNEVEN_ALLOCATOR if any(limit.is_uneven for limit in limits) else None
+
+
 def with_limits(
     resolved: ResolvedUnits,
     limits: Sequence[Limit],
@@ -69,6 +77,13 @@ def with_limits(
             f"the {resolved.allocator} allocator holds one limit",
             got=", ".join(flag_name(limit.field) for limit in limits),
             wanted=f"--allocator {SEVERAL_ALLOCATOR}, or one of them",
+        )
+    uneven = [limit for limit in limits if limit.is_uneven]
+    if uneven and not ALLOCATORS.get(resolved.allocator).weighs_widths:
+        raise UnsupportedError(
+            f"the {resolved.allocator} allocator takes every unit of a sublayer to weigh the same",
+            got=flag_name(uneven[0].field),
+            wanted=f"--allocator {UNEVEN_ALLOCATOR}",
         )
     return resolved.model_copy(update={"sparsity": share})
 

@@ -12,7 +12,7 @@ from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
-from structprune.engine.pipelines.decided import SEVERAL_ALLOCATOR, with_limits, with_widths
+from structprune.engine.pipelines.decided import allocator_for, with_limits, with_widths
 from structprune.engine.pipelines.search_settings import check_search, planned_search, search_of, search_settings
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
@@ -56,9 +56,9 @@ def unit_settings(
     multiple_of = _checked_multiple(recipe.multiple_of or default, groups, stock)
     resolved = _resolved(recipe, method, stock, groups, multiple_of)
     limits = binding_limits(stock, resolved, _kinds(groups))
-    if len(limits) > 1 and recipe.allocator is None and recipe.structure != Structure.UNIFORM:
-        several = recipe.model_copy(update={"allocator": SEVERAL_ALLOCATOR})
-        resolved = _resolved(several, method, stock, groups, multiple_of)
+    if recipe.allocator is None and recipe.structure != Structure.UNIFORM and (allocator := allocator_for(limits)):
+        asked = recipe.model_copy(update={"allocator": allocator})
+        resolved = _resolved(asked, method, stock, groups, multiple_of)
     resolved = with_limits(resolved, limits, recipe, stock, _kinds(groups))
     for group in groups:
         if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":

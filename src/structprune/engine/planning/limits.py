@@ -6,15 +6,15 @@ An allocator holds the widths to them; where whole blocks go, as few go as they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.quantities import QUANTITIES, Asked, Quantity, SublayerSizes, block_cache_bytes
 from structprune.errors import InputError
 from structprune.kinds import UnitKind
 from structprune.recipe import ResolvedRecipe, flag_name
-from structprune.recipe.limits import KvCacheLimit, targets_of
-from structprune.results.schema import LimitReport, SizeReport
+from structprune.recipe.limits import targets_of
+from structprune.results.schema import LimitReport, SizeReport, shown_amount
 from structprune.types import BlockLayout
 
 _ALMOST_ALL = 1 - 1e-9
@@ -31,8 +31,8 @@ class Limit:
     quantity: Quantity
     name: str
     at_most: int
-    tokens: int
-    """Length of the sequence in a cache; 0 for what has none."""
+    asked: Asked
+    """The run that it is a limit of."""
     before: int
     """What the result would have if no unit went."""
     sizes: Mapping[Sublayer, SublayerSizes]
@@ -51,7 +51,12 @@ class Limit:
 
     def shown(self, number: int) -> str:
         """Write an amount of the quantity."""
-        return f"{number:,} bytes" if self.quantity.in_bytes else f"{number:,}"
+        return shown_amount(number, self.quantity.counts)
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether what a sublayer adds does not grow evenly with its units."""
+        return any(size.units.table for size in self.sizes.values())
 
 
 def find_limits(stock: StockModel, recipe: ResolvedRecipe, kinds: Sequence[UnitKind] = ()) -> list[Limit]:
@@ -69,13 +74,12 @@ def find_limits(stock: StockModel, recipe: ResolvedRecipe, kinds: Sequence[UnitK
             for block in stock.layout.blocks
             if block.has(kind)
         }
-        tokens = value.tokens if isinstance(value, KvCacheLimit) else 0
         limit = Limit(
             field=field,
             quantity=quantity,
-            name=quantity.name.format(tokens=f"{tokens:,}"),
-            tokens=tokens,
-            at_most=quantity.at_most(value),
+            name=quantity.name(asked),
+            asked=asked,
+            at_most=quantity.at_most(asked, value),
             before=quantity.total(asked, stock.layout.blocks),
             sizes=sizes,
         )
@@ -113,7 +117,7 @@ def blocks_left(stock: StockModel, recipe: ResolvedRecipe, limit: Limit, removed
     asked = Asked(stock=stock, recipe=recipe, kinds=())
 
     def alone(block: BlockLayout) -> int:
-        return block_cache_bytes(stock, block, limit.tokens) if limit.tokens else 0
+        return block_cache_bytes(stock, block, asked.tokens) if asked.tokens else 0
 
     # Of equal blocks some may have a shorter window: those are taken to be the ones that go.
     largest = sorted(stock.layout.blocks, key=alone, reverse=True)
@@ -158,11 +162,11 @@ def limit_reports(
     return [
         LimitReport(
             name=limit.name,
-            in_bytes=limit.quantity.in_bytes,
+            counts=limit.quantity.counts,
             at_most=limit.at_most,
             before=limit.before,
             predicted=predicted,
-            reached=limit.quantity.reached(written, limit.tokens, size),
+            reached=limit.quantity.reached(replace(limit.asked, stock=written), size),
         )
         for limit, predicted in limits
     ]

@@ -1,7 +1,7 @@
 """Quantities that a run can be held to: what a whole model has of each, and what every unit of a sublayer adds.
 
 A quantity is a sum over the model that grows by as much with every unit of a sublayer: parameters, bytes of the weight
-files, bytes of the KV cache.
+files, bytes of the KV cache. Time is one too, but grows unevenly: what each width takes is read from a table.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from structprune.engine.planning.tensors import (
     file_bytes,
     result_tensors,
 )
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import UNIT_KINDS, UnitKind
 from structprune.recipe import ResolvedRecipe
+from structprune.recipe.latency import NO_TABLE, LatencyLimit, LatencyTable
 from structprune.recipe.limits import targets_of
 from structprune.recipe.repaired import repair_adds_biases
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import SizeReport
+from structprune.results.schema import Counted, SizeReport
 from structprune.solvers import SOLVERS
 from structprune.types import BlockLayout, UnitGroup
 
@@ -54,8 +55,27 @@ class Asked:
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence whose cache is limited."""
-        return targets_of(self.recipe)["target_kv_cache"].tokens
+        """Length of the sequence whose cache is limited; 0 where none is."""
+        limit = targets_of(self.recipe).get("target_kv_cache")
+        return limit.tokens if limit else 0
+
+    @property
+    def latency(self) -> LatencyLimit:
+        """The limit of time."""
+        return targets_of(self.recipe)["target_latency"]
+
+    @property
+    def table(self) -> LatencyTable:
+        """The times that a limit of time is kept by. Raises InputError if there are none."""
+        table: LatencyTable = getattr(self.recipe, "latency_table", NO_TABLE)
+        if not table:
+            raise InputError(
+                "a limit of time is kept by a table of what each width takes",
+                got=f"--target-latency {self.latency}",
+                wanted="--latency-table FILE",
+                do="make it on the machine that is meant: structprune bench MODEL --table FILE",
+            )
+        return table
 
     def new_biases(self, block: BlockLayout) -> Mapping[str, tuple[int, ...]]:
         """Return the biases that the result may have and the source lacks, name -> shape at full width."""
@@ -73,17 +93,17 @@ class Asked:
 class Quantity:
     """A sum over a model that a run can be held to."""
 
-    name: str
-    """What is counted, in words; `{tokens}` stands for those of a cache."""
+    name: Callable[[Asked], str]
+    """What is counted, in words."""
     total: Callable[[Asked, Sequence[BlockLayout]], int]
     """What a result of these blocks has, all of whose units are there."""
     sizes: Callable[[Asked, BlockLayout, UnitGroup], SublayerSizes]
     """What a sublayer, given by its first group, adds. Raises UnsupportedError where that is not known."""
-    reached: Callable[[StockModel, int, SizeReport], int]
-    """What the written model has, from (model, tokens, size)."""
-    at_most: Callable[[Any], int] = int
+    reached: Callable[[Asked, SizeReport], int | None]
+    """What the written model has, from (that model under the run's recipe, size); None: it was not measured."""
+    at_most: Callable[[Asked, Any], int] = lambda asked, value: int(value)
     """The most, from the value of the recipe's field."""
-    in_bytes: bool = True
+    counts: Counted = "bytes"
 
 
 def _model_for(block: BlockLayout, name: str) -> str:
@@ -184,28 +204,76 @@ def _cache_sizes(asked: Asked, block: BlockLayout, group: UnitGroup) -> Sublayer
     return SublayerSizes(num_units=group.num_units, units=Sizes(unit=unit), module=group.num_units * unit)
 
 
+def _times(asked: Asked, block: BlockLayout, group: UnitGroup) -> tuple[tuple[int, int], ...]:
+    """Return what a sublayer takes at each width that was timed, in nanoseconds."""
+    return asked.table.times(group.kind, group.num_units).nanoseconds(asked.latency.phase)
+
+
+def _latency_sizes(asked: Asked, block: BlockLayout, group: UnitGroup) -> SublayerSizes:
+    """Read what a sublayer takes at every width from the table."""
+    if asked.stock.head_units != "kv-group":
+        raise UnsupportedError(
+            "the table times attention of fewer KV heads",
+            got=f"--target-latency, --head-units {asked.stock.head_units}",
+            wanted="--head-units kv-group",
+        )
+    table = _times(asked, block, group)
+    whole = table[-1][1]
+    return SublayerSizes(
+        num_units=group.num_units, units=Sizes(unit=max(1, whole // group.num_units), table=table), module=whole
+    )
+
+
+def _latency(asked: Asked, blocks: Sequence[BlockLayout]) -> int:
+    """Return the time of a model of these blocks, in nanoseconds: the source's without the sublayers of the others."""
+    left = {block.index for block in blocks}
+    gone = (block for block in asked.stock.layout.blocks if block.index not in left)
+    return asked.table.whole(asked.latency.phase) - sum(
+        _times(asked, block, block.group(kind))[-1][1] for block in gone for kind in UNIT_KINDS if block.has(kind)
+    )
+
+
+def _longest(asked: Asked, limit: LatencyLimit) -> int:
+    """Return the longest time, in nanoseconds."""
+    return limit.nanoseconds or int(limit.share * asked.table.whole(limit.phase))
+
+
+def _latency_name(asked: Asked) -> str:
+    table = asked.table
+    what = f"a prompt of {table.prompt_tokens:,} tokens" if asked.latency.phase == "prefill" else "a token"
+    return f"time of {what} on {table.device}, {table.dtype}, {table.batch} at a time"
+
+
 QUANTITIES: Mapping[str, Quantity] = {
     "target_parameters": Quantity(
-        name="parameters",
-        in_bytes=False,
+        name=lambda asked: "parameters",
+        counts="numbers",
         total=lambda asked, blocks: sum(math.prod(tensor.shape) for tensor in _whole_tensors(asked, blocks).values()),
         sizes=lambda asked, block, group: _stored_sizes(asked, block, group, lambda name: 1),
-        reached=lambda written, tokens, size: size.parameters_after,
+        reached=lambda written, size: size.parameters_after,
     ),
     "target_bytes": Quantity(
-        name="bytes of the weight files",
+        name=lambda asked: "bytes of the weight files",
         total=lambda asked, blocks: file_bytes(_whole_tensors(asked, blocks), asked.recipe.max_shard_size),
         sizes=lambda asked, block, group: _stored_sizes(
             asked, block, group, lambda name: asked.item_bytes(block, name)
         ),
-        reached=lambda written, tokens, size: size.bytes_after,
+        reached=lambda written, size: size.bytes_after,
     ),
     "target_kv_cache": Quantity(
-        name="bytes of the KV cache of {tokens} tokens",
-        at_most=lambda value: value.at_most,
+        name=lambda asked: f"bytes of the KV cache of {asked.tokens:,} tokens",
+        at_most=lambda asked, value: value.at_most,
         total=lambda asked, blocks: _cache_bytes(asked.stock, blocks, asked.tokens),
         sizes=_cache_sizes,
-        reached=lambda written, tokens, size: _cache_bytes(written, written.layout.blocks, tokens),
+        reached=lambda written, size: _cache_bytes(written.stock, written.stock.layout.blocks, written.tokens),
+    ),
+    "target_latency": Quantity(
+        name=_latency_name,
+        at_most=_longest,
+        counts="nanoseconds",
+        total=_latency,
+        sizes=_latency_sizes,
+        reached=lambda written, size: None,
     ),
 }
 """Field of the recipe -> what it limits. Headers of files are counted as those of all units, which are no shorter."""

@@ -233,6 +233,7 @@ def _budgets(
                 unit_size=sizes[0].units.unit,
                 module_size=sizes[0].module,
                 rest_size=sizes[0].units.rest,
+                size_table=sizes[0].units.table,
                 further=tuple(size.units for size in sizes[1:]),
                 multiple_of=_multiple(recipe, group),
                 cost_U=None if costs is None else costs[group.kind][block.index],

@@ -65,9 +65,11 @@ from structprune.results.schema import (
     ReusedStatistics,
     RuntimeReport,
     SizeReport,
+    VocabularyReport,
 )
 from structprune.results.search import SearchReport
 from structprune.runs.contents import check_unchanged
+from structprune.vocabulary.kept import KEPT_NAME
 
 MANIFEST_NAME = "pruning_manifest.json"
 
@@ -212,9 +214,10 @@ def size_report(
     context: RunContext, files: WeightFiles, outcome: Outcome, *, removed_in_blocks: int, scope_parameters: int
 ) -> SizeReport:
     """Report sizes before and after; the two parts of what was removed may differ in sign."""
-    layout = context.stock.layout
+    layout, tokens = context.stock.layout, context.reader.fewer_tokens
+    before = layout.all_parameters + (0 if tokens is None else tokens.parameters)
     return SizeReport(
-        parameters_before=layout.all_parameters,
+        parameters_before=before,
         parameters_after=files.num_parameters,
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
@@ -222,7 +225,7 @@ def size_report(
         removed_share_of_scope=removed_in_blocks / scope_parameters,
         reachable=outcome.shares,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
-        removed_share_of_model=(layout.all_parameters - files.num_parameters) / layout.all_parameters,
+        removed_share_of_model=(before - files.num_parameters) / before,
         parameters_around=layout.around.parameters,
     )
 
@@ -295,18 +298,21 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     }
     write_json(checkpoint / MANIFEST_NAME, manifest)
     write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, result.outcome.widths)))
+    if context.recipe.vocabulary:
+        write_json(checkpoint / KEPT_NAME, context.recipe.vocabulary.model_dump(mode="json"))
     if result.outcome.path is not None:
         write_json(checkpoint / PATH_NAME, result.outcome.path.model_dump(mode="json"))
     context.meter.mark("finish")
     # The shape of what lies there, not of what was planned.
     shape = shape_of(written.model, context.recipe, result.config)
-    layout, adapter = context.stock.layout, context.reader.adapter
+    layout, adapter, tokens = context.stock.layout, context.reader.adapter, context.reader.fewer_tokens
     report = PruneReport(
         output=str(context.run.output),
         source=context.source,
         source_fingerprint=context.reader.fingerprint(),
         source_commit=source_commit(context.reader.directory),
         adapter=None if adapter is None else AdapterReport(**asdict(adapter)),
+        vocabulary=None if tokens is None else VocabularyReport(**asdict(tokens)),
         family=layout.family,
         method=context.method.name,
         recipe=context.recipe,

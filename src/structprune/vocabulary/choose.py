@@ -1,0 +1,115 @@
+"""Which tokens are worth a row: those that texts use, then those that the tokenizer's training found common.
+
+Every text's counts are shares of its own tokens, so that a long text does not decide alone. A token that occurs nowhere
+stands behind all that do, in the order of the tokenizer's training, if its script occurs in the texts at all.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structprune.errors import InputError
+from structprune.vocabulary.model import token_model
+from structprune.vocabulary.tokenizer_json import all_tokens
+
+MULTIPLE = 64
+"""Rows of the result are a multiple of this."""
+# Of all letters of the texts: scripts that are rarer are taken for stray names.
+_LEAST_SHARE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountedText:
+    """How often a text uses each token."""
+
+    name: str
+    weight: float
+    counts_V: Tensor
+    """Number of times, by id; int64."""
+
+
+def choose_tokens(
+    tokenizer: Mapping[str, Any],
+    texts: Sequence[CountedText],
+    needed: Collection[int],
+    spelled: Mapping[int, str],
+    size: int,
+    where: str,
+) -> tuple[int, ...]:
+    """Return the ids of `size` tokens, rounded down to a multiple, ascending.
+
+    `needed` are ids that stay whatever their counts, beside those without which texts could not be encoded; `spelled`
+    is the text that each id stands for, where it is whole characters. Raises InputError for a size that holds less
+    than what must stay, or is no reduction.
+    """
+    model = tokenizer["model"]
+    kind = token_model(model, where)
+    ids, closure = kind.tokens(model), kind.closure(model)
+    numbered = all_tokens(tokenizer, where)
+    kept = {number for number in needed if number in numbered} | {ids[token] for token in kind.needed(model)}
+    wanted = size // MULTIPLE * MULTIPLE
+    if not len(kept) < wanted < len(numbered):
+        raise InputError(
+            "the vocabulary cannot have this size",
+            where=where,
+            got=f"{size:,} tokens",
+            wanted=f"at least {len(kept) // MULTIPLE * MULTIPLE + MULTIPLE:,}, for what every text needs and what is "
+            f"named elsewhere, and fewer than {len(numbered):,}",
+        )
+    for number in _in_order(kind.most_likely_first(model), ids, texts, spelled):
+        if len(kept) == wanted:
+            break
+        if number in kept or number not in numbered:
+            continue
+        new = {number, *(ids[part] for part in closure(numbered[number]))} - kept
+        if len(kept) + len(new) <= wanted:
+            kept |= new
+    return tuple(sorted(kept))
+
+
+def _in_order(
+    common: Sequence[str], ids: Mapping[str, int], texts: Sequence[CountedText], spelled: Mapping[int, str]
+) -> Iterable[int]:
+    """Yield ids, the most useful first: by their mean share of the texts, then as training found them common."""
+    share_V = mean_shares(texts)
+    order = torch.argsort(share_V, descending=True, stable=True)
+    used = order[share_V[order] > 0].tolist()
+    yield from used
+    scripts = _scripts_of(used, share_V, spelled)
+    later = [ids[token] for token in common if share_V[ids[token]] == 0]
+    yield from (number for number in later if script_set(spelled.get(number, "")) <= scripts)
+    yield from later
+
+
+def mean_shares(texts: Sequence[CountedText]) -> Tensor:
+    """Return the share that each token has of the texts, weighted, float64."""
+    total = sum(text.weight for text in texts)
+    shares = [text.weight / total * text.counts_V.double() / max(1, int(text.counts_V.sum())) for text in texts]
+    return torch.stack(shares).sum(dim=0)
+
+
+def _scripts_of(used: Iterable[int], share_V: Tensor, spelled: Mapping[int, str]) -> set[str]:
+    found: dict[str, float] = {}
+    for number in used:
+        for script in script_set(spelled.get(number, "")):
+            found[script] = found.get(script, 0.0) + float(share_V[number])
+    total = sum(found.values())
+    return {script for script, share in found.items() if share >= _LEAST_SHARE * total}
+
+
+@cache
+def _script(character: str) -> str:
+    """Return the first word of a letter's name, which is its script: LATIN, CYRILLIC, CJK."""
+    return unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else ""
+
+
+def script_set(text: str) -> set[str]:
+    """Return the scripts of a text's letters."""
+    return {script for character in text if (script := _script(character))}

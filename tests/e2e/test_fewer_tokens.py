@@ -1,0 +1,223 @@
+"""Models with fewer tokens: the same predictions among those that stay, and files that stock code loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+
+import structprune
+from structprune.api import export, inspect, plan, recover
+from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
+from structprune.errors import StructPruneError
+from structprune.recipe import Recipe
+from structprune.recipe.training import RecoverySettings
+from structprune.results.report import PruneReport
+from structprune.vocabulary.kept import KEPT_NAME, KeptTokens
+from support.command_line import CommandLine
+from support.models import TINY_MODELS, spread_weights
+from support.vocabularies import TEXT, byte_level
+from support.wrappers import tiny_wrapper
+
+pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+
+ROWS = 576
+SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
+
+
+def save_model(kind: str, directory: Path) -> Path:
+    """A tiny model whose embedding has more rows than its tokenizer has tokens."""
+    torch.manual_seed(0)
+    wrapped = kind not in TINY_MODELS
+    model = tiny_wrapper(kind) if wrapped else TINY_MODELS[kind]()
+    model.resize_token_embeddings(ROWS, mean_resizing=False)
+    spread_weights(model)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
+    (model.config.text_config if wrapped else model.config).eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text("\n".join(TEXT[:120] * 6), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("vocabulary") / "llama")
+
+
+@pytest.fixture(scope="module")
+def kept(source: Path, texts: Path) -> KeptTokens:
+    return choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(texts)])).kept
+
+
+def pruned(source: Path, output: Path, texts: Path, kept: KeptTokens, **changes: Any) -> PruneReport:
+    settings = {"method": "fasp", "calibration": str(texts), "vocabulary": kept, **SETTINGS, **changes}
+    return structprune.prune(source, Recipe.build(**settings), output)
+
+
+def logits(directory: Path, ids: list[int], loader: Any = AutoModelForCausalLM) -> torch.Tensor:
+    with torch.no_grad():
+        return loader.from_pretrained(directory)(input_ids=torch.tensor([ids])).logits[0]
+
+
+KINDS = ["llama", "llama-untied-biased", "opt", "gemma2", "gpt2", "gemma3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_among_the_tokens_that_stay(kind: str, texts: Path, tmp_path: Path) -> None:
+    """Nothing else is removed: the logits of kept tokens are the source's own."""
+    source = save_model(kind, tmp_path / "source")
+    kept = choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(texts)])).kept
+    report = pruned(source, tmp_path / "out", texts, kept, sparsity=0.0, method="magnitude")
+    loader = AutoModelForCausalLM if kind in TINY_MODELS else AutoModelForImageTextToText
+    ids = list(kept.ids[5:60:3])
+    new = kept.new_ids
+    wanted = logits(source, ids, loader)[:, list(kept.ids)]
+    found = logits(tmp_path / "out", [new[number] for number in ids], loader)
+    assert found.shape == (len(ids), 384)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert report.vocabulary is not None
+    assert (report.vocabulary.before, report.vocabulary.after) == (ROWS, 384)
+    assert report.reload.relative_difference is not None
+
+
+def test_what_is_written(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    report = pruned(source, output, texts, kept, sparsity=0.3)
+    config, generation = (json.loads((output / name).read_text()) for name in ("config.json", "generation_config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert config["vocab_size"] == 384 == len(tokenizer)
+    assert config["eos_token_id"] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("</s>")
+    assert generation["eos_token_id"] == [tokenizer.eos_token_id]
+    for text in [TEXT[0], "\u00e9\u4f60 \U0001f600"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    # The source's embedding, tied, is in the parameters before.
+    before = sum(t.numel() for t in load_file(source / "model.safetensors").values())
+    after = sum(t.numel() for t in load_file(output / "model.safetensors").values())
+    assert (report.size.parameters_before, report.size.parameters_after) == (before, after)
+    assert report.vocabulary is not None
+    assert report.vocabulary.parameters == (ROWS - 384) * 32
+    assert KeptTokens.model_validate_json((output / KEPT_NAME).read_text()) == kept
+    for name in ("pruning_report.html", "README.md"):
+        text = (output / name).read_text()
+        assert "384 of 576" in text or KEPT_NAME in text
+        # Not every id, in a page that a person reads.
+        assert str(list(kept.ids[:30]))[1:-1] not in text
+
+
+def test_an_earlier_output_is_trimmed_again(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    pruned(source, tmp_path / "first", texts, kept, sparsity=0.2)
+    again = choose_vocabulary(tmp_path / "first", VocabularyRequest(size=320, texts=[str(texts)])).kept
+    report = pruned(tmp_path / "first", tmp_path / "second", texts, again, sparsity=0.0, method="magnitude")
+    assert report.vocabulary is not None
+    assert (report.vocabulary.before, report.vocabulary.after) == (384, 320)
+
+
+def test_a_limit_counts_the_rows_that_stay(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    before = sum(t.numel() for t in load_file(source / "model.safetensors").values())
+    most = before - (ROWS - 384) * 32 - 1500
+    pruned(source, tmp_path / "out", texts, kept, target_parameters=most)
+    after = sum(t.numel() for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert most - 2 * 96 < after <= most
+
+
+def test_bits_per_byte_compare_the_two(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    pruned(source, tmp_path / "out", texts, kept, sparsity=0.0, method="magnitude")
+    request = EvaluationRequest(texts=[texts], seq_len=64, max_windows=4, dtype="float32", bos="no")
+    (whole,) = evaluate_all(source, request).texts
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(texts.read_text(), add_special_tokens=False)["input_ids"]
+    written = sum(len(tokenizer.decode(ids[64 * n + 1 : 64 * n + 64]).encode()) for n in range(4))
+    assert whole.num_bytes == written
+    assert whole.bits_per_byte == pytest.approx(whole.mean_nll * 4 * 63 / math.log(2) / written)
+    streamed = evaluate_all(source, EvaluationRequest(**{**vars_of(request), "stream": True})).texts[0]
+    assert streamed.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-4)
+    (smaller,) = evaluate_all(tmp_path / "out", request).texts
+    assert smaller.bits_per_byte is not None
+
+
+def vars_of(request: EvaluationRequest) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in EvaluationRequest.__dataclass_fields__}
+
+
+def test_a_smaller_model_learns_from_the_source(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    """The teacher is the source with the tokens that the student has kept."""
+    pruned(source, tmp_path / "out", texts, kept, sparsity=0.3)
+    settings = RecoverySettings(
+        mode="scales", calibration=(str(texts),), num_samples=6, seq_len=32, dtype="float32", epochs=1, memory="1GiB"
+    )
+    report = recover(tmp_path / "out", source, settings, tmp_path / "recovered")
+    assert report.tokens > 0
+    assert (tmp_path / "recovered" / KEPT_NAME).is_file()
+
+
+def test_a_gguf_file_of_fewer_tokens(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pruned(source, tmp_path / "out", texts, kept, method="flap", structure="uniform", sparsity=0.3)
+    export(tmp_path / "out", tmp_path / "out.gguf", format="gguf")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT[0], add_special_tokens=False)["input_ids"]
+    again = inspect(tmp_path / "out.gguf")
+    assert again.vocab_size == 384
+    assert max(ids) < 384
+
+
+def test_the_command_line(command_line: CommandLine, source: Path, texts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    code, out, err = command_line("vocabulary", source, "-o", path, "--size", "400", "--text", texts, "--drop-reserve")
+    assert code == 0, err
+    assert "384 of" in out
+    assert "--vocabulary" in out
+    settings = ("--calibration", texts, "--num-samples", 4, "--seq-len", 32, "--dtype", "float32", "--method", "fasp")
+    code, out, err = command_line("prune", source, "-o", tmp_path / "out", "--vocabulary", path, *settings)
+    assert code == 0, err
+    assert "384 of 576 tokens stay" in " ".join(out.split())
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_rows": 577}, "a list of another model's tokens"),
+    ({"tokenizer": "0" * 64}, "a list of another model's tokens"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_lists_of_other_models(
+    changes: dict[str, Any], message: str, source: Path, texts: Path, kept: KeptTokens
+) -> None:
+    other = kept.model_copy(update=changes)
+    with pytest.raises(StructPruneError, match=message):
+        plan(source, Recipe.build(method="fasp", calibration=str(texts), vocabulary=other))
+
+
+def test_files_that_are_no_lists(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    for content, message in (
+        ('{"ids": [2, 1], "num_rows": 5}', "ids do not ascend"),
+        ('{"ids": [5], "num_rows": 5}', "no row of the embedding"),
+        ("{}", "names no tokens"),
+        ('{"ids": "all"}', "--vocabulary is not usable"),
+    ):
+        path.write_text(content)
+        with pytest.raises(StructPruneError, match=message):
+            Recipe.build(method="fasp", vocabulary=str(path))
+    with pytest.raises(StructPruneError, match="there is no list of tokens here"):
+        Recipe.build(method="fasp", vocabulary=str(tmp_path / "nothing.json"))
+
+
+def test_tokens_that_settings_name_stay(source: Path, texts: Path, kept: KeptTokens) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    without = KeptTokens(**{**kept.model_dump(), "ids": tuple(i for i in kept.ids if i != tokenizer.eos_token_id)})
+    with pytest.raises(StructPruneError, match="settings name is not among those that stay"):
+        plan(source, Recipe.build(method="fasp", calibration=str(texts), vocabulary=without))
