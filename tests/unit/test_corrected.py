@@ -44,7 +44,8 @@ def anchors_of(slots: Sequence[Slot], start: Choice, factors: Sequence[float], e
 def test_a_loss_of_this_form_is_known_from_its_anchors(seed: int) -> None:
     slots = make_slots(5, seed)
     factors = np.random.default_rng(seed + 50).lognormal(0, 0.5, 5).tolist()
-    anchors = anchors_of(slots, (0, 1, 2, 4, 1), factors, 0.7)
+    # At the smallest width that keeps some units.
+    anchors = anchors_of(slots, (3, 3, 3, 3, 3), factors, 0.7)
     assert set(anchors.gone) == set(range(5))
     assert set(anchors.pairs) == {(0, 1), (1, 2), (2, 3), (3, 4)}
     corrected = anchors.corrected(slots)
@@ -86,6 +87,18 @@ def test_neighbours_that_compensate_one_another_do_not_both_go() -> None:
     anchors = Anchors(partial={}, gone=dict(enumerate(heights)), pairs=pairs)
     assert dynamic_programming(slots, Budget(at_most=(2,))) == (1, 1, 0, 0)
     assert anchors.choose(anchors.corrected(slots), Budget(at_most=(2,))) in {(1, 0, 1, 0), (0, 1, 1, 0)}
+
+
+def test_below_the_measured_width_predictions_are_not_lowered() -> None:
+    """A slot of a low factor at half width may still lose what was predicted of its last units."""
+    slots = make_slots(3, may_go=False)
+    losses = {0: 3.0, 1: 2.0, 2: 0.1}
+    partial = {number: (2, factor * slots[number].variants[2].price) for number, factor in losses.items()}
+    corrected = Anchors(partial=partial).corrected(slots)
+    for number, (above, below) in {0: (3.0, 3.0), 1: (2.0, 2.0), 2: (0.1, 2.0)}.items():
+        before, after = ([variant.price for variant in each[number].variants] for each in (slots, corrected))
+        assert after[:3] == pytest.approx([above * price for price in before[:3]])
+        assert after[3] - after[2] == pytest.approx(below * (before[3] - before[2]))
 
 
 def test_slots_that_may_not_go_have_one_measurement_each() -> None:
