@@ -26,6 +26,8 @@ class Phase(StrEnum):
     SENSITIVITY_LOSS = "sensitivity: loss"
     SENSITIVITY_SCORES = "sensitivity: scores"
     GATES = "gates"
+    SEARCH_STATISTICS = "search: statistics"
+    SEARCH_CANDIDATES = "search: candidates"
     ITERATE = "iterate"
     REPAIR = "repair"
     SLICE_STATISTICS = "statistics"
@@ -41,6 +43,8 @@ class SublayerPhase(StrEnum):
     STATISTICS = "statistics"
     SOLVE = "solve"
     REMOVAL_COSTS = "sensitivity: costs"
+    SEARCH_ORDER = "search: order"
+    SEARCH_SOLVE = "search: solve"
 
     def of(self, kind: UnitKind) -> PhaseOfSublayer:
         """Name this stretch for one kind: `solve (mlp)`."""

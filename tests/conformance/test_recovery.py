@@ -26,6 +26,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.plan import PrunePlan
 from structprune.engine.planning.shapes import DIVERGENCE_TOKENS
+from structprune.engine.streaming.divergence import divergence
 from structprune.engine.streaming.model import StreamedModel
 from structprune.phases import Phase
 from structprune.recipe.training import RecoverySettings
@@ -33,7 +34,6 @@ from structprune.texts import OBJECTIVES, ObjectiveName
 from structprune.training.adam import BETAS, EPSILON, adam_step, course
 from structprune.training.blocks import token_error
 from structprune.training.context import RecoveryContext, Workplace
-from structprune.training.divergence import divergence
 from structprune.training.loop import distil
 from structprune.training.mix import Mix, MixState, robust_shares
 from structprune.training.parameters import parameters_of, scales_of

@@ -42,6 +42,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = pipeline_cases.RUNS | {
     "wanda-sp": ("llama", {"method": "wanda-sp"}),
     "magnitude": ("llama", {"method": "magnitude"}),
     "random": ("llama", {"method": "random"}),
+    "widths": (
+        "llama",
+        {"method": "structprune", "search": "evopress", "search_generations": 1, "search_children": 2},
+    ),
 }
 
 

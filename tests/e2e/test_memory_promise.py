@@ -114,6 +114,18 @@ RUNS = [
         id="repair-smallest-budget",
         marks=SLOW,
     ),
+    pytest.param(
+        {"scope": "all", "search": "exact", "search_anchors": True, "allocator": "uniform", "method": "structprune"},
+        "memory",
+        id="search",
+        marks=SLOW,
+    ),
+    pytest.param(
+        {"scope": "all", "search": "exact", "search_anchors": True, "allocator": "uniform", "method": "structprune"},
+        "file",
+        id="search-smallest-budget",
+        marks=SLOW,
+    ),
     pytest.param({"method": "slicegpt", "sparsity": 0.1}, "memory", id="slicegpt"),
     pytest.param({"solver": "admm", "damping": "auto"}, "memory", id="fasp-admm", marks=SLOW),
 ]

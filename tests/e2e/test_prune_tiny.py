@@ -338,7 +338,7 @@ def test_report_and_manifest(
     assert resolved.memory == report.memory.budget_bytes
     resolvable = ("memory", "damping", "shrinkage", "score", "allocator", "temperature", "solver", "target")
     resolvable += ("structure", "head_units", "protect_first", "protect_last", "sensitivity_samples", "held_out")
-    resolvable += ("repair_samples", "time_budget")
+    resolvable += ("repair_samples", "time_budget", "search_generations", "search_children")
     settings = dict.fromkeys(resolvable)
     assert resolved.model_copy(update=settings) == asked
     assert {name for name, value in resolved.model_dump().items() if value is None} == UNASKED

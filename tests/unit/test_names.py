@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from structprune.allocation import ALLOCATORS
+from structprune.allocation.proposers import SEARCHES
 from structprune.architectures import FAMILIES
 from structprune.calibration import SOURCES
 from structprune.engine.pipelines.depth_choice import BLOCK_SCORES
@@ -24,7 +25,7 @@ HOMES: dict[str, tuple[Registry[Any], ...]] = {
     "methods/": (METHODS,),
     "scores/": (SCORES, SELECTORS),
     "solvers/": (SOLVERS,),
-    "allocation/": (ALLOCATORS,),
+    "allocation/": (ALLOCATORS, SEARCHES),
     "calibration/sources/": (SOURCES,),
     "exporters/": (EXPORTERS,),
     # A class that several model types share tells them apart.

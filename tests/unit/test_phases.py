@@ -26,6 +26,8 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
         "sensitivity: loss",
         "sensitivity: scores",
         "gates",
+        "search: statistics",
+        "search: candidates",
         "iterate",
         "repair",
         "statistics",
@@ -37,6 +39,8 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
     assert SublayerPhase.STATISTICS.of("mlp") == "statistics (mlp)"
     assert SublayerPhase.SOLVE.of("attention") == "solve (attention)"
     assert SublayerPhase.REMOVAL_COSTS.of("mlp") == "sensitivity: costs (mlp)"
+    assert SublayerPhase.SEARCH_ORDER.of("mlp") == "search: order (mlp)"
+    assert SublayerPhase.SEARCH_SOLVE.of("attention") == "search: solve (attention)"
 
 
 def test_bytes_by_name_are_plain_json_in_the_same_order() -> None:

@@ -45,6 +45,10 @@ CHANGES: dict[str, Any] = {
     "shrinkage": 0.5,
     "score": "l2",
     "allocator": "uniform",
+    "search": "evopress",
+    "search_generations": 3,
+    "search_children": 5,
+    "search_anchors": True,
     "solver": "least-squares",
     "target": "dense-path",
     "structure": "per-layer",
@@ -392,6 +396,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         "gates_loss",
         *TARGETS,
     }
+    added_later |= {"search", "search_generations", "search_children", "search_anchors"}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own
     assert written["held_out"] == 0

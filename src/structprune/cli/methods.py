@@ -1,4 +1,4 @@
-"""`structprune methods`: the methods with their papers."""
+"""`structprune methods`: the methods with their papers, and the searches over widths with theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from structprune.cli.flags import JsonFlag
 
 
 def methods(as_json: JsonFlag = False) -> None:
-    """List the methods, their papers, and whether each is the published formula."""
+    """List the methods, their papers, and whether each is the published formula; then the searches over widths.
+
+    As JSON the methods alone.
+    """
+    from structprune.allocation.proposers import SEARCHES
     from structprune.cli.tables import Column, print_table
     from structprune.methods import METHODS
 
@@ -20,3 +24,9 @@ def methods(as_json: JsonFlag = False) -> None:
     columns = [Column(name=name) for name in ("method", "what it does", "paper", "basis")]
     rows = [(entry.name, entry.summary, f"{entry.title}\n{entry.paper}", entry.provenance) for entry in entries]
     print_table("structprune methods", columns, rows)
+    searches = {name: SEARCHES.get(name) for name in SEARCHES}
+    print_table(
+        "searches over widths (--search)",
+        [Column(name=name) for name in ("search", "what it does", "paper", "basis")],
+        [(name, entry.title, entry.paper, entry.provenance) for name, entry in searches.items()],
+    )

@@ -51,6 +51,22 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
         "standardised",
     )
+    search: Annotated[str, Flag(Group.HOW)] = Field(
+        default="none",
+        description="how widths are looked for by measurements, from the allocator's on, such as evopress "
+        "(docs/search.md lists all); none: the allocator's stay",
+    )
+    search_generations: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own")] = Field(
+        default=None, ge=0, description="times that a search proposes choices of widths, at most"
+    )
+    search_children: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own")] = Field(
+        default=None, ge=0, description="choices of widths that a search proposes at a time"
+    )
+    search_anchors: Annotated[bool, Flag(Group.ADVANCED)] = Field(
+        default=False,
+        description="let a search measure first what one width of every sublayer loses by itself, and what each loses "
+        "that may go, and correct predicted losses by it",
+    )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",
@@ -162,8 +178,15 @@ class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     protect_first: int = SAID
     protect_last: int = SAID
     sensitivity_samples: int = SAID
+    search_generations: int = 0
+    search_children: int = 0
     repair_samples: int = 0
     """Reports of earlier versions name none."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether widths are looked for by measurements."""
+        return self.search != "none"
 
     @property
     def per_layer(self) -> bool:

@@ -10,6 +10,7 @@ from structprune.recipe.units import ResolvedUnits
 from structprune.report.svg import Axis, Level, Series, column_chart, line_chart
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
+from structprune.results.search import SearchReport
 from structprune.results.summary import UNITS, blocks_at_a_bound
 
 _LOSS_MEAN = 10
@@ -194,6 +195,89 @@ def gate_charts(report: PruneReport) -> list[Chart]:
         came = sum(one.came for one in gates.sublayers if one.kind == kind)
         caption = f"{came:,} stay that would have gone, of {free:,} that could change sides."
         charts.append(Chart(title=f"{name[0].upper()}{name[1:]} that changed places", svg=svg, caption=caption))
+    return charts
+
+
+def search_charts(report: PruneReport) -> list[Chart]:
+    """Draw what a search has measured generation by generation, and the widths before and after it."""
+    search = report.search
+    if search is None:
+        return []
+    charts = [_generations_chart(search)] if search.generations else []
+    charts += [_anchors_chart(search)] if search.anchors else []
+    return [*charts, *_widths_charts(search)]
+
+
+def _generations_chart(search: SearchReport) -> Chart:
+    points = _numbered([1 + generation.change for generation in search.generations])
+    svg = line_chart(
+        "divergence of the best widths by generation, over that of the start",
+        [Series(label="best so far", points=[(number + 1, value) for number, value in points])],
+        Axis(label="generation", format=_whole),
+        Axis(label="", format=short),
+        [Level(value=1.0, label="start")],
+    )
+    caption = (
+        "KL divergence from the dense model of the best widths so far over that of the start, each time on windows "
+        "that were drawn for this generation alone."
+    )
+    return Chart(title="Best so far, by generation", svg=svg, caption=caption)
+
+
+def _anchors_chart(search: SearchReport) -> Chart:
+    """Draw by how much single sublayers lose more, or less, than was predicted."""
+    kinds = list(dict.fromkeys(anchor.kind for anchor in search.anchors))
+    series = [
+        Series(
+            label=PLACES.get(kind, kind),
+            points=[
+                (float(anchor.block), anchor.measured / anchor.predicted)
+                for anchor in search.anchors
+                if anchor.kind == kind and anchor.kept_units and anchor.predicted > 0
+            ],
+            style=f"s{number}",
+        )
+        for number, kind in enumerate(kinds, start=1)
+    ]
+    svg = line_chart(
+        "measured over predicted loss of one width of each sublayer",
+        series,
+        Axis(label="block", format=_whole),
+        Axis(label="", format=short, log=True),
+        [Level(value=1.0, label="as predicted")],
+    )
+    return Chart(
+        title="Measured over predicted loss",
+        svg=svg,
+        caption="The dense model with this sublayer alone at one width. Logarithmic.",
+        legend=tuple((one.style, one.label) for one in series) if len(series) > 1 else (),
+    )
+
+
+def _widths_charts(search: SearchReport) -> list[Chart]:
+    """Draw the widths before and after, a chart per kind of unit."""
+    charts: list[Chart] = []
+    for kind, before in search.start_widths.items():
+        after = search.found_widths[kind]
+        series = [
+            Series(label="start", points=_numbered(before), style="s2"),
+            Series(label="found", points=_numbered(after)),
+        ]
+        name = UNITS.get(kind, kind)
+        charts.append(
+            Chart(
+                title=f"{name[0].upper()}{name[1:]} before and after",
+                svg=line_chart(
+                    f"{name} kept by block, before and after the search",
+                    series,
+                    Axis(label="block", format=_whole),
+                    Axis(label="", format=_whole, low=0.0),
+                ),
+                caption="What the search began with, and the best that it found"
+                + ("." if search.taken else ", which was not taken."),
+                legend=tuple((one.style, one.label) for one in series),
+            )
+        )
     return charts
 
 

@@ -19,6 +19,7 @@ from structprune.report.figures import (
     memory_charts,
     objective_charts,
     retention_charts,
+    search_charts,
     short,
 )
 from structprune.results.measured import Bench, Evaluation
@@ -59,6 +60,8 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
         blocks=drawable([*retention_charts(report), *fit_charts(report)]),
         gates=drawable(gate_charts(report)),
         objectives=drawable(objective_charts(report)),
+        search=drawable(search_charts(report)),
+        searched=[] if report.search is None else [f"Search: {report.search.line}."],
         memory=drawable(memory_charts(report)),
         phases=_phase_rows(report),
         phases_note=_phases_note(report),

@@ -13,6 +13,7 @@ from structprune.memory import format_bytes
 from structprune.recipe import ResolvedRecipe
 from structprune.results.frozen import Frozen
 from structprune.results.gates import GatesReport
+from structprune.results.search import SearchReport
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -390,6 +391,8 @@ class PruneFacts(Frozen):
     reused: ReusedStatistics | None = None
     gates: GatesReport | None = None
     """None: there were none."""
+    search: SearchReport | None = None
+    """None: there was none."""
     repair: RepairReport | None = None
     """None: there was none."""
     reload: ReloadReport

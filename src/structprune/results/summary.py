@@ -94,6 +94,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ),
         *_starved_row(report),
         *gate_rows(report),
+        *([] if report.search is None else [("search over widths", report.search.line)]),
         *repair_rows(report),
         ("peak memory", _peaks(memory)),
         *([] if memory.device is None else [("peak device memory", _peaks(memory.device))]),

@@ -34,6 +34,17 @@ def ascending(score_U: Tensor, partitions: int = 1) -> Tensor:
     return score_U.reshape(partitions, -1).sort(dim=1).values.T.flatten()
 
 
+def removal_order(score_U: Tensor, partitions: int = 1) -> Tensor:
+    """List the units in the order of removal, (U,): the lowest of every partition, then the next of each.
+
+    Ties keep the lower number, as `keep_best` does.
+    """
+    order_PU = torch.sort(score_U.reshape(partitions, -1).flip(1), dim=1, stable=True).indices
+    size = order_PU.shape[1]
+    firsts_P1 = torch.arange(partitions, device=score_U.device)[:, None] * size
+    return (firsts_P1 + size - 1 - order_PU).T.flatten()
+
+
 def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
     """Order of removal by greedy OBS and what each removal adds, per token.
 

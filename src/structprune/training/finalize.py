@@ -28,6 +28,7 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
 from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, versions, write_weights
 from structprune.engine.run.reload_check import Probe, check_reload
+from structprune.engine.streaming.divergence import Heads, divergence, load_heads
 from structprune.engine.streaming.losses import last_states, summed_losses
 from structprune.errors import NumericalError
 from structprune.exporters.per_layer import write_modeling_file
@@ -39,7 +40,6 @@ from structprune.results.recovery import Quality, RecoveryReport, TextReport, re
 from structprune.results.schema import REPORT_NAME, FilesReport, MemoryReport
 from structprune.runs.directory import RunDirectory
 from structprune.training.context import Recovered, RecoveryContext, Workplace
-from structprune.training.divergence import Heads, divergence, load_heads
 
 RECOVERY_REPORT_NAME = "recovery_report.json"
 _MAX_CARD_BYTES = 2**22

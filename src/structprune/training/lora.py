@@ -20,12 +20,12 @@ from torch import Tensor
 from structprune.architectures.stock.linear import linear_maps
 from structprune.architectures.stock.loading import backbone, load_model, output_head
 from structprune.architectures.stock.model import StockModel
+from structprune.engine.streaming.divergence import divergence, load_heads
 from structprune.errors import UnsupportedError
 from structprune.memory import release_free_memory
 from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import adam_step, check_gradient
 from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
-from structprune.training.divergence import divergence, load_heads
 from structprune.training.loop import distil, recovered_by
 from structprune.training.parameters import BlockParameters
 from structprune.training.snapshots import load_tensors, save_tensors

@@ -24,13 +24,13 @@ from structprune.architectures.stock.model import StockModel
 from structprune.calibration.store import FileStore, HiddenStore, MemoryStore
 from structprune.engine.planning.shapes import LEARNED_VECTORS, scale_numbers
 from structprune.engine.streaming.backward import differentiate
+from structprune.engine.streaming.divergence import divergence, load_heads
 from structprune.engine.streaming.embed import embed, open_store
 from structprune.engine.streaming.model import StreamedModel
 from structprune.memory import release_free_memory
 from structprune.recipe.training import RecoverySettings
 from structprune.training.adam import adam_step, check_gradient
 from structprune.training.context import Mode, ModeBytes, Recovered, RecoveryContext, Workplace
-from structprune.training.divergence import divergence, load_heads
 from structprune.training.loop import distil, recovered_by
 from structprune.training.parameters import BlockParameters, States, parameters_of, scales_of
 from structprune.training.snapshots import load_tensors, save_tensors

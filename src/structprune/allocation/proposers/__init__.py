@@ -21,6 +21,7 @@ SEARCHES: Registry[Search] = Registry(
         "graph": "structprune.allocation.proposers.policy:GRAPH",
         "grid": "structprune.allocation.proposers.rows:GRID",
         "progression": "structprune.allocation.proposers.rows:PROGRESSION",
+        "exact": "structprune.allocation.proposers.exact:EXACT",
         "random": "structprune.allocation.proposers.evolution:RANDOM",
     },
     group="structprune.searches",

@@ -24,11 +24,13 @@ class Measured:
     losses: tuple[float, ...]
     """KL divergence from the dense model of each window, in nats per token; of all choices of a round the same windows.
     Never to be compared with those of another round: windows differ more than choices do."""
+    figure: float | None = None
+    """What they come to where that is not their mean, such as the mean of the text that fares worst."""
 
     @property
     def loss(self) -> float:
-        """Mean over the windows."""
-        return sum(self.losses) / len(self.losses)
+        """What the choice is judged by: less is better."""
+        return sum(self.losses) / len(self.losses) if self.figure is None else self.figure
 
 
 class Proposer(Protocol):

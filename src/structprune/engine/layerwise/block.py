@@ -81,7 +81,7 @@ def prune_block(
     with context.meter.phase(Phase.READ_BLOCK):
         result = BlockResult(tensors=context.reader.read(block.shapes, block.prefix))
     widths: dict[str, int] = {}
-    module = _module(context, block, result.tensors, widths)
+    module = cut_module(context, block, result.tensors, widths)
     if not context.follows_dense:
         with context.meter.phase(Phase.PROPAGATE):
             streams.propagator.run(module, block.index, streams.dense)
@@ -120,7 +120,7 @@ def prune_block(
             result = result.followed_by(pruned)
             # Of the block as it was nothing is needed any more: the next module takes its place.
             del pruned, module
-            module = _module(context, block, result.tensors, widths)
+            module = cut_module(context, block, result.tensors, widths)
             # What a sublayer leaves in the heap would otherwise add to the next one's peak.
             release_free_memory()
         with context.meter.phase(Phase.PROPAGATE):
@@ -174,7 +174,7 @@ def pass_block(
     streams: Streams,
 ) -> None:
     """Move both streams over a block whose pruned `tensors` are there already, product for product as `prune_block`."""
-    module = _module(context, block, context.reader.read(block.shapes, block.prefix), {})
+    module = cut_module(context, block, context.reader.read(block.shapes, block.prefix), {})
     if not context.follows_dense:
         streams.propagator.run(module, block.index, streams.dense)
     else:
@@ -191,9 +191,9 @@ def pass_block(
         inputs_NSI = _cached_inputs(context, block, stage, num_keep, streams)
         del module
         if inputs_NSI is None:
-            module = _module(context, block, tensors, widths)
+            module = cut_module(context, block, tensors, widths)
         else:
-            module = _module(context, block, context.reader.read(block.shapes, block.prefix), {})
+            module = cut_module(context, block, context.reader.read(block.shapes, block.prefix), {})
             _fill(inputs_NSI, context, block, block.group(stage[0]), module, streams)
         _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
 
@@ -304,7 +304,7 @@ def _prune_sublayer(
     objective: list[float] = []
     group, first = next(iter(groups.values())), next(iter(parts.values()))
     if kind == "mlp" and SOLVERS.get(context.solver).propose is not None and 0 < num_keep < group.num_units:
-        pruned = _module(context, block, cut, widths)
+        pruned = cut_module(context, block, cut, widths)
         with context.meter.phase(Phase.ITERATE):
             refined = refine(context, sublayer, pruned, cut, first.result)
         cut, objective = refined.tensors, refined.objective
@@ -343,7 +343,7 @@ def _means(statistics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return means | {"parts": float(len(statistics))}
 
 
-def _module(
+def cut_module(
     context: RunContext, block: BlockLayout, tensors: Mapping[str, Tensor], widths: Mapping[str, int]
 ) -> nn.Module:
     """Build the stock layer with the units that are left, in the dtype of the forward passes."""

@@ -33,6 +33,7 @@ def with_widths(recipe: UnitsRecipe, kinds: Sequence[UnitKind], stock: StockMode
         "min_retention": UnitsRecipe.model_fields["min_retention"].default,
         "max_retention": 1.0,
         "outer_iterations": 0,
+        "search": UnitsRecipe.model_fields["search"].default,
         "protect_first": 0,
         "protect_last": 0,
     }

@@ -25,6 +25,7 @@ from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
 from structprune.engine.run.context import Chosen, RunContext
 from structprune.engine.run.finalize import Outcome, finalize
+from structprune.engine.search.run import search_widths
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
 from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
 from structprune.engine.streaming.activation_cache import ActivationCache
@@ -34,6 +35,7 @@ from structprune.recipe.path import RemovalPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport
+from structprune.results.search import SearchReport
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
@@ -66,6 +68,14 @@ def execute(context: RunContext) -> PruneReport:
         kept_units = ranks.broadcast(partial(allocate, context, costs))
         config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
 
+    search: SearchReport | None = None
+    if context.settings(ResolvedUnits).searches:
+        assert found is not None
+        assert costs is not None
+        searched = search_widths(context, found, costs, kept_units)
+        kept_units, search = searched.widths, searched.report
+        config = output_config(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units)
+
     chosen: Chosen | None = None
     if context.choose_units is not None:
         assert found is not None
@@ -94,6 +104,7 @@ def execute(context: RunContext) -> PruneReport:
         widths=kept_units,
         reused=None if found is None else found.reused,
         gates=None if chosen is None else chosen.report,
+        search=search,
         shares=reachable_shares(context.stock, context.settings(ResolvedUnits), context.kinds, kept_units),
     )
     return finalize(context, writer, config, outcome, _scope_parameters(context))

@@ -14,6 +14,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import check_bias
 from structprune.engine.pipelines.decided import allocator_for, with_limits, with_widths
 from structprune.engine.pipelines.gated_settings import check_gates, planned_gates
+from structprune.engine.pipelines.search_settings import check_search, planned_search, search_of, search_settings
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import are_even, binding_limits
@@ -97,6 +98,7 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
         solves="consumer" in solver.changes,
         num_latents=solver.num_latents,
         gates=planned_gates(recipe),
+        search=planned_search(request, recipe),
         # Where blocks are pruned sublayer by sublayer, from sums of every sublayer's inputs.
         cacheable=cacheable(stock, kinds, recipe.solver) if method.needs_statistics else (),
     )
@@ -155,13 +157,15 @@ def _resolved(
     `groups` are those in scope.
     """
     narrows = {VALUES_ENTRY, CHANNELS_ENTRY} & {name for group in groups for name in group.config_fields}
-    evenly = recipe.structure == Structure.UNIFORM
-    allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if evenly else method.allocator))
+    evenly, search = recipe.structure == Structure.UNIFORM, search_of(recipe)
+    starts_evenly = evenly or (search is not None and search.even)
+    allocator = ALLOCATORS.check(recipe.allocator or (_EVEN_ALLOCATOR if starts_evenly else method.allocator))
     entry = ALLOCATORS.get(allocator)
     entry.check(allocator)
     if entry.reads_widths and not recipe.widths.blocks:
         raise InputError(f"allocator {allocator!r} has nothing to read", wanted="--widths FILE")
     even = entry.even or (entry.reads_widths and are_even(stock, _kinds(groups), recipe.widths))
+    even = even and (search is None or search.even)
     temperature = method.temperature if allocator == method.allocator else 0.0
     target = _checked_target(recipe, method, groups)
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
@@ -189,12 +193,15 @@ def _resolved(
         )
     uneven = _has_uneven_blocks(recipe, stock, protect_first + protect_last)
     if not even and evenly:
+        gives = f"allocator {allocator!r}" if search is None else f"search {recipe.search!r} from {allocator!r}"
         raise UnsupportedError(
-            f"allocator {allocator!r} gives every block its own width",
+            f"{gives} gives every block its own width",
             wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
         )
     _check_allocator(recipe, method, score, allocator)
     _check_path(method, solver, target)
+    if search is not None:
+        check_search(recipe, method, allocator)
     return ResolvedUnits.of(
         recipe,
         multiple_of=multiple_of,
@@ -210,6 +217,7 @@ def _resolved(
         protect_first=protect_first,
         protect_last=protect_last,
         sensitivity_samples=recipe.sensitivity_samples or default_sensitivity_samples(recipe.seq_len),
+        **search_settings(recipe, search),
     )
 
 

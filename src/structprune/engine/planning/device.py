@@ -13,6 +13,7 @@ import torch
 
 from structprune.engine.planning.gates import gate_device_bytes
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
+from structprune.engine.planning.search_bytes import search_solve_phases
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
     SCORE_BYTES,
@@ -92,6 +93,13 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
             base + weights + moving + kept + (sensitivity if request.needs_sensitivity else 0)
         )
         phases[Phase.SENSITIVITY_LOSS] = loss + 2 * gradient
+    if request.search is not None:
+        phases[Phase.SEARCH_STATISTICS] = running + sensitivity
+        compared = base + max(outer.values()) + divergence_bytes(vocab_size, request.compute_dtype)
+        phases[Phase.SEARCH_CANDIDATES] = max(running, compared + 2 * seq_len * hidden * item)
+        if solves == "device":
+            for kind, parts in by_kind(request.groups).items():
+                phases |= search_solve_phases(request, block, kind, parts, base + weights)
     if request.repair_windows:
         phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
     if request.gates is not None:

@@ -15,7 +15,7 @@ from structprune.engine.planning.widths import Widths, check_shared_out, choose_
 from structprune.exporters.per_layer import per_layer_config
 from structprune.exporters.runtimes import ResultShape, result_shape
 from structprune.exporters.uniform import uniform_config
-from structprune.kinds import Structure, UnitKind
+from structprune.kinds import UnitKind
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.schema import ReachableShares
@@ -85,14 +85,14 @@ def planned_size(
 
 def forecast_units(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> Forecast:
     """Forecast a run that removes units. Raises InputError or UnsupportedError if it cannot be reached or written."""
-    if ALLOCATORS.get(recipe.allocator).compares != "none":
+    if ALLOCATORS.get(recipe.allocator).compares != "none" or recipe.searches:
         # A block that the allocator leaves alone keeps its width even if that is no multiple.
         check_shared_out(stock, recipe, {})
         before = shape_of(stock, recipe, stock.layout.config)
         attention = "attention" in kinds
         shape = replace(
             before,
-            structure=Structure.PER_LAYER,
+            structure=recipe.structure,
             narrow_values=before.narrow_values or (attention and recipe.head_units == "value-channel"),
             removed_sublayers=before.removed_sublayers or recipe.allow_block_removal,
             removed_attention=before.removed_attention or (attention and recipe.allow_block_removal),

@@ -18,6 +18,7 @@ from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.gates import gate_disk_bytes, gate_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
+from structprune.engine.planning.search_bytes import disk_of_search, measuring_bytes, search_phases
 from structprune.engine.planning.shapes import (
     FLAT_VECTORS,
     LEARNED_VECTORS,
@@ -31,7 +32,6 @@ from structprune.engine.planning.shapes import (
     one_of_each,
     repair_numbers,
     solver_windows,
-    statistics_bytes,
     weight_gradient_bytes,
 )
 from structprune.engine.planning.sizes import CHUNK_BYTES, HostChoice, HostSizes
@@ -39,9 +39,8 @@ from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.work import planned_work
 from structprune.engine.planning.workspace import iteration_bytes
 from structprune.errors import MemoryBudgetError
-from structprune.memory import HEAP_BLOCK_BYTES, available_bytes, format_budget, format_bytes
+from structprune.memory import available_bytes, format_budget, format_bytes
 from structprune.phases import Phase, PhaseBytes, SublayerPhase, fullest, largest
-from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitGroup, UnitKind
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
@@ -155,6 +154,8 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     phases = (
         _reading(sizes) | _blocks(sizes) | _ends(sizes) | _held_out(sizes) | _comparisons(sizes) | _sensitivity(sizes)
     )
+    if request.search is not None:
+        phases |= search_phases(sizes)
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
     phases |= gate_phases(sizes, phases[Phase.EMBED])
@@ -316,7 +317,7 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
     # What the gradient left of each sublayer in scope.
     sensitivities = len(by_kind(request.groups)) * sizes.hidden**2 * 4 if request.needs_sensitivity else 0
     # Activations are gone when the lower triangle is filled in, by tiles of a sixteenth.
-    batch = max(_measuring(sizes, group), 3 * problem.gram // 16)
+    batch = max(measuring_bytes(sizes, group), 3 * problem.gram // 16)
     phases: PhaseBytes = {
         SublayerPhase.STATISTICS.of(kind): beside + (others + 1) * problem.sums + batch,
         SublayerPhase.SOLVE.of(kind): beside + others * max(problem.sums, cut) + problem.solve + sensitivities,
@@ -336,17 +337,6 @@ def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> P
         original = sizes.weights + sizes.cast
         phases[Phase.ITERATE] = original + max(again, sizes.pruning + original + proposal)
     return phases
-
-
-def _measuring(sizes: HostSizes, group: UnitGroup) -> int:
-    """Return the bytes of a micro-batch where sums are taken of the inputs of a group's consumer."""
-    batch = max(sizes.activations, statistics_bytes(sizes.request, group, sizes.choice.micro_batch))
-    if sizes.item == 4:
-        return batch
-    # The same input in float32, where it is too large for the holes that the activations left in the heap, and what the
-    # library makes of it and of one strip to multiply them in bfloat16.
-    wide = sizes.micro_batch_tokens * group.num_units * group.width * 4
-    return batch + (wide if wide >= HEAP_BLOCK_BYTES else 0) + wide // 2 + wide // 2 // NUM_STRIPS
 
 
 def _added_by_slicing(sizes: HostSizes) -> int:
@@ -373,6 +363,8 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += num_blocks * len({group.kind for group in request.groups}) * hidden * hidden * 4
     if request.slices != "no":
         total += 2 * hidden * hidden * 8
+    if request.search is not None:
+        total += disk_of_search(sizes, request.search)
     if request.repair_windows:
         # The blocks once more with what was learned, two snapshots, the best values of either, and the result. New
         # biases are in the shards, in the weight files, and as zeros beside what the repair begins with.

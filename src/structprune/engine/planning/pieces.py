@@ -34,6 +34,8 @@ class What(StrEnum):
     """The consumer of one sublayer's part solved again."""
     COSTS = "costs"
     """The cost of every removal from one sublayer's part."""
+    SEARCH_SOLVE = "search solve"
+    """The consumer of one sublayer's part solved for a width that a search measures, with a ridge that is given."""
     BASIS = "basis"
     """The leading directions of the stream at one position."""
 

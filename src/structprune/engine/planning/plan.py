@@ -11,6 +11,7 @@ import torch
 from structprune.architectures.stock.forward_bytes import ForwardBytes
 from structprune.engine.planning.pieces import Work
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
+from structprune.engine.planning.searching import SearchWork
 from structprune.phases import PhaseBytes
 from structprune.types import BlockLayout, ModelLayout, Stage, UnitGroup, UnitKind
 
@@ -164,6 +165,8 @@ class PlanRequest:
     """Bytes of the largest calibration file."""
     packaged_text: bool = True
     """Whether a text comes from elsewhere: its readers stay in memory."""
+    search: SearchWork | None = None
+    """What a search over widths does; None: there is none."""
     num_latents: int = 0
     """Tensors as wide as the MLP that an iterative solver holds for all of its tokens; 0: there is none."""
     num_stores: int | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structprune.allocation import ALLOCATORS, AllocationOptions, BlockBudget
 from structprune.allocation.budget import Sizes, allowed_removals, check_bounds, largest_removal, removal_target
-from structprune.allocation.menu import list_slots
+from structprune.allocation.menu import Budget, Slot, list_slots, make_menu
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.limits import Limit, check_within, find_limits
@@ -53,6 +53,19 @@ def choose_widths(
         kept[budget.kind][budget.block] = num_keep
     check_shared_out(stock, recipe, kept)
     return kept
+
+
+def search_menu(
+    stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
+) -> tuple[list[Slot], Budget]:
+    """List the widths that a search may choose from, and what they may add to what is limited.
+
+    Sublayers that add nothing to it are none of them. Raises InputError if the limits cannot be reached.
+    """
+    limits = binding_limits(stock, recipe, kinds)
+    budgets = _budgets(stock, recipe, kinds, costs, limits)
+    counted = [budget for budget in budgets if any(sizes.unit for sizes in budget.sizes)]
+    return make_menu(counted, _options(stock, recipe, limits))
 
 
 def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> list[Limit]:
@@ -111,7 +124,7 @@ def reachable_shares(
         return None
     budgets, options = _budgets(stock, recipe, kinds, None, limits), _options(stock, recipe, limits)
     allocator = ALLOCATORS.get(recipe.allocator)
-    if allocator.compares == "none":
+    if allocator.compares == "none" and not recipe.searches:
         return _even_shares(budgets, options, allocator.allocate)
     if kept is None:
         return _possible_shares(budgets, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from structprune.engine.planning.pieces import Counts, Piece, What, Work
 from structprune.engine.planning.plan import PlanRequest
+from structprune.engine.planning.searching import candidate_windows, solved_widths
 from structprune.engine.planning.shapes import by_kind
 from structprune.engine.planning.sizes import HostChoice
 from structprune.recipe.training import num_kept_apart
@@ -28,6 +29,7 @@ def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
         "sensitivity": _sensitivity(request),
         "choice of blocks": _choice_of_blocks(request),
         "gates": _gates(request),
+        "search": _search(request),
         "blocks": _slicing(request) if request.slices != "no" else _pruning(request, choice),
         "repair": _repair(request),
         "perplexities and checks": _measurements(request),
@@ -106,6 +108,24 @@ def _choice_of_blocks(request: PlanRequest) -> Counts:
         passes = _passes(request, request.num_windows * (there * (left + 1) / 2 - 1) / num_blocks)
         found = _added(found, passes, {Piece(What.HEAD): request.num_windows * left})
     return found
+
+
+def _search(request: PlanRequest) -> Counts:
+    """Count a search over widths: what it is solved from, and its candidates; two heads are compared at each window."""
+    search = request.search
+    if search is None:
+        return {}
+    measured, compared = candidate_windows(search)
+    kinds = by_kind(request.groups)
+    sublayers: dict[UnitKind, int] = {kind: sum(_num_parts(request, kind)) for kind in kinds}
+    solved = solved_widths(search, sum(sublayers.values())) / max(1, sum(sublayers.values()))
+    return _added(
+        _passes(request, measured + request.num_windows),
+        _sums(request, search.windows.fitted),
+        _parts(request, What.COSTS),
+        {Piece(What.SEARCH_SOLVE, kind): solved * parts for kind, parts in sublayers.items()},
+        {Piece(What.HEAD): 1.5 * compared},
+    )
 
 
 def _pruning(request: PlanRequest, choice: HostChoice) -> Counts:

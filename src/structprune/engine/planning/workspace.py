@@ -40,6 +40,11 @@ class GroupProblem:
     """Whether the inputs of a unit lie apart, so that the sums are brought into another order."""
 
     @property
+    def alone(self) -> GroupProblem:
+        """The same for what it gives by itself: no windows kept apart, no other target, any number of units kept."""
+        return replace(self, held_out_sums=0, follows_dense=False, judged=False, kept=None)
+
+    @property
     def gram(self) -> int:
         """Bytes of the Gram in float32."""
         return self.inputs**2 * 4

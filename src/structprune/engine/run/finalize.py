@@ -68,6 +68,7 @@ from structprune.results.schema import (
     SizeReport,
     VocabularyReport,
 )
+from structprune.results.search import SearchReport
 from structprune.runs.contents import check_unchanged
 from structprune.vocabulary.kept import KEPT_NAME
 
@@ -103,6 +104,8 @@ class Outcome:
     """What an earlier run had measured for this one."""
     gates: GatesReport | None = None
     """What was learned about which units stay; None: nothing was."""
+    search: SearchReport | None = None
+    """What a search over widths has found; None: there was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,6 +330,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         blocks=result.outcome.reports,
         reused=result.outcome.reused,
         gates=result.outcome.gates,
+        search=result.outcome.search,
         repair=result.repair,
         reload=written.reload,
         num_ranks=context.ranks.size,

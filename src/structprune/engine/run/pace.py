@@ -255,11 +255,11 @@ class Trials:
         assert isinstance(self.recipe, ResolvedUnits)
         inputs = units * group.width
         weight_OI = torch.randn(outputs, inputs, device=self.device)
-        priced = what is What.COSTS
+        priced, alone = what is What.COSTS, what in (What.COSTS, What.SEARCH_SOLVE)
 
         def moments() -> Moments:
             gram_II = self._gram(inputs)
-            followed = self.recipe.follows_dense and not priced
+            followed = self.recipe.follows_dense and not alone
             return Moments(
                 gram_II=gram_II,
                 num_tokens=inputs,
@@ -270,7 +270,7 @@ class Trials:
 
         numbers_U = torch.ones(units, dtype=torch.float64, device=self.device)
         num_texts = len(self.recipe.texts) if objective_of(self.recipe).by_text else 1
-        held_out = [moments() for _ in range(num_texts)] if self.recipe.chooses_ridge and not priced else []
+        held_out = [moments() for _ in range(num_texts)] if self.recipe.chooses_ridge and not alone else []
         return LayerProblem(
             weight_OI=weight_OI,
             fit=moments(),

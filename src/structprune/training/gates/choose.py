@@ -100,9 +100,8 @@ def _problem(context: RunContext, costs: Mapping[str, list[Tensor]], widths: Map
     recipe = context.settings(ResolvedUnits)
     budgets, options = priced_sublayers(context.stock, recipe, context.kinds, costs)
     # Widths that something else than one threshold decided stay as they are.
-    decided = SensitivityKind(ALLOCATORS.get(recipe.allocator).compares) is not SensitivityKind.LOSS or bool(
-        options.further
-    )
+    compares_losses = SensitivityKind(ALLOCATORS.get(recipe.allocator).compares) is SensitivityKind.LOSS
+    decided = not compares_losses or bool(options.further) or recipe.searches
     return gate_problem(
         budgets,
         options,

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from structprune.allocation import BlockBudget
 from structprune.allocation.gates import GateLearner, GateProblem, Gates
 from structprune.calibration.store import HiddenStore
+from structprune.engine.streaming.divergence import text_loss
 from structprune.engine.streaming.gated import add_gate
 from structprune.engine.streaming.model import StreamedModel
 from structprune.training.adam import check_gradient
 from structprune.training.context import RecoveryContext
-from structprune.training.divergence import text_loss
 from structprune.training.gates.start import Place, Start
 from structprune.training.parameters import BlockParameters
 from structprune.training.snapshots import load_tensors, save_tensors

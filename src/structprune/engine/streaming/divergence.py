@@ -7,6 +7,7 @@ Shape suffixes: S positions, D hidden size, V vocabulary, T tokens of one part.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,23 @@ def text_loss(head: nn.Module, hidden_SD: Tensor, ids_S: Tensor, gradient_SD: Te
         if gradient_SD is not None:
             gradient_SD[part] = torch.autograd.grad(loss, part_TD)[0].float()
     return total
+
+
+@torch.no_grad()
+def divergences(head: nn.Module, students: Sequence[Callable[[], Tensor]], wanted_SD: Tensor) -> list[float]:
+    """Compute what `divergence` does for several students that share the teacher's head.
+
+    Each student gives its hidden states, (S, D), whenever it is asked, so that one window at a time is there. The
+    teacher's predictions are made once for all.
+    """
+    totals = [0.0] * len(students)
+    for start in range(0, len(wanted_SD), DIVERGENCE_TOKENS):
+        part = slice(start, start + DIVERGENCE_TOKENS)
+        wanted_TV = _log_softmax(head(wanted_SD[part]).float())
+        for number, hidden in enumerate(students):
+            found_TV = _log_softmax(head(hidden()[part]).float())
+            totals[number] += float(nn.functional.kl_div(found_TV, wanted_TV, reduction="sum", log_target=True))
+    return totals
 
 
 def _log_softmax(logits_TV: Tensor) -> Tensor:
