@@ -182,7 +182,7 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 
 
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
-    method = METHODS.get(recipe.method)
+    method = METHODS.get(recipe.method).in_pipeline(recipe.pipeline)
     run.check()
     if ranks.size > 1 and (repair := repair_of(recipe)) is not None:
         raise UnsupportedError(

@@ -71,14 +71,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *perplexity_rows(report),
         *commit,
         *_adapter(report),
-        (
-            f"removed of {report.recipe.scope}",
-            f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
-        ),
-        *([] if report.predicted_loss is None else [("predicted loss", f"{report.predicted_loss:.4f} nats per token")]),
-        *((f"limit of {limit.name}", limit.line) for limit in report.limits),
-        ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
-        ("removed of the model", f"{size.removed_share_of_model:.2%}"),
+        *_removed_rows(report),
         ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
         *around_rows(size),
         (
@@ -100,6 +93,30 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *([("tokenizer", "gives the source's ids on a text of many scripts: yes")] if report.same_tokens else []),
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
+    ]
+
+
+def _removed_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say what went: parameters of the scope, the blocks and the model, or weights that are zero now."""
+    size, zeros = report.size, report.zeros
+    if zeros is not None:
+        return [
+            (
+                f"zeros in {report.recipe.scope}",
+                f"{zeros.share:.2%} of its weights (asked {zeros.asked:.2%}), pattern {zeros.pattern}",
+            ),
+            ("parameters that are not zero", f"{size.parameters_before:,} -> {zeros.nonzero_parameters:,}"),
+        ]
+    predicted = report.predicted_loss
+    return [
+        (
+            f"removed of {report.recipe.scope}",
+            f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
+        ),
+        *([] if predicted is None else [("predicted loss", f"{predicted:.4f} nats per token")]),
+        *((f"limit of {limit.name}", limit.line) for limit in report.limits),
+        ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
+        ("removed of the model", f"{size.removed_share_of_model:.2%}"),
     ]
 
 

@@ -65,6 +65,7 @@ from structprune.results.schema import (
     ReusedStatistics,
     RuntimeReport,
     SizeReport,
+    ZerosReport,
 )
 from structprune.runs.contents import check_unchanged
 
@@ -98,6 +99,8 @@ class Outcome:
     """Kind -> units that each block of the source keeps; empty where it keeps all."""
     reused: ReusedStatistics | None = None
     """What an earlier run had measured for this one."""
+    zeros: ZerosReport | None = None
+    """Zeros that were put into matrices; None where whole units went."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +315,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
+        zeros=result.outcome.zeros,
         predicted_loss=result.outcome.predicted_loss,
         limits=limit_reports(result.outcome.limits, written.model, result.size),
         memory=_memory_report(context),
