@@ -319,3 +319,16 @@ def test_a_group_of_two_of_four_by_brute_force() -> None:
     assert (found_O >= best_O * (1 - 1e-9)).all()
     assert float((found_O <= best_O * (1 + 1e-6)).double().mean()) > 0.7
     assert float(sparse(problem.weight_OI, solved("alps", problem).keep_OI).count_nonzero()) == 80
+
+
+def test_the_widest_maps_are_factored_in_float32_with_a_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = sparse_problem(TWO_OF_FOUR, 1)
+    narrow = replace(problem, weight_OI=problem.weight_OI.float())
+    wide = solved("sparsegpt", narrow)
+    monkeypatch.setattr(blockwise, "_WIDE", 95)
+    found = solved("sparsegpt", narrow)
+    assert found.status == "ok"
+    assert damped_error(problem, replace(found, weight_OI=found.weight_OI.double())) == pytest.approx(
+        damped_error(problem, replace(wide, weight_OI=wide.weight_OI.double())), rel=2e-3
+    )
+    assert solved("sparsegpt", replace(narrow, damping=1e-3)).status == "damping-raised"

@@ -44,9 +44,10 @@ class MapProblem:
         targets = self.sets * 4 * weight if self.followed else 0
         rows = strip_rows(self.inputs, self.inputs)
         strip = rows * (self.inputs * (4 + 4 + 8) + self.outputs * 8 * 2)
-        # The answer and its stored form, its mask, and a difference in float64.
+        # The answer, its stored form and its mask; the mask alone on the dense weight, and a difference in float64.
         judged = weight * (4 + 4 + 1 + 4 + 8)
-        return targets + max(self.workspace, judged) + 9 * weight + strip
+        # What the map's weight was, and what it is where the forward pass has another dtype, are the block's.
+        return targets + max(self.workspace, judged) + strip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,11 +26,12 @@ from torch import Tensor
 from structprune.linalg.cholesky import damped_cholesky, factored, inverted
 from structprune.patterns import Pattern
 from structprune.solvers.elements.problem import Pruner, SparseProblem, SparseSolution
-from structprune.solvers.elements.unit import UnitProblem, scales, unit_gram, wanted_weight, working_dtype
+from structprune.solvers.elements.unit import scales, unit_gram, wanted_weight, working_dtype
 
 # Inputs of a block. Joint removal solves for as many at once, and every row by itself.
 _BLOCK, _JOINT_BLOCK = 128, 64
 _STRIP_NUMBERS = 4 * 2**20
+_WIDE, _NARROW_DAMPING = 16384, 1e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +79,22 @@ def _by_norm(block: Block) -> Tensor:
     return gone_OR[:, : block.width].T
 
 
+def factor_dtype(num_inputs: int) -> torch.dtype:
+    """Return what a factor of this order is computed in: float32 for the widest maps of the largest models."""
+    return torch.float64 if num_inputs <= _WIDE else torch.float32
+
+
 def upper_factor(problem: SparseProblem) -> tuple[Tensor, bool]:
     """Compute U with H^-1 = U^T U, H the damped Gram in unit coordinates, and whether the damping had to be raised.
 
-    In float64 and in place: one square, and its like while the inverse is made. Raises NumericalError.
+    In place: one square, in float64, or in float32 where that would be larger than what it is made of may be. There the
+    ridge is at least 0.01, with which float32 knows such a factor to a few thousandths. Raises NumericalError.
     """
-    total = problem.total()
-    found = damped_cholesky(lambda: unit_gram(total, torch.float64), problem.damping, "the map's inputs")
+    total, dtype = problem.total(), factor_dtype(problem.weight_OI.shape[1])
+    least = problem.damping if dtype == torch.float64 else max(problem.damping, _NARROW_DAMPING)
+    found = damped_cholesky(lambda: unit_gram(total, dtype), least, "the map's inputs")
     inverse_II = inverted(found.factor_NN)
-    raised = found.num_raises > 0
+    raised = found.num_raises > 0 or least > problem.damping
     del found
     lower_II, definite = factored(inverse_II)
     assert definite, "the inverse of a definite matrix with a bounded condition is definite"
@@ -103,10 +111,34 @@ def prune_blockwise(
 ) -> SparseSolution:
     """Prune block after block; with `keep_OI` what goes is known. Raises NumericalError as `upper_factor` does."""
     factor_II, raised = upper_factor(problem)
-    dtype, group = working_dtype(problem), problem.pattern.group
+    dtype = working_dtype(problem)
     scale_I, silent_I = scales(problem.total())
     weight_IO = wanted_weight(problem, problem.damping).mul_(scale_I.to(dtype)).T.contiguous()
     weight_IO[silent_I] = 0
+    gone_IO = _remove_blocks(problem, factor_II, weight_IO, choose, removal, block, keep_OI)
+    del factor_II
+    weight_IO.div_(scale_I.to(dtype)[:, None])
+    if bool(silent_I.any()):
+        weight_IO[silent_I] = problem.weight_OI[:, silent_I].T.to(dtype)
+    return SparseSolution(
+        # In the layout that it was worked in: a copy would be one more of its size.
+        weight_OI=weight_IO.masked_fill_(gone_IO, 0).T,
+        keep_OI=gone_IO.logical_not_().T,
+        status="damping-raised" if raised else "ok",
+    )
+
+
+def _remove_blocks(
+    problem: SparseProblem,
+    factor_II: Tensor,
+    weight_IO: Tensor,
+    choose: Choice,
+    removal: Literal["in turn", "at once"],
+    block: int,
+    keep_OI: Tensor | None,
+) -> Tensor:
+    """Remove block after block of the weight, in place: what is gone, (I, O)."""
+    dtype, group = weight_IO.dtype, problem.pattern.group
     inputs, outputs = weight_IO.shape
     gone_IO = torch.zeros(inputs, outputs, dtype=torch.bool, device=weight_IO.device)
     removed_O = torch.zeros(outputs, dtype=torch.int64, device=weight_IO.device)
@@ -131,13 +163,7 @@ def prune_blockwise(
         else:
             _remove_in_turn(now, gone_IO[start:stop], choose if keep_OI is None and group > 1 else None)
         removed_O += gone_IO[start:stop].sum(dim=0)
-    unit = UnitProblem(gram_II=factor_II, weight_OI=weight_IO.T, scale_I=scale_I, silent_I=silent_I)
-    keep_OI = ~gone_IO.T
-    return SparseSolution(
-        weight_OI=unit.original(weight_IO.T.contiguous(), keep_OI, problem),
-        keep_OI=keep_OI,
-        status="damping-raised" if raised else "ok",
-    )
+    return gone_IO
 
 
 def _remove_in_turn(block: Block, gone_BO: Tensor, choose: Choice | None) -> None:
@@ -184,8 +210,14 @@ def _remove_at_once(block: Block, gone_BO: Tensor) -> None:
 
 
 def workspace(inputs: int, outputs: int) -> int:
-    """Count the factor and its inverse in float64, their part in float32, and the weight, masks and errors: bytes."""
-    return 2 * inputs**2 * 8 + inputs**2 * 4 + inputs * outputs * (4 * 4 + 2) + 4 * _STRIP_NUMBERS * 4
+    """Count the factor, which takes the place of the inverse, the weight twice as it is turned, and masks: bytes."""
+    strips = 4 * _STRIP_NUMBERS * 4 + 3 * _BLOCK * (inputs + outputs) * 8
+    return inputs**2 * factor_dtype(inputs).itemsize + inputs * outputs * (2 * 4 + 2) + strips
+
+
+def _ranking_workspace(inputs: int, outputs: int) -> int:
+    """Count the scores of all inputs that are left too, and their order: bytes."""
+    return workspace(inputs, outputs) + inputs * outputs * 24
 
 
 SPARSEGPT_CHOICE: Choice = _by_factor
@@ -197,7 +229,7 @@ SPARSEGPT = Pruner(
 THANOS = Pruner(
     prune=partial(prune_blockwise, choose=_by_norm, removal="at once", block=_JOINT_BLOCK),
     reads=frozenset({"gram"}),
-    workspace=workspace,
+    workspace=_ranking_workspace,
 )
 APT = Pruner(
     prune=partial(prune_blockwise, choose=_by_inverse, removal="at once", block=_JOINT_BLOCK),

@@ -130,8 +130,8 @@ def minimise(loss: _Quadratic, start_OI: Tensor, penalty: float, curvature: floa
 
 
 def workspace(inputs: int, outputs: int) -> int:
-    """Count SparseGPT's answer or A and its product, and nine of the weight's size with masks: bytes."""
-    search = inputs**2 * (4 + 8) + inputs * outputs * (9 * 4 + 12 + 3)
+    """Count SparseGPT's answer, or A and its product, and some of the weight's size with masks: bytes."""
+    search = inputs**2 * (8 + 8) + inputs * outputs * (14 * 4 + 12 + 3)
     return max(blockwise.workspace(inputs, outputs), search)
 
 

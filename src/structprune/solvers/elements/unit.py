@@ -128,7 +128,9 @@ def refit_unit(unit: UnitProblem, keep_OI: Tensor, steps: int = REFIT_STEPS, sta
 def squared_error(weight_OI: Tensor, problem: SparseProblem, moments: Moments) -> float:
     """Compute the sum over the tokens of |V x - y|^2, without any ridge, in float64: what methods are compared by."""
     if moments.target_OI is None:
-        difference_OI = weight_OI.to(torch.float64) - problem.weight_OI
+        difference_OI = weight_OI.to(torch.float64, copy=True)
+        for part in strips(*difference_OI.shape):
+            difference_OI[part] -= problem.weight_OI[part].to(torch.float64)
         return max(0.0, output_energy(difference_OI, moments.gram_II))
     met = 0.0
     for part in strips(*weight_OI.shape):
