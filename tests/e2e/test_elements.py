@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from structprune import Recipe, prune
-from structprune.api import plan
+from structprune.api import plan, recover
 from structprune.architectures.stock.maps import map_steps
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
@@ -21,6 +21,7 @@ from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import InputError, StructPruneError, UnsupportedError
 from structprune.patterns import NM, Unstructured
 from structprune.recipe.elements import ElementsRecipe
+from structprune.recipe.training import RecoverySettings
 from structprune.recipe.units import UnitsRecipe
 from structprune.results.report import PruneReport
 from support.command_line import CommandLine
@@ -263,3 +264,21 @@ def test_flags_of_the_command_line(
 def test_one_window_cannot_choose_the_ridge(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(StructPruneError, match="one window cannot both fit and choose the ridge"):
         prune(tiny_llama, recipe(text_file, method="alps", num_samples=1, held_out=0), tmp_path / "out")
+
+
+def test_what_would_fill_the_zeros_is_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    prune(tiny_llama, recipe(text_file, method="magnitude", pattern="2:4", reload_check=False), tmp_path / "out")
+    windows: dict[str, Any] = {
+        "calibration": (str(text_file),),
+        "num_samples": 6,
+        "seq_len": 32,
+        "dtype": "float32",
+        "reload_check": False,
+    }
+    for mode in ("stream", "blocks", "lora"):
+        settings = RecoverySettings.build(mode=mode, **windows)
+        with pytest.raises(UnsupportedError, match="would fill the zeros of pattern 2:4"):
+            recover(tmp_path / "out", tiny_llama, settings, tmp_path / mode)
+    recover(tmp_path / "out", tiny_llama, RecoverySettings.build(mode="scales", **windows), tmp_path / "scales")
+    found = [(name, after) for name, (_, after) in matrices(tmp_path / "out", tmp_path / "scales").items()]
+    assert all(NM(keep=2, of=4).matches(after) for name, after in found if is_pruned(name))
