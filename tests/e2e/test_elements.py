@@ -282,3 +282,21 @@ def test_what_would_fill_the_zeros_is_refused(tiny_llama: Path, text_file: Path,
     recover(tmp_path / "out", tiny_llama, RecoverySettings.build(mode="scales", **windows), tmp_path / "scales")
     found = [(name, after) for name, (_, after) in matrices(tmp_path / "out", tmp_path / "scales").items()]
     assert all(NM(keep=2, of=4).matches(after) for name, after in found if is_pruned(name))
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_after_whole_units(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """A source of uneven widths, without some sublayer, keeps its structure and its modelling file."""
+    settings: dict[str, Any] = {"method": "structprune", "scope": "all", "multiple_of": 4, "sparsity": 0.6}
+    uneven = Recipe.build(
+        **settings, calibration=str(text_file), num_samples=6, seq_len=32, dtype="float32", allow_block_removal=True
+    )
+    prune(tiny_llama, uneven, tmp_path / "uneven")
+    report = prune(tmp_path / "uneven", recipe(text_file, pattern="2:4"), tmp_path / "out")
+    assert report.reload.mode == "whole"
+    assert report.recipe.per_layer
+    assert (tmp_path / "out" / "modeling_structprune.py").is_file()
+    found = matrices(tmp_path / "uneven", tmp_path / "out")
+    assert all(NM(keep=2, of=4).matches(after) for name, (_, after) in found.items() if is_pruned(name))
+    with pytest.raises(UnsupportedError, match="so does the structure"):
+        prune(tiny_llama, recipe(text_file, structure="per-layer"), tmp_path / "other")

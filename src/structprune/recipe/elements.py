@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from structprune.errors import InputError
+from structprune.kinds import Structure
 from structprune.recipe.common import Recipe, ResolvedRecipe, Scope
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group, Share
 from structprune.recipe.units import Damping, Target
@@ -30,7 +31,7 @@ class ElementsRecipe(Recipe, frozen=True):
 
     pipeline: ClassVar[str] = "elements"
     removes: ClassVar[str] = "single weights"
-    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1, "structure": "uniform", "allocator": "uniform"}
+    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1, "allocator": "uniform"}
 
     method: Annotated[str, Flag(Group.HOW)] = Field(
         default="alps", description="a name that `structprune methods` lists"
@@ -54,6 +55,10 @@ class ElementsRecipe(Recipe, frozen=True):
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="what is fitted. local: the map's own output; dense-path: its output in the dense model",
+    )
+
+    structure: Annotated[Structure | None, Flag(Group.HOW, unset="what the source has")] = Field(
+        default=None, description="widths of the output, which are those of the source: uniform or per-layer"
     )
 
     @classmethod
@@ -98,6 +103,12 @@ class ResolvedElements(ResolvedRecipe, ElementsRecipe, frozen=True):
     damping: Damping = SAID
     solver: str = SAID
     target: Target = SAID
+    structure: Structure = SAID
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every block of the output has a config of its own, as in the source."""
+        return self.structure is Structure.PER_LAYER
 
     @property
     def chooses_ridge(self) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.maps import MapStep, map_steps
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.elements import MapProblem, StepMemory
@@ -14,6 +15,7 @@ from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import UnsupportedError
+from structprune.kinds import Structure
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.patterns import as_pattern
@@ -44,6 +46,7 @@ def element_settings(
         damping=damping,
         solver=solver,
         target=recipe.target or method.target,
+        structure=_structure(recipe, stock),
     )
     pattern = as_pattern(resolved.pattern, resolved.sparsity, method.counts)
     steps = map_steps(stock, kinds)
@@ -72,6 +75,18 @@ def _kinds(recipe: ElementsRecipe, stock: StockModel) -> list[UnitKind]:
             wanted=f"--scope {' or '.join(sorted(found))}" if found else "a model with attention or MLPs",
         )
     return [kind for kind in wanted if kind in found]
+
+
+def _structure(recipe: ElementsRecipe, stock: StockModel) -> Structure:
+    """Return the source's structure, which stays. Raises UnsupportedError where another is asked for."""
+    own = Structure.PER_LAYER if has_own_modeling_file(stock.reader.directory) else Structure.UNIFORM
+    if recipe.structure not in (None, own):
+        raise UnsupportedError(
+            "shapes stay where single weights go, and so does the structure",
+            got=f"--structure {recipe.structure}",
+            wanted=f"--structure {own}, or none",
+        )
+    return own
 
 
 def _refuse_idle(recipe: ElementsRecipe, method: Method) -> None:
