@@ -300,3 +300,14 @@ def test_after_whole_units(tiny_llama: Path, text_file: Path, tmp_path: Path) ->
     assert all(NM(keep=2, of=4).matches(after) for name, (_, after) in found.items() if is_pruned(name))
     with pytest.raises(UnsupportedError, match="so does the structure"):
         prune(tiny_llama, recipe(text_file, structure="per-layer"), tmp_path / "other")
+
+
+def test_several_shares(command_line: CommandLine, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    code, out, said = command_line(
+        "prune", tiny_llama, "-o", tmp_path / "out", "--method", "magnitude", "--pattern", "unstructured",
+        "--sparsity", "0.25,0.5", "--calibration", text_file, "--num-samples", "2", "--seq-len", "32",
+        "--dtype", "float32", "--no-reload-check",
+    )  # fmt: skip
+    assert code == 0, said
+    assert "25.00%" in out
+    assert "50.00%" in out
