@@ -21,9 +21,10 @@ from structprune.report.figures import (
     short,
 )
 from structprune.results.measured import Bench, Evaluation
+from structprune.results.removed import asked
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import asked, reload_line, repair_rows, stored_in, warnings
+from structprune.results.summary import reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from structprune.linalg.gram_products import strip_rows
 from structprune.phases import PhaseBytes, SublayerPhase, largest
 from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitKind
+
+if TYPE_CHECKING:
+    from structprune.engine.planning.sizes import HostSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,19 @@ class Beside:
     """Whether the sums lie here."""
     solves: bool = True
     """Whether maps are solved here."""
+
+
+def host_element_phases(sizes: HostSizes) -> PhaseBytes:
+    """Plan the peaks on the host, beside the block as it is stored and as it runs."""
+    request = sizes.request
+    beside = Beside(
+        block=sizes.stores_open + sizes.weights + sizes.cast,
+        again=sizes.weights + sizes.cast if request.follows_dense else 0,
+        activations=sizes.activations,
+        tokens=sizes.micro_batch_tokens,
+        item=sizes.item,
+    )
+    return element_phases(request.elements[frozenset(sizes.block.shapes)], beside)
 
 
 def element_phases(steps: Iterable[StepMemory], beside: Beside) -> PhaseBytes:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from structprune.engine.planning.device import device_plan
-from structprune.engine.planning.elements import Beside, element_phases
+from structprune.engine.planning.elements import host_element_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.shapes import (
@@ -160,7 +160,7 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.elements:
-        phases |= _elements(sizes)
+        phases |= host_element_phases(sizes)
     elif request.needs_statistics:
         for kind, groups in by_kind(request.groups).items():
             phases |= _pruning(sizes, kind, groups)
@@ -300,19 +300,6 @@ def _slicing(sizes: HostSizes) -> PhaseBytes:
             largest_outer=max(sizes.outer.values()),
         ),
     )
-
-
-def _elements(sizes: HostSizes) -> PhaseBytes:
-    """Plan measuring and solving the maps that are pruned weight by weight."""
-    request = sizes.request
-    beside = Beside(
-        block=sizes.stores_open + sizes.weights + sizes.cast,
-        again=sizes.weights + sizes.cast if request.follows_dense else 0,
-        activations=sizes.activations,
-        tokens=sizes.micro_batch_tokens,
-        item=sizes.item,
-    )
-    return element_phases(request.elements[frozenset(sizes.block.shapes)], beside)
 
 
 def _pruning(sizes: HostSizes, kind: UnitKind, groups: Sequence[UnitGroup]) -> PhaseBytes:
