@@ -40,7 +40,8 @@ from support.sparse_problems import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEEDS = range(6)
-ALL = [(name, pattern) for name in PRUNERS for pattern in (HALF, TWO_OF_FOUR)]
+ROWS = Unstructured(share=0.5, scope="row")
+ALL = [(name, pattern) for name in PRUNERS for pattern in (HALF, ROWS, TWO_OF_FOUR)]
 
 
 def solved(name: str, problem: SparseProblem) -> SparseSolution:
@@ -68,6 +69,8 @@ def test_zeros_are_exact_and_positive(name: str, pattern: Pattern) -> None:
     # A penalty may make a zero of what stays.
     assert int((~solution.keep_OI).sum()) == 48 * 96 // 2 <= int(zero_OI.sum()) <= 48 * 96 // 2 + 5
     assert zero_OI[~solution.keep_OI].all()
+    if pattern == ROWS:
+        assert ((~solution.keep_OI).sum(dim=1) == 48).all()
     assert pattern.matches(solution.weight_OI)
     assert not torch.signbit(solution.weight_OI[zero_OI]).any()
     again = solved(name, problem)
