@@ -183,7 +183,7 @@ def _ranks(timeout_s: float) -> contextlib.AbstractContextManager[Ranks]:
 
 
 def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path | None) -> None:
-    method = METHODS.get(recipe.method)
+    method = METHODS.get(recipe.method).in_pipeline(recipe.pipeline)
     run.check()
     recover_after = "prune without --repair, then `structprune recover --mode scales` in one process"
     for what, flag, name, do in (

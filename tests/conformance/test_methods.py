@@ -21,6 +21,7 @@ from structprune.registry import Registry
 from structprune.scores import SCORES, SELECTORS, Score, Selector
 from structprune.scores.selection import keep_best
 from structprune.solvers import SOLVERS, Solver
+from structprune.solvers.elements import PRUNERS, UPDATES, Pruner, Update
 from structprune.types import LayerProblem, Moments, TaylorSums, UnitKind
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -30,6 +31,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "block score": BLOCK_SCORES,
     "allocator": ALLOCATORS,
     "solver": SOLVERS,
+    "pruner": PRUNERS,
+    "update": UPDATES,
     "calibration source": SOURCES,
     "model family": FAMILIES,
 }
@@ -67,6 +70,27 @@ def test_slicing_has_no_parts() -> None:
     method = METHODS.get("slicegpt")
     assert method.pipeline == "slice"
     assert (method.score, method.allocator, method.solver, method.sensitivity) == ("", "", "", "none")
+
+
+ELEMENT_METHODS = [name for name in METHODS if METHODS.get(name).for_pattern(given=True).pipeline == "elements"]
+
+
+@pytest.mark.parametrize("name", ELEMENT_METHODS)
+def test_methods_over_single_weights_have_a_pruner_and_an_update(name: str) -> None:
+    method = METHODS.get(name).in_pipeline("elements")
+    assert method.name == name
+    pruner, update = PRUNERS.get(method.score), UPDATES.get(method.solver)
+    assert isinstance(pruner, Pruner)
+    assert isinstance(update, Update)
+    assert method.needs_statistics == bool(pruner.reads | update.reads)
+    assert method.damping == "auto" or 0 < method.damping <= 1
+
+
+def test_one_name_may_mean_two_methods() -> None:
+    magnitude = METHODS.get("magnitude")
+    assert magnitude.for_pattern(given=False) is magnitude.in_pipeline("units") is magnitude
+    assert magnitude.for_pattern(given=True) is magnitude.in_pipeline("elements") is magnitude.patterned
+    assert METHODS.get("fasp").for_pattern(given=True) is METHODS.get("fasp")
 
 
 @pytest.mark.parametrize("name", list(METHODS))

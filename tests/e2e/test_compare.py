@@ -94,6 +94,32 @@ def test_methods_that_know_no_units_are_rows_too(command_line: Any, arguments: l
 
 
 @pytest.mark.usefixtures("cells_in_this_process")
+def test_single_weights_stand_beside_whole_units(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
+    """Of the same share as many parameters are left that are not zero; settings without a meaning are left out."""
+    methods = ["magnitude", "magnitude:pattern=2:4", "wanda:pattern=unstructured"]
+    code, out, err = command_line(*arguments, "--methods", *methods, "--sparsities", 0.5, "--no-plots")
+    assert code == 0, err
+    found = result_of(tmp_path)
+    assert found.failures == []
+    units, *weights = [next(cell for cell in found.cells if cell.label == label) for label in methods]
+    dense = found.dense
+    assert dense is not None
+    assert units.nonzero_parameters is None
+    for cell in weights:
+        assert cell.parameters == dense.parameters
+        assert cell.nonzero_parameters is not None
+        assert cell.nonzero == cell.nonzero_parameters == pytest.approx(units.nonzero, rel=2e-3)
+        assert cell.bytes > units.bytes
+    assert "not zero" in out
+    rows = list(csv.DictReader((tmp_path / "table" / "comparison.csv").read_text(encoding="utf-8").splitlines()))
+    assert {row["method"]: int(row["nonzero_parameters"]) for row in rows} == {
+        "dense": dense.parameters,
+        **{cell.label: cell.nonzero for cell in found.cells},
+    }
+    assert "not zero" in (tmp_path / "table" / "comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("cells_in_this_process")
 def test_what_is_done_is_not_done_again(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     assert command_line(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0
     first = result_of(tmp_path).cells[0]

@@ -333,6 +333,21 @@ def test_a_pruned_model(settings: dict[str, Any], architecture: str, text_file: 
     assert_same(tmp_path / "out.gguf", load_model(output, torch.device("cpu"), torch.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_zeros_of_single_weights_stay(dtype: str, text_file: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    source, _ = stock_checkpoint(LlamaConfig(**SIZES), tmp_path / "model")
+    recipe = Recipe(method="magnitude", pattern="2:4", calibration=str(text_file), num_samples=2, seq_len=32)
+    report = prune(source, recipe.model_copy(update={"reload_check": False}), tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "out.gguf", dtype=dtype)
+    matrices = [
+        t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if t.name.startswith("blk.") and len(t.shape) > 1
+    ]
+    zeros = sum(int((gguf.dequantize(t.data, t.tensor_type) == 0).sum()) for t in matrices)
+    assert report.zeros is not None
+    assert zeros == report.zeros.zeros > 0
+
+
 def test_a_window_caps_the_context(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     source, model = stock_checkpoint(MistralConfig(**SIZES, sliding_window=100), tmp_path / "model")

@@ -25,6 +25,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "angular": ("llama", {"method": "depth", "sparsity": 0.4}),
     "measured-loss": ("llama", {"method": "depth", "sparsity": 0.6, "score": "measured-loss"}),
     "whole-experts": ("qwen3_moe", {"method": "reap"}),
+    "elements": ("llama", {"method": "alps", "pattern": "2:4", "target": "dense-path", "sparsity": 0.5}),
+    "elements-experts": ("qwen3_moe", {"method": "wanda", "solver": "refit", "sparsity": 0.5}),
     "slice": ("llama", {"method": "slicegpt"}),
     "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
 }
@@ -33,6 +35,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_recipe(settings: Mapping[str, Any], text_file: Path, **more: Any) -> Recipe:
     """A few short windows in float32."""
     common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32"}
-    if settings["method"] not in ("depth", "reap", "slicegpt"):
-        common |= {"multiple_of": 1, "sensitivity_samples": 3}
+    own = Recipe.kind_for(settings).model_fields
+    # Whole blocks are chosen by as many windows as there are.
+    if settings["method"] != "depth":
+        common |= {name: value for name, value in (("multiple_of", 1), ("sensitivity_samples", 3)) if name in own}
     return Recipe.build(**{**common, **more, **settings})

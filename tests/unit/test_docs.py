@@ -182,6 +182,7 @@ RESULT_FILES = {
         "tokenizer.json",
         "README.md",
         "pruning_report.json",
+        "pruning_manifest.json",
         "pruning_widths.json",
         "pruning_path.json",
         "pruning_vocabulary.json",
@@ -294,6 +295,8 @@ BY_FLAG = {"--method": "method", "--methods": "method", "--allocator": "allocato
 NAMES = {
     kind: {name for registry in registries() if registry.kind == kind for name in registry} for kind in BY_FLAG.values()
 }
+# Where single weights go the same flag names what becomes of the others.
+NAMES["solver"] |= {name for registry in registries() if registry.kind == "update" for name in registry}
 
 
 def values_of(flag: str, text: str) -> Iterator[str]:
@@ -374,7 +377,7 @@ def test_every_method_has_a_page_and_a_row(method: str) -> None:
 
 
 def test_every_part_of_a_method_is_listed() -> None:
-    parts = {"score", "selector", "block score", "allocator", "solver"}
+    parts = {"score", "selector", "block score", "allocator", "solver", "update"}
     names = {name for entries in registries() if entries.kind in parts for name in entries}
     page = text_of(DOCS / "methods.md")
     assert len(names) > 20

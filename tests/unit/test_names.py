@@ -18,13 +18,14 @@ from structprune.methods import METHODS
 from structprune.registry import Registry
 from structprune.scores import SCORES, SELECTORS
 from structprune.solvers import SOLVERS
+from structprune.solvers.elements import PRUNERS, UPDATES
 from structprune.training import MODES
 
 ROOT = Path(__file__).parents[2] / "src" / "structprune"
 HOMES: dict[str, tuple[Registry[Any], ...]] = {
     "methods/": (METHODS,),
     "scores/": (SCORES, SELECTORS),
-    "solvers/": (SOLVERS,),
+    "solvers/": (SOLVERS, PRUNERS, UPDATES),
     "allocation/": (ALLOCATORS, SEARCHES),
     "calibration/sources/": (SOURCES,),
     "exporters/": (EXPORTERS,),

@@ -14,6 +14,7 @@ from structprune.recipe.path import CurvePoint, read_path
 
 if TYPE_CHECKING:
     from structprune.api import RunPlan
+    from structprune.engine.planning.forecast import PlannedZeros
     from structprune.engine.planning.limits import Limit
     from structprune.engine.planning.plan import DevicePlan, PrunePlan
 
@@ -75,10 +76,13 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     from structprune.results.summary import beginning
 
     memory = found.plan
+    zeros = found.forecast.zeros
+    how = f"{'per-layer' if found.recipe.per_layer else 'uniform'} widths" if zeros is None else "single weights"
     before, after, around = found.layout.all_parameters, found.forecast.num_parameters, found.layout.around.parameters
     size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
     rows = [
-        ("method", f"{found.recipe.method}, {'per-layer' if found.recipe.per_layer else 'uniform'} widths"),
+        ("method", f"{found.recipe.method}, {how}"),
+        *_zero_rows(zeros),
         ("parameters", f"{before:,} -> {size}"),
         *([("  around the text model", f"{around:,}, copied as they are")] if around else []),
         (
@@ -122,6 +126,17 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     return [*rows, ("reload check", check), *(("note", note) for note in found.notes)]
 
 
+def _zero_rows(zeros: PlannedZeros | None) -> list[tuple[str, str]]:
+    """Say how many weights become zero, and what is summed to choose them; nothing where units go."""
+    if zeros is None:
+        return []
+    count = round(zeros.share * zeros.weights)
+    return [
+        ("zeros", f"{zeros.share:.2%} of {zeros.weights:,} weights, {count:,} in all; pattern {zeros.pattern}"),
+        ("sums of inputs", zeros.sums),
+    ]
+
+
 def _limit_line(limit: Limit, found: RunPlan) -> str:
     """Say what is asked of a quantity, what it is with all units, and where widths are known what it will be."""
     kept = found.forecast.kept
@@ -146,6 +161,7 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
         "parameters_around": found.layout.around.parameters,
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
+        "zeros": None if found.forecast.zeros is None else asdict(found.forecast.zeros),
         "size": asdict(found.size),
         "limits": [
             {

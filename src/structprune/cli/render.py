@@ -41,13 +41,13 @@ def comparison_table(result: Comparison) -> None:
     )
     numbers = range(len(result.texts))
     names = [text.label for text in result.texts]
-    if fits(_quality_columns(names), _quality_rows(result, numbers)):
-        print_table(title, _quality_columns(names), _quality_rows(result, numbers))
+    if fits(_quality_columns(result, names), _quality_rows(result, numbers)):
+        print_table(title, _quality_columns(result, names), _quality_rows(result, numbers))
     else:
         legend = [f"text {number + 1}: {name}" for number, name in enumerate(names)]
         for part in _parts(result, numbers):
             headers = [f"text {number + 1}" for number in part]
-            print_table(title, _quality_columns(headers), _quality_rows(result, part), legend=legend)
+            print_table(title, _quality_columns(result, headers), _quality_rows(result, part), legend=legend)
             title, legend = "", []
     print_table(
         "What it took; wall time counts shared measurements in full",
@@ -60,14 +60,16 @@ def _parts(result: Comparison, numbers: Sequence[int]) -> list[Sequence[int]]:
     """Share the texts out to tables, as many to each as the terminal is wide enough for."""
     size = len(numbers)
     while size > 1 and not fits(
-        _quality_columns([f"text {number + 1}" for number in numbers[:size]]), _quality_rows(result, numbers[:size])
+        _quality_columns(result, [f"text {number + 1}" for number in numbers[:size]]),
+        _quality_rows(result, numbers[:size]),
     ):
         size -= 1
     return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
 
-def _quality_columns(texts: Sequence[str]) -> list[Column]:
-    figures = ["params", "disk", *(name for text in texts for name in (text, "KL"))]
+def _quality_columns(result: Comparison, texts: Sequence[str]) -> list[Column]:
+    # Where single weights went, parameters are as many as before.
+    figures = ["not zero" if result.has_zeros else "params", "disk", *(name for text in texts for name in (text, "KL"))]
     return [Column(name="method"), *(Column(name=name, figures=True) for name in figures)]
 
 
@@ -80,7 +82,7 @@ def _quality_rows(result: Comparison, texts: Sequence[int]) -> list[Row]:
 
     dense = result.dense
     first = [] if dense is None else [row("dense", dense.parameters, dense.bytes, dense.texts)]
-    return [*first, *_by_sparsity(result, lambda cell: row(cell.label, cell.parameters, cell.bytes, cell.texts))]
+    return [*first, *_by_sparsity(result, lambda cell: row(cell.label, cell.nonzero, cell.bytes, cell.texts))]
 
 
 def _score(score: TextScore) -> tuple[str, str]:

@@ -43,10 +43,12 @@ def print_shares(reports: Mapping[str, PruneReport], *, as_json: bool) -> None:
 
 def _row(name: str, report: PruneReport) -> list[str]:
     measured = report.calibration if report.held_out is None else report.held_out
+    # Where single weights went these are the zeros, and the parameters that are none.
+    zeros = report.zeros
     return [
         name,
-        f"{report.size.removed_share_of_scope:.2%}",
-        f"{report.size.parameters_after:,}",
+        f"{report.size.removed_share_of_scope if zeros is None else zeros.share:.2%}",
+        f"{report.size.parameters_after if zeros is None else zeros.nonzero_parameters:,}",
         format_bytes(report.size.bytes_after),
         "" if report.predicted_loss is None else f"{report.predicted_loss:.4f}",
         f"{measured.pruned_perplexity:.2f}",

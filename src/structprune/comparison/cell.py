@@ -126,6 +126,7 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
         scope=spec.scope,
         settings=settings_of(recipe),
         parameters=report.size.parameters_after,
+        nonzero_parameters=None if report.zeros is None else report.zeros.nonzero_parameters,
         bytes=report.size.bytes_after,
         removed_share_of_scope=report.size.removed_share_of_scope,
         removed_share_of_blocks=report.size.removed_share_of_blocks,

@@ -61,16 +61,23 @@ def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> d
 
     Raises InputError for a setting that has no meaning for any, or for an unknown method.
     """
-    fields = {v.label: set(Recipe.kind_for({"method": v.method}).model_fields) for v in variants}
+    kinds = {v.label: _kind(shared, v) for v in variants}
+    fields = {label: set(kind.model_fields) for label, kind in kinds.items()}
     names = [name for name in shared if name not in _OF_THE_CELL]
     for name in names:
-        if not any(name in own for own in fields.values()):
+        idle = all(kind.asks_nothing(name, shared[name], shared) for kind in kinds.values())
+        if not idle and not any(name in own for own in fields.values()):
             raise InputError(f"{flag_name(name)} has no meaning for any of the methods", got=", ".join(fields))
     return {
         label: left_out
         for label, own in fields.items()
         if (left_out := [flag_name(name) for name in names if name not in own])
     }
+
+
+def _kind(shared: Mapping[str, Any], variant: Variant) -> type[Recipe]:
+    """Find the class of a variant's recipe, by its method and by the pattern that it gets. Raises InputError."""
+    return Recipe.kind_for({**shared, **variant.changes, "method": variant.method})
 
 
 def common_recipe(shared: Mapping[str, Any]) -> Recipe:
@@ -90,7 +97,7 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) ->
 
     Raises InputError that names the variant's bad setting.
     """
-    own = Recipe.kind_for({"method": variant.method}).model_fields
+    own = _kind(shared, variant).model_fields
     # As many windows for all, whatever each takes.
     fields = {
         "scope": Recipe().scope,

@@ -133,7 +133,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     cells: list[CellSpec] = []
     for variant, sparsity in request.cells:
         asked = cell_recipe(shared, variant, sparsity)
-        recipe = fitted(asked, METHODS.get(variant.method), layout)
+        recipe = fitted(asked, METHODS.get(variant.method).in_pipeline(asked.pipeline), layout)
         _check_cell(request.model, recipe, variant.label, sparsity)
         key = cell_key(recipe, identity)
         spec = CellSpec(

@@ -90,7 +90,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
             got=f"--num-samples {recipe.most_samples}, {len(recipe.texts)} texts",
             wanted=f"at least {len(recipe.texts)}",
         )
-    method = METHODS.get(recipe.method)
+    method = METHODS.get(recipe.method).in_pipeline(recipe.pipeline)
     device = resolve_device(recipe.device)
     device_budget(device, recipe.device_memory or None)
     opened: list[StockModel] = []

@@ -1,4 +1,7 @@
-"""Magnitude: product of the L2 norms of a channel's slices; no data, no weight update. A floor to measure against."""
+"""Magnitude: product of the L2 norms of a channel's slices; no data, no weight update. A floor to measure against.
+
+With a pattern it is |w| of single weights, over a matrix as a whole or in every group of N:M.
+"""
 
 from structprune.methods.method import Method
 
@@ -12,4 +15,18 @@ MAGNITUDE = Method(
     allocator="uniform",
     solver="mask-only",
     needs_statistics=False,
+    patterned=Method(
+        name="magnitude",
+        title="Magnitude of single weights",
+        paper="folklore",
+        summary="|w| of single weights; no data, no update",
+        provenance="baseline",
+        pipeline="elements",
+        score="magnitude",
+        allocator="uniform",
+        solver="mask-only",
+        needs_statistics=False,
+        damping=1e-2,
+        kinds=("attention", "mlp"),
+    ),
 )

@@ -31,18 +31,26 @@ class Method:
     paper: str
     summary: str
     provenance: Provenance
-    pipeline: Literal["units", "depth", "experts", "slice"] = "units"
-    """Which loop of the engine runs it: units of every block go, whole blocks or experts go, or the stream is cut.
+    pipeline: Literal["units", "depth", "experts", "slice", "elements"] = "units"
+    """Which loop of the engine runs it: units of every block go, whole blocks or experts go, the stream is cut, or
+    single weights become zero.
 
     Score, allocator and solver are empty for `slice`, which has none.
     """
+    patterned: Method | None = None
+    """What the same name means where a pattern is given: single weights go instead. None: it has no patterns, or
+    nothing else."""
     score: str = ""
-    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth pipeline, one of `BLOCK_SCORES`.
+    """A score of `SCORES` (the best stay) or a selector of `SELECTORS`; for the depth pipeline, one of `BLOCK_SCORES`;
+    for that over single weights, one of `PRUNERS`.
 
     The pipeline over experts has one score of its own.
     """
     allocator: str = ""
     solver: str = ""
+    """A solver of `SOLVERS`; for the pipeline over single weights, one of `UPDATES`."""
+    counts: Literal["layer", "row"] = "layer"
+    """Whether every row of a matrix loses as many single weights, or the matrix as a whole."""
     needs_statistics: bool
     """Whether the decision or the solver reads activation statistics."""
     sensitivity: SensitivityKind = SensitivityKind.NONE
@@ -59,6 +67,14 @@ class Method:
     """Unit kinds that this version of the method removes."""
     head_units: HeadUnits = "kv-group"
     """What attention loses unless the recipe says otherwise."""
+
+    def for_pattern(self, *, given: bool) -> Method:
+        """Return what the name means with a pattern or without one."""
+        return self.patterned if given and self.patterned is not None else self
+
+    def in_pipeline(self, pipeline: str) -> Method:
+        """Return what the name means in one pipeline, that of a recipe."""
+        return self if self.pipeline == pipeline or self.patterned is None else self.patterned
 
     def sensitivity_for(self, allocator: str) -> SensitivityKind:
         """Find what is measured where `allocator` sets the widths: what the method reads, else what that compares."""

@@ -61,9 +61,9 @@ def default_held_out(num_samples: int, seq_len: int) -> int:
 class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What to prune and how; `None` means that the method or the planner chooses.
 
-    `Recipe(method=..., ...)` is a recipe of the method's pipeline: a UnitsRecipe, DepthRecipe, ExpertsRecipe or
-    SliceRecipe, which say what each takes beside the fields here. Raises InputError for an unknown method, and
-    UnsupportedError for settings that have no meaning for it.
+    `Recipe(method=..., ...)` is a recipe of the method's pipeline: a UnitsRecipe, DepthRecipe, ExpertsRecipe,
+    SliceRecipe or ElementsRecipe, which say what each takes beside the fields here. Raises InputError for an unknown
+    method, and UnsupportedError for settings that have no meaning for it.
     """
 
     pipeline: ClassVar[str] = ""
@@ -159,10 +159,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
     @classmethod
     def kind_for(cls, values: Mapping[str, Any]) -> type[Self]:
-        """Find the class that validates `values`, by their method. Raises InputError for an unknown method."""
+        """Find the class that validates `values`, by their method, and by their pattern where the method has both.
+
+        Raises InputError for an unknown method.
+        """
         method = values.get("method", DEFAULT_METHOD)
         # What is no name at all is refused when the field is validated.
-        return cls.kinds().get(_pipeline_of(method) if isinstance(method, str) else "units")
+        return cls.kinds().get(_pipeline_of(method, values) if isinstance(method, str) else "units")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -177,7 +180,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     def own_values(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out other pipelines' fields that ask for nothing. Raises UnsupportedError for one that does."""
         method = values.get("method")
-        if isinstance(method, str) and _pipeline_of(method) != cls.pipeline:
+        if isinstance(method, str) and _pipeline_of(method, values) != cls.pipeline:
             raise InputError(f"method {method!r} has another kind of recipe", got=cls.__name__, do="use Recipe")
         foreign = {name: values[name] for name in values if name in all_fields() and name not in cls.model_fields}
         asked = {name: value for name, value in foreign.items() if not cls.asks_nothing(name, value, values)}
@@ -318,6 +321,7 @@ RECIPES: Registry[Any] = Registry(
         "depth": "structprune.recipe.depth:DepthRecipe",
         "experts": "structprune.recipe.experts:ExpertsRecipe",
         "slice": "structprune.recipe.slice:SliceRecipe",
+        "elements": "structprune.recipe.elements:ElementsRecipe",
     },
 )
 """Pipeline -> what may be asked of it."""
@@ -330,6 +334,7 @@ RESOLVED: Registry[Any] = Registry(
         "depth": "structprune.recipe.depth:ResolvedDepth",
         "experts": "structprune.recipe.experts:ResolvedExperts",
         "slice": "structprune.recipe.slice:ResolvedSlice",
+        "elements": "structprune.recipe.elements:ResolvedElements",
     },
 )
 """Pipeline -> what a run of it works by."""
@@ -344,11 +349,11 @@ def all_fields() -> dict[str, FieldInfo]:
     return fields
 
 
-def _pipeline_of(method: str) -> str:
+def _pipeline_of(method: str, values: Mapping[str, Any]) -> str:
     # Only now: methods load torch, and the help of the command line should not wait for that.
     from structprune.methods import METHODS
 
-    return METHODS.get(method).pipeline
+    return METHODS.get(method).for_pattern(given=values.get("pattern") is not None).pipeline
 
 
 def flag_name(field: str) -> str:

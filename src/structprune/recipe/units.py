@@ -69,7 +69,8 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
-        description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating",
+        description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating; where "
+        "single weights go own, mask-only, sweep or refit",
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

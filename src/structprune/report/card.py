@@ -16,6 +16,7 @@ from structprune.checkpoint.readme import is_text
 from structprune.files import plain_name
 from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
+from structprune.report.zeros import description, introduction
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport, Perplexities
 from structprune.results.summary import around_rows, beginning, stored_in
@@ -43,20 +44,30 @@ def model_card(report: PruneReport, source: Mapping[str, Any], hub_id: str | Non
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        f"`{origin}`{_adapter(report)}, made smaller by structured pruning with structprune "
-        f"{report.versions['structprune']}: method `{report.method}`, {report.size.removed_share_of_model:.1%} of the "
-        "parameters removed.",
+        _introduction(report, origin),
         *_licence(front, source),
         "## Before and after",
         _figures(report),
         "## What was removed",
-        _removed(report.blocks, report.recipe.head_units if isinstance(report.recipe, ResolvedUnits) else None),
+        _removed(report.blocks, report.recipe.head_units if isinstance(report.recipe, ResolvedUnits) else None)
+        if report.zeros is None
+        else description(report.zeros, report.blocks),
         "## How to load it",
         *_loading(report, name),
         "## How it was made",
         _making(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _introduction(report: PruneReport, origin: str) -> str:
+    version, source = report.versions["structprune"], f"`{origin}`{_adapter(report)}"
+    if report.zeros is not None:
+        return f"{source}, {introduction(report.zeros)}. Made by structprune {version}, method `{report.method}`."
+    return (
+        f"{source}, made smaller by structured pruning with structprune {version}: method `{report.method}`, "
+        f"{report.size.removed_share_of_model:.1%} of the parameters removed."
+    )
 
 
 def _embeds(report: PruneReport) -> bool:
@@ -66,7 +77,8 @@ def _embeds(report: PruneReport) -> bool:
 
 def _for_the_hub(report: PruneReport, source: Mapping[str, Any]) -> dict[str, Any]:
     """Say under what the hub lists the model: text generation, or what the source embeds for."""
-    tags = ["pruned", "structured-pruning", "structprune", report.method]
+    how = "structured-pruning" if report.zeros is None else "sparse"
+    tags = ["pruned", how, "structprune", report.method]
     if not _embeds(report):
         kind = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     else:
@@ -89,7 +101,7 @@ def _licence(front: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(report: PruneReport) -> str:
-    size, text, held_out = report.size, report.calibration, report.held_out
+    size, text, held_out, zeros = report.size, report.calibration, report.held_out, report.zeros
     rows: list[tuple[str, int, Perplexities]] = [
         ("perplexity of the calibration text, in-sample", text.perplexity_windows, text)
     ]
@@ -111,6 +123,7 @@ def _figures(report: PruneReport) -> str:
                 for name, windows, one in rows
             ),
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
+            *([] if zeros is None else [("of them not zero", "", f"{zeros.nonzero_parameters:,}")]),
             *((name, "", value) for name, value in around_rows(size)),
             (
                 "weight files",
@@ -223,7 +236,8 @@ def _making(report: PruneReport) -> str:
     return (
         f"{commit}{tokens}Calibrated on {calibration.num_windows} windows of {calibration.seq_len} tokens, "
         f"{beginning(calibration.start)} ({plain_name(calibration.description)}). {checked} "
-        "Kept indices are in `pruning_manifest.json`, all figures in `pruning_report.json`.\n\n"
+        f"{'Kept indices' if report.zeros is None else 'Zeros of every matrix'} are in `pruning_manifest.json`, all "
+        "figures in `pruning_report.json`.\n\n"
         f"The recipe, resolved:\n\n```yaml\n{text}```"
     )
 

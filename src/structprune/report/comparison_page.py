@@ -97,7 +97,7 @@ def _curve(
 
 
 def _millions(cell: Cell) -> float:
-    return cell.parameters / 1e6
+    return cell.nonzero / 1e6
 
 
 def _seconds(cell: Cell) -> float:
@@ -108,14 +108,15 @@ def _quality_head(comparison: Comparison) -> list[str]:
     head = ["asked", "method"]
     for text in comparison.texts:
         head += [text.label, "KL"]
-    return [*head, "parameters", "on disk"]
+    return [*head, "parameters", *(["not zero"] if comparison.has_zeros else []), "on disk"]
 
 
 def _quality(comparison: Comparison) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     if (dense := comparison.dense) is not None:
         scores = [value for score in dense.texts for value in (f"{score.perplexity:.2f}", "")]
-        rows.append(("", "dense", *scores, f"{dense.parameters / 1e6:.1f}M", format_bytes(dense.bytes)))
+        count = f"{dense.parameters / 1e6:.1f}M"
+        rows.append(("", "dense", *scores, *[count] * (1 + comparison.has_zeros), format_bytes(dense.bytes)))
     for cell in comparison.ordered():
         scores = [
             value
@@ -125,7 +126,8 @@ def _quality(comparison: Comparison) -> list[Sequence[str]]:
                 "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}",
             )
         ]
-        size = (f"{_millions(cell):.1f}M", format_bytes(cell.bytes))
+        nonzero = [f"{_millions(cell):.1f}M"] if comparison.has_zeros else []
+        size = (f"{cell.parameters / 1e6:.1f}M", *nonzero, format_bytes(cell.bytes))
         rows.append((_asked(comparison, cell), cell.label, *scores, *size))
     return rows
 

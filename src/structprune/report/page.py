@@ -23,9 +23,10 @@ from structprune.report.figures import (
     short,
 )
 from structprune.results.measured import Bench, Evaluation
+from structprune.results.removed import asked
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import asked, gate_rows, reload_line, repair_rows, stored_in, warnings
+from structprune.results.summary import gate_rows, reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
@@ -44,13 +45,11 @@ class _Tile:
 def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ()) -> str:
     """Render the page of a report, with what was measured on its result since."""
     name, source = Path(report.output).name, Path(report.source).name
-    size = report.size
     return render(
         "prune.html",
         title=f"{name}: pruning report",
         name=name,
-        lead=f"{source}, pruned by {report.method}: {size.removed_share_of_scope:.2%} of the parameters of "
-        f"{_scope(report)} removed ({asked(report)}), "
+        lead=f"{source}, pruned by {report.method}: {_removed(report)}, "
         f"{'' if report.adapter is None else f'adapter {Path(report.adapter.path).name} merged, '}calibrated on "
         f"{report.calibration.description}.",
         tiles=_tiles(report),
@@ -164,6 +163,11 @@ def _before_after(report: PruneReport, measured: Sequence[Evaluation | Bench]) -
             for one in (held_out.texts if held_out is not None else ())
         ),
         _compared("parameters", size.parameters_before, size.parameters_after, "{:,.0f}"),
+        *(
+            []
+            if report.zeros is None
+            else [_compared("of them not zero", size.parameters_before, report.zeros.nonzero_parameters, "{:,.0f}")]
+        ),
         (
             "weight files",
             format_bytes(size.bytes_before),
@@ -225,6 +229,14 @@ def _notes(measured: Sequence[Evaluation | Bench]) -> list[str]:
         elif result.task_limit is not None:
             notes.append(f"Tasks: only the first {result.task_limit} samples of each.")
     return notes
+
+
+def _removed(report: PruneReport) -> str:
+    """Say in a clause what went."""
+    if report.zeros is not None:
+        return f"{report.zeros.share:.2%} zeros in the matrices of {_scope(report)}, pattern {report.zeros.pattern}"
+    share = report.size.removed_share_of_scope
+    return f"{share:.2%} of the parameters of {_scope(report)} removed ({asked(report)})"
 
 
 def _recipe_rows(report: PruneReport) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ def plot_comparison(comparison: Comparison, directory: Path) -> list[Path]:
             comparison,
             directory / "perplexity-parameters.png",
             "parameters kept, millions",
-            lambda cell: cell.parameters / 1e6,
+            lambda cell: cell.nonzero / 1e6,
             dense=True,
         ),
         _curves(

@@ -66,6 +66,8 @@ class Cell(Frozen):
     settings: dict[str, Any]
     """Recipe fields that differ from the defaults."""
     parameters: int
+    nonzero_parameters: int | None = None
+    """Parameters that are not zero, where single weights went; None where whole units did."""
     bytes: int
     removed_share_of_scope: float
     removed_share_of_blocks: float
@@ -84,6 +86,11 @@ class Cell(Frozen):
     """Kind of unit -> units kept in each block."""
     machine: str
     versions: dict[str, str]
+
+    @property
+    def nonzero(self) -> int:
+        """Parameters that are not zero, by which methods of both kinds compare."""
+        return self.parameters if self.nonzero_parameters is None else self.nonzero_parameters
 
 
 COST_COLUMNS = ("wall", "shared", "peak", "planned", "prefill", "decode")
@@ -134,6 +141,11 @@ class Comparison(Frozen):
         dense = {score.text: score.perplexity for score in self.dense.texts}
         return {score.text: math.log(score.perplexity / dense[score.text]) for score in cell.texts}
 
+    @property
+    def has_zeros(self) -> bool:
+        """Whether single weights went in some cell, so that parameters and non-zero ones differ."""
+        return any(cell.nonzero_parameters is not None for cell in self.cells)
+
     def ordered(self) -> list[Cell]:
         """Sort the cells by sparsity, then by perplexity on the first text."""
         return sorted(self.cells, key=lambda cell: (cell.sparsity, cell.texts[0].perplexity))
@@ -141,7 +153,7 @@ class Comparison(Frozen):
     def to_csv(self) -> str:
         """Write one line per cell, the dense model first; columns of a text carry its label."""
         stream = io.StringIO()
-        columns = ["method", "sparsity", "scope", "parameters", "bytes"]
+        columns = ["method", "sparsity", "scope", "parameters", "nonzero_parameters", "bytes"]
         for text in self.texts:
             columns += [f"perplexity {text.label}", f"kl {text.label}", f"top1 {text.label}"]
         columns += [
@@ -158,6 +170,7 @@ class Comparison(Frozen):
         writer.writeheader()
         if self.dense is not None:
             row = {"method": "dense", "sparsity": 0.0, "parameters": self.dense.parameters, "bytes": self.dense.bytes}
+            row["nonzero_parameters"] = self.dense.parameters
             writer.writerow(row | _text_columns(self.dense.texts))
         for cell in self.ordered():
             row = {
@@ -165,6 +178,7 @@ class Comparison(Frozen):
                 "sparsity": cell.sparsity,
                 "scope": cell.scope,
                 "parameters": cell.parameters,
+                "nonzero_parameters": cell.nonzero,
                 "bytes": cell.bytes,
                 "wall_seconds": round(cell.wall_seconds, 1),
                 "shared_seconds": round(cell.shared_seconds, 1),

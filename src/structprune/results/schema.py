@@ -90,14 +90,19 @@ class CalibrationReport(Perplexities):
 
 
 class BlockReport(Frozen):
-    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one sublayer of it."""
+    """One unit group of one block; with kind `block` the block as a whole; of a sliced stream, one sublayer of it.
+
+    Where single weights went, one linear map, those of all experts together.
+    """
 
     block: int
     """Number of the block in the source."""
     kind: str
+    """The kind of unit or expert; where single weights went, the name of the map in the block."""
     num_units: int
     kept_units: int
-    """Where the stream is sliced: its dimensions before and after."""
+    """Where the stream is sliced: its dimensions before and after; where single weights went, the weights of the map
+    and those that are not zero."""
     error_mask_only: float | None
     """|W x - W_K x_K|^2 / |W x|^2 over the calibration tokens, before any weight update."""
     error: float | None
@@ -158,6 +163,25 @@ def shown_amount(number: int, counts: Counted) -> str:
     if counts == "nanoseconds":
         return f"{number / 1e6:,.2f} ms"
     return f"{number:,} bytes" if counts == "bytes" else f"{number:,}"
+
+
+class ZerosReport(Frozen):
+    """Zeros that were put into the matrices in scope, where single weights went."""
+
+    pattern: str
+    asked: float
+    """Share of zeros that the pattern wants."""
+    weights: int
+    """Weights of the matrices in scope."""
+    zeros: int
+    """Zeros among them, as they are stored."""
+    nonzero_parameters: int
+    """Parameters of the whole model less those zeros."""
+
+    @property
+    def share(self) -> float:
+        """Share of zeros in scope."""
+        return self.zeros / max(1, self.weights)
 
 
 class LimitReport(Frozen):
@@ -381,6 +405,8 @@ class PruneFacts(Frozen):
     """None: no window was held out, as in reports of earlier versions; what is known is in-sample only."""
     calibration: CalibrationReport
     size: SizeReport
+    zeros: ZerosReport | None = None
+    """None where whole units went, and in reports of earlier versions."""
     predicted_loss: float | None = None
     """What the removals are predicted to add to the loss, in nats per token: the sum of what each was measured to cost
     the dense model. None where that was not measured."""

@@ -16,6 +16,7 @@ from structprune.recipe import ResolvedRecipe
 from structprune.recipe.repaired import objective_of, repair_of
 from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.removed import removed_rows
 from structprune.results.schema import (
     BlockReport,
     DeviceMemoryReport,
@@ -72,14 +73,7 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         *commit,
         *_adapter(report),
         *([] if report.vocabulary is None else [("vocabulary", report.vocabulary.line)]),
-        (
-            f"removed of {report.recipe.scope}",
-            f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
-        ),
-        *([] if report.predicted_loss is None else [("predicted loss", f"{report.predicted_loss:.4f} nats per token")]),
-        *((f"limit of {limit.name}", limit.line) for limit in report.limits),
-        ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),
-        ("removed of the model", f"{size.removed_share_of_model:.2%}"),
+        *removed_rows(report),
         ("parameters", f"{size.parameters_before:,} -> {size.parameters_after:,}"),
         *around_rows(size),
         (
@@ -104,11 +98,6 @@ def summary_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("forward passes", f"{report.compute_dtype} on {report.device}"),
         ("wall time", f"{report.wall_seconds:.1f} s"),
     ]
-
-
-def asked(report: PruneFacts) -> str:
-    """Say which share was asked for, or that limits decided."""
-    return "as its limits need" if report.limits else f"asked {report.recipe.sparsity:.2%}"
 
 
 def _adapter(report: PruneFacts) -> list[tuple[str, str]]:

@@ -125,6 +125,9 @@ class Mode:
     """(student, resolved settings, bytes per number of the forward passes)."""
     run: Callable[[RecoveryContext, Workplace], Recovered]
     """Raises NumericalError, CheckpointError."""
+    keeps_zeros: bool = False
+    """Whether what is zero in a matrix stays so; else a model whose single weights were pruned would lose its pattern.
+    """
 
 
 def teacher_notes(teacher: StockModel, student: StockModel, merge_adapter: str) -> list[str]:
@@ -139,6 +142,18 @@ def teacher_notes(teacher: StockModel, student: StockModel, merge_adapter: str) 
             "the student was pruned with an adapter merged, which the teacher lacks: --merge-adapter merges it there"
         )
     return found
+
+
+def check_zeros(mode: str, *, keeps_zeros: bool, student: StockModel) -> None:
+    """Raise UnsupportedError where a mode would fill the zeros of a model whose single weights were pruned."""
+    recipe = _entry(student.reader.directory / MANIFEST_NAME, "recipe")
+    pattern = recipe.get("pattern") if isinstance(recipe, dict) else None
+    if pattern is not None and not keeps_zeros:
+        raise UnsupportedError(
+            f"mode {mode!r} changes whole matrices, which would fill the zeros of pattern {pattern}",
+            where=str(student.reader.directory),
+            wanted="--mode scales, which keeps them",
+        )
 
 
 def _entry(path: Path, name: str) -> Any:

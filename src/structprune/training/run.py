@@ -28,7 +28,14 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.runs.directory import RunDirectory, check_free_disk
 from structprune.training import MODES
-from structprune.training.context import RecoveryContext, Workplace, check_pair, target_boundaries, teacher_notes
+from structprune.training.context import (
+    RecoveryContext,
+    Workplace,
+    check_pair,
+    check_zeros,
+    target_boundaries,
+    teacher_notes,
+)
 from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recovery, write_report
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.snapshots import going_on
@@ -68,6 +75,7 @@ def recover_model(
     dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter, tokens=_tokens_of(pruned)))
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
+    check_zeros(settings.mode, keeps_zeros=mode.keeps_zeros, student=pruned)
     notes = teacher_notes(dense, pruned, settings.merge_adapter)
     for note in notes:
         observer.note(note)

@@ -259,4 +259,4 @@ def _path(folder: Path, index: int) -> Path:
 
 
 STREAM = Mode(check=_check, bytes=_bytes, run=partial(_recover, learning=parameters_of))
-SCALES = Mode(check=_check, bytes=_scale_bytes, run=partial(_recover, learning=scales_of))
+SCALES = Mode(check=_check, bytes=_scale_bytes, run=partial(_recover, learning=scales_of), keeps_zeros=True)

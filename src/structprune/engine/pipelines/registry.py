@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, forecast_depth
+from structprune.engine.pipelines.elements import execute_elements
+from structprune.engine.pipelines.elements_settings import element_request, element_settings, forecast_elements
 from structprune.engine.pipelines.experts import execute_experts, expert_request, expert_settings, forecast_experts
 from structprune.engine.pipelines.slice import execute_slice
 from structprune.engine.pipelines.slice_settings import forecast_slice, kept_width, resolve_slice_settings
@@ -89,6 +91,14 @@ EXPERTS = Pipeline(
 )
 SLICE = Pipeline(resolve=_resolve_slice, forecast=forecast_slice, request=_request_slice, execute=execute_slice)
 
+ELEMENTS = Pipeline(
+    resolve=element_settings,
+    forecast=forecast_elements,
+    request=element_request,
+    execute=execute_elements,
+    scoped=True,
+)
+
 PIPELINES: Registry[Pipeline[Any, Any]] = Registry(
     "pipeline",
     Pipeline,
@@ -97,5 +107,6 @@ PIPELINES: Registry[Pipeline[Any, Any]] = Registry(
         "depth": "structprune.engine.pipelines.registry:DEPTH",
         "experts": "structprune.engine.pipelines.registry:EXPERTS",
         "slice": "structprune.engine.pipelines.registry:SLICE",
+        "elements": "structprune.engine.pipelines.registry:ELEMENTS",
     },
 )

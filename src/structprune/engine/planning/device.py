@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from structprune.engine.planning.elements import Beside, element_phases
 from structprune.engine.planning.gates import gate_device_bytes
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
 from structprune.engine.planning.search_bytes import search_solve_phases
@@ -123,6 +124,17 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
                 largest_outer=max(outer.values()),
             ),
         )
+    elif request.elements:
+        beside = Beside(
+            block=base + weights,
+            again=weights if request.follows_dense else 0,
+            activations=activations,
+            tokens=micro_batch * seq_len,
+            item=item,
+            sums=sums == "device",
+            solves=solves == "device",
+        )
+        phases |= element_phases(request.elements[frozenset(block.shapes)], beside)
     elif request.needs_statistics:
         for kind, parts in by_kind(request.groups).items():
             taken = sum(_sum_bytes(request, part, sums) for part in parts)

@@ -23,6 +23,18 @@ from structprune.solvers import SOLVERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedZeros:
+    """Zeros of a result whose single weights go."""
+
+    pattern: str
+    share: float
+    weights: int
+    """Weights of the matrices in scope."""
+    sums: str
+    """What is summed of their inputs, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """The result as far as the recipe alone decides it."""
 
@@ -35,6 +47,8 @@ class Forecast:
     """Name in the result's files -> tensor; None where the calibration text decides, or where biases are added."""
     limits: Sequence[Limit] = ()
     """What decides the widths, where a share does not."""
+    zeros: PlannedZeros | None = None
+    """What becomes zero, where single weights go."""
 
     @property
     def num_parameters(self) -> int | None:

@@ -16,6 +16,7 @@ import torch
 
 from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.gates import gate_disk_bytes, gate_phases
+from structprune.engine.planning.host_elements import host_element_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.search_bytes import disk_of_search, measuring_bytes, search_phases
@@ -161,6 +162,8 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
     phases |= gate_phases(sizes, phases[Phase.EMBED])
     if request.slices != "no":
         phases |= _slicing(sizes)
+    elif request.elements:
+        phases |= host_element_phases(sizes)
     elif request.needs_statistics:
         for kind, groups in by_kind(request.groups).items():
             phases |= _pruning(sizes, kind, groups)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from structprune.architectures.stock.forward_bytes import ForwardBytes
+from structprune.engine.planning.elements import StepMemory
 from structprune.engine.planning.pieces import Work
 from structprune.engine.planning.reload import ReloadBound, ReloadMode
 from structprune.engine.planning.searching import SearchWork
@@ -179,6 +180,10 @@ class PlanRequest:
     """Whether the residual stream is cut, with a basis for every position or with one for all."""
     sliced_hidden: int = 0
     """Dimensions of the stream that stay."""
+    elements: Mapping[frozenset[str], tuple[StepMemory, ...]] = field(
+        default_factory=dict[frozenset[str], "tuple[StepMemory, ...]"]
+    )
+    """Names of a block's tensors -> the steps in which its maps are pruned weight by weight; empty where units go."""
     reload_check: bool = False
     """Whether another process loads the result at the end."""
     other_head_bytes: int = 0

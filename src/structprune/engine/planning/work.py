@@ -21,9 +21,10 @@ _PARTS_PER_TOKEN = 2
 def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
     """Count the work of the whole run by its stretches, for the rank with the most windows.
 
-    None where an iterative solver takes part, whose number of steps depends on what it finds.
+    None where an iterative solver takes part, whose number of steps depends on what it finds, and where single weights
+    go: what pruners take is not measured.
     """
-    if request.num_latents:
+    if request.num_latents or request.elements:
         return None
     counted: Work = {
         "sensitivity": _sensitivity(request),

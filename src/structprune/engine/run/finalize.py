@@ -67,6 +67,7 @@ from structprune.results.schema import (
     RuntimeReport,
     SizeReport,
     VocabularyReport,
+    ZerosReport,
 )
 from structprune.results.search import SearchReport
 from structprune.runs.contents import check_unchanged
@@ -106,6 +107,8 @@ class Outcome:
     """What was learned about which units stay; None: nothing was."""
     search: SearchReport | None = None
     """What a search over widths has found; None: there was none."""
+    zeros: ZerosReport | None = None
+    """Zeros that were put into matrices; None where whole units went."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +327,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         held_out=held_out,
         calibration=calibration,
         size=result.size,
+        zeros=result.outcome.zeros,
         predicted_loss=result.outcome.predicted_loss,
         limits=limit_reports(result.outcome.limits, written.model, result.size),
         memory=_memory_report(context),

@@ -1,0 +1,191 @@
+"""Sums over calibration windows of what the linear maps of a block read, and one map's zeros from them.
+
+On the dense path y = W x_d, x_d what the map reads in the dense model, so that the sum of y x^T is W K with
+K = sum x_d x^T: one square for all maps that share an input, whatever they give.
+
+Shape suffixes: B windows, S positions, T tokens, I inputs, O outputs, N windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structprune.architectures.stock.maps import InputGroup, MapStep
+from structprune.engine.layerwise.statistics import Streams, read_ranges
+from structprune.engine.run.context import RunContext, WindowRanges
+from structprune.errors import NumericalError
+from structprune.linalg.gram_products import energy
+from structprune.rows import DiagonalRows
+from structprune.solvers.elements.problem import Reads
+from structprune.statistics import GramAccumulator
+from structprune.types import BlockLayout, Moments
+
+
+class _ReachedError(Exception):
+    """Raised by a hook: all that was wanted of a forward pass is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSums:
+    """What was summed of one tensor that maps read."""
+
+    moments: Moments
+    """`target_OI` is K, (inputs of the dense model, inputs); None for the local target."""
+    energy_NI: Tensor
+    """Mean square of each input in every window, float32; of an expert's tokens in one row."""
+    wanted: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Map -> sum of |y|^2 on the dense path."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """Sums of one group while windows pass."""
+
+    group: InputGroup
+    gram: GramAccumulator | None
+    energy_I: Tensor | None = None
+    rows: list[Tensor] = field(default_factory=list[Tensor])
+    num_tokens: int = 0
+    wanted: dict[str, float] = field(default_factory=dict[str, float])
+
+    def add(self, x: Tensor, dense_TI: Tensor | None) -> None:
+        """Add a micro-batch, (B, S, I), or an expert's tokens, (R, I)."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        if self.gram is not None:
+            self.gram.update(x_TI, dense_TI)
+        by_window = x if x.ndim == 3 else x_TI[None]
+        for x_SI in by_window:
+            # The norm of a column in float32: squares of half precision would pass its range.
+            energy_I = torch.linalg.vector_norm(x_SI, dim=0, dtype=torch.float32).to(torch.float64).square()
+            self.energy_I = energy_I if self.energy_I is None else self.energy_I + energy_I
+            if x.ndim == 3:
+                self.rows.append((energy_I / len(x_SI)).to("cpu", torch.float32))
+        self.num_tokens += len(x_TI)
+
+    def finished(self, inputs: int, where: str) -> InputSums:
+        """Return the sums. Raises NumericalError if an activation was NaN or infinite."""
+        energy_I = torch.zeros(inputs, dtype=torch.float64) if self.energy_I is None else self.energy_I
+        if not bool(torch.isfinite(energy_I).all()):
+            raise NumericalError(
+                "activations are NaN or infinite (or overflow when squared)",
+                where=where,
+                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            )
+        rows = self.rows or [(energy_I / max(1, self.num_tokens)).to("cpu", torch.float32)]
+        moments = Moments(gram_II=DiagonalRows(values_I=energy_I), num_tokens=self.num_tokens)
+        if self.gram is not None:
+            target_OI = self.gram.target_OI
+            moments = replace(moments, gram_II=self.gram.finalize(where), target_OI=target_OI)
+        return InputSums(moments=moments, energy_NI=torch.stack(rows), wanted=self.wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockModules:
+    """One block as it is pruned, and as it was where the dense path is followed."""
+
+    block: BlockLayout
+    pruned: nn.Module
+    dense: nn.Module | None
+
+
+def measure_maps(
+    context: RunContext,
+    modules: BlockModules,
+    step: MapStep,
+    streams: Streams,
+    windows: WindowRanges,
+    reads: Set[Reads],
+) -> list[InputSums]:
+    """Sum what the groups of a step read, over some windows of the pruned stream; neither stream is moved.
+
+    Raises NumericalError for activations that are not finite.
+    """
+    block, sums = modules.block, [_open(context, modules, group, reads) for group in step.groups]
+    for start, stop, hidden_BSD in read_ranges(streams, windows):
+        dense_TI = None
+        if modules.dense is not None:
+            dense_TI = _dense_inputs(context, modules, step, sums[0], streams, (start, stop))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(context.stock.stage(modules.pruned, block.index, step.stage))
+            alone = len(sums) == 1
+            for each in sums:
+                hook = partial(_receive, sums=each, dense_TI=dense_TI, leave=alone)
+                place = modules.pruned.get_submodule(each.group.maps[0])
+                stack.callback(place.register_forward_pre_hook(hook).remove)
+            with contextlib.suppress(_ReachedError):
+                streams.propagator.apply(modules.pruned, block.index, hidden_BSD)
+    inputs = [_num_inputs(context, block, each.group.maps[0]) for each in sums]
+    return [
+        each.finished(count, f"block {block.index} {each.group.maps[0]}")
+        for each, count in zip(sums, inputs, strict=True)
+    ]
+
+
+def _open(context: RunContext, modules: BlockModules, group: InputGroup, reads: Set[Reads]) -> _Sums:
+    """Begin the sums of a group: of all products where something reads them."""
+    if "gram" not in reads:
+        return _Sums(group=group, gram=None)
+    inputs = _num_inputs(context, modules.block, group.maps[0])
+    gram = context.accumulator(inputs, num_outputs=0 if modules.dense is None else inputs)
+    return _Sums(group=group, gram=gram)
+
+
+def _num_inputs(context: RunContext, block: BlockLayout, name: str) -> int:
+    shape = block.shapes[f"{name}.weight"]
+    return shape[0] if context.stock.family.inputs_first else shape[1]
+
+
+def _receive(_: nn.Module, args: tuple[Tensor, ...], *, sums: _Sums, dense_TI: Tensor | None, leave: bool) -> None:
+    sums.add(args[0], dense_TI)
+    if leave:
+        raise _ReachedError
+
+
+def _dense_inputs(
+    context: RunContext,
+    modules: BlockModules,
+    step: MapStep,
+    sums: _Sums,
+    streams: Streams,
+    windows: tuple[int, int],
+) -> Tensor:
+    """Return what the maps of a group read in the dense model, in float32, and add up what they give there."""
+    found: list[Tensor] = []
+    dense, index = modules.dense, modules.block.index
+    assert dense is not None
+
+    def given(module: Any, _: object, output: Tensor, name: str) -> None:
+        bias_O: Tensor | None = module.bias
+        output = output if bias_O is None else output - bias_O
+        sums.wanted[name] = sums.wanted.get(name, 0.0) + float(energy(output.reshape(-1, output.shape[-1])))
+        if name == sums.group.maps[-1]:
+            raise _ReachedError
+
+    def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(context.stock.stage(dense, index, step.stage))
+        for name in sums.group.maps:
+            module = dense.get_submodule(name)
+            stack.callback(module.register_forward_hook(partial(given, name=name)).remove)
+        first = dense.get_submodule(sums.group.maps[0])
+        stack.callback(first.register_forward_pre_hook(read).remove)
+        with contextlib.suppress(_ReachedError):
+            streams.propagator.apply(dense, index, streams.propagator.fetch(streams.dense, *windows))
+    return found.pop()
+
+
+def moments_of(sums: InputSums, name: str, weight_OI: Tensor) -> Moments:
+    """Return the sums of one map of a group: on the dense path with its own targets, W K."""
+    moments = sums.moments.to(weight_OI.device)
+    if moments.target_OI is None:
+        return moments
+    return replace(moments, target_OI=weight_OI.float() @ moments.target_OI[:], target_energy=sums.wanted[name])

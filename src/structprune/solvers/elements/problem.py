@@ -1,0 +1,84 @@
+"""One linear map that is to have zeros, as a pruner sees it, and its answer.
+
+    min over V with zeros where the pattern wants them of  sum over tokens |V x - y|^2
+
+y is W x (local), or on the dense path what the dense model's own input makes of W. Rows of V do not depend on one
+another once their masks are known.
+
+Shape suffixes: I inputs, O outputs, N windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from structprune.patterns import Pattern
+from structprune.types import Moments
+
+Reads = Literal["energy", "gram"]
+"""What is summed of a map's inputs: their squares, or the products of all pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseProblem:
+    """A weight, the pattern, and sums over the calibration tokens of the map's inputs x.
+
+    In `fit` and `held_out`, `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local
+    target. Where a method reads energies only, the Gram is a diagonal matrix.
+    """
+
+    weight_OI: Tensor
+    pattern: Pattern
+    fit: Moments
+    held_out: Moments | None = None
+    """Sums over the windows that choose the ridge; None: there are none, and `damping` is the ridge."""
+    damping: float
+    """Ridge, as a share of each input's own energy."""
+    energy_NI: Tensor | None = None
+    """Mean square of each input in every window, float32; None where it was not taken."""
+    seed: int = 0
+
+    def total(self) -> Moments:
+        """Return the sums over all calibration tokens, by which weights are chosen and solved."""
+        return self.fit if self.held_out is None else self.fit + self.held_out
+
+    def fitted(self) -> SparseProblem:
+        """Return the same problem on the fitted windows only."""
+        return replace(self, held_out=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseSolution:
+    """A weight with zeros, and how it was found."""
+
+    weight_OI: Tensor
+    """Float32 or wider; +0.0 where nothing stays."""
+    keep_OI: Tensor
+    """Bool: what stays."""
+    status: Literal["ok", "damping-raised"] = "ok"
+    statistics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruner:
+    """One way to decide which weights of a matrix stay."""
+
+    prune: Callable[[SparseProblem], SparseSolution]
+    reads: Set[Reads]
+    """What has to be summed for it; nothing where the weights alone decide."""
+    workspace: Callable[[int, int], int]
+    """(inputs, outputs) -> bytes that it holds at most, beside the sums and the weight as it is stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One way to set the weights that stay once a pruner has chosen them."""
+
+    solve: Callable[[SparseProblem, SparseSolution], SparseSolution]
+    reads: Set[Reads]
+    workspace: Callable[[int, int], int]
+    """(inputs, outputs) -> bytes that it holds at most, beside the sums, the weight and the pruner's answer."""
