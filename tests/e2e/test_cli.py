@@ -241,6 +241,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     flags[place : place + 2] = ["--no-block-removal"]
     place = flags.index("--reload-check")
     flags[place : place + 2] = ["--no-reload-check"]
+    place = flags.index("--search-anchors")
+    flags[place : place + 2] = ["--no-search-anchors"]
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
     # Without attention in scope there are no units of it to choose.

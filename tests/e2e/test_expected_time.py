@@ -69,6 +69,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# What it does depends on what it finds: counted at most.
+SEARCH = {"method": "structprune", "multiple_of": 1, "sensitivity_samples": 2, "num_samples": 24, "search": "evopress"}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
@@ -133,7 +137,7 @@ def test_a_run_does_what_was_counted(
 def test_every_kind_of_work_is_timed(models: dict[str, Path]) -> None:
     """All methods together do all of it, and more of it takes longer."""
     done: set[What] = set()
-    for family, changes in CASES.values():
+    for family, changes in (*CASES.values(), ("llama", SEARCH)):
         found = plan(models[family], Recipe.build(**{**UNITS, "calibration": "auto", **changes}), timed=True)
         assert found.time is not None
         assert found.plan.work is not None

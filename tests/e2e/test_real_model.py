@@ -54,6 +54,8 @@ def test_memory_stays_under_a_plan_of_little_more_than_half_of_the_model(
         "8",
         "--seq-len",
         "256",
+        "--held-out",
+        "0",
         "--dtype",
         "float32",
     ]

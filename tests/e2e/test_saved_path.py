@@ -110,7 +110,8 @@ def test_the_curve_falls_from_the_dense_model_to_the_smallest(
     assert report.predicted_loss is not None
     # The exact choice of a size is no dearer than the curve's next smaller one, and no cheaper than its next larger.
     at = next(number for number, point in enumerate(curve) if point.share >= 0.3)
-    assert curve[at - 1].loss <= report.predicted_loss <= curve[at].loss
+    # Sums of the same numbers in another order.
+    assert curve[at - 1].loss * (1 - 1e-12) <= report.predicted_loss <= curve[at].loss * (1 + 1e-12)
     assert curve[-1].removed == path.before - sum(sublayer.parameters[-1] for sublayer in path.sublayers)
 
 
