@@ -185,17 +185,28 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         foreign = {name: values[name] for name in values if name in all_fields() and name not in cls.model_fields}
         asked = {name: value for name, value in foreign.items() if not cls.asks_nothing(name, value, values)}
         if asked:
+            others = cls._methods_with(asked)
             raise UnsupportedError(
                 f"{', '.join(map(flag_name, asked))} {'has' if len(asked) == 1 else 'have'} no meaning for method "
-                f"{values.get('method')!r}, which removes {cls.removes}",
+                f"{values.get('method') or DEFAULT_METHOD!r}, which removes {cls.removes}",
                 got=", ".join(
                     str(value).lower() if isinstance(value, bool) else str(value) for value in asked.values()
                 ),
-                do=f"settings that have one: {', '.join(map(flag_name, cls.model_fields))}",
+                wanted=f"--method {', '.join(others)}" if others else None,
+                do=None if others else f"settings that have one: {', '.join(map(flag_name, cls.model_fields))}",
             )
         # None stands for the default where other pipelines leave the field to the method.
         unsaid = {name for name in cls.model_fields if name in values and values[name] is None and cls._has_own(name)}
         return {name: value for name, value in values.items() if name not in foreign and name not in unsaid}
+
+    @staticmethod
+    def _methods_with(asked: Mapping[str, Any]) -> list[str]:
+        """List the methods for which all of these fields have a meaning."""
+        from structprune.methods import METHODS
+
+        return [
+            name for name in METHODS if asked.keys() <= Recipe.kind_for({**asked, "method": name}).model_fields.keys()
+        ]
 
     @classmethod
     def _has_own(cls, name: str) -> bool:
