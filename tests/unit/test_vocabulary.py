@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.vocabulary.choose import CountedText, choose_tokens, script_set
@@ -131,6 +131,16 @@ def test_unseen_tokens_of_scripts_that_occur_come_first(tokenizers: dict[str, di
 def test_sizes_that_are_none(size: int, tokenizers: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(InputError, match=r"cannot have this size; got .* tokens, wanted at least 3\d\d"):
         chosen(tokenizers["byte-level BPE"], TEXT, size)
+
+
+def test_a_vocabulary_of_bytes_cannot_be_smaller() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: number for number, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    with pytest.raises(
+        InputError, match=r"no token of this vocabulary can go; got 256 tokens, of which 256 are needed"
+    ):
+        chosen(json.loads(tokenizer.to_str()), TEXT[:1], 64)
 
 
 def test_other_kinds_are_refused() -> None:

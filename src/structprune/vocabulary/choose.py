@@ -59,13 +59,21 @@ def choose_tokens(
     numbered = all_tokens(tokenizer, where)
     kept = {number for number in needed if number in numbered} | {ids[token] for token in kind.needed(model)}
     wanted = size // MULTIPLE * MULTIPLE
-    if not len(kept) < wanted < len(numbered):
+    least = len(kept) // MULTIPLE * MULTIPLE + MULTIPLE
+    if least >= len(numbered):
+        raise InputError(
+            "no token of this vocabulary can go",
+            where=where,
+            got=f"{len(numbered):,} tokens, of which {len(kept):,} are needed by every text or named elsewhere",
+            do="prune the model without --vocabulary",
+        )
+    if not least <= wanted < len(numbered):
         raise InputError(
             "the vocabulary cannot have this size",
             where=where,
             got=f"{size:,} tokens",
-            wanted=f"at least {len(kept) // MULTIPLE * MULTIPLE + MULTIPLE:,}, for what every text needs and what is "
-            f"named elsewhere, and fewer than {len(numbered):,}",
+            wanted=f"at least {least:,}, for what every text needs and what is named elsewhere, and fewer than "
+            f"{len(numbered):,}",
         )
     for number in _in_order(kind.most_likely_first(model), ids, texts, spelled):
         if len(kept) == wanted:
