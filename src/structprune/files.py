@@ -13,10 +13,13 @@ import tempfile
 import zlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from structprune.errors import CheckpointError, InputError, StructPruneError, first_line
 
+Model = TypeVar("Model", bound=BaseModel)
 _CHUNK_BYTES = 2**20
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """The largest weight file of an output where no size is given."""
@@ -126,6 +129,23 @@ def read_json(path: Path, *, do: str | None = None, once: bool = False) -> dict[
     if not isinstance(value, dict):
         raise CheckpointError("the file does not hold a JSON object", where=str(path), got=type(value).__name__)
     return value
+
+
+def read_validated(path: Path, kind: type[Model], flag: str, wanted: str) -> Model:
+    """Read a JSON file that a command has written as the settings `kind`, which `flag` asks for.
+
+    Raises InputError that names the file and the entry, CheckpointError for a file that is no JSON object.
+    """
+    try:
+        return kind.model_validate(read_json(path, once=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{flag} is not usable: {first['msg'].lower()}",
+            where=f"{path}: {', '.join(map(str, first['loc'][:4]))}",
+            got=repr(first.get("input"))[:80],
+            wanted=wanted,
+        ) from None
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 
 from structprune.errors import InputError
-from structprune.files import check_path, expand_user, read_json
+from structprune.files import check_path, expand_user, read_validated
 from structprune.kinds import UnitKind
 
 Phase = Literal["prefill", "decode"]
@@ -157,16 +157,7 @@ def _as_table(value: Any) -> Any:
 
 def read_table(path: Path) -> LatencyTable:
     """Read what `structprune bench --table` has written. Raises InputError that names the file and the entry."""
-    try:
-        table = LatencyTable.model_validate(read_json(path, once=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"--latency-table is not usable: {first['msg'].lower()}",
-            where=f"{path}: {', '.join(map(str, first['loc']))}",
-            got=repr(first.get("input"))[:80],
-            wanted="what structprune bench --table has written",
-        ) from None
+    table = read_validated(path, LatencyTable, "--latency-table", "what structprune bench --table has written")
     if not table:
         raise InputError("--latency-table has no times", where=str(path))
     return table

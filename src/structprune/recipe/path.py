@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
 from structprune.errors import InputError
-from structprune.files import check_path, expand_user, read_json
+from structprune.files import check_path, expand_user, read_validated
 from structprune.kinds import HeadUnits, UnitKind
 from structprune.recipe.common import flag_name
 from structprune.recipe.limits import TARGETS
@@ -134,16 +134,7 @@ def read_path(file: str | Path) -> RemovalPath:
     check_path(path, "the file of --allocation")
     if not path.is_file():
         raise InputError("there is no file of costs here", where=str(path), wanted=f"an earlier run's {PATH_NAME}")
-    try:
-        return RemovalPath.model_validate(read_json(path, once=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"--allocation is not usable: {first['msg'].lower()}",
-            where=f"{path}: {', '.join(map(str, first['loc']))}",
-            got=repr(first.get("input"))[:80],
-            wanted=f"an earlier run's {PATH_NAME}",
-        ) from None
+    return read_validated(path, RemovalPath, "--allocation", f"an earlier run's {PATH_NAME}")
 
 
 def with_allocation(values: Mapping[str, Any], file: str | Path, share: float) -> dict[str, Any]:

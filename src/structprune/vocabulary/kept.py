@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 
 from structprune.errors import InputError
-from structprune.files import check_path, expand_user, read_json
+from structprune.files import check_path, expand_user, read_validated
 
 KEPT_NAME = "pruning_vocabulary.json"
 """What a run calls its list in the output."""
@@ -65,16 +65,7 @@ def read_kept(path: Path) -> KeptTokens:
             where=str(path),
             do="make it: structprune vocabulary MODEL -o FILE --size NUMBER --text TEXT",
         )
-    try:
-        kept = KeptTokens.model_validate(read_json(path, once=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"--vocabulary is not usable: {first['msg'].lower()}",
-            where=f"{path}: {', '.join(map(str, first['loc'][:2]))}",
-            got=repr(first.get("input"))[:80],
-            wanted="what structprune vocabulary has written",
-        ) from None
+    kept = read_validated(path, KeptTokens, "--vocabulary", "what structprune vocabulary has written")
     if not kept:
         raise InputError("--vocabulary names no tokens", where=str(path))
     return kept
