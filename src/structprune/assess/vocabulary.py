@@ -113,13 +113,12 @@ def choose_vocabulary(
         num_tokens=sum(int(text.counts_V.sum()) for text in counted),
         covered=min(1.0, float(share_V[torch.tensor(ids)].sum())),
     )
+    reserve = {number for token, number in added_tokens(tokenizer).items() if is_reserve(token)}
     lengths = _checked(tokenizer, kept, [*samples, PROBE_TEXT], where)
     return VocabularyChoice(
         kept=kept,
         num_tokens=len(numbered),
-        num_reserve=sum(
-            is_reserve(token) for token, number in added_tokens(tokenizer).items() if number in kept.new_ids
-        ),
+        num_reserve=len(reserve & set(ids)),
         lengths=tuple(
             TokenLength(text=text.name, num_bytes=num_bytes, before=before, after=after)
             for text, (num_bytes, before, after) in zip(texts, lengths, strict=False)
