@@ -71,7 +71,7 @@ def fermi_dirac(budgets: Sequence[BlockBudget], options: AllocationOptions) -> l
         ]
 
     reach = 60.0 * max(1.0, options.temperature) + 60.0
-    mu = _bisect(lambda x: _size(budgets, removals(x)), removal_target(budgets, options), -reach, reach)
+    mu = bisected(lambda x: _size(budgets, removals(x)), removal_target(budgets, options), -reach, reach)
     return round_to_budget(budgets, removals(mu), options)
 
 
@@ -95,7 +95,7 @@ def softmax(budgets: Sequence[BlockBudget], options: AllocationOptions) -> list[
 
     reach = 60.0 + float(importance.abs().max()) / temperature
     # More kappa keeps more: bisect on its negative, so that removals rise.
-    found = _bisect(lambda x: _size(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
+    found = bisected(lambda x: _size(budgets, removals(-x)), removal_target(budgets, options), -reach, reach)
     return round_to_budget(budgets, removals(-found), options)
 
 
@@ -150,7 +150,7 @@ def _size(budgets: Sequence[BlockBudget], removals: Sequence[float]) -> float:
     return sum(r * b.unit_size for r, b in zip(removals, budgets, strict=True))
 
 
-def _bisect(removed: Callable[[float], float], target: float, low: float, high: float) -> float:
+def bisected(removed: Callable[[float], float], target: float, low: float, high: float) -> float:
     """Find the largest x at which the non-decreasing `removed` is at most `target`; `high` if it never exceeds it."""
     if removed(high) <= target:
         return high

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from structprune.allocation.knapsack import dynamic_programming
+from structprune.allocation.exact import least_loss
 from structprune.allocation.menu import Budget, Choice, Slot, Variant, total_price
 
 _MOST_TURNS = 12
@@ -78,13 +78,9 @@ class Anchors:
         What a slot adds as one of a pair depends on its neighbours, so the exact choice is made again and again, each
         time with the neighbours as they were; the best of these counts. Raises InputError if none meets the budget.
         """
-        # Only where limits are several is that package needed.
-        from structprune.allocation.mixed_integer import mixed_integer
-
-        solve = dynamic_programming if len(budget.at_most) == 1 else mixed_integer
-        found = [solve(corrected, budget)]
+        found = [least_loss(corrected, budget)]
         while self.pairs and len(found) < _MOST_TURNS:
-            choice = solve(self._beside(corrected, found[-1]), budget)
+            choice = least_loss(self._beside(corrected, found[-1]), budget)
             if choice in found:
                 break
             found.append(choice)

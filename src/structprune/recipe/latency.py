@@ -91,13 +91,13 @@ class SublayerTimes(BaseModel, frozen=True, extra="forbid"):
         Times that fall where units are added are noise: neighbours are averaged until none does (pool adjacent
         violators).
         """
-        pools: list[tuple[float, int]] = []
-        for value in self.prefill if phase == "prefill" else self.decode:
-            pools.append((max(0.0, value), 1))
-            while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-                (high, many), (low, few) = pools[-2:]
-                pools[-2:] = [((high * many + low * few) / (many + few), many + few)]
-        smooth = [value for value, count in pools for _ in range(count)]
+        # Torch is not wanted where a command line is read.
+        import torch
+
+        from structprune.allocation.across import increasing
+
+        measured = torch.tensor(self.prefill if phase == "prefill" else self.decode, dtype=torch.float64)
+        smooth: list[float] = increasing(measured.clamp_min(0)).tolist()
         return tuple((units, round(1000 * (time - smooth[0]))) for units, time in zip(self.units, smooth, strict=True))
 
 

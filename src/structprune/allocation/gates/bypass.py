@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from structprune.allocation.across import bisected
 from structprune.allocation.gates.gate import GateProblem, Gates
 
 _NUM_SETS = 2
 _LEAST = 0.02
-_HALVINGS = 60
 _LARGEST_RATE = 0.25
 
 
@@ -64,14 +64,7 @@ class _Learner:
         def moved(shift: float) -> Tensor:
             return torch.where(problem.free_U, (chance_U + shift).clamp(_LEAST, 1 - _LEAST), start_U)
 
-        low, high = -1.0, 1.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            if float((moved(middle) * problem.size_U).sum()) < self._kept:
-                low = middle
-            else:
-                high = middle
-        return moved((low + high) / 2)
+        return moved(bisected(lambda shift: float((moved(shift) * problem.size_U).sum()), self._kept, -1.0, 1.0))
 
 
 def draw(chance_U: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from structprune.allocation.across import bisected
 from structprune.allocation.gates.gate import GateProblem, Gates, adam_direction, learning_rate
 
 _RATE = 1e-2
 _BETAS = (0.9, 0.999)
 _LOW, _HIGH = -0.1, 1.1
 _WIDEST, _NARROWEST = 0.5, 0.05
-_HALVINGS = 50
+_FARTHEST = 10.0
 
 
 class _Learner:
@@ -56,15 +57,10 @@ class _Learner:
             soft_U = ((_HIGH - _LOW) * chance_U + _LOW).clamp(0.0, 1.0)
             return torch.where(problem.free_U, soft_U, problem.stays_U.double())
 
-        low, high = -10.0, 10.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            if float((gates(middle) * problem.size_U).sum()) > wanted:
-                low = middle
-            else:
-                high = middle
-        gate_U = gates((low + high) / 2)
-        chance_U = torch.sigmoid((score_U - (low + high) / 2) / width)
+        # A higher threshold opens less.
+        shift = -bisected(lambda x: float((gates(-x) * problem.size_U).sum()), wanted, -_FARTHEST, _FARTHEST)
+        gate_U = gates(shift)
+        chance_U = torch.sigmoid((score_U - shift) / width)
         slope_U = (_HIGH - _LOW) * chance_U * (1 - chance_U) / width
         moving_U = problem.free_U & (gate_U > 0) & (gate_U < 1)
         return gate_U, torch.where(moving_U, slope_U, 0.0)

@@ -17,7 +17,7 @@ import numpy as np
 
 from structprune.allocation.menu import Budget, Choice, Slot
 from structprune.allocation.proposers.levels import adapted, stepped
-from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions, winner
 
 _TRIES = 50
 """Mutations that are tried for each child that is wanted: some do not fit, or give a choice that was there before."""
@@ -64,7 +64,7 @@ class Evolution:
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
         """Take the best of the last round as the next parent."""
-        self._parent = min(rounds[-1], key=lambda measured: measured.loss).choice
+        self._parent = winner(rounds)
         self._generation += 1
 
     def best(self) -> Choice:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from structprune.allocation.corrected import Anchors
+from structprune.allocation.exact import least_loss
 from structprune.allocation.menu import Budget, Choice, Slot
 from structprune.allocation.proposers.proposer import Rung, Search, SearchOptions
 from structprune.allocation.proposers.rows import Listed
@@ -15,7 +15,7 @@ from structprune.allocation.proposers.rows import Listed
 
 def exact(slots: Sequence[Slot], budget: Budget, start: Choice, options: SearchOptions) -> Listed:
     """List the choice of least predicted loss, if it is another than the start."""
-    found = Anchors(partial={}).choose(slots, budget)
+    found = least_loss(slots, budget)
     return Listed([] if found == start else [found], start)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from structprune.allocation.menu import Budget, Choice, Slot
 from structprune.allocation.proposers.levels import kept_shares, shifted
-from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions, winner
 
 _DEVIATION = 0.06
 """Standard deviation of the shares that are drawn."""
@@ -144,7 +144,7 @@ class PolicySearch:
             log_density_C = -distance_CG.square().sum(dim=1) / (2 * _DEVIATION**2)
             (-(advantage_C * log_density_C).mean()).backward()
             self._optimizer.step()
-        self._best = min(rounds[-1], key=lambda measured: measured.loss).choice
+        self._best = winner(rounds)
         self._generation += 1
 
     def best(self) -> Choice:

@@ -33,6 +33,11 @@ class Measured:
         return sum(self.losses) / len(self.losses) if self.figure is None else self.figure
 
 
+def winner(rounds: Sequence[Sequence[Measured]]) -> Choice:
+    """Return the choice that lost least in the last round; of equal ones the first."""
+    return min(rounds[-1], key=lambda measured: measured.loss).choice
+
+
 class Proposer(Protocol):
     """A search over the widths of all slots."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from structprune.allocation.menu import Budget, Choice, Slot, total_price
 from structprune.allocation.proposers.levels import at_budget, kept_shares, place_of, shifted
-from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions, winner
 from structprune.kinds import UnitKind
 
 _STEEPEST = 0.8
@@ -33,7 +33,7 @@ class Listed:
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
         """Keep the best of the last round."""
-        self._best = min(rounds[-1], key=lambda measured: measured.loss).choice
+        self._best = winner(rounds)
 
     def best(self) -> Choice:
         """Return the best choice that was measured, or the first one."""

@@ -15,11 +15,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from structprune.allocation.knapsack import dynamic_programming
+from structprune.allocation.exact import least_loss
 from structprune.allocation.menu import Budget, Choice, Slot, filled
-from structprune.allocation.mixed_integer import mixed_integer
 from structprune.allocation.proposers.levels import thinned
-from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions, winner
 
 _SPACING = 1 / 32
 """Share of the units between the widths that are chosen from."""
@@ -58,7 +57,7 @@ class Spdy:
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
         """Go on from the factors of the best of the last round."""
-        self._best = min(rounds[-1], key=lambda measured: measured.loss).choice
+        self._best = winner(rounds)
         self._factors = self._asked[self._best]
         self._generation += 1
 
@@ -85,8 +84,7 @@ class Spdy:
             )
             for slot, factor in zip(self._thinned, np.exp(factors), strict=True)
         ]
-        solve = dynamic_programming if len(self._budget.at_most) == 1 else mixed_integer
-        chosen = solve(scaled, self._budget)
+        chosen = least_loss(scaled, self._budget)
         choice = tuple(places[place] for places, place in zip(self._places, chosen, strict=True))
         return filled(self._slots, choice, self._budget)
 
