@@ -12,6 +12,8 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
+from structprune.assess.vocabulary import decided as decided_tokens
+from structprune.assess.vocabulary import planned as planned_tokens
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -79,6 +81,7 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
     Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
     """
     bound_hidden_memory()
+    recipe, said = planned_tokens(model, recipe)
     resolved = check(model, recipe)
     found = plan_run(resolved, resolved.recipe.num_samples)
     return RunPlan(
@@ -92,6 +95,7 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
         size=planned_size(resolved.stock, resolved.recipe, resolved.kinds, resolved.forecast),
         start=_planned_start(resolved),
         notes=(
+            *said,
             *resolved.notes,
             *resolved.stock.layout.notes,
             *retyped(resolved.stock.layout.config, {"model_type": resolved.forecast.shape.model_type}),
@@ -153,6 +157,9 @@ def prune(
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
         asked = ranks.broadcast(lambda: as_begun(recipe, run, observer.note))
+        asked = ranks.broadcast(lambda: decided_tokens(model, asked, observer))
+        # What counting has taken is free and still this process's.
+        release_free_memory()
         resolved = check(model, asked, ranks)
         for note in resolved.notes:
             observer.note(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Literal
 
@@ -15,6 +16,14 @@ HeadUnits = Literal["kv-group", "query-head", "value-channel"]
 KV head's values (a V/O pair)."""
 UNIT_KINDS: tuple[UnitKind, ...] = ("attention", "mlp")
 """Kinds of units in the order of a block's forward pass."""
+Scope = Literal["mlp", "attention", "all", "vocabulary"]
+"""What a run removes units of; or none, where tokens alone go."""
+SCOPES: Mapping[Scope, tuple[UnitKind, ...]] = {
+    "mlp": ("mlp",),
+    "attention": ("attention",),
+    "all": UNIT_KINDS,
+    "vocabulary": (),
+}
 SUBLAYER_KINDS: tuple[SublayerKind, ...] = (*UNIT_KINDS, "mixer")
 
 Provenance = Literal["published formula", "read in public code", "derived", "reconstructed", "baseline"]

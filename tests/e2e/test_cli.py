@@ -251,6 +251,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "widths": None,
         "latency_table": None,
         "vocabulary": None,
+        "vocabulary_text": [],
+        "drop_reserve": False,
         "time_budget": 0,
         **dict.fromkeys(TARGETS),
     }

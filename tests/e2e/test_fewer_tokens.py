@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
 import structprune
-from structprune.api import export, inspect, plan, recover
+from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
 from structprune.errors import StructPruneError
 from structprune.recipe import Recipe
@@ -63,7 +63,7 @@ def kept(source: Path, texts: Path) -> KeptTokens:
     return choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(texts)])).kept
 
 
-def pruned(source: Path, output: Path, texts: Path, kept: KeptTokens, **changes: Any) -> PruneReport:
+def pruned(source: Path, output: Path, texts: Path, kept: KeptTokens | None = None, **changes: Any) -> PruneReport:
     settings = {"method": "fasp", "calibration": str(texts), "vocabulary": kept, **SETTINGS, **changes}
     return structprune.prune(source, Recipe.build(**settings), output)
 
@@ -214,6 +214,108 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
             Recipe.build(method="fasp", vocabulary=str(path))
     with pytest.raises(StructPruneError, match="there is no list of tokens here"):
         Recipe.build(method="fasp", vocabulary=str(tmp_path / "nothing.json"))
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    """What a run has written, without what says when and how."""
+    said = {"pruning_report.json", "pruning_report.html", "README.md", "pruning_manifest.json"}
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.name not in said}
+
+
+def test_one_command_is_the_same_as_two(source: Path, texts: Path, tmp_path: Path) -> None:
+    """The texts that are counted are those of the windows, with their weights, and more."""
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join(TEXT[100:] * 4), encoding="utf-8")
+    request = VocabularyRequest(size=400, texts=[f"{texts}:2", str(more)], drop_reserve=True)
+    kept = choose_vocabulary(source, request).kept
+    settings = {"sparsity": 0.3, "calibration": f"{texts}:2", "reload_check": False}
+    pruned(source, tmp_path / "two", texts, kept, **settings)
+    asked: dict[str, Any] = {"vocabulary": "400", "vocabulary_text": str(more), "drop_reserve": True}
+    report = pruned(source, tmp_path / "one", texts, **{**settings, **asked})
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert report.recipe.vocabulary == kept
+    assert report.held_out is not None
+    assert report.held_out.bits_per_byte is not None
+    assert "| tokens | 576 | 384 |" in (tmp_path / "one" / "README.md").read_text()
+    planned = plan(source, Recipe.build(method="fasp", **{**SETTINGS, **settings, **asked}))
+    assert planned.forecast.num_parameters == report.size.parameters_after
+    assert any("which 384 tokens stay is decided by the run" in note for note in planned.notes)
+
+
+def test_tokens_alone(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    """No unit goes, and no method has to be named for that."""
+    settings = {**SETTINGS, "calibration": str(texts), "scope": "vocabulary", "reload_check": False}
+    del settings["multiple_of"]
+    report = structprune.prune(source, Recipe.build(vocabulary=384, **settings), tmp_path / "out")
+    other = {"sparsity": 0.0, "method": "magnitude", "reload_check": False}
+    pruned(source, tmp_path / "other", texts, kept, **other)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert report.blocks == []
+    assert "tokens alone removed" in (tmp_path / "out" / "pruning_report.html").read_text()
+
+
+NOT_TOKENS_ALONE: list[tuple[dict[str, Any], str]] = [
+    ({"vocabulary": 384, "sparsity": 0.3}, "tokens alone go"),
+    ({"vocabulary": 384, "method": "fasp"}, "tokens alone go"),
+    ({"vocabulary": 384, "target_parameters": 1000}, "tokens alone go"),
+    ({}, "no tokens are to go"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), NOT_TOKENS_ALONE)
+def test_what_tokens_alone_exclude(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StructPruneError, match=message):
+        Recipe.build(**{"scope": "vocabulary", **changes})
+
+
+@pytest.mark.parametrize("size", [64, 576, 10_000])
+def test_sizes_that_are_not_possible(size: int, source: Path, texts: Path) -> None:
+    recipe = Recipe.build(method="fasp", calibration=str(texts), vocabulary=size)
+    with pytest.raises(StructPruneError, match="the vocabulary cannot have this size"):
+        plan(source, recipe)
+
+
+@pytest.mark.parametrize("changes", [{"vocabulary_text": "a.txt"}, {"drop_reserve": True}])
+def test_nothing_is_counted_without_a_number(
+    changes: dict[str, Any], source: Path, texts: Path, kept: KeptTokens, tmp_path: Path
+) -> None:
+    with pytest.raises(StructPruneError, match="decides which tokens stay, and no number of them"):
+        pruned(source, tmp_path / "out", texts, kept, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_of_the_model_itself_is_not_counted(source: Path) -> None:
+    with pytest.raises(StructPruneError, match="does not say which tokens are worth a row"):
+        choose_vocabulary(source, VocabularyRequest(size=384, texts=["self"]))
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_was_cut_does_not_count_again(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join(TEXT[100:] * 4), encoding="utf-8")
+    asked: dict[str, Any] = {"vocabulary": 384, "vocabulary_text": str(more), "reload_check": False}
+    whole = pruned(source, tmp_path / "whole", texts, **asked)
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.engine.pipelines.units.finalize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(source, tmp_path / "out", texts, **asked)
+    content = more.read_text()
+    more.write_text(content + "x", encoding="utf-8")
+    with pytest.raises(StructPruneError, match="on another calibration text"):
+        resume(tmp_path / "out")
+    with pytest.raises(StructPruneError, match="with other settings"):
+        pruned(source, tmp_path / "out", texts, **{**asked, "vocabulary": 448})
+    more.write_text(content, encoding="utf-8")
+    monkeypatch.setattr("structprune.assess.vocabulary.choose_vocabulary", None)
+    report = resume(tmp_path / "out")
+    assert report.recipe.vocabulary == whole.recipe.vocabulary
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_tokens_that_settings_name_stay(source: Path, texts: Path, kept: KeptTokens) -> None:

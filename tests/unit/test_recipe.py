@@ -28,7 +28,9 @@ CHANGES: dict[str, Any] = {
     "target_kv_cache": "8192:2GiB",
     "target_latency": "decode:0.75x",
     "latency_table": {"sublayers": [{"kind": "mlp", "units": [0, 48], "prefill": [0, 1], "decode": [0, 1]}]},
-    "vocabulary": {"num_rows": 9, "ids": [0, 2, 5]},
+    "vocabulary": "64k",
+    "vocabulary_text": ["big.txt:2"],
+    "drop_reserve": True,
     "head_units": "query-head",
     "calibration": "wikitext2",
     "num_samples": 4,
@@ -402,6 +404,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         "gates_loss",
         *TARGETS,
     }
+    added_later |= {"vocabulary_text", "drop_reserve"}
     added_later |= {"search", "search_generations", "search_children", "search_anchors"}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own

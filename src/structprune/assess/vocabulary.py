@@ -17,12 +17,17 @@ from structprune.architectures.sources.fewer_tokens import read_tokenizer, rows_
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.same_tokens import PROBE_TEXT
 from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.calibration.context import SourceContext
+from structprune.calibration.select import check_texts, load_windows
 from structprune.calibration.sources.file import read_text
 from structprune.calibration.sources.parts import Share
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError
 from structprune.files import read_json
+from structprune.memory import format_bytes
 from structprune.observer import Observer, SilentObserver
+from structprune.recipe import Recipe, flag_name
+from structprune.recipe.tokens import WantedTokens
 from structprune.texts import WeightedText, weighted_texts
 from structprune.vocabulary.choose import CountedText, choose_tokens, mean_shares
 from structprune.vocabulary.ids import ids_of
@@ -39,6 +44,8 @@ from structprune.vocabulary.tokenizer_json import (
 _MOST_BYTES = 64 * 2**20
 """Bytes that are counted of a larger text, from places all over it."""
 _CHECKED_CHARACTERS = 200_000
+# Of a built-in text: more than any but C4 has, of which this is 25 MB.
+_MANY_WINDOWS, _SHORT_WINDOW = 2**15, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +54,7 @@ class VocabularyRequest:
 
     size: int
     texts: Sequence[str]
-    """Files, with weights behind a colon: `a.txt:2`."""
+    """Files or names of built-in texts, with weights behind a colon: `a.txt:2`."""
     drop_reserve: bool = False
     """Whether added tokens that stand for nothing yet (`<unused12>`) may go as others do."""
     merge_adapter: str = NO_ADAPTER
@@ -86,39 +93,23 @@ def choose_vocabulary(
     observer = observer or SilentObserver()
     if not request.texts:
         raise InputError("no text is named", wanted="--text FILE, such as the model is meant to read and write")
-    reader = open_model(str(model), adapter=request.merge_adapter)
-    num_rows, _ = rows_by_token(reader)
-    tokenizer = read_tokenizer(reader.directory)
-    where = str(reader.directory)
-    encoder = TextEncoder(reader.directory, num_rows)
+    check_texts(weighted_texts(tuple(request.texts)))
+    source = _Source.open(model, request.merge_adapter)
     texts = weighted_texts(tuple(request.texts))
     observer.start("count tokens", len(texts))
     counted, samples = list[CountedText](), list[str]()
     for text in texts:
-        content = _read(text, encoder)
-        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=_counts(encoder, content, num_rows)))
-        samples.append(content[:_CHECKED_CHARACTERS])
+        counts_V, sample = _count(text, source, observer)
+        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
+        samples.append(sample)
         observer.advance(text.name)
-    numbered = {number: token for number, token in all_tokens(tokenizer, where).items() if number < num_rows}
-    ids = choose_tokens(
-        tokenizer, counted, _named(reader, tokenizer, request), _spelled(encoder, numbered), request.size, where
-    )
-    share_V = mean_shares(counted)
-    kept = KeptTokens(
-        source=str(model),
-        num_rows=num_rows,
-        tokenizer=identity(tokenizer),
-        ids=ids,
-        texts=tuple(text.name for text in texts),
-        num_tokens=sum(int(text.counts_V.sum()) for text in counted),
-        covered=min(1.0, float(share_V[torch.tensor(ids)].sum())),
-    )
-    reserve = {number for token, number in added_tokens(tokenizer).items() if is_reserve(token)}
-    lengths = _checked(tokenizer, kept, [*samples, PROBE_TEXT], where)
+    kept = _chosen(str(model), source, request, counted)
+    reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
+    lengths = _checked(source.tokenizer, kept, [*samples, PROBE_TEXT], source.where)
     return VocabularyChoice(
         kept=kept,
-        num_tokens=len(numbered),
-        num_reserve=len(reserve & set(ids)),
+        num_tokens=len(source.numbered),
+        num_reserve=len(reserve & set(kept.ids)),
         lengths=tuple(
             TokenLength(text=text.name, num_bytes=num_bytes, before=before, after=after)
             for text, (num_bytes, before, after) in zip(texts, lengths, strict=False)
@@ -126,14 +117,145 @@ def choose_vocabulary(
     )
 
 
-def _read(text: WeightedText, encoder: TextEncoder) -> str:
-    if text.path is None:
-        raise InputError("tokens are counted on files", got=text.name, wanted="--text FILE")
-    return read_text(text.path, encoder.render, share=Share(num_bytes=_MOST_BYTES, seed=0))
+def decided(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:
+    """Choose the tokens that stay where the recipe says only how many; tell the observer what that means for texts.
+
+    Raises what `choose_vocabulary` does.
+    """
+    if not isinstance(recipe.vocabulary, WantedTokens):
+        _check_idle(recipe)
+        return recipe
+    request = _request(recipe.vocabulary, recipe, (*recipe.calibration, *recipe.vocabulary_text))
+    found = choose_vocabulary(model, request, observer)
+    kept = found.kept
+    observer.note(
+        f"{len(kept.ids):,} of {found.num_tokens:,} tokens stay, {kept.covered:.3%} of the {kept.num_tokens:,} that "
+        "were counted"
+    )
+    for each in found.lengths:
+        observer.note(f"{each.text} takes {each.after / max(1, each.before) - 1:.2%} more tokens")
+    if found.num_reserve:
+        observer.note(f"{found.num_reserve:,} added tokens stay that stand for nothing; --drop-reserve lets them go")
+    return recipe.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False})
 
 
-def _counts(encoder: TextEncoder, content: str, num_rows: int) -> Tensor:
-    return torch.bincount(encoder.encode(content), minlength=num_rows)
+def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Stand in for the choice that a run would make: as many tokens, none of them counted. Returns what to say of it.
+
+    Sizes follow from the number alone. Raises InputError for a number that is not possible.
+    """
+    if not isinstance(recipe.vocabulary, WantedTokens):
+        _check_idle(recipe)
+        return recipe, ()
+    request = _request(recipe.vocabulary, recipe, ())
+    source = _Source.open(model, request.merge_adapter)
+    kept = _chosen(str(model), source, request, [])
+    files = [
+        path
+        for text in weighted_texts((*recipe.calibration, *recipe.vocabulary_text))
+        if (path := text.path) is not None
+    ]
+    size = format_bytes(sum(min(path.stat().st_size, _MOST_BYTES) for path in files))
+    said = f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them on {size} of text first"
+    return recipe.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False}), (said,)
+
+
+def _check_idle(recipe: Recipe) -> None:
+    """Raise InputError for settings of a choice of tokens where none is to be made."""
+    given = [flag_name(name) for name in ("vocabulary_text", "drop_reserve") if getattr(recipe, name)]
+    if given:
+        raise InputError(
+            f"{' and '.join(given)} decides which tokens stay, and no number of them is asked for",
+            got="a list of tokens" if recipe.vocabulary else "no --vocabulary",
+            wanted="--vocabulary with a number, such as 64000",
+        )
+
+
+def _request(wanted: WantedTokens, recipe: Recipe, texts: tuple[str, ...]) -> VocabularyRequest:
+    return VocabularyRequest(
+        size=wanted.size, texts=texts, drop_reserve=recipe.drop_reserve, merge_adapter=recipe.merge_adapter
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A model's tokenizer, and how many rows there are for its tokens."""
+
+    reader: CheckpointReader
+    num_rows: int
+    tokenizer: dict[str, Any]
+    encoder: TextEncoder
+    numbered: dict[int, str]
+    """Id -> spelling of the tokens that have a row."""
+
+    @classmethod
+    def open(cls, model: str | Path, adapter: str) -> _Source:
+        """Read headers and the tokenizer."""
+        reader = open_model(str(model), adapter=adapter)
+        num_rows, _ = rows_by_token(reader)
+        tokenizer = read_tokenizer(reader.directory)
+        numbered = all_tokens(tokenizer, str(reader.directory))
+        return cls(
+            reader=reader,
+            num_rows=num_rows,
+            tokenizer=tokenizer,
+            encoder=TextEncoder(reader.directory, num_rows),
+            numbered={number: token for number, token in numbered.items() if number < num_rows},
+        )
+
+    @property
+    def where(self) -> str:
+        return str(self.reader.directory)
+
+
+def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
+    """Choose by counts; without any as the tokenizer's training found tokens common."""
+    no_text = CountedText(name="", weight=1.0, counts_V=torch.zeros(source.num_rows, dtype=torch.int64))
+    texts = counted or [no_text]
+    spelled = _spelled(source.encoder, source.numbered) if counted else {}
+    named = _named(source.reader, source.tokenizer, request)
+    ids = choose_tokens(source.tokenizer, texts, named, spelled, request.size, source.where)
+    return KeptTokens(
+        source=model,
+        num_rows=source.num_rows,
+        tokenizer=identity(source.tokenizer),
+        ids=ids,
+        texts=tuple(text.name for text in counted),
+        num_tokens=sum(int(text.counts_V.sum()) for text in counted),
+        covered=min(1.0, float(mean_shares(texts)[torch.tensor(ids)].sum())) if counted else 1.0,
+    )
+
+
+def _count(text: WeightedText, source: _Source, observer: Observer) -> tuple[Tensor, str]:
+    """Count the tokens of a text in full, by id; returns the start of the text too."""
+    if text.path is not None:
+        content = read_text(text.path, source.encoder.render, share=Share(num_bytes=_MOST_BYTES, seed=0))
+        return _counts(source, content), content[:_CHECKED_CHARACTERS]
+    found: list[str] = []
+
+    def encode(content: str) -> Tensor:
+        found.append(content)
+        return source.encoder.encode(content)
+
+    # A built-in text is what its source gives where many windows are asked for.
+    context = SourceContext(encode=encode, sample=_no_sample, num_samples=_MANY_WINDOWS, seq_len=_SHORT_WINDOW, seed=0)
+    load_windows(text.name, context, observer.note)
+    content = "\n".join(found)
+    return _counts(source, content), content[:_CHECKED_CHARACTERS]
+
+
+def _no_sample(num_windows: int, window_len: int, seed: int) -> Tensor:
+    raise InputError(
+        "text that the model samples itself does not say which tokens are worth a row",
+        do="name a text that the model is meant for: --calibration FILE",
+    )
+
+
+def _counts(source: _Source, content: str) -> Tensor:
+    counts_V = torch.zeros(source.num_rows, dtype=torch.int64)
+    for ids in source.encoder.encoded_pieces(content):
+        counts_V += torch.bincount(ids, minlength=source.num_rows)
+    return counts_V
 
 
 def _named(reader: CheckpointReader, tokenizer: dict[str, Any], request: VocabularyRequest) -> set[int]:

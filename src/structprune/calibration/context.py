@@ -76,6 +76,8 @@ class SourceContext:
     min_samples: int = 1
     """Windows that are needed to fit: fewer are not left where the text is so short that held-out ones are taken away.
     """
+    decode: Callable[[Tensor], str] | None = None
+    """Token ids (tokens,) -> text; None where nobody asks."""
     render: Render | None = None
     """What writes a chat by the model's template; None where it has none."""
     start: WindowStart = NO_START
@@ -110,6 +112,8 @@ class CalibrationWindows:
     """Whether a text had no more windows than were asked for, so that those held out are missing from the others."""
     texts: tuple[TextWindows, ...] = ()
     """Where windows of several texts are mixed, what is of which."""
+    held_out_bytes: int | None = None
+    """Bytes of the text that the predicted tokens of the held-out windows write; None: not counted."""
 
     @property
     def num_held_out(self) -> int:

@@ -81,6 +81,8 @@ class FewerTokens:
     after: int
     parameters: int
     """Numbers that went with them."""
+    parameters_before: int
+    """Numbers of all rows."""
     covered: float
     """Share of the tokens of the texts, that the choice was made by, that stay."""
     texts: tuple[str, ...]

@@ -21,7 +21,10 @@ def vocabulary(
     size: Annotated[str, typer.Option(help="Tokens that stay, such as 64000 or 64k; a multiple of 64 is taken.")],
     text: Annotated[
         list[str],
-        typer.Option("--text", help="One or more texts that the model is meant for, with weights as in code.jsonl:2."),
+        typer.Option(
+            "--text",
+            help="One or more texts that the model is meant for, as --calibration takes them, with weights as in code.jsonl:2.",
+        ),
     ],
     drop_reserve: Annotated[
         bool,

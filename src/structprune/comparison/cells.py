@@ -13,10 +13,11 @@ import yaml
 
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError
+from structprune.kinds import SCOPES, Scope
 from structprune.methods.method import Method
 from structprune.recipe import MOST_SAMPLES, Recipe, all_fields, flag_name
 from structprune.texts import AUTO, WeightedText, shown_texts
-from structprune.types import UNIT_KINDS, ModelLayout
+from structprune.types import ModelLayout
 
 # Every cell has its own.
 _OF_THE_CELL = ("method", "sparsity")
@@ -118,14 +119,13 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     return Recipe.build(**fields)
 
 
-def scope_parameters(layout: ModelLayout, scope: str) -> int:
+def scope_parameters(layout: ModelLayout, scope: Scope) -> int:
     """Count the parameters of the sublayers in `scope`."""
-    kinds = UNIT_KINDS if scope == "all" else (scope,)
     return sum(
         block.module_parameters(block.group(kind))
         for block in layout.blocks
-        for kind in UNIT_KINDS
-        if kind in kinds and block.has(kind)
+        for kind in SCOPES[scope]
+        if block.has(kind)
     )
 
 

@@ -30,7 +30,7 @@ from structprune.engine.run.device import DTYPES, device_budget, host_budget, re
 from structprune.engine.run.pace import expected, in_words, measured_pace
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
-from structprune.kinds import HeadUnits
+from structprune.kinds import SCOPES, HeadUnits
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
@@ -96,7 +96,7 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     opened: list[StockModel] = []
 
     def open_source() -> None:
-        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter, recipe.vocabulary)
+        reader = open_model(str(model), DTYPES.get(recipe.output_dtype), recipe.merge_adapter, recipe.tokens)
         stock = StockModel(reader, _head_units(recipe, method, reader))
         if stock.sliced:
             raise UnsupportedError(
@@ -229,7 +229,7 @@ def _head_units(recipe: Recipe, method: Method, reader: CheckpointReader) -> Hea
     default = "kv-group" if "target_kv_cache" in targets_of(recipe) else method.head_units
     if default == "value-channel" and is_wrapper_type(reader.config.get("model_type")):
         default = "kv-group"
-    return "kv-group" if recipe.scope == "mlp" else asked or default
+    return asked or default if "attention" in SCOPES[recipe.scope] else "kv-group"
 
 
 def num_probe(recipe: Recipe) -> int:
@@ -328,4 +328,7 @@ def drawn_windows(
             wanted=f"at least {num_needed} windows" + (", or a number for --damping" if ridge_only else ""),
             do="give more text, or lower --seq-len",
         )
+    if windows.held_out_NS is not None and source.decode is not None:
+        written = [source.decode(ids_S[1:]) for ids_S in windows.held_out_NS]
+        windows = replace(windows, held_out_bytes=sum(len(text.encode()) for text in written))
     return name, windows

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, check_regular
+from structprune.kinds import Scope
 from structprune.recipe.fields import (
     BOS_FIELD,
     DEFAULT_SHARD_BYTES,
@@ -31,11 +32,19 @@ from structprune.recipe.fields import (
     validated,
 )
 from structprune.recipe.limits import TARGETS
+from structprune.recipe.tokens import (
+    DROP_RESERVE_FIELD,
+    VOCABULARY_FIELD,
+    VOCABULARY_TEXT_FIELD,
+    AskedVocabulary,
+    DropReserve,
+    VocabularyTexts,
+    decided_tokens,
+)
 from structprune.registry import Registry
 from structprune.texts import AUTO, WeightedText, weighted_texts
-from structprune.vocabulary.kept import ALL_TOKENS, Vocabulary
+from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens, Vocabulary
 
-Scope = Literal["mlp", "attention", "all"]
 DEFAULT_METHOD = "structprune"
 # By how much a perplexity has grown is known to a few percent from the first, to about one from the second.
 _FEWEST_HELD_OUT_TOKENS, _MOST_HELD_OUT_TOKENS = 2_048, 32_768
@@ -81,7 +90,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         default=0.3, ge=0.0, lt=1.0, description="share of the scope's parameters to remove, such as 0.3 or 30%"
     )
     scope: Annotated[Scope, Flag(Group.WHAT)] = Field(
-        default="mlp", description="sublayers to prune: mlp, attention or all"
+        default="mlp", description="sublayers to prune: mlp, attention or all; vocabulary: none, tokens alone go"
     )
     calibration: Annotated[CalibrationTexts, Flag(Group.CALIBRATION, unset=AUTO)] = Field(
         default=(AUTO,),
@@ -93,10 +102,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         default="none",
         description="folder of a LoRA adapter that is merged into the weights first; beside: the one in MODEL's folder",
     )
-    vocabulary: Annotated[Vocabulary, Flag(Group.WHAT, unset="all tokens stay")] = Field(
-        default=ALL_TOKENS,
-        description="JSON file of `structprune vocabulary MODEL -o FILE`, the tokens that stay; all others go",
-    )
+    vocabulary: AskedVocabulary = VOCABULARY_FIELD
+    vocabulary_text: VocabularyTexts = VOCABULARY_TEXT_FIELD
+    drop_reserve: DropReserve = DROP_RESERVE_FIELD
     num_samples: Annotated[
         int | None, Flag(Group.CALIBRATION, unset=f"as many as --time-budget allows, at most {MOST_SAMPLES}")
     ] = Field(default=None, ge=1, description="calibration windows")
@@ -166,6 +174,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         method = values.get("method", DEFAULT_METHOD)
         # What is no name at all is refused when the field is validated.
         return cls.kinds().get(_pipeline_of(method, values) if isinstance(method, str) else "units")
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> Self:
+        if self.scope == "vocabulary" and not self.vocabulary:
+            raise InputError("no tokens are to go", got="--scope vocabulary", wanted="--vocabulary 64000, or a list")
+        return self
 
     @model_validator(mode="wrap")
     @classmethod
@@ -252,6 +266,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return MOST_SAMPLES if self.num_samples is None else self.num_samples
 
     @property
+    def tokens(self) -> KeptTokens:
+        """The tokens that stay. Raises InputError where that is not decided."""
+        return decided_tokens(self.vocabulary)
+
+    @property
     def texts(self) -> tuple[WeightedText, ...]:
         """The calibration texts with their weights."""
         return weighted_texts(self.calibration)
@@ -275,6 +294,7 @@ class ResolvedRecipe(Recipe, frozen=True):
     Before the run has its windows, `calibration` may still be `auto`, and `num_samples` what was asked for.
     """
 
+    vocabulary: Vocabulary = ALL_TOKENS
     num_samples: int = SAID
     time_budget: int = 0
     """0: the number of windows is said."""

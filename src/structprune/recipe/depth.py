@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from structprune.recipe.common import ResolvedRecipe, Scope
+from structprune.kinds import Scope
+from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from structprune.kinds import Structure
-from structprune.recipe.common import Recipe, ResolvedRecipe, Scope
+from structprune.kinds import Scope
+from structprune.recipe.common import Recipe, ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 
 

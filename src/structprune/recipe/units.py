@@ -9,7 +9,7 @@ from pydantic import Field
 
 from structprune.errors import InputError
 from structprune.kinds import HeadUnits, Structure
-from structprune.recipe.common import ResolvedRecipe
+from structprune.recipe.common import ResolvedRecipe, flag_name
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe
@@ -18,6 +18,8 @@ from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
 Target = Literal["local", "dense-path"]
+_IDLE_METHOD = "magnitude"
+"""Reads no text and solves nothing."""
 
 
 class UnitsRecipe(LimitedRecipe, frozen=True):
@@ -137,6 +139,8 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         Raises UnsupportedError for a field without a meaning, InputError for widths in other units than are asked for.
         """
         own = super().own_values(values)
+        if own.get("scope") == "vocabulary":
+            return _of_tokens(own)
         widths = as_widths(own.get("widths"))
         if not widths.blocks:
             return {**_of_cache(own), **own}
@@ -149,6 +153,24 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
             )
         kinds = sorted(widths.kinds)
         return {"scope": kinds[0] if len(kinds) == 1 else "all", **own, "widths": widths, "head_units": asked}
+
+
+def _of_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Say that no unit goes, and the method that measures nothing. Raises InputError for what would remove units."""
+    asked = [flag_name(name) for name in TARGETS if values.get(name)]
+    if as_widths(values.get("widths")).blocks:
+        asked.append("--widths")
+    if values.get("method", _IDLE_METHOD) != _IDLE_METHOD:
+        asked.append(f"--method {values['method']}")
+    if values.get("sparsity"):
+        asked.append(f"--sparsity {values['sparsity']}")
+    if asked:
+        raise InputError(
+            "tokens alone go, so nothing else is chosen",
+            got=f"--scope vocabulary, {', '.join(asked)}",
+            wanted="--vocabulary with any scope of sublayers, or --scope vocabulary alone",
+        )
+    return {**values, "method": _IDLE_METHOD, "sparsity": 0.0}
 
 
 def _of_cache(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def _figures(report: PruneReport) -> str:
                 )
                 for name, windows, one in rows
             ),
+            *_token_rows(report),
             ("parameters", f"{size.parameters_before:,}", f"{size.parameters_after:,}"),
             *([] if zeros is None else [("of them not zero", "", f"{zeros.nonzero_parameters:,}")]),
             *((name, "", value) for name, value in around_rows(size)),
@@ -134,6 +135,23 @@ def _figures(report: PruneReport) -> str:
     )
 
 
+def _token_rows(report: PruneReport) -> list[tuple[str, str, str]]:
+    """List what a smaller vocabulary changes; nothing where all tokens stay."""
+    tokens = report.vocabulary
+    if tokens is None:
+        return []
+    rows = [("tokens", f"{tokens.before:,}", f"{tokens.after:,}")]
+    if tokens.parameters_before is not None:
+        left = tokens.parameters_before - tokens.parameters
+        rows.append(("parameters of their rows", f"{tokens.parameters_before:,}", f"{left:,}"))
+    if report.held_out is not None and (bits := report.held_out.bits_per_byte) is not None:
+        name = "bits per byte of the held-out windows, with the tokens that stay"
+        rows.append((name, f"{bits[0]:.4f}", f"{bits[1]:.4f}"))
+    return rows
+
+
+# The list is beside the card, and no setting for making another.
+_OF_TOKENS = ("vocabulary", "vocabulary_text", "drop_reserve")
 # What the recipe's `head_units` counts.
 _HEAD_UNITS: Mapping[HeadUnits, str] = {
     "kv-group": "KV groups of heads",
@@ -145,6 +163,8 @@ _HEAD_UNITS: Mapping[HeadUnits, str] = {
 def _removed(blocks: Sequence[BlockReport], head_units: HeadUnits | None) -> str:
     """Describe what was removed: one line per kind where all blocks are alike, else a table of the blocks."""
     kinds = list(dict.fromkeys(block.kind for block in blocks))
+    if not kinds:
+        return "Tokens; no unit of any block."
     if kinds == ["block"]:
         gone = [str(block.block) for block in blocks if block.kept_units == 0]
         return f"Blocks {', '.join(gone) or 'none'} of {len(blocks)}, counted from 0."
@@ -216,7 +236,7 @@ def _loading(report: PruneReport, name: str) -> list[str]:
 def _making(report: PruneReport) -> str:
     recipe = report.recipe.model_dump(
         mode="json",
-        exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check", "vocabulary", "latency_table"},
+        exclude={"memory", "device", "device_memory", "max_shard_size", "reload_check", "latency_table", *_OF_TOKENS},
     )
     recipe |= {
         "calibration": plain_name(shown_texts(report.recipe.calibration)),

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from structprune.kinds import SCOPES
 from structprune.memory import format_bytes
 from structprune.report.figures import (
     Chart,
@@ -26,13 +27,17 @@ from structprune.results.measured import Bench, Evaluation
 from structprune.results.removed import asked
 from structprune.results.report import PruneReport
 from structprune.results.schema import DeviceMemoryReport, MemoryReport
-from structprune.results.summary import gate_rows, reload_line, repair_rows, stored_in, warnings
+from structprune.results.summary import bits_rows, gate_rows, reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 
 PAGE_NAME = "pruning_report.html"
 
 # Settings that say nothing of the result.
-_LEFT_OUT = ("memory", "device_memory", "max_shard_size", "reload_check", "vocabulary", "latency_table")
+_LEFT_OUT = (
+    *("memory", "device_memory", "max_shard_size", "reload_check", "latency_table"),
+    # What the run went by is the list.
+    *("vocabulary", "vocabulary_text", "drop_reserve"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,7 @@ def prune_page(report: PruneReport, measured: Sequence[Evaluation | Bench] = ())
         ],
         limits=[
             *([] if report.vocabulary is None else [f"Vocabulary: {report.vocabulary.line}."]),
+            *(f"{name[0].upper()}{name[1:]}: {value}." for name, value in bits_rows(report)),
             *(f"Limit of {limit.name}: {limit.line}." for limit in report.limits),
         ],
         repair=[f"{name[0].upper()}{name[1:]}: {value}." for name, value in (*gate_rows(report), *repair_rows(report))],
@@ -235,6 +241,8 @@ def _removed(report: PruneReport) -> str:
     """Say in a clause what went."""
     if report.zeros is not None:
         return f"{report.zeros.share:.2%} zeros in the matrices of {_scope(report)}, pattern {report.zeros.pattern}"
+    if not SCOPES[report.recipe.scope]:
+        return "tokens alone removed"
     share = report.size.removed_share_of_scope
     return f"{share:.2%} of the parameters of {_scope(report)} removed ({asked(report)})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from structprune.kinds import SCOPES
 from structprune.results.schema import PruneFacts
 
 
@@ -17,11 +18,12 @@ def removed_rows(report: PruneFacts) -> list[tuple[str, str]]:
             ("parameters that are not zero", f"{size.parameters_before:,} -> {zeros.nonzero_parameters:,}"),
         ]
     predicted = report.predicted_loss
+    in_scope = (
+        f"removed of {report.recipe.scope}",
+        f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
+    )
     return [
-        (
-            f"removed of {report.recipe.scope}",
-            f"{size.removed_share_of_scope:.2%} of its parameters ({asked(report)})",
-        ),
+        *([in_scope] if SCOPES[report.recipe.scope] else []),
         *([] if predicted is None else [("predicted loss", f"{predicted:.4f} nats per token")]),
         *((f"limit of {limit.name}", limit.line) for limit in report.limits),
         ("removed of the blocks", f"{size.removed_share_of_blocks:.2%}"),

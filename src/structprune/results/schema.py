@@ -61,6 +61,19 @@ class HeldOutReport(Perplexities):
     fingerprint: str
     texts: list[HeldOutText] = Field(default_factory=list[HeldOutText])
     """The same for each text, where there are several."""
+    num_bytes: int | None = None
+    """Bytes of the text that the predicted tokens write; None: not counted."""
+
+    @property
+    def bits_per_byte(self) -> tuple[float, float] | None:
+        """What it takes to tell a byte of the text, before and after; comparable between tokenizers."""
+        if not self.num_bytes:
+            return None
+        tokens = self.num_windows * (self.seq_len - 1)
+        before, after = (
+            math.log2(one) * tokens / self.num_bytes for one in (self.dense_perplexity, self.pruned_perplexity)
+        )
+        return before, after
 
 
 class CalibrationText(Frozen):
@@ -367,6 +380,8 @@ class VocabularyReport(Frozen):
     after: int
     parameters: int
     """Numbers that went with them; they are in the parameters before."""
+    parameters_before: int | None = None
+    """Numbers of the source's rows, embedding and head; None in reports of earlier versions."""
     covered: float
     """Share of the tokens of the texts, that the choice was made by, that stay: the mean of the texts."""
     texts: tuple[str, ...]
@@ -376,9 +391,11 @@ class VocabularyReport(Frozen):
     @property
     def line(self) -> str:
         """Say how many tokens stay, and what went with the others."""
+        before = self.parameters_before
+        went = f"{self.parameters:,} parameters fewer" + (f" of the {before:,} of their rows" if before else "")
         return (
-            f"{self.after:,} of {self.before:,} tokens stay, {self.parameters:,} parameters fewer; {self.covered:.3%} "
-            f"of the {self.num_tokens:,} tokens that were counted"
+            f"{self.after:,} of {self.before:,} tokens stay, {went}; {self.covered:.3%} of the {self.num_tokens:,} "
+            "tokens that were counted"
         )
 
 

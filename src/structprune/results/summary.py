@@ -170,7 +170,20 @@ def perplexity_rows(report: PruneFacts) -> list[tuple[str, str]]:
         ("perplexity", measured),
         *((f"perplexity, {text.label}", _before_and_after(text, _windows(text))) for text in held_out.texts),
         ("perplexity, in-sample", fitted),
+        *bits_rows(report),
     ]
+
+
+def bits_rows(report: PruneFacts) -> list[tuple[str, str]]:
+    """Say what a byte of the held-out windows takes where tokens went: perplexity is not comparable with the source's.
+
+    Both figures are of the tokens that stay: the source's own are those of `structprune eval`.
+    """
+    bits = None if report.held_out is None else report.held_out.bits_per_byte
+    if report.vocabulary is None or bits is None:
+        return []
+    before, after = bits
+    return [("bits per byte", f"{before:.4f} -> {after:.4f}, both with the tokens that stay")]
 
 
 def _starved(report: PruneFacts) -> list[BlockReport]:

@@ -71,7 +71,8 @@ def read_kept(path: Path) -> KeptTokens:
     return kept
 
 
-def _as_kept(value: Any) -> Any:
+def as_kept(value: Any) -> Any:
+    """Read the file that a path names, or return a list or its content. Raises InputError for a file that is none."""
     if value is None or isinstance(value, KeptTokens):
         return value or ALL_TOKENS
     return value if isinstance(value, Mapping) else read_kept(expand_user(str(value)))
@@ -79,7 +80,7 @@ def _as_kept(value: Any) -> Any:
 
 Vocabulary = Annotated[
     KeptTokens,
-    BeforeValidator(_as_kept),
+    BeforeValidator(as_kept),
     PlainSerializer(lambda value: value.model_dump(mode="json") if value else None, return_type=dict[str, Any] | None),
 ]
 """A list of tokens, its content, or the path of its file; null in JSON where all stay."""

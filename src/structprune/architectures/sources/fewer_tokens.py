@@ -58,6 +58,7 @@ def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointRead
         before=num_rows,
         after=len(kept.ids),
         parameters=sum((num_rows - len(kept.ids)) * math.prod(base.shapes[name][1:]) for name in sliced),
+        parameters_before=sum(math.prod(base.shapes[name]) for name in sliced),
         covered=kept.covered,
         texts=kept.texts,
         num_tokens=kept.num_tokens,

@@ -58,12 +58,14 @@ class TextEncoder:
 
         Raises CheckpointError where the tokenizer cannot encode it, or gives a token that the embedding has no row for.
         """
+        return torch.cat([torch.empty(0, dtype=torch.int64), *self.encoded_pieces(text)])
+
+    def encoded_pieces(self, text: str) -> Iterator[Tensor]:
+        """Yield what `encode` returns, a piece of the text at a time. Raises CheckpointError as that does."""
         # Long text is split at line ends: tokenizers take superlinear time on one huge string. As tensors, because a
         # list takes five times the memory.
-        ids = [torch.empty(0, dtype=torch.int64)]
         for chunk in _chunks(text, 200_000):
-            ids.append(self._encode(chunk))
-        return torch.cat(ids)
+            yield self._encode(chunk)
 
     def _encode(self, text: str) -> Tensor:
         try:

@@ -15,13 +15,13 @@ from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
 from structprune.errors import UnsupportedError
-from structprune.kinds import Structure
+from structprune.kinds import SCOPES, Structure
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.patterns import as_pattern
 from structprune.recipe.elements import ElementsRecipe, ResolvedElements
 from structprune.solvers.elements import PRUNERS, UPDATES, Pruner, Update
-from structprune.types import UNIT_KINDS, BlockLayout, UnitGroup, UnitKind
+from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 _UNSTRUCTURED = "unstructured"
 
@@ -66,7 +66,7 @@ def element_settings(
 
 def _kinds(recipe: ElementsRecipe, stock: StockModel) -> list[UnitKind]:
     """Return the sublayers in scope, in the order of the forward pass."""
-    wanted: list[UnitKind] = [kind for kind in UNIT_KINDS if recipe.scope in (kind, "all")]
+    wanted: list[UnitKind] = list(SCOPES[recipe.scope])
     found = {group.kind for group in stock.groups}
     if not any(kind in found for kind in wanted):
         raise UnsupportedError(

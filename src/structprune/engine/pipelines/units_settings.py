@@ -21,7 +21,7 @@ from structprune.engine.planning.widths import are_even, binding_limits
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.errors import InputError, UnsupportedError
 from structprune.exporters.depth import check_numbers_can_change
-from structprune.kinds import Structure
+from structprune.kinds import SCOPES, Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.repaired import objective_of
@@ -29,7 +29,7 @@ from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
 from structprune.scores import SCORES, SELECTORS, score_or_selector
 from structprune.solvers import SOLVERS
 from structprune.solvers.mlp.updates import ACTIVATIONS
-from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
+from structprune.types import UnitGroup, UnitKind
 
 _NARROW = 4096
 # Where nothing is to be compared, or to be made up for.
@@ -384,12 +384,12 @@ def _check_score(score: str, method: Method) -> str:
 
 def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
     """Return 32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
-    return 32 if max(group.num_units * group.width for group in groups) < _NARROW else 128
+    return 32 if max((group.num_units * group.width for group in groups), default=0) < _NARROW else 128
 
 
 def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> tuple[UnitGroup, ...]:
     """List the groups in scope in the order of the forward pass."""
-    kinds = UNIT_KINDS if recipe.scope == "all" else (recipe.scope,)
+    kinds = SCOPES[recipe.scope]
     # One of each kind, that can lose units where some block has such.
     groups = {group.kind: group for group in sorted(stock.groups, key=lambda group: bool(group.config_fields))}
     for kind in kinds:

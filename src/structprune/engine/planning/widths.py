@@ -116,11 +116,11 @@ def reachable_shares(
     """Find the shares nearest to the one that is asked for.
 
     `kept` are the widths of the run; before they are known, the most that may go stands for what goes. Returns None
-    where the widths were decided outside or by limits of something else than parameters, and where the sizes of
+    where no units are in scope, where the widths were decided outside or by limits of something else than parameters, and where the sizes of
     removals have so little in common that there are too many sums of them.
     """
     limits = binding_limits(stock, recipe, kinds)
-    if recipe.widths.blocks or any(limit.field != "target_parameters" for limit in limits):
+    if not kinds or recipe.widths.blocks or any(limit.field != "target_parameters" for limit in limits):
         return None
     budgets, options = _budgets(stock, recipe, kinds, None, limits), _options(stock, recipe, limits)
     allocator = ALLOCATORS.get(recipe.allocator)

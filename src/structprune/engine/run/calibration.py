@@ -42,6 +42,7 @@ def source_context(
 
     return SourceContext(
         encode=encoder.encode,
+        decode=encoder.decode,
         render=encoder.render,
         sample=sample,
         num_samples=wanted.num_samples,

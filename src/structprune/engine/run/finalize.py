@@ -228,7 +228,7 @@ def size_report(
         bytes_before=context.reader.file_bytes,
         bytes_after=files.num_bytes,
         dtypes=files.dtype_names,
-        removed_share_of_scope=removed_in_blocks / scope_parameters,
+        removed_share_of_scope=removed_in_blocks / max(1, scope_parameters),
         reachable=outcome.shares,
         removed_share_of_blocks=removed_in_blocks / layout.block_parameters,
         removed_share_of_model=(before - files.num_parameters) / before,

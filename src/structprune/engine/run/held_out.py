@@ -51,6 +51,7 @@ def measure_held_out(context: RunContext, written: StockModel) -> HeldOutReport 
         seq_len=ids_NS.shape[1],
         set_apart=context.windows.set_apart,
         fingerprint=fingerprint(ids_NS),
+        num_bytes=context.windows.held_out_bytes,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,17 @@ from structprune.engine.run.finalize import versions
 from structprune.errors import InputError
 from structprune.files import file_sum
 from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe.tokens import WantedTokens
 from structprune.runs.contents import file_contents, sums
 from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
-from structprune.texts import WeightedText
+from structprune.texts import WeightedText, weighted_texts
+from structprune.vocabulary.kept import KeptTokens
 
 _WINDOWS = "windows"
+# Characters of a value: a list of tokens has many.
+_SHOWN = 200
+# Of a resolved recipe these are what was found: free memory, and texts that were counted on to decide.
+_ASKED = {"memory", "device_memory", "vocabulary_text", "drop_reserve"}
 # Tensors of the file that keeps them.
 _IDS, _HELD_OUT = "ids", "held_out"
 _PARTS = {
@@ -46,7 +52,7 @@ def identity(
     knows and that were not written to since.
     """
     contents = file_contents(reader.content_files, (before or {}).get("source_contents"))
-    settings = recipe.model_dump(mode="json") | asked.model_dump(mode="json", include={"memory", "device_memory"})
+    settings = recipe.model_dump(mode="json") | asked.model_dump(mode="json", include=_ASKED)
     return {
         "recipe": settings,
         "recipe_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
@@ -82,7 +88,9 @@ def _difference(shown: Any, other: Any) -> str:
     """List the entries in which `shown` is not `other`."""
     if not isinstance(shown, dict) or not isinstance(other, dict):
         return str(shown)[:12]
-    changed = [f"{name} {value}" for name, value in shown.items() if name not in other or other[name] != value]
+    changed = [
+        f"{name} {str(value)[:_SHOWN]}" for name, value in shown.items() if name not in other or other[name] != value
+    ]
     return ", ".join(changed) or "none"
 
 
@@ -123,13 +131,29 @@ def find_request(run: RunDirectory) -> RunRequest | None:
 
 
 def as_begun(recipe: Recipe, run: RunDirectory, note: Callable[[str], None]) -> Recipe:
-    """Take the number of windows from a run that was cut here: it was chosen for the machine as it was then."""
-    line = run.peek() if recipe.num_samples is None else None
+    """Take from a run that was cut here what was chosen when it began: the number of windows, for the machine as it was
+    then, and the tokens, by texts that are not counted again."""
+    line = run.peek()
     if line is None or "recipe" not in line:
         return recipe
-    num_samples = line["recipe"]["num_samples"]
-    note(f"going on with the {num_samples} calibration windows that the run was begun with")
-    return recipe.model_copy(update={"num_samples": num_samples, "time_budget": 0})
+    begun: dict[str, Any] = {}
+    if recipe.num_samples is None:
+        begun |= {"num_samples": line["recipe"]["num_samples"], "time_budget": 0}
+        note(f"going on with the {begun['num_samples']} calibration windows that the run was begun with")
+    if isinstance(recipe.vocabulary, WantedTokens) and _decided_alike(recipe, line):
+        tokens = KeptTokens.model_validate(line["recipe"]["vocabulary"])
+        begun |= {"vocabulary": tokens, "vocabulary_text": (), "drop_reserve": False}
+        note(f"going on with the {len(tokens.ids):,} tokens that the run was begun with")
+    return recipe.model_copy(update=begun)
+
+
+def _decided_alike(recipe: Recipe, line: Mapping[str, Any]) -> bool:
+    """Whether the run that was cut here decided its tokens by the same number and texts."""
+    before = Recipe.build(**line["asked"])
+    names = ("vocabulary", "vocabulary_text", "drop_reserve", "calibration", "merge_adapter")
+    return bool(line["recipe"].get("vocabulary")) and all(
+        getattr(before, name) == getattr(recipe, name) for name in names
+    )
 
 
 def begin_or_go_on(
@@ -157,7 +181,7 @@ def begin_or_go_on(
     found = _find_windows(run, begun=before is not None)
     if found is None:
         found = read_windows(chosen)
-        _keep_windows(run, *found)
+        _keep_windows(run, *found, counted=start.asked.vocabulary_text)
     name, windows = found
     same |= {
         "windows": fingerprint(windows.ids_NS),
@@ -181,15 +205,24 @@ def begin_or_go_on(
     return StartedRun(plan=chosen, name=name, windows=windows)
 
 
-def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows) -> None:
-    """Store the windows for a resumed run: they may have been sampled, or their text may be gone by then."""
+def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows, *, counted: Sequence[str]) -> None:
+    """Store the windows for a resumed run: they may have been sampled, or their text may be gone by then.
+
+    `counted` are texts that tokens were counted on beside those of the windows.
+    """
     path = run.staging / WINDOWS_NAME
     held_out = {} if windows.held_out_NS is None else {_HELD_OUT: windows.held_out_NS.contiguous()}
     save_file({_IDS: windows.ids_NS.contiguous(), **held_out}, path)
     names = [text.name for text in windows.texts] or [name]
+    names += [text.name for text in weighted_texts(counted)]
     files = [file for file in (WeightedText(name=name).path for name in names) if file is not None]
     text_sums = {str(file): file_sum(file) for file in files}
-    values = {"description": windows.description, "start": windows.start, "set_apart": windows.set_apart}
+    values: dict[str, Any] = {
+        "description": windows.description,
+        "start": windows.start,
+        "set_apart": windows.set_apart,
+    }
+    values["held_out_bytes"] = windows.held_out_bytes
     texts = [asdict(text) for text in windows.texts]
     run.journal.record(_WINDOWS, [path], name=name, text_sums=text_sums, texts=texts, **values)
 
@@ -219,6 +252,7 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
         held_out_NS=tensors.get(_HELD_OUT),
         set_apart=line["set_apart"],
         start=line["start"],
+        held_out_bytes=line.get("held_out_bytes"),
         texts=tuple(
             TextWindows(**{**text, "windows": tuple(text["windows"]), "held_out": tuple(text["held_out"])})
             for text in line["texts"]
