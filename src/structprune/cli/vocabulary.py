@@ -23,7 +23,7 @@ def vocabulary(
         list[str],
         typer.Option(
             "--text",
-            help="One or more texts that the model is meant for, as --calibration takes them, with weights as in code.jsonl:2.",
+            help="One or more texts that the model is meant for, as --calibration takes them: code.jsonl:2.",
         ),
     ],
     drop_reserve: Annotated[

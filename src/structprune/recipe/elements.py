@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from structprune.errors import InputError
-from structprune.kinds import Structure
-from structprune.kinds import Scope
+from structprune.kinds import Scope, Structure
 from structprune.recipe.common import Recipe, ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group, Share
 from structprune.recipe.units import Damping, Target

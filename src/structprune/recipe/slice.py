@@ -6,8 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from structprune.kinds import Structure
-from structprune.kinds import Scope
+from structprune.kinds import Scope, Structure
 from structprune.recipe.common import Recipe, ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 

@@ -116,8 +116,8 @@ def reachable_shares(
     """Find the shares nearest to the one that is asked for.
 
     `kept` are the widths of the run; before they are known, the most that may go stands for what goes. Returns None
-    where no units are in scope, where the widths were decided outside or by limits of something else than parameters, and where the sizes of
-    removals have so little in common that there are too many sums of them.
+    where no units are in scope, where the widths were decided outside or by limits of something else than parameters,
+    and where the sizes of removals have so little in common that there are too many sums of them.
     """
     limits = binding_limits(stock, recipe, kinds)
     if not kinds or recipe.widths.blocks or any(limit.field != "target_parameters" for limit in limits):
