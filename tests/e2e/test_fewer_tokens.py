@@ -18,6 +18,7 @@ from structprune.assess import EvaluationRequest, VocabularyRequest, choose_voca
 from structprune.errors import StructPruneError
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
+from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
 from structprune.vocabulary.kept import KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
@@ -184,6 +185,35 @@ def test_the_command_line(command_line: CommandLine, source: Path, texts: Path, 
     code, out, err = command_line("prune", source, "-o", tmp_path / "out", "--vocabulary", path, *settings)
     assert code == 0, err
     assert "384 of 576 tokens stay" in " ".join(out.split())
+
+
+@pytest.mark.slow
+def test_a_comparison_of_fewer_tokens(
+    command_line: CommandLine, source: Path, texts: Path, kept: KeptTokens, tmp_path: Path
+) -> None:
+    """A cell's bits per byte are those of its own evaluation, and the loss is counted in them."""
+    settings = ("--calibration", texts, "--num-samples", 4, "--seq-len", 32, "--max-windows", 3, "--no-speed")
+    methods = ("--methods", "fasp", "fasp:vocabulary=384", "--sparsities", 0.25, "--set", "dtype=float32")
+    code, out, err = command_line(
+        "compare", source, "-o", tmp_path / "table", "--text", texts, *settings, *methods, "multiple_of=1"
+    )
+    assert code == 0, err
+    found = Comparison.model_validate_json((tmp_path / "table" / "comparison.json").read_text())
+    assert not found.failures
+    (smaller,) = (cell for cell in found.cells if cell.tokens is not None)
+    assert smaller.tokens == 384
+    pruned(source, tmp_path / "alone", texts, kept, sparsity=0.25)
+    request = EvaluationRequest(texts=[texts], seq_len=32, max_windows=3, dtype="float32")
+    alone, dense = (evaluate_all(model, request).texts[0] for model in (tmp_path / "alone", source))
+    assert smaller.texts[0].bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-5)
+    assert smaller.texts[0].kl_to_dense is None
+    assert alone.bits_per_byte is not None
+    assert dense.bits_per_byte is not None
+    wanted = dense.mean_nll * (alone.bits_per_byte / dense.bits_per_byte - 1)
+    assert found.excess(smaller)[texts.name] == pytest.approx(wanted, rel=1e-4)
+    assert "bits/byte" in out
+    assert "bits per byte words.txt" in (tmp_path / "table" / "comparison.csv").read_text()
+    assert "does not compare" in (tmp_path / "table" / "comparison.html").read_text()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

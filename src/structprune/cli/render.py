@@ -69,7 +69,13 @@ def _parts(result: Comparison, numbers: Sequence[int]) -> list[Sequence[int]]:
 
 def _quality_columns(result: Comparison, texts: Sequence[str]) -> list[Column]:
     # Where single weights went, parameters are as many as before.
-    figures = ["not zero" if result.has_zeros else "params", "disk", *(name for text in texts for name in (text, "KL"))]
+    # Where tokens went perplexities do not compare, and their divergence means nothing.
+    beside = "bits/byte" if result.has_fewer_tokens else "KL"
+    figures = [
+        "not zero" if result.has_zeros else "params",
+        "disk",
+        *(name for text in texts for name in (text, beside)),
+    ]
     return [Column(name="method"), *(Column(name=name, figures=True) for name in figures)]
 
 
@@ -77,7 +83,7 @@ def _quality_rows(result: Comparison, texts: Sequence[int]) -> list[Row]:
     """Collect a row per model with its scores on some of the texts, the dense one first."""
 
     def row(label: str, parameters: int, size: int, scores: Sequence[TextScore]) -> list[str]:
-        figures = [value for number in texts for value in _score(scores[number])]
+        figures = [value for number in texts for value in _score(scores[number], result)]
         return [label, _millions(parameters), format_bytes(size), *figures]
 
     dense = result.dense
@@ -85,8 +91,9 @@ def _quality_rows(result: Comparison, texts: Sequence[int]) -> list[Row]:
     return [*first, *_by_sparsity(result, lambda cell: row(cell.label, cell.nonzero, cell.bytes, cell.texts))]
 
 
-def _score(score: TextScore) -> tuple[str, str]:
-    return f"{score.perplexity:.2f}", "" if score.kl_to_dense is None else f"{score.kl_to_dense:.3f}"
+def _score(score: TextScore, result: Comparison) -> tuple[str, str]:
+    beside = (score.bits_per_byte, 4) if result.has_fewer_tokens else (score.kl_to_dense, 3)
+    return f"{score.perplexity:.2f}", "" if beside[0] is None else f"{beside[0]:.{beside[1]}f}"
 
 
 def _by_sparsity(result: Comparison, row: Callable[[Cell], list[str]]) -> list[Row]:

@@ -22,7 +22,7 @@ from structprune.engine.run.calibration import window_start
 from structprune.engine.run.device import DTYPES, machine
 from structprune.engine.run.finalize import load_report
 from structprune.errors import StructPruneError
-from structprune.evaluation.perplexity import make_reference, perplexity, text_windows
+from structprune.evaluation.perplexity import make_reference, perplexity, text_bytes, text_windows
 from structprune.evaluation.speed import SpeedResult, speed_pair
 from structprune.kinds import StartToken
 from structprune.observer import Observer
@@ -95,7 +95,8 @@ def _dense_row(spec: CellSpec) -> DenseRow:
         windows_NS = text_windows(
             limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows, start
         )
-        texts.append(_text_score(label, perplexity(model, windows_NS, label)))
+        found = perplexity(model, windows_NS, label).over_text(text_bytes(encoder, windows_NS))
+        texts.append(_text_score(label, found))
     return DenseRow(
         parameters=sum(parameter.numel() for parameter in model.parameters()) + reader.around.parameters,
         bytes=reader.file_bytes,
@@ -106,16 +107,21 @@ def _dense_row(spec: CellSpec) -> DenseRow:
 def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
     device, dtype = torch.device(spec.device), DTYPES[spec.dtype]
     dense, encoder = load_with_tokenizer(spec.model, device, dtype, spec.merge_adapter)
+    pruned, own_encoder = load_with_tokenizer(spec.output, device, dtype)
+    tokens = None if report.vocabulary is None else report.vocabulary.after
+    if tokens is not None:
+        # The same text in other tokens: windows are others, and so are the predictions.
+        encoder = own_encoder
     start = window_start(encoder, spec.bos)
-    pruned, _ = load_with_tokenizer(spec.output, device, dtype)
     limit = max_positions(dense.config)
     texts: list[TextScore] = []
     for label, path in spec.texts:
         windows_NS = text_windows(
             limit, encoder, read_text(path, encoder.render), label, spec.seq_len, spec.max_windows, start
         )
-        reference = make_reference(dense, windows_NS)
-        texts.append(_text_score(label, perplexity(pruned, windows_NS, label, reference=reference)))
+        reference = make_reference(dense, windows_NS) if tokens is None else None
+        found = perplexity(pruned, windows_NS, label, reference=reference)
+        texts.append(_text_score(label, found.over_text(text_bytes(encoder, windows_NS))))
     reused_seconds = report.reused.seconds if report.reused else 0.0
     speed = _speed(speed_pair({"dense": dense, "pruned": pruned}, repeats=3)) if spec.time_it else None
     return Cell(
@@ -125,6 +131,7 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
         sparsity=spec.sparsity,
         scope=spec.scope,
         settings=settings_of(recipe),
+        tokens=tokens,
         parameters=report.size.parameters_after,
         nonzero_parameters=None if report.zeros is None else report.zeros.nonzero_parameters,
         bytes=report.size.bytes_after,
@@ -155,6 +162,7 @@ def _text_score(label: str, result: Any) -> TextScore:
         kl_to_dense=result.kl_to_reference,
         top1_agreement=result.top1_agreement,
         num_windows=result.num_windows,
+        bits_per_byte=result.bits_per_byte,
     )
 
 

@@ -16,8 +16,9 @@ from structprune.errors import InputError
 from structprune.kinds import SCOPES, Scope
 from structprune.methods.method import Method
 from structprune.recipe import MOST_SAMPLES, Recipe, all_fields, flag_name
-from structprune.texts import AUTO, WeightedText, shown_texts
+from structprune.texts import AUTO, WeightedText, shown_texts, weighted_texts
 from structprune.types import ModelLayout
+from structprune.vocabulary.kept import KeptTokens
 
 # Every cell has its own.
 _OF_THE_CELL = ("method", "sparsity")
@@ -134,6 +135,8 @@ def cell_key(recipe: Recipe, identity: Mapping[str, Any]) -> str:
     # Without the defaults, a recipe keeps its hash when recipes learn another field.
     fields = recipe.model_dump(mode="json", exclude_defaults=True) | {"method": recipe.method}
     fields["calibration"] = calibration_identity(recipe.texts)
+    if recipe.vocabulary_text:
+        fields["vocabulary_text"] = calibration_identity(weighted_texts(recipe.vocabulary_text))
     text = json.dumps([fields, dict(identity)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -165,4 +168,8 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         changed.pop(name, None)
     if "calibration" in changed:
         changed["calibration"] = shown_texts(recipe.calibration)
+    if "vocabulary_text" in changed:
+        changed["vocabulary_text"] = shown_texts(recipe.vocabulary_text)
+    if isinstance(recipe.vocabulary, KeptTokens) and recipe.vocabulary:
+        changed["vocabulary"] = f"{len(recipe.vocabulary.ids)} tokens of a list"
     return changed

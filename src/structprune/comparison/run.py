@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
+from structprune.assess.vocabulary import planned
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cell import CellResult, CellSpec
 from structprune.comparison.cells import (
@@ -175,7 +176,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
 def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None:
     """Raise, with the cell's name, what its run would raise before its first weight: also that it does not fit."""
     try:
-        check_planned(model, recipe)
+        check_planned(model, planned(model, recipe)[0])
     except StructPruneError as error:
         raise type(error)(
             error.what,

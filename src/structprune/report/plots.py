@@ -48,7 +48,8 @@ def plot_report(report: PruneReport, directory: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(block.kind for block in report.blocks))
+    # Where tokens alone went, memory is left to be drawn.
+    kinds = list(dict.fromkeys(block.kind for block in report.blocks)) or ["no units"]
     figure = Figure(figsize=(15, 4.2 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(kinds), 3, squeeze=False)
@@ -98,19 +99,20 @@ def _curves(
             points = sorted((c for c in comparison.cells if c.label == label), key=lambda c: c.sparsity)
             panel.plot(
                 [position(cell) for cell in points],
-                [cell.texts[index].perplexity for cell in points],
+                [comparison.quality(cell.texts[index]) for cell in points],
                 marker="o" if label == emphasised else ".",
                 linewidth=2.2 if label == emphasised else 1.2,
                 label=label,
             )
         if dense and comparison.dense is not None:
-            score = comparison.dense.texts[index].perplexity
+            score = comparison.quality(comparison.dense.texts[index])
             panel.plot(comparison.dense.parameters / 1e6, score, "k*", markersize=11, label="dense")
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_formatter(NullFormatter() if _decades(panel.get_ylim()) > 1 else ScalarFormatter())
         panel.set_xlabel(axis_label)
-        panel.set_ylabel(f"perplexity, windows of {comparison.seq_len} tokens")
+        measure = "bits per byte" if comparison.has_fewer_tokens else "perplexity"
+        panel.set_ylabel(f"{measure}, windows of {comparison.seq_len} tokens")
         panel.set_title(text.label)
         panel.grid(visible=True, which="both", alpha=0.3)
     panels[-1].legend(fontsize="small")

@@ -29,9 +29,11 @@ class TextScore(Frozen):
     text: str
     perplexity: float
     kl_to_dense: float | None
-    """Mean KL(dense || pruned) per predicted token, in nats; None for the dense model itself."""
+    """Mean KL(dense || pruned) per predicted token, in nats; None for the dense model itself, and where tokens went."""
     top1_agreement: float | None
     num_windows: int
+    bits_per_byte: float | None = None
+    """What it takes to tell a byte of the text; None in tables of earlier versions."""
 
 
 class Speed(Frozen):
@@ -66,6 +68,8 @@ class Cell(Frozen):
     settings: dict[str, Any]
     """Recipe fields that differ from the defaults."""
     parameters: int
+    tokens: int | None = None
+    """Tokens that stay, where some went; None where all stay."""
     nonzero_parameters: int | None = None
     """Parameters that are not zero, where single weights went; None where whole units did."""
     bytes: int
@@ -136,10 +140,18 @@ class Comparison(Frozen):
     failures: list[Failure] = Field(default_factory=list[Failure])
 
     def excess(self, cell: Cell) -> dict[str, float]:
-        """Return by how much the logarithm of the perplexity grew over the dense model's, on each text."""
+        """Return by how much the logarithm of the perplexity grew over the dense model's, on each text.
+
+        With fewer tokens it is the loss of as much text as one token of the dense model writes.
+        """
         assert self.dense is not None, "it is measured before any cell"
-        dense = {score.text: score.perplexity for score in self.dense.texts}
-        return {score.text: math.log(score.perplexity / dense[score.text]) for score in cell.texts}
+        dense = {score.text: score for score in self.dense.texts}
+        return {score.text: _excess(score, dense[score.text], cell.tokens) for score in cell.texts}
+
+    @property
+    def has_fewer_tokens(self) -> bool:
+        """Whether tokens went in some cell, so that perplexities do not compare and bits per byte do."""
+        return any(cell.tokens is not None for cell in self.cells)
 
     @property
     def has_zeros(self) -> bool:
@@ -148,7 +160,12 @@ class Comparison(Frozen):
 
     def ordered(self) -> list[Cell]:
         """Sort the cells by sparsity, then by perplexity on the first text."""
-        return sorted(self.cells, key=lambda cell: (cell.sparsity, cell.texts[0].perplexity))
+        return sorted(self.cells, key=lambda cell: (cell.sparsity, self.quality(cell.texts[0])))
+
+    def quality(self, score: TextScore) -> float:
+        """Return what cells are compared by: the perplexity, or bits per byte where tokens went in some of them."""
+        bits = score.bits_per_byte
+        return bits if self.has_fewer_tokens and bits is not None else score.perplexity
 
     def to_csv(self) -> str:
         """Write one line per cell, the dense model first; columns of a text carry its label."""
@@ -156,6 +173,7 @@ class Comparison(Frozen):
         columns = ["method", "sparsity", "scope", "parameters", "nonzero_parameters", "bytes"]
         for text in self.texts:
             columns += [f"perplexity {text.label}", f"kl {text.label}", f"top1 {text.label}"]
+            columns += [f"bits per byte {text.label}"] if self.has_fewer_tokens else []
         columns += [
             "wall_seconds",
             "shared_seconds",
@@ -171,7 +189,7 @@ class Comparison(Frozen):
         if self.dense is not None:
             row = {"method": "dense", "sparsity": 0.0, "parameters": self.dense.parameters, "bytes": self.dense.bytes}
             row["nonzero_parameters"] = self.dense.parameters
-            writer.writerow(row | _text_columns(self.dense.texts))
+            writer.writerow(row | self._text_columns(self.dense.texts))
         for cell in self.ordered():
             row = {
                 "method": cell.label,
@@ -192,14 +210,22 @@ class Comparison(Frozen):
                     "prefill_speedup": round(cell.speed.prefill_speedup, 3),
                     "decode_speedup": round(cell.speed.decode_speedup, 3),
                 }
-            writer.writerow(row | _text_columns(cell.texts))
+            writer.writerow(row | self._text_columns(cell.texts))
         return stream.getvalue()
 
+    def _text_columns(self, texts: list[TextScore]) -> dict[str, Literal[""] | float]:
+        result: dict[str, Literal[""] | float] = {}
+        for score in texts:
+            result[f"perplexity {score.text}"] = round(score.perplexity, 4)
+            result[f"kl {score.text}"] = "" if score.kl_to_dense is None else round(score.kl_to_dense, 5)
+            result[f"top1 {score.text}"] = "" if score.top1_agreement is None else round(score.top1_agreement, 5)
+            if self.has_fewer_tokens:
+                bits = score.bits_per_byte
+                result[f"bits per byte {score.text}"] = "" if bits is None else round(bits, 5)
+        return result
 
-def _text_columns(texts: list[TextScore]) -> dict[str, Literal[""] | float]:
-    result: dict[str, Literal[""] | float] = {}
-    for score in texts:
-        result[f"perplexity {score.text}"] = round(score.perplexity, 4)
-        result[f"kl {score.text}"] = "" if score.kl_to_dense is None else round(score.kl_to_dense, 5)
-        result[f"top1 {score.text}"] = "" if score.top1_agreement is None else round(score.top1_agreement, 5)
-    return result
+
+def _excess(score: TextScore, dense: TextScore, tokens: int | None) -> float:
+    if tokens is None or not score.bits_per_byte or not dense.bits_per_byte:
+        return math.log(score.perplexity / dense.perplexity)
+    return math.log(dense.perplexity) * (score.bits_per_byte / dense.bits_per_byte - 1)
