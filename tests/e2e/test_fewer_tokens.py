@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
+from structprune.comparison.sizes import Priced, SizesRequest, SizesTable, price_sizes
 from structprune.errors import StructPruneError
+from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
-from structprune.vocabulary.kept import KEPT_NAME, KeptTokens
+from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
 from support.models import TINY_MODELS, spread_weights
 from support.vocabularies import TEXT, byte_level
@@ -214,6 +216,50 @@ def test_a_comparison_of_fewer_tokens(
     assert "bits/byte" in out
     assert "bits per byte words.txt" in (tmp_path / "table" / "comparison.csv").read_text()
     assert "does not compare" in (tmp_path / "table" / "comparison.html").read_text()
+
+
+def priced(price: float) -> Priced:
+    return Priced(name="", parameters=1, bits_per_byte=1.0, price=price)
+
+
+@pytest.mark.parametrize(
+    ("prices", "best"), [([0.1, 0.2, 0.4], 1), ([0.5, 0.1], None), ([0.1, 0.5, 0.2], 0), ([0.3], 0)]
+)
+def test_the_size_that_channels_speak_for(prices: list[float], best: int | None) -> None:
+    """From the largest on, up to where a step costs more than the channels do."""
+    sizes = tuple(map(priced, prices))
+    table = SizesTable(dense_bits=1.0, sizes=sizes, lists=(ALL_TOKENS,) * len(sizes), channels=priced(0.3))
+    assert table.best == best
+
+
+@pytest.mark.slow
+def test_what_sizes_cost(source: Path, texts: Path, command_line: CommandLine, tmp_path: Path) -> None:
+    """Bits per byte of a size are those of the model that is written with it."""
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(TEXT[100:] * 4), encoding="utf-8")
+    output = tmp_path / "kept.json"
+    measured = ("--measure", other, "--seq-len", 32, "--max-windows", 2, "--dtype", "float32", "--json")
+    code, out, err = command_line("vocabulary", source, "-o", output, "--sizes", "384,512", "--text", texts, *measured)
+    assert code == 0, err
+    found = json.loads(out)
+    kept = choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(texts)])).kept
+    pruned(source, tmp_path / "out", texts, kept, sparsity=0.0, method="magnitude")
+    request = EvaluationRequest(texts=[other], seq_len=32, max_windows=2, dtype="float32")
+    dense, smaller = (evaluate_all(model, request).texts[0].bits_per_byte for model in (source, tmp_path / "out"))
+    assert found["dense_bits_per_byte"] == pytest.approx(dense, rel=1e-4)
+    assert [size["parameters"] for size in found["sizes"]] == [64 * 32, 192 * 32]
+    assert found["sizes"][1]["bits_per_byte"] == pytest.approx(smaller, rel=1e-4)
+    step = found["sizes"][1]["bits_per_byte"] - found["sizes"][0]["bits_per_byte"]
+    assert found["sizes"][1]["price"] == pytest.approx(step / (128 * 32 / 1e6))
+    assert found["channels"]["parameters"] > 0
+    assert output.is_file() == (found["best"] is not None)
+
+
+def test_sizes_are_measured_on_other_text(source: Path, texts: Path) -> None:
+    for measured, message in (([], "text that is not counted"), ([str(texts)], "cannot say what the others lose")):
+        request = SizesRequest(sizes=[384], texts=[str(texts)], measured_on=measured)
+        with pytest.raises(StructPruneError, match=message):
+            price_sizes(source, request, SilentObserver())
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

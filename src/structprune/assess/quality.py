@@ -30,6 +30,7 @@ from structprune.memory import PeakMeter, bound_hidden_memory, parse_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe
 from structprune.results.measured import Evaluation, TaskResult, TextResult
+from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,8 @@ class EvaluationRequest:
     """Batch size of the tasks' requests."""
     stream: bool = False
     """One block in memory at a time."""
+    tokens: KeptTokens = ALL_TOKENS
+    """Tokens of the vocabulary that stay, of a streamed model: rows of the others are not read."""
     memory: str | int | None = None
     """Bytes that a streamed evaluation may add."""
     device: str = "auto"
@@ -74,6 +77,8 @@ class EvaluationRequest:
             raise InputError("--against compares predictions on texts", do="give --text too")
         if self.memory is not None and not self.stream:
             raise InputError("--memory bounds a streamed evaluation only", do="add --stream")
+        if self.tokens and not self.stream:
+            raise InputError("a model of which some tokens stay is measured block by block", do="set stream")
         if self.stream and self.wants_tasks:
             raise InputError("tasks need the whole model in memory", got="--stream", do="run them without --stream")
         if self.task_limit is not None and not self.wants_tasks:
@@ -181,7 +186,7 @@ def _in_memory(
 def _stock_models(model: str | Path, request: EvaluationRequest) -> list[StockModel]:
     """Open the reference first, if there is one, then the model. Raises StructPruneError if they cannot be streamed."""
     readers = [] if request.against is None else [open_model(str(request.against))]
-    readers.append(open_model(str(model), adapter=request.merge_adapter))
+    readers.append(open_model(str(model), adapter=request.merge_adapter, tokens=request.tokens))
     models = [StockModel(reader) for reader in readers]
     _check_same_vocabulary(models[-1].layout.vocab_size, models[0].layout.vocab_size)
     return models

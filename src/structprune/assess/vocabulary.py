@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,7 @@ def choose_vocabulary(
     check_texts(weighted_texts(tuple(request.texts)))
     source = _Source.open(model, request.merge_adapter)
     texts = weighted_texts(tuple(request.texts))
-    observer.start("count tokens", len(texts))
-    counted, samples = list[CountedText](), list[str]()
-    for text in texts:
-        counts_V, sample = _count(text, source, observer)
-        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
-        samples.append(sample)
-        observer.advance(text.name)
+    counted, samples = _counted(texts, source, observer)
     kept = _chosen(str(model), source, request, counted)
     reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
     lengths = _checked(source.tokenizer, kept, [*samples, PROBE_TEXT], source.where)
@@ -115,6 +110,33 @@ def choose_vocabulary(
             for text, (num_bytes, before, after) in zip(texts, lengths, strict=False)
         ),
     )
+
+
+def choose_sizes(
+    model: str | Path, request: VocabularyRequest, sizes: Sequence[int], observer: Observer
+) -> list[tuple[KeptTokens, int]]:
+    """Choose the tokens of every size in one count; returns each list, and the parameters that go with the others.
+
+    Raises what `choose_vocabulary` does.
+    """
+    source = _Source.open(model, request.merge_adapter)
+    counted, _ = _counted(weighted_texts(tuple(request.texts)), source, observer)
+    _, sliced = rows_by_token(source.reader)
+    width = sum(math.prod(source.reader.shapes[name][1:]) for name in sliced)
+    lists = [_chosen(str(model), source, replace(request, size=size), counted) for size in sizes]
+    return [(kept, (source.num_rows - len(kept.ids)) * width) for kept in lists]
+
+
+def _counted(texts: Sequence[WeightedText], source: _Source, observer: Observer) -> tuple[list[CountedText], list[str]]:
+    """Count every text; returns the starts of them too."""
+    observer.start("count tokens", len(texts))
+    counted, samples = list[CountedText](), list[str]()
+    for text in texts:
+        counts_V, sample = _count(text, source, observer)
+        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
+        samples.append(sample)
+        observer.advance(text.name)
+    return counted, samples
 
 
 def decided(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:
@@ -140,7 +162,7 @@ def decided(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:
 
 
 def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-    """Stand in for the choice that a run would make: as many tokens, none of them counted. Returns what to say of it.
+    """Choose as many tokens as a run would, none of them counted; returns what to say of it too.
 
     Sizes follow from the number alone. Raises InputError for a number that is not possible.
     """

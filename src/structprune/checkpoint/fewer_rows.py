@@ -18,6 +18,7 @@ from torch import Tensor
 
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.checkpoint.weight_source import dtype_code
+from structprune.memory import release_free_memory
 
 _PIECE_BYTES = 4 * 2**20
 
@@ -113,4 +114,7 @@ class _PickedRows:
                 # Opened anew: pages of a file's mapping stay resident as long as it is open.
                 piece: Tensor = self._base.open_slice(self._name)[start:stop]
                 result[low:high] = piece[torch.tensor(wanted[low:high]) - start]
+                del piece
+        # What pieces were made of is smaller than what goes back to the system by itself.
+        release_free_memory()
         return result

@@ -27,6 +27,7 @@ from structprune.comparison.run import ComparisonRequest, compare
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.resolve import check_planned
 from structprune.errors import InputError, StructPruneError
+from structprune.kinds import Scope
 from structprune.methods import METHODS
 from structprune.observer import Observer
 from structprune.recipe import Recipe, flag_name
@@ -150,7 +151,7 @@ def advise(request: AdviceRequest, output: Path, observer: Observer) -> Advice:
     )
 
 
-def share_of_scope(layout: ModelLayout, scope: str, share: float) -> float:
+def share_of_scope(layout: ModelLayout, scope: Scope, share: float) -> float:
     """Convert a share of all parameters of the model into one of the scope's. Raises InputError for too large a one."""
     in_scope = scope_parameters(layout, scope)
     found = share * layout.num_parameters / in_scope if in_scope else 1.0
