@@ -48,6 +48,7 @@ from structprune.training.finalize import RECOVERY_REPORT_NAME
 from structprune.training.gates.choose import choose_units, learner_of
 from structprune.training.run import find_recovery, load_recovery_report, recover_model
 from structprune.types import ModelLayout
+from structprune.vocabulary.kept import KEPT_NAME
 
 # An export is written beside its place first, under a longer name.
 _EXPORT_SPARE = len("..tmp-4194304")
@@ -379,7 +380,12 @@ def export(
 
 
 def _source_gguf(model: str, directory: Path) -> Path | None:
-    """Find the GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there."""
+    """Find the GGUF file that `model`, or the model that it was pruned from, was read from, if it is still there.
+
+    With fewer tokens the tokenizer is another one than that file's.
+    """
+    if (directory / KEPT_NAME).is_file():
+        return None
     report = directory / REPORT_NAME
     source = model
     if report.is_file():
