@@ -29,7 +29,7 @@ from structprune.memory import format_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
 from structprune.recipe.tokens import WantedTokens
-from structprune.texts import WeightedText, weighted_texts
+from structprune.texts import WeightedText, shown_texts, weighted_texts
 from structprune.vocabulary.choose import CountedText, choose_tokens, mean_shares
 from structprune.vocabulary.ids import ids_of
 from structprune.vocabulary.kept import KeptTokens
@@ -172,13 +172,13 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
     request = _request(recipe.vocabulary, recipe, ())
     source = _Source.open(model, request.merge_adapter)
     kept = _chosen(str(model), source, request, [])
-    files = [
-        path
-        for text in weighted_texts((*recipe.calibration, *recipe.vocabulary_text))
-        if (path := text.path) is not None
-    ]
+    texts = (*recipe.calibration, *recipe.vocabulary_text)
+    files = [path for text in weighted_texts(texts) if (path := text.path) is not None]
     size = format_bytes(sum(min(path.stat().st_size, _MOST_BYTES) for path in files))
-    said = f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them on {size} of text first"
+    said = (
+        f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them first on {shown_texts(texts)}"
+        f" ({size} of files)"
+    )
     return recipe.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False}), (said,)
 
 
