@@ -21,6 +21,7 @@ import yaml
 
 from structprune.architectures import FAMILIES
 from structprune.cli import app
+from structprune.kinds import SCOPES
 from structprune.methods import METHODS
 from structprune.recipe import Group, Recipe
 from structprune.registry import Registry
@@ -47,7 +48,7 @@ FOREIGN_PATHS = ("LLMPruner/", "OUT/", "OUT.", "DIR/", "organisation/", "DATA/",
 """Paths that are no part of this repository: what a user has, and the code of others."""
 
 ONE_OF = {
-    "--scope": {"mlp", "attention", "all"},
+    "--scope": set(SCOPES),
     "--structure": {"uniform", "per-layer"},
     "--target": {"local", "dense-path"},
     "--head-units": {"kv-group", "query-head", "value-channel"},
