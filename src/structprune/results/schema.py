@@ -224,7 +224,8 @@ class LimitReport(Frozen):
         asked = f"asked for at most {shown(self.at_most)}"
         if self.reached is None:
             dense = f"the dense model takes {shown(self.before)}"
-            return f"{asked}, predicted {shown(self.predicted)} ({dense}); `structprune bench` measures it"
+            later = "`llama-quantize` makes it" if self.counts == "bytes" else "`structprune bench` measures it"
+            return f"{asked}, predicted {shown(self.predicted)} ({dense}); {later}"
         predicted = "as predicted" if self.reached == self.predicted else f"predicted {shown(self.predicted)}"
         return f"{asked}, reached {shown(self.reached)}, {predicted}"
 
