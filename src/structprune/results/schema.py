@@ -197,7 +197,7 @@ class LimitReport(Frozen):
     predicted: int
     """What the chosen widths give by the source's headers; counts a repair's new biases, which it may leave out."""
     reached: int | None
-    """What the written model has; None: that was not measured."""
+    """What the written model has; None: that was not measured. A time is measured by `structprune bench`."""
 
     @model_validator(mode="before")
     @classmethod
