@@ -119,6 +119,23 @@ def test_single_weights_stand_beside_whole_units(command_line: Any, arguments: l
     assert "not zero" in (tmp_path / "table" / "comparison.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cells_in_this_process")
+def test_methods_at_one_size_instead_of_one_share(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
+    """With a limit each method is one cell, under the limit's heading, and has the size that was asked for."""
+    methods = ["--methods", "fasp", "depth", "--no-plots"]
+    command = [*arguments, *methods, "--set", "target_parameters=20_000", "multiple_of=1", "dtype=float32"]
+    code, out, err = command_line(*command)
+    assert code == 0, err
+    assert "target-parameters 20000 mlp" in out
+    cells = result_of(tmp_path).cells
+    assert sorted(cell.label for cell in cells) == ["depth", "fasp"]
+    assert all(cell.parameters <= 20_000 for cell in cells)
+    code, _, err = command_line(*command, "--sparsities", "0.2")
+    assert code == 2
+    assert "no share is taken beside them" in err
+
+
 @pytest.mark.usefixtures("cells_in_this_process")
 def test_what_is_done_is_not_done_again(command_line: Any, arguments: list[str], tmp_path: Path) -> None:
     assert command_line(*arguments, "--methods", "magnitude", "--sparsities", 0.25)[0] == 0

@@ -34,8 +34,11 @@ from transformers import (
 from structprune import Recipe, prune
 from structprune.api import export
 from structprune.architectures.gguf.table import GGUF_FAMILIES
+from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.loading import load_model
+from structprune.architectures.stock.model import StockModel
 from structprune.cli import main
+from structprune.engine.planning.gguf_bytes import GgufBytes
 from structprune.errors import CheckpointError, InputError, NumericalError, StructPruneError, UnsupportedError
 from support.gguf_models import SIZES, VOCAB, rope
 from support.llama_runtime import run_llama
@@ -193,6 +196,25 @@ def test_uniform_widths_load_as_the_native_architecture(name: str, tmp_path: Pat
     result = export(source, tmp_path / "tiny.gguf", dtype="float32")
     assert (result.architecture, result.dtype) == (architecture, "float32")
     assert_same(tmp_path / "tiny.gguf", model, atol=5e-3 if name in GELU else 1e-4)
+    stock = StockModel(open_model(str(source)))
+    counted = GgufBytes(stock, "f32", blocks_go=False).total(stock.layout.blocks, [])
+    # What is counted high are names, and entries beside the tokenizer.
+    assert result.bytes <= counted < result.bytes + 9000
+
+
+def test_a_limit_of_bytes_of_the_gguf_file(tmp_path: Path) -> None:
+    source, _ = stock_checkpoint(UNIFORM["llama"][0](), tmp_path / "model")
+    most = export(source, tmp_path / "whole.gguf", dtype="bfloat16").bytes - 1000
+    text = tmp_path / "text.txt"
+    text.write_text("hello there " * 400, encoding="utf-8")
+    recipe = {"method": "structprune", "multiple_of": 1, "num_samples": 4, "seq_len": 32, "calibration": str(text)}
+    report = prune(source, Recipe.build(**recipe, target_bytes=f"bf16:{most}"), tmp_path / "out")
+    (limit,) = report.limits
+    written = export(tmp_path / "out", tmp_path / "out.gguf", dtype="bfloat16").bytes
+    assert written <= limit.predicted <= most < limit.before
+    assert limit.reached is None
+    assert limit.name == "bytes of a BF16 GGUF file"
+    assert "llama-quantize" in limit.line
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [("gpt2", "", "transformer."), ("gpt_neox", "lm_head.", "embed_out.")])

@@ -10,10 +10,12 @@ import pytest
 
 import structprune
 from structprune.api import plan
-from structprune.assess import SpeedRequest, time_widths
+from structprune.assess import SpeedRequest, record_time, time_widths
 from structprune.errors import StructPruneError
 from structprune.recipe import Recipe
 from structprune.recipe.latency import LatencyLimit, LatencyTable, SublayerTimes
+from structprune.report.rebuild import read_report
+from structprune.results.measured import Bench, BenchedModel, Rate, SpeedPoint
 from structprune.results.report import PruneReport
 from structprune.results.schema import LimitReport
 from support.command_line import CommandLine
@@ -98,6 +100,52 @@ def test_widths_keep_to_the_time_that_the_table_says(
     # A stair costs nothing to climb: no block keeps 9 to 15 channels, which are as slow as 16.
     if column == "prefill":
         assert all(not 8 <= block.kept_units < 16 for block in report.blocks if block.kind == "mlp")
+
+
+def speeds(batch: int, ratio: float | None) -> Bench:
+    """Measurements of 64,000 tokens a second, 2,000 in decoding."""
+    prefill, decode = (Rate(median=rate, low=rate, high=rate) for rate in (64_000.0, 2_000.0))
+    point = SpeedPoint(
+        batch=batch,
+        prompt_tokens=32,
+        decode_tokens=4,
+        prefill=prefill,
+        decode=decode,
+        peak_bytes=1,
+        prefill_ratio=ratio,
+        decode_ratio=ratio,
+    )
+    model = BenchedModel(model="out", parameters=1, file_bytes=1, weight_bytes=1, points=[point])
+    return Bench(device="cpu", dtype="float32", machine="", repeats=1, models=[model])
+
+
+@pytest.mark.parametrize(
+    ("limit", "measured", "reached"),
+    [
+        ("0.9x", speeds(1, 1.25), 800_000),
+        ("0.9x", speeds(1, 1.0), 1_000_000),
+        # A share of a time that was not measured, another batch.
+        ("0.9x", speeds(1, None), None),
+        ("0.9x", speeds(2, 1.25), None),
+        ("prefill:0.9ms", speeds(1, None), 500_000),
+        ("decode:95us", speeds(1, None), 500_000),
+    ],
+)
+def test_what_was_measured_is_written_into_the_report(
+    limit: str, measured: Bench, reached: int | None, tiny_llama: Path, text_file: Path, stairs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    recipe = asked(text_file, target_latency=limit, latency_table=str(stairs), method="wanda-sp", allocator="dp")
+    before = structprune.prune(tiny_llama, recipe, output)
+    line = record_time(output, measured)
+    (found,) = read_report(output).limits
+    assert found.reached == reached
+    assert (line is None) == (reached is None)
+    assert found.is_missed == ((found.predicted if reached is None else reached) > found.at_most)
+    assert found.model_copy(update={"reached": None}) == before.limits[0]
+    page = (output / "pruning_report.html").read_text(encoding="utf-8")
+    assert (f"reached {reached / 1e6:.2f} ms" if reached else "predicted") in page
+    assert record_time(tiny_llama, measured) is None
 
 
 def test_blocks_go_until_the_time_is_met(text_file: Path, stairs: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from structprune.comparison.cells import (
     cell_key,
     cell_recipe,
     fitted,
+    is_limited,
     parse_settings,
     parse_variant,
     settings_of,
@@ -104,3 +105,16 @@ def test_shared_settings_count_where_they_have_a_meaning() -> None:
 def test_the_method_counts_for_the_key() -> None:
     keys = {cell_key(cell_recipe({}, parse_variant(name), 0.3), {}) for name in ("structprune", "fasp", "osscar")}
     assert len(keys) == 3
+
+
+def test_limits_take_the_place_of_a_share() -> None:
+    limited = parse_variant("structprune:target_parameters=100M")
+    assert is_limited({}, limited)
+    assert is_limited({"target_bytes": "1GiB"}, parse_variant("fasp"))
+    assert not is_limited({}, parse_variant("fasp"))
+    recipe = cell_recipe({}, limited, 0.0)
+    assert "sparsity" not in recipe.model_fields_set
+    with pytest.raises(InputError, match="--target-parameters and --sparsity would decide the same thing"):
+        cell_recipe({}, limited, 0.3)
+    with pytest.raises(UnsupportedError, match="--target-bytes has no meaning for one of the methods; got reap"):
+        is_limited({"target_bytes": "1GiB"}, parse_variant("reap"))

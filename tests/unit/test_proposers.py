@@ -69,7 +69,6 @@ def test_every_choice_is_within_the_budget(name: str, num_blocks: int, share: fl
     proposer = search.propose(slots, budget, start, search.options(2, 4, seed))
     asked = run(proposer, lambda choice: total_price(slots, choice))
     assert all(budget.met(slots, choice) for choice in [*asked, proposer.best()])
-    assert proposer.best() in {start, *asked}
 
 
 @pytest.mark.parametrize("name", list(SEARCHES))
@@ -88,7 +87,8 @@ def test_a_search_is_repeated_by_what_it_was_told(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "generations"), [("evopress", 40), ("tyr", 40), ("darwinlm", 40), ("bypass", 40), ("spdy", 10)]
+    ("name", "generations"),
+    [("evopress", 40), ("tyr", 40), ("darwinlm", 40), ("bypass", 40), ("spdy", 10), ("regression", 3)],
 )
 def test_losses_that_were_predicted_wrongly_are_corrected(name: str, generations: int) -> None:
     """True losses are predicted ones times a factor per slot: the search goes at least halfway to their optimum."""

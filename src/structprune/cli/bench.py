@@ -40,7 +40,7 @@ def bench(
     quiet: QuietFlag = False,
 ) -> None:
     """Measure prefill and decode tokens per second (median, quartiles), peak memory and size of MODEL."""
-    from structprune.assess import SpeedRequest
+    from structprune.assess import SpeedRequest, record_time
     from structprune.assess import bench as run_bench
     from structprune.cli.progress import progress_observer
     from structprune.cli.render import bench_tables
@@ -61,6 +61,8 @@ def bench(
     with progress_observer(quiet=quiet) as observer:
         observer.start("bench", len(request.batches) * len(request.prompts))
         result = run_bench(model, request, merge_adapter=merge_adapter, against=against, advance=observer.advance)
+        if merge_adapter == "none" and (line := record_time(Path(model), result)):
+            observer.note(line)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from structprune.cli.command import many_values
 from structprune.cli.flags import ModelArgument, QuietFlag
 from structprune.cli.settings import given, takes_fields
+from structprune.errors import InputError
 from structprune.recipe import MOST_SAMPLES, Flag, Group, Recipe, read_yaml
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
@@ -55,22 +56,27 @@ def compare(
     quiet: QuietFlag = False,
 ) -> None:
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
-    from structprune.comparison.cells import common_recipe, parse_settings, parse_variant
+    from structprune.comparison.cells import common_recipe, is_limited, parse_settings, parse_variant
 
     of_file = read_yaml(recipe) if recipe is not None else {}
     shared = {**of_file, **settings, **parse_settings(set_fields or [], "--set")}
     variants = [parse_variant(name) for name in methods]
+    limited = [variant for variant in variants if is_limited(shared, variant)]
+    if sparsities and len(limited) == len(variants):
+        raise InputError("limits decide how much goes, so no share is taken beside them", got="--sparsities")
+    others = [variant for variant in variants if variant not in limited]
     shares = [Recipe.build(sparsity=share).sparsity for share in sparsities or _SPARSITIES]
 
     from structprune.cli.interrupt import run_cells
     from structprune.cli.render import comparison_table
+    from structprune.comparison.cell import cell_name
     from structprune.comparison.run import ComparisonRequest
     from structprune.comparison.run import compare as run_compare
 
     request = ComparisonRequest(
         model=model,
         shared=shared,
-        cells=[(variant, share) for share in shares for variant in variants],
+        cells=[*((variant, share) for share in shares for variant in others), *((variant, 0.0) for variant in limited)],
         texts=text,
         seq_len=common_recipe(shared).seq_len,
         max_windows=max_windows,
@@ -86,5 +92,5 @@ def compare(
         comparison_table(result)
     if result.failures:
         for failure in result.failures:
-            typer.echo(f"structprune: {failure.label} at {failure.sparsity:g} failed: {failure.error}", err=True)
+            typer.echo(f"structprune: {cell_name(failure.label, failure.sparsity)} failed: {failure.error}", err=True)
         raise typer.Exit(1)

@@ -101,7 +101,7 @@ def _by_sparsity(result: Comparison, row: Callable[[Cell], list[str]]) -> list[R
     rows: list[Row] = []
     previous: Heading | None = None
     for cell in result.ordered():
-        heading = Heading(f"{cell.sparsity:.4g} {cell.scope}")
+        heading = Heading(f"{cell.asked} {cell.scope}")
         if heading != previous:
             rows.append(heading)
         previous = heading

@@ -26,7 +26,8 @@ from structprune.evaluation.perplexity import make_reference, perplexity, text_b
 from structprune.evaluation.speed import SpeedResult, speed_pair
 from structprune.kinds import StartToken
 from structprune.observer import Observer
-from structprune.recipe import Recipe
+from structprune.recipe import Recipe, flag_name
+from structprune.recipe.limits import targets_of
 from structprune.results.comparison import Cell, DenseRow, Failure, Speed, TextScore
 from structprune.results.report import PruneReport
 
@@ -45,7 +46,8 @@ class CellSpec(BaseModel):
     recipe: SerializeAsAny[Recipe] | None
     """None: only the dense model is tested."""
     sparsity: float
-    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks. Zero:
+    limits decide."""
     scope: str
     texts: list[tuple[str, Path]]
     """Label and file."""
@@ -61,6 +63,16 @@ class CellSpec(BaseModel):
     shared: Path
     """Where measurements of the dense model wait for the next cell."""
     quiet: bool
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return cell_name(self.label, self.sparsity)
+
+
+def cell_name(label: str, sparsity: float) -> str:
+    """Name a cell by its method and share; the dense model, and cells whose limits decide, have none."""
+    return f"{label} at {sparsity:.4g}" if sparsity else label
 
 
 class CellResult(BaseModel):
@@ -128,7 +140,8 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
         key=spec.key,
         label=spec.label,
         method=recipe.method,
-        sparsity=spec.sparsity,
+        sparsity=spec.sparsity or report.size.removed_share_of_scope,
+        limits=", ".join(f"{flag_name(name)[2:]} {value}" for name, value in targets_of(recipe).items()),
         scope=spec.scope,
         settings=settings_of(recipe),
         tokens=tokens,

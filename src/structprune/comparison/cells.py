@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from structprune.engine.pipelines.registry import PIPELINES
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import SCOPES, Scope
 from structprune.methods.method import Method
 from structprune.recipe import MOST_SAMPLES, Recipe, all_fields, flag_name
+from structprune.recipe.limits import TARGETS, targets_of
 from structprune.texts import AUTO, WeightedText, shown_texts, weighted_texts
 from structprune.types import ModelLayout
 from structprune.vocabulary.kept import KeptTokens
@@ -94,10 +95,24 @@ def common_recipe(shared: Mapping[str, Any]) -> Recipe:
     return Recipe.build(**{"num_samples": MOST_SAMPLES, **common})
 
 
+def is_limited(shared: Mapping[str, Any], variant: Variant) -> bool:
+    """Say whether limits decide how much a variant removes, in the place of a share.
+
+    Raises UnsupportedError for a shared limit that has no meaning for its method: its cells would have another size.
+    """
+    asked = {**shared, **variant.changes}
+    limits = [name for name in TARGETS if asked.get(name) is not None]
+    own = _kind(shared, variant).model_fields
+    for name in limits:
+        if name not in own:
+            raise UnsupportedError(f"{flag_name(name)} has no meaning for one of the methods", got=variant.label)
+    return bool(limits)
+
+
 def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) -> Recipe:
     """Build the recipe of one cell, of the shared settings that have a meaning for its method and of its own.
 
-    Raises InputError that names the variant's bad setting.
+    A share of zero: its limits decide. Raises InputError that names the variant's bad setting.
     """
     own = _kind(shared, variant).model_fields
     # As many windows for all, whatever each takes.
@@ -106,7 +121,8 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) ->
         "num_samples": MOST_SAMPLES,
         **{name: value for name, value in shared.items() if name in own},
     }
-    return Recipe.build(**{**fields, **variant.changes, "method": variant.method, "sparsity": sparsity})
+    share = {"sparsity": sparsity} if sparsity else {}
+    return Recipe.build(**{**fields, **variant.changes, "method": variant.method, **share})
 
 
 def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
@@ -114,7 +130,8 @@ def fitted(recipe: Recipe, method: Method, layout: ModelLayout) -> Recipe:
     if PIPELINES.get(method.pipeline).scoped:
         return recipe
     fields = recipe.model_dump(exclude_unset=True)
-    fields["sparsity"] = recipe.sparsity * scope_parameters(layout, recipe.scope) / layout.block_parameters
+    if not targets_of(recipe):
+        fields["sparsity"] = recipe.sparsity * scope_parameters(layout, recipe.scope) / layout.block_parameters
     # Said, not left out: a cell's process reads its recipe from a file, where every field is there.
     fields["scope"] = "all"
     return Recipe.build(**fields)

@@ -19,7 +19,7 @@ from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.assess.vocabulary import planned
 from structprune.calibration.sources.file import read_text
-from structprune.comparison.cell import CellResult, CellSpec
+from structprune.comparison.cell import CellResult, CellSpec, cell_name
 from structprune.comparison.cells import (
     Variant,
     cell_key,
@@ -58,7 +58,7 @@ class ComparisonRequest:
     shared: Mapping[str, Any]
     """Recipe fields that all cells share where the method has them; method and sparsity do not count."""
     cells: Sequence[tuple[Variant, float]]
-    """Methods, each with a share that it is to remove."""
+    """Methods, each with a share that it is to remove; zero where limits decide."""
     texts: Sequence[Path]
     seq_len: int = 2048
     """Tokens per evaluation window."""
@@ -94,8 +94,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
         if comparison.dense is None:
             missing.insert(0, cells[0].model_copy(update={"recipe": None, "label": "dense", "sparsity": 0.0}))
         for number, spec in enumerate(missing, start=1):
-            name = spec.label if spec.recipe is None else f"{spec.label} at {spec.sparsity:.0%}"
-            observer.note(f"[{number}/{len(missing)}] {name}")
+            observer.note(f"[{number}/{len(missing)}] {spec.name}")
             result = _in_processes(spec, output, keep=request.keep)
             comparison = _added(comparison, result)
             if result.failure is not None:
@@ -180,7 +179,7 @@ def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None
     except StructPruneError as error:
         raise type(error)(
             error.what,
-            where=f"{label} at {sparsity:g}" + (f", {error.where}" if error.where else ""),
+            where=cell_name(label, sparsity) + (f", {error.where}" if error.where else ""),
             got=error.got,
             wanted=error.wanted,
             do=error.do,
@@ -189,7 +188,7 @@ def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None
 
 def _checkpoint_name(variant: Variant, sparsity: float) -> str:
     safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in variant.label)
-    return f"{safe}-{sparsity:g}"
+    return f"{safe}-{sparsity:g}" if sparsity else safe
 
 
 @contextlib.contextmanager

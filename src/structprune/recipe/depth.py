@@ -12,7 +12,7 @@ from structprune.recipe.common import ResolvedRecipe
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe
-from structprune.recipe.limits import NO_CACHE_LIMIT, AtMost, CacheAtMost
+from structprune.recipe.limits import NO_CACHE_LIMIT, NO_FILE_LIMIT, AtMost, CacheAtMost, FileAtMost
 
 # What a run does that takes or leaves blocks and experts as they are.
 LEFT_AS_THEY_ARE: Mapping[str, Any] = {
@@ -57,7 +57,7 @@ class ResolvedDepth(ResolvedRecipe, DepthRecipe, frozen=True):
     """What a run that removes whole blocks works by."""
 
     target_parameters: AtMost = 0
-    target_bytes: AtMost = 0
+    target_bytes: FileAtMost = NO_FILE_LIMIT
     target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
     target_latency: LatencyAtMost = NO_LATENCY_LIMIT
     score: str = SAID

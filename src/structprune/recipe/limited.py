@@ -21,7 +21,9 @@ class LimitedRecipe(RepairedRecipe, frozen=True):
         default=None, description="the most parameters that the result may have, such as 1B; instead of --sparsity"
     )
     target_bytes: Annotated[FileBytes | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
-        default=None, description="the most bytes of its weight files, such as 4GiB; instead of --sparsity"
+        default=None,
+        description="the most bytes of its weight files, such as 4GiB, or of a GGUF file of some type, such as "
+        "q4_k_m:4GiB; instead of --sparsity",
     )
     target_kv_cache: Annotated[KvCache | None, Flag(Group.WHAT, unset=_SPARSITY_DECIDES)] = Field(
         default=None,

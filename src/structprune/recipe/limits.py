@@ -9,7 +9,6 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from structprune.errors import InputError
 from structprune.memory import parse_bytes
-from structprune.recipe.fields import ByteCount
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
@@ -26,8 +25,59 @@ def parse_count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 """A number, or a text such as `1.3B`."""
-FileBytes = Annotated[ByteCount, Field(ge=1)]
-"""A number of bytes that is not zero."""
+
+
+class FileLimit(BaseModel, frozen=True, extra="forbid"):
+    """The most bytes that a file may have; zero: there is no limit."""
+
+    at_most: Annotated[int, Field(ge=0)] = 0
+    gguf_type: str = ""
+    """Which file: the GGUF file of this type, such as `q4_k_m`; empty: the weight files that are written."""
+
+    @classmethod
+    def read(cls, value: Any) -> Any:
+        """Read a number of bytes, `4GiB`, or `q4_k_m:4GiB`. Raises InputError for any other text."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls(at_most=value)
+        if not isinstance(value, str):
+            return value
+        gguf_type, colon, size = value.rpartition(":")
+        found = cls(at_most=parse_bytes(size), gguf_type=gguf_type.strip().lower())
+        if not found.at_most or (colon and not found.gguf_type):
+            raise InputError(
+                "a limit of bytes cannot be read",
+                got=repr(value)[:40],
+                wanted="bytes such as 4GiB, or those of a GGUF file of some type such as q4_k_m:4GiB",
+            )
+        return found
+
+    def __bool__(self) -> bool:
+        return self.at_most > 0
+
+    def __str__(self) -> str:
+        return f"{self.gguf_type}:{self.at_most}" if self.gguf_type else str(self.at_most)
+
+    @property
+    def plain(self) -> int | str | None:
+        """What stands in a recipe: a number where no type is said, nothing where there is no limit."""
+        if not self:
+            return None
+        return str(self) if self.gguf_type else self.at_most
+
+
+FileBytes = Annotated[
+    FileLimit,
+    BeforeValidator(FileLimit.read),
+    PlainSerializer(lambda value: value.plain, return_type=int | str | None),
+]
+"""A limit, or a text such as `4GiB` or `q4_k_m:4GiB`."""
+NO_FILE_LIMIT = FileLimit()
+FileAtMost = Annotated[
+    FileLimit,
+    BeforeValidator(lambda value: NO_FILE_LIMIT if value is None else FileLimit.read(value)),
+    PlainSerializer(lambda value: value.plain, return_type=int | str | None),
+]
+"""The most bytes; null in JSON where there is no limit."""
 
 
 class KvCacheLimit(BaseModel, frozen=True, extra="forbid"):

@@ -13,7 +13,7 @@ from structprune.recipe.common import ResolvedRecipe, flag_name
 from structprune.recipe.fields import METHODS_OWN, SAID, Flag, Group
 from structprune.recipe.latency import NO_LATENCY_LIMIT, LatencyAtMost
 from structprune.recipe.limited import LimitedRecipe
-from structprune.recipe.limits import NO_CACHE_LIMIT, TARGETS, AtMost, CacheAtMost
+from structprune.recipe.limits import NO_CACHE_LIMIT, NO_FILE_LIMIT, TARGETS, AtMost, CacheAtMost, FileAtMost
 from structprune.recipe.widths import ALL_KEPT, WIDTHS_NAME, Widths, as_widths
 
 Damping = Annotated[float, Field(gt=0, le=1)] | Literal["auto"]
@@ -185,7 +185,7 @@ class ResolvedUnits(ResolvedRecipe, UnitsRecipe, frozen=True):
     """What a run that removes units works by."""
 
     target_parameters: AtMost = 0
-    target_bytes: AtMost = 0
+    target_bytes: FileAtMost = NO_FILE_LIMIT
     target_kv_cache: CacheAtMost = NO_CACHE_LIMIT
     target_latency: LatencyAtMost = NO_LATENCY_LIMIT
     head_units: HeadUnits = SAID

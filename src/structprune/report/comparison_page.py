@@ -40,8 +40,12 @@ def _failures(comparison: Comparison) -> list[str]:
     """List the failures, one line per method and reason."""
     shares: dict[tuple[str, str], list[str]] = {}
     for failure in sorted(comparison.failures, key=lambda failure: failure.sparsity):
-        shares.setdefault((failure.label, failure.error), []).append(f"{failure.sparsity:.4g}")
-    return [f"{label} failed at {', '.join(given)}: {error}" for (label, error), given in shares.items()]
+        given = shares.setdefault((failure.label, failure.error), [])
+        given += [f"{failure.sparsity:.4g}"] if failure.sparsity else []
+    return [
+        f"{label} failed{' at ' if given else ''}{', '.join(given)}: {error}"
+        for (label, error), given in shares.items()
+    ]
 
 
 def _other_tokens(comparison: Comparison) -> list[str]:
@@ -54,7 +58,7 @@ def _other_tokens(comparison: Comparison) -> list[str]:
 def _asked(comparison: Comparison, cell: Cell) -> str:
     """Format the requested share of parameters, with its scope where the cells differ in that."""
     scopes = {other.scope for other in comparison.cells}
-    return f"{100 * cell.sparsity:.4g}%" + (f" {cell.scope}" if len(scopes) > 1 else "")
+    return (cell.limits or f"{100 * cell.sparsity:.4g}%") + (f" {cell.scope}" if len(scopes) > 1 else "")
 
 
 def _curves(comparison: Comparison) -> list[Chart]:

@@ -63,7 +63,10 @@ class Cell(Frozen):
     label: str
     method: str
     sparsity: float
-    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks."""
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks. Where
+    limits decided, the share that went."""
+    limits: str = ""
+    """Limits that decided in the place of a share, as they were asked for."""
     scope: str
     settings: dict[str, Any]
     """Recipe fields that differ from the defaults."""
@@ -90,6 +93,11 @@ class Cell(Frozen):
     """Kind of unit -> units kept in each block."""
     machine: str
     versions: dict[str, str]
+
+    @property
+    def asked(self) -> str:
+        """What decided how much goes: limits, or the share."""
+        return self.limits or f"{self.sparsity:.4g}"
 
     @property
     def nonzero(self) -> int:
@@ -159,8 +167,12 @@ class Comparison(Frozen):
         return any(cell.nonzero_parameters is not None for cell in self.cells)
 
     def ordered(self) -> list[Cell]:
-        """Sort the cells by sparsity, then by perplexity on the first text."""
-        return sorted(self.cells, key=lambda cell: (cell.sparsity, self.quality(cell.texts[0])))
+        """Sort the cells by what was asked, shares first, then by quality on the first text."""
+
+        def place(cell: Cell) -> tuple[str, float, float]:
+            return cell.limits, 0.0 if cell.limits else cell.sparsity, self.quality(cell.texts[0])
+
+        return sorted(self.cells, key=place)
 
     def quality(self, score: TextScore) -> float:
         """Return what cells are compared by: the perplexity, or bits per byte where tokens went in some of them."""

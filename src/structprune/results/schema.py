@@ -210,7 +210,7 @@ class LimitReport(Frozen):
     predicted: int
     """What the chosen widths give by the source's headers; counts a repair's new biases, which it may leave out."""
     reached: int | None
-    """What the written model has; None: that was not measured."""
+    """What the written model has; None: that was not measured. A time is measured by `structprune bench`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -237,7 +237,8 @@ class LimitReport(Frozen):
         asked = f"asked for at most {shown(self.at_most)}"
         if self.reached is None:
             dense = f"the dense model takes {shown(self.before)}"
-            return f"{asked}, predicted {shown(self.predicted)} ({dense}); `structprune bench` measures it"
+            later = "`llama-quantize` makes it" if self.counts == "bytes" else "`structprune bench` measures it"
+            return f"{asked}, predicted {shown(self.predicted)} ({dense}); {later}"
         predicted = "as predicted" if self.reached == self.predicted else f"predicted {shown(self.predicted)}"
         return f"{asked}, reached {shown(self.reached)}, {predicted}"
 

@@ -17,6 +17,7 @@ SEARCHES: Registry[Search] = Registry(
         "tyr": "structprune.allocation.proposers.evolution:TYR",
         "darwinlm": "structprune.allocation.proposers.evolution:DARWINLM",
         "spdy": "structprune.allocation.proposers.spdy:SPDY",
+        "regression": "structprune.allocation.proposers.regression:REGRESSION",
         "bypass": "structprune.allocation.proposers.policy:BYPASS",
         "graph": "structprune.allocation.proposers.policy:GRAPH",
         "grid": "structprune.allocation.proposers.rows:GRID",

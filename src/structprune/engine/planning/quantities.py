@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from structprune.allocation.budget import Sizes
 from structprune.architectures.families.common import head_size
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import missing_biases
+from structprune.engine.planning.gguf_bytes import GgufBytes
 from structprune.engine.planning.tensors import (
     BlockTensors,
     TensorForecast,
@@ -44,7 +46,7 @@ class SublayerSizes:
     """What all of its module adds, parameters that belong to no unit too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """The run that is asked about."""
 
@@ -58,6 +60,17 @@ class Asked:
         """Length of the sequence whose cache is limited; 0 where none is."""
         limit = targets_of(self.recipe).get("target_kv_cache")
         return limit.tokens if limit else 0
+
+    @property
+    def gguf_type(self) -> str:
+        """The type of the GGUF file that bytes are limited of; empty where none is."""
+        limit = targets_of(self.recipe).get("target_bytes")
+        return limit.gguf_type if limit else ""
+
+    @cached_property
+    def gguf(self) -> GgufBytes:
+        """What tensors take in that file."""
+        return GgufBytes(self.stock, self.gguf_type, blocks_go=getattr(self.recipe, "allow_block_removal", False))
 
     @property
     def latency(self) -> LatencyLimit:
@@ -244,6 +257,53 @@ def _latency_name(asked: Asked) -> str:
     return f"time of {what} on {table.device}, {table.dtype}, {table.batch} at a time"
 
 
+def unit_step(recipe: ResolvedUnits, group: UnitGroup) -> int:
+    """Return what the kept units are a multiple of; channels in every process's share alike."""
+    if group.kind == "mlp":
+        return recipe.multiple_of * recipe.tensor_parallel
+    if recipe.head_units == "value-channel":
+        # Rows of v_proj; every KV head keeps as many.
+        return math.lcm(recipe.multiple_of * recipe.tensor_parallel, group.partitions)
+    if recipe.head_units == "kv-group":
+        return recipe.tensor_parallel
+    # A query head of every KV head: there are as many as KV heads, which the processes share already.
+    return 1
+
+
+_FILES = "bytes of the weight files"
+
+
+def _file_total(asked: Asked, blocks: Sequence[BlockLayout]) -> int:
+    """Count the bytes of the weight files of these blocks, or of the GGUF file."""
+    if asked.gguf_type:
+        biases = [shape for block in blocks for shape in asked.new_biases(block).values()]
+        return asked.gguf.total(blocks, biases)
+    return file_bytes(_whole_tensors(asked, blocks), asked.recipe.max_shard_size)
+
+
+def _file_sizes(asked: Asked, block: BlockLayout, group: UnitGroup) -> SublayerSizes:
+    """Count what a sublayer adds to them."""
+    if not asked.gguf_type:
+        return _stored_sizes(asked, block, group, lambda name: asked.item_bytes(block, name))
+    blocks, names = asked.stock.layout.blocks, set(block.sublayer_tensors(group.kind))
+    new = [(name, shape) for name, shape in asked.new_biases(block).items() if name.startswith(group.module_prefix)]
+
+    def stored(keep: int) -> int:
+        kept = {group.kind: [keep] * len(blocks)}
+        shapes = [(name, shape) for name, _, shape in cut_tensors(block, kept) if name in names]
+        return asked.gguf.tensors(block, [*shapes, *new], number=block.index, count=len(blocks))
+
+    assert isinstance(asked.recipe, ResolvedUnits)
+    step = unit_step(asked.recipe, group)
+    widths = sorted({0, *range(step, group.num_units, step), group.num_units})
+    table = tuple((keep, stored(keep) if keep else 0) for keep in widths)
+    whole, num_units = table[-1][1], group.num_units
+    unit = (whole - table[1][1]) // max(1, num_units - table[1][0])
+    even = all(size == whole - (num_units - keep) * unit for keep, size in table[1:])
+    sizes = Sizes(unit=unit, rest=whole - num_units * unit) if even else Sizes(unit=max(1, unit), table=table)
+    return SublayerSizes(num_units=num_units, units=sizes, module=whole)
+
+
 QUANTITIES: Mapping[str, Quantity] = {
     "target_parameters": Quantity(
         name=lambda asked: "parameters",
@@ -253,12 +313,11 @@ QUANTITIES: Mapping[str, Quantity] = {
         reached=lambda written, size: size.parameters_after,
     ),
     "target_bytes": Quantity(
-        name=lambda asked: "bytes of the weight files",
-        total=lambda asked, blocks: file_bytes(_whole_tensors(asked, blocks), asked.recipe.max_shard_size),
-        sizes=lambda asked, block, group: _stored_sizes(
-            asked, block, group, lambda name: asked.item_bytes(block, name)
-        ),
-        reached=lambda written, size: size.bytes_after,
+        name=lambda asked: f"bytes of a {asked.gguf_type.upper()} GGUF file" if asked.gguf_type else _FILES,
+        at_most=lambda asked, value: value.at_most,
+        total=_file_total,
+        sizes=_file_sizes,
+        reached=lambda written, size: None if written.gguf_type else size.bytes_after,
     ),
     "target_kv_cache": Quantity(
         name=lambda asked: f"bytes of the KV cache of {asked.tokens:,} tokens",

@@ -14,7 +14,7 @@ from structprune.allocation.menu import Budget, Slot, list_slots, make_menu
 from structprune.architectures.families.common import VALUES_ENTRY
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.planning.limits import Limit, check_within, find_limits
-from structprune.engine.planning.quantities import SublayerSizes
+from structprune.engine.planning.quantities import SublayerSizes, unit_step
 from structprune.errors import InputError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.recipe.path import SublayerPath
@@ -243,7 +243,7 @@ def _budgets(
                 rest_size=sizes[0].units.rest,
                 size_table=sizes[0].units.table,
                 further=tuple(size.units for size in sizes[1:]),
-                multiple_of=_multiple(recipe, group),
+                multiple_of=unit_step(recipe, group),
                 cost_U=None if costs is None else costs[group.kind][block.index],
             )
         )
@@ -381,16 +381,3 @@ def _sizes(stock: StockModel, block: BlockLayout, kept: Mapping[str, Sequence[in
         sizes |= group.config_values(count)
     # Processes share whole heads, whatever the width of their values.
     return {name: size for name, size in sizes.items() if size and name != VALUES_ENTRY}
-
-
-def _multiple(recipe: ResolvedUnits, group: UnitGroup) -> int:
-    """Return what the kept units are a multiple of; channels in every process's share alike."""
-    if group.kind == "mlp":
-        return recipe.multiple_of * recipe.tensor_parallel
-    if recipe.head_units == "value-channel":
-        # Rows of v_proj; every KV head keeps as many.
-        return math.lcm(recipe.multiple_of * recipe.tensor_parallel, group.partitions)
-    if recipe.head_units == "kv-group":
-        return recipe.tensor_parallel
-    # A query head of every KV head: there are as many as KV heads, which the processes share already.
-    return 1

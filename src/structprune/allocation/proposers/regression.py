@@ -1,0 +1,177 @@
+"""Exact choices for predicted losses whose scales are fitted to everything that was measured.
+
+Evolution and SPDY keep the best choice and forget what the others lost. Here each measurement counts: the loss of a
+choice is taken as a sum of the slots' predicted losses, each times a factor of its own, and the factors are fitted to
+all measurements by least squares, drawn towards one common factor. What is searched are therefore the numbers that a
+choice depends on, one for each slot, and a choice that changes all slots says something of all of them.
+
+Our own construction. Proposals are exact choices for factors that are drawn from what is believed of them (Thompson
+sampling), each width then moved a little by chance, because a slot that never moves tells nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from structprune.allocation.exact import least_loss
+from structprune.allocation.menu import Budget, Choice, Slot, filled
+from structprune.allocation.proposers.levels import thinned
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+
+_SPACING = 1 / 32
+"""Share of the units between the widths that are chosen from."""
+_MOVED = 0.5
+"""Share of the slots that chance moves by one width."""
+_SPREAD = 0.3
+"""Standard deviation of a factor before anything was measured, of the common factor."""
+_SPREADS = (0.1, 0.2, 0.4, 0.8)
+"""Standard deviations that are tried where something was."""
+_NOISES = tuple(2.0**power for power in range(-16, 1))
+"""Variances of a measurement that are tried, of what the losses of a round vary by."""
+_LOWEST, _HIGHEST = 0.1, 10.0
+"""Bounds of a factor, of the common one."""
+_TRIES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What is believed of the factors, as shares of a common one: a normal distribution."""
+
+    mean: NDArray[np.float64]
+    root: NDArray[np.float64]
+    """A square root of their covariance: mean + root @ z for normal z is a draw."""
+
+    def drawn(self, random: np.random.Generator) -> NDArray[np.float64]:
+        """Draw factors."""
+        return np.clip(self.mean + self.root @ random.normal(size=len(self.mean)), _LOWEST, _HIGHEST)
+
+
+def unmeasured(num_slots: int) -> Belief:
+    """Return what is believed before anything was measured."""
+    return Belief(np.ones(num_slots), _SPREAD * np.eye(num_slots))
+
+
+def fitted(prices: NDArray[np.float64], losses: NDArray[np.float64]) -> Belief:
+    """Fit factors to measurements: `prices` (measurements, slots) are predicted losses, `losses` what was measured.
+
+    Both are differences from the mean of their round, in units in which the common factor is about 1. Bayesian linear
+    regression: factors are normal around a common one, which is normal around 1, and how far they vary, and the
+    measurements with them, is what makes the measurements likeliest.
+    """
+    num_measured, num_slots = prices.shape
+    alike = np.outer(prices.sum(axis=1), prices.sum(axis=1))
+    apart = prices @ prices.T
+    rest = losses - prices.sum(axis=1)
+    size = float(losses @ losses) / num_measured
+    best: tuple[float, float, NDArray[np.float64]] | None = None
+    for spread in _SPREADS:
+        values, vectors = np.linalg.eigh(alike + spread**2 * apart)
+        turned = (vectors.T @ rest) ** 2
+        for noise in _NOISES:
+            variances = np.maximum(values, 0) + noise * size
+            unlikely = float(np.sum(turned / variances + np.log(variances)))
+            if best is None or unlikely < best[0]:
+                best = unlikely, spread, (vectors / variances) @ vectors.T
+    assert best is not None
+    _, spread, inverse = best
+    prior = spread**2 * np.eye(num_slots) + 1.0
+    shared = prior @ prices.T
+    mean = 1 + shared @ (inverse @ rest)
+    values, vectors = np.linalg.eigh(prior - shared @ inverse @ shared.T)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    # All factors times one number choose the same widths.
+    level = max(float(np.median(mean)), _LOWEST)
+    return Belief(np.clip(mean / level, _LOWEST, _HIGHEST), root / level)
+
+
+class Regression:
+    """The search; `best` is the exact choice for the factors that are believed."""
+
+    def __init__(self, slots: Sequence[Slot], budget: Budget, start: Choice, options: SearchOptions) -> None:
+        self._slots, self._budget, self._options = slots, budget, options
+        self._thinned, self._places = thinned(slots, _SPACING)
+        self._random = np.random.default_rng(options.seed)
+        self._best, self._seen = start, {start}
+        self._belief = unmeasured(len(slots))
+        self._prices: list[NDArray[np.float64]] = []
+        self._losses: list[NDArray[np.float64]] = []
+
+    def ask(self) -> Sequence[Choice]:
+        """Return exact choices for factors that are drawn, each moved by chance."""
+        new: list[Choice] = []
+        if len(self._losses) == self._options.generations:
+            return new
+        for _ in range(_TRIES * self._options.children):
+            if len(new) == self._options.children:
+                break
+            choice = self._finished(self._moved(self._exact(self._belief.drawn(self._random))))
+            if choice not in self._seen:
+                self._seen.add(choice)
+                new.append(choice)
+        return new
+
+    def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
+        """Fit the factors to all that was measured so far."""
+        found = rounds[-1]
+        prices = np.array([self._priced(one.choice) for one in found])
+        losses = np.array([one.loss for one in found])
+        # Windows differ more than choices do, so that only differences within a round count.
+        # A loss is some times what was predicted, which is the common factor at first.
+        prices *= losses.mean() / max(float(prices.sum(axis=1).mean()), 1e-300)
+        self._prices.append(prices - prices.mean(axis=0))
+        self._losses.append(losses - losses.mean())
+        self._belief = fitted(np.concatenate(self._prices), np.concatenate(self._losses))
+        self._best = self._finished(self._exact(self._belief.mean))
+
+    def best(self) -> Choice:
+        """Return the exact choice for what is believed by now."""
+        return self._best
+
+    def _priced(self, choice: Choice) -> list[float]:
+        return [slot.variants[place].price for slot, place in zip(self._slots, choice, strict=True)]
+
+    def _exact(self, factors: NDArray[np.float64]) -> Choice:
+        """Return the choice of least loss for these factors, as places among the thinned widths."""
+        scaled = [
+            replace(
+                slot,
+                variants=tuple(replace(variant, price=variant.price * float(factor)) for variant in slot.variants),
+            )
+            for slot, factor in zip(self._thinned, factors, strict=True)
+        ]
+        return least_loss(scaled, self._budget)
+
+    def _moved(self, choice: Choice) -> Choice:
+        """Move slots by one width, some up and some down, then others down until the budget is met."""
+        moves = self._random.choice((-1, 0, 1), size=len(choice), p=(_MOVED / 2, 1 - _MOVED, _MOVED / 2))
+        places = [
+            min(max(place + int(move), 0), len(slot.variants) - 1)
+            for slot, place, move in zip(self._thinned, choice, moves, strict=True)
+        ]
+        while not self._budget.met(self._thinned, tuple(places)):
+            smaller = [number for number, slot in enumerate(self._thinned) if places[number] + 1 < len(slot.variants)]
+            places[smaller[int(self._random.integers(len(smaller)))]] += 1
+        return tuple(places)
+
+    def _finished(self, choice: Choice) -> Choice:
+        """Return the choice among all widths, with what the budget leaves."""
+        return filled(
+            self._slots,
+            tuple(places[place] for places, place in zip(self._places, choice, strict=True)),
+            self._budget,
+        )
+
+
+REGRESSION = Search(
+    title="Exact choices for losses fitted to all measurements",
+    paper="ours, after arXiv 2201.13096",
+    provenance="derived",
+    propose=Regression,
+    generations=8,
+    children=14,
+    rungs=(Rung(windows=4),),
+)
