@@ -14,6 +14,7 @@ from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.assess.vocabulary import decided as decided_tokens
 from structprune.assess.vocabulary import planned as planned_tokens
+from structprune.checkpoint.weight_source import FewerTokens
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.engine.planning.forecast import Forecast, PlannedSize, planned_size, retyped, shape_of
 from structprune.engine.planning.plan import Budgets, PrunePlan
@@ -71,8 +72,15 @@ class RunPlan:
     """What a person should know of source and result, a sentence each."""
     start: str | None
     """The start token that every window will begin with; empty: none; None: the tokenizer cannot be asked."""
+    tokens: FewerTokens | None = None
+    """What goes with tokens of the vocabulary, beside the parameters of `layout`; None: all stay."""
     time: Expected | None = None
     """How long the run is expected to take here; None: nobody asked, or it depends on what the run finds."""
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the source, rows of tokens that go among them."""
+        return self.layout.all_parameters + (0 if self.tokens is None else self.tokens.parameters)
 
 
 def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
@@ -95,6 +103,7 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
         runtimes=runtimes(resolved.forecast.shape),
         size=planned_size(resolved.stock, resolved.recipe, resolved.kinds, resolved.forecast),
         start=_planned_start(resolved),
+        tokens=resolved.stock.reader.fewer_tokens,
         notes=(
             *said,
             *resolved.notes,

@@ -315,6 +315,9 @@ def test_one_command_is_the_same_as_two(source: Path, texts: Path, tmp_path: Pat
     assert "| tokens | 576 | 384 |" in (tmp_path / "one" / "README.md").read_text()
     planned = plan(source, Recipe.build(method="fasp", **{**SETTINGS, **settings, **asked}))
     assert planned.forecast.num_parameters == report.size.parameters_after
+    assert planned.parameters_before == report.size.parameters_before
+    assert planned.tokens is not None
+    assert (planned.tokens.before, planned.tokens.after) == (ROWS, 384)
     assert any("which 384 tokens stay is decided by the run" in note for note in planned.notes)
 
 

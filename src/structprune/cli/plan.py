@@ -78,11 +78,13 @@ def _rows(found: RunPlan) -> list[tuple[str, str]]:
     memory = found.plan
     zeros = found.forecast.zeros
     how = f"{'per-layer' if found.recipe.per_layer else 'uniform'} widths" if zeros is None else "single weights"
-    before, after, around = found.layout.all_parameters, found.forecast.num_parameters, found.layout.around.parameters
+    before, after, around = found.parameters_before, found.forecast.num_parameters, found.layout.around.parameters
+    tokens = found.tokens
     size = "the calibration text decides" if after is None else f"{after:,} ({1 - after / before:.1%} fewer)"
     rows = [
         ("method", f"{found.recipe.method}, {how}"),
         *_zero_rows(zeros),
+        *([] if tokens is None else [("tokens", f"{tokens.before:,} -> {tokens.after:,}")]),
         ("parameters", f"{before:,} -> {size}"),
         *([("  around the text model", f"{around:,}, copied as they are")] if around else []),
         (
@@ -157,7 +159,7 @@ def _as_dict(found: RunPlan) -> dict[str, Any]:
     return {
         "model": found.source,
         "recipe": found.recipe.model_dump(mode="json"),
-        "parameters_before": found.layout.all_parameters,
+        "parameters_before": found.parameters_before,
         "parameters_around": found.layout.around.parameters,
         "parameters_after": found.forecast.num_parameters,
         "kept_units": found.forecast.kept,
