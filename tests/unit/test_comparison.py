@@ -114,7 +114,5 @@ def test_limits_take_the_place_of_a_share() -> None:
     assert not is_limited({}, parse_variant("fasp"))
     recipe = cell_recipe({}, limited, 0.0)
     assert "sparsity" not in recipe.model_fields_set
-    with pytest.raises(InputError, match="--target-parameters and --sparsity would decide the same thing"):
-        cell_recipe({}, limited, 0.3)
     with pytest.raises(UnsupportedError, match="--target-bytes has no meaning for one of the methods; got reap"):
         is_limited({"target_bytes": "1GiB"}, parse_variant("reap"))

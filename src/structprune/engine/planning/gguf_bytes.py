@@ -1,4 +1,4 @@
-"""Bytes of the GGUF file that llama.cpp's `llama-quantize` would make of a result, from widths and headers.
+"""Bytes of the GGUF file that llama.cpp's quantiser would make of a result, from widths and headers.
 
 Numbers are stored in blocks of a row, so a row's bytes do not grow evenly with its length: where a type's blocks do not
 fit in it, llama.cpp takes another type, with more bits. Which tensor has which type was read in llama.cpp
@@ -62,13 +62,13 @@ _STORED: Mapping[str, _Stored] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufMix:
-    """Types of one name of `llama-quantize`."""
+    """Types of tensors, under one name of llama.cpp's quantiser."""
 
     usual: str
     more: str = ""
-    """Of values and of the MLP's output maps in the blocks that get more bits."""
+    """Type of values and of the MLP's output maps in the blocks that get more bits."""
     fused: str = ""
-    """Of queries, keys and values in one tensor, in the other blocks."""
+    """Type of queries, keys and values in one tensor, in the other blocks."""
 
 
 GGUF_MIXES: Mapping[str, GgufMix] = {
