@@ -12,6 +12,7 @@ from structprune.architectures.sources.resolve import gguf_file, open_model
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
+from structprune.assess.sizes import sized
 from structprune.assess.vocabulary import decided as decided_tokens
 from structprune.assess.vocabulary import planned as planned_tokens
 from structprune.checkpoint.weight_source import FewerTokens
@@ -38,6 +39,7 @@ from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.repaired import repair_of, repair_windows
+from structprune.recipe.tokens import AUTO_TOKENS
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
 from structprune.results.report import PruneReport
@@ -167,6 +169,13 @@ def prune(
         )
         ranks.broadcast(lambda: _check_asked(recipe, run, ranks, shared))
         asked = ranks.broadcast(lambda: as_begun(recipe, run, observer.note))
+        if asked.vocabulary == AUTO_TOKENS and ranks.size > 1:
+            raise InputError(
+                "sizes of the vocabulary are measured by one process",
+                got=f"--vocabulary auto, {ranks.size} ranks",
+                do="decide the size first: structprune vocabulary MODEL -o FILE --sizes ... --text ... --measure ...",
+            )
+        asked = ranks.broadcast(lambda: sized(model, asked, observer, prune))
         asked = ranks.broadcast(lambda: decided_tokens(model, asked, observer))
         # What counting has taken is free and still this process's.
         release_free_memory()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
-from structprune.comparison.sizes import Priced, SizesRequest, SizesTable, price_sizes
+from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
 from structprune.errors import StructPruneError
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
@@ -259,7 +259,51 @@ def test_sizes_are_measured_on_other_text(source: Path, texts: Path) -> None:
     for measured, message in (([], "text that is not counted"), ([str(texts)], "cannot say what the others lose")):
         request = SizesRequest(sizes=[384], texts=[str(texts)], measured_on=measured)
         with pytest.raises(StructPruneError, match=message):
-            price_sizes(source, request, SilentObserver())
+            price_sizes(source, request, SilentObserver(), structprune.prune)
+
+
+def test_sizes_that_are_tried() -> None:
+    assert ladder(300, 1000) == [704, 512, 384]
+    assert ladder(960, 1000) == [960]
+    assert len(ladder(64, 262_144)) == 9
+
+
+def bits_by_size(num_rows: int, least_worth: int) -> Any:
+    """Bits per byte that rise slowly down to a size, and steeply below; a model without channels loses in between."""
+
+    def bits(self: Any, of: str | Path, adapter: str, tokens: KeptTokens) -> float:
+        if Path(of).name == "channels":
+            return 1.0 + 1e-5
+        gone = num_rows - (len(tokens.ids) or num_rows)
+        return 1.0 + 1e-9 * gone + 1e-3 * max(0, least_worth - (num_rows - gone))
+
+    return bits
+
+
+@pytest.mark.parametrize(("least_worth", "stay"), [(350, 384), (576, None)])
+def test_a_run_decides_how_many_tokens_stay(
+    least_worth: int, stay: int | None, source: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Down to where a step costs more than channels do; the whole texts say which ones they are."""
+    large = tmp_path / "large.txt"
+    large.write_text("\n".join(TEXT * 6), encoding="utf-8")
+    num_rows = inspect(source).vocab_size
+    monkeypatch.setattr("structprune.assess.sizes._Scales.bits", bits_by_size(num_rows, least_worth))
+    asked = {"vocabulary": "auto", "sparsity": 0.25, "method": "fasp"}
+    report = pruned(source, tmp_path / "out", large, **asked)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == (stay or num_rows)
+    assert len(report.recipe.tokens.ids) == (stay or 0)
+    if stay:
+        kept = choose_vocabulary(source, VocabularyRequest(size=stay, texts=[str(large)])).kept
+        assert report.recipe.tokens.ids == kept.ids
+    else:
+        with pytest.raises(StructPruneError, match="no token is worth to go"):
+            alone = Recipe.build(vocabulary="auto", scope="vocabulary", calibration=str(large), seq_len=32)
+            structprune.prune(source, alone, tmp_path / "alone")
+    found = plan(source, Recipe.build(calibration=str(large), **asked))
+    assert "decided by the run" in found.notes[0]
+    with pytest.raises(StructPruneError, match="too short to say"):
+        pruned(source, tmp_path / "short", texts, vocabulary="auto", sparsity=0.25)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

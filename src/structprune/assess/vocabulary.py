@@ -24,15 +24,15 @@ from structprune.calibration.sources.file import read_text
 from structprune.calibration.sources.parts import Share
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError
-from structprune.files import read_json
+from structprune.files import read_json, write_text
 from structprune.memory import format_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
-from structprune.recipe.tokens import WantedTokens
+from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
 from structprune.texts import WeightedText, shown_texts, weighted_texts
-from structprune.vocabulary.choose import CountedText, choose_tokens, mean_shares
+from structprune.vocabulary.choose import CountedText, choose_tokens, least_size, mean_shares
 from structprune.vocabulary.ids import ids_of
-from structprune.vocabulary.kept import KeptTokens
+from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
 from structprune.vocabulary.tokenizer_json import (
     added_tokens,
     all_tokens,
@@ -45,6 +45,8 @@ from structprune.vocabulary.tokenizer_json import (
 _MOST_BYTES = 64 * 2**20
 """Bytes that are counted of a larger text, from places all over it."""
 _CHECKED_CHARACTERS = 200_000
+_LEAST_MEASURED = 4_000
+"""Characters that are measured of a text where sizes are compared."""
 # Of a built-in text: more than any but C4 has, of which this is 25 MB.
 _MANY_WINDOWS, _SHORT_WINDOW = 2**15, 64
 
@@ -127,6 +129,40 @@ def choose_sizes(
     return [(kept, (source.num_rows - len(kept.ids)) * width) for kept in lists]
 
 
+def size_bounds(model: str | Path, recipe: Recipe) -> tuple[int, int]:
+    """Return (the fewest tokens that may stay, all of the model's). Raises InputError where none can go."""
+    source = _Source.open(model, recipe.merge_adapter)
+    named = _named(source.reader, source.tokenizer, _request(AUTO_TOKENS, recipe, ()))
+    return least_size(source.tokenizer, named, source.where), len(source.numbered)
+
+
+def split_texts(
+    model: str | Path, recipe: Recipe, folder: Path, observer: Observer
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write the first nine tenths of every text that is counted, and the rest, into files of `folder`.
+
+    Returns the first parts with the texts' weights, and the rests. Raises InputError for a text that is too short.
+    """
+    source = _Source.open(model, recipe.merge_adapter)
+    first, rest = list[str](), list[str]()
+    for number, text in enumerate(weighted_texts((*recipe.calibration, *recipe.vocabulary_text))):
+        content = _content(text, source, observer)
+        place = content.rfind("\n", 0, len(content) * 9 // 10) + 1 or len(content) * 9 // 10
+        if len(content) - place < _LEAST_MEASURED:
+            raise InputError(
+                "a text is too short to say how many tokens are worth a row",
+                where=text.name,
+                got=f"{len(content):,} characters",
+                wanted=f"{10 * _LEAST_MEASURED:,} or more",
+                do="name a larger text, or a number of tokens",
+            )
+        for parts, name, part in ((first, "counted", content[:place]), (rest, "measured", content[place:])):
+            path = folder / f"{name}-{number}.txt"
+            write_text(path, part)
+            parts.append(f"{path}:{text.weight:g}" if name == "counted" else str(path))
+    return tuple(first), tuple(rest)
+
+
 def _counted(texts: Sequence[WeightedText], source: _Source, observer: Observer) -> tuple[list[CountedText], list[str]]:
     """Count every text; returns the starts of them too."""
     observer.start("count tokens", len(texts))
@@ -169,6 +205,11 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
     if not isinstance(recipe.vocabulary, WantedTokens):
         _check_idle(recipe)
         return recipe, ()
+    if recipe.vocabulary == AUTO_TOKENS:
+        said = "how many tokens stay is decided by the run, which measures some sizes first; all are in these figures"
+        return recipe.model_copy(update={"vocabulary": ALL_TOKENS, "vocabulary_text": (), "drop_reserve": False}), (
+            said,
+        )
     request = _request(recipe.vocabulary, recipe, ())
     source = _Source.open(model, request.merge_adapter)
     kept = _chosen(str(model), source, request, [])
@@ -250,9 +291,14 @@ def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Se
 
 def _count(text: WeightedText, source: _Source, observer: Observer) -> tuple[Tensor, str]:
     """Count the tokens of a text in full, by id; returns the start of the text too."""
+    content = _content(text, source, observer)
+    return _counts(source, content), content[:_CHECKED_CHARACTERS]
+
+
+def _content(text: WeightedText, source: _Source, observer: Observer) -> str:
+    """Read a text, of a large one pieces from all over it."""
     if text.path is not None:
-        content = read_text(text.path, source.encoder.render, share=Share(num_bytes=_MOST_BYTES, seed=0))
-        return _counts(source, content), content[:_CHECKED_CHARACTERS]
+        return read_text(text.path, source.encoder.render, share=Share(num_bytes=_MOST_BYTES, seed=0))
     found: list[str] = []
 
     def encode(content: str) -> Tensor:
@@ -262,8 +308,7 @@ def _count(text: WeightedText, source: _Source, observer: Observer) -> tuple[Ten
     # A built-in text is what its source gives where many windows are asked for.
     context = SourceContext(encode=encode, sample=_no_sample, num_samples=_MANY_WINDOWS, seq_len=_SHORT_WINDOW, seed=0)
     load_windows(text.name, context, observer.note)
-    content = "\n".join(found)
-    return _counts(source, content), content[:_CHECKED_CHARACTERS]
+    return "\n".join(found)
 
 
 def _no_sample(num_windows: int, window_len: int, seed: int) -> Tensor:

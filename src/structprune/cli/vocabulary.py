@@ -14,8 +14,8 @@ from structprune.cli.flags import JsonFlag, MergeAdapterFlag, ModelArgument, Qui
 from structprune.errors import InputError
 
 if TYPE_CHECKING:
+    from structprune.assess.sizes import SizesTable
     from structprune.assess.vocabulary import VocabularyChoice
-    from structprune.comparison.sizes import SizesTable
     from structprune.vocabulary.kept import KeptTokens
 
 VocabularyCommand = many_values("--text", "--measure")
@@ -55,9 +55,10 @@ def vocabulary(
     With --sizes show what vocabularies of these sizes cost in bits per byte, and what the MLP's channels do; -o is then
     the list of the smallest one whose parameters cost no more than the channels'.
     """
+    from structprune.api import prune
     from structprune.assess import VocabularyRequest, choose_vocabulary
+    from structprune.assess.sizes import SizesRequest, price_sizes
     from structprune.cli.progress import progress_observer
-    from structprune.comparison.sizes import SizesRequest, price_sizes
     from structprune.recipe.limits import parse_count
 
     if (size is None) == (sizes is None):
@@ -77,7 +78,7 @@ def vocabulary(
             dtype=dtype,
         )
         with progress_observer(quiet=quiet) as observer:
-            table = price_sizes(model, several, observer)
+            table = price_sizes(model, several, observer, prune)
         _show_sizes(model, table, output, as_json=as_json)
         return
     request = VocabularyRequest(

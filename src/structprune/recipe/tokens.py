@@ -14,25 +14,36 @@ from structprune.recipe.limits import parse_count
 from structprune.texts import weighted_texts
 from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens, as_kept
 
+_AUTO = "auto"
 _NUMBER = re.compile(r"\s*\d[\d_]*(\.\d+)?\s*[km]?\s*", re.IGNORECASE)
 
 
 class WantedTokens(BaseModel, frozen=True, extra="forbid"):
     """How many tokens are to stay, where texts are still to decide which."""
 
-    size: Annotated[int, Field(ge=1)]
+    size: Annotated[int, Field(ge=0)]
+    """Zero: as many as are worth their row."""
 
     def __str__(self) -> str:
-        return str(self.size)
+        return str(self.size) if self.size else _AUTO
+
+
+AUTO_TOKENS = WantedTokens(size=0)
+"""As many tokens as are worth their row, by measurements."""
 
 
 def _as_asked(value: Any) -> Any:
     """Read a size such as `64k`; a file of such a name is taken as it is."""
     if isinstance(value, WantedTokens):
         return value
+    if value == _AUTO:
+        return AUTO_TOKENS
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and _NUMBER.fullmatch(value) and not expand_user(value).is_file()):
-        return WantedTokens(size=parse_count(value))
+        size = parse_count(value)
+        if size < 1:
+            raise InputError("a vocabulary has tokens", got=f"--vocabulary {value}", wanted="a number such as 64000")
+        return WantedTokens(size=size)
     return as_kept(value)
 
 
@@ -43,21 +54,22 @@ def _checked(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 def _in_json(value: KeptTokens | WantedTokens) -> Any:
     if isinstance(value, WantedTokens):
-        return value.size
+        return value.size or _AUTO
     return value.model_dump(mode="json") if value else None
 
 
 AskedVocabulary = Annotated[
     KeptTokens | WantedTokens,
     BeforeValidator(_as_asked),
-    PlainSerializer(_in_json, return_type=dict[str, Any] | int | None),
+    PlainSerializer(_in_json, return_type=dict[str, Any] | int | str | None),
     Flag(Group.WHAT, unset="all tokens stay"),
 ]
-"""A list of tokens, its content, the path of its file, or a number of tokens such as `64k`; null where all stay."""
+"""A list of tokens, its content, the path of its file, a number such as `64k`, or `auto`; null where all stay."""
 VOCABULARY_FIELD: Any = Field(
     default=ALL_TOKENS,
     description="tokens that stay, such as 64000 or 64k: those that the calibration texts and --vocabulary-text use "
-    "most; or the JSON file of `structprune vocabulary MODEL -o FILE`",
+    "most; auto: down to where a step costs more bits per byte than the MLP's channels do; or the JSON file of "
+    "`structprune vocabulary MODEL -o FILE`",
 )
 
 VocabularyTexts = Annotated[

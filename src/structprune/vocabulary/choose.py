@@ -57,16 +57,8 @@ def choose_tokens(
     kind = token_model(model, where)
     ids, closure = kind.tokens(model), kind.closure(model)
     numbered = all_tokens(tokenizer, where)
-    kept = {number for number in needed if number in numbered} | {ids[token] for token in kind.needed(model)}
-    wanted = size // MULTIPLE * MULTIPLE
-    least = len(kept) // MULTIPLE * MULTIPLE + MULTIPLE
-    if least >= len(numbered):
-        raise InputError(
-            "no token of this vocabulary can go",
-            where=where,
-            got=f"{len(numbered):,} tokens, of which {len(kept):,} are needed by every text or named elsewhere",
-            do="prune the model without --vocabulary",
-        )
+    kept = _staying(tokenizer, needed, where)
+    wanted, least = size // MULTIPLE * MULTIPLE, least_size(tokenizer, needed, where)
     if not least <= wanted < len(numbered):
         raise InputError(
             "the vocabulary cannot have this size",
@@ -84,6 +76,28 @@ def choose_tokens(
         if len(kept) + len(new) <= wanted:
             kept |= new
     return tuple(sorted(kept))
+
+
+def least_size(tokenizer: Mapping[str, Any], needed: Collection[int], where: str) -> int:
+    """Return the fewest tokens that may stay, by `needed` as in `choose_tokens`. Raises InputError if none can go."""
+    num_kept, num_tokens = len(_staying(tokenizer, needed, where)), len(all_tokens(tokenizer, where))
+    least = num_kept // MULTIPLE * MULTIPLE + MULTIPLE
+    if least >= num_tokens:
+        raise InputError(
+            "no token of this vocabulary can go",
+            where=where,
+            got=f"{num_tokens:,} tokens, of which {num_kept:,} are needed by every text or named elsewhere",
+            do="prune the model without --vocabulary",
+        )
+    return least
+
+
+def _staying(tokenizer: Mapping[str, Any], needed: Collection[int], where: str) -> set[int]:
+    """Return the ids that stay whatever the texts."""
+    model = tokenizer["model"]
+    kind, numbered = token_model(model, where), all_tokens(tokenizer, where)
+    ids = kind.tokens(model)
+    return {number for number in needed if number in numbered} | {ids[token] for token in kind.needed(model)}
 
 
 def _in_order(
