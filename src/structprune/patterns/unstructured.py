@@ -33,6 +33,11 @@ class Unstructured:
         return 1
 
     @property
+    def by_rows(self) -> bool:
+        """Whether what stays of a row does not depend on the others."""
+        return self.scope == "row"
+
+    @property
     def runs_faster(self) -> str:
         """Where such zeros make anything faster, a sentence."""
         return "Zeros anywhere make products faster with research kernels only; no stock runtime uses them."
@@ -41,7 +46,7 @@ class Unstructured:
         """Accept rows of any length."""
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
-        """Choose the weights of the largest scores: a bool mask (O, I). Of equal ones the lower index stays."""
+        """Choose the weights of the largest scores, whatever their sign. Of equal ones the lower index stays."""
         outputs, inputs = score_OI.shape
         if self.scope == "row":
             return keep_in_rows(score_OI, inputs - round(self.share * inputs))

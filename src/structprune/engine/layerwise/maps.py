@@ -22,7 +22,7 @@ from structprune.engine.layerwise.statistics import Streams, read_ranges
 from structprune.engine.run.context import RunContext, WindowRanges
 from structprune.errors import NumericalError
 from structprune.linalg.gram_products import energy
-from structprune.rows import DiagonalRows
+from structprune.rows import DiagonalRows, Rows, SymmetricRows
 from structprune.solvers.elements.problem import Reads
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments
@@ -42,6 +42,38 @@ class InputSums:
     """Mean square of each input in every window, float32; of an expert's tokens in one row."""
     wanted: Mapping[str, float] = field(default_factory=dict[str, float])
     """Map -> sum of |y|^2 on the dense path."""
+
+    def plus(self, other: InputSums) -> InputSums:
+        """Return the sums over the tokens of both. Those of `self` are added to, and cannot be used afterwards."""
+        own, others = self.moments, other.moments
+        target_OI = own.target_OI
+        if target_OI is not None and others.target_OI is not None:
+            target_OI = _added(target_OI, others.target_OI)
+        return InputSums(
+            moments=Moments(
+                gram_II=_added(own.gram_II, others.gram_II),
+                num_tokens=own.num_tokens + others.num_tokens,
+                target_OI=target_OI,
+            ),
+            energy_NI=torch.cat([self.energy_NI, other.energy_NI]),
+            wanted={name: energy + other.wanted[name] for name, energy in self.wanted.items()},
+        )
+
+    def packed(self) -> InputSums:
+        """Return the same sums in less memory, for what reads them rarely: half of a Gram matrix."""
+        gram_II = self.moments.gram_II
+        if isinstance(gram_II, Tensor):
+            gram_II = SymmetricRows.of(gram_II)
+        return replace(self, moments=replace(self.moments, gram_II=gram_II))
+
+
+def _added(own_II: Rows, other_II: Rows) -> Rows:
+    """Add a matrix to one of the same sort, in its place."""
+    if isinstance(own_II, Tensor) and isinstance(other_II, Tensor):
+        return own_II.add_(other_II)
+    assert isinstance(own_II, DiagonalRows)
+    assert isinstance(other_II, DiagonalRows)
+    return DiagonalRows(values_I=own_II.values_I + other_II.values_I)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.maps import MapStep, map_steps
 from structprune.checkpoint.writer import ModelWriter
-from structprune.engine.layerwise.elements import PrunedMap, pattern_of, prune_map, reads_of
+from structprune.engine.layerwise.elements import PrunedMap, joined_sums, pattern_of, prune_map, reads_of
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
@@ -164,8 +164,13 @@ def _prune_step(
         release_free_memory()
     found: list[tuple[str, PrunedMap, float]] = []
     with context.meter.phase(SublayerPhase.SOLVE.of(step.kind)):
-        for number, group in enumerate(step.groups):
-            sums = [each[number] for each in measured]
+        for group in step.groups:
+            weights = {name: tensors[f"{name}.weight"] for name in group.maps}
+            try:
+                sums = joined_sums(context, weights, [each.pop(0) for each in measured])
+            except NumericalError as error:
+                raise error.inside(f"block {block.index} {group.maps[0]}") from error
+            del weights
             for name in group.maps:
                 weight = f"{name}.weight"
                 seed = context.recipe.seed * 1_000_003 + block.index * 10_007 + list(block.shapes).index(weight)
