@@ -186,8 +186,8 @@ def refit_unit(
 ) -> Tensor:
     """Minimise tr((V - B) A (V - B)^T) over the weights that stay, all rows at once, by conjugate gradients.
 
-    The unit diagonal of A is the preconditioner. `start_OI` has the zeros already. It takes `REFIT_STEPS` steps or those
-    given, and ends sooner when one gains less than `least_gain` of what is left.
+    The unit diagonal of A is the preconditioner. `start_OI` has the zeros already. It takes `REFIT_STEPS` steps
+    or those given, and ends sooner when one gains less than `least_gain` of what is left.
     """
     answer_OI = sparse(unit.weight_OI, keep_OI) if start_OI is None else start_OI
     away_OI = unit.weight_OI - answer_OI
@@ -266,7 +266,7 @@ def chosen_damping(problem: SparseProblem, held_out: Moments) -> float:
     much the sums are to be believed, and a solver of its own for each would take three times as long. Of many rows some
     hundred, evenly spaced, tell.
     """
-    rows = slice(None, None, -(-len(problem.weight_OI) // _JUDGED_ROWS))
+    rows = _some(len(problem.weight_OI))
     problem = replace(problem, weight_OI=problem.weight_OI[rows], moments=_some_rows(problem.moments, rows))
     held_out = _some_rows(held_out, rows)
     scale_I, _ = scales(problem.moments)
@@ -281,9 +281,13 @@ def chosen_damping(problem: SparseProblem, held_out: Moments) -> float:
     return min(errors, key=lambda damping: errors[damping])
 
 
+def _some(outputs: int) -> slice:
+    return slice(None, None, -(-outputs // _JUDGED_ROWS))
+
+
 def choice_bytes(inputs: int, outputs: int) -> int:
-    """Count A and ten of the judged rows' size in float64 where the ridge is chosen, beside both sums: bytes."""
-    return inputs**2 * 4 + inputs * min(outputs, 2 * _JUDGED_ROWS) * 80
+    """Count A and five of the judged rows' size in float64 where the ridge is chosen, beside both sums: bytes."""
+    return inputs**2 * 4 + len(range(outputs)[_some(outputs)]) * inputs * 5 * 8
 
 
 def _some_rows(moments: Moments, rows: slice) -> Moments:
