@@ -31,7 +31,7 @@ class ElementsRecipe(Recipe, frozen=True):
 
     pipeline: ClassVar[str] = "elements"
     removes: ClassVar[str] = "single weights"
-    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1, "allocator": "uniform"}
+    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1}
 
     method: Annotated[str, Flag(Group.HOW)] = Field(
         default="alps", description="a name that `structprune methods` lists"
@@ -51,6 +51,9 @@ class ElementsRecipe(Recipe, frozen=True):
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None, description="what becomes of the weights that stay: own, mask-only, sweep or refit"
+    )
+    allocator: Annotated[str, Flag(Group.HOW)] = Field(
+        default="uniform", description="how the blocks share the zeros of an unstructured pattern: uniform or owl"
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

@@ -49,7 +49,7 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
-        "standardised",
+        "standardised; single weights: uniform or owl",
     )
     search: Annotated[str, Flag(Group.HOW)] = Field(
         default="none",

@@ -5,7 +5,7 @@ Shape suffixes: I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -48,6 +48,12 @@ def pattern_of(context: RunContext) -> Pattern:
     return as_pattern(recipe.pattern, recipe.sparsity, context.method.counts)
 
 
+def block_patterns(context: RunContext, shares: Sequence[float]) -> list[Pattern]:
+    """Return the pattern of every block, whose share of zeros is its own."""
+    recipe = context.settings(ResolvedElements)
+    return [as_pattern(recipe.pattern, share, context.method.counts) for share in shares]
+
+
 def reads_of(context: RunContext) -> frozenset[Reads]:
     """Say what has to be summed: what the pruner and the update read; a target wants all products."""
     recipe = context.settings(ResolvedElements)
@@ -56,8 +62,9 @@ def reads_of(context: RunContext) -> frozenset[Reads]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSums:
-    """What is known of the tensor that some maps read, once the ridge of each is chosen."""
+    """What is known of the tensor that some maps read, once the ridge of each is chosen, and the pattern to come."""
 
+    pattern: Pattern
     total: InputSums | None
     """Sums over all windows; None where the weights alone decide."""
     held_out: InputSums | None
@@ -66,7 +73,9 @@ class GroupSums:
     """Map -> its ridge."""
 
 
-def joined_sums(context: RunContext, weights: Mapping[str, Tensor], sums: list[InputSums]) -> GroupSums:
+def joined_sums(
+    context: RunContext, pattern: Pattern, weights: Mapping[str, Tensor], sums: list[InputSums]
+) -> GroupSums:
     """Choose the ridges of some maps by what was summed of their input, and add up all of it.
 
     `weights`: map -> its weight as it is stored. `sums`: of the fitted windows, then those of others, which are taken
@@ -76,21 +85,22 @@ def joined_sums(context: RunContext, weights: Mapping[str, Tensor], sums: list[I
     damping = _DEFAULT_DAMPING if recipe.damping == "auto" else recipe.damping
     given = dict.fromkeys(weights, damping)
     if not sums:
-        return GroupSums(total=None, held_out=None, damping=given)
+        return GroupSums(pattern=pattern, total=None, held_out=None, damping=given)
     total = sums.pop(0)
     if not sums:
-        return GroupSums(total=total, held_out=None, damping=given)
+        return GroupSums(pattern=pattern, total=total, held_out=None, damping=given)
     held_out = reduce(InputSums.plus, sums)
     sums.clear()
     if not (total.moments.num_tokens and held_out.moments.num_tokens):
         # An expert whose tokens are all on one side: nothing can be judged.
-        return GroupSums(total=total.plus(held_out), held_out=None, damping=given)
+        return GroupSums(pattern=pattern, total=total.plus(held_out), held_out=None, damping=given)
     for name, tensor in weights.items():
-        problem = _problem(context, tensor, name, total, damping)
+        problem = _problem(context, tensor, name, GroupSums(pattern=pattern, total=total, held_out=None, damping=given))
         given[name] = chosen_damping(problem, moments_of(held_out, name, problem.weight_OI))
         del problem
         release_free_memory()
-    return GroupSums(total=total.plus(held_out), held_out=held_out.packed(), damping=given)
+    joined = total.plus(held_out)
+    return GroupSums(pattern=pattern, total=joined, held_out=held_out.packed(), damping=given)
 
 
 def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, seed: int) -> PrunedMap:
@@ -98,7 +108,7 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, s
 
     Raises NumericalError, for a damaged Gram or an answer that is not finite.
     """
-    problem = _problem(context, tensor, name, sums.total, sums.damping[name], seed)
+    problem = _problem(context, tensor, name, sums, seed)
     weight_OI, pattern = problem.weight_OI, problem.pattern
     recipe = context.settings(ResolvedElements)
     found = PRUNERS.get(context.method.score).prune(problem)
@@ -135,22 +145,20 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, s
     )
 
 
-def _problem(
-    context: RunContext, tensor: Tensor, name: str, sums: InputSums | None, damping: float, seed: int = 0
-) -> SparseProblem:
+def _problem(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, seed: int = 0) -> SparseProblem:
     """Build what the pruner sees."""
     weight_OI = (tensor.T if context.stock.family.inputs_first else tensor).to(context.solve_device)
     inputs = weight_OI.shape[1]
-    if sums is None:
+    if sums.total is None:
         nothing_II = torch.zeros((), device=weight_OI.device).expand(inputs, inputs)
         moments = Moments(gram_II=nothing_II, num_tokens=1)
     else:
-        moments = moments_of(sums, name, weight_OI)
+        moments = moments_of(sums.total, name, weight_OI)
     return SparseProblem(
         weight_OI=weight_OI,
-        pattern=pattern_of(context),
+        pattern=sums.pattern,
         moments=moments,
-        damping=damping,
-        energy_NI=None if sums is None else sums.energy_NI.to(weight_OI.device),
+        damping=sums.damping[name],
+        energy_NI=None if sums.total is None else sums.total.energy_NI.to(weight_OI.device),
         seed=seed,
     )

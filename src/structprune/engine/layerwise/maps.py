@@ -9,7 +9,7 @@ Shape suffixes: B windows, S positions, T tokens, I inputs, O outputs, N windows
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.stock.maps import InputGroup, MapStep
+from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.statistics import Streams, read_ranges
 from structprune.engine.run.context import RunContext, WindowRanges
+from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import NumericalError
 from structprune.linalg.gram_products import energy
 from structprune.rows import DiagonalRows, Rows, SymmetricRows
@@ -158,6 +160,32 @@ def measure_maps(
         each.finished(count, f"block {block.index} {each.group.maps[0]}")
         for each, count in zip(sums, inputs, strict=True)
     ]
+
+
+def measure_squares(
+    context: RunContext,
+    block: BlockLayout,
+    module: nn.Module,
+    steps: Sequence[MapStep],
+    propagator: Propagator,
+    store: HiddenStore,
+) -> dict[str, Tensor]:
+    """Sum the squares of what all maps of a block read, and move the stream on: map -> (I,), float64.
+
+    Raises NumericalError for activations that are not finite.
+    """
+    sums = [_Sums(group=group, gram=None) for step in steps for group in step.groups]
+    with contextlib.ExitStack() as stack:
+        for each in sums:
+            hook = partial(_receive, sums=each, dense_TI=None, leave=False)
+            stack.callback(module.get_submodule(each.group.maps[0]).register_forward_pre_hook(hook).remove)
+        propagator.run(module, block.index, store)
+    found: dict[str, Tensor] = {}
+    for each in sums:
+        name = each.group.maps[0]
+        squares = each.finished(_num_inputs(context, block, name), f"block {block.index} {name}")
+        found |= dict.fromkeys(each.group.maps, squares.moments.gram_II.diagonal())
+    return found
 
 
 def _open(context: RunContext, modules: BlockModules, group: InputGroup, reads: Set[Reads]) -> _Sums:

@@ -17,15 +17,24 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.maps import MapStep, map_steps
 from structprune.checkpoint.writer import ModelWriter
-from structprune.engine.layerwise.elements import PrunedMap, joined_sums, pattern_of, prune_map, reads_of
+from structprune.engine.layerwise.elements import (
+    PrunedMap,
+    block_patterns,
+    joined_sums,
+    pattern_of,
+    prune_map,
+    reads_of,
+)
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
+from structprune.engine.pipelines.elements_shares import element_shares
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, NumericalError
 from structprune.memory import release_free_memory
+from structprune.patterns import Pattern
 from structprune.phases import Phase, SublayerPhase
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport, ZerosReport
@@ -50,7 +59,8 @@ def execute_elements(context: RunContext) -> PruneReport:
     layout = context.stock.layout
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     steps = map_steps(context.stock, context.kinds)
-    result = run_pass(context, _elements_pass(context, writer, steps))
+    patterns = block_patterns(context, element_shares(context, steps))
+    result = run_pass(context, _elements_pass(context, writer, steps, patterns))
     reports = [BlockReport(**report) for line in result.lines for report in line["reports"]]
     weights, kept = (sum(getattr(report, name) for report in reports) for name in ("num_units", "kept_units"))
     outcome = Outcome(
@@ -70,7 +80,9 @@ def execute_elements(context: RunContext) -> PruneReport:
     return finalize(context, writer, dict(context.reader.config), outcome, weights)
 
 
-def _elements_pass(context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]]) -> BlockPass:
+def _elements_pass(
+    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Pattern]
+) -> BlockPass:
     """Describe the pass, with the streams of the pruned model and of the dense one."""
     num_windows = len(context.windows.ids_NS)
 
@@ -78,7 +90,7 @@ def _elements_pass(context: RunContext, writer: ModelWriter, steps: Sequence[Seq
         return Streams(propagator=state.propagator, pruned=state.stores["pruned"], dense=state.stores["dense"])
 
     def visit(block: BlockLayout, state: PassState) -> Visited:
-        found = prune_maps(context, block, steps[block.index], streams(state))
+        found = prune_maps(context, block, steps[block.index], patterns[block.index], streams(state))
         return Visited(
             tensors=found.tensors,
             values={
@@ -123,7 +135,9 @@ class _PrunedBlock:
     """Map -> its zeros."""
 
 
-def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep], streams: Streams) -> _PrunedBlock:
+def prune_maps(
+    context: RunContext, block: BlockLayout, steps: Sequence[MapStep], pattern: Pattern, streams: Streams
+) -> _PrunedBlock:
     """Prune one map of the block after the other; both streams move on to the block's output."""
     with context.meter.phase(Phase.READ_BLOCK):
         tensors = dict(context.reader.read(block.shapes, block.prefix))
@@ -139,7 +153,7 @@ def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep]
         for step in steps:
             if step.stage != stage:
                 continue
-            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, streams):
+            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, pattern, streams):
                 found.setdefault(_NUMBER.sub(".*.", name), []).append((name, pruned_map, seconds))
         _advance(context, modules, stage, streams)
     return _PrunedBlock(
@@ -150,7 +164,12 @@ def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep]
 
 
 def _prune_step(
-    context: RunContext, modules: BlockModules, step: MapStep, tensors: dict[str, Tensor], streams: Streams
+    context: RunContext,
+    modules: BlockModules,
+    step: MapStep,
+    tensors: dict[str, Tensor],
+    pattern: Pattern,
+    streams: Streams,
 ) -> list[tuple[str, PrunedMap, float]]:
     """Measure and prune the maps of one step, in place: (name, what became of it, seconds)."""
     reads, block, started = reads_of(context), modules.block, time.perf_counter()
@@ -167,7 +186,7 @@ def _prune_step(
         for group in step.groups:
             weights = {name: tensors[f"{name}.weight"] for name in group.maps}
             try:
-                sums = joined_sums(context, weights, [each.pop(0) for each in measured])
+                sums = joined_sums(context, pattern, weights, [each.pop(0) for each in measured])
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.maps[0]}") from error
             del weights

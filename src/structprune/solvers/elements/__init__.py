@@ -5,6 +5,7 @@ Read first: `problem.py`, what a pruner is given; `unit.py`, the same with input
 
 from structprune.registry import Registry
 from structprune.solvers.elements.problem import Pruner, Update
+from structprune.solvers.elements.shares import Sharing
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
@@ -36,4 +37,14 @@ UPDATES: Registry[Update] = Registry(
 )
 """What becomes of the weights that stay."""
 
-__all__ = ["PRUNERS", "UPDATES", "Pruner", "Update"]
+SHARINGS: Registry[Sharing] = Registry(
+    "allocator of zeros",
+    Sharing,
+    {
+        "uniform": "structprune.solvers.elements.shares:UNIFORM",
+        "owl": "structprune.solvers.elements.shares:OWL",
+    },
+)
+"""How the blocks share the zeros."""
+
+__all__ = ["PRUNERS", "SHARINGS", "UPDATES", "Pruner", "Sharing", "Update"]
