@@ -50,7 +50,8 @@ class ElementsRecipe(Recipe, frozen=True):
         default=None, description="ridge as a share of each input's energy; auto: chosen on windows kept apart"
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
-        default=None, description="what becomes of the weights that stay: own, mask-only, sweep or refit"
+        default=None,
+        description="what becomes of the weights that stay: own, mask-only, sweep, refit, swaps or swaps-refit",
     )
     allocator: Annotated[str, Flag(Group.HOW)] = Field(
         default="uniform", description="how the blocks share the zeros of an unstructured pattern: uniform or owl"

@@ -70,7 +70,7 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating; where "
-        "single weights go own, mask-only, sweep or refit",
+        "single weights go own, mask-only, sweep, refit, swaps or swaps-refit",
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

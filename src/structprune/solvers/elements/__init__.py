@@ -33,9 +33,11 @@ UPDATES: Registry[Update] = Registry(
         "mask-only": "structprune.solvers.elements.updates:MASK_ONLY",
         "sweep": "structprune.solvers.elements.updates:SWEEP",
         "refit": "structprune.solvers.elements.updates:REFIT",
+        "swaps": "structprune.solvers.elements.swaps:SWAPS",
+        "swaps-refit": "structprune.solvers.elements.swaps:SWAPS_REFIT",
     },
 )
-"""What becomes of the weights that stay."""
+"""What becomes of the weights that stay, and whether others are to."""
 
 SHARINGS: Registry[Sharing] = Registry(
     "allocator of zeros",
