@@ -46,6 +46,10 @@ class ElementsRecipe(Recipe, frozen=True):
             "row with unstructured:row; N:M, such as 2:4: all but N of every M consecutive weights of a row",
         )
     )
+    permute_channels: Annotated[bool, Flag(Group.HOW, names="--permute-channels/--no-permute-channels")] = Field(
+        default=False,
+        description="put MLP channels, and each KV head's values, in an order in which groups of N:M lose less",
+    )
     damping: Annotated[Damping | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
         default=None, description="ridge as a share of each input's energy; auto: chosen on windows kept apart"
     )

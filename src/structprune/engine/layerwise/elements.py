@@ -6,7 +6,7 @@ Shape suffixes: I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -71,6 +71,11 @@ class GroupSums:
     """Sums over the windows that chose the ridges; None where none did."""
     damping: Mapping[str, float]
     """Map -> its ridge."""
+
+    def reordered(self, order_I: Tensor) -> GroupSums:
+        """Return the same with the inputs in another order."""
+        total, held_out = (None if each is None else each.reordered(order_I) for each in (self.total, self.held_out))
+        return replace(self, total=total, held_out=held_out)
 
 
 def joined_sums(

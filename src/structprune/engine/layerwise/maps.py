@@ -23,7 +23,7 @@ from structprune.engine.layerwise.statistics import Streams, read_ranges
 from structprune.engine.run.context import RunContext, WindowRanges
 from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import NumericalError
-from structprune.linalg.gram_products import energy
+from structprune.linalg.gram_products import energy, strips
 from structprune.rows import DiagonalRows, Rows, SymmetricRows
 from structprune.solvers.elements.problem import Reads
 from structprune.statistics import GramAccumulator
@@ -61,12 +61,28 @@ class InputSums:
             wanted={name: energy + other.wanted[name] for name, energy in self.wanted.items()},
         )
 
+    def reordered(self, order_I: Tensor) -> InputSums:
+        """Return the same sums with the inputs in another order: a new square, put in order a few rows at a time."""
+        moments, order_I = self.moments, order_I.to(self.moments.gram_II.device)
+        target_OI = None if moments.target_OI is None else _reordered(moments.target_OI, order_I)
+        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), target_OI=target_OI)
+        return replace(self, moments=moments, energy_NI=self.energy_NI[:, order_I.cpu()])
+
     def packed(self) -> InputSums:
         """Return the same sums in less memory, for what reads them rarely: half of a Gram matrix."""
         gram_II = self.moments.gram_II
         if isinstance(gram_II, Tensor):
             gram_II = SymmetricRows.of(gram_II)
         return replace(self, moments=replace(self.moments, gram_II=gram_II))
+
+
+def _reordered(matrix_II: Rows, order_I: Tensor) -> Rows:
+    if isinstance(matrix_II, DiagonalRows):
+        return DiagonalRows(values_I=matrix_II.values_I[order_I])
+    found_II = matrix_II[order_I]
+    for part in strips(*found_II.shape):
+        found_II[part] = found_II[part][:, order_I]
+    return SymmetricRows.of(found_II) if isinstance(matrix_II, SymmetricRows) else found_II
 
 
 def _added(own_II: Rows, other_II: Rows) -> Rows:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock.maps import MapStep, map_steps
+from structprune.architectures.stock.maps import InputGroup, MapStep, map_steps
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.elements import (
+    GroupSums,
     PrunedMap,
     block_patterns,
     joined_sums,
@@ -26,6 +28,7 @@ from structprune.engine.layerwise.elements import (
     reads_of,
 )
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
+from structprune.engine.layerwise.orders import dealt_order, in_order, input_order, movable_groups
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.elements_shares import element_shares
@@ -36,6 +39,7 @@ from structprune.errors import InputError, NumericalError
 from structprune.memory import release_free_memory
 from structprune.patterns import Pattern
 from structprune.phases import Phase, SublayerPhase
+from structprune.recipe.elements import ResolvedElements
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport, ZerosReport
 from structprune.types import BlockLayout, Stage
@@ -190,6 +194,8 @@ def _prune_step(
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.maps[0]}") from error
             del weights
+            if context.settings(ResolvedElements).permute_channels:
+                sums = _permuted(context, modules, group, tensors, sums)
             for name in group.maps:
                 weight = f"{name}.weight"
                 seed = context.recipe.seed * 1_000_003 + block.index * 10_007 + list(block.shapes).index(weight)
@@ -204,6 +210,27 @@ def _prune_step(
                 started = time.perf_counter()
                 release_free_memory()
     return found
+
+
+def _permuted(
+    context: RunContext, modules: BlockModules, group: InputGroup, tensors: dict[str, Tensor], sums: GroupSums
+) -> GroupSums:
+    """Put the channels that a map reads in another order, where it is free, in `tensors` and the pruned module.
+
+    Returns the sums in that order.
+    """
+    block, stock = modules.block, context.stock
+    units = movable_groups(stock, block, context.kinds).get(group.maps[0]) if len(group.maps) == 1 else None
+    if units is None:
+        return sums
+    stored = tensors[f"{group.maps[0]}.weight"]
+    weight_OI = stored.T if stock.family.inputs_first else stored
+    energy_I = torch.ones(weight_OI.shape[1]) if sums.total is None else sums.total.moments.gram_II.diagonal().cpu()
+    order_U = dealt_order(weight_OI, energy_I, units, sums.pattern.group)
+    for name, tensor in in_order(tensors, units, order_U).items():
+        tensors[name] = tensor
+        modules.pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)
+    return sums.reordered(input_order(units, weight_OI.shape[1], order_U))
 
 
 def _report(block: BlockLayout, kind: str, parts: Sequence[tuple[str, PrunedMap, float]]) -> BlockReport:

@@ -50,6 +50,12 @@ def element_settings(
     )
     pattern = as_pattern(resolved.pattern, resolved.sparsity, method.counts)
     _check_shares(resolved, pattern)
+    if recipe.permute_channels and pattern.group == 1:
+        raise UnsupportedError(
+            "the order of channels matters to groups only",
+            got=f"--permute-channels, --pattern {pattern.name}",
+            wanted="--pattern N:M, such as 2:4",
+        )
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
@@ -140,6 +146,7 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
                         squares="gram" in reads,
                         followed=recipe.follows_dense,
                         sets=2 if recipe.chooses_ridge else 1,
+                        permuted=recipe.permute_channels,
                         workspace=_workspace(pruner, update, stock, block, group.maps),
                     )
                     for group in step.groups
