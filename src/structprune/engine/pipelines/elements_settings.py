@@ -143,6 +143,7 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
                     MapProblem(
                         inputs=_shape(stock, block, group.maps[0])[1],
                         outputs=max(_shape(stock, block, name)[0] for name in group.maps),
+                        read=bool(reads),
                         squares="gram" in reads,
                         followed=recipe.follows_dense,
                         sets=2 if recipe.chooses_ridge else 1,

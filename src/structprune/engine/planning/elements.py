@@ -19,6 +19,8 @@ class MapProblem:
     inputs: int
     outputs: int
     """The widest map's."""
+    read: bool
+    """Whether anything is summed."""
     squares: bool
     """Whether the products of all pairs of inputs are summed, or their squares alone."""
     followed: bool
