@@ -79,7 +79,7 @@ class NM:
             return keep_in_rows(score_GM, self.keep).view(score_OI.shape)
         # Ten times as fast as sorting so few.
         keep_GM = score_GM >= _nth_largest(score_GM, self.keep)[:, None]
-        if int(keep_GM.sum()) != len(keep_GM) * self.keep:
+        if int(keep_GM.count_nonzero()) != len(keep_GM) * self.keep:
             tied = (keep_GM.sum(dim=1) != self.keep).nonzero().flatten()
             keep_GM[tied] = keep_in_rows(score_GM[tied], self.keep)
         return keep_GM.view(score_OI.shape)
@@ -96,7 +96,9 @@ class NM:
         """Whether no group has more than `keep` weights that are not zero."""
         if weight_OI.shape[1] % self.of:
             return False
-        return bool(((weight_OI.reshape(-1, self.of) != 0).sum(dim=1) <= self.keep).all())
+        groups_GM = weight_OI.reshape(-1, self.of)
+        # A sum would make a copy in int64 first.
+        return bool((groups_GM.count_nonzero(dim=1) <= self.keep).all())
 
 
 def _nth_largest(score_GM: Tensor, place: int) -> Tensor:

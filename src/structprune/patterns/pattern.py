@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Numbers of a few rows that are looked at together, and of a sample; steps between those of a sample.
 _PART_NUMBERS, _SAMPLED = 2**18, 8192
+# What share of all numbers may be near.
+_NEAR = 8
 _STEPS = (1, 3, 7, 13, 29, 61, 127, 251, 509, 1021, 4093, 16381, 65521)
 
 
@@ -100,7 +102,7 @@ def keep_of_all(score_OI: Tensor, num_keep: int) -> Tensor:
     """Keep the `num_keep` largest of all scores, as float32 knows them; of equal ones the lower index stays.
 
     A sample says where the last one that stays is about, and one pass finds it among the few that are near. Where the
-    sample is wrong, or half of the matrix is equal, its bits are counted. No copy of the matrix is made.
+    sample is wrong, or many are equal, its bits are counted. No copy of the matrix is made.
     """
     outputs, inputs = score_OI.shape
     keep_OI = torch.zeros(outputs, inputs, dtype=torch.bool, device=score_OI.device)
@@ -112,7 +114,7 @@ def keep_of_all(score_OI: Tensor, num_keep: int) -> Tensor:
     for part in parts:
         size_SI = score_OI[part].to(torch.float32).abs()
         torch.ge(size_SI, least, out=keep_OI[part])
-        num_kept += int(keep_OI[part].sum())
+        num_kept += int(keep_OI[part].count_nonzero())
     too_many = num_kept - num_keep
     for part in reversed(parts) if too_many else ():
         # Of the equal ones the last go, row after row from the end.
@@ -137,10 +139,10 @@ def _last_kept(score_OI: Tensor, parts: Sequence[slice], num_keep: int) -> float
     for part in parts:
         size_SI = score_OI[part].to(torch.float32).abs()
         larger_SI = size_SI > high
-        above += int(larger_SI.sum())
+        above += int(larger_SI.count_nonzero())
         near.append(size_SI[(size_SI >= low).logical_xor_(larger_SI)])
         count += len(near[-1])
-        if above >= num_keep or count > score_OI.numel() // 2:
+        if above >= num_keep or count > score_OI.numel() // _NEAR:
             return _by_bits(score_OI, parts, num_keep)
     if above + count < num_keep:
         return _by_bits(score_OI, parts, num_keep)

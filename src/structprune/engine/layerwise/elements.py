@@ -142,7 +142,7 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, s
     transposed = context.stock.family.inputs_first
     return PrunedMap(
         weight=(stored_OI.T if transposed else stored_OI).contiguous().cpu(),
-        num_zeros=int((stored_OI == 0).sum()),
+        num_zeros=stored_OI.numel() - int(stored_OI.count_nonzero()),
         errors=errors,
         held_out=held_out,
         status=status,

@@ -33,6 +33,7 @@ from structprune.solvers.elements.unit import UnitWeight, damped_gram, group_byt
 _RHO, _MOST_RHO = 0.1, 1e6
 _EVERY, _SETTLED_AFTER, _SETTLED = 3, 30, 3e-4
 MOST_STEPS = 300
+_BUFFERS = 16 * 2**20
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,12 +90,16 @@ class _State:
 
     def choose(self) -> None:
         """Choose what stays of all rows."""
-        self.keep_OI = self.pattern.keep_largest(self.point_OI)
+        if not self.pattern.by_rows:
+            self.keep_OI = self.pattern.keep_largest(self.point_OI)
+            return
+        for part in row_groups(*self.point_OI.shape):
+            self.keep_OI[part] = self.pattern.keep_largest(self.point_OI[part])
 
     def num_changed(self) -> int:
         """Count what has changed since the last check, which this is from now on."""
         changed = sum(
-            int((self.keep_OI[part] ^ self.checked_OI[part]).sum()) for part in row_groups(*self.keep_OI.shape)
+            int((self.keep_OI[part] ^ self.checked_OI[part]).count_nonzero()) for part in row_groups(*self.keep_OI.shape)
         )
         self.checked_OI.copy_(self.keep_OI)
         return changed
@@ -104,7 +109,7 @@ def prune_alps(problem: SparseProblem) -> SparseSolution:
     """Choose and solve one matrix. Raises NumericalError for a Gram that is not finite."""
     wanted = UnitWeight.of(problem)
     state = _State.at_start(wanted, problem.pattern)
-    num_kept = max(1, int(state.keep_OI.sum()))
+    num_kept = max(1, int(state.keep_OI.count_nonzero()))
     inverse_II, steps = _inverse(problem, state.rho), 0
     for steps in range(1, MOST_STEPS + 1):
         state.step(wanted, inverse_II)
@@ -158,9 +163,9 @@ def _checked(state: _State, wanted: UnitWeight, changed: float, steps: int) -> b
 
 
 def workspace(inputs: int, outputs: int) -> int:
-    """Count the inverse or A, the state with three masks, and some rows: bytes."""
-    admm = inputs**2 * 4 + inputs * outputs * (4 + 3) + group_bytes(inputs, outputs, 10)
-    return max(admm, refit_bytes(inputs, outputs))
+    """Count the inverse or A, the state with its masks, some rows, and what products work with: bytes."""
+    admm = inputs**2 * 4 + inputs * outputs * (4 + 4) + group_bytes(inputs, outputs, 10) + _BUFFERS
+    return max(admm, refit_bytes(inputs, outputs) + _BUFFERS)
 
 
 ALPS = Pruner(prune=prune_alps, reads=frozenset({"gram"}), workspace=workspace)

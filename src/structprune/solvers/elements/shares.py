@@ -44,7 +44,7 @@ def outlier_share(maps: Sequence[MeasuredMap]) -> float:
     total = sum(float(_score(each, part).sum(dtype=torch.float64)) for each, parts in scores for part in parts)
     count = sum(each.weight_OI.numel() for each in maps)
     least = _OUTLIER * total / max(1, count)
-    found = sum(int((_score(each, part) > least).sum()) for each, parts in scores for part in parts)
+    found = sum(int((_score(each, part) > least).count_nonzero()) for each, parts in scores for part in parts)
     return found / max(1, count)
 
 
