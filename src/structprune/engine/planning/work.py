@@ -142,7 +142,7 @@ def _elements(request: PlanRequest) -> Counts:
     found = _passes(request, windows + (windows if request.follows_dense else request.num_probe))
     for block in request.layout.blocks:
         steps = request.elements[frozenset(block.shapes)]
-        for kind in dict.fromkeys(step.kind for step in steps):
+        for kind in UNIT_KINDS:
             problems = [problem for step in steps if step.kind == kind for problem in step.problems]
             read, summed = any(each.read for each in problems), any(each.squares for each in problems)
             found = _added(
@@ -150,7 +150,7 @@ def _elements(request: PlanRequest) -> Counts:
                 {
                     Piece(What.MAP_INPUTS, kind): windows * both if read else 0,
                     Piece(What.MAP_SUMS, kind): windows if summed else 0,
-                    Piece(What.MAP_SOLVE, kind): 1,
+                    Piece(What.MAP_SOLVE, kind): 1 if problems else 0,
                 },
             )
     return found

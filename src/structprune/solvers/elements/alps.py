@@ -99,7 +99,8 @@ class _State:
     def num_changed(self) -> int:
         """Count what has changed since the last check, which this is from now on."""
         changed = sum(
-            int((self.keep_OI[part] ^ self.checked_OI[part]).count_nonzero()) for part in row_groups(*self.keep_OI.shape)
+            int((self.keep_OI[part] ^ self.checked_OI[part]).count_nonzero())
+            for part in row_groups(*self.keep_OI.shape)
         )
         self.checked_OI.copy_(self.keep_OI)
         return changed
