@@ -26,7 +26,7 @@ CANDIDATES = (1e-3, 1e-2, 1e-1)
 REFIT_STEPS = 20
 """Steps of conjugate gradients. With inputs of unit energy they end near the exact answer where the Gram is far from
 singular; elsewhere they stop before they fit what few tokens say."""
-_LEAST_GAIN = 1e-5
+_LEAST_GAIN = 1e-6
 # Rows by which the ridge is judged, and that are worked on together: at least so many, and about so many numbers.
 _JUDGED_ROWS, _LEAST_ROWS, _GROUP_NUMBERS = 512, 256, 2**18
 
