@@ -209,48 +209,6 @@ def test_alps_by_a_few_rows_is_alps_of_all(pattern: Pattern, monkeypatch: pytest
     assert parts.statistics == whole.statistics
 
 
-@pytest.mark.parametrize("pattern", [HALF, ROWS, TWO_OF_FOUR], ids=lambda pattern: pattern.name)
-def test_exchanges_lower_the_error_of_every_row(pattern: Pattern) -> None:
-    problem = sparse_problem(pattern, 1)
-    start = solved("wanda", problem)
-    swapped = UPDATES.get("swaps").solve(problem, start)
-    assert pattern.matches(swapped.weight_OI)
-    assert torch.equal(swapped.keep_OI.sum(dim=1), start.keep_OI.sum(dim=1))
-    assert torch.equal(swapped.weight_OI, sparse(problem.weight_OI, swapped.keep_OI))
-    unit = unit_problem(problem)
-    before_O, after_O = (
-        ((away_OI @ unit.gram_II) * away_OI).sum(dim=1)
-        for away_OI in (unit.weight_OI * ~each.keep_OI for each in (start, swapped))
-    )
-    assert (after_O <= before_O).all()
-    assert float(after_O.sum()) < 0.85 * float(before_O.sum())
-    refitted = UPDATES.get("swaps-refit").solve(problem, start)
-    assert torch.equal(refitted.keep_OI, swapped.keep_OI)
-    refit = UPDATES.get("refit").solve(problem, start)
-    assert damped_error(problem, refitted) < damped_error(problem, refit)
-
-
-def test_no_exchange_of_a_group_is_left_that_would_pay() -> None:
-    """All pairs of all groups, by brute force."""
-    problem = sparse_problem(TWO_OF_FOUR, 2)
-    keep_OI = UPDATES.get("swaps").solve(problem, solved("wanda", problem)).keep_OI
-    unit = unit_problem(problem)
-
-    def error(row: int, keep_I: Tensor) -> float:
-        away_I = unit.weight_OI[row] * ~keep_I
-        return float(away_I @ unit.gram_II @ away_I)
-
-    for row in range(3):
-        least = error(row, keep_OI[row])
-        for group, (gone, back) in itertools.product(range(24), itertools.permutations(range(4), 2)):
-            one, other = 4 * group + gone, 4 * group + back
-            if keep_OI[row, one] and not keep_OI[row, other]:
-                other_I = keep_OI[row].clone()
-                other_I[one], other_I[other] = False, True
-                # An exchange has to gain a ten-thousandth of what the mask began with.
-                assert error(row, other_I) > least * (1 - 3e-4)
-
-
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "thanos", "apt", "alps", "fista-unit"])
 def test_a_scale_may_move_between_weight_and_input(name: str) -> None:
     """W / s on inputs s x is the same map: the answer is V / s."""
