@@ -10,6 +10,7 @@ import json
 import random
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from source import write_source
 from structprune import Recipe, prune
 from structprune.files import write_json
 from structprune.memory import release_free_memory
+from structprune.solvers.elements import alps, unit
 
 
 class ResidentPeak:
@@ -58,24 +60,34 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--sparsity", type=float, default=None, help="0.3, or what the pattern says")
+    parser.add_argument("--vocab", type=int, default=None, help="entries of the vocabulary; those of the model")
+    parser.add_argument("--steps", type=int, default=None, help="of ALPS and of refits, whose memory is that of one")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other entries of the recipe")
     parser.add_argument("--memory", default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", default=None, help="directory for the checkpoint and the output")
     parser.add_argument("--into", type=Path, help="JSON list of results to put this one into")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        source = write_source(SHAPES[options.model], options.blocks, Path(work) / "source")
+        shape = SHAPES[options.model]
+        shape = replace(shape, vocab=options.vocab or shape.vocab)
+        source = write_source(shape, options.blocks, Path(work) / "source")
+        others: dict[str, Any] = dict(each.split("=", 1) for each in options.set)
+        share = options.sparsity if options.sparsity or "pattern" in others else 0.3
         recipe = Recipe.build(
             method=options.method,
-            sparsity=options.sparsity,
+            sparsity=share,
             calibration=str(words(Path(work) / "words.txt")),
             num_samples=options.windows,
             seq_len=options.seq_len,
             dtype=options.dtype,
             memory=options.memory,
             reload_check=False,
+            **others,
         )
+        if options.steps is not None:
+            alps.MOST_STEPS = unit.REFIT_STEPS = options.steps
         release_free_memory()
         resident = ResidentPeak()
         report = prune(source, recipe, Path(work) / "out")
@@ -83,8 +95,9 @@ def main() -> None:
     block = report.blocks[0]
     result = {
         "model": options.model,
-        "method": options.method,
+        "method": " ".join([options.method, *options.set]),
         "blocks": options.blocks,
+        "steps": options.steps,
         "tokens": options.windows * options.seq_len,
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,

@@ -1,4 +1,4 @@
-"""Matrices that are read a few rows at a time, so that the sum of two of them need not be made."""
+"""Matrices that are read a few rows at a time: sums, diagonal and symmetric ones, of which less is kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+_NUM_STRIPS = 16
 
 
 class Rows(Protocol):
@@ -83,3 +85,45 @@ class DiagonalRows:
 
     def diagonal(self) -> Tensor:
         return self.values_I
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SymmetricRows:
+    """A symmetric matrix by its upper triangle, in strips of rows that begin at the diagonal: half a square."""
+
+    strips: tuple[Tensor, ...]
+    """(rows of the strip, columns from its first row on)."""
+
+    @classmethod
+    def of(cls, matrix_II: Tensor) -> SymmetricRows:
+        """Copy the upper triangle of a matrix."""
+        step = max(1, -(-len(matrix_II) // _NUM_STRIPS))
+        starts = range(0, len(matrix_II), step)
+        return cls(strips=tuple(matrix_II[start : start + step, start:].clone() for start in starts))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.strips[0].shape[1],) * 2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.strips[0].device
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        numbers = torch.arange(self.shape[0], device=self.device)[rows]
+        found = self.strips[0].new_empty(len(numbers), self.shape[1])
+        start = 0
+        for strip in self.strips:
+            stop = start + len(strip)
+            own = (numbers >= start) & (numbers < stop)
+            found[own, start:] = strip[numbers[own] - start]
+            later = numbers >= stop
+            found[later, start:stop] = strip[:, numbers[later] - start].T
+            start = stop
+        return found
+
+    def to(self, device: torch.device, /) -> SymmetricRows:
+        return SymmetricRows(strips=tuple(strip.to(device) for strip in self.strips))
+
+    def diagonal(self) -> Tensor:
+        return torch.cat([strip.diagonal() for strip in self.strips])

@@ -148,6 +148,45 @@ def test_the_error_is_that_of_the_stock_model(tiny_llama: Path, text_file: Path,
     assert block.error == pytest.approx(relative, rel=1e-4)
 
 
+def test_blocks_with_more_outliers_keep_more(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Shares by OWL from the stock model's own activations: in proportion, 0.16 apart, and of all as many as asked."""
+    changes: dict[str, Any] = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.6, "allocator": "owl"}
+    report = prune(tiny_llama, recipe(text_file, **changes, held_out=0), tmp_path / "out")
+    model, layers = stock(tiny_llama), dict[int, list[Tensor]]()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    context = SourceContext(
+        encode=lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        render=str,
+        sample=lambda *_: torch.zeros(0),
+        num_samples=6,
+        seq_len=32,
+        seed=0,
+    )
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            block = int(name.partition(".")[0])
+
+            def score(linear: Any, args: Any, block: int = block) -> None:
+                norm_I = args[0].flatten(0, 1).square().sum(dim=0).sqrt()
+                layers.setdefault(block, []).append((linear.weight.abs() * norm_I).flatten())
+
+            module.register_forward_pre_hook(score)
+    with torch.no_grad():
+        model(draw_windows(text_file.read_text(), "text", context).ids_NS)
+    outliers = [float((all_N > 5 * all_N.mean()).double().mean()) for all_N in map(torch.cat, layers.values())]
+    assert max(outliers) > min(outliers)
+    kept = [0.16 * (each - min(outliers)) / (max(outliers) - min(outliers)) for each in outliers]
+    expected = [0.6 - each + sum(kept) / len(kept) for each in kept]
+    for number, share in enumerate(expected):
+        parts = [block for block in report.blocks if block.block == number]
+        for part in parts:
+            assert 1 - part.kept_units / part.num_units == pytest.approx(share, abs=1 / part.num_units)
+    assert report.zeros is not None
+    assert report.zeros.share == pytest.approx(0.6, abs=1e-3)
+    assert report.memory.measured_phases["sensitivity: scores"] > 0
+    assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
+
+
 def test_experts_have_zeros_by_their_own_tokens(text_file: Path, tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "mixture")
     report = prune(source, recipe(text_file, pattern="2:4"), tmp_path / "out")
@@ -230,7 +269,9 @@ def test_a_pattern_makes_another_recipe_of_the_same_name() -> None:
         (("--method", "wanda", "--pattern", "4:3"), "--pattern keeps all of a group or nothing of it"),
         (("--method", "wanda", "--pattern", "half"), "--pattern is not usable"),
         (("--method", "wanda", "--pattern", "5:10"), "a pattern of 5:10 needs rows of a multiple of 10 weights"),
-        (("--method", "wanda", "--allocator", "dp"), "--allocator has no meaning for method 'wanda'"),
+        (("--method", "wanda", "--allocator", "dp"), "unknown allocator of zeros 'dp'"),
+        (("--method", "wanda", "--allocator", "owl", "--pattern", "2:4"), "every block has the share that the pattern"),
+        (("--method", "wanda", "--allocator", "owl", "--sparsity", "0.1"), "shares of blocks may be 0.16 from"),
         (("--method", "wanda", "--solver", "refitt"), "unknown update 'refitt'"),
         (("--method", "wanda", "--damping", "0.1"), "method 'wanda' solves no weight again"),
         (("--method", "sparsegpt", "--scope", "heads"), "--scope is not usable"),

@@ -16,6 +16,7 @@ import torch
 from structprune import Recipe, prune
 from structprune.api import RunPlan, plan
 from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.maps import map_steps
 from structprune.architectures.stock.model import StockModel
 from structprune.engine import resolve
 from structprune.engine.planning.pieces import Piece, What, Work
@@ -25,7 +26,7 @@ from structprune.errors import InputError
 from structprune.observer import SilentObserver
 from structprune.recipe import MOST_SAMPLES, ResolvedRecipe
 from structprune.statistics import GramAccumulator
-from structprune.types import Stage
+from structprune.types import UNIT_KINDS, Stage
 from support.command_line import CommandLine
 from support.models import save_tiny
 
@@ -64,6 +65,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"method": "structprune", "multiple_of": 1, "sensitivity_samples": 2, "gates": "bypass", "gates_steps": 3},
     ),
+    "single weights": ("llama", {"method": "wanda", "solver": "refit", "target": "dense-path", "allocator": "owl"}),
+    "single weights of experts": ("qwen3_moe", {"method": "ria", "pattern": "2:4"}),
     "repair": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales"}),
     "repair, two passes": ("llama", {"method": "fasp", "multiple_of": 1, "repair": "scales", "repair_epochs": 2}),
 }
@@ -128,7 +131,15 @@ def test_a_run_does_what_was_counted(
                 planned[piece] += times
             elif piece.what in (What.SUMS, What.STREAM_SUMS):
                 planned[Piece(What.SUMS)] += times
-    watch = Watch(32, StockModel(open_model(str(model))).num_stages)
+    stock = StockModel(open_model(str(model)))
+    for piece, times in work["blocks"].items():
+        for step in map_steps(stock, UNIT_KINDS)[0]:
+            if (piece.what, piece.kind) == (What.MAP_INPUTS, step.kind):
+                # A pass for each step, as far as its maps.
+                planned[Piece(What.STAGE, step.stage[0])] += times
+            elif (piece.what, piece.kind) == (What.MAP_SUMS, step.kind):
+                planned[Piece(What.SUMS)] += times * len(step.groups)
+    watch = Watch(32, stock.num_stages)
     watch.install(monkeypatch)
     prune(model, recipe, tmp_path / "out")
     assert watch.seen == planned

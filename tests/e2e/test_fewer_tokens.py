@@ -297,8 +297,8 @@ def test_a_run_decides_how_many_tokens_stay(
         kept = choose_vocabulary(source, VocabularyRequest(size=stay, texts=[str(large)])).kept
         assert report.recipe.tokens.ids == kept.ids
     else:
+        alone = Recipe.build(vocabulary="auto", scope="vocabulary", calibration=str(large), seq_len=32)
         with pytest.raises(StructPruneError, match="no token is worth to go"):
-            alone = Recipe.build(vocabulary="auto", scope="vocabulary", calibration=str(large), seq_len=32)
             structprune.prune(source, alone, tmp_path / "alone")
     found = plan(source, Recipe.build(calibration=str(large), **asked))
     assert "decided by the run" in found.notes[0]

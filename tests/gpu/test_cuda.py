@@ -14,6 +14,7 @@ from structprune.api import plan
 from structprune.calibration.store import FileStore, MemoryStore
 from structprune.engine.streaming.transfer import DeviceTransfer, transfer_for
 from structprune.errors import MemoryBudgetError
+from structprune.patterns import NM, sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -76,3 +77,30 @@ def test_the_real_model_within_a_budget(method: str, smollm2: Path, shared_data:
     assert report.memory.device.planned_peak_bytes <= 1.25 * report.memory.device.measured_peak_bytes
     with pytest.raises(MemoryBudgetError, match="device's memory budget"):
         prune(smollm2, settings.model_copy(update={"device_memory": 2**20}), tmp_path / "none")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
+def test_single_weights_within_the_plan(method: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    report = prune(tiny_llama, recipe(text_file, method=method, pattern="2:4", multiple_of=None), tmp_path / "cuda")
+    assert report.memory.device is not None
+    assert 0 < report.memory.device.measured_peak_bytes <= report.memory.device.planned_peak_bytes
+    assert report.memory.device.solves == "device"
+    on_cpu = prune(
+        tiny_llama, recipe(text_file, method=method, pattern="2:4", multiple_of=None, device="cpu"), tmp_path / "cpu"
+    )
+    for found, wanted in zip(report.blocks, on_cpu.blocks, strict=True):
+        assert found.kept_units == wanted.kept_units
+        if wanted.error is not None:
+            assert found.error == pytest.approx(wanted.error, rel=0.05)
+
+
+def test_tensor_cores_multiply_what_was_pruned() -> None:
+    """A pruned matrix is taken as 2:4 by the library that multiplies such ones, and its products are the dense ones."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(256, 512, generator=generator)
+    pattern = NM(keep=2, of=4)
+    pruned_OI = sparse(weight_OI, pattern.keep_largest(weight_OI)).to("cuda", torch.float16)
+    x_IT = torch.randn(512, 128, generator=generator).to("cuda", torch.float16)
+    packed_OI = torch.sparse.to_sparse_semi_structured(pruned_OI)
+    torch.testing.assert_close(packed_OI.to_dense(), pruned_OI, rtol=0, atol=0)
+    torch.testing.assert_close(packed_OI @ x_IT, pruned_OI @ x_IT, rtol=1e-2, atol=1e-1)

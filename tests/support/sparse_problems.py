@@ -43,7 +43,7 @@ def sparse_problem(pattern: Pattern, seed: int = 0, **changes: Any) -> SparsePro
     fields: dict[str, Any] = {
         "weight_OI": weight_OI,
         "pattern": pattern,
-        "fit": sums(x_IT[:, :half]),
+        "moments": sums(x_IT[:, :half]),
         "damping": 1e-2,
         "energy_NI": (x_IT[:, :half] ** 2).reshape(len(x_IT), 4, -1).mean(dim=2).T.float(),
     }

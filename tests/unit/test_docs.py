@@ -298,6 +298,7 @@ NAMES = {
 }
 # Where single weights go the same flag names what becomes of the others.
 NAMES["solver"] |= {name for registry in registries() if registry.kind == "update" for name in registry}
+NAMES["allocator"] |= {name for registry in registries() if registry.kind == "allocator of zeros" for name in registry}
 
 
 def values_of(flag: str, text: str) -> Iterator[str]:
@@ -378,7 +379,7 @@ def test_every_method_has_a_page_and_a_row(method: str) -> None:
 
 
 def test_every_part_of_a_method_is_listed() -> None:
-    parts = {"score", "selector", "block score", "allocator", "solver", "update"}
+    parts = {"score", "selector", "block score", "allocator", "solver", "update", "allocator of zeros"}
     names = {name for entries in registries() if entries.kind in parts for name in entries}
     page = text_of(DOCS / "methods.md")
     assert len(names) > 20

@@ -60,6 +60,40 @@ def test_of_equal_scores_the_lower_index_stays(pattern: Pattern) -> None:
     assert (order.diff(dim=1) <= 0).all()
 
 
+def sorted_mask(score_OI: Tensor, num_keep: int) -> Tensor:
+    """What a stable sort of every row keeps."""
+    order_OK = score_OI.abs().sort(dim=-1, descending=True, stable=True).indices[:, :num_keep]
+    return torch.zeros_like(score_OI, dtype=torch.bool).scatter_(1, order_OK, value=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "rounded", "mostly zero", "equal", "transposed", "one sign in every column", "huge"]
+)
+def test_what_a_stable_sort_keeps(kind: str) -> None:
+    """More numbers than a sample has, whatever their ties and their order."""
+    generator = torch.Generator().manual_seed(1)
+    normal_OI = torch.randn(160, 240, generator=generator)
+    score_OI = {
+        "normal": normal_OI,
+        "rounded": normal_OI.round(decimals=1),
+        "mostly zero": normal_OI * (torch.rand(160, 240, generator=generator) > 0.6),
+        "equal": torch.ones(160, 240),
+        "transposed": torch.randn(240, 160, generator=generator).T,
+        # A sample of every other number would see one half.
+        "one sign in every column": normal_OI * torch.tensor([1e-3, 1.0] * 120),
+        "huge": normal_OI * 1e37,
+    }[kind]
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        count = round((1 - share) * 160 * 240)
+        whole = sorted_mask(score_OI.reshape(1, -1), count).view(160, 240)
+        assert torch.equal(Unstructured(share=share, scope="layer").keep_largest(score_OI), whole)
+        rows = sorted_mask(score_OI, 240 - round(share * 240))
+        assert torch.equal(Unstructured(share=share, scope="row").keep_largest(score_OI), rows)
+    for keep, of in ((2, 4), (1, 4), (3, 5), (4, 8), (7, 16), (3, 20)):
+        groups = sorted_mask(score_OI.reshape(-1, of), keep).view(160, 240)
+        assert torch.equal(NM(keep=keep, of=of).keep_largest(score_OI), groups), (keep, of)
+
+
 def _rows_of(pattern: Pattern) -> int:
     return 8 if pattern.name == "unstructured:row" else 24
 

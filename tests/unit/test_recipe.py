@@ -253,7 +253,7 @@ def test_fingerprint_is_stable() -> None:
 def test_changes_cover_every_field() -> None:
     assert set(CHANGES) == set(UnitsRecipe.model_fields)
     # A pattern makes another kind of recipe of the same method.
-    assert set(all_fields()) == {*CHANGES, "pattern"}
+    assert set(all_fields()) == {*CHANGES, "pattern", "permute_channels"}
 
 
 @pytest.mark.parametrize("field", list(CHANGES))

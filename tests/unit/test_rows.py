@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from structprune.linalg.gram_products import add_columns, block_of, in_float64, output_energy, times_gram
-from structprune.rows import RowSum
+from structprune.rows import RowSum, SymmetricRows
 from structprune.scores import SCORES, SELECTORS
 from structprune.scores.selection import decision_objective, removal_path
 from structprune.solvers.least_squares import least_squares, mean_bias
@@ -119,3 +119,17 @@ def test_a_problem_without_its_held_out_windows_is_that_of_the_others() -> None:
     fit = apart.without_held_out()
     assert fit.held_out is None
     assert fit.total() is apart.fit
+
+
+def test_half_a_square_gives_all_of_its_rows() -> None:
+    for size in (1, 5, 16, 37):
+        x = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+        whole = x + x.T
+        half = SymmetricRows.of(whole)
+        assert half.shape == whole.shape
+        assert torch.equal(half[:], whole)
+        assert torch.equal(half[2:9], whole[2:9])
+        numbers = torch.tensor([size - 1, 0, size // 2])
+        assert torch.equal(half.to(torch.device("cpu"))[numbers], whole[numbers])
+        assert torch.equal(half.diagonal(), whole.diagonal())
+        assert sum(strip.numel() for strip in half.strips) <= size * (size + size // 16 + 2) // 2 + size

@@ -58,22 +58,24 @@ def times_gram(left_OA: Tensor, gram_II: Rows, rows_A: Tensor | None, columns_B:
     return product_OB
 
 
-def output_energy(weight_OA: Tensor, gram_II: Rows, inputs_A: Tensor | None = None) -> float:
-    """Compute tr(W G[A, A] W^T) in float64: the sum over the tokens of |W x_A|^2.
+def output_energy(
+    weight_OA: Tensor, gram_II: Rows, inputs_A: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> float:
+    """Compute tr(W G[A, A] W^T): the sum over the tokens of |W x_A|^2. Products in `dtype`, their sum in float64.
 
     Without a set, A is all inputs. Each pair of inputs is read once: half the product.
     """
-    weight_OA = weight_OA.to(torch.float64)
+    weight_OA = weight_OA.to(dtype)
     total = 0.0
     for part in strips(weight_OA.shape[1], gram_II.shape[0]):
         rows_SA = gram_II[part] if inputs_A is None else gram_II[inputs_A[part]]
         rest = slice(part.start, None) if inputs_A is None else inputs_A[part.start :]
-        rows_SA = rows_SA[:, rest].to(torch.float64)
+        rows_SA = rows_SA[:, rest].to(dtype)
         count = len(rows_SA)
         own_OS = weight_OA[:, part]
         product_OS = weight_OA[:, part.stop :] @ rows_SA[:, count:].T
         product_OS = (own_OS @ rows_SA[:, :count].T).add_(product_OS, alpha=2)
-        total += float((product_OS * own_OS).sum())
+        total += float((product_OS * own_OS).sum(dtype=torch.float64))
     return total
 
 

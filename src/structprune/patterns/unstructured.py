@@ -33,6 +33,11 @@ class Unstructured:
         return 1
 
     @property
+    def by_rows(self) -> bool:
+        """Whether what stays of a row does not depend on the others."""
+        return self.scope == "row"
+
+    @property
     def runs_faster(self) -> str:
         """Where such zeros make anything faster, a sentence."""
         return "Zeros anywhere make products faster with research kernels only; no stock runtime uses them."
@@ -41,7 +46,7 @@ class Unstructured:
         """Accept rows of any length."""
 
     def keep_largest(self, score_OI: Tensor) -> Tensor:
-        """Choose the weights of the largest scores: a bool mask (O, I). Of equal ones the lower index stays."""
+        """Choose the weights of the largest scores, whatever their sign. Of equal ones the lower index stays."""
         outputs, inputs = score_OI.shape
         if self.scope == "row":
             return keep_in_rows(score_OI, inputs - round(self.share * inputs))
@@ -69,7 +74,8 @@ class Unstructured:
     def matches(self, weight_OI: Tensor) -> bool:
         """Whether a weight has at least as many zeros, in every row or in all."""
         outputs, inputs = weight_OI.shape
-        zeros_O = (weight_OI == 0).sum(dim=1)
+        # A sum would make a copy in int64 first.
+        zeros_O = inputs - weight_OI.count_nonzero(dim=1)
         if self.scope == "row":
             return bool((zeros_O >= round(self.share * inputs)).all())
         return int(torch.sum(zeros_O)) >= round(self.share * outputs * inputs)

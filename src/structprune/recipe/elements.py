@@ -31,7 +31,7 @@ class ElementsRecipe(Recipe, frozen=True):
 
     pipeline: ClassVar[str] = "elements"
     removes: ClassVar[str] = "single weights"
-    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1, "allocator": "uniform"}
+    settled: ClassVar[Mapping[str, Any]] = {"multiple_of": 1}
 
     method: Annotated[str, Flag(Group.HOW)] = Field(
         default="alps", description="a name that `structprune methods` lists"
@@ -46,11 +46,19 @@ class ElementsRecipe(Recipe, frozen=True):
             "row with unstructured:row; N:M, such as 2:4: all but N of every M consecutive weights of a row",
         )
     )
+    permute_channels: Annotated[bool, Flag(Group.HOW, names="--permute-channels/--no-permute-channels")] = Field(
+        default=False,
+        description="put MLP channels, and each KV head's values, in an order in which groups of N:M lose less",
+    )
     damping: Annotated[Damping | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
         default=None, description="ridge as a share of each input's energy; auto: chosen on windows kept apart"
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
-        default=None, description="what becomes of the weights that stay: own, mask-only, sweep or refit"
+        default=None,
+        description="what becomes of the weights that stay: own, mask-only, sweep, refit, swaps or swaps-refit",
+    )
+    allocator: Annotated[str, Flag(Group.HOW)] = Field(
+        default="uniform", description="how the blocks share the zeros of an unstructured pattern: uniform or owl"
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

@@ -51,7 +51,7 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
-        "standardised",
+        "standardised; single weights: uniform or owl",
     )
     search: Annotated[str, Flag(Group.HOW)] = Field(
         default="none",
@@ -72,7 +72,7 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how weights are restored: mask-only, bias, least-squares, admm, admm-duals or alternating; where "
-        "single weights go own, mask-only, sweep or refit",
+        "single weights go own, mask-only, sweep, refit, swaps or swaps-refit",
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

@@ -5,7 +5,7 @@ Shape suffixes: I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -48,21 +48,73 @@ def pattern_of(context: RunContext) -> Pattern:
     return as_pattern(recipe.pattern, recipe.sparsity, context.method.counts)
 
 
+def block_patterns(context: RunContext, shares: Sequence[float]) -> list[Pattern]:
+    """Return the pattern of every block, whose share of zeros is its own."""
+    recipe = context.settings(ResolvedElements)
+    return [as_pattern(recipe.pattern, share, context.method.counts) for share in shares]
+
+
 def reads_of(context: RunContext) -> frozenset[Reads]:
     """Say what has to be summed: what the pruner and the update read; a target wants all products."""
     recipe = context.settings(ResolvedElements)
     return frozenset({*PRUNERS.get(context.method.score).reads, *UPDATES.get(recipe.solver).reads})
 
 
-def prune_map(context: RunContext, tensor: Tensor, name: str, sums: Sequence[InputSums], seed: int) -> PrunedMap:
-    """Choose and solve one map, `tensor` its weight as it is stored. `sums`: of the fitted windows, then others.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSums:
+    """What is known of the tensor that some maps read, once the ridge of each is chosen, and the pattern to come."""
+
+    pattern: Pattern
+    total: InputSums | None
+    """Sums over all windows; None where the weights alone decide."""
+    held_out: InputSums | None
+    """Sums over the windows that chose the ridges; None where none did."""
+    damping: Mapping[str, float]
+    """Map -> its ridge."""
+
+    def reordered(self, order_I: Tensor) -> GroupSums:
+        """Return the same with the inputs in another order."""
+        total, held_out = (None if each is None else each.reordered(order_I) for each in (self.total, self.held_out))
+        return replace(self, total=total, held_out=held_out)
+
+
+def joined_sums(
+    context: RunContext, pattern: Pattern, weights: Mapping[str, Tensor], sums: list[InputSums]
+) -> GroupSums:
+    """Choose the ridges of some maps by what was summed of their input, and add up all of it.
+
+    `weights`: map -> its weight as it is stored. `sums`: of the fitted windows, then those of others, which are taken
+    out of the list, as no second square is kept.
+    """
+    recipe = context.settings(ResolvedElements)
+    damping = _DEFAULT_DAMPING if recipe.damping == "auto" else recipe.damping
+    given = dict.fromkeys(weights, damping)
+    if not sums:
+        return GroupSums(pattern=pattern, total=None, held_out=None, damping=given)
+    total = sums.pop(0)
+    if not sums:
+        return GroupSums(pattern=pattern, total=total, held_out=None, damping=given)
+    held_out = reduce(InputSums.plus, sums)
+    sums.clear()
+    if not (total.moments.num_tokens and held_out.moments.num_tokens):
+        # An expert whose tokens are all on one side: nothing can be judged.
+        return GroupSums(pattern=pattern, total=total.plus(held_out), held_out=None, damping=given)
+    for name, tensor in weights.items():
+        problem = _problem(context, tensor, name, GroupSums(pattern=pattern, total=total, held_out=None, damping=given))
+        given[name] = chosen_damping(problem, moments_of(held_out, name, problem.weight_OI))
+        del problem
+        release_free_memory()
+    joined = total.plus(held_out)
+    return GroupSums(pattern=pattern, total=joined, held_out=held_out.packed(), damping=given)
+
+
+def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, seed: int) -> PrunedMap:
+    """Choose and solve one map, `tensor` its weight as it is stored.
 
     Raises NumericalError, for a damaged Gram or an answer that is not finite.
     """
-    transposed = context.stock.family.inputs_first
-    weight_OI = (tensor.T if transposed else tensor).to(context.solve_device)
-    problem = _problem(context, weight_OI, name, sums, seed)
-    pattern = problem.pattern
+    problem = _problem(context, tensor, name, sums, seed)
+    weight_OI, pattern = problem.weight_OI, problem.pattern
     recipe = context.settings(ResolvedElements)
     found = PRUNERS.get(context.method.score).prune(problem)
     release_free_memory()
@@ -73,21 +125,24 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: Sequence[Inp
     del found
     stored_OI = answer.weight_OI.to(tensor.dtype)
     del answer
+    release_free_memory()
     if not bool(torch.isfinite(stored_OI).all()):
         raise NumericalError("the pruned weight is not finite", do="raise --damping, or use --output-dtype float32")
     assert pattern.matches(stored_OI), "a mask has the zeros that its pattern wants"
     errors = held_out = None
     # Squares alone do not say what a map's output loses.
     if "gram" in reads_of(context):
-        total = problem.total()
+        total = problem.moments
         before = squared_error(sparse(weight_OI, keep_OI), problem, total)
         errors = (before, squared_error(stored_OI, problem, total), wanted_energy(problem, total))
         statistics["damping"] = problem.damping
-    if problem.held_out is not None:
-        held_out = (squared_error(stored_OI, problem, problem.held_out), wanted_energy(problem, problem.held_out))
+    if sums.held_out is not None:
+        others = moments_of(sums.held_out, name, weight_OI)
+        held_out = (squared_error(stored_OI, problem, others), wanted_energy(problem, others))
+    transposed = context.stock.family.inputs_first
     return PrunedMap(
         weight=(stored_OI.T if transposed else stored_OI).contiguous().cpu(),
-        num_zeros=int((stored_OI == 0).sum()),
+        num_zeros=stored_OI.numel() - int(stored_OI.count_nonzero()),
         errors=errors,
         held_out=held_out,
         status=status,
@@ -95,28 +150,20 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: Sequence[Inp
     )
 
 
-def _problem(context: RunContext, weight_OI: Tensor, name: str, sums: Sequence[InputSums], seed: int) -> SparseProblem:
-    """Build what the pruner sees, with the ridge that held-out windows choose if there are any."""
-    recipe, inputs = context.settings(ResolvedElements), weight_OI.shape[1]
-    damping = _DEFAULT_DAMPING if recipe.damping == "auto" else recipe.damping
-    if not sums:
+def _problem(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, seed: int = 0) -> SparseProblem:
+    """Build what the pruner sees."""
+    weight_OI = (tensor.T if context.stock.family.inputs_first else tensor).to(context.solve_device)
+    inputs = weight_OI.shape[1]
+    if sums.total is None:
         nothing_II = torch.zeros((), device=weight_OI.device).expand(inputs, inputs)
-        fit, held_out = Moments(gram_II=nothing_II, num_tokens=1), None
+        moments = Moments(gram_II=nothing_II, num_tokens=1)
     else:
-        fit, *others = (moments_of(each, name, weight_OI) for each in sums)
-        held_out = reduce(Moments.__add__, others) if others else None
-    problem = SparseProblem(
+        moments = moments_of(sums.total, name, weight_OI)
+    return SparseProblem(
         weight_OI=weight_OI,
-        pattern=pattern_of(context),
-        fit=fit,
-        held_out=held_out,
-        damping=damping,
-        energy_NI=sums[0].energy_NI.to(weight_OI.device) if sums else None,
+        pattern=sums.pattern,
+        moments=moments,
+        damping=sums.damping[name],
+        energy_NI=None if sums.total is None else sums.total.energy_NI.to(weight_OI.device),
         seed=seed,
     )
-    if held_out is None:
-        return problem
-    if not (fit.num_tokens and held_out.num_tokens):
-        # An expert whose tokens are all on one side: nothing can be judged.
-        return replace(problem, fit=fit + held_out, held_out=None)
-    return replace(problem, damping=chosen_damping(problem))

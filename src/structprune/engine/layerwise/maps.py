@@ -9,7 +9,7 @@ Shape suffixes: B windows, S positions, T tokens, I inputs, O outputs, N windows
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from structprune.architectures.stock.maps import InputGroup, MapStep
+from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.statistics import Streams, read_ranges
 from structprune.engine.run.context import RunContext, WindowRanges
+from structprune.engine.streaming.propagate import Propagator
 from structprune.errors import NumericalError
-from structprune.linalg.gram_products import energy
-from structprune.rows import DiagonalRows
+from structprune.linalg.gram_products import energy, strips
+from structprune.rows import DiagonalRows, Rows, SymmetricRows
 from structprune.solvers.elements.problem import Reads
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, Moments
@@ -42,6 +44,54 @@ class InputSums:
     """Mean square of each input in every window, float32; of an expert's tokens in one row."""
     wanted: Mapping[str, float] = field(default_factory=dict[str, float])
     """Map -> sum of |y|^2 on the dense path."""
+
+    def plus(self, other: InputSums) -> InputSums:
+        """Return the sums over the tokens of both. Those of `self` are added to, and cannot be used afterwards."""
+        own, others = self.moments, other.moments
+        target_OI = own.target_OI
+        if target_OI is not None and others.target_OI is not None:
+            target_OI = _added(target_OI, others.target_OI)
+        return InputSums(
+            moments=Moments(
+                gram_II=_added(own.gram_II, others.gram_II),
+                num_tokens=own.num_tokens + others.num_tokens,
+                target_OI=target_OI,
+            ),
+            energy_NI=torch.cat([self.energy_NI, other.energy_NI]),
+            wanted={name: energy + other.wanted[name] for name, energy in self.wanted.items()},
+        )
+
+    def reordered(self, order_I: Tensor) -> InputSums:
+        """Return the same sums with the inputs in another order: a new square, put in order a few rows at a time."""
+        moments, order_I = self.moments, order_I.to(self.moments.gram_II.device)
+        target_OI = None if moments.target_OI is None else _reordered(moments.target_OI, order_I)
+        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), target_OI=target_OI)
+        return replace(self, moments=moments, energy_NI=self.energy_NI[:, order_I.cpu()])
+
+    def packed(self) -> InputSums:
+        """Return the same sums in less memory, for what reads them rarely: half of a Gram matrix."""
+        gram_II = self.moments.gram_II
+        if isinstance(gram_II, Tensor):
+            gram_II = SymmetricRows.of(gram_II)
+        return replace(self, moments=replace(self.moments, gram_II=gram_II))
+
+
+def _reordered(matrix_II: Rows, order_I: Tensor) -> Rows:
+    if isinstance(matrix_II, DiagonalRows):
+        return DiagonalRows(values_I=matrix_II.values_I[order_I])
+    found_II = matrix_II[order_I]
+    for part in strips(*found_II.shape):
+        found_II[part] = found_II[part][:, order_I]
+    return SymmetricRows.of(found_II) if isinstance(matrix_II, SymmetricRows) else found_II
+
+
+def _added(own_II: Rows, other_II: Rows) -> Rows:
+    """Add a matrix to one of the same sort, in its place."""
+    if isinstance(own_II, Tensor) and isinstance(other_II, Tensor):
+        return own_II.add_(other_II)
+    assert isinstance(own_II, DiagonalRows)
+    assert isinstance(other_II, DiagonalRows)
+    return DiagonalRows(values_I=own_II.values_I + other_II.values_I)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,6 +176,32 @@ def measure_maps(
         each.finished(count, f"block {block.index} {each.group.maps[0]}")
         for each, count in zip(sums, inputs, strict=True)
     ]
+
+
+def measure_squares(
+    context: RunContext,
+    block: BlockLayout,
+    module: nn.Module,
+    steps: Sequence[MapStep],
+    propagator: Propagator,
+    store: HiddenStore,
+) -> dict[str, Tensor]:
+    """Sum the squares of what all maps of a block read, and move the stream on: map -> (I,), float64.
+
+    Raises NumericalError for activations that are not finite.
+    """
+    sums = [_Sums(group=group, gram=None) for step in steps for group in step.groups]
+    with contextlib.ExitStack() as stack:
+        for each in sums:
+            hook = partial(_receive, sums=each, dense_TI=None, leave=False)
+            stack.callback(module.get_submodule(each.group.maps[0]).register_forward_pre_hook(hook).remove)
+        propagator.run(module, block.index, store)
+    found: dict[str, Tensor] = {}
+    for each in sums:
+        name = each.group.maps[0]
+        squares = each.finished(_num_inputs(context, block, name), f"block {block.index} {name}")
+        found |= dict.fromkeys(each.group.maps, squares.moments.gram_II.diagonal())
+    return found
 
 
 def _open(context: RunContext, modules: BlockModules, group: InputGroup, reads: Set[Reads]) -> _Sums:

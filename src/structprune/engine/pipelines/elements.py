@@ -13,20 +13,33 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from structprune.architectures.stock.maps import MapStep, map_steps
+from structprune.architectures.stock.maps import InputGroup, MapStep, map_steps
 from structprune.checkpoint.writer import ModelWriter
-from structprune.engine.layerwise.elements import PrunedMap, pattern_of, prune_map, reads_of
+from structprune.engine.layerwise.elements import (
+    GroupSums,
+    PrunedMap,
+    block_patterns,
+    joined_sums,
+    pattern_of,
+    prune_map,
+    reads_of,
+)
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
+from structprune.engine.layerwise.orders import dealt_order, in_order, input_order, movable_groups
 from structprune.engine.layerwise.statistics import Streams
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
+from structprune.engine.pipelines.elements_shares import element_shares
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, NumericalError
 from structprune.memory import release_free_memory
+from structprune.patterns import Pattern
 from structprune.phases import Phase, SublayerPhase
+from structprune.recipe.elements import ResolvedElements
 from structprune.results.report import PruneReport
 from structprune.results.schema import BlockReport, ZerosReport
 from structprune.types import BlockLayout, Stage
@@ -50,7 +63,8 @@ def execute_elements(context: RunContext) -> PruneReport:
     layout = context.stock.layout
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     steps = map_steps(context.stock, context.kinds)
-    result = run_pass(context, _elements_pass(context, writer, steps))
+    patterns = block_patterns(context, element_shares(context, steps))
+    result = run_pass(context, _elements_pass(context, writer, steps, patterns))
     reports = [BlockReport(**report) for line in result.lines for report in line["reports"]]
     weights, kept = (sum(getattr(report, name) for report in reports) for name in ("num_units", "kept_units"))
     outcome = Outcome(
@@ -70,7 +84,9 @@ def execute_elements(context: RunContext) -> PruneReport:
     return finalize(context, writer, dict(context.reader.config), outcome, weights)
 
 
-def _elements_pass(context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]]) -> BlockPass:
+def _elements_pass(
+    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Pattern]
+) -> BlockPass:
     """Describe the pass, with the streams of the pruned model and of the dense one."""
     num_windows = len(context.windows.ids_NS)
 
@@ -78,7 +94,7 @@ def _elements_pass(context: RunContext, writer: ModelWriter, steps: Sequence[Seq
         return Streams(propagator=state.propagator, pruned=state.stores["pruned"], dense=state.stores["dense"])
 
     def visit(block: BlockLayout, state: PassState) -> Visited:
-        found = prune_maps(context, block, steps[block.index], streams(state))
+        found = prune_maps(context, block, steps[block.index], patterns[block.index], streams(state))
         return Visited(
             tensors=found.tensors,
             values={
@@ -123,7 +139,9 @@ class _PrunedBlock:
     """Map -> its zeros."""
 
 
-def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep], streams: Streams) -> _PrunedBlock:
+def prune_maps(
+    context: RunContext, block: BlockLayout, steps: Sequence[MapStep], pattern: Pattern, streams: Streams
+) -> _PrunedBlock:
     """Prune one map of the block after the other; both streams move on to the block's output."""
     with context.meter.phase(Phase.READ_BLOCK):
         tensors = dict(context.reader.read(block.shapes, block.prefix))
@@ -139,7 +157,7 @@ def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep]
         for step in steps:
             if step.stage != stage:
                 continue
-            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, streams):
+            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, pattern, streams):
                 found.setdefault(_NUMBER.sub(".*.", name), []).append((name, pruned_map, seconds))
         _advance(context, modules, stage, streams)
     return _PrunedBlock(
@@ -150,7 +168,12 @@ def prune_maps(context: RunContext, block: BlockLayout, steps: Sequence[MapStep]
 
 
 def _prune_step(
-    context: RunContext, modules: BlockModules, step: MapStep, tensors: dict[str, Tensor], streams: Streams
+    context: RunContext,
+    modules: BlockModules,
+    step: MapStep,
+    tensors: dict[str, Tensor],
+    pattern: Pattern,
+    streams: Streams,
 ) -> list[tuple[str, PrunedMap, float]]:
     """Measure and prune the maps of one step, in place: (name, what became of it, seconds)."""
     reads, block, started = reads_of(context), modules.block, time.perf_counter()
@@ -164,8 +187,15 @@ def _prune_step(
         release_free_memory()
     found: list[tuple[str, PrunedMap, float]] = []
     with context.meter.phase(SublayerPhase.SOLVE.of(step.kind)):
-        for number, group in enumerate(step.groups):
-            sums = [each[number] for each in measured]
+        for group in step.groups:
+            weights = {name: tensors[f"{name}.weight"] for name in group.maps}
+            try:
+                sums = joined_sums(context, pattern, weights, [each.pop(0) for each in measured])
+            except NumericalError as error:
+                raise error.inside(f"block {block.index} {group.maps[0]}") from error
+            del weights
+            if context.settings(ResolvedElements).permute_channels:
+                sums = _permuted(context, modules, group, tensors, sums)
             for name in group.maps:
                 weight = f"{name}.weight"
                 seed = context.recipe.seed * 1_000_003 + block.index * 10_007 + list(block.shapes).index(weight)
@@ -180,6 +210,27 @@ def _prune_step(
                 started = time.perf_counter()
                 release_free_memory()
     return found
+
+
+def _permuted(
+    context: RunContext, modules: BlockModules, group: InputGroup, tensors: dict[str, Tensor], sums: GroupSums
+) -> GroupSums:
+    """Put the channels that a map reads in another order, where it is free, in `tensors` and the pruned module.
+
+    Returns the sums in that order.
+    """
+    block, stock = modules.block, context.stock
+    units = movable_groups(stock, block, context.kinds).get(group.maps[0]) if len(group.maps) == 1 else None
+    if units is None:
+        return sums
+    stored = tensors[f"{group.maps[0]}.weight"]
+    weight_OI = stored.T if stock.family.inputs_first else stored
+    energy_I = torch.ones(weight_OI.shape[1]) if sums.total is None else sums.total.moments.gram_II.diagonal().cpu()
+    order_U = dealt_order(weight_OI, energy_I, units, sums.pattern.group)
+    for name, tensor in in_order(tensors, units, order_U).items():
+        tensors[name] = tensor
+        modules.pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)
+    return sums.reordered(input_order(units, weight_OI.shape[1], order_U))
 
 
 def _report(block: BlockLayout, kind: str, parts: Sequence[tuple[str, PrunedMap, float]]) -> BlockReport:

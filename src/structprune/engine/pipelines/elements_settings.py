@@ -14,13 +14,13 @@ from structprune.engine.planning.forecast import Forecast, PlannedZeros, shape_o
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
-from structprune.errors import UnsupportedError
+from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import SCOPES, Structure
 from structprune.methods import METHODS
 from structprune.methods.method import Method
-from structprune.patterns import as_pattern
+from structprune.patterns import Pattern, as_pattern
 from structprune.recipe.elements import ElementsRecipe, ResolvedElements
-from structprune.solvers.elements import PRUNERS, UPDATES, Pruner, Update
+from structprune.solvers.elements import PRUNERS, SHARINGS, UPDATES, Pruner, Update
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
 _UNSTRUCTURED = "unstructured"
@@ -49,6 +49,13 @@ def element_settings(
         structure=_structure(recipe, stock),
     )
     pattern = as_pattern(resolved.pattern, resolved.sparsity, method.counts)
+    _check_shares(resolved, pattern)
+    if recipe.permute_channels and pattern.group == 1:
+        raise UnsupportedError(
+            "the order of channels matters to groups only",
+            got=f"--permute-channels, --pattern {pattern.name}",
+            wanted="--pattern N:M, such as 2:4",
+        )
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
@@ -89,6 +96,27 @@ def _structure(recipe: ElementsRecipe, stock: StockModel) -> Structure:
     return own
 
 
+def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
+    """Raise InputError for an unknown allocator and a share that is too near to its ends for it, UnsupportedError where
+    the pattern says the share.
+    """
+    sharing = SHARINGS.get(SHARINGS.check(recipe.allocator))
+    if sharing.measure is None:
+        return
+    if pattern.group > 1:
+        raise UnsupportedError(
+            "every block has the share that the pattern says",
+            got=f"--allocator {recipe.allocator}, --pattern {pattern.name}",
+            wanted="--pattern unstructured, or --allocator uniform",
+        )
+    if not sharing.reach <= pattern.share <= 1 - sharing.reach:
+        raise InputError(
+            f"shares of blocks may be {sharing.reach:g} from the whole's with --allocator {recipe.allocator}",
+            got=f"--sparsity {pattern.share:g}",
+            wanted=f"between {sharing.reach:g} and {1 - sharing.reach:g}",
+        )
+
+
 def _refuse_idle(recipe: ElementsRecipe, method: Method) -> None:
     """Raise UnsupportedError for settings of a solver where no weight is solved again."""
     for flag, value in (("--damping", recipe.damping), ("--target", recipe.target)):
@@ -115,9 +143,11 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
                     MapProblem(
                         inputs=_shape(stock, block, group.maps[0])[1],
                         outputs=max(_shape(stock, block, name)[0] for name in group.maps),
+                        read=bool(reads),
                         squares="gram" in reads,
                         followed=recipe.follows_dense,
                         sets=2 if recipe.chooses_ridge else 1,
+                        permuted=recipe.permute_channels,
                         workspace=_workspace(pruner, update, stock, block, group.maps),
                     )
                     for group in step.groups
@@ -125,7 +155,10 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
             )
             for step in steps
         )
-    return replace(request, needs_statistics=False, elements=sorts, follows_dense=recipe.follows_dense)
+    measured = SHARINGS.get(recipe.allocator).measure is not None
+    return replace(
+        request, needs_statistics=False, needs_scores=measured, elements=sorts, follows_dense=recipe.follows_dense
+    )
 
 
 def _workspace(pruner: Pruner, update: Update, stock: StockModel, block: BlockLayout, maps: Sequence[str]) -> int:

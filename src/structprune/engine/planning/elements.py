@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from structprune.linalg.gram_products import strip_rows
 from structprune.phases import PhaseBytes, SublayerPhase, largest
+from structprune.solvers.elements.unit import choice_bytes, judged_bytes, wanted_bytes
 from structprune.statistics.gram import NUM_STRIPS
 from structprune.types import UnitKind
 
@@ -18,12 +19,16 @@ class MapProblem:
     inputs: int
     outputs: int
     """The widest map's."""
+    read: bool
+    """Whether anything is summed."""
     squares: bool
     """Whether the products of all pairs of inputs are summed, or their squares alone."""
     followed: bool
     """Whether products with the dense model's inputs are summed too."""
     sets: int
     """Sums that are kept apart: those that are fitted, and those that choose the ridge."""
+    permuted: bool
+    """Whether the inputs may get another order."""
     workspace: int
     """Bytes of the pruner or the update, whichever is more, beside sums and weight."""
 
@@ -39,15 +44,23 @@ class MapProblem:
 
     @property
     def solve(self) -> int:
-        """Bytes of choosing, solving and judging one map beside the sums: targets, weights and a difference."""
-        weight = self.inputs * self.outputs
-        targets = self.sets * 4 * weight if self.followed else 0
-        rows = strip_rows(self.inputs, self.inputs)
-        strip = rows * (self.inputs * (4 + 4 + 8) + self.outputs * 8 * 2)
-        # The answer, its stored form and its mask; the mask alone on the dense weight, and a difference in float64.
-        judged = weight * (4 + 4 + 1 + 4 + 8)
+        """Bytes of choosing the ridge, and of choosing, solving and judging one map, with the sums."""
+        inputs, outputs = self.inputs, self.outputs
+        weight, apart = inputs * outputs, self.sets > 1
+        # What is wanted of a map by each set, on the dense path.
+        wanted = self.sets * 4 * weight + wanted_bytes(inputs, outputs) if self.followed else 0
+        choice = self.sums + choice_bytes(inputs, outputs) if apart else 0
+        # Of the windows that chose the ridge half a square stays, made beside the whole.
+        packing = self.sums + (self.gram // 2 if apart else 0)
+        kept = self.gram + (self.gram // 2 if apart else 0) + (self.sets * self.gram if self.followed else 0)
+        # In another order sums are new ones, of half a square by way of a whole one; the score is four of the weight.
+        moving = kept + 2 * self.gram + 4 * 4 * weight if self.permuted else 0
+        # The answer, its stored form and its mask; or that, the mask and the dense weight with the mask.
+        judged = weight * (4 + 4 + 1) + judged_bytes(inputs, outputs)
+        strip = strip_rows(inputs, inputs) * (inputs * (4 + 4 + 8) + outputs * 8 * 2)
         # What the map's weight was, and what it is where the forward pass has another dtype, are the block's.
-        return targets + max(self.workspace, judged) + strip
+        solving = kept + 24 * inputs * self.sets + max(self.workspace, judged)
+        return max(choice, packing, moving, solving) + wanted + strip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +110,6 @@ def _phases(step: StepMemory, beside: Beside) -> PhaseBytes:
     }
     if beside.solves:
         sums = sum(problem.sums for problem in step.problems)
-        solve = max(problem.solve for problem in step.problems)
+        solve = max(problem.solve - problem.sums for problem in step.problems)
         phases[SublayerPhase.SOLVE.of(step.kind)] = held + sums + solve
     return phases

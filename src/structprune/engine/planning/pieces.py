@@ -36,6 +36,12 @@ class What(StrEnum):
     """The cost of every removal from one sublayer's part."""
     SEARCH_SOLVE = "search solve"
     """The consumer of one sublayer's part solved for a width that a search measures, with a ridge that is given."""
+    MAP_INPUTS = "map inputs"
+    """One window through one block up to every group of maps that is measured in a pass of its own."""
+    MAP_SUMS = "map sums"
+    """The products of all inputs of one window that maps of one block read."""
+    MAP_SOLVE = "map solve"
+    """All maps of one block's sublayer with their zeros, and what they lose."""
     BASIS = "basis"
     """The leading directions of the stream at one position."""
 

@@ -21,17 +21,16 @@ _PARTS_PER_TOKEN = 2
 def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
     """Count the work of the whole run by its stretches, for the rank with the most windows.
 
-    None where an iterative solver takes part, whose number of steps depends on what it finds, and where single weights
-    go: what pruners take is not measured.
+    None where an iterative solver takes part, whose number of steps depends on what it finds.
     """
-    if request.num_latents or request.elements:
+    if request.num_latents:
         return None
     counted: Work = {
         "sensitivity": _sensitivity(request),
         "choice of blocks": _choice_of_blocks(request),
         "gates": _gates(request),
         "search": _search(request),
-        "blocks": _slicing(request) if request.slices != "no" else _pruning(request, choice),
+        "blocks": _blocks(request, choice),
         "repair": _repair(request),
         "perplexities and checks": _measurements(request),
     }
@@ -91,7 +90,8 @@ def _sensitivity(request: PlanRequest) -> Counts:
         gradients = {Piece(What.STREAM_SUMS): windows * sublayers}
         found = _added(found, _sums(request, windows), gradients, _parts(request, What.COSTS))
     if request.needs_scores:
-        found = _added(found, _passes(request, request.num_windows), _sums(request, request.num_windows))
+        sums = {} if request.elements else _sums(request, request.num_windows)
+        found = _added(found, _passes(request, request.num_windows), sums)
     return found
 
 
@@ -127,6 +127,33 @@ def _search(request: PlanRequest) -> Counts:
         {Piece(What.SEARCH_SOLVE, kind): solved * parts for kind, parts in sublayers.items()},
         {Piece(What.HEAD): 1.5 * compared},
     )
+
+
+def _blocks(request: PlanRequest, choice: HostChoice) -> Counts:
+    """Count the pass that writes the blocks."""
+    if request.elements:
+        return _elements(request)
+    return _slicing(request) if request.slices != "no" else _pruning(request, choice)
+
+
+def _elements(request: PlanRequest) -> Counts:
+    """Count pruning single weights: both streams move on, and every group of maps is measured and solved."""
+    windows, both = request.num_windows, 2 if request.follows_dense else 1
+    found = _passes(request, windows + (windows if request.follows_dense else request.num_probe))
+    for block in request.layout.blocks:
+        steps = request.elements[frozenset(block.shapes)]
+        for kind in UNIT_KINDS:
+            problems = [problem for step in steps if step.kind == kind for problem in step.problems]
+            read, summed = any(each.read for each in problems), any(each.squares for each in problems)
+            found = _added(
+                found,
+                {
+                    Piece(What.MAP_INPUTS, kind): windows * both if read else 0,
+                    Piece(What.MAP_SUMS, kind): windows if summed else 0,
+                    Piece(What.MAP_SOLVE, kind): 1 if problems else 0,
+                },
+            )
+    return found
 
 
 def _pruning(request: PlanRequest, choice: HostChoice) -> Counts:

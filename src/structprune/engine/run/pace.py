@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from structprune.architectures.stock.model import StockModel, block_arguments, output_tensor
 from structprune.engine.planning.pieces import Piece, What, Work
+from structprune.engine.run.pace_maps import MapTrials, extrapolated
 from structprune.linalg.rotation import principal_basis
 from structprune.memory import release_free_memory
 from structprune.recipe import ResolvedRecipe
@@ -80,17 +81,6 @@ def expected(work: Work, pace: Mapping[Piece, float]) -> Expected:
     return Expected(seconds=_AROUND_S + sum(stretches.values()), stretches=stretches)
 
 
-def _extrapolated(smaller: tuple[int, float], larger: tuple[int, float], width: int) -> float:
-    """Find the time at a larger width from two times, each with its width.
-
-    Matrices are passed over and multiplied: it is a n^2 + b n^3 through both, neither term negative.
-    """
-    (n, first), (m, second) = smaller, larger
-    cubic = (second / m**2 - first / n**2) / (m - n) if m > n else second / m**3
-    cubic = min(max(0.0, cubic), second / m**3)
-    return (second / m**2 + cubic * (width - m)) * width**2
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trials:
     """Times one kind of work after the other, on one block of the model."""
@@ -121,9 +111,26 @@ class Trials:
                 return self._sums(self.stock.layout.hidden_size, 0)
             case What.BASIS:
                 return self._basis()
+            case What.MAP_INPUTS | What.MAP_SUMS | What.MAP_SOLVE:
+                assert piece.kind is not None
+                return self._maps(piece.what, piece.kind)
             case _:
                 assert piece.kind is not None
                 return self._of_group(piece.what, self._widest(piece.kind).group(piece.kind))
+
+    def _maps(self, what: What, kind: SublayerKind) -> float:
+        """Time what is done for the maps of one block's sublayer that get zeros."""
+        assert kind != "mixer", "a mixer's maps are left as they are"
+        maps = MapTrials(stock=self.stock, recipe=self.recipe, block=self._widest(kind), kind=kind, device=self.device)
+        if what is What.MAP_SOLVE:
+            return maps.solves(self._seconds)
+        if what is What.MAP_SUMS:
+            followed = self.recipe.follows_dense
+            return sum(self._sums(inputs, inputs if followed else 0) for inputs in maps.inputs)
+        with self._block(kind) as (block, module):
+            return sum(
+                self._timed(partial(maps.up_to, module, step, partial(self._forward, block))) for step in maps.steps
+            )
 
     def _of_group(self, what: What, group: UnitGroup) -> float:
         inputs, hidden = group.num_units * group.width, self.stock.layout.hidden_size
@@ -232,7 +239,7 @@ class Trials:
             self._problem_of(what, group, max(1, round(inputs / group.width / group.partitions)) * group.partitions)
             for inputs in (_MOST_INPUTS // 2, _MOST_INPUTS)
         )
-        return _extrapolated(half, full, whole)
+        return extrapolated(half, full, whole)
 
     def _problem_of(self, what: What, group: UnitGroup, units: int) -> tuple[int, float]:
         """Return the inputs of a problem of so many units, and its seconds."""

@@ -5,6 +5,7 @@ Read first: `problem.py`, what a pruner is given; `unit.py`, the same with input
 
 from structprune.registry import Registry
 from structprune.solvers.elements.problem import Pruner, Update
+from structprune.solvers.elements.shares import Sharing
 
 PRUNERS: Registry[Pruner] = Registry(
     "pruner",
@@ -32,8 +33,20 @@ UPDATES: Registry[Update] = Registry(
         "mask-only": "structprune.solvers.elements.updates:MASK_ONLY",
         "sweep": "structprune.solvers.elements.updates:SWEEP",
         "refit": "structprune.solvers.elements.updates:REFIT",
+        "swaps": "structprune.solvers.elements.swaps:SWAPS",
+        "swaps-refit": "structprune.solvers.elements.swaps:SWAPS_REFIT",
     },
 )
-"""What becomes of the weights that stay."""
+"""What becomes of the weights that stay, and whether others are to."""
 
-__all__ = ["PRUNERS", "UPDATES", "Pruner", "Update"]
+SHARINGS: Registry[Sharing] = Registry(
+    "allocator of zeros",
+    Sharing,
+    {
+        "uniform": "structprune.solvers.elements.shares:UNIFORM",
+        "owl": "structprune.solvers.elements.shares:OWL",
+    },
+)
+"""How the blocks share the zeros."""
+
+__all__ = ["PRUNERS", "SHARINGS", "UPDATES", "Pruner", "Sharing", "Update"]

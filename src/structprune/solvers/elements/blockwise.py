@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from structprune.linalg.cholesky import damped_cholesky, factored, inverted
+from structprune.linalg.cholesky import damped_cholesky, inverse_factored
 from structprune.patterns import Pattern
 from structprune.solvers.elements.problem import Pruner, SparseProblem, SparseSolution
 from structprune.solvers.elements.unit import scales, unit_gram, wanted_weight, working_dtype
@@ -90,15 +90,10 @@ def upper_factor(problem: SparseProblem) -> tuple[Tensor, bool]:
     In place: one square, in float64, or in float32 where that would be larger than what it is made of may be. There the
     ridge is at least 0.01, with which float32 knows such a factor to a few thousandths. Raises NumericalError.
     """
-    total, dtype = problem.total(), factor_dtype(problem.weight_OI.shape[1])
+    moments, dtype = problem.moments, factor_dtype(problem.weight_OI.shape[1])
     least = problem.damping if dtype == torch.float64 else max(problem.damping, _NARROW_DAMPING)
-    found = damped_cholesky(lambda: unit_gram(total, dtype), least, "the map's inputs")
-    inverse_II = inverted(found.factor_NN)
-    raised = found.num_raises > 0 or least > problem.damping
-    del found
-    lower_II, definite = factored(inverse_II)
-    assert definite, "the inverse of a definite matrix with a bounded condition is definite"
-    return lower_II.T, raised
+    found = damped_cholesky(lambda: unit_gram(moments, dtype), least, "the map's inputs", inverse_factored)
+    return found.factor_NN, found.num_raises > 0 or least > problem.damping
 
 
 def prune_blockwise(
@@ -112,7 +107,7 @@ def prune_blockwise(
     """Prune block after block; with `keep_OI` what goes is known. Raises NumericalError as `upper_factor` does."""
     factor_II, raised = upper_factor(problem)
     dtype = working_dtype(problem)
-    scale_I, silent_I = scales(problem.total())
+    scale_I, silent_I = scales(problem.moments)
     weight_IO = wanted_weight(problem, problem.damping).mul_(scale_I.to(dtype)).T.contiguous()
     weight_IO[silent_I] = 0
     gone_IO = _remove_blocks(problem, factor_II, weight_IO, choose, removal, block, keep_OI)

@@ -64,7 +64,7 @@ class _Quadratic:
 def prune_fista(problem: SparseProblem) -> SparseSolution:
     """Prune as published, from SparseGPT's answer. Raises NumericalError for a Gram without an inverse."""
     start = blockwise.SPARSEGPT.prune(problem)
-    total, dtype = problem.total(), start.weight_OI.dtype
+    total, dtype = problem.moments, start.weight_OI.dtype
     scale_I, silent_I = scales(total)
     unit = unit_problem(problem)
     # Raw coordinates, of mean energy 1.
@@ -77,7 +77,7 @@ def prune_fista(problem: SparseProblem) -> SparseSolution:
     best_OI, rounds = _searched(_Quadratic.of(gram_II, wanted_OI), start.weight_OI, problem.pattern)
     keep_OI = problem.pattern.keep_largest(best_OI.abs())
     raw = UnitProblem(gram_II=gram_II, weight_OI=wanted_OI, scale_I=torch.ones_like(scale_I), silent_I=silent_I)
-    weight_OI = raw.original(best_OI, keep_OI, problem)
+    weight_OI = raw.original(best_OI, keep_OI, problem.weight_OI)
     return replace(start, weight_OI=weight_OI, keep_OI=keep_OI, statistics={"rounds": float(rounds)})
 
 
@@ -89,7 +89,9 @@ def prune_fista_unit(problem: SparseProblem) -> SparseSolution:
     keep_OI = problem.pattern.keep_largest(best_OI.abs())
     answer_OI = refit_unit(unit, keep_OI, start_OI=sparse(best_OI, keep_OI))
     return SparseSolution(
-        weight_OI=unit.original(answer_OI, keep_OI, problem), keep_OI=keep_OI, statistics={"rounds": float(rounds)}
+        weight_OI=unit.original(answer_OI, keep_OI, problem.weight_OI),
+        keep_OI=keep_OI,
+        statistics={"rounds": float(rounds)},
     )
 
 

@@ -11,7 +11,7 @@ Shape suffixes: I inputs, O outputs, N windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -27,28 +27,18 @@ Reads = Literal["energy", "gram"]
 class SparseProblem:
     """A weight, the pattern, and sums over the calibration tokens of the map's inputs x.
 
-    In `fit` and `held_out`, `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local
-    target. Where a method reads energies only, the Gram is a diagonal matrix.
+    In `moments`, `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local target.
+    Where a method reads energies only, the Gram is a diagonal matrix.
     """
 
     weight_OI: Tensor
     pattern: Pattern
-    fit: Moments
-    held_out: Moments | None = None
-    """Sums over the windows that choose the ridge; None: there are none, and `damping` is the ridge."""
+    moments: Moments
     damping: float
     """Ridge, as a share of each input's own energy."""
     energy_NI: Tensor | None = None
     """Mean square of each input in every window, float32; None where it was not taken."""
     seed: int = 0
-
-    def total(self) -> Moments:
-        """Return the sums over all calibration tokens, by which weights are chosen and solved."""
-        return self.fit if self.held_out is None else self.fit + self.held_out
-
-    def fitted(self) -> SparseProblem:
-        """Return the same problem on the fitted windows only."""
-        return replace(self, held_out=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +61,8 @@ class Pruner:
     reads: Set[Reads]
     """What has to be summed for it; nothing where the weights alone decide."""
     workspace: Callable[[int, int], int]
-    """(inputs, outputs) -> bytes that it holds at most, beside the sums and the weight as it is stored."""
+    """(inputs, outputs) -> bytes that it holds at most, beside the sums, the weight as it is stored and, on the dense
+    path, the weight that is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

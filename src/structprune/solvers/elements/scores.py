@@ -31,14 +31,19 @@ def magnitude_score(problem: SparseProblem) -> Tensor:
 
 def wanda_score(problem: SparseProblem) -> Tensor:
     """Compute |w_oi| |x_i|, the norm over all tokens (arXiv 2306.11695, section 3)."""
-    norm_I = problem.total().gram_II.diagonal().to(torch.float64).sqrt()
+    norm_I = problem.moments.gram_II.diagonal().to(torch.float64).sqrt()
     return problem.weight_OI.float().abs() * _scaled(norm_I)
 
 
 def ria_score(problem: SparseProblem) -> Tensor:
     """Compute (|w| / its column's sum + |w| / its row's sum) |x_i|^(1/2) (Plug-and-Play, ICLR 2024, equation 4)."""
-    weight_OI = problem.weight_OI.float().abs()
-    norm_I = problem.total().gram_II.diagonal().to(torch.float64).sqrt()
+    return relative_importance(problem.weight_OI, problem.moments.gram_II.diagonal())
+
+
+def relative_importance(weight_OI: Tensor, energy_I: Tensor) -> Tensor:
+    """Compute RIA's score of a weight whose inputs have these sums of squares: a new matrix, float32."""
+    weight_OI = weight_OI.float().abs()
+    norm_I = energy_I.to(torch.float64).sqrt()
     relative_OI = weight_OI / _positive(weight_OI.sum(dim=0)) + weight_OI / _positive(weight_OI.sum(dim=1))[:, None]
     return relative_OI * _scaled(norm_I**_RIA_EXPONENT)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from structprune.patterns import sparse
 from structprune.solvers.elements import blockwise
 from structprune.solvers.elements.problem import SparseProblem, SparseSolution, Update
-from structprune.solvers.elements.unit import refit_unit, unit_problem, working_dtype
+from structprune.solvers.elements.unit import UnitWeight, refit_bytes, refit_rows, working_dtype
 
 
 def _as_they_are(problem: SparseProblem, solution: SparseSolution) -> SparseSolution:
@@ -29,17 +29,11 @@ def _sweep(problem: SparseProblem, solution: SparseSolution) -> SparseSolution:
 
 def refit(problem: SparseProblem, solution: SparseSolution) -> SparseSolution:
     """Solve for the weights that stay by least squares."""
-    unit = unit_problem(problem)
-    weight_OI = unit.original(refit_unit(unit, solution.keep_OI), solution.keep_OI, problem)
+    weight_OI = refit_rows(problem, UnitWeight.of(problem), solution.keep_OI)
     return SparseSolution(weight_OI=weight_OI, keep_OI=solution.keep_OI, status=solution.status)
-
-
-def refit_workspace(inputs: int, outputs: int) -> int:
-    """Count A, the target's factor in float64 and its right side, the wanted weight, and five of its size: bytes."""
-    return inputs**2 * (4 + 8) + inputs * outputs * (8 + 6 * 4 + 1)
 
 
 OWN = Update(solve=_as_they_are, reads=frozenset(), workspace=lambda inputs, outputs: 0)
 MASK_ONLY = Update(solve=_mask_only, reads=frozenset(), workspace=lambda inputs, outputs: 8 * inputs * outputs)
 SWEEP = Update(solve=_sweep, reads=frozenset({"gram"}), workspace=blockwise.workspace)
-REFIT = Update(solve=refit, reads=frozenset({"gram"}), workspace=refit_workspace)
+REFIT = Update(solve=refit, reads=frozenset({"gram"}), workspace=refit_bytes)
