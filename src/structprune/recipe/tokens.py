@@ -29,7 +29,7 @@ class WantedTokens(BaseModel, frozen=True, extra="forbid"):
 
 
 AUTO_TOKENS = WantedTokens(size=0)
-"""As many tokens as are worth their row, by measurements."""
+"""The number of tokens that are worth their row, by measurements."""
 
 
 def _as_asked(value: Any) -> Any:
