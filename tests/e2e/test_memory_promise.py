@@ -107,7 +107,12 @@ RUNS = [
         {"method": "llm-pruner", "protect_first": 0, "protect_last": 0}, "memory", id="llm-pruner", marks=SLOW
     ),
     pytest.param({"method": "wanda-sp", "repair": "scales", "repair_samples": 4}, "memory", id="repair"),
-    pytest.param({"method": "wanda-sp", "repair": "scales+biases", "repair_samples": 4}, "memory", id="repair-biases"),
+    pytest.param(
+        {"method": "wanda-sp", "repair": "scales+biases", "repair_samples": 4},
+        "memory",
+        id="repair-biases",
+        marks=SLOW,
+    ),
     pytest.param(
         {"method": "wanda-sp", "repair": "scales", "repair_samples": 4},
         "file",
