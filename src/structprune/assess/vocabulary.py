@@ -157,7 +157,7 @@ def split_texts(
                 do="name a larger text, or a number of tokens",
             )
         for parts, name, part in ((first, "counted", content[:place]), (rest, "measured", content[place:])):
-            path = folder / f"{name}-{number}.txt"
+            path = folder / f"{name}-{number}-{Path(text.name).stem}.txt"
             write_text(path, part)
             parts.append(f"{path}:{text.weight:g}" if name == "counted" else str(path))
     return tuple(first), tuple(rest)
@@ -171,7 +171,7 @@ def _counted(texts: Sequence[WeightedText], source: _Source, observer: Observer)
         counts_V, sample = _count(text, source, observer)
         counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
         samples.append(sample)
-        observer.advance(text.name)
+        observer.advance(Path(text.name).name)
     return counted, samples
 
 
