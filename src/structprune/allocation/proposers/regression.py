@@ -5,8 +5,9 @@ choice is taken as a sum of the slots' predicted losses, each times a factor of 
 all measurements by least squares, drawn towards one common factor. What is searched are therefore the numbers that a
 choice depends on, one for each slot, and a choice that changes all slots says something of all of them.
 
-Our own construction. Proposals are exact choices for factors that are drawn from what is believed of them (Thompson
-sampling), each width then moved a little by chance, because a slot that never moves tells nothing.
+Our own construction. Proposals are the exact choices, near the best choice that was measured, for factors that are
+drawn from what is believed of them (Thompson sampling), and the one for what they are on average. Far from that choice
+losses are no sums, and where a group has few units one of them is a long way: few such groups move at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from numpy.typing import NDArray
 from structprune.allocation.exact import least_loss
 from structprune.allocation.menu import Budget, Choice, Slot, filled
 from structprune.allocation.proposers.levels import thinned
-from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions
+from structprune.allocation.proposers.proposer import Measured, Rung, Search, SearchOptions, winner
 
 _SPACING = 1 / 32
 """Share of the units between the widths that are chosen from."""
-_MOVED = 0.5
-"""Share of the slots that chance moves by one width."""
+_REACH = 1 / 10
+"""Share of a slot's units by which a choice differs from the best one so far."""
+_COARSE = 0.15
+"""Share of the slots where that is no unit, that may differ by one."""
 _SPREAD = 0.3
 """Standard deviation of a factor before anything was measured, of the common factor."""
 _SPREADS = (0.1, 0.2, 0.4, 0.8)
@@ -89,11 +92,11 @@ def fitted(prices: NDArray[np.float64], losses: NDArray[np.float64]) -> Belief:
 
 
 class Regression:
-    """The search; `best` is the exact choice for the factors that are believed."""
+    """The search; `best` is the choice that lost least in the last round."""
 
     def __init__(self, slots: Sequence[Slot], budget: Budget, start: Choice, options: SearchOptions) -> None:
         self._slots, self._budget, self._options = slots, budget, options
-        self._thinned, self._places = thinned(slots, _SPACING)
+        self._places = thinned(slots, _SPACING)[1]
         self._random = np.random.default_rng(options.seed)
         self._best, self._seen = start, {start}
         self._belief = unmeasured(len(slots))
@@ -101,69 +104,57 @@ class Regression:
         self._losses: list[NDArray[np.float64]] = []
 
     def ask(self) -> Sequence[Choice]:
-        """Return exact choices for factors that are drawn, each moved by chance."""
+        """Return exact choices: for what is believed on average, once something was measured, and for draws of that."""
         new: list[Choice] = []
         if len(self._losses) == self._options.generations:
             return new
-        for _ in range(_TRIES * self._options.children):
+        for number in range(_TRIES * self._options.children):
             if len(new) == self._options.children:
                 break
-            choice = self._finished(self._moved(self._exact(self._belief.drawn(self._random))))
+            average = number == 0 and bool(self._losses)
+            choice = self._exact(self._belief.mean if average else self._belief.drawn(self._random), all_free=average)
             if choice not in self._seen:
                 self._seen.add(choice)
                 new.append(choice)
         return new
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
-        """Fit the factors to all that was measured so far."""
+        """Fit the factors to all that was measured so far, and go on from the best of the last round."""
         found = rounds[-1]
         prices = np.array([self._priced(one.choice) for one in found])
         losses = np.array([one.loss for one in found])
-        # Windows differ more than choices do, so that only differences within a round count.
         # A loss is some times what was predicted, which is the common factor at first.
         prices *= losses.mean() / max(float(prices.sum(axis=1).mean()), 1e-300)
+        # Windows differ more than choices do, so that only differences within a round count.
         self._prices.append(prices - prices.mean(axis=0))
         self._losses.append(losses - losses.mean())
         self._belief = fitted(np.concatenate(self._prices), np.concatenate(self._losses))
-        self._best = self._finished(self._exact(self._belief.mean))
+        self._best = winner(rounds)
 
     def best(self) -> Choice:
-        """Return the exact choice for what is believed by now."""
+        """Return the best choice by now."""
         return self._best
 
     def _priced(self, choice: Choice) -> list[float]:
         return [slot.variants[place].price for slot, place in zip(self._slots, choice, strict=True)]
 
-    def _exact(self, factors: NDArray[np.float64]) -> Choice:
-        """Return the choice of least loss for these factors, as places among the thinned widths."""
-        scaled = [
-            replace(
-                slot,
-                variants=tuple(replace(variant, price=variant.price * float(factor)) for variant in slot.variants),
-            )
-            for slot, factor in zip(self._thinned, factors, strict=True)
-        ]
-        return least_loss(scaled, self._budget)
-
-    def _moved(self, choice: Choice) -> Choice:
-        """Move slots by one width, some up and some down, then others down until the budget is met."""
-        moves = self._random.choice((-1, 0, 1), size=len(choice), p=(_MOVED / 2, 1 - _MOVED, _MOVED / 2))
-        places = [
-            min(max(place + int(move), 0), len(slot.variants) - 1)
-            for slot, place, move in zip(self._thinned, choice, moves, strict=True)
-        ]
-        while not self._budget.met(self._thinned, tuple(places)):
-            smaller = [number for number, slot in enumerate(self._thinned) if places[number] + 1 < len(slot.variants)]
-            places[smaller[int(self._random.integers(len(smaller)))]] += 1
-        return tuple(places)
-
-    def _finished(self, choice: Choice) -> Choice:
-        """Return the choice among all widths, with what the budget leaves."""
-        return filled(
-            self._slots,
-            tuple(places[place] for places, place in zip(self._places, choice, strict=True)),
-            self._budget,
-        )
+    def _exact(self, factors: NDArray[np.float64], *, all_free: bool) -> Choice:
+        """Return the choice of least loss for these factors, near the best one so far."""
+        near: list[list[int]] = []
+        scaled: list[Slot] = []
+        for slot, factor, places, place in zip(self._slots, factors, self._places, self._best, strict=True):
+            keep, reach = slot.variants[place].keep, _REACH * slot.variants[0].keep
+            if reach < 1:
+                free = all_free or self._random.random() < _COARSE
+                reach = 1.0 if free else 0.0
+            chosen = [one for one in places if abs(slot.variants[one].keep - keep) <= reach]
+            near.append(sorted({*chosen, place}))
+            variants = (slot.variants[one] for one in near[-1])
+            priced = tuple(replace(variant, price=variant.price * float(factor)) for variant in variants)
+            scaled.append(replace(slot, variants=priced))
+        found = least_loss(scaled, self._budget)
+        choice = tuple(places[place] for places, place in zip(near, found, strict=True))
+        return filled(self._slots, choice, self._budget)
 
 
 REGRESSION = Search(
