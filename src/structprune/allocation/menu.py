@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,10 @@ class Slot:
     block: int
     kind: UnitKind
     variants: tuple[Variant, ...]
+
+    def scaled(self, factor: float) -> Slot:
+        """Return the slot with all its predicted losses times a factor."""
+        return replace(self, variants=tuple(replace(one, price=one.price * factor) for one in self.variants))
 
     @property
     def undominated(self) -> list[int]:

@@ -149,9 +149,8 @@ class Regression:
                 reach = 1.0 if free else 0.0
             chosen = [one for one in places if abs(slot.variants[one].keep - keep) <= reach]
             near.append(sorted({*chosen, place}))
-            variants = (slot.variants[one] for one in near[-1])
-            priced = tuple(replace(variant, price=variant.price * float(factor)) for variant in variants)
-            scaled.append(replace(slot, variants=priced))
+            allowed = replace(slot, variants=tuple(slot.variants[one] for one in near[-1]))
+            scaled.append(allowed.scaled(float(factor)))
         found = least_loss(scaled, self._budget)
         choice = tuple(places[place] for places, place in zip(near, found, strict=True))
         return filled(self._slots, choice, self._budget)

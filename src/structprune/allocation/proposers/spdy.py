@@ -10,7 +10,6 @@ they were measured, and not evenly between 0 and 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,13 +76,7 @@ class Spdy:
         return factors
 
     def _exact(self, factors: NDArray[np.float64]) -> Choice:
-        scaled = [
-            replace(
-                slot,
-                variants=tuple(replace(variant, price=variant.price * float(factor)) for variant in slot.variants),
-            )
-            for slot, factor in zip(self._thinned, np.exp(factors), strict=True)
-        ]
+        scaled = [slot.scaled(float(factor)) for slot, factor in zip(self._thinned, np.exp(factors), strict=True)]
         chosen = least_loss(scaled, self._budget)
         choice = tuple(places[place] for places, place in zip(self._places, chosen, strict=True))
         return filled(self._slots, choice, self._budget)
