@@ -112,7 +112,8 @@ def test_limits_take_the_place_of_a_share() -> None:
     assert is_limited({}, limited)
     assert is_limited({"target_bytes": "1GiB"}, parse_variant("fasp"))
     assert not is_limited({}, parse_variant("fasp"))
-    recipe = cell_recipe({}, limited, 0.0)
+    recipe = cell_recipe({}, limited, None)
     assert "sparsity" not in recipe.model_fields_set
+    assert cell_recipe({}, parse_variant("fasp"), 0.0).sparsity == 0
     with pytest.raises(UnsupportedError, match="--target-bytes has no meaning for one of the methods; got reap"):
         is_limited({"target_bytes": "1GiB"}, parse_variant("reap"))

@@ -76,7 +76,10 @@ def compare(
     request = ComparisonRequest(
         model=model,
         shared=shared,
-        cells=[*((variant, share) for share in shares for variant in others), *((variant, 0.0) for variant in limited)],
+        cells=[
+            *((variant, share) for share in shares for variant in others),
+            *((variant, None) for variant in limited),
+        ],
         texts=text,
         seq_len=common_recipe(shared).seq_len,
         max_windows=max_windows,

@@ -45,9 +45,9 @@ class CellSpec(BaseModel):
     key: str
     recipe: SerializeAsAny[Recipe] | None
     """None: only the dense model is tested."""
-    sparsity: float
-    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks. Zero:
-    limits decide."""
+    sparsity: float | None
+    """Asked share of the parameters in `scope`; a method without units takes as many from all of the blocks. None:
+    limits decide, or it is the dense model."""
     scope: str
     texts: list[tuple[str, Path]]
     """Label and file."""
@@ -70,9 +70,9 @@ class CellSpec(BaseModel):
         return cell_name(self.label, self.sparsity)
 
 
-def cell_name(label: str, sparsity: float) -> str:
+def cell_name(label: str, sparsity: float | None) -> str:
     """Name a cell by its method and share; the dense model, and cells whose limits decide, have none."""
-    return f"{label} at {sparsity:.4g}" if sparsity else label
+    return label if sparsity is None else f"{label} at {sparsity:.4g}"
 
 
 class CellResult(BaseModel):
@@ -140,7 +140,7 @@ def _cell(spec: CellSpec, recipe: Recipe, report: PruneReport) -> Cell:
         key=spec.key,
         label=spec.label,
         method=recipe.method,
-        sparsity=spec.sparsity or report.size.removed_share_of_scope,
+        sparsity=report.size.removed_share_of_scope if spec.sparsity is None else spec.sparsity,
         limits=", ".join(f"{flag_name(name)[2:]} {value}" for name, value in targets_of(recipe).items()),
         scope=spec.scope,
         settings=settings_of(recipe),

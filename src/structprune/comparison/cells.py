@@ -109,10 +109,10 @@ def is_limited(shared: Mapping[str, Any], variant: Variant) -> bool:
     return bool(limits)
 
 
-def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) -> Recipe:
+def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float | None) -> Recipe:
     """Build the recipe of one cell, of the shared settings that have a meaning for its method and of its own.
 
-    A share of zero: its limits decide. Raises InputError that names the variant's bad setting.
+    Without a share its limits decide. Raises InputError that names the variant's bad setting.
     """
     own = _kind(shared, variant).model_fields
     # As many windows for all, whatever each takes.
@@ -121,7 +121,7 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float) ->
         "num_samples": MOST_SAMPLES,
         **{name: value for name, value in shared.items() if name in own},
     }
-    share = {"sparsity": sparsity} if sparsity else {}
+    share = {} if sparsity is None else {"sparsity": sparsity}
     return Recipe.build(**{**fields, **variant.changes, "method": variant.method, **share})
 
 

@@ -57,8 +57,8 @@ class ComparisonRequest:
     model: str
     shared: Mapping[str, Any]
     """Recipe fields that all cells share where the method has them; method and sparsity do not count."""
-    cells: Sequence[tuple[Variant, float]]
-    """Methods, each with a share that it is to remove; zero where limits decide."""
+    cells: Sequence[tuple[Variant, float | None]]
+    """Methods, each with a share that it is to remove; None where limits decide."""
     texts: Sequence[Path]
     seq_len: int = 2048
     """Tokens per evaluation window."""
@@ -92,7 +92,7 @@ def compare(request: ComparisonRequest, output: Path, observer: Observer) -> Com
         if len(missing) < len(cells):
             observer.note(f"{len(cells) - len(missing)} of {len(cells)} cells are in {output / RESULT_NAME} already")
         if comparison.dense is None:
-            missing.insert(0, cells[0].model_copy(update={"recipe": None, "label": "dense", "sparsity": 0.0}))
+            missing.insert(0, cells[0].model_copy(update={"recipe": None, "label": "dense", "sparsity": None}))
         for number, spec in enumerate(missing, start=1):
             observer.note(f"[{number}/{len(missing)}] {spec.name}")
             result = _in_processes(spec, output, keep=request.keep)
@@ -172,7 +172,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
     return comparison, cells
 
 
-def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None:
+def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float | None) -> None:
     """Raise, with the cell's name, what its run would raise before its first weight: also that it does not fit."""
     try:
         check_planned(model, planned(model, recipe)[0])
@@ -186,9 +186,9 @@ def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float) -> None
         ) from None
 
 
-def _checkpoint_name(variant: Variant, sparsity: float) -> str:
+def _checkpoint_name(variant: Variant, sparsity: float | None) -> str:
     safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in variant.label)
-    return f"{safe}-{sparsity:g}" if sparsity else safe
+    return safe if sparsity is None else f"{safe}-{sparsity:g}"
 
 
 @contextlib.contextmanager

@@ -39,9 +39,9 @@ def comparison_page(comparison: Comparison) -> str:
 def _failures(comparison: Comparison) -> list[str]:
     """List the failures, one line per method and reason."""
     shares: dict[tuple[str, str], list[str]] = {}
-    for failure in sorted(comparison.failures, key=lambda failure: failure.sparsity):
+    for failure in sorted(comparison.failures, key=lambda failure: failure.sparsity or 0.0):
         given = shares.setdefault((failure.label, failure.error), [])
-        given += [f"{failure.sparsity:.4g}"] if failure.sparsity else []
+        given += [] if failure.sparsity is None else [f"{failure.sparsity:.4g}"]
     return [
         f"{label} failed{' at ' if given else ''}{', '.join(given)}: {error}"
         for (label, error), given in shares.items()

@@ -125,7 +125,8 @@ class Failure(Frozen):
     """A cell that did not come to an end; it is tried again when the comparison goes on."""
 
     label: str
-    sparsity: float
+    sparsity: float | None
+    """None where limits decide."""
     error: str
 
 
