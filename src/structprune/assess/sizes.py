@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from structprune.architectures.sources.adapter import NO_ADAPTER
@@ -65,6 +66,10 @@ class Priced:
     price: float
     """Bits per byte that a million parameters cost, of those that went beyond the next larger vocabulary's."""
 
+    def costs_no_less_than(self, other: Priced) -> bool:
+        """Whether the parameters of another one cost no more than these do."""
+        return other.price <= self.price
+
     @property
     def line(self) -> str:
         """Say what it costs."""
@@ -84,12 +89,8 @@ class SizesTable:
     @property
     def best(self) -> int | None:
         """Place of the smallest vocabulary to which no step costs more than channels do; None: not even the first."""
-        found = None
-        for place, size in enumerate(self.sizes):
-            if size.price > self.channels.price:
-                break
-            found = place
-        return found
+        worth = sum(1 for _ in takewhile(self.channels.costs_no_less_than, self.sizes))
+        return worth - 1 if worth else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +126,14 @@ class _Scales:
         """Measure the model as it is."""
         return self.bits(self.model, self.request.merge_adapter, ALL_TOKENS)
 
-    def sizes(self, dense: float, lists: Iterable[tuple[KeptTokens, int]]) -> Iterator[Priced]:
+    def sizes(self, dense: float, lists: Iterable[tuple[KeptTokens, int]]) -> Iterator[tuple[KeptTokens, Priced]]:
         """Measure each list, the longest first, beside the one before; the number is that of parameters that go."""
         before, removed = dense, 0
         for kept, parameters in lists:
             after = self.bits(self.model, self.request.merge_adapter, kept)
             price = (after - before) / ((parameters - removed) / 1e6)
-            yield Priced(name=f"{len(kept.ids):,} tokens", parameters=parameters, bits_per_byte=after, price=price)
+            name = f"{len(kept.ids):,} tokens"
+            yield kept, Priced(name=name, parameters=parameters, bits_per_byte=after, price=price)
             before, removed = after, parameters
 
     def channels(self, dense: float, prune: Prune) -> Priced:
@@ -167,12 +169,16 @@ def price_sizes(model: str | Path, request: SizesRequest, observer: Observer, pr
     counted, measured = ({text.name for text in weighted_texts(tuple(t))} for t in (request.texts, request.measured_on))
     if both := sorted(counted & measured):
         raise InputError("a text that is counted cannot say what the others lose", got=both[0], wanted="another text")
-    lists = choose_sizes(model, _counted_by(request), sorted(set(request.sizes), reverse=True), observer)
+    # All of them before anything is measured: one may not be possible.
+    lists = list(choose_sizes(model, _counted_by(request), sorted(set(request.sizes), reverse=True), observer))
     scales = _Scales(model=model, request=request, observer=observer)
     dense = scales.dense()
-    rows = tuple(scales.sizes(dense, lists))
+    measured_sizes = list(scales.sizes(dense, lists))
     return SizesTable(
-        dense_bits=dense, sizes=rows, lists=tuple(kept for kept, _ in lists), channels=scales.channels(dense, prune)
+        dense_bits=dense,
+        sizes=tuple(row for _, row in measured_sizes),
+        lists=tuple(kept for kept, _ in measured_sizes),
+        channels=scales.channels(dense, prune),
     )
 
 
@@ -202,9 +208,9 @@ def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -
         channels = scales.channels(dense, prune)
         observer.note(f"size of the vocabulary: {dense:.4f} bits per byte with all tokens; {channels.line}")
         best = None
-        for (kept, _), row in zip(lists, scales.sizes(dense, lists), strict=False):
+        for kept, row in scales.sizes(dense, lists):
             observer.note(f"size of the vocabulary: {row.line}")
-            if row.price > channels.price:
+            if not channels.costs_no_less_than(row):
                 break
             best = len(kept.ids)
     if best is None:
@@ -215,7 +221,7 @@ def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -
                 wanted="another scope, or a number of tokens",
             )
         observer.note("all tokens stay: the first ones cost more than the MLP's channels do")
-        return recipe.model_copy(update={"vocabulary": ALL_TOKENS, "vocabulary_text": (), "drop_reserve": False})
+        return recipe.with_tokens(ALL_TOKENS)
     return recipe.model_copy(update={"vocabulary": WantedTokens(size=best)})
 
 

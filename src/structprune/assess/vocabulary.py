@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def choose_vocabulary(
     observer = observer or SilentObserver()
     if not request.texts:
         raise InputError("no text is named", wanted="--text FILE, such as the model is meant to read and write")
-    check_texts(weighted_texts(tuple(request.texts)))
-    source = _Source.open(model, request.merge_adapter)
     texts = weighted_texts(tuple(request.texts))
+    check_texts(texts)
+    source = _Source.open(model, request.merge_adapter)
     counted, samples = _counted(texts, source, observer)
     kept = _chosen(str(model), source, request, counted)
     reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
@@ -116,8 +117,8 @@ def choose_vocabulary(
 
 def choose_sizes(
     model: str | Path, request: VocabularyRequest, sizes: Sequence[int], observer: Observer
-) -> list[tuple[KeptTokens, int]]:
-    """Choose the tokens of every size in one count; returns each list, and the parameters that go with the others.
+) -> Iterator[tuple[KeptTokens, int]]:
+    """Choose the tokens of every size in one count; yields each list, and the parameters that go with the others.
 
     Raises what `choose_vocabulary` does.
     """
@@ -125,8 +126,9 @@ def choose_sizes(
     counted, _ = _counted(weighted_texts(tuple(request.texts)), source, observer)
     _, sliced = rows_by_token(source.reader)
     width = sum(math.prod(source.reader.shapes[name][1:]) for name in sliced)
-    lists = [_chosen(str(model), source, replace(request, size=size), counted) for size in sizes]
-    return [(kept, (source.num_rows - len(kept.ids)) * width) for kept in lists]
+    for size in sizes:
+        kept = _chosen(str(model), source, replace(request, size=size), counted)
+        yield kept, (source.num_rows - len(kept.ids)) * width
 
 
 def size_bounds(model: str | Path, recipe: Recipe) -> tuple[int, int]:
@@ -194,7 +196,7 @@ def decided(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:
         observer.note(f"{each.text} takes {each.after / max(1, each.before) - 1:.2%} more tokens")
     if found.num_reserve:
         observer.note(f"{found.num_reserve:,} added tokens stay that stand for nothing; --drop-reserve lets them go")
-    return recipe.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False})
+    return recipe.with_tokens(kept)
 
 
 def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -207,9 +209,7 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
         return recipe, ()
     if recipe.vocabulary == AUTO_TOKENS:
         said = "how many tokens stay is decided by the run, which measures some sizes first; all are in these figures"
-        return recipe.model_copy(update={"vocabulary": ALL_TOKENS, "vocabulary_text": (), "drop_reserve": False}), (
-            said,
-        )
+        return recipe.with_tokens(ALL_TOKENS), (said,)
     request = _request(recipe.vocabulary, recipe, ())
     source = _Source.open(model, request.merge_adapter)
     kept = _chosen(str(model), source, request, [])
@@ -220,7 +220,7 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
         f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them first on {shown_texts(texts)}"
         f" ({size} of files)"
     )
-    return recipe.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False}), (said,)
+    return recipe.with_tokens(kept), (said,)
 
 
 def _check_idle(recipe: Recipe) -> None:
@@ -240,7 +240,7 @@ def _request(wanted: WantedTokens, recipe: Recipe, texts: tuple[str, ...]) -> Vo
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Source:
     """A model's tokenizer, and how many rows there are for its tokens."""
 
@@ -270,12 +270,19 @@ class _Source:
     def where(self) -> str:
         return str(self.reader.directory)
 
+    @cached_property
+    def spelled(self) -> dict[int, str]:
+        """What each token writes; bytes of a character that is not whole there write nothing."""
+        ids = sorted(self.numbered)
+        texts = self.encoder.tokenizer.batch_decode([[number] for number in ids])
+        return {number: "" if "\ufffd" in text else text for number, text in zip(ids, texts, strict=True)}
+
 
 def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
     """Choose by counts; without any as the tokenizer's training found tokens common."""
     no_text = CountedText(name="", weight=1.0, counts_V=torch.zeros(source.num_rows, dtype=torch.int64))
     texts = counted or [no_text]
-    spelled = _spelled(source.encoder, source.numbered) if counted else {}
+    spelled = source.spelled if counted else {}
     named = _named(source.reader, source.tokenizer, request)
     ids = choose_tokens(source.tokenizer, texts, named, spelled, request.size, source.where)
     return KeptTokens(
@@ -333,13 +340,6 @@ def _named(reader: CheckpointReader, tokenizer: dict[str, Any], request: Vocabul
         found |= set(ids_of(read_json(settings)))
     added = added_tokens(tokenizer)
     return found | {number for token, number in added.items() if not (request.drop_reserve and is_reserve(token))}
-
-
-def _spelled(encoder: TextEncoder, numbered: dict[int, str]) -> dict[int, str]:
-    """Return what each token writes; bytes of a character that is not whole there write nothing."""
-    ids = sorted(numbered)
-    texts = encoder.tokenizer.batch_decode([[number] for number in ids])
-    return {number: "" if "\ufffd" in text else text for number, text in zip(ids, texts, strict=True)}
 
 
 def _checked(

@@ -270,6 +270,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         """The tokens that stay. Raises InputError where that is not decided."""
         return decided_tokens(self.vocabulary)
 
+    def with_tokens(self, kept: KeptTokens) -> Self:
+        """Return the recipe with the tokens that stay decided, and nothing left of how they were chosen."""
+        return self.model_copy(update={"vocabulary": kept, "vocabulary_text": (), "drop_reserve": False})
+
     @property
     def texts(self) -> tuple[WeightedText, ...]:
         """The calibration texts with their weights."""

@@ -142,7 +142,7 @@ def as_begun(recipe: Recipe, run: RunDirectory, note: Callable[[str], None]) -> 
         note(f"going on with the {begun['num_samples']} calibration windows that the run was begun with")
     if isinstance(recipe.vocabulary, WantedTokens) and _decided_alike(recipe, line):
         tokens = KeptTokens.model_validate(line["recipe"]["vocabulary"])
-        begun |= {"vocabulary": tokens, "vocabulary_text": (), "drop_reserve": False}
+        recipe = recipe.with_tokens(tokens)
         note(f"going on with the {len(tokens.ids):,} tokens that the run was begun with")
     return recipe.model_copy(update=begun)
 
