@@ -100,13 +100,25 @@ def divergences(head: nn.Module, students: Sequence[Callable[[], Tensor]], wante
     Each student gives its hidden states, (S, D), whenever it is asked, so that one window at a time is there. The
     teacher's predictions are made once for all.
     """
+    # KL(p || q) = sum p log p + logsumexp(z) - sum p z: one exponential for each logit of a student, and its buffer is
+    # used again, since taking large buffers anew costs more than the arithmetic.
     totals = [0.0] * len(students)
+    logits_TV: Tensor | None = None
     for start in range(0, len(wanted_SD), DIVERGENCE_TOKENS):
         part = slice(start, start + DIVERGENCE_TOKENS)
         wanted_TV = _log_softmax(head(wanted_SD[part]).float())
+        shares_TV = wanted_TV.exp()
+        known = float(torch.linalg.vecdot(shares_TV, wanted_TV).sum(dtype=torch.float64))
+        del wanted_TV
+        if logits_TV is None or logits_TV.shape != shares_TV.shape:
+            logits_TV = torch.empty_like(shares_TV)
         for number, hidden in enumerate(students):
-            found_TV = _log_softmax(head(hidden()[part]).float())
-            totals[number] += float(nn.functional.kl_div(found_TV, wanted_TV, reduction="sum", log_target=True))
+            logits_TV.copy_(head(hidden()[part]))
+            expected_T = torch.stack([torch.dot(p_V, z_V) for p_V, z_V in zip(shares_TV, logits_TV, strict=True)])
+            largest_T1 = logits_TV.amax(dim=-1, keepdim=True)
+            weights_T = logits_TV.sub_(largest_T1).exp_().sum(dim=-1)
+            lost_T = weights_T.log() + largest_T1[:, 0] - expected_T
+            totals[number] += known + float(lost_T.sum(dtype=torch.float64))
     return totals
 
 
