@@ -102,7 +102,8 @@ def test_together_as_alone(prepared: Prepared, at_once: int, monkeypatch: pytest
     assert together == alone
     assert together[0] == together[3]
     assert len(set(together)) == 5
-    assert max(together[5]) < 1e-9
+    # Sums in float32.
+    assert max(map(abs, together[5])) < 1e-6
     assert min(together[0]) > 1e-4
 
 

@@ -8,6 +8,10 @@ choice depends on, one for each slot, and a choice that changes all slots says s
 Our own construction. Proposals are the exact choices, near the best choice that was measured, for factors that are
 drawn from what is believed of them (Thompson sampling), and the one for what they are on average. Far from that choice
 losses are no sums, and where a group has few units one of them is a long way: few such groups move at a time.
+
+What is predicted wrongly most of all is a whole kind: single sublayers are measured in a dense model, where the others
+make up for an attention that is gone sooner than for an MLP. The first choices therefore have the losses of one kind all
+times one number, however far that is from the start, and a kind has a factor of its own that its slots share.
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ _COARSE = 0.15
 """Share of the slots where that is no unit, that may differ by one."""
 _SPREAD = 0.3
 """Standard deviation of a factor before anything was measured, of the common factor."""
+_KIND_SPREAD = 0.5
+"""Standard deviation of what the factors of a kind share, of the common factor."""
+_KIND_FACTORS = (0.5, 0.7, 1.25, 1.5, 2.0, 2.8)
+"""What the losses of one kind are multiplied by for the first choices."""
 _SPREADS = (0.1, 0.2, 0.4, 0.8)
 """Standard deviations that are tried where something was."""
 _NOISES = tuple(2.0**power for power in range(-16, 1))
@@ -58,15 +66,25 @@ def unmeasured(num_slots: int) -> Belief:
     return Belief(np.ones(num_slots), _SPREAD * np.eye(num_slots))
 
 
-def fitted(prices: NDArray[np.float64], losses: NDArray[np.float64]) -> Belief:
+def shared_prior(slots: Sequence[Slot]) -> NDArray[np.float64]:
+    """Return the covariance of what slots' factors share, (slots, slots): all one number, those of a kind another."""
+    kinds = np.array([slot.kind for slot in slots])
+    return 1.0 + _KIND_SPREAD**2 * (kinds[:, None] == kinds[None, :])
+
+
+def fitted(
+    prices: NDArray[np.float64], losses: NDArray[np.float64], common: NDArray[np.float64] | None = None
+) -> Belief:
     """Fit factors to measurements: `prices` (measurements, slots) are predicted losses, `losses` what was measured.
 
     Both are differences from the mean of their round, in units in which the common factor is about 1. Bayesian linear
-    regression: factors are normal around a common one, which is normal around 1, and how far they vary, and the
-    measurements with them, is what makes the measurements likeliest.
+    regression: factors are normal around what they share, which is normal around 1 (`common`, its covariance; one
+    number for all where it is not given), and how far they vary, and the measurements with them, is what makes the
+    measurements likeliest.
     """
     num_measured, num_slots = prices.shape
-    alike = np.outer(prices.sum(axis=1), prices.sum(axis=1))
+    common = np.ones((num_slots, num_slots)) if common is None else common
+    alike = prices @ common @ prices.T
     apart = prices @ prices.T
     rest = losses - prices.sum(axis=1)
     size = float(losses @ losses) / num_measured
@@ -81,7 +99,7 @@ def fitted(prices: NDArray[np.float64], losses: NDArray[np.float64]) -> Belief:
                 best = unlikely, spread, (vectors / variances) @ vectors.T
     assert best is not None
     _, spread, inverse = best
-    prior = spread**2 * np.eye(num_slots) + 1.0
+    prior = spread**2 * np.eye(num_slots) + common
     shared = prior @ prices.T
     mean = 1 + shared @ (inverse @ rest)
     values, vectors = np.linalg.eigh(prior - shared @ inverse @ shared.T)
@@ -99,6 +117,9 @@ class Regression:
         self._places = thinned(slots, _SPACING)[1]
         self._random = np.random.default_rng(options.seed)
         self._best, self._seen = start, {start}
+        self._far: set[Choice] = set()
+        """Choices that are so far from the others that losses are no sums there: the fit leaves them out."""
+        self._generation = 0
         self._belief = unmeasured(len(slots))
         self._prices: list[NDArray[np.float64]] = []
         self._losses: list[NDArray[np.float64]] = []
@@ -106,8 +127,10 @@ class Regression:
     def ask(self) -> Sequence[Choice]:
         """Return exact choices: for what is believed on average, once something was measured, and for draws of that."""
         new: list[Choice] = []
-        if len(self._losses) == self._options.generations:
+        if self._generation == self._options.generations:
             return new
+        if self._generation == 0 and (far := self._by_kind()):
+            return far
         for number in range(_TRIES * self._options.children):
             if len(new) == self._options.children:
                 break
@@ -120,7 +143,10 @@ class Regression:
 
     def tell(self, rounds: Sequence[Sequence[Measured]]) -> None:
         """Fit the factors to all that was measured so far, and go on from the best of the last round."""
-        found = rounds[-1]
+        self._best, self._generation = winner(rounds), self._generation + 1
+        found = [one for one in rounds[-1] if one.choice not in self._far]
+        if len(found) < 2:
+            return
         prices = np.array([self._priced(one.choice) for one in found])
         losses = np.array([one.loss for one in found])
         # A loss is some times what was predicted, which is the common factor at first.
@@ -128,8 +154,7 @@ class Regression:
         # Windows differ more than choices do, so that only differences within a round count.
         self._prices.append(prices - prices.mean(axis=0))
         self._losses.append(losses - losses.mean())
-        self._belief = fitted(np.concatenate(self._prices), np.concatenate(self._losses))
-        self._best = winner(rounds)
+        self._belief = fitted(np.concatenate(self._prices), np.concatenate(self._losses), shared_prior(self._slots))
 
     def best(self) -> Choice:
         """Return the best choice by now."""
@@ -137,6 +162,20 @@ class Regression:
 
     def _priced(self, choice: Choice) -> list[float]:
         return [slot.variants[place].price for slot, place in zip(self._slots, choice, strict=True)]
+
+    def _by_kind(self) -> list[Choice]:
+        """Return the exact choices for losses of one kind that are all times one number."""
+        found: list[Choice] = []
+        # Of two kinds, one times a number is the other one divided by it.
+        for kind in sorted({slot.kind for slot in self._slots})[:-1]:
+            for factor in _KIND_FACTORS:
+                scaled = [slot.scaled(factor if slot.kind == kind else 1.0) for slot in self._slots]
+                choice = least_loss(scaled, self._budget)
+                if choice not in self._seen and len(found) < self._options.children:
+                    self._seen.add(choice)
+                    found.append(choice)
+        self._far.update(found)
+        return found
 
     def _exact(self, factors: NDArray[np.float64], *, all_free: bool) -> Choice:
         """Return the choice of least loss for these factors, near the best one so far."""
@@ -161,7 +200,7 @@ REGRESSION = Search(
     paper="ours, after arXiv 2201.13096",
     provenance="derived",
     propose=Regression,
-    generations=8,
+    generations=12,
     children=14,
     rungs=(Rung(windows=4),),
 )
