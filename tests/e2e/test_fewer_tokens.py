@@ -306,6 +306,54 @@ def test_a_run_decides_how_many_tokens_stay(
         pruned(source, tmp_path / "short", texts, vocabulary="auto", sparsity=0.25)
 
 
+LIMITS = [
+    # Rows are cheaper than channels, and 128 of them are the fewest that meet the limit.
+    (0, 100 * 32, 448, True),
+    # They are down to the smallest size that is measured; channels take the rest.
+    (0, 8000, 384, False),
+    # Channels are cheaper, and can give 8,256 parameters.
+    (ROWS, 9000, 512, False),
+    (ROWS, 8000, 0, False),
+]
+
+
+@pytest.mark.parametrize(("least_worth", "removal", "stay", "alone"), LIMITS)
+def test_a_limit_is_shared_out(
+    least_worth: int,
+    removal: int,
+    stay: int,
+    alone: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To tokens up to where more of them cost more than channels, the rest to units; a run that was cut goes on so."""
+    large = tmp_path / "large.txt"
+    large.write_text("\n".join(TEXT * 6), encoding="utf-8")
+    before = inspect(source).all_parameters
+    channels = priced(1.0)
+    monkeypatch.setattr("structprune.assess.sizes._Scales.channels", lambda *_: channels)
+    monkeypatch.setattr("structprune.assess.sizes._Scales.bits", bits_by_size(ROWS, least_worth))
+    asked: dict[str, Any] = {"vocabulary": "auto", "target_parameters": before - removal, "reload_check": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.engine.pipelines.units.finalize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(source, tmp_path / "out", large, **asked)
+    monkeypatch.setattr("structprune.assess.sizes.possible_sizes", None)
+    report = resume(tmp_path / "out")
+    assert isinstance(report, PruneReport)
+    assert len(report.recipe.tokens.ids) == stay
+    assert (report.recipe.scope == "vocabulary") is alone
+    gone = before - report.size.parameters_after
+    assert removal <= gone < removal + (32 * 64 if alone else 96 * 2)
+
+
+def test_limits_that_tokens_and_units_cannot_meet(source: Path, texts: Path) -> None:
+    recipe = Recipe.build(vocabulary="auto", target_parameters=1000, calibration=str(texts), method="fasp")
+    with pytest.raises(StructPruneError, match="--target-parameters cannot be reached"):
+        plan(source, recipe)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_rows": 577}, "a list of another model's tokens"),
     ({"tokenizer": "0" * 64}, "a list of another model's tokens"),

@@ -31,9 +31,9 @@ from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
 from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
 from structprune.texts import WeightedText, shown_texts, weighted_texts
-from structprune.vocabulary.choose import CountedText, choose_tokens, least_size, mean_shares
+from structprune.vocabulary.choose import MULTIPLE, CountedText, choose_tokens, least_size, mean_shares
 from structprune.vocabulary.ids import ids_of
-from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
+from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import (
     added_tokens,
     all_tokens,
@@ -124,18 +124,43 @@ def choose_sizes(
     """
     source = _Source.open(model, request.merge_adapter)
     counted, _ = _counted(weighted_texts(tuple(request.texts)), source, observer)
-    _, sliced = rows_by_token(source.reader)
-    width = sum(math.prod(source.reader.shapes[name][1:]) for name in sliced)
     for size in sizes:
         kept = _chosen(str(model), source, replace(request, size=size), counted)
-        yield kept, (source.num_rows - len(kept.ids)) * width
+        yield kept, (source.num_rows - len(kept.ids)) * source.row_width
 
 
-def size_bounds(model: str | Path, recipe: Recipe) -> tuple[int, int]:
-    """Return (the fewest tokens that may stay, all of the model's). Raises InputError where none can go."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PossibleSizes:
+    """How many tokens may stay, and what goes with the others."""
+
+    least: int
+    """The fewest."""
+    all_tokens: int
+    num_rows: int
+    """Of the embedding, which may have more than there are tokens."""
+    row_width: int
+    """Parameters that go with one row: of the embedding, of a head of its own, of its bias."""
+
+    def parameters(self, size: int) -> int:
+        """Count what goes where `size` tokens stay."""
+        return (self.num_rows - size) * self.row_width
+
+    def within(self, parameters: int) -> int:
+        """Return the most tokens with which at least so many parameters go, or the fewest that are possible."""
+        most = min(self.num_rows - -(-parameters // self.row_width), self.all_tokens - 1)
+        return max(self.least, most // MULTIPLE * MULTIPLE)
+
+
+def possible_sizes(model: str | Path, recipe: Recipe) -> PossibleSizes:
+    """Find how many tokens may stay. Raises InputError where none can go."""
     source = _Source.open(model, recipe.merge_adapter)
     named = _named(source.reader, source.tokenizer, _request(AUTO_TOKENS, recipe, ()))
-    return least_size(source.tokenizer, named, source.where), len(source.numbered)
+    return PossibleSizes(
+        least=least_size(source.tokenizer, named, source.where),
+        all_tokens=len(source.numbered),
+        num_rows=source.num_rows,
+        row_width=source.row_width,
+    )
 
 
 def split_texts(
@@ -207,9 +232,6 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
     if not isinstance(recipe.vocabulary, WantedTokens):
         _check_idle(recipe)
         return recipe, ()
-    if recipe.vocabulary == AUTO_TOKENS:
-        said = "how many tokens stay is decided by the run, which measures some sizes first; all are in these figures"
-        return recipe.with_tokens(ALL_TOKENS), (said,)
     request = _request(recipe.vocabulary, recipe, ())
     source = _Source.open(model, request.merge_adapter)
     kept = _chosen(str(model), source, request, [])
@@ -270,12 +292,23 @@ class _Source:
     def where(self) -> str:
         return str(self.reader.directory)
 
+    @property
+    def row_width(self) -> int:
+        """Parameters that go with the row of a token."""
+        return row_width(self.reader)
+
     @cached_property
     def spelled(self) -> dict[int, str]:
         """What each token writes; bytes of a character that is not whole there write nothing."""
         ids = sorted(self.numbered)
         texts = self.encoder.tokenizer.batch_decode([[number] for number in ids])
         return {number: "" if "\ufffd" in text else text for number, text in zip(ids, texts, strict=True)}
+
+
+def row_width(reader: CheckpointReader) -> int:
+    """Count the parameters that go with the row of a token."""
+    _, sliced = rows_by_token(reader)
+    return sum(math.prod(reader.shapes[name][1:]) for name in sliced)
 
 
 def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
