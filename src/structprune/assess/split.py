@@ -10,13 +10,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from structprune.architectures.sources.fewer_tokens import rows_by_token
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.assess.vocabulary import PossibleSizes, possible_sizes, row_width
+from structprune.assess.counting import row_width
+from structprune.assess.vocabulary import PossibleSizes, possible_sizes
 from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.widths import most_removed
 from structprune.engine.resolve import check
@@ -71,7 +72,7 @@ def price_at(steps: Sequence[Priced], gone: float) -> float:
     """Return what a million parameters more cost where so many have gone, by steps from the dense model on."""
     prices = list(accumulate((step.price for step in steps), max))
     ends = [0, *(step.parameters for step in steps)]
-    middles = [(first + last) / 2 for first, last in zip(ends, ends[1:], strict=False)]
+    middles = [(first + last) / 2 for first, last in pairwise(ends)]
     place = bisect_right(middles, gone)
     if place in (0, len(middles)):
         return prices[min(place, len(middles) - 1)]

@@ -145,7 +145,9 @@ def as_begun(recipe: Recipe, run: RunDirectory, note: Callable[[str], None]) -> 
         begun_with = line["recipe"].get("vocabulary")
         tokens = KeptTokens.model_validate(begun_with) if begun_with else ALL_TOKENS
         recipe = recipe.with_tokens(tokens)
-        note(f"going on with the {len(tokens.ids):,} tokens that the run was begun with" if tokens else "all tokens stay")
+        note(
+            f"going on with the {len(tokens.ids):,} tokens that the run was begun with" if tokens else "all tokens stay"
+        )
     return recipe.model_copy(update=begun)
 
 
