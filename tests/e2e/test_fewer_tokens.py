@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
+from structprune.assess.counting import TokenSource, count_texts
 from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
 from structprune.errors import StructPruneError
 from structprune.observer import SilentObserver
@@ -22,6 +23,7 @@ from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
+from structprune.texts import weighted_texts
 from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
 from support.models import TINY_MODELS, spread_weights
@@ -454,6 +456,44 @@ def test_nothing_is_counted_without_a_number(
     with pytest.raises(StructPruneError, match="decides which tokens stay, and no number of them"):
         pruned(source, tmp_path / "out", texts, kept, **changes)
     assert not list(tmp_path.iterdir())
+
+
+class Steps(SilentObserver):
+    """Counts the steps that are announced and those that are made."""
+
+    def __init__(self) -> None:
+        self.total, self.made = 0, 0
+
+    def start(self, phase: str, total: int) -> None:
+        self.total += total
+
+    def advance(self, detail: str) -> None:
+        self.made += 1
+
+
+def test_all_of_a_text_is_counted(source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts and in pieces of them, several at once; progress goes by the bytes that were read."""
+    rows = tmp_path / "rows.jsonl"
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    rows.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    tokens = TokenSource.open(source, "none")
+    for name, size in (("parts.PART_CHARACTERS", 700), ("file.PART_CHARACTERS", 700)):
+        monkeypatch.setattr(f"structprune.calibration.sources.{name}", size)
+    monkeypatch.setattr("structprune.architectures.sources.tokenizer._CHUNK", 80)
+    monkeypatch.setattr("structprune.architectures.sources.tokenizer._AT_ONCE", 3)
+    monkeypatch.setattr("structprune.assess.counting._STEP_BYTES", 500)
+    steps = Steps()
+    named = weighted_texts((str(texts), f"{rows}:2"))
+    counted, samples = count_texts(named, tokens, steps)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for text, whole in zip(counted, ("\n".join(lines), "\n\n".join(lines)), strict=True):
+        ids = torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        # Between two parts of rows there is no blank line.
+        missing = torch.bincount(ids, minlength=ROWS) - text.counts_V
+        assert not missing.count_nonzero() or tokenizer.decode(missing.nonzero().flatten()).strip() == ""
+        assert missing.abs().sum() < len(ids) / 50
+    assert samples[0] == texts.read_text(encoding="utf-8")
+    assert steps.made == steps.total == sum(-(-path.stat().st_size // 500) for path in (texts, rows))
 
 
 def test_text_of_the_model_itself_is_not_counted(source: Path) -> None:

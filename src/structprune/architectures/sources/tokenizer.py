@@ -77,6 +77,9 @@ class TextEncoder:
         if backend is None:
             yield from map(self._encode, chunks)
             return
+        # Its file may ask for either.
+        backend.no_truncation()
+        backend.no_padding()
         for first in range(0, len(chunks), _AT_ONCE):
             several = chunks[first : first + _AT_ONCE]
             encode = partial(backend.encode_batch_fast, several, add_special_tokens=False)
