@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +427,7 @@ def test_tokens_alone(source: Path, texts: Path, kept: KeptTokens, tmp_path: Pat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert report.blocks == []
     assert "tokens alone removed" in (tmp_path / "out" / "pruning_report.html").read_text()
+    assert report.title.startswith("tokens alone: ")
 
 
 NOT_TOKENS_ALONE: list[tuple[dict[str, Any], str]] = [
@@ -447,6 +449,20 @@ def test_sizes_that_are_not_possible(size: int, source: Path, texts: Path) -> No
     recipe = Recipe.build(method="fasp", calibration=str(texts), vocabulary=size)
     with pytest.raises(StructPruneError, match="the vocabulary cannot have this size"):
         plan(source, recipe)
+    # Before anything is counted.
+    steps = Steps()
+    with pytest.raises(StructPruneError, match="the vocabulary cannot have this size"):
+        choose_vocabulary(source, VocabularyRequest(size=size, texts=[str(texts)]), steps)
+    assert steps.total == 0
+
+
+@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}])
+def test_damaged_tokenizers(damage: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(StructPruneError, match="the tokenizer cannot be loaded"):
+        choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)]))
 
 
 @pytest.mark.parametrize("changes", [{"vocabulary_text": "a.txt"}, {"drop_reserve": True}])

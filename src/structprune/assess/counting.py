@@ -52,6 +52,8 @@ class TokenSource:
         """Read headers and the tokenizer. Raises StructPruneError."""
         reader = open_model(str(model), adapter=adapter)
         num_rows, _ = rows_by_token(reader)
+        # First: what the loader takes has the parts that the rest looks for.
+        encoder = TextEncoder(reader.directory, num_rows)
         tokenizer = read_tokenizer(reader.directory)
         numbered = all_tokens(tokenizer, str(reader.directory))
         return cls(
@@ -59,7 +61,7 @@ class TokenSource:
             num_rows=num_rows,
             row_width=row_width(reader),
             tokenizer=tokenizer,
-            encoder=TextEncoder(reader.directory, num_rows),
+            encoder=encoder,
             numbered={number: token for number, token in numbered.items() if number < num_rows},
         )
 

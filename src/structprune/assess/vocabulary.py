@@ -23,7 +23,14 @@ from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
 from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
 from structprune.texts import shown_texts, weighted_texts
-from structprune.vocabulary.choose import MULTIPLE, CountedText, choose_tokens, least_size, mean_shares
+from structprune.vocabulary.choose import (
+    MULTIPLE,
+    CountedText,
+    choose_tokens,
+    least_size,
+    mean_shares,
+    possible_size,
+)
 from structprune.vocabulary.ids import ids_of
 from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import (
@@ -86,6 +93,7 @@ def choose_vocabulary(
     texts = weighted_texts(tuple(request.texts))
     check_texts(texts)
     source = TokenSource.open(model, request.merge_adapter)
+    _check_sizes(source, request, [request.size])
     counted, samples = count_texts(texts, source, observer)
     kept = _chosen(str(model), source, request, counted)
     reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
@@ -109,6 +117,7 @@ def choose_sizes(
     Raises what `choose_vocabulary` does.
     """
     source = TokenSource.open(model, request.merge_adapter)
+    _check_sizes(source, request, sizes)
     counted, _ = count_texts(weighted_texts(tuple(request.texts)), source, observer)
     for size in sizes:
         kept = _chosen(str(model), source, replace(request, size=size), counted)
@@ -234,6 +243,13 @@ def _request(wanted: WantedTokens, recipe: Recipe, texts: tuple[str, ...]) -> Vo
     return VocabularyRequest(
         size=wanted.size, texts=texts, drop_reserve=recipe.drop_reserve, merge_adapter=recipe.merge_adapter
     )
+
+
+def _check_sizes(source: TokenSource, request: VocabularyRequest, sizes: Sequence[int]) -> None:
+    """Raise InputError for a size that is not possible, before texts are counted."""
+    named = _named(source.reader, source.tokenizer, request)
+    for size in sizes:
+        possible_size(source.tokenizer, named, size, source.where)
 
 
 def _chosen(model: str, source: TokenSource, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:

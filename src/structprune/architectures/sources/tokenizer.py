@@ -50,11 +50,16 @@ class TextEncoder:
                 )
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
+            is_there = tokenizer_bytes(directory) > 0
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
                 where=str(directory),
-                got=first_line(error) if tokenizer_bytes(directory) else f"none of {', '.join(_FILES)}",
-                do=_OWN_CODE if "custom code" in str(error) else "copy its files there",
+                got=first_line(error) if is_there else f"none of {', '.join(_FILES)}",
+                do=_OWN_CODE
+                if "custom code" in str(error)
+                else "copy its files there again; one of them is damaged, or of a newer version"
+                if is_there
+                else "copy its files there",
             ) from error
 
     def encode(self, text: str) -> Tensor:
