@@ -116,14 +116,20 @@ def room_for(model: str | Path, recipe: Recipe, possible: PossibleSizes) -> Room
     most = possible.parameters(possible.least)
     if _PARAMETERS not in targets_of(recipe):
         return Room(least=0, most=most)
-    unlimited: dict[str, object] = dict.fromkeys(targets_of(recipe))
-    decided = {"vocabulary": ALL_TOKENS, "vocabulary_text": (), "drop_reserve": False, "time_budget": None}
-    samples = {"num_samples": recipe.most_samples, "sparsity": _A_LITTLE}
-    resolved = check(model, recipe.model_copy(update={**unlimited, **decided, **samples}))
+    # The units, as if neither tokens went nor a limit were there.
+    alone = {
+        **dict.fromkeys(type(recipe).model_fields.keys() & set(TARGETS)),
+        "vocabulary": ALL_TOKENS,
+        "vocabulary_text": (),
+        "drop_reserve": False,
+        "sparsity": _A_LITTLE,
+        "num_samples": recipe.most_samples,
+        "time_budget": None,
+    }
+    resolved = check(model, recipe.model_copy(update=alone))
     stock, kinds = resolved.stock, resolved.kinds
-    is_units = isinstance(resolved.recipe, ResolvedUnits)
-    update = {_PARAMETERS: targets_of(recipe)[_PARAMETERS]}
-    (limit,) = find_limits(stock, resolved.recipe.model_copy(update=update), kinds if is_units else ())
+    limited = resolved.recipe.model_copy(update={_PARAMETERS: targets_of(recipe)[_PARAMETERS]})
+    (limit,) = find_limits(stock, limited, kinds if isinstance(limited, ResolvedUnits) else ())
     units = (
         most_removed(stock, resolved.recipe, kinds)
         if isinstance(resolved.recipe, ResolvedUnits)
