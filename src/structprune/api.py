@@ -13,6 +13,7 @@ from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.model import StockModel
 from structprune.assess import evaluate as evaluate
 from structprune.assess.sizes import sized
+from structprune.assess.split import as_planned, without_units
 from structprune.assess.vocabulary import decided as decided_tokens
 from structprune.assess.vocabulary import planned as planned_tokens
 from structprune.checkpoint.weight_source import FewerTokens
@@ -92,7 +93,9 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
     Raises the errors that `prune` would raise before its first weight, but for those of the calibration text.
     """
     bound_hidden_memory()
-    recipe, said = planned_tokens(model, recipe)
+    recipe, said = as_planned(model, recipe)
+    recipe, counted = planned_tokens(model, recipe)
+    recipe = without_units(model, recipe, SilentObserver())
     resolved = check(model, recipe)
     found = plan_run(resolved, resolved.recipe.num_samples)
     return RunPlan(
@@ -108,6 +111,7 @@ def plan(model: str | Path, recipe: Recipe, *, timed: bool = False) -> RunPlan:
         tokens=resolved.stock.reader.fewer_tokens,
         notes=(
             *said,
+            *counted,
             *resolved.notes,
             *resolved.stock.layout.notes,
             *retyped(resolved.stock.layout.config, {"model_type": resolved.forecast.shape.model_type}),
@@ -176,7 +180,7 @@ def prune(
                 do="decide the size first: structprune vocabulary MODEL -o FILE --sizes ... --text ... --measure ...",
             )
         asked = ranks.broadcast(lambda: sized(model, asked, observer, prune))
-        asked = ranks.broadcast(lambda: decided_tokens(model, asked, observer))
+        asked = ranks.broadcast(lambda: without_units(model, decided_tokens(model, asked, observer), observer))
         # What counting has taken is free and still this process's.
         release_free_memory()
         resolved = check(model, asked, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
+from structprune.assess.counting import TokenSource, count_texts
 from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
 from structprune.errors import StructPruneError
 from structprune.observer import SilentObserver
@@ -22,6 +24,7 @@ from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
+from structprune.texts import weighted_texts
 from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
 from support.models import TINY_MODELS, spread_weights
@@ -306,6 +309,54 @@ def test_a_run_decides_how_many_tokens_stay(
         pruned(source, tmp_path / "short", texts, vocabulary="auto", sparsity=0.25)
 
 
+LIMITS = [
+    # Rows are cheaper than channels, and 128 of them are the fewest that meet the limit.
+    (0, 100 * 32, 448, True),
+    # They are down to the smallest size that is measured; channels take the rest.
+    (0, 8000, 384, False),
+    # Channels are cheaper, and can give 8,256 parameters.
+    (ROWS, 9000, 512, False),
+    (ROWS, 8000, 0, False),
+]
+
+
+@pytest.mark.parametrize(("least_worth", "removal", "stay", "alone"), LIMITS)
+def test_a_limit_is_shared_out(
+    least_worth: int,
+    removal: int,
+    stay: int,
+    alone: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To tokens up to where more of them cost more than channels, the rest to units; a run that was cut goes on so."""
+    large = tmp_path / "large.txt"
+    large.write_text("\n".join(TEXT * 6), encoding="utf-8")
+    before = inspect(source).all_parameters
+    channels = priced(1.0)
+    monkeypatch.setattr("structprune.assess.sizes._Scales.channels", lambda *_: channels)
+    monkeypatch.setattr("structprune.assess.sizes._Scales.bits", bits_by_size(ROWS, least_worth))
+    asked: dict[str, Any] = {"vocabulary": "auto", "target_parameters": before - removal, "reload_check": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("structprune.engine.pipelines.units.finalize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(source, tmp_path / "out", large, **asked)
+    monkeypatch.setattr("structprune.assess.sizes.possible_sizes", None)
+    report = resume(tmp_path / "out")
+    assert isinstance(report, PruneReport)
+    assert len(report.recipe.tokens.ids) == stay
+    assert (report.recipe.scope == "vocabulary") is alone
+    gone = before - report.size.parameters_after
+    assert removal <= gone < removal + (32 * 64 if alone else 96 * 2)
+
+
+def test_limits_that_tokens_and_units_cannot_meet(source: Path, texts: Path) -> None:
+    recipe = Recipe.build(vocabulary="auto", target_parameters=1000, calibration=str(texts), method="fasp")
+    with pytest.raises(StructPruneError, match="--target-parameters cannot be reached"):
+        plan(source, recipe)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_rows": 577}, "a list of another model's tokens"),
     ({"tokenizer": "0" * 64}, "a list of another model's tokens"),
@@ -376,6 +427,7 @@ def test_tokens_alone(source: Path, texts: Path, kept: KeptTokens, tmp_path: Pat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert report.blocks == []
     assert "tokens alone removed" in (tmp_path / "out" / "pruning_report.html").read_text()
+    assert report.title.startswith("tokens alone: ")
 
 
 NOT_TOKENS_ALONE: list[tuple[dict[str, Any], str]] = [
@@ -397,6 +449,20 @@ def test_sizes_that_are_not_possible(size: int, source: Path, texts: Path) -> No
     recipe = Recipe.build(method="fasp", calibration=str(texts), vocabulary=size)
     with pytest.raises(StructPruneError, match="the vocabulary cannot have this size"):
         plan(source, recipe)
+    # Before anything is counted.
+    steps = Steps()
+    with pytest.raises(StructPruneError, match="the vocabulary cannot have this size"):
+        choose_vocabulary(source, VocabularyRequest(size=size, texts=[str(texts)]), steps)
+    assert steps.total == 0
+
+
+@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}])
+def test_damaged_tokenizers(damage: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(StructPruneError, match="the tokenizer cannot be loaded"):
+        choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)]))
 
 
 @pytest.mark.parametrize("changes", [{"vocabulary_text": "a.txt"}, {"drop_reserve": True}])
@@ -406,6 +472,44 @@ def test_nothing_is_counted_without_a_number(
     with pytest.raises(StructPruneError, match="decides which tokens stay, and no number of them"):
         pruned(source, tmp_path / "out", texts, kept, **changes)
     assert not list(tmp_path.iterdir())
+
+
+class Steps(SilentObserver):
+    """Counts the steps that are announced and those that are made."""
+
+    def __init__(self) -> None:
+        self.total, self.made = 0, 0
+
+    def start(self, phase: str, total: int) -> None:
+        self.total += total
+
+    def advance(self, detail: str) -> None:
+        self.made += 1
+
+
+def test_all_of_a_text_is_counted(source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts and in pieces of them, several at once; progress goes by the bytes that were read."""
+    rows = tmp_path / "rows.jsonl"
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    rows.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    tokens = TokenSource.open(source, "none")
+    for name, size in (("parts.PART_CHARACTERS", 700), ("file.PART_CHARACTERS", 700)):
+        monkeypatch.setattr(f"structprune.calibration.sources.{name}", size)
+    monkeypatch.setattr("structprune.architectures.sources.tokenizer._CHUNK", 80)
+    monkeypatch.setattr("structprune.architectures.sources.tokenizer._AT_ONCE", 3)
+    monkeypatch.setattr("structprune.assess.counting._STEP_BYTES", 500)
+    steps = Steps()
+    named = weighted_texts((str(texts), f"{rows}:2"))
+    counted, samples = count_texts(named, tokens, steps)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for text, whole in zip(counted, ("\n".join(lines), "\n\n".join(lines)), strict=True):
+        ids = torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        # Between two parts of rows there is no blank line.
+        missing = torch.bincount(ids, minlength=ROWS) - text.counts_V
+        assert not missing.count_nonzero() or tokenizer.decode(missing.nonzero().flatten()).strip() == ""
+        assert missing.abs().sum() < len(ids) / 50
+    assert samples[0] == texts.read_text(encoding="utf-8")
+    assert steps.made == steps.total == sum(-(-path.stat().st_size // 500) for path in (texts, rows))
 
 
 def test_text_of_the_model_itself_is_not_counted(source: Path) -> None:

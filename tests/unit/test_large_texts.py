@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from structprune.calibration.context import SourceContext
-from structprune.calibration.sources.file import file_windows, read_text
+from structprune.calibration.sources.file import file_windows, read_text, text_parts
 from structprune.calibration.sources.parts import Share, held_bytes, most_bytes
 from structprune.errors import InputError
 
@@ -285,3 +285,136 @@ def test_one_large_row_group_of_parquet_takes_little_memory(tmp_path: Path) -> N
     tracemalloc.stop()
     assert SHARE.num_bytes <= len(text) < 1.1 * SHARE.num_bytes
     assert peak < 12 * SHARE.num_bytes < path.stat().st_size
+
+
+def small_parts(path: Path, monkeypatch: pytest.MonkeyPatch, size: int = 50_000) -> list[str]:
+    """Read a file to its end in parts of so many characters."""
+    for name in ("parts", "file"):
+        monkeypatch.setattr(f"structprune.calibration.sources.{name}.PART_CHARACTERS", size)
+    found = list(text_parts(path))
+    places = [behind for _, behind in found]
+    assert places == sorted(places)
+    assert 0 < places[-1] <= path.stat().st_size
+    return [part for part, _ in found]
+
+
+def in_format(kind: str, path: Path) -> Path:
+    """Write rows in a format that the name says."""
+    name = kind.removesuffix(".gz")
+    rows = [{"text": row(number), "id": number} for number in range(3000)]
+    if name == "csv":
+        file = io.StringIO()
+        writer = csv.DictWriter(file, ["id", "text"])
+        writer.writeheader()
+        writer.writerows({**one, "text": f'{one["text"]}\r\n"{one["id"]}"'} for one in rows)
+        content = file.getvalue()
+    elif name == "json":
+        content = json.dumps(rows, ensure_ascii=False, indent=1)
+    elif name == "jsonl":
+        content = "\n\n".join(json.dumps(one) for one in rows)
+    else:
+        content = "\r\n".join(str(one["text"]) for one in rows)
+    path = path / f"rows.{'txt' if name in ('utf-16', 'utf-8-sig') else name}{'.gz' if kind.endswith('.gz') else ''}"
+    data = content.encode(name if name.startswith("utf") else "utf-8")
+    path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    return path
+
+
+FORMATS = ["txt", "utf-16", "utf-8-sig", "txt.gz", "jsonl", "jsonl.gz", "json", "csv"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_all_of_a_text_in_parts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text as where the file is read whole."""
+    path = in_format(kind, tmp_path)
+    parts = small_parts(path, monkeypatch)
+    is_rows = kind.startswith(("json", "csv"))
+    assert ("\n\n" if is_rows else "").join(parts) == read_text(path)
+    assert len(parts) > 4
+    assert max(map(len, parts)) < 60_000
+    assert is_rows or all(part.endswith("\n") for part in parts[:-1])
+
+
+@pytest.mark.parametrize("packing", ["", ".zst"])
+def test_all_of_parquet_in_parts(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": [row(number) for number in range(3000)]}), path)
+    if packing:
+        zstandard = pytest.importorskip("zstandard")
+        (tmp_path / "rows.parquet.zst").write_bytes(zstandard.ZstdCompressor().compress(path.read_bytes()))
+        path = tmp_path / "rows.parquet.zst"
+    parts = small_parts(path, monkeypatch)
+    assert "\n\n".join(parts) == read_text(path)
+    assert len(parts) > 4
+
+
+def test_parts_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between words, before the space, which belongs to the next one; without spaces between characters."""
+    path = tmp_path / "line.txt"
+    for content in ("word " * 40_000, "漢𝄞é" * 40_000):
+        path.write_text(content, encoding="utf-8")
+        parts = small_parts(path, monkeypatch)
+        assert "".join(parts) == content
+        assert len(parts) > 2
+        assert " " not in content or all(part.startswith(" ") for part in parts[1:])
+
+
+def test_elements_that_lie_across_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{"text": 'a \\ " ]}, \u00e9' * number, "scores": [1.5, 20, None]} for number in range(1, 40)]
+    path.write_text(f" {json.dumps(rows)} ")
+    for size in (1, 7, 100):
+        assert "\n\n".join(small_parts(path, monkeypatch, size)) == "\n\n".join(str(one["text"]) for one in rows)
+    path.write_text("[ ]")
+    assert not list(text_parts(path))
+
+
+DAMAGED = [
+    ("rows.json", '[{"text": "a"}, {"text": "b"} {"text": "c"}]', "element 2"),
+    ("rows.json", '[{"text": "a"}, {"text": "b"', "element 2"),
+    ("rows.jsonl", '{"text": "a"}\n{"text": "b"', "rows.jsonl:2"),
+    ("rows.jsonl", '{"text": "a"}\n{"body": 3}', "rows.jsonl:2"),
+    ("rows.csv", 'id,text\n1,"a', "not CSV"),
+    ("prose.txt", "a\0b", "NUL"),
+    ("prose.txt#text", "plain", "plain text has no fields"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGED)
+def test_parts_of_what_is_damaged(name: str, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name.partition("#")[0]).write_text(content)
+    with pytest.raises(InputError) as caught:
+        list(text_parts(tmp_path / name))
+    assert said in str(caught.value)
+
+
+def test_parts_of_other_encodings_and_files(tmp_path: Path) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_bytes("café\n".encode("latin-1") * 10)
+    with pytest.raises(InputError, match="not UTF-8"):
+        list(text_parts(path))
+    with pytest.raises(InputError, match="does not exist"):
+        list(text_parts(tmp_path / "nothing.txt"))
+    packed = tmp_path / "prose.txt.gz"
+    packed.write_bytes(gzip.compress(b"many words " * 1000)[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        list(text_parts(packed))
+
+
+def test_parts_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps({"text": "many words on one line " * 500})
+    path.write_text("\n".join([line] * 500))
+    tracemalloc.start()
+    parts = 0
+    for name in ("parts", "file"):
+        monkeypatch.setattr(f"structprune.calibration.sources.{name}.PART_CHARACTERS", 200_000)
+    for part, _ in text_parts(path):
+        parts += len(part)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert parts > 5 * 2**20
+    # The head that says whether lines are rows is a megabyte.
+    assert peak < 4 * 2**20

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
 from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.assess.quality import EvaluationRequest, evaluate_all
-from structprune.assess.vocabulary import VocabularyRequest, choose_sizes, size_bounds, split_texts
+from structprune.assess.split import Priced, room_for, tokens_share, why
+from structprune.assess.vocabulary import VocabularyRequest, choose_sizes, possible_sizes, split_texts
 from structprune.errors import InputError
 from structprune.observer import Observer
 from structprune.recipe import Recipe
@@ -52,28 +53,6 @@ class SizesRequest:
     drop_reserve: bool = False
     merge_adapter: str = NO_ADAPTER
     dtype: str = "auto"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Priced:
-    """One smaller model."""
-
-    name: str
-    parameters: int
-    """Parameters that went, of those of the dense model."""
-    bits_per_byte: float
-    """Mean of the texts."""
-    price: float
-    """Bits per byte that a million parameters cost, of those that went beyond the next larger vocabulary's."""
-
-    def costs_no_less_than(self, other: Priced) -> bool:
-        """Whether the parameters of another one cost no more than these do."""
-        return other.price <= self.price
-
-    @property
-    def line(self) -> str:
-        """Say what it costs."""
-        return f"{self.name}: {self.bits_per_byte:.4f} bits per byte, {self.price:+.5f} for a million parameters more"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,17 +162,20 @@ def price_sizes(model: str | Path, request: SizesRequest, observer: Observer, pr
 
 
 def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -> Recipe:
-    """Decide how many tokens stay where a recipe leaves that open: down to where a step costs more than channels do.
+    """Decide how many tokens stay where a recipe leaves that open: down to where more cost more than channels do.
 
-    Tokens are counted on the first nine tenths of every text and measured on the rest; of which ones stay the whole
-    texts decide. The observer hears of every size. Where none is worth it all tokens stay. Raises StructPruneError.
+    A limit of parameters is shared out so to tokens and units. Tokens are counted on the first nine tenths of every
+    text and measured on the rest; of which ones stay the whole texts decide. The observer hears of every size. Where
+    none is worth it all tokens stay. Raises StructPruneError.
     """
     if recipe.vocabulary != AUTO_TOKENS:
         return recipe
+    possible = possible_sizes(model, recipe)
+    room = room_for(model, recipe, possible)
     with tempfile.TemporaryDirectory(prefix="structprune-") as folder:
         counted, measured = split_texts(model, recipe, Path(folder), observer)
         request = SizesRequest(
-            sizes=ladder(*size_bounds(model, recipe)),
+            sizes=ladder(possible.least, possible.all_tokens),
             texts=counted,
             measured_on=measured,
             seq_len=min(recipe.seq_len, _SEQ_LEN),
@@ -207,22 +189,30 @@ def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -
         dense = scales.dense()
         channels = scales.channels(dense, prune)
         observer.note(f"size of the vocabulary: {dense:.4f} bits per byte with all tokens; {channels.line}")
-        best = None
-        for kept, row in scales.sizes(dense, lists):
+        rows = list[Priced]()
+        for _, row in scales.sizes(dense, lists):
             observer.note(f"size of the vocabulary: {row.line}")
-            if not channels.costs_no_less_than(row):
+            rows.append(row)
+            if not channels.costs_no_less_than(row) or row.parameters >= room.most:
                 break
-            best = len(kept.ids)
-    if best is None:
-        if recipe.scope == "vocabulary":
-            raise InputError(
-                "no token is worth to go: the first ones cost more than the MLP's channels do",
-                got="--vocabulary auto --scope vocabulary",
-                wanted="another scope, or a number of tokens",
-            )
-        observer.note("all tokens stay: the first ones cost more than the MLP's channels do")
-        return recipe.with_tokens(ALL_TOKENS)
-    return recipe.model_copy(update={"vocabulary": WantedTokens(size=best)})
+    # Below the smallest size that was measured nothing says what tokens cost.
+    room = replace(room, most=max(room.least, min(room.most, rows[-1].parameters)))
+    gone = tokens_share(rows, [channels], room)
+    of = "" if room.limit is None else f" of the {room.limit:,} that have to go"
+    if gone:
+        stay = possible.within(gone)
+        observer.note(
+            f"{stay:,} tokens stay; {possible.parameters(stay):,} parameters go with the others{of}: {why(gone, room)}"
+        )
+        return recipe.model_copy(update={"vocabulary": WantedTokens(size=stay)})
+    if recipe.scope == "vocabulary":
+        raise InputError(
+            "no token is worth to go: the first ones cost more than the MLP's channels do",
+            got="--vocabulary auto --scope vocabulary",
+            wanted="another scope, or a number of tokens",
+        )
+    observer.note(f"all tokens stay: {why(gone, room)}")
+    return recipe.with_tokens(ALL_TOKENS)
 
 
 def ladder(least: int, most: int) -> list[int]:

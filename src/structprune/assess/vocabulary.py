@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from structprune.architectures.sources.adapter import NO_ADAPTER
-from structprune.architectures.sources.fewer_tokens import read_tokenizer, rows_by_token
-from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.same_tokens import PROBE_TEXT
-from structprune.architectures.sources.tokenizer import TextEncoder
-from structprune.calibration.context import SourceContext
-from structprune.calibration.select import check_texts, load_windows
-from structprune.calibration.sources.file import read_text
-from structprune.calibration.sources.parts import Share
+from structprune.assess.counting import TokenSource, count_texts, sampled_text
+from structprune.calibration.select import check_texts
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError, InputError
 from structprune.files import read_json, write_text
@@ -30,26 +22,27 @@ from structprune.memory import format_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
 from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
-from structprune.texts import WeightedText, shown_texts, weighted_texts
-from structprune.vocabulary.choose import CountedText, choose_tokens, least_size, mean_shares
+from structprune.texts import shown_texts, weighted_texts
+from structprune.vocabulary.choose import (
+    MULTIPLE,
+    CountedText,
+    choose_tokens,
+    least_size,
+    mean_shares,
+    possible_size,
+)
 from structprune.vocabulary.ids import ids_of
-from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
+from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import (
     added_tokens,
-    all_tokens,
     identity,
     ids_around_texts,
     is_reserve,
     shrunk,
 )
 
-_MOST_BYTES = 64 * 2**20
-"""Bytes that are counted of a larger text, from places all over it."""
-_CHECKED_CHARACTERS = 200_000
 _LEAST_MEASURED = 4_000
 """Characters that are measured of a text where sizes are compared."""
-# Of a built-in text: more than any but C4 has, of which this is 25 MB.
-_MANY_WINDOWS, _SHORT_WINDOW = 2**15, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +92,9 @@ def choose_vocabulary(
         raise InputError("no text is named", wanted="--text FILE, such as the model is meant to read and write")
     texts = weighted_texts(tuple(request.texts))
     check_texts(texts)
-    source = _Source.open(model, request.merge_adapter)
-    counted, samples = _counted(texts, source, observer)
+    source = TokenSource.open(model, request.merge_adapter)
+    _check_sizes(source, request, [request.size])
+    counted, samples = count_texts(texts, source, observer)
     kept = _chosen(str(model), source, request, counted)
     reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
     lengths = _checked(source.tokenizer, kept, [*samples, PROBE_TEXT], source.where)
@@ -122,20 +116,46 @@ def choose_sizes(
 
     Raises what `choose_vocabulary` does.
     """
-    source = _Source.open(model, request.merge_adapter)
-    counted, _ = _counted(weighted_texts(tuple(request.texts)), source, observer)
-    _, sliced = rows_by_token(source.reader)
-    width = sum(math.prod(source.reader.shapes[name][1:]) for name in sliced)
+    source = TokenSource.open(model, request.merge_adapter)
+    _check_sizes(source, request, sizes)
+    counted, _ = count_texts(weighted_texts(tuple(request.texts)), source, observer)
     for size in sizes:
         kept = _chosen(str(model), source, replace(request, size=size), counted)
-        yield kept, (source.num_rows - len(kept.ids)) * width
+        yield kept, (source.num_rows - len(kept.ids)) * source.row_width
 
 
-def size_bounds(model: str | Path, recipe: Recipe) -> tuple[int, int]:
-    """Return (the fewest tokens that may stay, all of the model's). Raises InputError where none can go."""
-    source = _Source.open(model, recipe.merge_adapter)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PossibleSizes:
+    """How many tokens may stay, and what goes with the others."""
+
+    least: int
+    """The fewest."""
+    all_tokens: int
+    num_rows: int
+    """Rows of the embedding, which may have more than there are tokens."""
+    row_width: int
+    """Parameters that go with one row: of the embedding, of a head of its own, of its bias."""
+
+    def parameters(self, size: int) -> int:
+        """Count what goes where `size` tokens stay."""
+        return (self.num_rows - size) * self.row_width
+
+    def within(self, parameters: int) -> int:
+        """Return the most tokens with which at least so many parameters go, or the fewest that are possible."""
+        most = min(self.num_rows - -(-parameters // self.row_width), self.all_tokens - 1)
+        return max(self.least, most // MULTIPLE * MULTIPLE)
+
+
+def possible_sizes(model: str | Path, recipe: Recipe) -> PossibleSizes:
+    """Find how many tokens may stay. Raises InputError where none can go."""
+    source = TokenSource.open(model, recipe.merge_adapter)
     named = _named(source.reader, source.tokenizer, _request(AUTO_TOKENS, recipe, ()))
-    return least_size(source.tokenizer, named, source.where), len(source.numbered)
+    return PossibleSizes(
+        least=least_size(source.tokenizer, named, source.where),
+        all_tokens=len(source.numbered),
+        num_rows=source.num_rows,
+        row_width=source.row_width,
+    )
 
 
 def split_texts(
@@ -145,10 +165,10 @@ def split_texts(
 
     Returns the first parts with the texts' weights, and the rests. Raises InputError for a text that is too short.
     """
-    source = _Source.open(model, recipe.merge_adapter)
+    source = TokenSource.open(model, recipe.merge_adapter)
     first, rest = list[str](), list[str]()
     for number, text in enumerate(weighted_texts((*recipe.calibration, *recipe.vocabulary_text))):
-        content = _content(text, source, observer)
+        content = sampled_text(text, source, observer)
         place = content.rfind("\n", 0, len(content) * 9 // 10) + 1 or len(content) * 9 // 10
         if len(content) - place < _LEAST_MEASURED:
             raise InputError(
@@ -163,18 +183,6 @@ def split_texts(
             write_text(path, part)
             parts.append(f"{path}:{text.weight:g}" if name == "counted" else str(path))
     return tuple(first), tuple(rest)
-
-
-def _counted(texts: Sequence[WeightedText], source: _Source, observer: Observer) -> tuple[list[CountedText], list[str]]:
-    """Count every text; returns the starts of them too."""
-    observer.start("count tokens", len(texts))
-    counted, samples = list[CountedText](), list[str]()
-    for text in texts:
-        counts_V, sample = _count(text, source, observer)
-        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
-        samples.append(sample)
-        observer.advance(Path(text.name).name)
-    return counted, samples
 
 
 def decided(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:
@@ -207,15 +215,12 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
     if not isinstance(recipe.vocabulary, WantedTokens):
         _check_idle(recipe)
         return recipe, ()
-    if recipe.vocabulary == AUTO_TOKENS:
-        said = "how many tokens stay is decided by the run, which measures some sizes first; all are in these figures"
-        return recipe.with_tokens(ALL_TOKENS), (said,)
     request = _request(recipe.vocabulary, recipe, ())
-    source = _Source.open(model, request.merge_adapter)
+    source = TokenSource.open(model, request.merge_adapter)
     kept = _chosen(str(model), source, request, [])
     texts = (*recipe.calibration, *recipe.vocabulary_text)
     files = [path for text in weighted_texts(texts) if (path := text.path) is not None]
-    size = format_bytes(sum(min(path.stat().st_size, _MOST_BYTES) for path in files))
+    size = format_bytes(sum(path.stat().st_size for path in files))
     said = (
         f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them first on {shown_texts(texts)}"
         f" ({size} of files)"
@@ -240,45 +245,14 @@ def _request(wanted: WantedTokens, recipe: Recipe, texts: tuple[str, ...]) -> Vo
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A model's tokenizer, and how many rows there are for its tokens."""
-
-    reader: CheckpointReader
-    num_rows: int
-    tokenizer: dict[str, Any]
-    encoder: TextEncoder
-    numbered: dict[int, str]
-    """Id -> spelling of the tokens that have a row."""
-
-    @classmethod
-    def open(cls, model: str | Path, adapter: str) -> _Source:
-        """Read headers and the tokenizer."""
-        reader = open_model(str(model), adapter=adapter)
-        num_rows, _ = rows_by_token(reader)
-        tokenizer = read_tokenizer(reader.directory)
-        numbered = all_tokens(tokenizer, str(reader.directory))
-        return cls(
-            reader=reader,
-            num_rows=num_rows,
-            tokenizer=tokenizer,
-            encoder=TextEncoder(reader.directory, num_rows),
-            numbered={number: token for number, token in numbered.items() if number < num_rows},
-        )
-
-    @property
-    def where(self) -> str:
-        return str(self.reader.directory)
-
-    @cached_property
-    def spelled(self) -> dict[int, str]:
-        """What each token writes; bytes of a character that is not whole there write nothing."""
-        ids = sorted(self.numbered)
-        texts = self.encoder.tokenizer.batch_decode([[number] for number in ids])
-        return {number: "" if "\ufffd" in text else text for number, text in zip(ids, texts, strict=True)}
+def _check_sizes(source: TokenSource, request: VocabularyRequest, sizes: Sequence[int]) -> None:
+    """Raise InputError for a size that is not possible, before texts are counted."""
+    named = _named(source.reader, source.tokenizer, request)
+    for size in sizes:
+        possible_size(source.tokenizer, named, size, source.where)
 
 
-def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
+def _chosen(model: str, source: TokenSource, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
     """Choose by counts; without any as the tokenizer's training found tokens common."""
     no_text = CountedText(name="", weight=1.0, counts_V=torch.zeros(source.num_rows, dtype=torch.int64))
     texts = counted or [no_text]
@@ -294,42 +268,6 @@ def _chosen(model: str, source: _Source, request: VocabularyRequest, counted: Se
         num_tokens=sum(int(text.counts_V.sum()) for text in counted),
         covered=min(1.0, float(mean_shares(texts)[torch.tensor(ids)].sum())) if counted else 1.0,
     )
-
-
-def _count(text: WeightedText, source: _Source, observer: Observer) -> tuple[Tensor, str]:
-    """Count the tokens of a text in full, by id; returns the start of the text too."""
-    content = _content(text, source, observer)
-    return _counts(source, content), content[:_CHECKED_CHARACTERS]
-
-
-def _content(text: WeightedText, source: _Source, observer: Observer) -> str:
-    """Read a text, of a large one pieces from all over it."""
-    if text.path is not None:
-        return read_text(text.path, source.encoder.render, share=Share(num_bytes=_MOST_BYTES, seed=0))
-    found: list[str] = []
-
-    def encode(content: str) -> Tensor:
-        found.append(content)
-        return source.encoder.encode(content)
-
-    # A built-in text is what its source gives where many windows are asked for.
-    context = SourceContext(encode=encode, sample=_no_sample, num_samples=_MANY_WINDOWS, seq_len=_SHORT_WINDOW, seed=0)
-    load_windows(text.name, context, observer.note)
-    return "\n".join(found)
-
-
-def _no_sample(num_windows: int, window_len: int, seed: int) -> Tensor:
-    raise InputError(
-        "text that the model samples itself does not say which tokens are worth a row",
-        do="name a text that the model is meant for: --calibration FILE",
-    )
-
-
-def _counts(source: _Source, content: str) -> Tensor:
-    counts_V = torch.zeros(source.num_rows, dtype=torch.int64)
-    for ids in source.encoder.encoded_pieces(content):
-        counts_V += torch.bincount(ids, minlength=source.num_rows)
-    return counts_V
 
 
 def _named(reader: CheckpointReader, tokenizer: dict[str, Any], request: VocabularyRequest) -> set[int]:

@@ -22,7 +22,7 @@ from structprune.results.summary import summary_rows, warnings
 def report_table(report: PruneReport) -> None:
     """Print what a run did and cost."""
     rows = [*summary_rows(report), *runtime_rows(report.runtimes)]
-    print_pairs(f"{report.method}: {report.source} -> {report.output}", rows)
+    print_pairs(report.title, rows)
     for warning in warnings(report):
         Console(stderr=True).print(Text(warning))
 

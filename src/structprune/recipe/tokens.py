@@ -68,8 +68,8 @@ AskedVocabulary = Annotated[
 VOCABULARY_FIELD: Any = Field(
     default=ALL_TOKENS,
     description="tokens that stay, such as 64000 or 64k: those that the calibration texts and --vocabulary-text use "
-    "most; auto: down to where a step costs more bits per byte than the MLP's channels do; or the JSON file of "
-    "`structprune vocabulary MODEL -o FILE`",
+    "most; auto: down to where more would cost more bits per byte than the MLP's channels do, or to where "
+    "--target-parameters is met; or the JSON file of `structprune vocabulary MODEL -o FILE`",
 )
 
 VocabularyTexts = Annotated[

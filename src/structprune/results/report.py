@@ -21,11 +21,14 @@ class PruneReport(PruneFacts):
     __str__ = __repr__
 
     def __rich__(self) -> Table:
-        return rich_table(self._title(), summary_rows(self))
+        return rich_table(self.title, summary_rows(self))
 
     def _repr_html_(self) -> str:
         """Render the summary for notebooks."""
-        return html_table(self._title(), summary_rows(self))
+        return html_table(self.title, summary_rows(self))
 
-    def _title(self) -> str:
-        return f"{self.method}: {self.source} -> {self.output}"
+    @property
+    def title(self) -> str:
+        """What was done, to what, and where the result is."""
+        what = "tokens alone" if self.recipe.scope == "vocabulary" else self.method
+        return f"{what}: {self.source} -> {self.output}"

@@ -58,15 +58,7 @@ def choose_tokens(
     ids, closure = kind.tokens(model), kind.closure(model)
     numbered = all_tokens(tokenizer, where)
     kept = _staying(tokenizer, needed, where)
-    wanted, least = size // MULTIPLE * MULTIPLE, least_size(tokenizer, needed, where)
-    if not least <= wanted < len(numbered):
-        raise InputError(
-            "the vocabulary cannot have this size",
-            where=where,
-            got=f"{size:,} tokens",
-            wanted=f"at least {least:,}, for what every text needs and what is named elsewhere, and fewer than "
-            f"{len(numbered):,}",
-        )
+    wanted = possible_size(tokenizer, needed, size, where)
     for number in _in_order(kind.most_likely_first(model), ids, texts, spelled):
         if len(kept) == wanted:
             break
@@ -76,6 +68,21 @@ def choose_tokens(
         if len(kept) + len(new) <= wanted:
             kept |= new
     return tuple(sorted(kept))
+
+
+def possible_size(tokenizer: Mapping[str, Any], needed: Collection[int], size: int, where: str) -> int:
+    """Return `size`, rounded down to a multiple. Raises InputError as `choose_tokens` does."""
+    wanted, least = size // MULTIPLE * MULTIPLE, least_size(tokenizer, needed, where)
+    num_tokens = len(all_tokens(tokenizer, where))
+    if not least <= wanted < num_tokens:
+        raise InputError(
+            "the vocabulary cannot have this size",
+            where=where,
+            got=f"{size:,} tokens",
+            wanted=f"at least {least:,}, for what every text needs and what is named elsewhere, and fewer than "
+            f"{num_tokens:,}",
+        )
+    return wanted
 
 
 def least_size(tokenizer: Mapping[str, Any], needed: Collection[int], where: str) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from structprune.errors import CheckpointError, InputError, first_line
 from structprune.kinds import StartToken
 from structprune.types import Render
 
+_Encoded = TypeVar("_Encoded")
+# Characters that are encoded in one call, and how many of these at once.
+_CHUNK, _AT_ONCE = 200_000, 8
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -46,11 +50,16 @@ class TextEncoder:
                 )
         except Exception as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
+            is_there = tokenizer_bytes(directory) > 0
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
                 where=str(directory),
-                got=first_line(error) if tokenizer_bytes(directory) else f"none of {', '.join(_FILES)}",
-                do=_OWN_CODE if "custom code" in str(error) else "copy its files there",
+                got=first_line(error) if is_there else f"none of {', '.join(_FILES)}",
+                do=_OWN_CODE
+                if "custom code" in str(error)
+                else "copy its files there again; one of them is damaged, or of a newer version"
+                if is_there
+                else "copy its files there",
             ) from error
 
     def encode(self, text: str) -> Tensor:
@@ -58,18 +67,42 @@ class TextEncoder:
 
         Raises CheckpointError where the tokenizer cannot encode it, or gives a token that the embedding has no row for.
         """
-        return torch.cat([torch.empty(0, dtype=torch.int64), *self.encoded_pieces(text)])
-
-    def encoded_pieces(self, text: str) -> Iterator[Tensor]:
-        """Yield what `encode` returns, a piece of the text at a time. Raises CheckpointError as that does."""
         # Long text is split at line ends: tokenizers take superlinear time on one huge string. As tensors, because a
         # list takes five times the memory.
-        for chunk in _chunks(text, 200_000):
-            yield self._encode(chunk)
+        pieces = (self._encode(chunk) for chunk in _chunks(text, _CHUNK))
+        return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
+
+    def encoded_together(self, text: str) -> Iterator[Tensor]:
+        """Yield what `encode` returns, in pieces, several of which are encoded at once where there are cores.
+
+        Raises CheckpointError as `encode` does.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        chunks = _chunks(text, _CHUNK)
+        if backend is None:
+            yield from map(self._encode, chunks)
+            return
+        # Its file may ask for either.
+        backend.no_truncation()
+        backend.no_padding()
+        for first in range(0, len(chunks), _AT_ONCE):
+            several = chunks[first : first + _AT_ONCE]
+            encode = partial(backend.encode_batch_fast, several, add_special_tokens=False)
+            for found in self._tried(encode, several[0]):
+                ids = torch.tensor(found.ids, dtype=torch.int64)
+                self._check_rows(ids)
+                yield ids
 
     def _encode(self, text: str) -> Tensor:
+        found = self._tried(lambda: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], text)
+        ids = torch.tensor(found, dtype=torch.int64)
+        self._check_rows(ids)
+        return ids
+
+    def _tried(self, encode: Callable[[], _Encoded], text: str) -> _Encoded:
+        """Call what encodes. Raises CheckpointError that quotes the start of the text."""
         try:
-            found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return encode()
         except BaseException as error:
             # A panic of the Rust library, as where a regular expression backtracks without end, is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -81,9 +114,6 @@ class TextEncoder:
                 got=f"{first_line(error)} in {_excerpt(text)}",
                 do="check that its files belong to the model; a vocabulary needs an unknown token or all characters",
             ) from error
-        ids = torch.tensor(found, dtype=torch.int64)
-        self._check_rows(ids)
-        return ids
 
     def _check_rows(self, ids: Tensor) -> None:
         """Raise CheckpointError for a token that the embedding has no row for."""

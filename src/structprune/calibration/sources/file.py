@@ -18,8 +18,26 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from structprune.calibration.context import CalibrationWindows, SourceContext, draw_windows
-from structprune.calibration.sources.formats import csv_rows, json_rows, parquet_rows
-from structprune.calibration.sources.parts import COMPRESSED, Content, Readable, Share, first_part, most_bytes, pieces
+from structprune.calibration.sources.formats import (
+    array_rows,
+    csv_rows,
+    json_rows,
+    line_rows,
+    parquet_rows,
+    table_rows,
+)
+from structprune.calibration.sources.parts import (
+    COMPRESSED,
+    PART_CHARACTERS,
+    Content,
+    Readable,
+    Share,
+    batches,
+    first_part,
+    most_bytes,
+    pieces,
+    whole_lines,
+)
 from structprune.calibration.sources.rows import join_turns, row_text
 from structprune.errors import InputError, first_line
 from structprune.files import check_path, check_regular
@@ -56,14 +74,40 @@ def read_text(
     InputError if the file is missing or unreadable, or if a row holds no text.
     """
     path, field = split_field(path)
+    with _opened(path) as file:
+        reading = _Reading(
+            path=path, field=field, render=_checked(render or join_turns, notify), notify=notify, share=share
+        )
+        return "\n\n".join(reading.documents(file))
+
+
+def text_parts(path: Path, render: Render | None = None) -> Iterator[tuple[str, int]]:
+    """Yield all of the text that `read_text` returns, however large the file: (part, bytes of the file behind it).
+
+    A part is about four million characters and ends at a line's end or between documents; no more than that and one
+    row is held. Raises what `read_text` does.
+    """
+    path, field = split_field(path)
+    with _opened(path) as file:
+        notify = _nothing_said
+        reading = _Reading(
+            path=path, field=field, render=_checked(render or join_turns, notify), notify=notify, share=None
+        )
+        for part in reading.parts(file):
+            yield part, file.tell()
+
+
+def _nothing_said(note: str) -> None: ...
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[io.BufferedReader]:
+    """Open a text file. Raises InputError for what cannot be opened or read."""
     check_path(path, "the text file")
     try:
         check_regular(path)
         with path.open("rb") as file:
-            reading = _Reading(
-                path=path, field=field, render=_checked(render or join_turns, notify), notify=notify, share=share
-            )
-            return "\n\n".join(reading.documents(file))
+            yield file
     except FileNotFoundError:
         raise InputError("the text file does not exist", where=str(path)) from None
     except UnicodeDecodeError as error:
@@ -117,14 +161,14 @@ class _Reading:
     share: Share | None
     """How much of it may be read; None: all."""
 
-    def documents(self, file: BinaryIO) -> Iterable[str]:
+    def documents(self, file: io.BufferedReader) -> Iterable[str]:
         """Return the file's documents. Raises InputError for what is no text."""
         size, start = file.seek(0, io.SEEK_END), self._start(file)
         if start == _PARQUET:
             most = None if self.share is None else self.share.num_bytes
             return self._texts(parquet_rows(file, self.path, self.field, self._drawn(size)), most)
         if start.startswith(_GZIP) or start == _ZSTD:
-            unpacked = gzip.GzipFile(fileobj=file) if start.startswith(_GZIP) else _unzstd(file, self.path)
+            unpacked = self._unpacked(file)
             with _unpacking(self.path):
                 if unpacked.peek(4)[:4] == _PARQUET:
                     # Its directory is at its end.
@@ -148,6 +192,62 @@ class _Reading:
             found = self._first_part(file)
         return self._decoded_documents(found, rows=rows)
 
+    def parts(self, file: io.BufferedReader) -> Iterator[str]:
+        """Yield all of the file's text, a part at a time. Raises InputError for what is no text."""
+        with _unpacking(self.path):
+            stream = self._unpacked(file)
+            if stream.peek(4)[:4] == _PARQUET:
+                # Its directory is at its end.
+                whole = file if stream is file else io.BytesIO(stream.read())
+                yield from batches(self._texts(parquet_rows(whole, self.path, self.field, None)))
+                return
+            with self.path.open("rb") as again, _as_text(self._unpacked(again), "\n") as beginning:
+                head = beginning.read(_HEAD_BYTES)
+            with _as_text(stream, "" if _suffix(self.path) in _TABLES else "\n") as text:
+                yield from self._decoded_parts(text, head)
+
+    def _decoded_parts(self, text: io.TextIOWrapper, head: str) -> Iterator[str]:
+        suffix, lines = _suffix(self.path), map(self._without_nul, text)
+
+        def read() -> str:
+            return self._without_nul(text.read(PART_CHARACTERS))
+
+        if suffix in _TABLES:
+            yield from batches(self._texts(table_rows(lines, self.path, "\t" if suffix == ".tsv" else ",")))
+        elif suffix in _JSON and head.lstrip().startswith("["):
+            yield from batches(self._texts(array_rows(read, self.path)))
+        elif suffix in _JSON or _begins_with_rows(head, self.field):
+            yield from batches(self._texts(line_rows(lines, self.path)))
+        else:
+            self._check_no_field()
+            yield from whole_lines(read)
+
+    def _unpacked(self, file: io.BufferedReader) -> io.BufferedReader | gzip.GzipFile:
+        start = self._start(file)
+        if start.startswith(_GZIP):
+            return gzip.GzipFile(fileobj=file)
+        return _unzstd(file, self.path) if start == _ZSTD else file
+
+    def _without_nul(self, text: str) -> str:
+        if "\0" in text:
+            raise InputError(
+                "the text file holds NUL characters",
+                where=str(self.path),
+                wanted="text",
+                do="save it as UTF-8, or as UTF-16 with a mark",
+            )
+        return text
+
+    def _check_no_field(self) -> None:
+        """Raise InputError if a field is asked for of plain text."""
+        if self.field is not None:
+            raise InputError(
+                "plain text has no fields",
+                where=str(self.path),
+                got=f"#{self.field}",
+                wanted="a JSON, CSV or parquet file",
+            )
+
     def _start(self, file: BinaryIO) -> bytes:
         file.seek(0)
         start = file.read(4)
@@ -166,14 +266,7 @@ class _Reading:
         """Return the documents of what was read; `rows` if it is known to be JSON lines."""
         if found.left_out:
             self.notify(found.left_out)
-        content = _decoded(found)
-        if "\0" in content:
-            raise InputError(
-                "the text file holds NUL characters",
-                where=str(self.path),
-                wanted="text",
-                do="save it as UTF-8, or as UTF-16 with a mark",
-            )
+        content = self._without_nul(_decoded(found))
         suffix = _suffix(self.path)
         if suffix in _TABLES:
             separator = "\t" if suffix == ".tsv" else ","
@@ -183,13 +276,7 @@ class _Reading:
             suffix = ".jsonl"
         if suffix in _JSON:
             return self._texts(json_rows(content, self.path, found))
-        if self.field is not None:
-            raise InputError(
-                "plain text has no fields",
-                where=str(self.path),
-                got=f"#{self.field}",
-                wanted="a JSON, CSV or parquet file",
-            )
+        self._check_no_field()
         return [content]
 
     def _texts(self, rows: Iterable[tuple[str, Any]], most: int | None = None) -> Iterator[str]:
@@ -255,13 +342,21 @@ def _begins_with_rows(content: str, field: str | None) -> bool:
     return True
 
 
+def _encoding(start: bytes) -> str:
+    return next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+
+
+def _as_text(file: io.BufferedReader | gzip.GzipFile, newline: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding=_encoding(file.peek(4)[:4]), newline=newline)
+
+
 def _decoded(found: Content) -> str:
     """Decode UTF-8, or what a byte order mark announces; the mark itself is no text.
 
     What ends within the last character was cut there. Raises UnicodeDecodeError for anything else.
     """
     data = found.data
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = _encoding(data)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:

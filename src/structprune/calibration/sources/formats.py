@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,15 +34,69 @@ def json_rows(content: str, path: Path, found: Content) -> Iterator[tuple[str, A
             do="write one row to a line, and split rows that are so long",
         )
     # Not splitlines: a string may hold other line ends than this one.
-    for number, line in enumerate(content.split("\n"), start=1):
+    yield from line_rows(content.split("\n"), path, numbered=not found.left_out)
+
+
+def line_rows(lines: Iterable[str], path: Path, *, numbered: bool = True) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of lines with one JSON value each, empty ones left out."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         # Lines of pieces have no numbers that anybody could look up.
-        where, quoted = (str(path), f" in {line[:40]!r}") if found.left_out else (f"{path}:{number}", "")
+        where, quoted = (f"{path}:{number}", "") if numbered else (str(path), f" in {line[:40]!r}")
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError("the line is not JSON", where=where, got=f"{error}{quoted}") from None
+
+
+def array_rows(read: Callable[[], str], path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, element) of a JSON array of any length; `read` gives the next part of its text, at the end none."""
+    decoder, content, place, ended = json.JSONDecoder(), "", 0, False
+
+    def more() -> None:
+        nonlocal content, place, ended
+        new = read()
+        ended = not new
+        content, place = content[place:] + new, 0
+
+    def next_character() -> str:
+        nonlocal place
+        place = _behind_space(content, place)
+        while place == len(content) and not ended:
+            more()
+            place = _behind_space(content, place)
+        return content[place : place + 1]
+
+    def damaged(number: int, got: str) -> InputError:
+        return InputError("the file is not JSON", where=f"{path}, element {number}", got=got)
+
+    next_character()
+    place += 1
+    if next_character() == "]":
+        return
+    for number in itertools.count(1):
+        while True:
+            next_character()
+            try:
+                row, end = decoder.raw_decode(content, place)
+            except (ValueError, RecursionError) as error:
+                if ended or not _ends_within(content, error):
+                    raise damaged(number, first_line(error)) from None
+                more()
+                continue
+            # A number at the end of what was read may go on behind it.
+            if end < len(content) or ended:
+                break
+            more()
+        place = end
+        yield f"{path}, element {number}", row
+        behind = next_character()
+        if behind == "]":
+            return
+        if behind != ",":
+            raise damaged(number, f"{content[place : place + 20]!r} behind it")
+        place += 1
 
 
 def _whole_array_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -89,16 +143,24 @@ def _behind_space(content: str, place: int) -> int:
 
 def csv_rows(content: str, path: Path, separator: str, *, cut: bool) -> Iterator[tuple[str, Any]]:
     """Yield (place, row); where the text was cut, up to the row that is not whole."""
+    lines = content.count("\n") if cut else None
+    yield from table_rows(io.StringIO(content, newline=""), path, separator, cut_behind=lines)
+
+
+def table_rows(
+    lines: Iterable[str], path: Path, separator: str, *, cut_behind: int | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of a table's lines; of one that was cut behind so many, up to the row that is not whole."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    reader = csv.DictReader(lines, delimiter=separator, strict=True)
     number, last = 0, 0
     try:
         for number, row in enumerate(reader, start=1):
             last = reader.line_num
             yield f"row {number}", row
     except csv.Error as error:
-        lines = content.count("\n")
-        if cut and number and "unexpected end" in str(error) and lines - last <= max(20, lines // 20):
+        near = cut_behind is not None and cut_behind - last <= max(20, cut_behind // 20)
+        if near and number and "unexpected end" in str(error):
             return
         raise InputError("the file is not CSV", where=f"{path}, behind row {number}", got=str(error)) from None
 

@@ -1,4 +1,4 @@
-"""Parts of a file that is too large to be read whole: pieces from places all over it, or its first part.
+"""Parts of a file that is too large to be held whole: pieces from places all over it, its first part, or one by one.
 
 A calibration run uses a megabyte or two of text, however large the file is. Pieces are whole lines, from one place in
 each of as many equal stretches of the file, so that all of it can be met.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from structprune.memory import format_bytes
 
+PART_CHARACTERS = 2**22
+"""What is held at once of a file that is read to its end."""
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 _PIECE_BYTES = 64 * 2**10
 _LEAST_BYTES = 4 * 2**20
@@ -101,6 +103,31 @@ def pieces(file: BinaryIO, share: Share, *, rows: bool) -> Content:
     data = b"\n".join(found[begin] for begin in sorted(found))
     read = format_bytes(sum(map(len, found.values())))
     return Content(data=data, left_out=f"{len(found)} pieces of it, {read} of {format_bytes(size)}")
+
+
+def whole_lines(read: Callable[[], str]) -> Iterator[str]:
+    """Yield what `read` gives until there is no more, each part to a line's end, or between words on a long line."""
+    left = ""
+    while new := read():
+        part = left + new
+        place = part.rfind("\n") + 1 or max(0, part.rfind(" ")) or len(part)
+        yield part[:place]
+        left = part[place:]
+    if left:
+        yield left
+
+
+def batches(documents: Iterable[str]) -> Iterator[str]:
+    """Yield documents, joined by blank lines to parts of at least so many characters."""
+    held, size = list[str](), 0
+    for document in documents:
+        held.append(document)
+        size += len(document)
+        if size >= PART_CHARACTERS:
+            yield "\n\n".join(held)
+            held, size = [], 0
+    if held:
+        yield "\n\n".join(held)
 
 
 def _lines(file: BinaryIO, start: int, found: Mapping[int, bytes], most: int) -> tuple[int, bytes]:

@@ -84,6 +84,14 @@ def binding_limits(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[Uni
     return limits
 
 
+def most_removed(stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind]) -> int:
+    """Count the parameters that go where every sublayer loses as many units as it may."""
+    options = _options(stock, recipe, [])
+    return sum(
+        largest_removal(budget, options) * budget.unit_size for budget in _budgets(stock, recipe, kinds, None, [])
+    )
+
+
 def priced_sublayers(
     stock: StockModel, recipe: ResolvedUnits, kinds: Sequence[UnitKind], costs: Mapping[str, Sequence[Tensor]]
 ) -> tuple[list[BlockBudget], AllocationOptions]:

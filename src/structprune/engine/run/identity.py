@@ -20,11 +20,12 @@ from structprune.engine.run.finalize import versions
 from structprune.errors import InputError
 from structprune.files import file_sum
 from structprune.recipe import Recipe, ResolvedRecipe
+from structprune.recipe.limits import TARGETS
 from structprune.recipe.tokens import WantedTokens
 from structprune.runs.contents import file_contents, sums
 from structprune.runs.directory import WINDOWS_NAME, RunDirectory, check_free_disk
 from structprune.texts import WeightedText, weighted_texts
-from structprune.vocabulary.kept import KeptTokens
+from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
 
 _WINDOWS = "windows"
 # Characters of a value: a list of tokens has many.
@@ -141,19 +142,20 @@ def as_begun(recipe: Recipe, run: RunDirectory, note: Callable[[str], None]) -> 
         begun |= {"num_samples": line["recipe"]["num_samples"], "time_budget": 0}
         note(f"going on with the {begun['num_samples']} calibration windows that the run was begun with")
     if isinstance(recipe.vocabulary, WantedTokens) and _decided_alike(recipe, line):
-        tokens = KeptTokens.model_validate(line["recipe"]["vocabulary"])
+        begun_with = line["recipe"].get("vocabulary")
+        tokens = KeptTokens.model_validate(begun_with) if begun_with else ALL_TOKENS
         recipe = recipe.with_tokens(tokens)
-        note(f"going on with the {len(tokens.ids):,} tokens that the run was begun with")
+        note(
+            f"going on with the {len(tokens.ids):,} tokens that the run was begun with" if tokens else "all tokens stay"
+        )
     return recipe.model_copy(update=begun)
 
 
 def _decided_alike(recipe: Recipe, line: Mapping[str, Any]) -> bool:
     """Whether the run that was cut here decided its tokens by the same number and texts."""
     before = Recipe.build(**line["asked"])
-    names = ("vocabulary", "vocabulary_text", "drop_reserve", "calibration", "merge_adapter")
-    return bool(line["recipe"].get("vocabulary")) and all(
-        getattr(before, name) == getattr(recipe, name) for name in names
-    )
+    names = ("vocabulary", "vocabulary_text", "drop_reserve", "calibration", "merge_adapter", "scope", *TARGETS)
+    return all(getattr(before, name, None) == getattr(recipe, name, None) for name in names)
 
 
 def begin_or_go_on(
