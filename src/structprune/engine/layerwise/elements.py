@@ -6,7 +6,7 @@ Shape suffixes: I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -19,7 +19,7 @@ from structprune.memory import release_free_memory
 from structprune.patterns import Pattern, as_pattern, sparse
 from structprune.recipe.elements import ResolvedElements
 from structprune.solvers.elements import PRUNERS, UPDATES
-from structprune.solvers.elements.problem import Reads, SparseProblem
+from structprune.solvers.elements.problem import Reads, SharedFactor, SparseProblem
 from structprune.solvers.elements.unit import chosen_damping, squared_error, wanted_energy
 from structprune.types import Moments
 
@@ -71,6 +71,7 @@ class GroupSums:
     """Sums over the windows that chose the ridges; None where none did."""
     damping: Mapping[str, float]
     """Map -> its ridge."""
+    shared: SharedFactor = field(default_factory=SharedFactor)
 
     def reordered(self, order_I: Tensor) -> GroupSums:
         """Return the same with the inputs in another order."""
@@ -166,4 +167,5 @@ def _problem(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, se
         damping=sums.damping[name],
         energy_NI=None if sums.total is None else sums.total.energy_NI.to(weight_OI.device),
         seed=seed,
+        shared=sums.shared if len(sums.damping) > 1 else None,
     )

@@ -14,6 +14,7 @@ from structprune.engine.planning.forecast import Forecast, PlannedZeros, shape_o
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
+from structprune.engine.streaming.activation_cache import cacheable_maps
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import SCOPES, Structure
 from structprune.methods import METHODS
@@ -134,7 +135,8 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
     pruner, update = PRUNERS.get(method.score), UPDATES.get(recipe.solver)
     reads = pruner.reads | update.reads
     sorts: dict[frozenset[str], tuple[StepMemory, ...]] = {}
-    pairs = list(zip(stock.layout.blocks, map_steps(stock, kinds), strict=True))
+    all_steps = map_steps(stock, kinds)
+    pairs = list(zip(stock.layout.blocks, all_steps, strict=True))
     for block, steps in sorted(pairs, key=lambda pair: pair[0].num_parameters):
         sorts[frozenset(block.shapes)] = tuple(
             StepMemory(
@@ -149,6 +151,7 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
                         sets=2 if recipe.chooses_ridge else 1,
                         permuted=recipe.permute_channels,
                         workspace=_workspace(pruner, update, stock, block, group.maps),
+                        shared=_shared(pruner, update, _shape(stock, block, group.maps[0])[1], group.maps),
                     )
                     for group in step.groups
                 ),
@@ -156,15 +159,37 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
             for step in steps
         )
     measured = SHARINGS.get(recipe.allocator).measure is not None
+    # In another order a map's inputs are not those that were measured.
+    kept = bool(reads) and not recipe.permute_channels
     return replace(
-        request, needs_statistics=False, needs_scores=measured, elements=sorts, follows_dense=recipe.follows_dense
+        request,
+        needs_statistics=False,
+        needs_scores=measured,
+        elements=sorts,
+        follows_dense=recipe.follows_dense,
+        cacheable=cacheable_maps(stock, kinds, all_steps) if kept else (),
     )
 
 
 def _workspace(pruner: Pruner, update: Update, stock: StockModel, block: BlockLayout, maps: Sequence[str]) -> int:
-    """Return the bytes of the pruner, or of the update beside the pruner's answer, for the widest of some maps."""
+    """Return the bytes of the pruner, or of the update beside the pruner's answer, for the widest of some maps.
+
+    What either keeps for other maps is there while the other one works.
+    """
     shapes = [_shape(stock, block, name) for name in maps]
-    return max(max(pruner.workspace(i, o), update.workspace(i, o) + 5 * o * i) for o, i in shapes)
+    shared = _shared(pruner, update, shapes[0][1], maps)
+
+    def most(outputs: int, inputs: int) -> int:
+        first = pruner.workspace(inputs, outputs) + max(0, shared - pruner.shares(inputs))
+        second = update.workspace(inputs, outputs) + max(0, shared - update.shares(inputs))
+        return max(first, second + 5 * outputs * inputs)
+
+    return max(most(*shape) for shape in shapes)
+
+
+def _shared(pruner: Pruner, update: Update, inputs: int, maps: Sequence[str]) -> int:
+    """Return the bytes that stay of one map's solve for those behind it."""
+    return max(pruner.shares(inputs), update.shares(inputs)) if len(maps) > 1 else 0
 
 
 def _maps(steps: Sequence[MapStep]) -> list[str]:

@@ -31,6 +31,8 @@ class MapProblem:
     """Whether the inputs may get another order."""
     workspace: int
     """Bytes of the pruner or the update, whichever is more, beside sums and weight."""
+    shared: int = 0
+    """Bytes of that which stay for the other maps."""
 
     @property
     def gram(self) -> int:
@@ -59,7 +61,7 @@ class MapProblem:
         judged = weight * (4 + 4 + 1) + judged_bytes(inputs, outputs)
         strip = strip_rows(inputs, inputs) * (inputs * (4 + 4 + 8) + outputs * 8 * 2)
         # What the map's weight was, and what it is where the forward pass has another dtype, are the block's.
-        solving = kept + 24 * inputs * self.sets + max(self.workspace, judged)
+        solving = kept + 24 * inputs * self.sets + max(self.workspace, self.shared + judged)
         return max(choice, packing, moving, solving) + wanted + strip
 
 

@@ -132,14 +132,17 @@ def _search(request: PlanRequest) -> Counts:
 def _blocks(request: PlanRequest, choice: HostChoice) -> Counts:
     """Count the pass that writes the blocks."""
     if request.elements:
-        return _elements(request)
+        return _elements(request, choice)
     return _slicing(request) if request.slices != "no" else _pruning(request, choice)
 
 
-def _elements(request: PlanRequest) -> Counts:
+def _elements(request: PlanRequest, choice: HostChoice) -> Counts:
     """Count pruning single weights: both streams move on, and every group of maps is measured and solved."""
     windows, both = request.num_windows, 2 if request.follows_dense else 1
-    found = _passes(request, windows + (windows if request.follows_dense else request.num_probe))
+    found = _passes(request, windows if request.follows_dense else request.num_probe)
+    for stage, blocks in request.num_stages.items():
+        what = What.CONSUMER if stage[0] in choice.cached else What.STAGE
+        found = _added(found, {Piece(what, stage[0]): windows * blocks})
     for block in request.layout.blocks:
         steps = request.elements[frozenset(block.shapes)]
         for kind in UNIT_KINDS:
