@@ -21,7 +21,7 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.elements import (
     GroupSums,
     PrunedMap,
-    block_patterns,
+    map_patterns,
     joined_sums,
     pattern_of,
     prune_map,
@@ -64,7 +64,7 @@ def execute_elements(context: RunContext) -> PruneReport:
     layout = context.stock.layout
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     steps = map_steps(context.stock, context.kinds)
-    patterns = block_patterns(context, element_shares(context, steps))
+    patterns = map_patterns(context, element_shares(context, steps))
     result = run_pass(context, _elements_pass(context, writer, steps, patterns))
     reports = [BlockReport(**report) for line in result.lines for report in line["reports"]]
     weights, kept = (sum(getattr(report, name) for report in reports) for name in ("num_units", "kept_units"))
@@ -86,7 +86,7 @@ def execute_elements(context: RunContext) -> PruneReport:
 
 
 def _elements_pass(
-    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Pattern]
+    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Mapping[str, Pattern]]
 ) -> BlockPass:
     """Describe the pass, with the streams of the pruned model and of the dense one."""
     num_windows, cache = len(context.windows.ids_NS), open_cache(context)
@@ -147,7 +147,11 @@ class _PrunedBlock:
 
 
 def prune_maps(
-    context: RunContext, block: BlockLayout, steps: Sequence[MapStep], pattern: Pattern, streams: Streams
+    context: RunContext,
+    block: BlockLayout,
+    steps: Sequence[MapStep],
+    patterns: Mapping[str, Pattern],
+    streams: Streams,
 ) -> _PrunedBlock:
     """Prune one map of the block after the other; both streams move on to the block's output."""
     with context.meter.phase(Phase.READ_BLOCK):
@@ -164,7 +168,7 @@ def prune_maps(
         inputs_NSI, own = _kept_inputs(context, block, stage, streams), [step for step in steps if step.stage == stage]
         for step in own:
             kept_NSI = inputs_NSI if step is own[-1] else None
-            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, pattern, streams, kept_NSI):
+            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, patterns, streams, kept_NSI):
                 found.setdefault(_NUMBER.sub(".*.", name), []).append((name, pruned_map, seconds))
         _advance(context, modules, stage, streams, tensors, inputs_NSI)
     return _PrunedBlock(
@@ -179,7 +183,7 @@ def _prune_step(
     modules: BlockModules,
     step: MapStep,
     tensors: dict[str, Tensor],
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     streams: Streams,
     inputs_NSI: Tensor | None,
 ) -> list[tuple[str, PrunedMap, float]]:
@@ -202,7 +206,7 @@ def _prune_step(
         for group in step.groups:
             weights = {name: tensors[f"{name}.weight"] for name in group.maps}
             try:
-                sums = joined_sums(context, pattern, weights, [each.pop(0) for each in measured])
+                sums = joined_sums(context, patterns, weights, [each.pop(0) for each in measured])
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.maps[0]}") from error
             del weights
@@ -240,7 +244,7 @@ def _permuted(
     stored = tensors[f"{group.maps[0]}.weight"]
     weight_OI = stored.T if stock.family.inputs_first else stored
     energy_I = torch.ones(weight_OI.shape[1]) if sums.total is None else sums.total.moments.gram_II.diagonal().cpu()
-    order_U = dealt_order(weight_OI, energy_I, units, sums.pattern.group)
+    order_U = dealt_order(weight_OI, energy_I, units, sums.patterns[group.maps[0]].group)
     for name, tensor in in_order(tensors, units, order_U).items():
         tensors[name] = tensor
         modules.pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)

@@ -60,6 +60,12 @@ def element_settings(
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
+    if SHARINGS.get(resolved.allocator).priced and any(g.expert is not None for own in steps for s in own for g in s.groups):
+        raise UnsupportedError(
+            "zeros of experts are not priced",
+            got=f"--allocator {resolved.allocator}",
+            wanted="--allocator uniform or owl",
+        )
     for block, own in zip(stock.layout.blocks, steps, strict=True):
         for name in _maps(own):
             pattern.check(_shape(stock, block, name)[1], f"block {block.index} {name}")
@@ -102,7 +108,7 @@ def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
     the pattern says the share.
     """
     sharing = SHARINGS.get(SHARINGS.check(recipe.allocator))
-    if sharing.measure is None:
+    if sharing.measure is None and not sharing.priced:
         return
     if pattern.group > 1:
         raise UnsupportedError(
@@ -112,7 +118,7 @@ def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
         )
     if not sharing.reach <= pattern.share <= 1 - sharing.reach:
         raise InputError(
-            f"shares of blocks may be {sharing.reach:g} from the whole's with --allocator {recipe.allocator}",
+            f"shares of {'maps' if sharing.priced else 'blocks'} may be {sharing.reach:g} from the whole's with --allocator {recipe.allocator}",
             got=f"--sparsity {pattern.share:g}",
             wanted=f"between {sharing.reach:g} and {1 - sharing.reach:g}",
         )
@@ -158,13 +164,14 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
             )
             for step in steps
         )
-    measured = SHARINGS.get(recipe.allocator).measure is not None
+    sharing = SHARINGS.get(recipe.allocator)
     # In another order a map's inputs are not those that were measured.
     kept = bool(reads) and not recipe.permute_channels
     return replace(
         request,
         needs_statistics=False,
-        needs_scores=measured,
+        needs_scores=sharing.measure is not None,
+        needs_sensitivity=sharing.priced,
         elements=sorts,
         follows_dense=recipe.follows_dense,
         cacheable=cacheable_maps(stock, kinds, all_steps) if kept else (),

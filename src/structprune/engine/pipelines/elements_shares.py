@@ -1,32 +1,87 @@
-"""What share of each block's weights becomes zero: a pass over the dense model, where an allocator measures it."""
+"""What share of each map's weights becomes zero: a pass over the dense model, where an allocator measures it.
+
+Shape suffixes: P priced shares.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from structprune.allocation.knapsack import dynamic_programming
+from structprune.allocation.menu import Budget, Slot, Variant
 from structprune.architectures.stock.maps import MapStep
 from structprune.engine.layerwise.maps import measure_squares
 from structprune.engine.passes import BlockPass, Carried, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
+from structprune.engine.sensitivity.map_prices import map_prices
+from structprune.engine.sensitivity.store import SURVEY
 from structprune.engine.streaming.blocks import load_block
+from structprune.patterns import as_pattern
 from structprune.phases import Phase
 from structprune.recipe.elements import ResolvedElements
 from structprune.solvers.elements import SHARINGS
-from structprune.solvers.elements.shares import MeasuredMap
+from structprune.solvers.elements.shares import MeasuredMap, Sharing
 from structprune.types import BlockLayout
 
 
-def element_shares(context: RunContext, steps: Sequence[Sequence[MapStep]]) -> list[float]:
-    """Return the share of zeros of every block, `steps` the maps of each that are pruned.
+# Priced shares are so far apart, and chosen ones.
+_PRICE_STEP, _SHARE_STEP = 0.05, 0.01
 
-    What is measured is kept in the journal. Raises NumericalError for activations that are not finite.
+
+def element_shares(context: RunContext, steps: Sequence[Sequence[MapStep]]) -> list[dict[str, float]]:
+    """Return the share of zeros of every map of every block, `steps` the maps of each that are pruned.
+
+    What is measured is kept beside the journal, or in it. Raises NumericalError for activations that are not finite.
     """
     recipe = context.settings(ResolvedElements)
-    sharing = SHARINGS.get(recipe.allocator)
+    sharing, blocks = SHARINGS.get(recipe.allocator), context.stock.layout.blocks
+    if sharing.priced:
+        return _priced_shares(context, steps, sharing.reach)
+    return [
+        dict.fromkeys(_maps(steps, block), share)
+        for block, share in zip(blocks, _block_shares(context, steps, sharing), strict=True)
+    ]
+
+
+def _priced_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], reach: float) -> list[dict[str, float]]:
+    """Choose the shares of all maps that add least to the loss, in steps of a hundredth, by dynamic programming."""
+    recipe, blocks = context.settings(ResolvedElements), context.stock.layout.blocks
+    half = round(reach / _PRICE_STEP)
+    priced = [recipe.sparsity + _PRICE_STEP * number for number in range(-half, half + 1)]
+    patterns = [as_pattern(recipe.pattern, share, context.method.counts) for share in priced]
+    prices = map_prices(context, steps, patterns, context.run.staging / SURVEY)
+    half = round(reach / _SHARE_STEP)
+    shares = [recipe.sparsity + _SHARE_STEP * number for number in range(-half, half + 1)]
+    kinds = {name: step.kind for own in steps for step in own for group in step.groups for name in group.maps}
+    slots: list[Slot] = []
+    total = 0
+    for block in blocks:
+        for name in _maps(steps, block):
+            size = math.prod(block.shapes[f"{name}.weight"])
+            total += size
+            variants = [
+                Variant(keep=size - round(share * size), cost=(size - round(share * size),), price=found)
+                for share, found in zip(shares, between(priced, prices[block.index][name].tolist(), shares), strict=True)
+            ]
+            slots.append(Slot(block=block.index, kind=kinds[name], variants=tuple(variants)))
+    choice = iter(dynamic_programming(slots, Budget(at_most=(total - round(recipe.sparsity * total),))))
+    return [{name: shares[next(choice)] for name in _maps(steps, block)} for block in blocks]
+
+
+def between(priced: Sequence[float], prices: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """Return the prices of other shares, on straight lines in their logarithm."""
+    logarithms = np.log(np.maximum(prices, np.finfo(np.float64).tiny))
+    return np.exp(np.interp(shares, priced, logarithms)).tolist()
+
+
+def _block_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], sharing: Sharing) -> list[float]:
+    """Return the share of zeros of every block, from one number of each."""
+    recipe = context.settings(ResolvedElements)
     blocks = context.stock.layout.blocks
     weights = [sum(math.prod(block.shapes[f"{name}.weight"]) for name in _maps(steps, block)) for block in blocks]
     if sharing.measure is None:

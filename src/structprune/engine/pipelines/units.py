@@ -26,7 +26,7 @@ from structprune.engine.run.context import Chosen, RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.search.run import search_widths
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
-from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
+from structprune.engine.sensitivity.store import SURVEY, Costs, costs_name, costs_path
 from structprune.engine.streaming.final_states import first_windows
 from structprune.methods.method import SensitivityKind
 from structprune.recipe.path import RemovalPath
@@ -37,7 +37,6 @@ from structprune.results.search import SearchReport
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
-SURVEY = "survey"
 _COSTS_STEP = "prices"
 
 

@@ -85,7 +85,10 @@ def _sensitivity(request: PlanRequest) -> Counts:
         backward = What.WEIGHT_BACKWARD if request.needs_weight_gradients else What.BACKWARD
         once = {Piece(backward): windows * blocks, Piece(What.HEAD_BACKWARD): windows}
         found = _added(_passes(request, windows), once)
-    if request.needs_sensitivity:
+    if request.needs_sensitivity and request.elements:
+        kinds = by_kind(request.groups)
+        found = _added(found, {Piece(What.MAP_SUMS, kind): windows * len(_num_parts(request, kind)) for kind in kinds})
+    elif request.needs_sensitivity:
         sublayers = sum(parts > 0 for kind in by_kind(request.groups) for parts in _num_parts(request, kind))
         gradients = {Piece(What.STREAM_SUMS): windows * sublayers}
         found = _added(found, _sums(request, windows), gradients, _parts(request, What.COSTS))

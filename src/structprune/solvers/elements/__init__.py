@@ -45,6 +45,7 @@ SHARINGS: Registry[Sharing] = Registry(
     {
         "uniform": "structprune.solvers.elements.shares:UNIFORM",
         "owl": "structprune.solvers.elements.shares:OWL",
+        "dp": "structprune.solvers.elements.shares:DP",
     },
 )
 """How the blocks share the zeros."""
