@@ -395,3 +395,22 @@ def test_the_widest_maps_are_factored_in_float32_with_a_ridge(monkeypatch: pytes
         damped_error(problem, replace(wide, weight_OI=wide.weight_OI.double())), rel=2e-3
     )
     assert solved("sparsegpt", replace(narrow, damping=1e-3)).status == "damping-raised"
+
+
+@pytest.mark.parametrize("pattern", [TWO_OF_FOUR, FOUR_OF_EIGHT], ids=lambda pattern: pattern.name)
+def test_apt_takes_the_set_of_a_group_that_costs_least(pattern: NM) -> None:
+    """The first group by brute force: what the least-squares answer loses when a set goes and all inputs may move."""
+    problem = sparse_problem(pattern, 4)
+    unit = unit_problem(problem)
+    inverse_II = torch.linalg.inv(unit.gram_II)
+    gone_OI = ~solved("apt", problem).keep_OI
+    for row in range(6):
+        costs = {
+            indices: float(
+                unit.weight_OI[row, indices]
+                @ torch.linalg.inv(inverse_II[indices, :][:, indices])
+                @ unit.weight_OI[row, indices]
+            )
+            for indices in itertools.combinations(range(pattern.of), pattern.of - pattern.keep)
+        }
+        assert gone_OI[row, : pattern.of].nonzero().flatten().tolist() == list(min(costs, key=lambda key: costs[key]))

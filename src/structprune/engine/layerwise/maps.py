@@ -56,6 +56,7 @@ class InputSums:
             moments=Moments(
                 gram_II=_added(own.gram_II, others.gram_II),
                 num_tokens=own.num_tokens + others.num_tokens,
+                sum_I=None if own.sum_I is None or others.sum_I is None else own.sum_I + others.sum_I,
                 target_OI=target_OI,
             ),
             energy_NI=torch.cat([self.energy_NI, other.energy_NI]),
@@ -66,7 +67,8 @@ class InputSums:
         """Return the same sums with the inputs in another order: a new square, put in order a few rows at a time."""
         moments, order_I = self.moments, order_I.to(self.moments.gram_II.device)
         target_OI = None if moments.target_OI is None else _reordered(moments.target_OI, order_I)
-        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), target_OI=target_OI)
+        sum_I = None if moments.sum_I is None else moments.sum_I[order_I]
+        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), sum_I=sum_I, target_OI=target_OI)
         return replace(self, moments=moments, energy_NI=self.energy_NI[:, order_I.cpu()])
 
     def packed(self) -> InputSums:
@@ -103,7 +105,10 @@ class _Sums:
     gram: GramAccumulator | None
     squares: bool
     """Whether the squares of each window are summed."""
+    means: bool = False
+    """Whether the inputs themselves are summed."""
     energy_I: Tensor | None = None
+    sum_I: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list[Tensor])
     num_tokens: int = 0
     wanted: dict[str, float] = field(default_factory=dict[str, float])
@@ -120,6 +125,9 @@ class _Sums:
             self.energy_I = energy_I if self.energy_I is None else self.energy_I + energy_I
             if x.ndim == 3:
                 self.rows.append((energy_I / len(x_SI)).to("cpu", torch.float32))
+        if self.means:
+            sum_I = x_TI.sum(dim=0, dtype=torch.float32).to(torch.float64)
+            self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
         self.num_tokens += len(x_TI)
 
     def finished(self, inputs: int, where: str) -> InputSums:
@@ -135,7 +143,8 @@ class _Sums:
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
         rows = self.rows or [(energy_I / max(1, self.num_tokens)).to("cpu", torch.float32)]
-        moments = Moments(gram_II=DiagonalRows(values_I=energy_I), num_tokens=self.num_tokens)
+        sum_I = torch.zeros_like(energy_I) if self.means and self.sum_I is None else self.sum_I
+        moments = Moments(gram_II=DiagonalRows(values_I=energy_I), num_tokens=self.num_tokens, sum_I=sum_I)
         if self.gram is not None and gram_II is not None:
             moments = replace(moments, gram_II=gram_II, target_OI=self.gram.target_OI)
         return InputSums(moments=moments, energy_NI=torch.stack(rows), wanted=self.wanted)
@@ -214,12 +223,12 @@ def measure_squares(
 
 def _open(context: RunContext, modules: BlockModules, group: InputGroup, reads: Set[Reads]) -> _Sums:
     """Begin the sums of a group: of all products where something reads them."""
-    squares = "energy" in reads
+    squares, means = "energy" in reads, "mean" in reads
     if "gram" not in reads:
-        return _Sums(group=group, gram=None, squares=squares)
+        return _Sums(group=group, gram=None, squares=squares, means=means)
     inputs = _num_inputs(context, modules.block, group.maps[0])
     gram = context.accumulator(inputs, num_outputs=0 if modules.dense is None else inputs)
-    return _Sums(group=group, gram=gram, squares=squares)
+    return _Sums(group=group, gram=gram, squares=squares, means=means)
 
 
 def _num_inputs(context: RunContext, block: BlockLayout, name: str) -> int:

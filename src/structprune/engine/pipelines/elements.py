@@ -28,7 +28,7 @@ from structprune.engine.layerwise.elements import (
     reads_of,
 )
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
-from structprune.engine.layerwise.orders import dealt_order, in_order, input_order, movable_groups
+from structprune.engine.layerwise.orders import channel_order, in_order, input_order, movable_groups
 from structprune.engine.layerwise.statistics import Streams, fill_inputs, finish_stage, open_cache
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.elements_shares import element_shares
@@ -38,7 +38,7 @@ from structprune.engine.streaming.activation_cache import SolvedConsumer
 from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, NumericalError
 from structprune.memory import release_free_memory
-from structprune.patterns import Pattern
+from structprune.patterns import NM, Pattern
 from structprune.phases import Phase, SublayerPhase
 from structprune.recipe.elements import ResolvedElements
 from structprune.results.report import PruneReport
@@ -244,7 +244,9 @@ def _permuted(
     stored = tensors[f"{group.maps[0]}.weight"]
     weight_OI = stored.T if stock.family.inputs_first else stored
     energy_I = torch.ones(weight_OI.shape[1]) if sums.total is None else sums.total.moments.gram_II.diagonal().cpu()
-    order_U = dealt_order(weight_OI, energy_I, units, sums.patterns[group.maps[0]].group)
+    pattern = sums.patterns[group.maps[0]]
+    assert isinstance(pattern, NM), "an order matters to groups only"
+    order_U = channel_order(weight_OI, energy_I, units, pattern)
     for name, tensor in in_order(tensors, units, order_U).items():
         tensors[name] = tensor
         modules.pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)

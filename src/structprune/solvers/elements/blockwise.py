@@ -15,6 +15,8 @@ Shape suffixes: I inputs, O outputs, B inputs of one block, R inputs from the bl
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, inverse_factored
-from structprune.patterns import Pattern
+from structprune.patterns import NM, Pattern
 from structprune.solvers.elements.problem import Pruner, SparseProblem, SparseSolution
 from structprune.solvers.elements.unit import scales, unit_gram, wanted_weight, working_dtype
 
@@ -32,6 +34,8 @@ from structprune.solvers.elements.unit import scales, unit_gram, wanted_weight, 
 _BLOCK, _JOINT_BLOCK = 128, 64
 # Inputs that are removed one after the other, before those behind them hear of it.
 _TURN = 16
+# Sets of a group that are tried one by one: those of 4:8.
+_MOST_SETS = 70
 _STRIP_NUMBERS = 4 * 2**20
 _WIDE, _NARROW_DAMPING = 16384, 1e-2
 
@@ -68,10 +72,37 @@ def _by_factor(block: Block) -> Tensor:
 
 
 def _by_inverse(block: Block) -> Tensor:
-    """Choose by w^2 / [H^-1]_jj of the inputs that are left the block's own share (APT, equation 14)."""
+    """Choose by w^2 / [H^-1]_jj of the inputs that are left the block's own share (APT, equation 14).
+
+    In groups every set that may go is tried by what its joint removal costs (equation 12), where there are few.
+    """
+    pattern = block.pattern
+    if isinstance(pattern, NM) and math.comb(pattern.of, pattern.keep) <= _MOST_SETS:
+        return _by_sets(block, pattern)
     inverse_B = block.inverse_BR.diagonal()
     loss_BO = block.weight_RO[: block.width].square() / inverse_B[:, None]
     return block.pattern.remove_in_block(loss_BO.T, block.start).T
+
+
+def _by_sets(block: Block, pattern: NM) -> Tensor:
+    """Choose of every group the set q of least w_q ([H^-1]_qq)^-1 w_q^T; of equal ones the first."""
+    inverse_BB = block.inverse_BR[:, : block.width]
+    gone = list(itertools.combinations(range(pattern.of), pattern.of - pattern.keep))
+    gone_BO = torch.zeros_like(block.weight_RO[: block.width], dtype=torch.bool)
+    for start in range(0, block.width, pattern.of):
+        own = slice(start, start + pattern.of)
+        weight_MO, inverse_MM = block.weight_RO[own], inverse_BB[own, own]
+        best_O = weight_MO.new_full(weight_MO.shape[1:], torch.inf)
+        place_O = torch.zeros_like(best_O, dtype=torch.int64)
+        for place, indices in enumerate(gone):
+            lower_QQ = torch.linalg.cholesky(inverse_MM[indices, :][:, indices])
+            cost_O = torch.linalg.solve_triangular(lower_QQ, weight_MO[indices, :], upper=False).square_().sum(dim=0)
+            better_O = cost_O < best_O
+            best_O, place_O = torch.where(better_O, cost_O, best_O), torch.where(better_O, place, place_O)
+        sets_QM = torch.zeros(len(gone), pattern.of, dtype=torch.bool, device=best_O.device)
+        sets_QM.scatter_(1, torch.tensor(gone, device=best_O.device), value=True)
+        gone_BO[own] = sets_QM[place_O].T
+    return gone_BO
 
 
 def _by_norm(block: Block) -> Tensor:

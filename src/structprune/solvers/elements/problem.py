@@ -19,8 +19,8 @@ from torch import Tensor
 from structprune.patterns import Pattern
 from structprune.types import Moments
 
-Reads = Literal["energy", "gram"]
-"""What is summed of a map's inputs: their squares, or the products of all pairs."""
+Reads = Literal["energy", "mean", "gram"]
+"""What is summed of a map's inputs: their squares, they themselves, or the products of all pairs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class SharedFactor:
 class SparseProblem:
     """A weight, the pattern, and sums over the calibration tokens of the map's inputs x.
 
-    In `moments`, `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local target.
+    In `moments`, `sum_I` is there where something reads means; `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local target.
     Where a method reads energies only, the Gram is a diagonal matrix.
     """
 
