@@ -1,11 +1,11 @@
 """How far each method is from the least that it must compute.
 
 Floor = the products of one forward pass of the calibration tokens through the blocks, and of the Gram matrices of the
-consumers in scope, or where single weights go of all inputs of the maps, at the rates that this machine reaches in the same run for these very shapes: once as floating-point
-operations over the measured matrix rate (`matmul`), once as the stock blocks take, norms and activations too (`stock`).
-The rates are taken before and after each pruning and averaged; each pruning has a process of its own, so that its
-memory is that of a command. With `--clock cpu` seconds are those of the process, which other work on the machine
-changes less than those of the wall; take one thread with it.
+consumers in scope, or where single weights go of all inputs of the maps, at the rates that this machine reaches in the
+same run for these very shapes: once as floating-point operations over the measured matrix rate (`matmul`), once as the
+stock blocks take, norms and activations too (`stock`). The rates are taken before and after each pruning and averaged;
+each pruning has a process of its own, so that its memory is that of a command. With `--clock cpu` seconds are those of
+the process, which other work on the machine changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
         [--seq-len 1024] [--multiple-of N] [--pattern 2:4] [--dtype bfloat16] [--device cpu] [--clock wall]

@@ -196,7 +196,9 @@ def test_maps_of_one_input_share_a_factor(monkeypatch: pytest.MonkeyPatch) -> No
     assert made == [1e-2]
     assert torch.equal(together.weight_OI, alone.weight_OI)
     other = replace(second, damping=0.1)
-    assert torch.equal(solved("sparsegpt", replace(other, shared=shared)).weight_OI, solved("sparsegpt", other).weight_OI)
+    assert torch.equal(
+        solved("sparsegpt", replace(other, shared=shared)).weight_OI, solved("sparsegpt", other).weight_OI
+    )
     assert made == [1e-2, 0.1, 0.1]
 
 

@@ -1,8 +1,9 @@
 """Channels that change groups so that N:M keeps more: the second stage of RIA's channel permutation.
 
 Place after place of the groups, each group gives its channel there away, and all of them are handed out again so that
-what the groups keep of the score is most: an assignment problem (Plug-and-Play, ICLR 2024). What is kept of a group's row with another channel x is what its N - 1
-largest others have and the larger of x and their N-th, so one maximum of two numbers tells each pair.
+what the groups keep of the score is most: an assignment problem (Plug-and-Play, ICLR 2024). What is kept of a group's
+row with another channel x is what its N - 1 largest others have and the larger of x and their N-th, so one maximum of
+two numbers tells each pair.
 
 Shape suffixes: G groups, M places, R rows that a channel has scores in, C channels of one place.
 """

@@ -102,7 +102,9 @@ def joined_sums(
         # An expert whose tokens are all on one side: nothing can be judged.
         return GroupSums(patterns=patterns, total=total.plus(held_out), held_out=None, damping=given)
     for name, tensor in weights.items():
-        problem = _problem(context, tensor, name, GroupSums(patterns=patterns, total=total, held_out=None, damping=given))
+        problem = _problem(
+            context, tensor, name, GroupSums(patterns=patterns, total=total, held_out=None, damping=given)
+        )
         given[name] = chosen_damping(problem, moments_of(held_out, name, problem.weight_OI))
         del problem
         release_free_memory()

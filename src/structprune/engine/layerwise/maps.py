@@ -170,7 +170,8 @@ def measure_maps(
 ) -> list[InputSums]:
     """Sum what the groups of a step read, over some windows of the pruned stream; neither stream is moved.
 
-    With `inputs_NSI` what the only group reads is kept there. Raises NumericalError for activations that are not finite.
+    With `inputs_NSI` what the only group reads is kept there. Raises NumericalError for activations that are not
+    finite.
     """
     block, sums = modules.block, [_open(context, modules, group, reads) for group in step.groups]
     assert inputs_NSI is None or len(sums) == 1, "what several groups read is not kept"

@@ -2,8 +2,8 @@
 
 Channels that matter are dealt out over the groups of the map that reads them, one to each group in turn, and then
 exchanged between groups by assignments (`assigned.py`): both stages of RIA's channel permutation (Plug-and-Play, ICLR
-2024). The order is folded into the weights: the maps that compute the channels get their rows in it, the one that reads them its
-columns, and the block computes what it did.
+2024). The order is folded into the weights: the maps that compute the channels get their rows in it, the one that reads
+them its columns, and the block computes what it did.
 
 Shape suffixes: U units (channels), I inputs of the map that reads them, O outputs.
 """

@@ -21,8 +21,8 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.elements import (
     GroupSums,
     PrunedMap,
-    map_patterns,
     joined_sums,
+    map_patterns,
     pattern_of,
     prune_map,
     reads_of,
@@ -86,7 +86,10 @@ def execute_elements(context: RunContext) -> PruneReport:
 
 
 def _elements_pass(
-    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Mapping[str, Pattern]]
+    context: RunContext,
+    writer: ModelWriter,
+    steps: Sequence[Sequence[MapStep]],
+    patterns: Sequence[Mapping[str, Pattern]],
 ) -> BlockPass:
     """Describe the pass, with the streams of the pruned model and of the dense one."""
     num_windows, cache = len(context.windows.ids_NS), open_cache(context)

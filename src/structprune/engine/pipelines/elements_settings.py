@@ -60,7 +60,8 @@ def element_settings(
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
-    if SHARINGS.get(resolved.allocator).priced and any(g.expert is not None for own in steps for s in own for g in s.groups):
+    groups = [group for own in steps for step in own for group in step.groups]
+    if SHARINGS.get(resolved.allocator).priced and any(group.expert is not None for group in groups):
         raise UnsupportedError(
             "zeros of experts are not priced",
             got=f"--allocator {resolved.allocator}",
@@ -118,7 +119,7 @@ def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
         )
     if not sharing.reach <= pattern.share <= 1 - sharing.reach:
         raise InputError(
-            f"shares of {'maps' if sharing.priced else 'blocks'} may be {sharing.reach:g} from the whole's with --allocator {recipe.allocator}",
+            f"shares of blocks may be {sharing.reach:g} from the whole's with --allocator {recipe.allocator}",
             got=f"--sparsity {pattern.share:g}",
             wanted=f"between {sharing.reach:g} and {1 - sharing.reach:g}",
         )

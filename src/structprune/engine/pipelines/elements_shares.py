@@ -28,7 +28,6 @@ from structprune.solvers.elements import SHARINGS
 from structprune.solvers.elements.shares import MeasuredMap, Sharing
 from structprune.types import BlockLayout
 
-
 # Priced shares are so far apart, and chosen ones.
 _PRICE_STEP, _SHARE_STEP = 0.05, 0.01
 
@@ -64,10 +63,9 @@ def _priced_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], reac
         for name in _maps(steps, block):
             size = math.prod(block.shapes[f"{name}.weight"])
             total += size
-            variants = [
-                Variant(keep=size - round(share * size), cost=(size - round(share * size),), price=found)
-                for share, found in zip(shares, between(priced, prices[block.index][name].tolist(), shares), strict=True)
-            ]
+            found = between(priced, prices[block.index][name].tolist(), shares)
+            kept = [size - round(share * size) for share in shares]
+            variants = [Variant(keep=one, cost=(one,), price=each) for one, each in zip(kept, found, strict=True)]
             slots.append(Slot(block=block.index, kind=kinds[name], variants=tuple(variants)))
     choice = iter(dynamic_programming(slots, Budget(at_most=(total - round(recipe.sparsity * total),))))
     return [{name: shares[next(choice)] for name in _maps(steps, block)} for block in blocks]

@@ -52,9 +52,7 @@ def map_prices(
     ) -> Callable[[], Found]:
         groups = [group for step in steps[block.index] for group in step.groups]
         with context.meter.phase(Phase.SENSITIVITY_BACKWARD):
-            return partial(
-                _found, _block_prices(context, block, groups, patterns, (propagator, boundary, gradient))
-            )
+            return partial(_found, _block_prices(context, block, groups, patterns, (propagator, boundary, gradient)))
 
     backward_pass(context, folder, labels="sampled", backward=priced)
     return [load_file(costs_path(folder, block.index)) for block in context.stock.layout.blocks]

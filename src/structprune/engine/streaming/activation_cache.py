@@ -36,7 +36,7 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
 def cacheable_maps(
     stock: StockModel, kinds: Collection[UnitKind], steps: Sequence[Sequence[MapStep]]
 ) -> tuple[UnitKind, ...]:
-    """List the sublayers in `kinds` that are finished from what their last map reads, `steps` the maps of each block."""
+    """List the sublayers in `kinds` that are finished from what their last map reads; `steps` of each block."""
 
     def last_alone(kind: UnitKind) -> bool:
         having = [block for block in stock.layout.blocks if block.has(kind)]

@@ -38,8 +38,8 @@ class SharedFactor:
 class SparseProblem:
     """A weight, the pattern, and sums over the calibration tokens of the map's inputs x.
 
-    In `moments`, `sum_I` is there where something reads means; `target_OI` is the sum of y x^T and `target_energy` that of |y|^2; both None for the local target.
-    Where a method reads energies only, the Gram is a diagonal matrix.
+    In `moments`, `sum_I` is there where something reads means; `target_OI` is the sum of y x^T and `target_energy` that
+    of |y|^2; both None for the local target. Where a method reads energies only, the Gram is a diagonal matrix.
     """
 
     weight_OI: Tensor
