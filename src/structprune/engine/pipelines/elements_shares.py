@@ -26,7 +26,7 @@ from structprune.phases import Phase
 from structprune.recipe.elements import ResolvedElements
 from structprune.solvers.elements import SHARINGS
 from structprune.solvers.elements.shares import MeasuredMap, Sharing
-from structprune.types import BlockLayout
+from structprune.types import BlockLayout, UnitKind
 
 # Priced shares are so far apart, and chosen ones.
 _PRICE_STEP, _SHARE_STEP = 0.05, 0.01
@@ -56,7 +56,9 @@ def _priced_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], reac
     prices = map_prices(context, steps, patterns, context.run.staging / SURVEY)
     half = round(reach / _SHARE_STEP)
     shares = [recipe.sparsity + _SHARE_STEP * number for number in range(-half, half + 1)]
-    kinds = {name: step.kind for own in steps for step in own for group in step.groups for name in group.maps}
+    kinds: dict[str, UnitKind] = {
+        name: step.kind for own in steps for step in own for group in step.groups for name in group.maps
+    }
     slots: list[Slot] = []
     total = 0
     for block in blocks:

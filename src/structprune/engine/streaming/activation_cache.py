@@ -29,7 +29,7 @@ def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tu
     def moves_producers(kind: UnitKind) -> bool:
         return kind == "mlp" and "producers" in SOLVERS.get(solver).changes
 
-    found = [kind for kind in UNIT_KINDS if kind in kinds and not moves_producers(kind)]
+    found: list[UnitKind] = [kind for kind in UNIT_KINDS if kind in kinds and not moves_producers(kind)]
     return tuple(kind for kind in found if _finished_by_consumer(stock, kind))
 
 
@@ -44,7 +44,7 @@ def cacheable_maps(
         wanted = [(block.group(kind).consumer_module,) for block in having]
         return [step.groups[0].maps for step in last] == wanted
 
-    found = [kind for kind in UNIT_KINDS if kind in kinds and _finished_by_consumer(stock, kind)]
+    found: list[UnitKind] = [kind for kind in UNIT_KINDS if kind in kinds and _finished_by_consumer(stock, kind)]
     return tuple(kind for kind in found if last_alone(kind))
 
 

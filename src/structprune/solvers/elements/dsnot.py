@@ -64,11 +64,12 @@ def regrow(problem: SparseProblem, solution: SparseSolution) -> SparseSolution:
     variance_I = (energy_I - mean_I.square()).clamp_(min=0)
     # Less than rounding leaves of two equal numbers says nothing.
     variance_I = variance_I.clamp(min=max(float(energy_I.max()) * torch.finfo(torch.float32).eps, 1e-30))
-    given = [each.to(dtype) for each in (mean_I, variance_I / variance_I.max(), energy_I.sqrt())]
+    mean_I, variance_I, norm_I = mean_I.to(dtype), (variance_I / variance_I.max()).to(dtype), energy_I.sqrt().to(dtype)
     keep_OI = torch.empty_like(solution.keep_OI, memory_format=torch.contiguous_format)
     for part in row_groups(*keep_OI.shape):
         weight_SI = problem.weight_OI[part].to(dtype)
-        keep_OI[part] = regrown_rows(weight_SI, solution.keep_OI[part], *given, problem.pattern.group)
+        kept_SI = solution.keep_OI[part]
+        keep_OI[part] = regrown_rows(weight_SI, kept_SI, mean_I, variance_I, norm_I, problem.pattern.group)
     weight_OI = sparse(problem.weight_OI.to(dtype), keep_OI)
     return SparseSolution(weight_OI=weight_OI, keep_OI=keep_OI, status=solution.status)
 
