@@ -33,7 +33,7 @@ def best_assignment(value_NN: Tensor) -> Tensor:
 
 
 def _auction(value_NN: Tensor, price_N: Tensor, step: float) -> Tensor:
-    """Sell every object, with prices from those given on, which are raised in place."""
+    """Assign every object to who bids most, with prices from those given on, which are raised in place."""
     count = len(value_NN)
     object_N, owner_N = torch.full((count,), -1), torch.full((count,), -1)
     while len(bidders_K := (object_N < 0).nonzero().flatten()):

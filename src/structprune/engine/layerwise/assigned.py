@@ -20,7 +20,7 @@ _MOST_GROUPS = 128
 
 
 def assigned(score_UR: Tensor, order_U: Tensor, keep: int, of: int) -> Tensor:
-    """Improve an order of channels with these scores: what makes no whole group stays where it is."""
+    """Exchange channels of an order with these scores: what makes no whole group stays where it is."""
     whole = len(order_U) // of * of
     order_GM = order_U[:whole].view(-1, of).clone()
     # Every part gets groups from all over, as their order says nothing else.

@@ -61,9 +61,9 @@ def element_settings(
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
     groups = [group for own in steps for step in own for group in step.groups]
-    if SHARINGS.get(resolved.allocator).priced and any(group.expert is not None for group in groups):
+    if SHARINGS.get(resolved.allocator).by_loss and any(group.expert is not None for group in groups):
         raise UnsupportedError(
-            "zeros of experts are not priced",
+            "what zeros of experts add to the loss is not measured",
             got=f"--allocator {resolved.allocator}",
             wanted="--allocator uniform or owl",
         )
@@ -109,7 +109,7 @@ def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
     the pattern says the share.
     """
     sharing = SHARINGS.get(SHARINGS.check(recipe.allocator))
-    if sharing.measure is None and not sharing.priced:
+    if sharing.measure is None and not sharing.by_loss:
         return
     if pattern.group > 1:
         raise UnsupportedError(
@@ -172,7 +172,7 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
         request,
         needs_statistics=False,
         needs_scores=sharing.measure is not None,
-        needs_sensitivity=sharing.priced,
+        needs_sensitivity=sharing.by_loss,
         elements=sorts,
         follows_dense=recipe.follows_dense,
         cacheable=cacheable_maps(stock, kinds, all_steps) if kept else (),

@@ -1,6 +1,6 @@
 """What share of each map's weights becomes zero: a pass over the dense model, where an allocator measures it.
 
-Shape suffixes: P priced shares.
+Shape suffixes: P measured shares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from structprune.architectures.stock.maps import MapStep
 from structprune.engine.layerwise.maps import measure_squares
 from structprune.engine.passes import BlockPass, Carried, PassState, Visited, run_pass
 from structprune.engine.run.context import RunContext
-from structprune.engine.sensitivity.map_prices import map_prices
+from structprune.engine.sensitivity.map_costs import map_costs
 from structprune.engine.sensitivity.store import SURVEY
 from structprune.engine.streaming.blocks import load_block
 from structprune.patterns import as_pattern
@@ -28,8 +28,8 @@ from structprune.solvers.elements import SHARINGS
 from structprune.solvers.elements.shares import MeasuredMap, Sharing
 from structprune.types import BlockLayout, UnitKind
 
-# Priced shares are so far apart, and chosen ones.
-_PRICE_STEP, _SHARE_STEP = 0.05, 0.01
+# Measured shares are so far apart, and chosen ones.
+_COST_STEP, _SHARE_STEP = 0.05, 0.01
 
 
 def element_shares(context: RunContext, steps: Sequence[Sequence[MapStep]]) -> list[dict[str, float]]:
@@ -39,33 +39,32 @@ def element_shares(context: RunContext, steps: Sequence[Sequence[MapStep]]) -> l
     """
     recipe = context.settings(ResolvedElements)
     sharing, blocks = SHARINGS.get(recipe.allocator), context.stock.layout.blocks
-    if sharing.priced:
-        return _priced_shares(context, steps, sharing.reach)
+    if sharing.by_loss:
+        return _shares_by_loss(context, steps, sharing.reach)
     return [
         dict.fromkeys(_maps(steps, block), share)
         for block, share in zip(blocks, _block_shares(context, steps, sharing), strict=True)
     ]
 
 
-def _priced_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], reach: float) -> list[dict[str, float]]:
+def _shares_by_loss(context: RunContext, steps: Sequence[Sequence[MapStep]], reach: float) -> list[dict[str, float]]:
     """Choose the shares of all maps that add least to the loss, in steps of a hundredth, by dynamic programming."""
     recipe, blocks = context.settings(ResolvedElements), context.stock.layout.blocks
-    half = round(reach / _PRICE_STEP)
-    priced = [recipe.sparsity + _PRICE_STEP * number for number in range(-half, half + 1)]
-    patterns = [as_pattern(recipe.pattern, share, context.method.counts) for share in priced]
-    prices = map_prices(context, steps, patterns, context.run.staging / SURVEY)
+    half = round(reach / _COST_STEP)
+    measured = [recipe.sparsity + _COST_STEP * number for number in range(-half, half + 1)]
+    patterns = [as_pattern(recipe.pattern, share, context.method.counts) for share in measured]
+    costs = map_costs(context, steps, patterns, context.run.staging / SURVEY)
     half = round(reach / _SHARE_STEP)
     shares = [recipe.sparsity + _SHARE_STEP * number for number in range(-half, half + 1)]
-    kinds: dict[str, UnitKind] = {
-        name: step.kind for own in steps for step in own for group in step.groups for name in group.maps
-    }
+    groups = [(group, step.kind) for own in steps for step in own for group in step.groups]
+    kinds: dict[str, UnitKind] = {name: kind for group, kind in groups for name in group.maps}
     slots: list[Slot] = []
     total = 0
     for block in blocks:
         for name in _maps(steps, block):
             size = math.prod(block.shapes[f"{name}.weight"])
             total += size
-            found = between(priced, prices[block.index][name].tolist(), shares)
+            found = between(measured, costs[block.index][name].tolist(), shares)
             kept = [size - round(share * size) for share in shares]
             variants = [Variant(keep=one, cost=(one,), price=each) for one, each in zip(kept, found, strict=True)]
             slots.append(Slot(block=block.index, kind=kinds[name], variants=tuple(variants)))
@@ -73,10 +72,10 @@ def _priced_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], reac
     return [{name: shares[next(choice)] for name in _maps(steps, block)} for block in blocks]
 
 
-def between(priced: Sequence[float], prices: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Return the prices of other shares, on straight lines in their logarithm."""
-    logarithms = np.log(np.maximum(prices, np.finfo(np.float64).tiny))
-    return np.exp(np.interp(shares, priced, logarithms)).tolist()
+def between(measured: Sequence[float], costs: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """Return the costs of other shares, on straight lines in their logarithm."""
+    logarithms = np.log(np.maximum(costs, np.finfo(np.float64).tiny))
+    return np.exp(np.interp(shares, measured, logarithms)).tolist()
 
 
 def _block_shares(context: RunContext, steps: Sequence[Sequence[MapStep]], sharing: Sharing) -> list[float]:

@@ -7,9 +7,9 @@ diagonal of the Fisher information) and d_o what a mask takes from row o, the lo
     1/2 sum_o f_o d_o G d_o^T / tokens
 
 The mask is that of Wanda's score, without new weights for what stays: what an update makes up for is taken to be alike
-everywhere. Shares between those that are priced are on a straight line in the logarithm of the price.
+everywhere. Shares between those that are measured are on a straight line in the logarithm of the cost.
 
-Shape suffixes: I inputs, O outputs, T tokens, P priced shares.
+Shape suffixes: I inputs, O outputs, T tokens, P measured shares.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout
 
 
-def map_prices(
+def map_costs(
     context: RunContext, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Pattern], folder: Path
 ) -> list[dict[str, Tensor]]:
-    """Price every pattern for every map of every block: map -> (P,), nats per token. What is found stays in `folder`.
+    """Measure what every pattern adds to the loss in every map of every block: map -> (P,), nats per token.
 
-    Raises NumericalError for activations that are not finite.
+    What is found stays in `folder`. Raises NumericalError for activations that are not finite.
     """
 
-    def priced(
+    def costs_of(
         block: BlockLayout, propagator: Propagator, boundary: HiddenStore, gradient: HiddenStore, owner: int
     ) -> Callable[[], Found]:
         groups = [group for step in steps[block.index] for group in step.groups]
         with context.meter.phase(Phase.SENSITIVITY_BACKWARD):
-            return partial(_found, _block_prices(context, block, groups, patterns, (propagator, boundary, gradient)))
+            return partial(_found, _block_costs(context, block, groups, patterns, (propagator, boundary, gradient)))
 
-    backward_pass(context, folder, labels="sampled", backward=priced)
+    backward_pass(context, folder, labels="sampled", backward=costs_of)
     return [load_file(costs_path(folder, block.index)) for block in context.stock.layout.blocks]
 
 
-def _found(prices: Mapping[str, Tensor]) -> Found:
-    return {}, prices
+def _found(costs: Mapping[str, Tensor]) -> Found:
+    return {}, costs
 
 
-def _block_prices(
+def _block_costs(
     context: RunContext,
     block: BlockLayout,
     groups: Sequence[InputGroup],
     patterns: Sequence[Pattern],
     streams: tuple[Propagator, HiddenStore, HiddenStore],
 ) -> dict[str, Tensor]:
-    """Move the gradient over a block, and price its maps by what was summed on the way."""
+    """Move the gradient over a block, and measure its maps by what was summed on the way."""
     tensors, module = load_block(context, block)
     names = [name for group in groups for name in group.maps]
     weights = {name: _weight(context, tensors, name) for name in names}
@@ -101,19 +101,19 @@ def _block_prices(
         )
     del module
     release_free_memory()
-    prices: dict[str, Tensor] = {}
+    costs: dict[str, Tensor] = {}
     for group in groups:
         gram, first = grams.pop(group.maps[0]), group.maps[0]
         num_tokens, gram_II = gram.num_tokens, gram.finalize(f"block {block.index} {first}").to(context.solve_device)
         for name in group.maps:
             weight_OI = weights[name].to(context.solve_device)
             fisher_O = (squares[name] / num_tokens).to(weight_OI.device)
-            found = [price(weight_OI, gram_II, fisher_O, pattern) / num_tokens for pattern in patterns]
-            prices[name] = torch.tensor(found, dtype=torch.float64)
-    return prices
+            found = [removal_cost(weight_OI, gram_II, fisher_O, pattern) / num_tokens for pattern in patterns]
+            costs[name] = torch.tensor(found, dtype=torch.float64)
+    return costs
 
 
-def price(weight_OI: Tensor, gram_II: Tensor, fisher_O: Tensor, pattern: Pattern) -> float:
+def removal_cost(weight_OI: Tensor, gram_II: Tensor, fisher_O: Tensor, pattern: Pattern) -> float:
     """Compute 1/2 sum_o f_o d_o G d_o^T, d what goes by Wanda's score."""
     norm_I = gram_II.diagonal().to(torch.float64).sqrt()
     weight_OI = weight_OI.float()
