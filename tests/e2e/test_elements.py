@@ -190,7 +190,7 @@ def test_blocks_with_more_outliers_keep_more(tiny_llama: Path, text_file: Path, 
 
 
 def test_maps_share_the_zeros_by_the_loss(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """Shares within reach, as many zeros as asked, and where the loss minds least: less of it than with equal shares."""
+    """Shares within reach, not all alike, and together as many zeros as asked for."""
     changes: dict[str, Any] = {"method": "wanda", "pattern": "unstructured:layer", "sparsity": 0.6}
     settings = recipe(text_file, **changes, allocator="dp", held_out=0)
     report = prune(tiny_llama, settings, tmp_path / "out")
