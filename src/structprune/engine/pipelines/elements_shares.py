@@ -56,8 +56,9 @@ def _shares_by_loss(context: RunContext, steps: Sequence[Sequence[MapStep]], rea
     costs = map_costs(context, steps, patterns, context.run.staging / SURVEY)
     half = round(reach / _SHARE_STEP)
     shares = [recipe.sparsity + _SHARE_STEP * number for number in range(-half, half + 1)]
-    groups = [(group, step.kind) for own in steps for step in own for group in step.groups]
-    kinds: dict[str, UnitKind] = {name: kind for group, kind in groups for name in group.maps}
+    kinds: dict[str, UnitKind] = {}
+    for step in (step for own in steps for step in own):
+        kinds.update({name: step.kind for group in step.groups for name in group.maps})
     slots: list[Slot] = []
     total = 0
     for block in blocks:
