@@ -1,14 +1,15 @@
 """How far each method is from the least that it must compute.
 
 Floor = the products of one forward pass of the calibration tokens through the blocks, and of the Gram matrices of the
-consumers in scope, at the rates that this machine reaches in the same run for these very shapes: once as floating-point
-operations over the measured matrix rate (`matmul`), once as the stock blocks take, norms and activations too (`stock`).
-The rates are taken before and after each pruning and averaged; each pruning has a process of its own, so that its
-memory is that of a command. With `--clock cpu` seconds are those of the process, which other work on the machine
-changes less than those of the wall; take one thread with it.
+consumers in scope, or where single weights go of all inputs of the maps, at the rates that this machine reaches in the
+same run for these very shapes: once as floating-point operations over the measured matrix rate (`matmul`), once as the
+stock blocks take, norms and activations too (`stock`). The rates are taken before and after each pruning and averaged;
+each pruning has a process of its own, so that its memory is that of a command. With `--clock cpu` seconds are those of
+the process, which other work on the machine changes less than those of the wall; take one thread with it.
 
     python benchmarks/speed/floor.py [--methods fasp structprune] [--calibration FILE] [--num-samples 48]
-        [--seq-len 1024] [--multiple-of N] [--device cpu] [--clock wall] [--output FILE]
+        [--seq-len 1024] [--multiple-of N] [--pattern 2:4] [--dtype bfloat16] [--device cpu] [--clock wall]
+        [--output FILE]
 
 Shape suffixes: B windows, S positions, T tokens, D hidden size, I inputs of a consumer.
 """
@@ -39,6 +40,8 @@ from structprune.statistics import GramAccumulator
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 BATCH_TOKENS = 2048
+# What is summed: the inputs of the consumer, or one map of each input of a block.
+CONSUMERS, INPUTS = ["mlp.down_proj"], ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ def pruned(model: str, recipe: Recipe, clock: str) -> Pruned:
     start = CLOCKS[clock]()
     with tempfile.TemporaryDirectory() as folder:
         report = prune(model, recipe, Path(folder) / "out")
-    assert report.compute_dtype == "bfloat16", f"the floor is of bfloat16, the run of {report.compute_dtype}"
+    assert report.compute_dtype == recipe.dtype, f"the floor is of {recipe.dtype}, the run of {report.compute_dtype}"
     return Pruned(
         seconds=CLOCKS[clock]() - start,
         planned_bytes=report.memory.planned_peak_bytes,
@@ -142,6 +145,8 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--multiple-of", type=int, help="of the kept widths; default: the recipe's")
+    parser.add_argument("--pattern", help="single weights go, by this pattern")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--output", type=Path)
@@ -150,20 +155,24 @@ def main() -> None:
     reader = open_model(arguments.model)
 
     def sample() -> Floor:
-        model = load_model(reader, watch.device, torch.bfloat16).requires_grad_(False)
-        return floor_of(model, ["mlp.down_proj"], arguments.num_samples, arguments.seq_len, watch)
+        model = load_model(reader, watch.device, getattr(torch, arguments.dtype)).requires_grad_(False)
+        summed = CONSUMERS if arguments.pattern is None else INPUTS
+        return floor_of(model, summed, arguments.num_samples, arguments.seq_len, watch)
 
     rows: list[dict[str, Any]] = []
     for method in arguments.methods:
-        recipe = Recipe(
+        asked = {"multiple_of": arguments.multiple_of} if arguments.pattern is None else {"pattern": arguments.pattern}
+        if arguments.pattern is None or arguments.pattern.startswith("unstructured"):
+            asked["sparsity"] = arguments.sparsity
+        recipe = Recipe.build(
             method=method,
-            sparsity=arguments.sparsity,
             num_samples=arguments.num_samples,
             seq_len=arguments.seq_len,
             calibration=str(arguments.calibration),
-            multiple_of=arguments.multiple_of,
+            dtype=arguments.dtype,
             device=arguments.device,
             reload_check=False,
+            **asked,
         )
         floors = [sample()]
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -175,6 +184,8 @@ def main() -> None:
         rows.append(
             {
                 "method": method,
+                "pattern": arguments.pattern,
+                "dtype": arguments.dtype,
                 "device": arguments.device,
                 "clock": arguments.clock,
                 "threads": torch.get_num_threads(),

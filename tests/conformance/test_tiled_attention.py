@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from structprune.architectures.stock import model
 from structprune.architectures.stock import tiled_attention as tiles
 from structprune.architectures.stock.model import StockModel, output_tensor
-from structprune.architectures.stock.tiled_attention import causal_attention, tiled_attention
+from structprune.architectures.stock.tiled_attention import TILED, causal_attention, tiled_attention, tiles_gain
 from structprune.checkpoint.reader import CheckpointReader
 from support.models import TINY_MODELS, save_tiny
 
@@ -108,6 +109,8 @@ def test_blocks_of_every_family_agree_with_sdpa(kind: str, tmp_path: Path, monke
     tensors = {n: t.bfloat16() for n, t in stock.reader.read(block.shapes, block.prefix).items()}
     embedding = {n: t.bfloat16() for n, t in stock.reader.read(stock.embedding_tensors()).items()}
     hidden_BSD, inputs = stock.embed(torch.arange(48)[None] % 30, embedding)
+    # On whatever machine.
+    monkeypatch.setattr(model, "tiles_gain", lambda: True)
     module = stock.block(0, tensors)
     # The tiny models know few positions.
     monkeypatch.setattr(tiles, "_POSITIONS", range(48, 49))
@@ -118,3 +121,14 @@ def test_blocks_of_every_family_agree_with_sdpa(kind: str, tmp_path: Path, monke
     # What a block computes with leaves the model's own setting alone.
     own: Any = stock.block_configs[0]
     assert own._attn_implementation == stock.family.attention_implementation
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_no_tiles_where_the_cpu_has_matrix_units(
+    has_units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_units}, raising=False)
+    assert tiles_gain() is not has_units
+    stock = StockModel(CheckpointReader(save_tiny("llama", tmp_path / "llama")))
+    block: Any = stock.block(0, stock.reader.read(stock.layout.blocks[0].shapes, stock.layout.blocks[0].prefix))
+    assert (block.self_attn.config._attn_implementation == TILED) is not has_units

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from structprune import Recipe, prune
+from structprune.api import plan
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.engine.pipelines import units_settings
+from structprune.engine.pipelines import elements_settings, units_settings
 from structprune.engine.streaming.activation_cache import cacheable
 from structprune.engine.streaming.propagate import Propagator
 from structprune.types import UNIT_KINDS
@@ -31,12 +32,16 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed": ("gpt2", {"method": "fasp", "scope": "mlp"}),
     "relu": ("opt", {"method": "fasp", "scope": "mlp", "damping": "auto"}),
     "admm": ("llama", {"method": "structprune", "scope": "all", "solver": "admm"}),
+    "single weights": ("llama", {"method": "sparsegpt", "pattern": "2:4", "sparsity": 0.5}),
+    "ridge of single weights": ("llama", {"method": "alps", "pattern": "unstructured", "target": "dense-path"}),
+    "flat inputs of single weights": ("opt", {"method": "wanda", "pattern": "unstructured", "scope": "mlp"}),
 }
 
 
 def recipe(name: str, text_file: Path) -> Recipe:
-    common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
-    return Recipe.build(**{**common, "memory": "1GiB", "sparsity": 0.4, **RUNS[name][1]})
+    common = {"calibration": str(text_file), "num_samples": 5, "seq_len": 32, "dtype": "float32", "sparsity": 0.4}
+    settings = {**common, "memory": "1GiB", **RUNS[name][1]}
+    return Recipe.build(**settings, **({} if "pattern" in settings else {"multiple_of": 1}))
 
 
 class Passes:
@@ -58,6 +63,7 @@ def pruned(source: Path, settings: Recipe, output: Path, *, cached: bool) -> tup
         passes = Passes(patch)
         if not cached:
             patch.setattr(units_settings, "cacheable", lambda *_: ())
+            patch.setattr(elements_settings, "cacheable_maps", lambda *_: ())
         report = prune(source, settings, output)
     tensors = {name: t for path in output.glob("*.safetensors") for name, t in load_file(path).items()}
     return tensors, report, passes.count
@@ -94,6 +100,13 @@ def test_only_sublayers_that_are_finished_by_their_consumer_alone(kind: str, tmp
             assert not group.output_normed
     assert "mlp" not in cacheable(stock, UNIT_KINDS, "admm")
     assert cacheable(stock, ["mlp"], "least-squares") == tuple(sublayer for sublayer in found if sublayer == "mlp")
+
+
+def test_no_inputs_are_kept_that_get_another_order(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "model")
+    settings = recipe("single weights", text_file)
+    assert plan(source, settings).plan.cached == ("attention", "mlp")
+    assert not plan(source, settings.model_copy(update={"permute_channels": True})).plan.cached
 
 
 def test_which_families_have_such_sublayers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from structprune import Recipe, prune
 from structprune.architectures.stock.model import StockModel, block_arguments
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.layerwise.assigned import assigned
 from structprune.engine.layerwise.orders import dealt, in_order, input_order, movable_groups
 from structprune.errors import UnsupportedError
 from structprune.patterns import NM
@@ -123,3 +125,22 @@ def test_an_order_matters_to_groups_only(tiny_llama: Path, text_file: Path, tmp_
         prune(
             tiny_llama, recipe(text_file, pattern="unstructured", sparsity=0.5, permute_channels=True), tmp_path / "o"
         )
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (3, 8), (1, 4)])
+def test_channels_change_groups_while_more_is_kept(keep: int, of: int) -> None:
+    """No group keeps less of the whole than before, and no exchange of two channels of a place is left that pays."""
+    score_UR = torch.rand(22 * of + 1, 6, generator=torch.Generator().manual_seed(0)) ** 4
+
+    def kept(order_U: torch.Tensor) -> float:
+        groups_GMR = score_UR[order_U[: 22 * of]].view(22, of, 6)
+        return float(groups_GMR.topk(keep, dim=1).values.sum())
+
+    start_U = dealt(score_UR.sum(dim=1), of)
+    found_U = assigned(score_UR, start_U, keep, of)
+    assert found_U.sort().values.tolist() == list(range(22 * of + 1))
+    assert kept(found_U) > kept(start_U)
+    for one, other in itertools.combinations(range(of - 1, 22 * of, of), 2):
+        swapped_U = found_U.clone()
+        swapped_U[[one, other]] = found_U[[other, one]]
+        assert kept(swapped_U) <= kept(found_U) + 1e-4

@@ -18,6 +18,8 @@ from structprune.architectures.stock.maps import map_steps
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import SourceContext, draw_windows
 from structprune.checkpoint.reader import CheckpointReader
+from structprune.engine.pipelines.elements_shares import between
+from structprune.engine.sensitivity.map_costs import removal_cost
 from structprune.errors import InputError, StructPruneError, UnsupportedError
 from structprune.patterns import NM, Unstructured
 from structprune.recipe.elements import ElementsRecipe
@@ -187,6 +189,40 @@ def test_blocks_with_more_outliers_keep_more(tiny_llama: Path, text_file: Path, 
     assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
 
 
+def test_maps_share_the_zeros_by_the_loss(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Shares within reach, not all alike, and together as many zeros as asked for."""
+    changes: dict[str, Any] = {"method": "wanda", "pattern": "unstructured:layer", "sparsity": 0.6}
+    settings = recipe(text_file, **changes, allocator="dp", held_out=0)
+    report = prune(tiny_llama, settings, tmp_path / "out")
+    shares = [1 - part.kept_units / part.num_units for part in report.blocks]
+    assert min(shares) >= 0.45 - 1e-3
+    assert max(shares) <= 0.75 + 1e-3
+    assert max(shares) - min(shares) > 0.1
+    assert report.zeros is not None
+    assert report.zeros.share == pytest.approx(0.6, abs=2e-3)
+    assert report.memory.measured_phases["sensitivity: backward"] > 0
+    assert report.memory.measured_peak_bytes <= report.memory.planned_peak_bytes
+
+
+def test_what_a_mask_costs_by_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_IT = torch.randn(5, 8, generator=generator), torch.randn(8, 30, generator=generator)
+    fisher_O, pattern = torch.rand(5, generator=generator, dtype=torch.float64), Unstructured(share=0.5, scope="row")
+    keep_OI = pattern.keep_largest(weight_OI.abs() * x_IT.norm(dim=1))
+    missed_OT = (weight_OI * ~keep_OI) @ x_IT
+    expected = 0.5 * float((fisher_O[:, None] * missed_OT.double().square()).sum())
+    assert removal_cost(weight_OI, x_IT @ x_IT.T, fisher_O, pattern) == pytest.approx(expected, rel=1e-5)
+    assert removal_cost(weight_OI, x_IT @ x_IT.T, 0 * fisher_O, pattern) == 0
+    # Between measured shares the logarithm is on a line.
+    assert between([0.4, 0.5, 0.6], [1.0, 10.0, 100.0], [0.45, 0.5]) == pytest.approx([10**0.5, 10.0])
+
+
+def test_experts_do_not_share_by_the_loss(text_file: Path, tmp_path: Path) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="what zeros of experts add to the loss is not measured"):
+        prune(source, recipe(text_file, method="wanda", pattern="unstructured", allocator="dp"), tmp_path / "out")
+
+
 def test_experts_have_zeros_by_their_own_tokens(text_file: Path, tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "mixture")
     report = prune(source, recipe(text_file, pattern="2:4"), tmp_path / "out")
@@ -269,7 +305,8 @@ def test_a_pattern_makes_another_recipe_of_the_same_name() -> None:
         (("--method", "wanda", "--pattern", "4:3"), "--pattern keeps all of a group or nothing of it"),
         (("--method", "wanda", "--pattern", "half"), "--pattern is not usable"),
         (("--method", "wanda", "--pattern", "5:10"), "a pattern of 5:10 needs rows of a multiple of 10 weights"),
-        (("--method", "wanda", "--allocator", "dp"), "unknown allocator of zeros 'dp'"),
+        (("--method", "wanda", "--allocator", "milp"), "unknown allocator of zeros 'milp'"),
+        (("--method", "wanda", "--allocator", "dp", "--sparsity", "0.9"), "shares of blocks may be 0.15 from"),
         (("--method", "wanda", "--allocator", "owl", "--pattern", "2:4"), "every block has the share that the pattern"),
         (("--method", "wanda", "--allocator", "owl", "--sparsity", "0.1"), "shares of blocks may be 0.16 from"),
         (("--method", "wanda", "--solver", "refitt"), "unknown update 'refitt'"),

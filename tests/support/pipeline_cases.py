@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole-experts": ("qwen3_moe", {"method": "reap"}),
     "elements": ("llama", {"method": "alps", "pattern": "2:4", "target": "dense-path", "sparsity": 0.5}),
     "elements-experts": ("qwen3_moe", {"method": "wanda", "solver": "refit", "allocator": "owl", "sparsity": 0.5}),
+    "elements-by-loss": ("llama", {"method": "sparsegpt", "allocator": "dp", "sparsity": 0.5}),
     "slice": ("llama", {"method": "slicegpt"}),
     "slice-uniform": ("llama", {"method": "slicegpt", "structure": "uniform"}),
 }

@@ -55,10 +55,12 @@ class ElementsRecipe(Recipe, frozen=True):
     )
     solver: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
-        description="what becomes of the weights that stay: own, mask-only, sweep, refit, swaps or swaps-refit",
+        description="what becomes of the weights that stay: own, mask-only, sweep, refit, swaps, swaps-refit or dsnot",
     )
     allocator: Annotated[str, Flag(Group.HOW)] = Field(
-        default="uniform", description="how the blocks share the zeros of an unstructured pattern: uniform or owl"
+        default="uniform",
+        description="how the blocks share the zeros of an unstructured pattern: uniform or owl; "
+        "dp: how all maps do, by the loss",
     )
     target: Annotated[Target | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,

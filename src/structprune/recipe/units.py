@@ -51,7 +51,7 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
     allocator: Annotated[str | None, Flag(Group.HOW, unset=METHODS_OWN)] = Field(
         default=None,
         description="how the blocks share what is to go: uniform, closed-form, dp, milp, fermi-dirac, softmax or "
-        "standardised; single weights: uniform or owl",
+        "standardised; single weights: uniform, owl or dp",
     )
     search: Annotated[str, Flag(Group.HOW)] = Field(
         default="none",

@@ -43,7 +43,7 @@ from structprune.architectures.stock.placeholders import (
     give_buffers,
 )
 from structprune.architectures.stock.tensor_check import check_tensors
-from structprune.architectures.stock.tiled_attention import TILED
+from structprune.architectures.stock.tiled_attention import TILED, tiles_gain
 from structprune.architectures.stock.wrapper import text_view
 from structprune.architectures.traced.checks import check_description
 from structprune.architectures.traced.lookup import is_stock_type
@@ -299,7 +299,7 @@ class StockModel:
         nothing and take no tensors. A sliced block is one module around the layer, without sublayers of these names.
         """
         own: Any = copy.copy(config or self.block_configs[index])
-        if own._attn_implementation == "sdpa" and self.family.tiled_attention:
+        if own._attn_implementation == "sdpa" and self.family.tiled_attention and tiles_gain():
             own._attn_implementation = TILED
         layer = self._empty_layer(index, own, removed)
         layer.load_state_dict(dict(tensors), strict=True, assign=True)

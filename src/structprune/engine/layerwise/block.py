@@ -18,10 +18,16 @@ from structprune.architectures.units import remove_sublayer
 from structprune.engine.layerwise.few_tokens import token_statistics
 from structprune.engine.layerwise.refine import refine
 from structprune.engine.layerwise.solve import SolvedGroup, Wanted, solve_cost, solve_group, with_group
-from structprune.engine.layerwise.statistics import Streams, Sublayer, follow_dense, measure, read_ranges
+from structprune.engine.layerwise.statistics import (
+    Streams,
+    Sublayer,
+    fill_inputs,
+    finish_stage,
+    follow_dense,
+    measure,
+)
 from structprune.engine.run.context import RunContext
-from structprune.engine.streaming.activation_cache import SolvedConsumer, put_inputs
-from structprune.engine.streaming.propagate import check_finite, tapped
+from structprune.engine.streaming.activation_cache import SolvedConsumer
 from structprune.memory import release_free_memory
 from structprune.phases import Phase, SublayerPhase
 from structprune.ranks import deal, turns
@@ -142,17 +148,13 @@ def _advance(
 
     With `inputs_NSI` the stage is one sublayer, and these are the inputs of its consumer before the cut.
     """
-    propagator, store = streams.propagator, streams.pruned
     if inputs_NSI is not None:
         group = block.group(stage[0])
         consumer = SolvedConsumer.of(group, tensors, kept[group.name], context.dtype)
-        for start, stop in propagator.batches(0, store.shape[0]):
-            output_BSD = consumer.added(store.read(start, stop), inputs_NSI[start:stop])
-            check_finite(output_BSD, block.index)
-            store.write(start, output_BSD)
+        finish_stage(streams, consumer, inputs_NSI, block.index)
     else:
         with context.stock.stage(module, block.index, stage):
-            propagator.run(module, block.index, store)
+            streams.propagator.run(module, block.index, streams.pruned)
 
 
 def _cached_inputs(
@@ -194,23 +196,8 @@ def pass_block(
             module = cut_module(context, block, tensors, widths)
         else:
             module = cut_module(context, block, context.reader.read(block.shapes, block.prefix), {})
-            _fill(inputs_NSI, context, block, block.group(stage[0]), module, streams)
+            fill_inputs(inputs_NSI, context, block, block.group(stage[0]), module, streams)
         _advance(context, block, stage, module, tensors, kept, streams, inputs_NSI)
-
-
-def _fill(
-    inputs_NSI: Tensor, context: RunContext, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
-) -> None:
-    """Compute what `measure` leaves there: the uncut sublayer's inputs in the pruned stream, in equal micro-batches."""
-    received: list[Tensor] = []
-    zeros = context.stock.adds_in_place(block.index, group.kind)
-    for start, _, hidden_BSD in read_ranges(streams, [*chain(*context.window_sets)]):
-        with (
-            context.stock.stage(module, block.index, context.stock.stage_of(block.index, group.kind)),
-            tapped(module, group.consumer_module, received.append, zeros=zeros),
-        ):
-            streams.propagator.apply(module, block.index, hidden_BSD)
-        put_inputs(inputs_NSI, start, received.pop())
 
 
 def _stages(context: RunContext, block: BlockLayout) -> list[tuple[Stage, list[UnitKind]]]:

@@ -6,7 +6,7 @@ Shape suffixes: I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -19,7 +19,7 @@ from structprune.memory import release_free_memory
 from structprune.patterns import Pattern, as_pattern, sparse
 from structprune.recipe.elements import ResolvedElements
 from structprune.solvers.elements import PRUNERS, UPDATES
-from structprune.solvers.elements.problem import Reads, SparseProblem
+from structprune.solvers.elements.problem import Reads, SharedFactor, SparseProblem
 from structprune.solvers.elements.unit import chosen_damping, squared_error, wanted_energy
 from structprune.types import Moments
 
@@ -48,10 +48,10 @@ def pattern_of(context: RunContext) -> Pattern:
     return as_pattern(recipe.pattern, recipe.sparsity, context.method.counts)
 
 
-def block_patterns(context: RunContext, shares: Sequence[float]) -> list[Pattern]:
-    """Return the pattern of every block, whose share of zeros is its own."""
-    recipe = context.settings(ResolvedElements)
-    return [as_pattern(recipe.pattern, share, context.method.counts) for share in shares]
+def map_patterns(context: RunContext, shares: Sequence[Mapping[str, float]]) -> list[dict[str, Pattern]]:
+    """Return the pattern of every map of every block, whose share of zeros is its own."""
+    pattern, counts = context.settings(ResolvedElements).pattern, context.method.counts
+    return [{name: as_pattern(pattern, share, counts) for name, share in own.items()} for own in shares]
 
 
 def reads_of(context: RunContext) -> frozenset[Reads]:
@@ -62,15 +62,17 @@ def reads_of(context: RunContext) -> frozenset[Reads]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSums:
-    """What is known of the tensor that some maps read, once the ridge of each is chosen, and the pattern to come."""
+    """What is known of the tensor that some maps read, once the ridge of each is chosen, and the patterns to come."""
 
-    pattern: Pattern
+    patterns: Mapping[str, Pattern]
+    """Map -> its pattern, of all maps of the block."""
     total: InputSums | None
     """Sums over all windows; None where the weights alone decide."""
     held_out: InputSums | None
     """Sums over the windows that chose the ridges; None where none did."""
     damping: Mapping[str, float]
     """Map -> its ridge."""
+    shared: SharedFactor = field(default_factory=SharedFactor)
 
     def reordered(self, order_I: Tensor) -> GroupSums:
         """Return the same with the inputs in another order."""
@@ -79,7 +81,7 @@ class GroupSums:
 
 
 def joined_sums(
-    context: RunContext, pattern: Pattern, weights: Mapping[str, Tensor], sums: list[InputSums]
+    context: RunContext, patterns: Mapping[str, Pattern], weights: Mapping[str, Tensor], sums: list[InputSums]
 ) -> GroupSums:
     """Choose the ridges of some maps by what was summed of their input, and add up all of it.
 
@@ -90,22 +92,24 @@ def joined_sums(
     damping = _DEFAULT_DAMPING if recipe.damping == "auto" else recipe.damping
     given = dict.fromkeys(weights, damping)
     if not sums:
-        return GroupSums(pattern=pattern, total=None, held_out=None, damping=given)
+        return GroupSums(patterns=patterns, total=None, held_out=None, damping=given)
     total = sums.pop(0)
     if not sums:
-        return GroupSums(pattern=pattern, total=total, held_out=None, damping=given)
+        return GroupSums(patterns=patterns, total=total, held_out=None, damping=given)
     held_out = reduce(InputSums.plus, sums)
     sums.clear()
     if not (total.moments.num_tokens and held_out.moments.num_tokens):
         # An expert whose tokens are all on one side: nothing can be judged.
-        return GroupSums(pattern=pattern, total=total.plus(held_out), held_out=None, damping=given)
+        return GroupSums(patterns=patterns, total=total.plus(held_out), held_out=None, damping=given)
     for name, tensor in weights.items():
-        problem = _problem(context, tensor, name, GroupSums(pattern=pattern, total=total, held_out=None, damping=given))
+        problem = _problem(
+            context, tensor, name, GroupSums(patterns=patterns, total=total, held_out=None, damping=given)
+        )
         given[name] = chosen_damping(problem, moments_of(held_out, name, problem.weight_OI))
         del problem
         release_free_memory()
     joined = total.plus(held_out)
-    return GroupSums(pattern=pattern, total=joined, held_out=held_out.packed(), damping=given)
+    return GroupSums(patterns=patterns, total=joined, held_out=held_out.packed(), damping=given)
 
 
 def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, seed: int) -> PrunedMap:
@@ -161,9 +165,10 @@ def _problem(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, se
         moments = moments_of(sums.total, name, weight_OI)
     return SparseProblem(
         weight_OI=weight_OI,
-        pattern=sums.pattern,
+        pattern=sums.patterns[name],
         moments=moments,
         damping=sums.damping[name],
         energy_NI=None if sums.total is None else sums.total.energy_NI.to(weight_OI.device),
         seed=seed,
+        shared=sums.shared if len(sums.damping) > 1 else None,
     )

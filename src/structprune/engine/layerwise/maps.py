@@ -41,7 +41,8 @@ class InputSums:
     moments: Moments
     """`target_OI` is K, (inputs of the dense model, inputs); None for the local target."""
     energy_NI: Tensor
-    """Mean square of each input in every window, float32; of an expert's tokens in one row."""
+    """Mean square of each input in every window, float32; in one row of an expert's tokens, and of all windows where
+    nothing reads squares."""
     wanted: Mapping[str, float] = field(default_factory=dict[str, float])
     """Map -> sum of |y|^2 on the dense path."""
 
@@ -55,6 +56,7 @@ class InputSums:
             moments=Moments(
                 gram_II=_added(own.gram_II, others.gram_II),
                 num_tokens=own.num_tokens + others.num_tokens,
+                sum_I=None if own.sum_I is None or others.sum_I is None else own.sum_I + others.sum_I,
                 target_OI=target_OI,
             ),
             energy_NI=torch.cat([self.energy_NI, other.energy_NI]),
@@ -65,7 +67,8 @@ class InputSums:
         """Return the same sums with the inputs in another order: a new square, put in order a few rows at a time."""
         moments, order_I = self.moments, order_I.to(self.moments.gram_II.device)
         target_OI = None if moments.target_OI is None else _reordered(moments.target_OI, order_I)
-        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), target_OI=target_OI)
+        sum_I = None if moments.sum_I is None else moments.sum_I[order_I]
+        moments = replace(moments, gram_II=_reordered(moments.gram_II, order_I), sum_I=sum_I, target_OI=target_OI)
         return replace(self, moments=moments, energy_NI=self.energy_NI[:, order_I.cpu()])
 
     def packed(self) -> InputSums:
@@ -100,7 +103,12 @@ class _Sums:
 
     group: InputGroup
     gram: GramAccumulator | None
+    squares: bool
+    """Whether the squares of each window are summed."""
+    means: bool = False
+    """Whether the inputs themselves are summed."""
     energy_I: Tensor | None = None
+    sum_I: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list[Tensor])
     num_tokens: int = 0
     wanted: dict[str, float] = field(default_factory=dict[str, float])
@@ -111,17 +119,23 @@ class _Sums:
         if self.gram is not None:
             self.gram.update(x_TI, dense_TI)
         by_window = x if x.ndim == 3 else x_TI[None]
-        for x_SI in by_window:
-            # The norm of a column in float32: squares of half precision would pass its range.
-            energy_I = torch.linalg.vector_norm(x_SI, dim=0, dtype=torch.float32).to(torch.float64).square()
+        for x_SI in by_window if self.squares else ():
+            # In float32, as squares of half precision would pass its range: a tenth of the time of a column's norm.
+            energy_I = x_SI.to(torch.float32, copy=True).square_().sum(dim=0).to(torch.float64)
             self.energy_I = energy_I if self.energy_I is None else self.energy_I + energy_I
             if x.ndim == 3:
                 self.rows.append((energy_I / len(x_SI)).to("cpu", torch.float32))
+        if self.means:
+            sum_I = x_TI.sum(dim=0, dtype=torch.float32).to(torch.float64)
+            self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
         self.num_tokens += len(x_TI)
 
     def finished(self, inputs: int, where: str) -> InputSums:
         """Return the sums. Raises NumericalError if an activation was NaN or infinite."""
+        gram_II = None if self.gram is None else self.gram.finalize(where)
         energy_I = torch.zeros(inputs, dtype=torch.float64) if self.energy_I is None else self.energy_I
+        if gram_II is not None and not self.squares:
+            energy_I = gram_II.diagonal().to(torch.float64)
         if not bool(torch.isfinite(energy_I).all()):
             raise NumericalError(
                 "activations are NaN or infinite (or overflow when squared)",
@@ -129,10 +143,10 @@ class _Sums:
                 do="use --dtype float32; if it stays, the source checkpoint is damaged",
             )
         rows = self.rows or [(energy_I / max(1, self.num_tokens)).to("cpu", torch.float32)]
-        moments = Moments(gram_II=DiagonalRows(values_I=energy_I), num_tokens=self.num_tokens)
-        if self.gram is not None:
-            target_OI = self.gram.target_OI
-            moments = replace(moments, gram_II=self.gram.finalize(where), target_OI=target_OI)
+        sum_I = torch.zeros_like(energy_I) if self.means and self.sum_I is None else self.sum_I
+        moments = Moments(gram_II=DiagonalRows(values_I=energy_I), num_tokens=self.num_tokens, sum_I=sum_I)
+        if self.gram is not None and gram_II is not None:
+            moments = replace(moments, gram_II=gram_II, target_OI=self.gram.target_OI)
         return InputSums(moments=moments, energy_NI=torch.stack(rows), wanted=self.wanted)
 
 
@@ -152,12 +166,15 @@ def measure_maps(
     streams: Streams,
     windows: WindowRanges,
     reads: Set[Reads],
+    inputs_NSI: Tensor | None = None,
 ) -> list[InputSums]:
     """Sum what the groups of a step read, over some windows of the pruned stream; neither stream is moved.
 
-    Raises NumericalError for activations that are not finite.
+    With `inputs_NSI` what the only group reads is kept there. Raises NumericalError for activations that are not
+    finite.
     """
     block, sums = modules.block, [_open(context, modules, group, reads) for group in step.groups]
+    assert inputs_NSI is None or len(sums) == 1, "what several groups read is not kept"
     for start, stop, hidden_BSD in read_ranges(streams, windows):
         dense_TI = None
         if modules.dense is not None:
@@ -166,7 +183,8 @@ def measure_maps(
             stack.enter_context(context.stock.stage(modules.pruned, block.index, step.stage))
             alone = len(sums) == 1
             for each in sums:
-                hook = partial(_receive, sums=each, dense_TI=dense_TI, leave=alone)
+                kept_BSI = None if inputs_NSI is None else inputs_NSI[start:stop]
+                hook = partial(_receive, sums=each, dense_TI=dense_TI, leave=alone, kept_BSI=kept_BSI)
                 place = modules.pruned.get_submodule(each.group.maps[0])
                 stack.callback(place.register_forward_pre_hook(hook).remove)
             with contextlib.suppress(_ReachedError):
@@ -190,7 +208,7 @@ def measure_squares(
 
     Raises NumericalError for activations that are not finite.
     """
-    sums = [_Sums(group=group, gram=None) for step in steps for group in step.groups]
+    sums = [_Sums(group=group, gram=None, squares=True) for step in steps for group in step.groups]
     with contextlib.ExitStack() as stack:
         for each in sums:
             hook = partial(_receive, sums=each, dense_TI=None, leave=False)
@@ -206,11 +224,12 @@ def measure_squares(
 
 def _open(context: RunContext, modules: BlockModules, group: InputGroup, reads: Set[Reads]) -> _Sums:
     """Begin the sums of a group: of all products where something reads them."""
+    squares, means = "energy" in reads, "mean" in reads
     if "gram" not in reads:
-        return _Sums(group=group, gram=None)
+        return _Sums(group=group, gram=None, squares=squares, means=means)
     inputs = _num_inputs(context, modules.block, group.maps[0])
     gram = context.accumulator(inputs, num_outputs=0 if modules.dense is None else inputs)
-    return _Sums(group=group, gram=gram)
+    return _Sums(group=group, gram=gram, squares=squares, means=means)
 
 
 def _num_inputs(context: RunContext, block: BlockLayout, name: str) -> int:
@@ -218,8 +237,18 @@ def _num_inputs(context: RunContext, block: BlockLayout, name: str) -> int:
     return shape[0] if context.stock.family.inputs_first else shape[1]
 
 
-def _receive(_: nn.Module, args: tuple[Tensor, ...], *, sums: _Sums, dense_TI: Tensor | None, leave: bool) -> None:
+def _receive(
+    _: nn.Module,
+    args: tuple[Tensor, ...],
+    *,
+    sums: _Sums,
+    dense_TI: Tensor | None,
+    leave: bool,
+    kept_BSI: Tensor | None = None,
+) -> None:
     sums.add(args[0], dense_TI)
+    if kept_BSI is not None:
+        kept_BSI.copy_(args[0].view_as(kept_BSI))
     if leave:
         raise _ReachedError
 

@@ -1,9 +1,9 @@
 """Another order of a block's channels, so that groups of N:M lose less: of MLP channels, and of each KV head's values.
 
-Channels that matter are dealt out over the groups of the map that reads them, one to each group in turn (the first of
-two stages of RIA's channel permutation, Plug-and-Play, ICLR 2024; its second stage, an assignment, is not here). The
-order is folded into the weights: the maps that compute the channels get their rows in it, the one that reads them its
-columns, and the block computes what it did.
+Channels that matter are dealt out over the groups of the map that reads them, one to each group in turn, and then
+exchanged between groups by assignments (`assigned.py`): both stages of RIA's channel permutation (Plug-and-Play, ICLR
+2024). The order is folded into the weights: the maps that compute the channels get their rows in it, the one that reads
+them its columns, and the block computes what it did.
 
 Shape suffixes: U units (channels), I inputs of the map that reads them, O outputs.
 """
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from structprune.architectures.stock.model import StockModel
+from structprune.engine.layerwise.assigned import assigned
 from structprune.errors import UnsupportedError
+from structprune.patterns import NM
 from structprune.solvers.elements.scores import relative_importance
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
@@ -33,17 +35,22 @@ def movable_groups(stock: StockModel, block: BlockLayout, kinds: Collection[Unit
     return {group.consumer_module: group for group in found if group.held is None}
 
 
-def dealt_order(weight_OI: Tensor, energy_I: Tensor, group: UnitGroup, of: int) -> Tensor:
-    """Return the order of the units in which every run of `of` has one of each part of the ranking, (U,).
+def channel_order(weight_OI: Tensor, energy_I: Tensor, group: UnitGroup, pattern: NM) -> Tensor:
+    """Return the order of the units in which runs of `pattern.of` keep most of RIA's score, (U,).
 
-    Ranked by the sum over the map's column of RIA's score. Of the parts every second one is dealt backwards, so that a
-    group with a strong channel of one has a weak one of the next. Units stay within their partition.
+    First every run has one of each part of the ranking by the sum over the map's column. Of the parts every second one
+    is dealt backwards, so that a group with a strong channel of one has a weak one of the next. Then channels of one
+    place change runs. Units stay within their partition.
     """
-    score_I = relative_importance(weight_OI, energy_I).sum(dim=0, dtype=torch.float64).cpu()
+    score_IO = relative_importance(weight_OI, energy_I).T.contiguous().cpu()
     inputs_UI = group.consumer.indices(torch.arange(group.num_units)).view(group.num_units, -1)
-    score_U = score_I[inputs_UI].sum(dim=1)
+    score_U = score_IO.sum(dim=1, dtype=torch.float64)[inputs_UI].sum(dim=1)
     length = group.num_units // group.partitions
-    orders = [dealt(run, of) + start * length for start, run in enumerate(score_U.split(length))]
+    orders: list[Tensor] = []
+    for start, run_U in enumerate(score_U.split(length)):
+        own = slice(start * length, (start + 1) * length)
+        order_U = assigned(score_IO[inputs_UI[own]].flatten(1), dealt(run_U, pattern.of), pattern.keep, pattern.of)
+        orders.append(order_U + own.start)
     return torch.cat(orders)
 
 

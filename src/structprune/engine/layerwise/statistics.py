@@ -9,13 +9,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from torch import Tensor, nn
 
 from structprune.calibration.store import HiddenStore
+from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.run.context import RunContext, WindowRanges
-from structprune.engine.streaming.activation_cache import ActivationCache, put_inputs
-from structprune.engine.streaming.propagate import Propagator, captured, tapped
+from structprune.engine.streaming.activation_cache import ActivationCache, SolvedConsumer, put_inputs
+from structprune.engine.streaming.propagate import Propagator, captured, check_finite, tapped
 from structprune.linalg.gram_products import energy
 from structprune.ranks import add_numbers
 from structprune.types import BlockLayout, Moments, Stage, UnitGroup, UnitKind
@@ -128,10 +130,50 @@ def measure(
     return found
 
 
+def open_cache(context: RunContext) -> ActivationCache | None:
+    """Reserve memory for the inputs of any sublayer that the plan caches; none of it is touched yet."""
+    if not context.plan.cached:
+        return None
+    num_windows, seq_len = context.windows.ids_NS.shape
+    return ActivationCache(
+        context.ranks.num_local(num_windows),
+        seq_len,
+        most_inputs(context.stock.layout, context.plan.cached),
+        context.dtype,
+    )
+
+
 def read_ranges(streams: Streams, windows: WindowRanges) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, pruned stream) of each micro-batch of the windows in these ranges."""
     for first, last in windows:
         yield from streams.propagator.read(streams.pruned, first, last)
+
+
+def fill_inputs(
+    inputs_NSI: Tensor, context: RunContext, block: BlockLayout, group: UnitGroup, module: nn.Module, streams: Streams
+) -> None:
+    """Compute what measuring leaves there: the consumer's inputs in the pruned stream, in equal micro-batches."""
+    received: list[Tensor] = []
+    zeros = context.stock.adds_in_place(block.index, group.kind)
+    for start, _, hidden_BSD in read_ranges(streams, [*chain(*context.window_sets)]):
+        with (
+            context.stock.stage(module, block.index, context.stock.stage_of(block.index, group.kind)),
+            tapped(module, group.consumer_module, received.append, zeros=zeros),
+        ):
+            streams.propagator.apply(module, block.index, hidden_BSD)
+        put_inputs(inputs_NSI, start, received.pop())
+
+
+def finish_stage(streams: Streams, consumer: SolvedConsumer, inputs_NSI: Tensor, index: int) -> None:
+    """Move the pruned stream over a sublayer of block `index` whose consumer's inputs are kept.
+
+    Raises NumericalError if the stream is not finite behind it.
+    """
+    propagator, store = streams.propagator, streams.pruned
+    for start, stop in propagator.batches(0, store.shape[0]):
+        output_BSD = consumer.added(store.read(start, stop), inputs_NSI[start:stop])
+        check_finite(output_BSD, index)
+        store.write(start, output_BSD)
 
 
 def token_scale(output_BSD: Tensor, eps: float) -> Tensor:

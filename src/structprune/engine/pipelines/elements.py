@@ -21,23 +21,24 @@ from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.elements import (
     GroupSums,
     PrunedMap,
-    block_patterns,
     joined_sums,
+    map_patterns,
     pattern_of,
     prune_map,
     reads_of,
 )
 from structprune.engine.layerwise.maps import BlockModules, InputSums, measure_maps
-from structprune.engine.layerwise.orders import dealt_order, in_order, input_order, movable_groups
-from structprune.engine.layerwise.statistics import Streams
+from structprune.engine.layerwise.orders import channel_order, in_order, input_order, movable_groups
+from structprune.engine.layerwise.statistics import Streams, fill_inputs, finish_stage, open_cache
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.pipelines.elements_shares import element_shares
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.finalize import Outcome, finalize
+from structprune.engine.streaming.activation_cache import SolvedConsumer
 from structprune.engine.streaming.final_states import first_windows
 from structprune.errors import InputError, NumericalError
 from structprune.memory import release_free_memory
-from structprune.patterns import Pattern
+from structprune.patterns import NM, Pattern
 from structprune.phases import Phase, SublayerPhase
 from structprune.recipe.elements import ResolvedElements
 from structprune.results.report import PruneReport
@@ -63,7 +64,7 @@ def execute_elements(context: RunContext) -> PruneReport:
     layout = context.stock.layout
     writer = ModelWriter(context.run.shards, len(layout.blocks), layout.blocks_module, context.file_form)
     steps = map_steps(context.stock, context.kinds)
-    patterns = block_patterns(context, element_shares(context, steps))
+    patterns = map_patterns(context, element_shares(context, steps))
     result = run_pass(context, _elements_pass(context, writer, steps, patterns))
     reports = [BlockReport(**report) for line in result.lines for report in line["reports"]]
     weights, kept = (sum(getattr(report, name) for report in reports) for name in ("num_units", "kept_units"))
@@ -85,13 +86,18 @@ def execute_elements(context: RunContext) -> PruneReport:
 
 
 def _elements_pass(
-    context: RunContext, writer: ModelWriter, steps: Sequence[Sequence[MapStep]], patterns: Sequence[Pattern]
+    context: RunContext,
+    writer: ModelWriter,
+    steps: Sequence[Sequence[MapStep]],
+    patterns: Sequence[Mapping[str, Pattern]],
 ) -> BlockPass:
     """Describe the pass, with the streams of the pruned model and of the dense one."""
-    num_windows = len(context.windows.ids_NS)
+    num_windows, cache = len(context.windows.ids_NS), open_cache(context)
 
     def streams(state: PassState) -> Streams:
-        return Streams(propagator=state.propagator, pruned=state.stores["pruned"], dense=state.stores["dense"])
+        return Streams(
+            propagator=state.propagator, pruned=state.stores["pruned"], dense=state.stores["dense"], cache=cache
+        )
 
     def visit(block: BlockLayout, state: PassState) -> Visited:
         found = prune_maps(context, block, steps[block.index], patterns[block.index], streams(state))
@@ -107,12 +113,16 @@ def _elements_pass(
     def replay(block: BlockLayout, line: Line, state: PassState) -> None:
         with context.meter.phase(Phase.READ_BLOCK):
             dense = _module(context, block, context.reader.read(block.shapes, block.prefix))
-            pruned = _module(context, block, writer.read_block(block.index, line["tensors"]))
+            tensors = writer.read_block(block.index, line["tensors"])
+            pruned = _module(context, block, tensors)
         modules = BlockModules(block=block, pruned=pruned, dense=dense if context.follows_dense else None)
         _follow_probe(context, block, dense, streams(state))
         del dense
         for stage in _stages(context, block):
-            _advance(context, modules, stage, streams(state))
+            inputs_NSI = _kept_inputs(context, block, stage, streams(state))
+            if inputs_NSI is not None:
+                fill_inputs(inputs_NSI, context, block, block.group(stage[0]), pruned, streams(state))
+            _advance(context, modules, stage, streams(state), tensors, inputs_NSI)
 
     def finish(state: PassState) -> dict[str, Tensor]:
         return {name: first_windows(context.ranks, store, context.num_probe) for name, store in state.stores.items()}
@@ -140,7 +150,11 @@ class _PrunedBlock:
 
 
 def prune_maps(
-    context: RunContext, block: BlockLayout, steps: Sequence[MapStep], pattern: Pattern, streams: Streams
+    context: RunContext,
+    block: BlockLayout,
+    steps: Sequence[MapStep],
+    patterns: Mapping[str, Pattern],
+    streams: Streams,
 ) -> _PrunedBlock:
     """Prune one map of the block after the other; both streams move on to the block's output."""
     with context.meter.phase(Phase.READ_BLOCK):
@@ -154,12 +168,12 @@ def prune_maps(
     _follow_probe(context, block, pruned, streams)
     found: dict[str, list[tuple[str, PrunedMap, float]]] = {}
     for stage in _stages(context, block):
-        for step in steps:
-            if step.stage != stage:
-                continue
-            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, pattern, streams):
+        inputs_NSI, own = _kept_inputs(context, block, stage, streams), [step for step in steps if step.stage == stage]
+        for step in own:
+            kept_NSI = inputs_NSI if step is own[-1] else None
+            for name, pruned_map, seconds in _prune_step(context, modules, step, tensors, patterns, streams, kept_NSI):
                 found.setdefault(_NUMBER.sub(".*.", name), []).append((name, pruned_map, seconds))
-        _advance(context, modules, stage, streams)
+        _advance(context, modules, stage, streams, tensors, inputs_NSI)
     return _PrunedBlock(
         tensors=tensors,
         reports=[_report(block, kind, parts) for kind, parts in found.items()],
@@ -172,16 +186,21 @@ def _prune_step(
     modules: BlockModules,
     step: MapStep,
     tensors: dict[str, Tensor],
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     streams: Streams,
+    inputs_NSI: Tensor | None,
 ) -> list[tuple[str, PrunedMap, float]]:
-    """Measure and prune the maps of one step, in place: (name, what became of it, seconds)."""
+    """Measure and prune the maps of one step, in place: (name, what became of it, seconds).
+
+    With `inputs_NSI` what they read is kept there.
+    """
     reads, block, started = reads_of(context), modules.block, time.perf_counter()
     measured: list[list[InputSums]] = []
     if reads:
         with context.meter.phase(SublayerPhase.STATISTICS.of(step.kind)):
             measured = [
-                measure_maps(context, modules, step, streams, windows, reads) for windows in context.window_sets
+                measure_maps(context, modules, step, streams, windows, reads, inputs_NSI)
+                for windows in context.window_sets
             ]
         # Freed activations would otherwise stay in the heap, in holes that no matrix fits into.
         release_free_memory()
@@ -190,7 +209,7 @@ def _prune_step(
         for group in step.groups:
             weights = {name: tensors[f"{name}.weight"] for name in group.maps}
             try:
-                sums = joined_sums(context, pattern, weights, [each.pop(0) for each in measured])
+                sums = joined_sums(context, patterns, weights, [each.pop(0) for each in measured])
             except NumericalError as error:
                 raise error.inside(f"block {block.index} {group.maps[0]}") from error
             del weights
@@ -209,6 +228,8 @@ def _prune_step(
                 found.append((name, part, time.perf_counter() - started))
                 started = time.perf_counter()
                 release_free_memory()
+            # What was kept for all maps of the group.
+            del sums
     return found
 
 
@@ -226,7 +247,9 @@ def _permuted(
     stored = tensors[f"{group.maps[0]}.weight"]
     weight_OI = stored.T if stock.family.inputs_first else stored
     energy_I = torch.ones(weight_OI.shape[1]) if sums.total is None else sums.total.moments.gram_II.diagonal().cpu()
-    order_U = dealt_order(weight_OI, energy_I, units, sums.pattern.group)
+    pattern = sums.patterns[group.maps[0]]
+    assert isinstance(pattern, NM), "an order matters to groups only"
+    order_U = channel_order(weight_OI, energy_I, units, pattern)
     for name, tensor in in_order(tensors, units, order_U).items():
         tensors[name] = tensor
         modules.pruned.get_parameter(name).data = tensor.to(context.device, context.dtype)
@@ -283,13 +306,36 @@ def _follow_probe(context: RunContext, block: BlockLayout, dense: nn.Module, str
             streams.propagator.run(dense, block.index, streams.dense)
 
 
-def _advance(context: RunContext, modules: BlockModules, stage: Stage, streams: Streams) -> None:
-    """Move the pruned stream over a stage whose maps are pruned, and the dense one where it is followed."""
+def _kept_inputs(context: RunContext, block: BlockLayout, stage: Stage, streams: Streams) -> Tensor | None:
+    """Return the cache for what the stage's last map reads, if the stage is finished from it; None for all others."""
+    kind = stage[0]
+    if streams.cache is None or kind not in context.plan.cached or not block.has(kind):
+        return None
+    return streams.cache.inputs(block.group(kind))
+
+
+def _advance(
+    context: RunContext,
+    modules: BlockModules,
+    stage: Stage,
+    streams: Streams,
+    tensors: Mapping[str, Tensor],
+    inputs_NSI: Tensor | None,
+) -> None:
+    """Move the pruned stream over a stage whose maps are pruned, and the dense one where it is followed.
+
+    `tensors` are those of the pruned block; `inputs_NSI` is what the stage's last map reads, where it is kept.
+    """
     index = modules.block.index
     with context.meter.phase(Phase.PROPAGATE):
         if modules.dense is not None:
             with context.stock.stage(modules.dense, index, stage):
                 streams.propagator.run(modules.dense, index, streams.dense)
+        if inputs_NSI is not None:
+            group = modules.block.group(stage[0])
+            consumer = SolvedConsumer.of(group, tensors, range(group.num_units), context.dtype)
+            finish_stage(streams, consumer, inputs_NSI, index)
+            return
         with context.stock.stage(modules.pruned, index, stage):
             streams.propagator.run(modules.pruned, index, streams.pruned)
 

@@ -14,6 +14,7 @@ from structprune.engine.planning.forecast import Forecast, PlannedZeros, shape_o
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.tensors import BlockTensors, result_tensors
 from structprune.engine.planning.widths import check_shared_out
+from structprune.engine.streaming.activation_cache import cacheable_maps
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import SCOPES, Structure
 from structprune.methods import METHODS
@@ -59,6 +60,13 @@ def element_settings(
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
+    groups = [group for own in steps for step in own for group in step.groups]
+    if SHARINGS.get(resolved.allocator).by_loss and any(group.expert is not None for group in groups):
+        raise UnsupportedError(
+            "what zeros of experts add to the loss is not measured",
+            got=f"--allocator {resolved.allocator}",
+            wanted="--allocator uniform or owl",
+        )
     for block, own in zip(stock.layout.blocks, steps, strict=True):
         for name in _maps(own):
             pattern.check(_shape(stock, block, name)[1], f"block {block.index} {name}")
@@ -101,7 +109,7 @@ def _check_shares(recipe: ResolvedElements, pattern: Pattern) -> None:
     the pattern says the share.
     """
     sharing = SHARINGS.get(SHARINGS.check(recipe.allocator))
-    if sharing.measure is None:
+    if sharing.measure is None and not sharing.by_loss:
         return
     if pattern.group > 1:
         raise UnsupportedError(
@@ -134,7 +142,8 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
     pruner, update = PRUNERS.get(method.score), UPDATES.get(recipe.solver)
     reads = pruner.reads | update.reads
     sorts: dict[frozenset[str], tuple[StepMemory, ...]] = {}
-    pairs = list(zip(stock.layout.blocks, map_steps(stock, kinds), strict=True))
+    all_steps = map_steps(stock, kinds)
+    pairs = list(zip(stock.layout.blocks, all_steps, strict=True))
     for block, steps in sorted(pairs, key=lambda pair: pair[0].num_parameters):
         sorts[frozenset(block.shapes)] = tuple(
             StepMemory(
@@ -149,22 +158,46 @@ def element_request(request: PlanRequest, recipe: ResolvedElements, method: Meth
                         sets=2 if recipe.chooses_ridge else 1,
                         permuted=recipe.permute_channels,
                         workspace=_workspace(pruner, update, stock, block, group.maps),
+                        shared=_shared(pruner, update, _shape(stock, block, group.maps[0])[1], group.maps),
                     )
                     for group in step.groups
                 ),
             )
             for step in steps
         )
-    measured = SHARINGS.get(recipe.allocator).measure is not None
+    sharing = SHARINGS.get(recipe.allocator)
+    # In another order a map's inputs are not those that were measured.
+    kept = bool(reads) and not recipe.permute_channels
     return replace(
-        request, needs_statistics=False, needs_scores=measured, elements=sorts, follows_dense=recipe.follows_dense
+        request,
+        needs_statistics=False,
+        needs_scores=sharing.measure is not None,
+        needs_sensitivity=sharing.by_loss,
+        elements=sorts,
+        follows_dense=recipe.follows_dense,
+        cacheable=cacheable_maps(stock, kinds, all_steps) if kept else (),
     )
 
 
 def _workspace(pruner: Pruner, update: Update, stock: StockModel, block: BlockLayout, maps: Sequence[str]) -> int:
-    """Return the bytes of the pruner, or of the update beside the pruner's answer, for the widest of some maps."""
+    """Return the bytes of the pruner, or of the update beside the pruner's answer, for the widest of some maps.
+
+    What either keeps for other maps is there while the other one works.
+    """
     shapes = [_shape(stock, block, name) for name in maps]
-    return max(max(pruner.workspace(i, o), update.workspace(i, o) + 5 * o * i) for o, i in shapes)
+    shared = _shared(pruner, update, shapes[0][1], maps)
+
+    def most(outputs: int, inputs: int) -> int:
+        first = pruner.workspace(inputs, outputs) + max(0, shared - pruner.shares(inputs))
+        second = update.workspace(inputs, outputs) + max(0, shared - update.shares(inputs))
+        return max(first, second + 5 * outputs * inputs)
+
+    return max(most(*shape) for shape in shapes)
+
+
+def _shared(pruner: Pruner, update: Update, inputs: int, maps: Sequence[str]) -> int:
+    """Return the bytes that stay of one map's solve for those behind it."""
+    return max(pruner.shares(inputs), update.shares(inputs)) if len(maps) > 1 else 0
 
 
 def _maps(steps: Sequence[MapStep]) -> list[str]:

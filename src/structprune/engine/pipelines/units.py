@@ -17,18 +17,16 @@ from torch import Tensor
 
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.layerwise.block import pass_block, prune_block
-from structprune.engine.layerwise.statistics import Streams
+from structprune.engine.layerwise.statistics import Streams, open_cache
 from structprune.engine.passes import BlockPass, Line, PassState, Visited, run_pass
 from structprune.engine.planning.forecast import output_config
 from structprune.engine.planning.limits import find_limits
-from structprune.engine.planning.shapes import most_inputs
 from structprune.engine.planning.widths import Widths, choose_widths, reachable_shares, removal_path, sublayers
 from structprune.engine.run.context import Chosen, RunContext
 from structprune.engine.run.finalize import Outcome, finalize
 from structprune.engine.search.run import search_widths
 from structprune.engine.sensitivity.cache import SensitivityPass, measure_sensitivity
-from structprune.engine.sensitivity.store import Costs, costs_name, costs_path
-from structprune.engine.streaming.activation_cache import ActivationCache
+from structprune.engine.sensitivity.store import SURVEY, Costs, costs_name, costs_path
 from structprune.engine.streaming.final_states import first_windows
 from structprune.methods.method import SensitivityKind
 from structprune.recipe.path import RemovalPath
@@ -39,7 +37,6 @@ from structprune.results.search import SearchReport
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout
 
-SURVEY = "survey"
 _COSTS_STEP = "prices"
 
 
@@ -155,7 +152,7 @@ def pruning_pass(context: RunContext, pruning: Pruning, name: str) -> BlockPass:
     blocks = context.stock.layout.blocks
     num_windows = len(context.windows.ids_NS)
     num_keep = [{kind: counts[block.index] for kind, counts in pruning.widths.items()} for block in blocks]
-    cache = _open_cache(context)
+    cache = open_cache(context)
 
     def streams(state: PassState) -> Streams:
         return Streams(
@@ -219,19 +216,6 @@ def _rehearse(
         if context.ranks.is_first:
             writer.remove()
         return [load_file(costs_path(folder, block.index)) for block in blocks]
-
-
-def _open_cache(context: RunContext) -> ActivationCache | None:
-    """Reserve memory for the inputs of any sublayer that the plan caches; none of it is touched yet."""
-    if not context.plan.cached:
-        return None
-    num_windows, seq_len = context.windows.ids_NS.shape
-    return ActivationCache(
-        context.ranks.num_local(num_windows),
-        seq_len,
-        most_inputs(context.stock.layout, context.plan.cached),
-        context.dtype,
-    )
 
 
 def _updated_costs(costs: Costs, found: Sequence[Mapping[str, Tensor]]) -> Costs:

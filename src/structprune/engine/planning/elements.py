@@ -31,6 +31,8 @@ class MapProblem:
     """Whether the inputs may get another order."""
     workspace: int
     """Bytes of the pruner or the update, whichever is more, beside sums and weight."""
+    shared: int = 0
+    """Bytes of that which stay for the other maps."""
 
     @property
     def gram(self) -> int:
@@ -53,13 +55,14 @@ class MapProblem:
         # Of the windows that chose the ridge half a square stays, made beside the whole.
         packing = self.sums + (self.gram // 2 if apart else 0)
         kept = self.gram + (self.gram // 2 if apart else 0) + (self.sets * self.gram if self.followed else 0)
-        # In another order sums are new ones, of half a square by way of a whole one; the score is four of the weight.
-        moving = kept + 2 * self.gram + 4 * 4 * weight if self.permuted else 0
+        # In another order sums are new ones, of half a square by way of a whole one. The score is four of the weight;
+        # channels are exchanged by it, by its columns and by those of one place with what is compared.
+        moving = kept + max(2 * self.gram, 4 * 4 * weight) + 4 * 4 * weight if self.permuted else 0
         # The answer, its stored form and its mask; or that, the mask and the dense weight with the mask.
         judged = weight * (4 + 4 + 1) + judged_bytes(inputs, outputs)
         strip = strip_rows(inputs, inputs) * (inputs * (4 + 4 + 8) + outputs * 8 * 2)
         # What the map's weight was, and what it is where the forward pass has another dtype, are the block's.
-        solving = kept + 24 * inputs * self.sets + max(self.workspace, judged)
+        solving = kept + 24 * inputs * self.sets + max(self.workspace, self.shared + judged)
         return max(choice, packing, moving, solving) + wanted + strip
 
 

@@ -249,6 +249,10 @@ def _sensitivity(sizes: HostSizes) -> PhaseBytes:
             sums = sum(gram_bytes(group) + sizes.hidden**2 * 4 for group in request.groups)
             # A block's sums wait at their owner while other blocks are differentiated.
             kept += sums * (2 if request.num_ranks > 1 else 1)
+            if request.elements:
+                # Behind the gradient maps are measured: the weight in float32, its score and what goes of it.
+                widest = max(numel(block, name) for name in block.shapes)
+                kept = max(kept, sums + widest * (4 + 4 + 4 + 1) + 2 * CHUNK_BYTES)
         if request.needs_weight_gradients:
             kept += weight_gradient_bytes(request, block)
         phases[Phase.SENSITIVITY_BACKWARD] = beside + sizes.weights + sizes.cast + kept

@@ -11,7 +11,7 @@ def host_element_phases(sizes: HostSizes) -> PhaseBytes:
     """Plan the peaks on the host, beside the block as it is stored and as it runs."""
     request = sizes.request
     beside = Beside(
-        block=sizes.stores_open + sizes.weights + sizes.cast,
+        block=sizes.pruning + sizes.weights + sizes.cast,
         again=sizes.weights + sizes.cast if request.follows_dense else 0,
         activations=sizes.activations,
         tokens=sizes.micro_batch_tokens,

@@ -85,7 +85,10 @@ def _sensitivity(request: PlanRequest) -> Counts:
         backward = What.WEIGHT_BACKWARD if request.needs_weight_gradients else What.BACKWARD
         once = {Piece(backward): windows * blocks, Piece(What.HEAD_BACKWARD): windows}
         found = _added(_passes(request, windows), once)
-    if request.needs_sensitivity:
+    if request.needs_sensitivity and request.elements:
+        kinds = by_kind(request.groups)
+        found = _added(found, {Piece(What.MAP_SUMS, kind): windows * len(_num_parts(request, kind)) for kind in kinds})
+    elif request.needs_sensitivity:
         sublayers = sum(parts > 0 for kind in by_kind(request.groups) for parts in _num_parts(request, kind))
         gradients = {Piece(What.STREAM_SUMS): windows * sublayers}
         found = _added(found, _sums(request, windows), gradients, _parts(request, What.COSTS))
@@ -132,14 +135,17 @@ def _search(request: PlanRequest) -> Counts:
 def _blocks(request: PlanRequest, choice: HostChoice) -> Counts:
     """Count the pass that writes the blocks."""
     if request.elements:
-        return _elements(request)
+        return _elements(request, choice)
     return _slicing(request) if request.slices != "no" else _pruning(request, choice)
 
 
-def _elements(request: PlanRequest) -> Counts:
+def _elements(request: PlanRequest, choice: HostChoice) -> Counts:
     """Count pruning single weights: both streams move on, and every group of maps is measured and solved."""
     windows, both = request.num_windows, 2 if request.follows_dense else 1
-    found = _passes(request, windows + (windows if request.follows_dense else request.num_probe))
+    found = _passes(request, windows if request.follows_dense else request.num_probe)
+    for stage, blocks in request.num_stages.items():
+        what = What.CONSUMER if stage[0] in choice.cached else What.STAGE
+        found = _added(found, {Piece(what, stage[0]): windows * blocks})
     for block in request.layout.blocks:
         steps = request.elements[frozenset(block.shapes)]
         for kind in UNIT_KINDS:

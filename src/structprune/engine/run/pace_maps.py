@@ -125,7 +125,7 @@ class MapTrials:
         weight_OI = torch.randn(outputs, inputs, device=self.device)
         x_TI = torch.randn(inputs, inputs, device=self.device)
         gram_II = x_TI.T @ x_TI
-        moments = Moments(gram_II=gram_II, num_tokens=inputs)
+        moments = Moments(gram_II=gram_II, num_tokens=inputs, sum_I=x_TI.sum(dim=0, dtype=torch.float64))
         if recipe.follows_dense:
             moments = replace(moments, target_OI=weight_OI @ gram_II, target_energy=1.0)
         problem = SparseProblem(

@@ -17,6 +17,8 @@ from structprune.ranks import ALONE, Ranks
 from structprune.runs.journal import Journal
 from structprune.types import BlockLayout, UnitKind
 
+SURVEY = "survey"
+"""Folder of a run's own sensitivity pass."""
 Costs = dict[str, list[Tensor]]
 """Kind -> per block, the loss that each removal adds, in the order of removal, shape (units,); empty without units."""
 

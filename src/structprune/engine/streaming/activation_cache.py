@@ -2,7 +2,8 @@
 
 What the sublayer gives afterwards is the solved weight times the inputs that stay: producers only lose rows, so the
 others' activations are what they were, and attention or gate and up are not computed again. Only for a sublayer that
-stands alone in its stage, has one part, adds its consumer's output without a norm, and keeps its producers.
+stands alone in its stage, has one part, adds its consumer's output without a norm, and keeps its producers. Where
+single weights go the producers are pruned by then, and the consumer is the last map of its sublayer.
 
 Shape suffixes: N windows, T tokens, S positions, D hidden size, B windows of a micro-batch, I consumer inputs,
 K kept ones.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structprune.architectures.stock.maps import MapStep
 from structprune.architectures.stock.model import StockModel
 from structprune.solvers import SOLVERS
 from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
@@ -24,15 +26,34 @@ from structprune.types import UNIT_KINDS, UnitGroup, UnitKind
 def cacheable(stock: StockModel, kinds: Collection[UnitKind], solver: str) -> tuple[UnitKind, ...]:
     """List the sublayers in `kinds` that can be finished from the inputs of their consumers."""
 
-    def finished_so(kind: UnitKind) -> bool:
-        having = [block for block in stock.layout.blocks if block.has(kind)]
-        groups = [group for block in having for group in block.groups_of(kind)]
-        alone = all(len(stock.stage_of(block.index, kind)) == 1 for block in having)
-        alone = alone and all(group.expert is None for group in groups)
-        moves_producers = kind == "mlp" and "producers" in SOLVERS.get(solver).changes
-        return alone and not moves_producers and not any(group.output_normed for group in groups)
+    def moves_producers(kind: UnitKind) -> bool:
+        return kind == "mlp" and "producers" in SOLVERS.get(solver).changes
 
-    return tuple(kind for kind in UNIT_KINDS if kind in kinds and finished_so(kind))
+    found: list[UnitKind] = [kind for kind in UNIT_KINDS if kind in kinds and not moves_producers(kind)]
+    return tuple(kind for kind in found if _finished_by_consumer(stock, kind))
+
+
+def cacheable_maps(
+    stock: StockModel, kinds: Collection[UnitKind], steps: Sequence[Sequence[MapStep]]
+) -> tuple[UnitKind, ...]:
+    """List the sublayers in `kinds` that are finished from what their last map reads; `steps` of each block."""
+
+    def last_alone(kind: UnitKind) -> bool:
+        having = [block for block in stock.layout.blocks if block.has(kind)]
+        last = [[step for step in steps[block.index] if step.kind == kind][-1] for block in having]
+        wanted = [(block.group(kind).consumer_module,) for block in having]
+        return [step.groups[0].maps for step in last] == wanted
+
+    found: list[UnitKind] = [kind for kind in UNIT_KINDS if kind in kinds and _finished_by_consumer(stock, kind)]
+    return tuple(kind for kind in found if last_alone(kind))
+
+
+def _finished_by_consumer(stock: StockModel, kind: UnitKind) -> bool:
+    """Whether what the sublayer adds to the stream, in every block that has it, is the output of one matrix."""
+    having = [block for block in stock.layout.blocks if block.has(kind)]
+    groups = [group for block in having for group in block.groups_of(kind)]
+    alone = all(len(stock.stage_of(block.index, kind)) == 1 for block in having)
+    return alone and not any(group.output_normed or group.expert is not None for group in groups)
 
 
 class ActivationCache:

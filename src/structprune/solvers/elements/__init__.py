@@ -35,6 +35,7 @@ UPDATES: Registry[Update] = Registry(
         "refit": "structprune.solvers.elements.updates:REFIT",
         "swaps": "structprune.solvers.elements.swaps:SWAPS",
         "swaps-refit": "structprune.solvers.elements.swaps:SWAPS_REFIT",
+        "dsnot": "structprune.solvers.elements.dsnot:DSNOT",
     },
 )
 """What becomes of the weights that stay, and whether others are to."""
@@ -45,6 +46,7 @@ SHARINGS: Registry[Sharing] = Registry(
     {
         "uniform": "structprune.solvers.elements.shares:UNIFORM",
         "owl": "structprune.solvers.elements.shares:OWL",
+        "dp": "structprune.solvers.elements.shares:DP",
     },
 )
 """How the blocks share the zeros."""

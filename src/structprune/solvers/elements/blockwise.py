@@ -15,6 +15,8 @@ Shape suffixes: I inputs, O outputs, B inputs of one block, R inputs from the bl
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +26,16 @@ import torch
 from torch import Tensor
 
 from structprune.linalg.cholesky import damped_cholesky, inverse_factored
-from structprune.patterns import Pattern
+from structprune.patterns import NM, Pattern
 from structprune.solvers.elements.problem import Pruner, SparseProblem, SparseSolution
 from structprune.solvers.elements.unit import scales, unit_gram, wanted_weight, working_dtype
 
 # Inputs of a block. Joint removal solves for as many at once, and every row by itself.
 _BLOCK, _JOINT_BLOCK = 128, 64
+# Inputs that are removed one after the other, before those behind them hear of it.
+_TURN = 16
+# Sets of a group that are tried one by one: those of 4:8.
+_MOST_SETS = 70
 _STRIP_NUMBERS = 4 * 2**20
 _WIDE, _NARROW_DAMPING = 16384, 1e-2
 
@@ -66,10 +72,37 @@ def _by_factor(block: Block) -> Tensor:
 
 
 def _by_inverse(block: Block) -> Tensor:
-    """Choose by w^2 / [H^-1]_jj of the inputs that are left the block's own share (APT, equation 14)."""
+    """Choose by w^2 / [H^-1]_jj of the inputs that are left the block's own share (APT, equation 14).
+
+    In groups every set that may go is tried by what its joint removal costs (equation 12), where there are few.
+    """
+    pattern = block.pattern
+    if isinstance(pattern, NM) and math.comb(pattern.of, pattern.keep) <= _MOST_SETS:
+        return _by_sets(block, pattern)
     inverse_B = block.inverse_BR.diagonal()
     loss_BO = block.weight_RO[: block.width].square() / inverse_B[:, None]
     return block.pattern.remove_in_block(loss_BO.T, block.start).T
+
+
+def _by_sets(block: Block, pattern: NM) -> Tensor:
+    """Choose of every group the set q of least w_q ([H^-1]_qq)^-1 w_q^T; of equal ones the first."""
+    inverse_BB = block.inverse_BR[:, : block.width]
+    gone = list(itertools.combinations(range(pattern.of), pattern.of - pattern.keep))
+    gone_BO = torch.zeros_like(block.weight_RO[: block.width], dtype=torch.bool)
+    for start in range(0, block.width, pattern.of):
+        own = slice(start, start + pattern.of)
+        weight_MO, inverse_MM = block.weight_RO[own], inverse_BB[own, own]
+        best_O = weight_MO.new_full(weight_MO.shape[1:], torch.inf)
+        place_O = torch.zeros_like(best_O, dtype=torch.int64)
+        for place, indices in enumerate(gone):
+            lower_QQ = torch.linalg.cholesky(inverse_MM[indices, :][:, indices])
+            cost_O = torch.linalg.solve_triangular(lower_QQ, weight_MO[indices, :], upper=False).square_().sum(dim=0)
+            better_O = cost_O < best_O
+            best_O, place_O = torch.where(better_O, cost_O, best_O), torch.where(better_O, place, place_O)
+        sets_QM = torch.zeros(len(gone), pattern.of, dtype=torch.bool, device=best_O.device)
+        sets_QM.scatter_(1, torch.tensor(gone, device=best_O.device), value=True)
+        gone_BO[own] = sets_QM[place_O].T
+    return gone_BO
 
 
 def _by_norm(block: Block) -> Tensor:
@@ -88,12 +121,21 @@ def upper_factor(problem: SparseProblem) -> tuple[Tensor, bool]:
     """Compute U with H^-1 = U^T U, H the damped Gram in unit coordinates, and whether the damping had to be raised.
 
     In place: one square, in float64, or in float32 where that would be larger than what it is made of may be. There the
-    ridge is at least 0.01, with which float32 knows such a factor to a few thousandths. Raises NumericalError.
+    ridge is at least 0.01, with which float32 knows such a factor to a few thousandths. What another map of the same
+    input has made is taken as it is. Raises NumericalError.
     """
+    shared = problem.shared
+    if shared is not None and shared.factor_II is not None and shared.damping == problem.damping:
+        return shared.factor_II, shared.raised
+    if shared is not None:
+        shared.factor_II = None
     moments, dtype = problem.moments, factor_dtype(problem.weight_OI.shape[1])
     least = problem.damping if dtype == torch.float64 else max(problem.damping, _NARROW_DAMPING)
     found = damped_cholesky(lambda: unit_gram(moments, dtype), least, "the map's inputs", inverse_factored)
-    return found.factor_NN, found.num_raises > 0 or least > problem.damping
+    raised = found.num_raises > 0 or least > problem.damping
+    if shared is not None:
+        shared.factor_II, shared.damping, shared.raised = found.factor_NN, problem.damping, raised
+    return found.factor_NN, raised
 
 
 def prune_blockwise(
@@ -163,15 +205,22 @@ def _remove_blocks(
 
 def _remove_in_turn(block: Block, gone_BO: Tensor, choose: Choice | None) -> None:
     """Remove input after input, in place; with `choose` every group is chosen when its first input comes."""
-    weight_RO, factor_BR, width, group = block.weight_RO, block.factor_BR, block.width, block.pattern.group
-    error_BO = torch.empty_like(weight_RO[:width])
-    for place in range(width):
-        if choose is not None and place % group == 0:
-            gone_BO[place : place + group] = choose(_rest_of(block, place, group))
-        error_BO[place] = torch.where(gone_BO[place], weight_RO[place], 0) / factor_BR[place, place]
-        weight_RO[place:width].addr_(factor_BR[place, place:width], error_BO[place], alpha=-1)
-        weight_RO[place].masked_fill_(gone_BO[place], 0)
-    weight_RO[width:].addmm_(factor_BR[:, width:].T, error_BO, alpha=-1)
+    weight_RO, width, group = block.weight_RO, block.width, block.pattern.group
+    # Over its diagonal a row of U says what a weight that goes leaves of itself, 0, and adds to those behind it.
+    share_BR = block.factor_BR / block.factor_BR.diagonal()[:, None]
+    error_BO = gone_BO.to(weight_RO.dtype)
+    step = max(group, _TURN // group * group)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        for place in range(start, stop):
+            if choose is not None and place % group == 0:
+                gone_BO[place : place + group] = choose(_rest_of(block, place, group))
+                error_BO[place : place + group] = gone_BO[place : place + group]
+            error_O = error_BO[place].mul_(weight_RO[place])
+            weight_RO[place:stop].addr_(share_BR[place, place:stop], error_O, alpha=-1)
+        # Inputs further behind get what all of these leave in one product.
+        weight_RO[stop:width].addmm_(share_BR[start:stop, stop:width].T, error_BO[start:stop], alpha=-1)
+    weight_RO[width:].addmm_(share_BR[:, width:].T, error_BO, alpha=-1)
 
 
 def _rest_of(block: Block, place: int, width: int) -> Block:
@@ -204,10 +253,15 @@ def _remove_at_once(block: Block, gone_BO: Tensor) -> None:
     block.weight_RO[:width].masked_fill_(gone_BO, 0)
 
 
+def shares(inputs: int) -> int:
+    """Count the factor, which other maps of the same input are solved from: bytes."""
+    return inputs**2 * factor_dtype(inputs).itemsize
+
+
 def workspace(inputs: int, outputs: int) -> int:
     """Count the factor, which takes the place of the inverse, the weight twice as it is turned, and masks: bytes."""
     strips = 4 * _STRIP_NUMBERS * 4 + 3 * _BLOCK * (inputs + outputs) * 8
-    return inputs**2 * factor_dtype(inputs).itemsize + inputs * outputs * (2 * 4 + 2) + strips
+    return shares(inputs) + inputs * outputs * (2 * 4 + 2) + strips
 
 
 def _ranking_workspace(inputs: int, outputs: int) -> int:
@@ -220,14 +274,17 @@ SPARSEGPT = Pruner(
     prune=partial(prune_blockwise, choose=_by_factor, removal="in turn"),
     reads=frozenset({"gram"}),
     workspace=workspace,
+    shares=shares,
 )
 THANOS = Pruner(
     prune=partial(prune_blockwise, choose=_by_norm, removal="at once", block=_JOINT_BLOCK),
     reads=frozenset({"gram"}),
     workspace=_ranking_workspace,
+    shares=shares,
 )
 APT = Pruner(
     prune=partial(prune_blockwise, choose=_by_inverse, removal="at once", block=_JOINT_BLOCK),
     reads=frozenset({"gram"}),
     workspace=workspace,
+    shares=shares,
 )

@@ -1,4 +1,4 @@
-"""How the blocks of a model share the zeros, where no pattern says it: from one number of each block.
+"""How the blocks of a model share the zeros, where no pattern says it: from one number of each block, or by the loss.
 
 Shape suffixes: I inputs, O outputs.
 """
@@ -36,6 +36,9 @@ class Sharing:
     """(numbers of all blocks, how many weights each has in scope, share of all) -> share of each."""
     reach: float = 0.0
     """How far from the whole's share one of a block may be."""
+    by_loss: bool = False
+    """Whether every map has a share of its own, such that all together add least to the loss by what shares of each
+    are measured to add; the other fields are not asked then, but for the reach."""
 
 
 def outlier_share(maps: Sequence[MeasuredMap]) -> float:
@@ -70,5 +73,9 @@ def equal_shares(numbers: Sequence[float], weights: Sequence[int], share: float)
     return [share] * len(weights)
 
 
+# How far the share of a map may be from the whole's, by the loss.
+_LOSS_REACH = 0.15
+
 UNIFORM = Sharing(measure=None, shares=equal_shares)
 OWL = Sharing(measure=outlier_share, shares=owl_shares, reach=2 * _REACH)
+DP = Sharing(measure=None, shares=equal_shares, reach=_LOSS_REACH, by_loss=True)

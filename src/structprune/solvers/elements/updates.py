@@ -35,5 +35,5 @@ def refit(problem: SparseProblem, solution: SparseSolution) -> SparseSolution:
 
 OWN = Update(solve=_as_they_are, reads=frozenset(), workspace=lambda inputs, outputs: 0)
 MASK_ONLY = Update(solve=_mask_only, reads=frozenset(), workspace=lambda inputs, outputs: 8 * inputs * outputs)
-SWEEP = Update(solve=_sweep, reads=frozenset({"gram"}), workspace=blockwise.workspace)
+SWEEP = Update(solve=_sweep, reads=frozenset({"gram"}), workspace=blockwise.workspace, shares=blockwise.shares)
 REFIT = Update(solve=refit, reads=frozenset({"gram"}), workspace=refit_bytes)
