@@ -10,8 +10,8 @@ drawn from what is believed of them (Thompson sampling), and the one for what th
 losses are no sums, and where a group has few units one of them is a long way: few such groups move at a time.
 
 What is predicted wrongly most of all is a whole kind: single sublayers are measured in a dense model, where the others
-make up for an attention that is gone sooner than for an MLP. The first choices therefore have the losses of one kind all
-times one number, however far that is from the start, and a kind has a factor of its own that its slots share.
+make up for an attention that is gone sooner than for an MLP. The first choices therefore have the losses of one kind
+all times one number, however far that is from the start, and a kind has a factor of its own that its slots share.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from structprune.engine.planning.widths import check_shared_out
 from structprune.engine.streaming.activation_cache import cacheable_maps
 from structprune.errors import InputError, UnsupportedError
 from structprune.kinds import SCOPES, Structure
+from structprune.linalg.assignment import EXTRA, PACKAGES
 from structprune.methods import METHODS
 from structprune.methods.method import Method
 from structprune.patterns import Pattern, as_pattern
 from structprune.recipe.elements import ElementsRecipe, ResolvedElements
+from structprune.registry import check_installed
 from structprune.solvers.elements import PRUNERS, SHARINGS, UPDATES, Pruner, Update
 from structprune.types import BlockLayout, UnitGroup, UnitKind
 
@@ -57,6 +59,8 @@ def element_settings(
             got=f"--permute-channels, --pattern {pattern.name}",
             wanted="--pattern N:M, such as 2:4",
         )
+    if recipe.permute_channels:
+        check_installed("--permute-channels", PACKAGES, EXTRA)
     steps = map_steps(stock, kinds)
     if not any(steps):
         raise UnsupportedError("no block has a linear map in scope", got=f"--scope {recipe.scope}")
