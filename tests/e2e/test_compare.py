@@ -43,6 +43,7 @@ def result_of(tmp_path: Path) -> Comparison:
     return Comparison.model_validate_json((tmp_path / "table" / "comparison.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_table_says_what_separate_runs_say(
     command_line: Any, arguments: list[str], tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_logits_that_are_not_finite(sums: dict[str, float]) -> None:
         PredictionSums(num_tokens=3, **sums).result("text", 4, 1, compared=True)
 
 
+@pytest.mark.slow
 @pytest.mark.realmodel
 def test_streaming_stays_within_its_plan(smollm2: Path, tmp_path: Path, text_file: Path) -> None:
     """In a process of its own, in float32: half of the model's 513 MiB."""

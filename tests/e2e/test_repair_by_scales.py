@@ -205,15 +205,17 @@ def removed_sublayer(text_file: Path) -> dict[str, Any]:
     ("family", "changes", "new", "none"),
     [
         ("llama", {"method": "depth", "sparsity": 0.5}, ["attention", "mlp"], []),
-        ("llama", {"structure": "per-layer"}, ["attention", "mlp"], []),
-        ("llama", {"method": "fasp", "head_units": "value-channel"}, ["attention", "mlp"], []),
-        ("llama-untied-biased", {}, [], []),
+        pytest.param("llama", {"structure": "per-layer"}, ["attention", "mlp"], [], marks=pytest.mark.slow),
+        pytest.param(
+            "llama", {"method": "fasp", "head_units": "value-channel"}, ["attention", "mlp"], [], marks=pytest.mark.slow
+        ),
+        pytest.param("llama-untied-biased", {}, [], [], marks=pytest.mark.slow),
         ("gpt2", {"scope": "mlp"}, [], []),
         ("gemma2", {"scope": "mlp"}, ["attention"], ["mlp"]),
-        ("qwen3", {"structure": "per-layer"}, ["attention"], ["mlp"]),
+        pytest.param("qwen3", {"structure": "per-layer"}, ["attention"], ["mlp"], marks=pytest.mark.slow),
         ("qwen3_moe", {"method": "reap", "sparsity": 0.5}, ["attention"], ["mlp"]),
-        ("qwen2", {"scope": "mlp"}, [], ["attention", "mlp"]),
-        ("mistral", {"scope": "mlp"}, [], ["attention", "mlp"]),
+        pytest.param("qwen2", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
+        pytest.param("mistral", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
         ("opt-without-bias", {"scope": "mlp"}, [], ["attention", "mlp"]),
     ],
 )
