@@ -255,6 +255,14 @@ def test_a_run_that_cannot_have_fewer_says_so(models: dict[str, Path], monkeypat
     assert "fewer would be too few" in found.notes[0]
 
 
+@pytest.mark.parametrize(("changes", "windows"), [({}, 16), ({"allocator": "closed-form"}, MOST_SAMPLES)])
+def test_few_where_windows_decide_nothing(
+    models: dict[str, Path], changes: dict[str, str], windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, 1e-6)
+    assert chosen(models["llama"], method="magnitude", **changes).recipe.num_samples == windows
+
+
 def test_what_cannot_be_counted_is_not_limited(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     slow(monkeypatch, 10.0)
     assert chosen(models["llama"], method="spap", time_budget="1m").recipe.num_samples == MOST_SAMPLES
