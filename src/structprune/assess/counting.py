@@ -38,6 +38,8 @@ _MANY_WINDOWS, _SHORT_WINDOW = 2**15, 64
 class TokenSource:
     """A model's tokenizer, and how many rows there are for its tokens."""
 
+    model: str
+    """What the model was asked for by."""
     reader: CheckpointReader
     num_rows: int
     row_width: int
@@ -57,6 +59,7 @@ class TokenSource:
         tokenizer = read_tokenizer(reader.directory)
         numbered = all_tokens(tokenizer, str(reader.directory))
         return cls(
+            model=str(model),
             reader=reader,
             num_rows=num_rows,
             row_width=row_width(reader),

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from structprune.architectures.sources.adapter import NO_ADAPTER
+from structprune.assess.counting import TokenSource
 from structprune.assess.quality import EvaluationRequest, evaluate_all
 from structprune.assess.split import Priced, room_for, tokens_share, why
 from structprune.assess.vocabulary import VocabularyRequest, choose_sizes, possible_sizes, split_texts
@@ -149,7 +150,8 @@ def price_sizes(model: str | Path, request: SizesRequest, observer: Observer, pr
     if both := sorted(counted & measured):
         raise InputError("a text that is counted cannot say what the others lose", got=both[0], wanted="another text")
     # All of them before anything is measured: one may not be possible.
-    lists = list(choose_sizes(model, _counted_by(request), sorted(set(request.sizes), reverse=True), observer))
+    source = TokenSource.open(model, request.merge_adapter)
+    lists = list(choose_sizes(source, _counted_by(request), sorted(set(request.sizes), reverse=True), observer))
     scales = _Scales(model=model, request=request, observer=observer)
     dense = scales.dense()
     measured_sizes = list(scales.sizes(dense, lists))
@@ -170,10 +172,11 @@ def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -
     """
     if recipe.vocabulary != AUTO_TOKENS:
         return recipe
-    possible = possible_sizes(model, recipe)
+    source = TokenSource.open(model, recipe.merge_adapter)
+    possible = possible_sizes(source, recipe)
     room = room_for(model, recipe, possible)
     with tempfile.TemporaryDirectory(prefix="structprune-") as folder:
-        counted, measured = split_texts(model, recipe, Path(folder), observer)
+        counted, measured = split_texts(source, recipe, Path(folder), observer)
         request = SizesRequest(
             sizes=ladder(possible.least, possible.all_tokens),
             texts=counted,
@@ -185,7 +188,7 @@ def sized(model: str | Path, recipe: Recipe, observer: Observer, prune: Prune) -
             dtype=recipe.dtype,
         )
         scales = _Scales(model=model, request=request, observer=observer)
-        lists = choose_sizes(model, _counted_by(request), request.sizes, observer)
+        lists = choose_sizes(source, _counted_by(request), request.sizes, observer)
         dense = scales.dense()
         channels = scales.channels(dense, prune)
         observer.note(f"size of the vocabulary: {dense:.4f} bits per byte with all tokens; {channels.line}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from structprune.architectures.sources.fewer_tokens import rows_by_token
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.assess.counting import row_width
+from structprune.assess.counting import TokenSource, row_width
 from structprune.assess.vocabulary import PossibleSizes, possible_sizes
 from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.widths import most_removed
@@ -153,7 +153,7 @@ def as_planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ..
     """
     if recipe.vocabulary != AUTO_TOKENS:
         return recipe, ()
-    possible = possible_sizes(model, recipe)
+    possible = possible_sizes(TokenSource.open(model, recipe.merge_adapter), recipe)
     least = room_for(model, recipe, possible).least
     said = "how many tokens stay is decided by the run, which measures some sizes first; "
     if not least:

@@ -95,7 +95,7 @@ def choose_vocabulary(
     source = TokenSource.open(model, request.merge_adapter)
     _check_sizes(source, request, [request.size])
     counted, samples = count_texts(texts, source, observer)
-    kept = _chosen(str(model), source, request, counted)
+    kept = _chosen(source, request, counted)
     reserve = {number for token, number in added_tokens(source.tokenizer).items() if is_reserve(token)}
     lengths = _checked(source.tokenizer, kept, [*samples, PROBE_TEXT], source.where)
     return VocabularyChoice(
@@ -110,17 +110,16 @@ def choose_vocabulary(
 
 
 def choose_sizes(
-    model: str | Path, request: VocabularyRequest, sizes: Sequence[int], observer: Observer
+    source: TokenSource, request: VocabularyRequest, sizes: Sequence[int], observer: Observer
 ) -> Iterator[tuple[KeptTokens, int]]:
     """Choose the tokens of every size in one count; yields each list, and the parameters that go with the others.
 
     Raises what `choose_vocabulary` does.
     """
-    source = TokenSource.open(model, request.merge_adapter)
     _check_sizes(source, request, sizes)
     counted, _ = count_texts(weighted_texts(tuple(request.texts)), source, observer)
     for size in sizes:
-        kept = _chosen(str(model), source, replace(request, size=size), counted)
+        kept = _chosen(source, replace(request, size=size), counted)
         yield kept, (source.num_rows - len(kept.ids)) * source.row_width
 
 
@@ -146,9 +145,8 @@ class PossibleSizes:
         return max(self.least, most // MULTIPLE * MULTIPLE)
 
 
-def possible_sizes(model: str | Path, recipe: Recipe) -> PossibleSizes:
+def possible_sizes(source: TokenSource, recipe: Recipe) -> PossibleSizes:
     """Find how many tokens may stay. Raises InputError where none can go."""
-    source = TokenSource.open(model, recipe.merge_adapter)
     named = _named(source.reader, source.tokenizer, _request(AUTO_TOKENS, recipe, ()))
     return PossibleSizes(
         least=least_size(source.tokenizer, named, source.where),
@@ -159,13 +157,12 @@ def possible_sizes(model: str | Path, recipe: Recipe) -> PossibleSizes:
 
 
 def split_texts(
-    model: str | Path, recipe: Recipe, folder: Path, observer: Observer
+    source: TokenSource, recipe: Recipe, folder: Path, observer: Observer
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write the first nine tenths of every text that is counted, and the rest, into files of `folder`.
 
     Returns the first parts with the texts' weights, and the rests. Raises InputError for a text that is too short.
     """
-    source = TokenSource.open(model, recipe.merge_adapter)
     first, rest = list[str](), list[str]()
     for number, text in enumerate(weighted_texts((*recipe.calibration, *recipe.vocabulary_text))):
         content = sampled_text(text, source, observer)
@@ -217,7 +214,7 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
         return recipe, ()
     request = _request(recipe.vocabulary, recipe, ())
     source = TokenSource.open(model, request.merge_adapter)
-    kept = _chosen(str(model), source, request, [])
+    kept = _chosen(source, request, [])
     texts = (*recipe.calibration, *recipe.vocabulary_text)
     files = [path for text in weighted_texts(texts) if (path := text.path) is not None]
     size = format_bytes(sum(path.stat().st_size for path in files))
@@ -252,7 +249,7 @@ def _check_sizes(source: TokenSource, request: VocabularyRequest, sizes: Sequenc
         possible_size(source.tokenizer, named, size, source.where)
 
 
-def _chosen(model: str, source: TokenSource, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
+def _chosen(source: TokenSource, request: VocabularyRequest, counted: Sequence[CountedText]) -> KeptTokens:
     """Choose by counts; without any as the tokenizer's training found tokens common."""
     no_text = CountedText(name="", weight=1.0, counts_V=torch.zeros(source.num_rows, dtype=torch.int64))
     texts = counted or [no_text]
@@ -260,7 +257,7 @@ def _chosen(model: str, source: TokenSource, request: VocabularyRequest, counted
     named = _named(source.reader, source.tokenizer, request)
     ids = choose_tokens(source.tokenizer, texts, named, spelled, request.size, source.where)
     return KeptTokens(
-        source=model,
+        source=source.model,
         num_rows=source.num_rows,
         tokenizer=identity(source.tokenizer),
         ids=ids,

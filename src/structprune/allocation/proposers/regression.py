@@ -72,18 +72,14 @@ def shared_prior(slots: Sequence[Slot]) -> NDArray[np.float64]:
     return 1.0 + _KIND_SPREAD**2 * (kinds[:, None] == kinds[None, :])
 
 
-def fitted(
-    prices: NDArray[np.float64], losses: NDArray[np.float64], common: NDArray[np.float64] | None = None
-) -> Belief:
+def fitted(prices: NDArray[np.float64], losses: NDArray[np.float64], common: NDArray[np.float64]) -> Belief:
     """Fit factors to measurements: `prices` (measurements, slots) are predicted losses, `losses` what was measured.
 
     Both are differences from the mean of their round, in units in which the common factor is about 1. Bayesian linear
-    regression: factors are normal around what they share, which is normal around 1 (`common`, its covariance; one
-    number for all where it is not given), and how far they vary, and the measurements with them, is what makes the
-    measurements likeliest.
+    regression: factors are normal around what they share, which is normal around 1 (`common`, its covariance), and how
+    far they vary, and the measurements with them, is what makes the measurements likeliest.
     """
     num_measured, num_slots = prices.shape
-    common = np.ones((num_slots, num_slots)) if common is None else common
     alike = prices @ common @ prices.T
     apart = prices @ prices.T
     rest = losses - prices.sum(axis=1)
