@@ -26,8 +26,8 @@ from structprune.report.card import model_card
 from structprune.report.page import prune_page
 from structprune.report.rebuild import read_report
 from structprune.results.report import PruneReport
-from structprune.results.schema import CalibrationReport, HeldOutReport
 from structprune.results.summary import summary_rows, warnings
+from structprune.results.texts import CalibrationReport, HeldOutReport
 from support.command_line import CommandLine
 from support.models import save_tiny
 from support.pipeline_cases import RUNS, tiny_recipe

@@ -17,7 +17,7 @@ from structprune.recipe.latency import LatencyLimit, LatencyTable, SublayerTimes
 from structprune.report.rebuild import read_report
 from structprune.results.measured import Bench, BenchedModel, Rate, SpeedPoint
 from structprune.results.report import PruneReport
-from structprune.results.schema import LimitReport
+from structprune.results.sizes import LimitReport
 from support.command_line import CommandLine
 from support.models import save_tiny
 

@@ -23,8 +23,8 @@ from structprune.report.comparison_page import comparison_page
 from structprune.report.page import prune_page
 from structprune.report.rebuild import read_report, rebuild
 from structprune.results.comparison import Cell, Comparison, DenseRow, Failure, TextInfo, TextScore
+from structprune.results.memory import DeviceMemoryReport
 from structprune.results.report import PruneReport
-from structprune.results.schema import DeviceMemoryReport
 from structprune.results.summary import warnings
 from support.browser import Browser, browser, find_browser
 from support.models import save_tiny

@@ -20,8 +20,8 @@ from structprune.calibration.select import load_texts, load_windows
 from structprune.errors import InputError
 from structprune.report.page import prune_page
 from structprune.results.report import PruneReport
-from structprune.results.schema import CalibrationText, HeldOutText
 from structprune.results.summary import summary_rows, warnings
+from structprune.results.texts import CalibrationText, HeldOutText
 from structprune.runs.directory import RunDirectory
 from structprune.texts import shares, weighted_text, weighted_texts
 from support.command_line import CommandLine

@@ -18,8 +18,9 @@ from structprune.memory import format_bytes
 from structprune.recipe.units import ResolvedUnits
 from structprune.report.zeros import description, introduction
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, Perplexities
+from structprune.results.schema import BlockReport
 from structprune.results.summary import around_rows, beginning, stored_in
+from structprune.results.texts import Perplexities
 from structprune.texts import shown_texts
 from structprune.types import HeadUnits
 from structprune.vocabulary.kept import KEPT_NAME

@@ -24,9 +24,9 @@ from structprune.report.figures import (
     short,
 )
 from structprune.results.measured import Bench, Evaluation
+from structprune.results.memory import DeviceMemoryReport, MemoryReport
 from structprune.results.removed import asked
 from structprune.results.report import PruneReport
-from structprune.results.schema import DeviceMemoryReport, MemoryReport
 from structprune.results.summary import bits_rows, gate_rows, reload_line, repair_rows, stored_in, warnings
 from structprune.texts import shown_texts
 

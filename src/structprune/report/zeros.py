@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from structprune.patterns import as_pattern
-from structprune.results.schema import BlockReport, ZerosReport
+from structprune.results.schema import BlockReport
+from structprune.results.sizes import ZerosReport
 
 
 def introduction(zeros: ZerosReport) -> str:

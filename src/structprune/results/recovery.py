@@ -9,7 +9,8 @@ from pydantic import Field
 
 from structprune.files import plain_name
 from structprune.results.frozen import Frozen
-from structprune.results.schema import FilesReport, MemoryReport, ReloadReport
+from structprune.results.memory import MemoryReport
+from structprune.results.schema import FilesReport, ReloadReport
 
 RECOVERY_SCHEMA_VERSION = 1
 

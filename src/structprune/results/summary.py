@@ -16,20 +16,11 @@ from structprune.recipe import ResolvedRecipe
 from structprune.recipe.repaired import objective_of, repair_of
 from structprune.recipe.slice import ResolvedSlice
 from structprune.recipe.units import ResolvedUnits
+from structprune.results.memory import DeviceMemoryReport, MemoryReport
 from structprune.results.removed import removed_rows
-from structprune.results.schema import (
-    BlockReport,
-    DeviceMemoryReport,
-    FilesReport,
-    HeldOutReport,
-    HeldOutText,
-    MemoryReport,
-    Perplexities,
-    PruneFacts,
-    ReachableShares,
-    ReloadReport,
-    SizeReport,
-)
+from structprune.results.schema import BlockReport, FilesReport, PruneFacts, ReloadReport
+from structprune.results.sizes import ReachableShares, SizeReport
+from structprune.results.texts import HeldOutReport, HeldOutText, Perplexities
 from structprune.solvers import SOLVERS
 
 # A difference between shares that is not worth a word.

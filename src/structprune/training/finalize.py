@@ -36,8 +36,9 @@ from structprune.files import write_json, write_text
 from structprune.memory import release_free_memory
 from structprune.phases import by_name
 from structprune.recipe.widths import WIDTHS_NAME
+from structprune.results.memory import MemoryReport
 from structprune.results.recovery import Quality, RecoveryReport, TextReport, recovery_card
-from structprune.results.schema import REPORT_NAME, FilesReport, MemoryReport
+from structprune.results.schema import REPORT_NAME, FilesReport
 from structprune.runs.directory import RunDirectory
 from structprune.training.context import Recovered, RecoveryContext, Workplace
 

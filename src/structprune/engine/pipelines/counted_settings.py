@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from structprune.results.schema import ReachableShares
+from structprune.results.sizes import ReachableShares
 
 
 def num_to_remove(sparsity: float, total: int) -> int:

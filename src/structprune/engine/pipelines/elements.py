@@ -42,7 +42,8 @@ from structprune.patterns import NM, Pattern
 from structprune.phases import Phase, SublayerPhase
 from structprune.recipe.elements import ResolvedElements
 from structprune.results.report import PruneReport
-from structprune.results.schema import BlockReport, ZerosReport
+from structprune.results.schema import BlockReport
+from structprune.results.sizes import ZerosReport
 from structprune.types import BlockLayout, Stage
 
 _NUMBER = re.compile(r"\.\d+\.")

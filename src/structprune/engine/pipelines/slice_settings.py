@@ -16,7 +16,7 @@ from structprune.exporters.sliced import sliced_config
 from structprune.kinds import Structure
 from structprune.methods.method import Method
 from structprune.recipe.slice import ResolvedSlice, SliceRecipe
-from structprune.results.schema import ReachableShares
+from structprune.results.sizes import ReachableShares
 from structprune.types import BlockLayout, ModelLayout, UnitKind
 
 

@@ -18,7 +18,7 @@ from structprune.exporters.uniform import uniform_config
 from structprune.kinds import UnitKind
 from structprune.recipe import Recipe, ResolvedRecipe
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import ReachableShares
+from structprune.results.sizes import ReachableShares
 from structprune.solvers import SOLVERS
 
 

@@ -14,7 +14,7 @@ from structprune.errors import InputError
 from structprune.kinds import UnitKind
 from structprune.recipe import ResolvedRecipe, flag_name
 from structprune.recipe.limits import targets_of
-from structprune.results.schema import LimitReport, SizeReport, shown_amount
+from structprune.results.sizes import LimitReport, SizeReport, shown_amount
 from structprune.types import BlockLayout
 
 _ALMOST_ALL = 1 - 1e-9

@@ -31,7 +31,7 @@ from structprune.recipe.latency import NO_TABLE, LatencyLimit, LatencyTable
 from structprune.recipe.limits import targets_of
 from structprune.recipe.repaired import repair_adds_biases
 from structprune.recipe.units import ResolvedUnits
-from structprune.results.schema import Counted, SizeReport
+from structprune.results.sizes import Counted, SizeReport
 from structprune.solvers import SOLVERS
 from structprune.types import BlockLayout, UnitGroup
 

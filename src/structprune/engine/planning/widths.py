@@ -20,7 +20,7 @@ from structprune.recipe import Recipe
 from structprune.recipe.path import SublayerPath
 from structprune.recipe.units import ResolvedUnits
 from structprune.recipe.widths import BlockWidths
-from structprune.results.schema import ReachableShares
+from structprune.results.sizes import ReachableShares
 from structprune.types import UNIT_KINDS, BlockLayout, UnitGroup, UnitKind
 
 # Halvings of the range of shares, finer than any unit.

@@ -48,28 +48,22 @@ from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
 from structprune.report.rebuild import read_report
 from structprune.results.gates import GatesReport
+from structprune.results.memory import DeviceMemoryReport, MemoryReport, MemoryStretch
 from structprune.results.report import PruneReport
 from structprune.results.schema import (
     REPORT_NAME,
     AdapterReport,
     BlockReport,
-    CalibrationReport,
-    CalibrationText,
-    DeviceMemoryReport,
     FilesReport,
-    HeldOutReport,
-    MemoryReport,
-    MemoryStretch,
-    ReachableShares,
     ReloadReport,
     RepairReport,
     ReusedStatistics,
     RuntimeReport,
-    SizeReport,
     VocabularyReport,
-    ZerosReport,
 )
 from structprune.results.search import SearchReport
+from structprune.results.sizes import ReachableShares, SizeReport, ZerosReport
+from structprune.results.texts import CalibrationReport, CalibrationText, HeldOutReport
 from structprune.runs.contents import check_unchanged
 from structprune.vocabulary.kept import KEPT_NAME
 

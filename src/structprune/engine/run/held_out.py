@@ -22,7 +22,7 @@ from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.ranks import add_numbers
-from structprune.results.schema import HeldOutReport, HeldOutText
+from structprune.results.texts import HeldOutReport, HeldOutText
 
 
 def measure_held_out(context: RunContext, written: StockModel) -> HeldOutReport | None:
