@@ -255,7 +255,16 @@ def test_a_run_that_cannot_have_fewer_says_so(models: dict[str, Path], monkeypat
     assert "fewer would be too few" in found.notes[0]
 
 
-@pytest.mark.parametrize(("changes", "windows"), [({}, 16), ({"allocator": "closed-form"}, MOST_SAMPLES)])
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({}, 16),
+        ({"allocator": "closed-form"}, MOST_SAMPLES),
+        ({"pattern": "2:4"}, 16),
+        ({"pattern": "2:4", "solver": "refit"}, MOST_SAMPLES),
+        ({"pattern": "unstructured", "allocator": "owl"}, MOST_SAMPLES),
+    ],
+)
 def test_few_where_windows_decide_nothing(
     models: dict[str, Path], changes: dict[str, str], windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path
 from structprune.kinds import SCOPES, HeadUnits
 from structprune.methods import METHODS
-from structprune.methods.method import Method, SensitivityKind
+from structprune.methods.method import Method
 from structprune.ranks import ALONE, Ranks
 from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, default_held_out
 from structprune.recipe.limits import targets_of
@@ -154,7 +154,8 @@ def check(model: str | Path, recipe: Recipe, ranks: Ranks = ALONE) -> ResolvedRu
     found = with_windows(recipe.most_samples)
     if recipe.num_samples is not None:
         return found
-    if _only_reports(found):
+    decides = PIPELINES.get(method.pipeline).needs_windows(found.recipe, method)
+    if not decides and repair_of(found.recipe) is None:
         found = with_windows(min(recipe.most_samples, max(_SHOWN_WINDOWS, len(recipe.texts))))
     budget_s = DEFAULT_TIME_BUDGET_S if recipe.time_budget is None else recipe.time_budget
     return _within(budget_s, found, with_windows)
@@ -184,14 +185,6 @@ def _check_objective(recipe: ResolvedRecipe, method: Method) -> None:
             got=f"--method {method.name}, --objective worst",
             wanted="--damping auto where the method solves weights again, or --repair scales",
         )
-
-
-def _only_reports(found: ResolvedRun) -> bool:
-    """Whether nothing is chosen or solved by the windows: a few whose perplexity is reported are enough then."""
-    recipe, method = found.recipe, found.method
-    if not isinstance(recipe, ResolvedUnits) or method.needs_statistics or repair_of(recipe) is not None:
-        return False
-    return method.sensitivity_for(recipe.allocator) is SensitivityKind.NONE
 
 
 def _within(budget_s: int, most: ResolvedRun, with_windows: Callable[[int], ResolvedRun]) -> ResolvedRun:

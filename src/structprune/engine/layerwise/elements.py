@@ -16,6 +16,7 @@ from structprune.engine.layerwise.maps import InputSums, moments_of
 from structprune.engine.run.context import RunContext
 from structprune.errors import NumericalError
 from structprune.memory import release_free_memory
+from structprune.methods.method import Method
 from structprune.patterns import Pattern, as_pattern, sparse
 from structprune.recipe.elements import ResolvedElements
 from structprune.solvers.elements import PRUNERS, UPDATES
@@ -54,10 +55,9 @@ def map_patterns(context: RunContext, shares: Sequence[Mapping[str, float]]) -> 
     return [{name: as_pattern(pattern, share, counts) for name, share in own.items()} for own in shares]
 
 
-def reads_of(context: RunContext) -> frozenset[Reads]:
+def reads_of(method: Method, solver: str) -> frozenset[Reads]:
     """Say what has to be summed: what the pruner and the update read; a target wants all products."""
-    recipe = context.settings(ResolvedElements)
-    return frozenset({*PRUNERS.get(context.method.score).reads, *UPDATES.get(recipe.solver).reads})
+    return frozenset({*PRUNERS.get(method.score).reads, *UPDATES.get(solver).reads})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def prune_map(context: RunContext, tensor: Tensor, name: str, sums: GroupSums, s
     assert pattern.matches(stored_OI), "a mask has the zeros that its pattern wants"
     errors = held_out = None
     # Squares alone do not say what a map's output loses.
-    if "gram" in reads_of(context):
+    if "gram" in reads_of(context.method, recipe.solver):
         total = problem.moments
         before = squared_error(sparse(weight_OI, keep_OI), problem, total)
         errors = (before, squared_error(stored_OI, problem, total), wanted_energy(problem, total))

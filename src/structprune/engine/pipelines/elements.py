@@ -195,7 +195,8 @@ def _prune_step(
 
     With `inputs_NSI` what they read is kept there.
     """
-    reads, block, started = reads_of(context), modules.block, time.perf_counter()
+    block, started = modules.block, time.perf_counter()
+    reads = reads_of(context.method, context.settings(ResolvedElements).solver)
     measured: list[list[InputSums]] = []
     if reads:
         with context.meter.phase(SublayerPhase.STATISTICS.of(step.kind)):

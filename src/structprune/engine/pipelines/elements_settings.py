@@ -9,6 +9,7 @@ from dataclasses import replace
 from structprune.architectures.stock.loading import has_own_modeling_file
 from structprune.architectures.stock.maps import MapStep, map_steps
 from structprune.architectures.stock.model import StockModel
+from structprune.engine.layerwise.elements import reads_of
 from structprune.engine.planning.elements import MapProblem, StepMemory
 from structprune.engine.planning.forecast import Forecast, PlannedZeros, shape_of
 from structprune.engine.planning.plan import PlanRequest
@@ -38,7 +39,7 @@ def element_settings(
     """
     kinds = _kinds(recipe, stock)
     solver = UPDATES.check(recipe.solver or method.solver)
-    reads = PRUNERS.get(method.score).reads | UPDATES.get(solver).reads
+    reads = reads_of(method, solver)
     damping = recipe.damping or method.damping
     if "gram" not in reads:
         _refuse_idle(recipe, method)
@@ -140,11 +141,17 @@ def _refuse_idle(recipe: ElementsRecipe, method: Method) -> None:
             )
 
 
+def elements_need_windows(recipe: ResolvedElements, method: Method) -> bool:
+    """Return whether weights are chosen or solved, or their shares or their order decided, by what windows measure."""
+    sharing = SHARINGS.get(recipe.allocator)
+    return bool(reads_of(method, recipe.solver)) or sharing.measure is not None or sharing.by_loss
+
+
 def element_request(request: PlanRequest, recipe: ResolvedElements, method: Method, stock: StockModel) -> PlanRequest:
     """Complete the request: the steps of every sort of block, with the sums and the workspace of each."""
     kinds: list[UnitKind] = list(dict.fromkeys(group.kind for group in request.groups))
     pruner, update = PRUNERS.get(method.score), UPDATES.get(recipe.solver)
-    reads = pruner.reads | update.reads
+    reads = reads_of(method, recipe.solver)
     sorts: dict[frozenset[str], tuple[StepMemory, ...]] = {}
     all_steps = map_steps(stock, kinds)
     pairs = list(zip(stock.layout.blocks, all_steps, strict=True))
@@ -245,7 +252,7 @@ def forecast_elements(stock: StockModel, recipe: ResolvedElements, kinds: Sequen
 def _sums(recipe: ResolvedElements) -> str:
     """Say what is summed of the maps' inputs."""
     method = METHODS.get(recipe.method).in_pipeline(recipe.pipeline)
-    reads = PRUNERS.get(method.score).reads | UPDATES.get(recipe.solver).reads
+    reads = reads_of(method, recipe.solver)
     if not reads:
         return "none: the weights alone decide"
     return "products of all pairs of inputs" if "gram" in reads else "squares of the inputs, without a Gram matrix"

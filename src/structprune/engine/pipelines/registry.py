@@ -9,12 +9,17 @@ from typing import Any, Generic, TypeVar
 from structprune.architectures.stock.model import StockModel
 from structprune.engine.pipelines.depth import depth_request, depth_settings, execute_depth, forecast_depth
 from structprune.engine.pipelines.elements import execute_elements
-from structprune.engine.pipelines.elements_settings import element_request, element_settings, forecast_elements
+from structprune.engine.pipelines.elements_settings import (
+    element_request,
+    element_settings,
+    elements_need_windows,
+    forecast_elements,
+)
 from structprune.engine.pipelines.experts import execute_experts, expert_request, expert_settings, forecast_experts
 from structprune.engine.pipelines.slice import execute_slice
 from structprune.engine.pipelines.slice_settings import forecast_slice, kept_width, resolve_slice_settings
 from structprune.engine.pipelines.units import execute
-from structprune.engine.pipelines.units_settings import unit_settings, units_request
+from structprune.engine.pipelines.units_settings import unit_settings, units_need_windows, units_request
 from structprune.engine.pipelines.wrapped import check_blocks_can_go, check_stream_can_change
 from structprune.engine.planning.forecast import Forecast, forecast_units
 from structprune.engine.planning.plan import PlanRequest
@@ -42,6 +47,8 @@ class Pipeline(Generic[Asked, Resolved]):
     request: Callable[[PlanRequest, Resolved, Method, StockModel], PlanRequest]
     """What the planner has to know beside what all pipelines have in common."""
     execute: Callable[[RunContext], PruneReport]
+    needs_windows: Callable[[Resolved, Method], bool] = lambda recipe, method: True
+    """Whether anything is chosen or solved by calibration windows before a repair; else they only report."""
     scoped: bool = False
     """Whether `--sparsity` is a share of the sublayers in scope; else of whole blocks."""
     shares_windows: bool = False
@@ -73,6 +80,7 @@ UNITS = Pipeline(
     forecast=forecast_units,
     request=units_request,
     execute=execute,
+    needs_windows=units_need_windows,
     scoped=True,
     shares_windows=True,
 )
@@ -96,6 +104,7 @@ ELEMENTS = Pipeline(
     forecast=forecast_elements,
     request=element_request,
     execute=execute_elements,
+    needs_windows=elements_need_windows,
     scoped=True,
 )
 

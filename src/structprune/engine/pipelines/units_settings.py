@@ -79,6 +79,11 @@ def _kinds(groups: Sequence[UnitGroup]) -> tuple[UnitKind, ...]:
     return tuple(dict.fromkeys(group.kind for group in groups))
 
 
+def units_need_windows(recipe: ResolvedUnits, method: Method) -> bool:
+    """Return whether units are chosen, or weights solved, by what windows measure."""
+    return method.needs_statistics or method.sensitivity_for(recipe.allocator) is not SensitivityKind.NONE
+
+
 def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, stock: StockModel) -> PlanRequest:
     """Add what the planner has to know: what is measured first, what is held beside a block, and what is solved."""
     sensitivity = method.sensitivity_for(recipe.allocator)
