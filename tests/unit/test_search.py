@@ -12,9 +12,11 @@ import torch
 from structprune.allocation.proposers import SEARCHES, Measured, Rung
 from structprune.calibration.context import CalibrationWindows, TextWindows
 from structprune.engine.planning.searching import search_work, stores_at_once, window_shares
-from structprune.engine.search.judge import compared, figure
+from structprune.engine.search.judge import compared, figure, harms_none
 from structprune.engine.search.windows import shared_out
 from structprune.errors import InputError
+from structprune.results.search import SearchReport
+from structprune.results.texts import TextDistance
 from structprune.texts import OBJECTIVES
 
 MEAN, WORST = OBJECTIVES["mean"], OBJECTIVES["worst"]
@@ -97,6 +99,15 @@ def test_the_gain_of_the_worst_text_is_told_with_its_error() -> None:
     assert compared(before, after, texts, MEAN).gain == pytest.approx(0.25)
 
 
+def test_a_text_that_loses_speaks_against_a_choice_of_the_mean() -> None:
+    texts, before, after = [0, 0, 1, 1], [1.0, 1.2, 3.0, 3.1], [1.1, 1.2, 2.0, 2.1]
+    assert compared(before, after, texts, MEAN).gain == pytest.approx(0.475)
+    assert not harms_none(before, after, texts, MEAN)
+    assert harms_none(before, after, texts, WORST)
+    # Of single windows some may lose.
+    assert harms_none(before, [1.3, 0.9, 2.0, 2.1], texts, MEAN)
+
+
 @pytest.mark.parametrize(("shift", "counts"), [(0.0, False), (0.02, False), (1.0, True)])
 def test_a_gain_counts_from_two_standard_errors(shift: float, counts: bool) -> None:
     random = np.random.default_rng(1)
@@ -113,3 +124,34 @@ def test_one_window_tells_no_error() -> None:
 def test_a_choice_is_judged_by_its_figure_where_it_has_one() -> None:
     assert Measured(choice=(0,), losses=(1.0, 3.0)).loss == 2.0
     assert Measured(choice=(0,), losses=(1.0, 3.0), figure=3.0).loss == 3.0
+
+
+def test_the_report_says_which_text_spoke_against_a_gain() -> None:
+    texts = [
+        TextDistance(name="folder/prose.txt", num_windows=2, before=0.5, after=0.4),
+        TextDistance(name="folder/code.py", num_windows=2, before=0.3, after=0.31),
+    ]
+    found = SearchReport(
+        name="tyr",
+        generations=[],
+        num_measured=9,
+        finalist_losses=[0.355],
+        num_windows=4,
+        seq_len=8,
+        start_loss=0.4,
+        found_loss=0.355,
+        gain=0.045,
+        standard_error=0.01,
+        taken=False,
+        clear=True,
+        texts=texts,
+        num_masks=4,
+        masks_better=0,
+        masks_loss=0.5,
+        start_widths={},
+        found_widths={},
+        seconds=60.0,
+    )
+    assert "prose.txt 0.5000 -> 0.4000, code.py 0.3000 -> 0.3100" in found.line
+    assert "further from it on code.py, so the start stays" in found.line
+    assert "not two standard errors, so the start stays" in found.model_copy(update={"clear": False}).line

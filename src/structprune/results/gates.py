@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from structprune.results.frozen import Frozen
-
-
-class GatedText(Frozen):
-    """How far two choices of units are from the dense model on those windows of a text that no gate learned from."""
-
-    name: str
-    num_windows: int
-    before: float
-    """Mean KL divergence per token of the choice at the start, in nats."""
-    after: float
-    """The same of the learned choice."""
+from structprune.results.texts import TextDistance, text_figures
 
 
 class GatedSublayer(Frozen):
@@ -41,7 +29,8 @@ class GatesReport(Frozen):
     losses: list[float]
     """Mean loss per token of each step's window, in nats, with the gates of that step: the KL divergence from the dense
     model, or that of the text's next tokens."""
-    texts: list[GatedText]
+    texts: list[TextDistance]
+    """Each text, on those of its windows that no gate learned from."""
     sublayers: list[GatedSublayer]
     accepted: bool
     """Whether every text came nearer to the dense model; otherwise the method chose the units as it does without."""
@@ -55,7 +44,7 @@ class GatesReport(Frozen):
     @property
     def text_figures(self) -> str:
         """Say for every text how far both choices are from the dense model."""
-        return ", ".join(f"{Path(text.name).name} {text.before:.4f} -> {text.after:.4f}" for text in self.texts)
+        return text_figures(self.texts)
 
     @property
     def outcome(self) -> str:

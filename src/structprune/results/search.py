@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from structprune.results.frozen import Frozen
+from structprune.results.texts import TextDistance, text_figures
 
 
 class SearchGeneration(Frozen):
@@ -59,8 +62,13 @@ class SearchReport(Frozen):
     """How much less that one loses."""
     standard_error: float | None
     """Standard error of the gain, from differences window by window; None: no other widths, or a text's only window."""
+    clear: bool = False
+    """Whether the gain is above two standard errors; False where it was not taken in reports of earlier versions."""
+    texts: list[TextDistance] = Field(default_factory=list[TextDistance])
+    """Each calibration text, on these windows; empty in reports of earlier versions."""
     taken: bool
-    """Whether the gain is above two standard errors: otherwise the widths are those of the start."""
+    """Whether the gain is clear and, without `--objective worst`, no text is further from the dense model: otherwise
+    the widths are those of the start."""
     num_masks: int
     """Draws of other units that were measured at the widths that were chosen."""
     masks_better: int
@@ -80,9 +88,12 @@ class SearchReport(Frozen):
         if not self.finalist_losses:
             return f"{self.name}: found no other widths {took}"
         error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
-        verdict = "taken" if self.taken else "not two standard errors, so the start stays"
+        further = ", ".join(Path(text.name).name for text in self.texts if text.after > text.before)
+        against = f"further from it on {further}" if self.clear else "not two standard errors"
+        verdict = "taken" if self.taken else f"{against}, so the start stays"
+        figures = f" ({text_figures(self.texts)})" if len(self.texts) > 1 else ""
         return (
             f"{self.name}: KL from the dense model {self.start_loss:.4f} -> {self.found_loss:.4f} nats per token on "
-            f"{self.num_windows} windows that it had not seen, {self.gain:.4f}{error} less: {verdict}; of "
+            f"{self.num_windows} windows that it had not seen, {self.gain:.4f}{error} less{figures}: {verdict}; of "
             f"{self.num_masks} draws of other units at these widths {self.masks_better} lost less {took}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import Field
@@ -88,3 +89,19 @@ class CalibrationReport(Perplexities):
     `PruneFacts.held_out` a sign of overfitting."""
     texts: list[CalibrationText] = Field(default_factory=list[CalibrationText])
     """Each text, where there are several."""
+
+
+class TextDistance(Frozen):
+    """How far two models are from the dense one on windows of one text that neither was chosen by."""
+
+    name: str
+    num_windows: int
+    before: float
+    """Mean KL divergence per token of the choice at the start, in nats."""
+    after: float
+    """The same of what was found."""
+
+
+def text_figures(texts: Iterable[TextDistance]) -> str:
+    """Say for every text how far both choices are from the dense model."""
+    return ", ".join(f"{Path(text.name).name} {text.before:.4f} -> {text.after:.4f}" for text in texts)

@@ -29,10 +29,21 @@ def figure(losses: Sequence[float], texts: Sequence[int], objective: Objective) 
     """Make one number of a choice's losses; `texts` has the text of each window, of which every text has as many."""
     if not objective.by_text:
         return sum(losses) / len(losses)
+    return objective.of(of_each_text(losses, texts))
+
+
+def of_each_text(losses: Sequence[float], texts: Sequence[int]) -> list[float]:
+    """Average losses by text; `texts` has the text of each window, ascending."""
     by_text: dict[int, list[float]] = {}
     for loss, text in zip(losses, texts, strict=True):
         by_text.setdefault(text, []).append(loss)
-    return objective.of([sum(each) / len(each) for each in by_text.values()])
+    return [sum(each) / len(each) for each in by_text.values()]
+
+
+def harms_none(before: Sequence[float], after: Sequence[float], texts: Sequence[int], objective: Objective) -> bool:
+    """Return whether no text loses more, or the objective says itself which text counts."""
+    pairs = zip(of_each_text(before, texts), of_each_text(after, texts), strict=True)
+    return objective.by_text or all(new <= old for old, new in pairs)
 
 
 def compared(before: Sequence[float], after: Sequence[float], texts: Sequence[int], objective: Objective) -> Gain:

@@ -22,7 +22,7 @@ from structprune.engine.planning.widths import Widths, check_shared_out, search_
 from structprune.engine.run.context import RunContext
 from structprune.engine.search.anchors import measure_anchors
 from structprune.engine.search.fitness import Fitness, Measurement
-from structprune.engine.search.judge import compared, figure
+from structprune.engine.search.judge import compared, figure, harms_none, of_each_text
 from structprune.engine.search.statistics import measure_statistics
 from structprune.engine.search.windows import SearchWindows, shared_out
 from structprune.engine.sensitivity.cache import SensitivityPass
@@ -31,6 +31,7 @@ from structprune.errors import UnsupportedError
 from structprune.recipe.repaired import objective_of
 from structprune.recipe.units import ResolvedUnits
 from structprune.results.search import AnchorReport, SearchGeneration, SearchReport
+from structprune.results.texts import TextDistance
 from structprune.runs.journal import Journal
 
 _STEP = "search"
@@ -261,9 +262,11 @@ class _Loop:
             f"search, last comparison of {len(compete)} choices",
         )
         figures = [figure(each, texts, objective) for each in losses]
-        best = min(range(1, len(compete)), key=figures.__getitem__, default=0)
+        harmless = [harms_none(losses[0], each, texts, objective) for each in losses]
+        # One that harms a text is only reported, and only where all others do too.
+        best = min(range(1, len(compete)), key=lambda number: (not harmless[number], figures[number]), default=0)
         gain = compared(losses[0], losses[best], texts, objective)
-        taken = best > 0 and gain.counts
+        taken = best > 0 and gain.counts and harmless[best]
         chosen = best if taken else 0
         masks = self._other_units(self._widths(slots, compete[chosen]))
         report = SearchReport(
@@ -278,6 +281,8 @@ class _Loop:
             found_loss=figures[best],
             gain=gain.gain,
             standard_error=gain.standard_error if best and math.isfinite(gain.standard_error) else None,
+            clear=best > 0 and gain.counts,
+            texts=self._distances(losses[0], losses[best]),
             taken=taken,
             num_masks=NUM_MASKS,
             masks_better=sum(loss < figures[chosen] for loss in masks),
@@ -287,6 +292,16 @@ class _Loop:
             seconds=0.0,
         )
         return compete[chosen], report
+
+    def _distances(self, before: Sequence[float], after: Sequence[float]) -> list[TextDistance]:
+        """Say for each text how far two choices are from the dense model, on the windows of the last comparison."""
+        judged = self.windows.judged
+        names = [text.name for text in self.context.windows.texts] or [self.context.calibration_name]
+        pairs = (of_each_text(losses, _texts(judged)) for losses in (before, after))
+        return [
+            TextDistance(name=name, num_windows=len(windows), before=old, after=new)
+            for name, windows, old, new in zip(names, judged, *pairs, strict=True)
+        ]
 
     def _other_units(self, widths: Widths) -> list[float]:
         """Measure draws of other units at these widths, on the windows of the last comparison."""

@@ -33,8 +33,9 @@ from structprune.phases import Phase
 from structprune.recipe import Recipe
 from structprune.recipe.training import RecoverySettings
 from structprune.recipe.units import ResolvedUnits, UnitsRecipe
-from structprune.results.gates import GatedSublayer, GatedText, GatesReport
+from structprune.results.gates import GatedSublayer, GatesReport
 from structprune.results.recovery import Evaluation
+from structprune.results.texts import TextDistance
 from structprune.training.calibrated import on_calibration
 from structprune.training.context import RecoveryContext, Workplace
 from structprune.training.gates.start import Start, measure_start
@@ -159,7 +160,7 @@ def _report(
 ) -> GatesReport:
     before, after = learned.history.evaluations[0].by_text, learned.measured.by_text
     texts = [
-        GatedText(name=name, num_windows=len(windows), before=old, after=new)
+        TextDistance(name=name, num_windows=len(windows), before=old, after=new)
         for name, windows, old, new in zip(
             _names(context, recovery), recovery.texts.held_out, before, after, strict=True
         )
