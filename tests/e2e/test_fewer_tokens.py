@@ -465,6 +465,20 @@ def test_damaged_tokenizers(damage: dict[str, Any], source: Path, texts: Path, t
         choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)]))
 
 
+def test_a_token_without_a_row_goes(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    """As of a padding token that was added to the tokenizer alone."""
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": ROWS, "content": "[PAD]"})
+    path.write_text(json.dumps(tokenizer))
+    found = choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)])).kept
+    assert found.ids == kept.ids
+    planned = plan(tmp_path / "source", Recipe.build(method="fasp", vocabulary=found, calibration=str(texts)))
+    assert planned.tokens is not None
+    assert planned.tokens.after == 384
+
+
 @pytest.mark.parametrize("changes", [{"vocabulary_text": "a.txt"}, {"drop_reserve": True}])
 def test_nothing_is_counted_without_a_number(
     changes: dict[str, Any], source: Path, texts: Path, kept: KeptTokens, tmp_path: Path

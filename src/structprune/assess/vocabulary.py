@@ -35,7 +35,6 @@ from structprune.vocabulary.ids import ids_of
 from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import (
     added_tokens,
-    identity,
     ids_around_texts,
     is_reserve,
     shrunk,
@@ -259,7 +258,7 @@ def _chosen(source: TokenSource, request: VocabularyRequest, counted: Sequence[C
     return KeptTokens(
         source=source.model,
         num_rows=source.num_rows,
-        tokenizer=identity(source.tokenizer),
+        tokenizer=source.identity,
         ids=ids,
         texts=tuple(text.name for text in counted),
         num_tokens=sum(int(text.counts_V.sum()) for text in counted),
