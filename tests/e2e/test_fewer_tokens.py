@@ -456,7 +456,11 @@ def test_sizes_that_are_not_possible(size: int, source: Path, texts: Path) -> No
     assert steps.total == 0
 
 
-@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}])
+# A mark longer than the tokens is a panic of the Rust library.
+PANIC = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "##"}
+
+
+@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}, {"model": PANIC}])
 def test_damaged_tokenizers(damage: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     path = tmp_path / "source" / "tokenizer.json"
