@@ -170,6 +170,8 @@ def test_what_cannot_be_read_out_of_it(saved: Path, tmp_path: Path, command_line
     for flags, message in (
         (["--target-parameters", "1M"], "--target-parameters and --allocation would decide the same thing"),
         (["--allocator", "dp"], "--allocator and --allocation would decide the same thing"),
+        (["--search", "evopress"], "--search and --allocation would decide the same thing"),
+        (["--method", "wanda"], "--allocation gives widths, and method 'wanda' removes single weights"),
     ):
         code, _, said = command_line("plan", tmp_path, "--allocation", saved, *flags)
         assert code == 2

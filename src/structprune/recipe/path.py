@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, expand_user, read_validated
 from structprune.kinds import HeadUnits, UnitKind
-from structprune.recipe.common import flag_name
+from structprune.recipe.common import DEFAULT_METHOD, Recipe, flag_name
 from structprune.recipe.limits import TARGETS
 from structprune.recipe.widths import BlockWidths
 
@@ -151,9 +151,16 @@ def read_path(file: str | Path) -> RemovalPath:
 def with_allocation(values: Mapping[str, Any], file: str | Path, share: float) -> dict[str, Any]:
     """Put the widths for a share in the place of the share, in a recipe's values.
 
-    Raises InputError for values that decide the widths too.
+    Raises InputError for values that decide the widths too, UnsupportedError for a method that has none.
     """
+    kind = Recipe.kind_for(values)
+    if "widths" not in kind.model_fields:
+        raise UnsupportedError(
+            f"--allocation gives widths, and method {values.get('method') or DEFAULT_METHOD!r} removes {kind.removes}",
+            got=str(file),
+        )
     other = [flag_name(name) for name in ("widths", "allocator", *TARGETS) if values.get(name) is not None]
+    other += ["--search"] if values.get("search") not in (None, kind.model_fields["search"].default) else []
     if other:
         raise InputError(
             f"{', '.join(other)} and --allocation would decide the same thing",
