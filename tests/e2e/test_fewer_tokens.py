@@ -186,6 +186,8 @@ def test_the_command_line(command_line: CommandLine, source: Path, texts: Path, 
     assert code == 0, err
     assert "384 of" in out
     assert "--vocabulary" in out
+    code, _, err = command_line("vocabulary", source, "-o", path, "--size", "400", "--text", texts, "--measure", texts)
+    assert (code, "one size is chosen without being measured; got --measure" in err) == (2, True)
     settings = ("--calibration", texts, "--num-samples", 4, "--seq-len", 32, "--dtype", "float32", "--method", "fasp")
     code, out, err = command_line("prune", source, "-o", tmp_path / "out", "--vocabulary", path, *settings)
     assert code == 0, err
@@ -528,6 +530,20 @@ def test_all_of_a_text_is_counted(source: Path, texts: Path, tmp_path: Path, mon
         assert missing.abs().sum() < len(ids) / 50
     assert samples[0] == texts.read_text(encoding="utf-8")
     assert steps.made == steps.total == sum(-(-path.stat().st_size // 500) for path in (texts, rows))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["a.txt:0"], "weight of a.txt must be positive"), (["a.txt", "a.txt:2"], "a.txt is named twice")],
+)
+def test_texts_that_cannot_be_counted(texts: list[str], message: str, source: Path) -> None:
+    with pytest.raises(StructPruneError, match=message):
+        choose_vocabulary(source, VocabularyRequest(size=384, texts=texts))
+    with pytest.raises(StructPruneError, match=message):
+        price_sizes(source, SizesRequest(sizes=[384], texts=["b.txt"], measured_on=texts), SilentObserver(), pruned)
+    twice = Recipe.build(method="fasp", vocabulary=384, calibration="a.txt", vocabulary_text="a.txt:2")
+    with pytest.raises(StructPruneError, match="a.txt is named twice"):
+        structprune.prune(source, twice, source.parent / "out")
 
 
 def test_text_of_the_model_itself_is_not_counted(source: Path) -> None:
