@@ -381,6 +381,8 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
         ('{"ids": [5], "num_rows": 5}', "no row of the embedding"),
         ("{}", "names no tokens"),
         ('{"ids": "all"}', "--vocabulary is not usable"),
+        ('{"ids": [1], "num_rows": 5, "covered": NaN}', "--vocabulary is not usable"),
+        ('{"ids": [1], "num_rows": 5, "num_tokens": -1}', "--vocabulary is not usable"),
     ):
         path.write_text(content)
         with pytest.raises(StructPruneError, match=message):
@@ -577,6 +579,13 @@ def test_a_run_that_was_cut_does_not_count_again(
     report = resume(tmp_path / "out")
     assert report.recipe.vocabulary == whole.recipe.vocabulary
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_list_without_what_every_text_needs(source: Path, texts: Path, kept: KeptTokens) -> None:
+    byte = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("!")
+    without = KeptTokens(**{**kept.model_dump(), "ids": tuple(i for i in kept.ids if i != byte)})
+    with pytest.raises(StructPruneError, match=f"some text cannot be encoded; got 1 of them are missing, such as {byte}"):
+        plan(source, Recipe.build(method="fasp", calibration=str(texts), vocabulary=without))
 
 
 def test_tokens_that_settings_name_stay(source: Path, texts: Path, kept: KeptTokens) -> None:
