@@ -90,7 +90,7 @@ class ElementsRecipe(Recipe, frozen=True):
         if other:
             raise InputError(
                 "the pattern says itself what share goes",
-                got=f"--pattern {own['pattern']}, --sparsity {asked}",
+                got=f"--pattern {_read_pattern(own['pattern'])}, --sparsity {asked}",
                 wanted=f"--sparsity {share:g}, or none",
             )
         return {**own, "sparsity": share}
