@@ -18,6 +18,7 @@ from structprune.api import export, inspect, plan, recover, resume
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
 from structprune.assess.counting import TokenSource, count_texts
 from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
+from structprune.assess.split import decided_for_a_check
 from structprune.errors import StructPruneError
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
@@ -357,6 +358,15 @@ def test_limits_that_tokens_and_units_cannot_meet(source: Path, texts: Path) -> 
     recipe = Recipe.build(vocabulary="auto", target_parameters=1000, calibration=str(texts), method="fasp")
     with pytest.raises(StructPruneError, match="--target-parameters cannot be reached"):
         plan(source, recipe)
+
+
+def test_checks_of_a_size_that_each_run_decides(source: Path, texts: Path) -> None:
+    """By what stays at most: nothing is counted before the first run."""
+    asked: dict[str, Any] = {"vocabulary": "auto", "calibration": str(texts)}
+    assert not decided_for_a_check(source, Recipe.build(method="fasp", **asked)).tokens
+    alone = Recipe.build(scope="vocabulary", **asked)
+    assert len(decided_for_a_check(source, alone).tokens.ids) == 512
+    assert "512, the most with which some go" in plan(source, alone).notes[0]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
