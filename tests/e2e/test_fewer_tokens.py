@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
+from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.model import StockModel
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
 from structprune.assess.counting import TokenSource, count_texts
 from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
@@ -26,6 +28,7 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
 from structprune.texts import weighted_texts
+from structprune.training.run import open_teacher
 from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
 from support.models import TINY_MODELS, spread_weights
@@ -169,6 +172,10 @@ def test_a_smaller_model_learns_from_the_source(source: Path, texts: Path, kept:
     report = recover(tmp_path / "out", source, settings, tmp_path / "recovered")
     assert report.tokens > 0
     assert (tmp_path / "recovered" / KEPT_NAME).is_file()
+    # What is pruned again has the first run's list beside it: its own source has lost the tokens already.
+    student = StockModel(open_model(str(tmp_path / "out")))
+    for teacher in (source, tmp_path / "out"):
+        assert open_teacher(str(teacher), "none", student).layout.vocab_size == 384
 
 
 def test_a_gguf_file_of_fewer_tokens(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
