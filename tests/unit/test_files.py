@@ -81,7 +81,7 @@ def test_half_a_character_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "value.json").write_text('{"a": "\\ud83d\\ude00"}')
     assert read_json(tmp_path / "value.json") == {"a": "\U0001f600"}
     (tmp_path / "value.json").write_text('{"a": {"\\ud83d": 1}}')
-    with pytest.raises(CheckpointError, match="value.json: the file cannot be read as JSON; got .* surrogates"):
+    with pytest.raises(CheckpointError, match=r"value\.json: the file cannot be read as JSON; got .* surrogates"):
         read_json(tmp_path / "value.json")
 
 

@@ -95,7 +95,8 @@ def count_texts(
 ) -> tuple[list[CountedText], list[str]]:
     """Count the tokens of every text; returns the starts of the texts too.
 
-    Raises InputError for a text that cannot be read, CheckpointError for one that the tokenizer cannot encode.
+    Raises InputError for a text that cannot be read or has no token, CheckpointError for one that the tokenizer cannot
+    encode.
     """
     steps = [_num_steps(text) for text in texts]
     observer.start("count tokens", sum(steps))
@@ -111,6 +112,8 @@ def count_texts(
                 done += 1
         for _ in range(done, num_steps):
             observer.advance(Path(text.name).name)
+        if not counts_V.any():
+            raise InputError("the text has no token that could be counted", where=text.name)
         counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
         samples.append(sample)
     return counted, samples

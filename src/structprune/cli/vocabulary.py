@@ -66,7 +66,9 @@ def vocabulary(
     if size is not None and output is None:
         raise InputError("the list of tokens has no place", wanted="-o FILE")
     if size is not None and measure:
-        raise InputError("one size is chosen without being measured", got="--measure", wanted="--sizes, or no --measure")
+        raise InputError(
+            "one size is chosen without being measured", got="--measure", wanted="--sizes, or --size alone"
+        )
     _check_output(output)
     if sizes is not None:
         several = SizesRequest(

@@ -32,8 +32,8 @@ from structprune.vocabulary.tokenizer_json import identity, needed_ids
 def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointReader:
     """Open `base` with the tokens of `kept` alone; headers and the tokenizer only.
 
-    Raises InputError for a list that was made of another tokenizer or lacks what every text needs, UnsupportedError for a tokenizer or tensors that
-    cannot be cut, CheckpointError where a setting names a token that is gone.
+    Raises InputError for a list that was made of another tokenizer or lacks what every text needs, UnsupportedError for
+    a tokenizer or tensors that cannot be cut, CheckpointError where a setting names a token that is gone.
     """
     num_rows, sliced = rows_by_token(base)
     tokenizer = read_tokenizer(base.directory)
