@@ -561,8 +561,9 @@ def test_texts_that_cannot_be_counted(texts: list[str], message: str, source: Pa
         choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(tmp_path / "empty.txt")]))
     with pytest.raises(StructPruneError, match=message):
         choose_vocabulary(source, VocabularyRequest(size=384, texts=texts))
+    request = SizesRequest(sizes=[384], texts=["b.txt"], measured_on=texts)
     with pytest.raises(StructPruneError, match=message):
-        price_sizes(source, SizesRequest(sizes=[384], texts=["b.txt"], measured_on=texts), SilentObserver(), pruned)
+        price_sizes(source, request, SilentObserver(), structprune.prune)
     twice = Recipe.build(method="fasp", vocabulary=384, calibration="a.txt", vocabulary_text="a.txt:2")
     with pytest.raises(StructPruneError, match=r"a\.txt is named twice"):
         structprune.prune(source, twice, source.parent / "out")

@@ -45,9 +45,9 @@ class TokenSource:
     row_width: int
     """Parameters that go with the row of a token: of the embedding, of a head of its own, of its bias."""
     tokenizer: dict[str, Any]
-    """Without tokens that have no row."""
+    """The tokenizer without tokens that have no row."""
     identity: str
-    """Of the whole one."""
+    """SHA-256 of the whole tokenizer."""
     encoder: TextEncoder
     numbered: dict[int, str]
     """Id -> spelling of its tokens."""
