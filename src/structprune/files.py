@@ -21,6 +21,7 @@ from structprune.errors import CheckpointError, InputError, StructPruneError, fi
 
 Model = TypeVar("Model", bound=BaseModel)
 _CHUNK_BYTES = 2**20
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """The largest weight file of an output where no size is given."""
 # Bytes of a path and of one name in it, on Linux.
@@ -121,7 +122,11 @@ def read_json(path: Path, *, do: str | None = None, once: bool = False) -> dict[
                 got=f"{size:,} bytes",
                 wanted=f"at most {_JSON_BYTES:,}",
             )
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once if once else None)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_each_once if once else None)
+        if _HALF.search(text):
+            # Half a character can be escaped, and what quotes it could not be written.
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError("the file is missing", where=str(path), do=do) from None
     except (OSError, ValueError, RecursionError) as error:

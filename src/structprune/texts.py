@@ -14,6 +14,8 @@ AUTO = "auto"
 """The first of the built-in texts that can be had."""
 MIX = "mix"
 """Prose and program text, from what can be had."""
+# Sums of such weights are finite, and so are shares of them.
+_MOST_WEIGHT = 1e12
 _WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?)")
 
 
@@ -67,13 +69,16 @@ def split_field(path: Path) -> tuple[Path, str | None]:
 
 
 def weighted_text(asked: str) -> WeightedText:
-    """Split `TEXT:WEIGHT`; a file of such a name is taken as it is. Raises ValueError for a weight of 0."""
+    """Split `TEXT:WEIGHT`; a file of such a name is taken as it is. Raises ValueError for a weight that is none."""
     match = _WEIGHT.fullmatch(asked)
     if match is None or _exists(asked):
         return WeightedText(name=asked)
-    if not float(match[2]) > 0:
+    weight = float(match[2])
+    if not weight > 0:
         raise ValueError(f"the weight of {match[1]} must be positive, got {match[2]}")
-    return WeightedText(name=match[1], weight=float(match[2]))
+    if weight > _MOST_WEIGHT:
+        raise ValueError(f"the weight of {match[1]} must be at most {_MOST_WEIGHT:g}")
+    return WeightedText(name=match[1], weight=weight)
 
 
 def weighted_texts(asked: Sequence[str]) -> tuple[WeightedText, ...]:

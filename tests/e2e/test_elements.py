@@ -296,6 +296,12 @@ def test_a_pattern_makes_another_recipe_of_the_same_name() -> None:
         InputError, match=r"the pattern says itself what share goes; got --pattern 2:4, --sparsity 0\.3"
     ):
         Recipe.build(method="wanda", pattern="2:4", sparsity=0.3)
+    # YAML reads 2:4 as minutes and seconds.
+    with pytest.raises(InputError, match=r"got --pattern 2:4, --sparsity 0\.3"):
+        Recipe.build(method="wanda", pattern=124, sparsity=0.3)
+    for sparsity in ("abc", "0.3,0.5", 2):
+        with pytest.raises(InputError, match="--sparsity is not usable"):
+            Recipe.build(method="wanda", pattern="2:4", sparsity=sparsity)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
+from structprune.architectures.sources.resolve import open_model
+from structprune.architectures.stock.model import StockModel
 from structprune.assess import EvaluationRequest, VocabularyRequest, choose_vocabulary, evaluate_all
 from structprune.assess.counting import TokenSource, count_texts
 from structprune.assess.sizes import Priced, SizesRequest, SizesTable, ladder, price_sizes
+from structprune.assess.split import decided_for_a_check
 from structprune.errors import StructPruneError
 from structprune.observer import SilentObserver
 from structprune.recipe import Recipe
@@ -25,6 +28,7 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.comparison import Comparison
 from structprune.results.report import PruneReport
 from structprune.texts import weighted_texts
+from structprune.training.run import open_teacher
 from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
 from support.models import TINY_MODELS, spread_weights
@@ -168,6 +172,10 @@ def test_a_smaller_model_learns_from_the_source(source: Path, texts: Path, kept:
     report = recover(tmp_path / "out", source, settings, tmp_path / "recovered")
     assert report.tokens > 0
     assert (tmp_path / "recovered" / KEPT_NAME).is_file()
+    # What is pruned again has the first run's list beside it: its own source has lost the tokens already.
+    student = StockModel(open_model(str(tmp_path / "out")))
+    for teacher in (source, tmp_path / "out"):
+        assert open_teacher(str(teacher), "none", student).layout.vocab_size == 384
 
 
 def test_a_gguf_file_of_fewer_tokens(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
@@ -186,6 +194,8 @@ def test_the_command_line(command_line: CommandLine, source: Path, texts: Path, 
     assert code == 0, err
     assert "384 of" in out
     assert "--vocabulary" in out
+    code, _, err = command_line("vocabulary", source, "-o", path, "--size", "400", "--text", texts, "--measure", texts)
+    assert (code, "one size is chosen without being measured; got --measure" in err) == (2, True)
     settings = ("--calibration", texts, "--num-samples", 4, "--seq-len", 32, "--dtype", "float32", "--method", "fasp")
     code, out, err = command_line("prune", source, "-o", tmp_path / "out", "--vocabulary", path, *settings)
     assert code == 0, err
@@ -357,6 +367,15 @@ def test_limits_that_tokens_and_units_cannot_meet(source: Path, texts: Path) -> 
         plan(source, recipe)
 
 
+def test_checks_of_a_size_that_each_run_decides(source: Path, texts: Path) -> None:
+    """By what stays at most: nothing is counted before the first run."""
+    asked: dict[str, Any] = {"vocabulary": "auto", "calibration": str(texts)}
+    assert not decided_for_a_check(source, Recipe.build(method="fasp", **asked)).tokens
+    alone = Recipe.build(scope="vocabulary", **asked)
+    assert len(decided_for_a_check(source, alone).tokens.ids) == 512
+    assert "512, the most with which some go" in plan(source, alone).notes[0]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_rows": 577}, "a list of another model's tokens"),
     ({"tokenizer": "0" * 64}, "a list of another model's tokens"),
@@ -379,6 +398,8 @@ def test_files_that_are_no_lists(tmp_path: Path) -> None:
         ('{"ids": [5], "num_rows": 5}', "no row of the embedding"),
         ("{}", "names no tokens"),
         ('{"ids": "all"}', "--vocabulary is not usable"),
+        ('{"ids": [1], "num_rows": 5, "covered": NaN}', "--vocabulary is not usable"),
+        ('{"ids": [1], "num_rows": 5, "num_tokens": -1}', "--vocabulary is not usable"),
     ):
         path.write_text(content)
         with pytest.raises(StructPruneError, match=message):
@@ -456,13 +477,31 @@ def test_sizes_that_are_not_possible(size: int, source: Path, texts: Path) -> No
     assert steps.total == 0
 
 
-@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}])
+# A mark longer than the tokens is a panic of the Rust library.
+PANIC = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "##"}
+
+
+@pytest.mark.parametrize("damage", [{"model": None}, {"model": []}, {"added_tokens": ["<s>"]}, {"model": PANIC}])
 def test_damaged_tokenizers(damage: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     path = tmp_path / "source" / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
     with pytest.raises(StructPruneError, match="the tokenizer cannot be loaded"):
         choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)]))
+
+
+def test_a_token_without_a_row_goes(source: Path, texts: Path, kept: KeptTokens, tmp_path: Path) -> None:
+    """As of a padding token that was added to the tokenizer alone."""
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": ROWS, "content": "[PAD]"})
+    path.write_text(json.dumps(tokenizer))
+    found = choose_vocabulary(tmp_path / "source", VocabularyRequest(size=384, texts=[str(texts)])).kept
+    assert found.ids == kept.ids
+    planned = plan(tmp_path / "source", Recipe.build(method="fasp", vocabulary=found, calibration=str(texts)))
+    assert planned.tokens is not None
+    assert planned.tokens.after == 384
 
 
 @pytest.mark.parametrize("changes", [{"vocabulary_text": "a.txt"}, {"drop_reserve": True}])
@@ -512,6 +551,24 @@ def test_all_of_a_text_is_counted(source: Path, texts: Path, tmp_path: Path, mon
     assert steps.made == steps.total == sum(-(-path.stat().st_size // 500) for path in (texts, rows))
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["a.txt:0"], "weight of a.txt must be positive"), (["a.txt", "a.txt:2"], "a.txt is named twice")],
+)
+def test_texts_that_cannot_be_counted(texts: list[str], message: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(StructPruneError, match=r"empty.txt: the text has no token"):
+        choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(tmp_path / "empty.txt")]))
+    with pytest.raises(StructPruneError, match=message):
+        choose_vocabulary(source, VocabularyRequest(size=384, texts=texts))
+    request = SizesRequest(sizes=[384], texts=["b.txt"], measured_on=texts)
+    with pytest.raises(StructPruneError, match=message):
+        price_sizes(source, request, SilentObserver(), structprune.prune)
+    twice = Recipe.build(method="fasp", vocabulary=384, calibration="a.txt", vocabulary_text="a.txt:2")
+    with pytest.raises(StructPruneError, match=r"a\.txt is named twice"):
+        structprune.prune(source, twice, source.parent / "out")
+
+
 def test_text_of_the_model_itself_is_not_counted(source: Path) -> None:
     with pytest.raises(StructPruneError, match="does not say which tokens are worth a row"):
         choose_vocabulary(source, VocabularyRequest(size=384, texts=["self"]))
@@ -543,6 +600,13 @@ def test_a_run_that_was_cut_does_not_count_again(
     report = resume(tmp_path / "out")
     assert report.recipe.vocabulary == whole.recipe.vocabulary
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_list_without_what_every_text_needs(source: Path, texts: Path, kept: KeptTokens) -> None:
+    byte = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("!")
+    without = KeptTokens(**{**kept.model_dump(), "ids": tuple(i for i in kept.ids if i != byte)})
+    with pytest.raises(StructPruneError, match=f"cannot be encoded; got 1 of them are missing, such as {byte}"):
+        plan(source, Recipe.build(method="fasp", calibration=str(texts), vocabulary=without))
 
 
 def test_tokens_that_settings_name_stay(source: Path, texts: Path, kept: KeptTokens) -> None:

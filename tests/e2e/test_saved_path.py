@@ -155,9 +155,23 @@ def test_what_cannot_be_read_out_of_it(saved: Path, tmp_path: Path, command_line
     broken.write_text(json.dumps(values))
     with pytest.raises(StructPruneError, match="different lengths"):
         read_path(broken)
+    first = json.loads(saved.read_text())["sublayers"][0]
+    for changes, message in (
+        ({"parameters": [first["parameters"][0]] * len(first["units"])}, "parameters do not descend"),
+        ({"before": first["parameters"][0] - 1}, "parameters do not descend"),
+        ({"before": 10**400}, "less than or equal to"),
+        ({"loss": [1e308] * len(first["units"])}, "less than or equal to"),
+        ({"block": 1}, "a sublayer is there twice"),
+    ):
+        values["sublayers"][0] = {**first, **changes}
+        broken.write_text(json.dumps(values))
+        with pytest.raises(StructPruneError, match=message):
+            read_path(broken)
     for flags, message in (
         (["--target-parameters", "1M"], "--target-parameters and --allocation would decide the same thing"),
         (["--allocator", "dp"], "--allocator and --allocation would decide the same thing"),
+        (["--search", "evopress"], "--search and --allocation would decide the same thing"),
+        (["--method", "wanda"], "--allocation gives widths, and method 'wanda' removes single weights"),
     ):
         code, _, said = command_line("plan", tmp_path, "--allocation", saved, *flags)
         assert code == 2

@@ -129,6 +129,7 @@ def test_names_with_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["a.txt", "a.txt:2"], "a.txt is named twice: give it a weight instead, such as a.txt:2"),
         (["a.txt:0", "b.txt"], "the weight of a.txt must be positive, got 0"),
+        ([f"a.txt:{'9' * 400}", "b.txt"], "the weight of a.txt must be at most 1e+12"),
         ([], "no text is named"),
     ],
 )

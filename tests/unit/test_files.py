@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from structprune.files import atomic_path, write_json, write_text
+from structprune.errors import CheckpointError
+from structprune.files import atomic_path, read_json, write_json, write_text
 
 
 def test_appears_under_its_name_only_at_the_end(tmp_path: Path) -> None:
@@ -73,6 +74,15 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert json.loads(text) == value
     assert text.endswith("}\n")
     assert "\u00e9" in text
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    """It would be found when something that quotes it is written, at the end of a run."""
+    (tmp_path / "value.json").write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_json(tmp_path / "value.json") == {"a": "\U0001f600"}
+    (tmp_path / "value.json").write_text('{"a": {"\\ud83d": 1}}')
+    with pytest.raises(CheckpointError, match=r"value\.json: the file cannot be read as JSON; got .* surrogates"):
+        read_json(tmp_path / "value.json")
 
 
 def test_value_that_is_no_json_leaves_nothing(tmp_path: Path) -> None:

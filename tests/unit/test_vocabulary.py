@@ -188,6 +188,23 @@ def test_ids_in_settings_move_along() -> None:
         with_new_ids({"eos_token_id": 7}, new, 10, "here")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bad_words_ids", [5]),
+        ("bad_words_ids", [[[5]]]),
+        ("force_words_ids", [{"a": 1}]),
+        ("forced_decoder_ids", [5]),
+        ("forced_decoder_ids", [[1, 2, 5]]),
+        ("suppress_tokens", [[2]]),
+        ("begin_suppress_tokens", ["a"]),
+    ],
+)
+def test_lists_of_tokens_that_are_none(name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"lists no tokens; got {name} "):
+        with_new_ids({name: value}, {2: 0, 5: 1}, 10, "here")
+
+
 def piece(text: str, kind: int = 1) -> bytes:
     """A piece of a SentencePiece model: text, score and kind, as Protocol Buffers has them."""
     content = b"\x0a" + bytes([len(text)]) + text.encode() + b"\x15\x00\x00\x80\x3f" + b"\x18" + bytes([kind])

@@ -24,7 +24,7 @@ from structprune.errors import InputError
 from structprune.observer import Observer
 from structprune.texts import WeightedText
 from structprune.vocabulary.choose import CountedText
-from structprune.vocabulary.tokenizer_json import all_tokens
+from structprune.vocabulary.tokenizer_json import all_tokens, identity, with_rows
 
 _CHECKED_CHARACTERS = 200_000
 # Progress is told once for so much of a file.
@@ -45,9 +45,12 @@ class TokenSource:
     row_width: int
     """Parameters that go with the row of a token: of the embedding, of a head of its own, of its bias."""
     tokenizer: dict[str, Any]
+    """The tokenizer without tokens that have no row."""
+    identity: str
+    """SHA-256 of the whole tokenizer."""
     encoder: TextEncoder
     numbered: dict[int, str]
-    """Id -> spelling of the tokens that have a row."""
+    """Id -> spelling of its tokens."""
 
     @classmethod
     def open(cls, model: str | Path, adapter: str) -> TokenSource:
@@ -56,16 +59,17 @@ class TokenSource:
         num_rows, _ = rows_by_token(reader)
         # First: what the loader takes has the parts that the rest looks for.
         encoder = TextEncoder(reader.directory, num_rows)
-        tokenizer = read_tokenizer(reader.directory)
-        numbered = all_tokens(tokenizer, str(reader.directory))
+        whole, where = read_tokenizer(reader.directory), str(reader.directory)
+        tokenizer = with_rows(whole, num_rows, where)
         return cls(
             model=str(model),
             reader=reader,
             num_rows=num_rows,
             row_width=row_width(reader),
             tokenizer=tokenizer,
+            identity=identity(whole),
             encoder=encoder,
-            numbered={number: token for number, token in numbered.items() if number < num_rows},
+            numbered=all_tokens(tokenizer, where),
         )
 
     @property
@@ -91,7 +95,8 @@ def count_texts(
 ) -> tuple[list[CountedText], list[str]]:
     """Count the tokens of every text; returns the starts of the texts too.
 
-    Raises InputError for a text that cannot be read, CheckpointError for one that the tokenizer cannot encode.
+    Raises InputError for a text that cannot be read or has no token, CheckpointError for one that the tokenizer cannot
+    encode.
     """
     steps = [_num_steps(text) for text in texts]
     observer.start("count tokens", sum(steps))
@@ -107,6 +112,8 @@ def count_texts(
                 done += 1
         for _ in range(done, num_steps):
             observer.advance(Path(text.name).name)
+        if not counts_V.any():
+            raise InputError("the text has no token that could be counted", where=text.name)
         counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
         samples.append(sample)
     return counted, samples

@@ -243,7 +243,8 @@ def _check_same_vocabulary(vocab_size: int, other: int) -> None:
         raise InputError(
             "the two models have different vocabularies",
             got=f"{vocab_size} and {other} tokens",
-            wanted="a pruned model and the one it came from",
+            wanted="a pruned model and the one it came from, with as many",
+            do="evaluate each by itself, and compare their bits per byte",
         )
 
 

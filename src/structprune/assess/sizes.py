@@ -17,13 +17,18 @@ from structprune.architectures.sources.adapter import NO_ADAPTER
 from structprune.assess.counting import TokenSource
 from structprune.assess.quality import EvaluationRequest, evaluate_all
 from structprune.assess.split import Priced, room_for, tokens_share, why
-from structprune.assess.vocabulary import VocabularyRequest, choose_sizes, possible_sizes, split_texts
+from structprune.assess.vocabulary import (
+    VocabularyRequest,
+    choose_sizes,
+    possible_sizes,
+    split_texts,
+    texts_to_count,
+)
 from structprune.errors import InputError
 from structprune.observer import Observer
 from structprune.recipe import Recipe
 from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
 from structprune.results.report import PruneReport
-from structprune.texts import weighted_texts
 from structprune.vocabulary.choose import MULTIPLE
 from structprune.vocabulary.kept import ALL_TOKENS, KeptTokens
 
@@ -146,7 +151,7 @@ def price_sizes(model: str | Path, request: SizesRequest, observer: Observer, pr
     """Measure every size, and the channels. Raises StructPruneError."""
     if not request.measured_on:
         raise InputError("sizes are compared on text that is not counted", wanted="--measure FILE")
-    counted, measured = ({text.name for text in weighted_texts(tuple(t))} for t in (request.texts, request.measured_on))
+    counted, measured = ({text.name for text in texts_to_count(t)} for t in (request.texts, request.measured_on))
     if both := sorted(counted & measured):
         raise InputError("a text that is counted cannot say what the others lose", got=both[0], wanted="another text")
     # All of them before anything is measured: one may not be possible.

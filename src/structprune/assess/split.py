@@ -17,7 +17,7 @@ from structprune.architectures.sources.fewer_tokens import rows_by_token
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.assess.counting import TokenSource, row_width
-from structprune.assess.vocabulary import PossibleSizes, possible_sizes
+from structprune.assess.vocabulary import PossibleSizes, planned, possible_sizes
 from structprune.engine.planning.limits import find_limits
 from structprune.engine.planning.widths import most_removed
 from structprune.engine.resolve import check
@@ -154,13 +154,24 @@ def as_planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ..
     if recipe.vocabulary != AUTO_TOKENS:
         return recipe, ()
     possible = possible_sizes(TokenSource.open(model, recipe.merge_adapter), recipe)
-    least = room_for(model, recipe, possible).least
     said = "how many tokens stay is decided by the run, which measures some sizes first; "
-    if not least:
+    if recipe.scope == "vocabulary":
+        size = possible.within(1)
+        said += f"in these figures {size:,}, the most with which some go"
+    elif least := room_for(model, recipe, possible).least:
+        size = possible.within(least)
+        said += f"in these figures {size:,}, with which the units in scope just meet the limit"
+    else:
         return recipe.with_tokens(ALL_TOKENS), (f"{said}all are in these figures",)
-    size = possible.within(least)
-    said += f"in these figures {size:,}, with which the units in scope just meet the limit"
     return recipe.model_copy(update={"vocabulary": WantedTokens(size=size)}), (said,)
+
+
+def decided_for_a_check(model: str | Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with as many tokens as a run of it would have at most, none of them counted.
+
+    Raises what `as_planned` and `planned` do.
+    """
+    return planned(model, as_planned(model, recipe)[0])[0]
 
 
 def without_units(model: str | Path, recipe: Recipe, observer: Observer) -> Recipe:

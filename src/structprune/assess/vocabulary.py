@@ -22,7 +22,7 @@ from structprune.memory import format_bytes
 from structprune.observer import Observer, SilentObserver
 from structprune.recipe import Recipe, flag_name
 from structprune.recipe.tokens import AUTO_TOKENS, WantedTokens
-from structprune.texts import shown_texts, weighted_texts
+from structprune.texts import WeightedText, shown_texts, weighted_texts
 from structprune.vocabulary.choose import (
     MULTIPLE,
     CountedText,
@@ -35,7 +35,6 @@ from structprune.vocabulary.ids import ids_of
 from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import (
     added_tokens,
-    identity,
     ids_around_texts,
     is_reserve,
     shrunk,
@@ -80,6 +79,14 @@ class VocabularyChoice:
     lengths: tuple[TokenLength, ...]
 
 
+def texts_to_count(asked: Sequence[str]) -> tuple[WeightedText, ...]:
+    """Split the texts from their weights. Raises InputError for a weight that is none, and a text named twice."""
+    try:
+        return weighted_texts(tuple(asked))
+    except ValueError as error:
+        raise InputError(f"the texts cannot be counted: {error}") from None
+
+
 def choose_vocabulary(
     model: str | Path, request: VocabularyRequest, observer: Observer | None = None
 ) -> VocabularyChoice:
@@ -90,7 +97,7 @@ def choose_vocabulary(
     observer = observer or SilentObserver()
     if not request.texts:
         raise InputError("no text is named", wanted="--text FILE, such as the model is meant to read and write")
-    texts = weighted_texts(tuple(request.texts))
+    texts = texts_to_count(request.texts)
     check_texts(texts)
     source = TokenSource.open(model, request.merge_adapter)
     _check_sizes(source, request, [request.size])
@@ -117,7 +124,7 @@ def choose_sizes(
     Raises what `choose_vocabulary` does.
     """
     _check_sizes(source, request, sizes)
-    counted, _ = count_texts(weighted_texts(tuple(request.texts)), source, observer)
+    counted, _ = count_texts(texts_to_count(request.texts), source, observer)
     for size in sizes:
         kept = _chosen(source, replace(request, size=size), counted)
         yield kept, (source.num_rows - len(kept.ids)) * source.row_width
@@ -164,7 +171,7 @@ def split_texts(
     Returns the first parts with the texts' weights, and the rests. Raises InputError for a text that is too short.
     """
     first, rest = list[str](), list[str]()
-    for number, text in enumerate(weighted_texts((*recipe.calibration, *recipe.vocabulary_text))):
+    for number, text in enumerate(texts_to_count((*recipe.calibration, *recipe.vocabulary_text))):
         content = sampled_text(text, source, observer)
         place = content.rfind("\n", 0, len(content) * 9 // 10) + 1 or len(content) * 9 // 10
         if len(content) - place < _LEAST_MEASURED:
@@ -216,7 +223,7 @@ def planned(model: str | Path, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]
     source = TokenSource.open(model, request.merge_adapter)
     kept = _chosen(source, request, [])
     texts = (*recipe.calibration, *recipe.vocabulary_text)
-    files = [path for text in weighted_texts(texts) if (path := text.path) is not None]
+    files = [path for text in texts_to_count(texts) if (path := text.path) is not None]
     size = format_bytes(sum(path.stat().st_size for path in files))
     said = (
         f"which {len(kept.ids):,} tokens stay is decided by the run, which counts them first on {shown_texts(texts)}"
@@ -259,7 +266,7 @@ def _chosen(source: TokenSource, request: VocabularyRequest, counted: Sequence[C
     return KeptTokens(
         source=source.model,
         num_rows=source.num_rows,
-        tokenizer=identity(source.tokenizer),
+        tokenizer=source.identity,
         ids=ids,
         texts=tuple(text.name for text in counted),
         num_tokens=sum(int(text.counts_V.sum()) for text in counted),

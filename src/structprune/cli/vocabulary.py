@@ -65,6 +65,10 @@ def vocabulary(
         raise InputError("one size is chosen, or several are measured", wanted="--size or --sizes")
     if size is not None and output is None:
         raise InputError("the list of tokens has no place", wanted="-o FILE")
+    if size is not None and measure:
+        raise InputError(
+            "one size is chosen without being measured", got="--measure", wanted="--sizes, or --size alone"
+        )
     _check_output(output)
     if sizes is not None:
         several = SizesRequest(

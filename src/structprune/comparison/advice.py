@@ -14,7 +14,7 @@ from typing import Any
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.assess.vocabulary import planned
+from structprune.assess.split import decided_for_a_check
 from structprune.comparison.cells import (
     Variant,
     cell_recipe,
@@ -113,7 +113,7 @@ def advise(request: AdviceRequest, output: Path, observer: Observer) -> Advice:
         try:
             share = share_of_scope(layout, cell_recipe(request.shared, variant, 0.0).scope, request.remove)
             recipe = fitted(cell_recipe(request.shared, variant, share), METHODS.get(variant.method), layout)
-            resolved = check_planned(request.model, planned(request.model, recipe)[0])
+            resolved = check_planned(request.model, decided_for_a_check(request.model, recipe))
         except StructPruneError as error:
             left_out[variant.label] = str(error)
             observer.note(f"{variant.label} is left out: {error}")

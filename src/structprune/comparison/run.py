@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
-from structprune.assess.vocabulary import planned
+from structprune.assess.split import decided_for_a_check
 from structprune.calibration.sources.file import read_text
 from structprune.comparison.cell import CellResult, CellSpec, cell_name
 from structprune.comparison.cells import (
@@ -175,7 +175,7 @@ def _prepare(request: ComparisonRequest) -> tuple[Comparison, list[CellSpec]]:
 def _check_cell(model: str, recipe: Recipe, label: str, sparsity: float | None) -> None:
     """Raise, with the cell's name, what its run would raise before its first weight: also that it does not fit."""
     try:
-        check_planned(model, planned(model, recipe)[0])
+        check_planned(model, decided_for_a_check(model, recipe))
     except StructPruneError as error:
         raise type(error)(
             error.what,

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 
 from structprune.api import check, prune
-from structprune.assess.vocabulary import planned
+from structprune.assess.split import decided_for_a_check
 from structprune.engine.run.finalize import load_report
 from structprune.errors import InputError, StructPruneError
 from structprune.files import check_path, expand_user, make_folder, read_json, write_json
@@ -59,7 +59,7 @@ def prune_shares(
             do="ask for the same, or choose another -o",
         )
     if before is None:
-        resolved = [check(model, planned(model, recipe)[0]) for recipe in recipes.values()]
+        resolved = [check(model, decided_for_a_check(model, recipe)) for recipe in recipes.values()]
         started = Started(
             model=str(model),
             directory=os.getcwd(),  # noqa: PTH109 - a string, as the journal keeps it

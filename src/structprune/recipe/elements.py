@@ -82,21 +82,18 @@ class ElementsRecipe(Recipe, frozen=True):
         if share is None:
             return own
         asked = own.get("sparsity")
-        if asked is not None and _other_share(asked, share):
+        try:
+            other = asked is not None and TypeAdapter[float](Share).validate_python(asked) != share
+        except (ValidationError, InputError):
+            # The field itself says what is wrong with it.
+            return own
+        if other:
             raise InputError(
                 "the pattern says itself what share goes",
-                got=f"--pattern {own['pattern']}, --sparsity {asked}",
+                got=f"--pattern {_read_pattern(own['pattern'])}, --sparsity {asked}",
                 wanted=f"--sparsity {share:g}, or none",
             )
         return {**own, "sparsity": share}
-
-
-def _other_share(asked: Any, share: float) -> bool:
-    try:
-        return TypeAdapter[float](Share).validate_python(asked) != share
-    except ValidationError:
-        # The field itself says what is wrong with it.
-        return False
 
 
 def _share_of(pattern: Any) -> float | None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
-from structprune.errors import InputError
+from structprune.errors import InputError, UnsupportedError
 from structprune.files import check_path, expand_user, read_validated
 from structprune.kinds import HeadUnits, UnitKind
-from structprune.recipe.common import flag_name
+from structprune.recipe.common import DEFAULT_METHOD, Recipe, flag_name
 from structprune.recipe.limits import TARGETS
 from structprune.recipe.widths import BlockWidths
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from structprune.allocation.menu import Slot
 
 PATH_NAME = "pruning_path.json"
+# More than any sublayer has: sums of them are exact, and those of losses finite.
+_MOST_PARAMETERS, _MOST_LOSS = 2**53, 1e100
+_Parameters = Annotated[int, Field(ge=0, le=_MOST_PARAMETERS)]
+_Loss = Annotated[float, Field(ge=-_MOST_LOSS, le=_MOST_LOSS, allow_inf_nan=False)]
 
 
 class SublayerPath(BaseModel, frozen=True, extra="forbid"):
@@ -29,20 +33,21 @@ class SublayerPath(BaseModel, frozen=True, extra="forbid"):
 
     block: NonNegativeInt
     kind: UnitKind
-    before: PositiveInt
+    before: Annotated[int, Field(gt=0, le=_MOST_PARAMETERS)]
     """Parameters of the sublayer with all units."""
     units: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    parameters: tuple[NonNegativeInt, ...]
+    parameters: tuple[_Parameters, ...]
     """What is left of them at each width."""
-    loss: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    loss: tuple[_Loss, ...]
     """What the removal of all other units is predicted to add to the loss, in nats per token."""
 
     @model_validator(mode="after")
     def _alike(self) -> SublayerPath:
         if not len(self.units) == len(self.parameters) == len(self.loss):
             raise ValueError("units, parameters and loss have different lengths")
-        if any(a <= b for a, b in itertools.pairwise(self.units)):
-            raise ValueError("units do not descend")
+        for name, values in (("units", self.units), ("parameters", (self.before + 1, *self.parameters))):
+            if any(a <= b for a, b in itertools.pairwise(values)):
+                raise ValueError(f"{name} do not descend")
         return self
 
 
@@ -66,9 +71,15 @@ class RemovalPath(BaseModel, frozen=True, extra="forbid"):
     source_fingerprint: str
     head_units: HeadUnits
     """What the units of attention are."""
-    scope_parameters: PositiveInt
+    scope_parameters: Annotated[int, Field(gt=0, le=_MOST_PARAMETERS)]
     """What a share is a share of."""
     sublayers: Annotated[tuple[SublayerPath, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> RemovalPath:
+        if len({(sublayer.block, sublayer.kind) for sublayer in self.sublayers}) < len(self.sublayers):
+            raise ValueError("a sublayer is there twice")
+        return self
 
     @property
     def before(self) -> int:
@@ -140,9 +151,16 @@ def read_path(file: str | Path) -> RemovalPath:
 def with_allocation(values: Mapping[str, Any], file: str | Path, share: float) -> dict[str, Any]:
     """Put the widths for a share in the place of the share, in a recipe's values.
 
-    Raises InputError for values that decide the widths too.
+    Raises InputError for values that decide the widths too, UnsupportedError for a method that has none.
     """
+    kind = Recipe.kind_for(values)
+    if "widths" not in kind.model_fields:
+        raise UnsupportedError(
+            f"--allocation gives widths, and method {values.get('method') or DEFAULT_METHOD!r} removes {kind.removes}",
+            got=str(file),
+        )
     other = [flag_name(name) for name in ("widths", "allocator", *TARGETS) if values.get(name) is not None]
+    other += ["--search"] if values.get("search") not in (None, kind.model_fields["search"].default) else []
     if other:
         raise InputError(
             f"{', '.join(other)} and --allocation would decide the same thing",

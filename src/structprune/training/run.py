@@ -40,7 +40,7 @@ from structprune.training.finalize import RECOVERY_REPORT_NAME, finalize_recover
 from structprune.training.plan import RecoveryPlan, plan_recovery
 from structprune.training.snapshots import going_on
 from structprune.training.texts import read_texts
-from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens, read_kept
+from structprune.vocabulary.kept import KEPT_NAME, read_kept
 
 _STATE_NAME = "recovery"
 _PARTS = {
@@ -52,10 +52,15 @@ _PARTS = {
 }
 
 
-def _tokens_of(student: StockModel) -> KeptTokens:
-    """Return the tokens that the student has kept of its source, by the list that its run has left."""
-    path = student.reader.directory / KEPT_NAME
-    return read_kept(path) if path.is_file() else ALL_TOKENS
+def open_teacher(model: str, adapter: str, student: StockModel) -> StockModel:
+    """Open the teacher with the tokens that the student has kept, by the list that its run has left.
+
+    One with as many rows as the student has lost its tokens before: the list is of the model that it came from.
+    """
+    dense, path = StockModel(open_model(model, adapter=adapter)), student.reader.directory / KEPT_NAME
+    if not path.is_file() or dense.layout.vocab_size == student.layout.vocab_size:
+        return dense
+    return StockModel(open_model(model, adapter=adapter, tokens=read_kept(path)))
 
 
 def recover_model(
@@ -72,7 +77,7 @@ def recover_model(
     asked, settings = settings, settings.resolved()
     device = resolve_device(settings.device)
     pruned = StockModel(open_model(str(student), DTYPES.get(settings.output_dtype)))
-    dense = StockModel(open_model(str(teacher), adapter=settings.merge_adapter, tokens=_tokens_of(pruned)))
+    dense = open_teacher(str(teacher), settings.merge_adapter, pruned)
     check_needed(pruned.reader.directory, sort_files(pruned.reader.directory, pruned.reader.weight_files))
     check_pair(dense, pruned)
     check_zeros(settings.mode, keeps_zeros=mode.keeps_zeros, student=pruned)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structprune.errors import InputError
 from structprune.vocabulary.model import token_model
-from structprune.vocabulary.tokenizer_json import all_tokens
+from structprune.vocabulary.tokenizer_json import all_tokens, needed_ids
 
 MULTIPLE = 64
 """Rows of the result are a multiple of this."""
@@ -101,10 +101,8 @@ def least_size(tokenizer: Mapping[str, Any], needed: Collection[int], where: str
 
 def _staying(tokenizer: Mapping[str, Any], needed: Collection[int], where: str) -> set[int]:
     """Return the ids that stay whatever the texts."""
-    model = tokenizer["model"]
-    kind, numbered = token_model(model, where), all_tokens(tokenizer, where)
-    ids = kind.tokens(model)
-    return {number for number in needed if number in numbered} | {ids[token] for token in kind.needed(model)}
+    numbered = all_tokens(tokenizer, where)
+    return {number for number in needed if number in numbered} | needed_ids(tokenizer, where)
 
 
 def _in_order(

@@ -33,7 +33,7 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
     """Rewrite a config or generation settings: ids, and entries that count the vocabulary's rows.
 
     Of lists of tokens that are not to be written those that are gone are left out. Raises CheckpointError for an entry
-    that names a token which is gone.
+    that names a token which is gone, and for a list of tokens that is none.
     """
     result: dict[str, Any] = {}
     for name, value in config.items():
@@ -42,18 +42,42 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
         elif value == num_rows and name.startswith("vocab_size"):
             result[name] = len(new)
         elif name in _LISTS and isinstance(value, list):
-            result[name] = [[new[token] for token in row] for row in value if all(token in new for token in row)]
+            rows = [_row(row, name, where) for row in value]
+            result[name] = [[new[token] for token in row] for row in rows if all(token in new for token in row)]
         elif name in _PAIRS and isinstance(value, list):
-            result[name] = [[place, _new_id(token, new, num_rows, name, where)] for place, token in value]
+            pairs = [_pair(pair, name, where) for pair in value]
+            result[name] = [[place, _new_id(token, new, num_rows, name, where)] for place, token in pairs]
         elif _ONE.fullmatch(name):
             ids = value if isinstance(value, list) else [value]
             found = [_new_id(number, new, num_rows, name, where) for number in ids]
             result[name] = found if isinstance(value, list) else found[0]
         elif _SEVERAL.fullmatch(name) and isinstance(value, list):
-            result[name] = [new.get(number, number) for number in value if not _is_id(number) or number in new]
+            result[name] = [new[token] for token in _row(value, name, where) if token in new]
         else:
             result[name] = value
     return result
+
+
+def _row(value: Any, name: str, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(_is_id(token) for token in value):
+        raise CheckpointError(
+            "an entry of the model's settings lists no tokens",
+            where=where,
+            got=f"{name} {value!r}"[:80],
+            wanted="ids of tokens",
+        )
+    return value
+
+
+def _pair(value: Any, name: str, where: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise CheckpointError(
+            "an entry of the model's settings lists no tokens",
+            where=where,
+            got=f"{name} {value!r}"[:80],
+            wanted="a place and the id of a token",
+        )
+    return value
 
 
 def _is_id(value: Any) -> bool:

@@ -31,9 +31,9 @@ class KeptTokens(BaseModel, frozen=True, extra="forbid"):
     """Ascending; the new id of a token is its place here."""
     texts: tuple[str, ...] = ()
     """What the tokens were counted on."""
-    num_tokens: int = 0
+    num_tokens: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Tokens of all texts together."""
-    covered: float = 1.0
+    covered: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of them that stay, the mean of the texts' own."""
 
     @model_validator(mode="after")

@@ -36,6 +36,24 @@ def all_tokens(tokenizer: Mapping[str, Any], where: str) -> dict[int, str]:
     return {number: token for token, number in tokens.items()}
 
 
+def needed_ids(tokenizer: Mapping[str, Any], where: str) -> set[int]:
+    """Return the tokens without which some text could not be encoded. Raises UnsupportedError for an unknown kind."""
+    model = tokenizer["model"]
+    kind = token_model(model, where)
+    ids = kind.tokens(model)
+    return {ids[token] for token in kind.needed(model)}
+
+
+def with_rows(tokenizer: Mapping[str, Any], num_rows: int, where: str) -> dict[str, Any]:
+    """Return the tokenizer without tokens that the embedding has no row for, which no text may have.
+
+    Raises what `shrunk` does.
+    """
+    if all(number < num_rows for number in all_tokens(tokenizer, where)):
+        return dict(tokenizer)
+    return shrunk(tokenizer, {number: number for number in range(num_rows)}, where)
+
+
 def shrunk(tokenizer: Mapping[str, Any], new: Ids, where: str) -> dict[str, Any]:
     """Return the tokenizer with the tokens of `new` alone, under their new ids.
 

@@ -26,14 +26,14 @@ from structprune.files import read_json
 from structprune.vocabulary.files import TOKENIZER_NAME, write_files
 from structprune.vocabulary.ids import with_new_ids
 from structprune.vocabulary.kept import KeptTokens
-from structprune.vocabulary.tokenizer_json import identity
+from structprune.vocabulary.tokenizer_json import identity, needed_ids
 
 
 def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointReader:
     """Open `base` with the tokens of `kept` alone; headers and the tokenizer only.
 
-    Raises InputError for a list that was made of another tokenizer, UnsupportedError for a tokenizer or tensors that
-    cannot be cut, CheckpointError where a setting names a token that is gone.
+    Raises InputError for a list that was made of another tokenizer or lacks what every text needs, UnsupportedError for
+    a tokenizer or tensors that cannot be cut, CheckpointError where a setting names a token that is gone.
     """
     num_rows, sliced = rows_by_token(base)
     tokenizer = read_tokenizer(base.directory)
@@ -46,6 +46,14 @@ def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointRead
             do="make it: structprune vocabulary MODEL -o FILE --size NUMBER --text TEXT",
         )
     new = kept.new_ids
+    needed = {number for number in needed_ids(tokenizer, str(base.directory)) if number < num_rows}
+    if missing := needed - new.keys():
+        raise InputError(
+            "--vocabulary leaves out tokens without which some text cannot be encoded",
+            where=str(base.directory),
+            got=f"{len(missing):,} of them are missing, such as {min(missing)}",
+            do="make the list: structprune vocabulary MODEL -o FILE --size NUMBER --text TEXT",
+        )
     directory = Path(tempfile.mkdtemp(prefix="structprune-")) / base.directory.name
     atexit.register(shutil.rmtree, directory.parent, ignore_errors=True)
     directory.mkdir()

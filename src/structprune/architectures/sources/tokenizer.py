@@ -48,8 +48,9 @@ class TextEncoder:
                 self.tokenizer: Any = AutoTokenizer.from_pretrained(
                     str(directory), local_files_only=True, trust_remote_code=False, config=config
                 )
-        except Exception as error:
+        except BaseException as error:
             # The loader's exception types differ between tokenizer classes; each means the same to the user.
+            _raise_other(error)
             is_there = tokenizer_bytes(directory) > 0
             raise CheckpointError(
                 "the tokenizer cannot be loaded",
@@ -104,9 +105,8 @@ class TextEncoder:
         try:
             return encode()
         except BaseException as error:
-            # A panic of the Rust library, as where a regular expression backtracks without end, is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
+            # As where a regular expression backtracks without end.
+            _raise_other(error)
             # It raises bare exceptions, such as for a character without an unknown token to stand for it.
             raise CheckpointError(
                 "the tokenizer cannot encode the text",
@@ -200,6 +200,12 @@ class TextEncoder:
             if isinstance(value, int):
                 return value
         return None
+
+
+def _raise_other(error: BaseException) -> None:
+    """Raise what is no error of a tokenizer, such as an interrupt; a panic of the Rust library is no Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _excerpt(text: str) -> str:
