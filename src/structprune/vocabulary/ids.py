@@ -12,6 +12,7 @@ _ONE = re.compile(r"(.*_)?token_(id|index)")
 _SEVERAL = re.compile(r"(.*_)?tokens?_ids?|(begin_)?suppress_tokens")
 _LISTS = ("bad_words_ids", "force_words_ids")
 _PAIRS = ("forced_decoder_ids",)
+_NO_TOKEN = -1
 Ids = Mapping[int, int]
 """Id in the source -> id in the result."""
 
@@ -52,14 +53,15 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
             found = [_new_id(number, new, num_rows, name, where) for number in ids]
             result[name] = found if isinstance(value, list) else found[0]
         elif _SEVERAL.fullmatch(name) and isinstance(value, list):
-            result[name] = [new[token] for token in _row(value, name, where) if token in new]
+            known = {_NO_TOKEN: _NO_TOKEN, **new}
+            result[name] = [known[token] for token in _row(value, name, where) if token in known]
         else:
             result[name] = value
     return result
 
 
 def _row(value: Any, name: str, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(_is_id(token) for token in value):
+    if not isinstance(value, list) or not all(_is_id(token) or token == _NO_TOKEN for token in value):
         raise CheckpointError(
             "an entry of the model's settings lists no tokens",
             where=where,
