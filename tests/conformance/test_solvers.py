@@ -19,6 +19,7 @@ from torch import Tensor
 
 from structprune.errors import NumericalError
 from structprune.linalg.gram_products import in_float64
+from structprune.scores.selection import removal_path
 from structprune.solvers import SOLVERS, least_squares
 from structprune.solvers.least_squares import judged_least_squares
 from structprune.types import LayerProblem, Moments, SolveResult
@@ -313,6 +314,34 @@ def split_problem(
     )
 
 
+def rescaled(problem: LayerProblem, scale_I: Tensor) -> LayerProblem:
+    """The same function: inputs times `scale_I`, weights divided by it."""
+
+    def moments(part: Moments) -> Moments:
+        target_OI = None if part.target_OI is None else torch.as_tensor(part.target_OI) * scale_I
+        gram_II = torch.as_tensor(part.gram_II) * scale_I * scale_I[:, None]
+        return replace(part, gram_II=gram_II, target_OI=target_OI)
+
+    assert problem.held_out is not None
+    weight_OI = problem.weight_OI / scale_I
+    return replace(problem, weight_OI=weight_OI, fit=moments(problem.fit), held_out=moments(problem.held_out))
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_the_scale_of_an_input_changes_nothing(path: bool) -> None:
+    """Whether a unit's activations are large and its weights small or the other way round is the model's own affair."""
+    problem, keep_U = split_problem(3, path=path), keep_mask(12, list(range(1, 9)))
+    scale_I = torch.ones(12, dtype=torch.float64)
+    scale_I[2], scale_I[5] = 300.0, 1e-3
+    scaled = rescaled(problem, scale_I)
+    found, other = (SOLVERS.get("least-squares").solve(each, keep_U) for each in (problem, scaled))
+    torch.testing.assert_close(other.weight_OK * scale_I[problem.kept_inputs(keep_U)], found.weight_OK)
+    assert other.statistics == pytest.approx(found.statistics)
+    first, second = (removal_path(each, 8) for each in (problem, scaled))
+    torch.testing.assert_close(second.order, first.order)
+    torch.testing.assert_close(second.cost, first.cost)
+
+
 def test_noise_gets_the_larger_ridge() -> None:
     """The inputs can make up for what the weight lacks; noise they cannot."""
     keep_U = keep_mask(12, list(range(8)))
@@ -323,7 +352,7 @@ def test_noise_gets_the_larger_ridge() -> None:
         return judged_least_squares(replace(problem, weight_OI=problem.weight_OI + lacking_OI), keep_U)
 
     clean, noisy = solved(0), solved(6)
-    assert noisy.statistics["path_damping"] > 10 * clean.statistics["path_damping"]
+    assert noisy.statistics["path_damping"] >= 10 * clean.statistics["path_damping"]
     assert noisy.statistics["held_out_error"] > clean.statistics["held_out_error"]
 
 
@@ -344,7 +373,7 @@ def test_the_chosen_ridge_is_the_best_of_the_grid_on_held_out_tokens(path: bool)
             if math.isinf(damping):
                 return torch.zeros_like(right_OK)
             gram_KK = fit.gram_II[kept_K][:, kept_K]
-            ridge_KK = damping * gram_KK.diagonal().mean() * torch.eye(len(kept_K))
+            ridge_KK = damping * gram_KK.diagonal().diag()
             return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
 
         missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]
@@ -386,13 +415,17 @@ def test_the_answer_is_solved_on_all_tokens() -> None:
     chosen = SOLVERS.get("least-squares").solve(problem, keep_U)
     assert chosen.statistics["damping"] != chosen.statistics["path_damping"]
     whole = replace(split_problem(2, path=True, held_out=False), weight_OI=problem.weight_OI)
-    fixed = replace(whole, damping=chosen.statistics["damping"])
-    same = replace(whole, damping=chosen.statistics["path_damping"])
-    local = replace(whole.fit, target_OI=None, target_energy=None)
-    local_only = SOLVERS.get("least-squares").solve(replace(fixed, fit=local), keep_U).weight_OK
-    path_ridge_local = SOLVERS.get("least-squares").solve(replace(same, fit=local), keep_U).weight_OK
-    path_ridge_both = SOLVERS.get("least-squares").solve(same, keep_U).weight_OK
-    torch.testing.assert_close(chosen.weight_OK, local_only + path_ridge_both - path_ridge_local)
+    gram_II, kept_K = whole.fit.gram_II, whole.kept_inputs(keep_U)
+    gram_KK = gram_II[kept_K][:, kept_K]
+
+    def solve(right_OK: Tensor, damping: float) -> Tensor:
+        return torch.linalg.solve(gram_KK + damping * gram_KK.diagonal().diag(), right_OK.T).T
+
+    missing_OK = (whole.weight_OI * ~keep_U) @ gram_II[:, kept_K]
+    residual_OK = (cross(whole.weight_OI, whole.fit) - whole.weight_OI @ gram_II)[:, kept_K]
+    expected_OK = whole.weight_OI[:, kept_K] + solve(missing_OK, chosen.statistics["damping"])
+    expected_OK += solve(residual_OK, chosen.statistics["path_damping"])
+    torch.testing.assert_close(chosen.weight_OK, expected_OK)
 
 
 @pytest.mark.parametrize("path", [False, True])
@@ -486,7 +519,7 @@ def worst_error(problem: LayerProblem, keep_U: Tensor, xs: list[Tensor], ys: lis
     def solve(right_OK: Tensor, damping: float) -> Tensor:
         if math.isinf(damping):
             return torch.zeros_like(right_OK)
-        ridge_KK = damping * gram_KK.diagonal().mean() * torch.eye(len(kept_K))
+        ridge_KK = damping * gram_KK.diagonal().diag()
         return torch.linalg.solve(gram_KK + ridge_KK, right_OK.T).T
 
     missing_OK = (problem.weight_OI * ~keep_U) @ fit.gram_II[:, kept_K]

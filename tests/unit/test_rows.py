@@ -105,13 +105,18 @@ def test_paths_objectives_and_answers_are_those_of_all_windows() -> None:
     assert decision_objective(apart, keep_U) == decision_objective(whole, keep_U)
     assert torch.equal(mean_bias(apart, keep_U).bias_O, mean_bias(whole, keep_U).bias_O)
     assert apart.total().residual_energy == whole.total().residual_energy
-    # Ridges that are chosen are both of the least squares'.
-    chosen = least_squares(apart, keep_U)
-    local, path = (replace(whole, damping=chosen.statistics[name]) for name in ("damping", "path_damping"))
-    without_target = replace(whole.fit, target_OI=None, target_energy=None)
-    local_OK = least_squares(replace(local, fit=without_target), keep_U).weight_OK
-    path_OK = least_squares(path, keep_U).weight_OK - least_squares(replace(path, fit=without_target), keep_U).weight_OK
-    torch.testing.assert_close(chosen.weight_OK, local_OK + path_OK)
+    chosen, kept_K, removed_P = least_squares(apart, keep_U), *map(whole.kept_inputs, (keep_U, ~keep_U))
+    weight_OI, gram_II = whole.weight_OI.double(), in_float64(whole.fit.gram_II)
+    gram_KK = gram_II[kept_K][:, kept_K]
+
+    def solve(right_OI: torch.Tensor, damping: float) -> torch.Tensor:
+        return torch.linalg.solve(gram_KK + damping * gram_KK.diagonal().diag(), right_OI[:, kept_K].T).T
+
+    assert whole.fit.target_OI is not None
+    residual_OI = torch.as_tensor(whole.fit.target_OI).double() - weight_OI @ gram_II
+    local_OK = weight_OI[:, kept_K] + solve(weight_OI[:, removed_P] @ gram_II[removed_P], chosen.statistics["damping"])
+    expected_OK = local_OK + solve(residual_OI, chosen.statistics["path_damping"])
+    torch.testing.assert_close(chosen.weight_OK.double(), expected_OK, rtol=1e-5, atol=1e-5)
 
 
 def test_a_problem_without_its_held_out_windows_is_that_of_the_others() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from structprune.errors import NumericalError
 
 _MAX_RAISES = 6
+# Of the mean: what an input without energy counts as where each has its own ridge.
+_LEAST_ENERGY = 1e-12
 # Inputs of a block, and rows of a strip of what is left, of an inverse's factor.
 _BLOCK, _STRIP = 128, 512
 
@@ -25,9 +27,9 @@ class DampedCholesky:
 
     factor_NN: Tensor
     delta: float
-    """Absolute ridge."""
+    """Absolute ridge, in the mean where every input has its own."""
     damping: float
-    """Ridge as a share of the mean diagonal of G."""
+    """Ridge as a share of the mean diagonal of G, or of each input's own."""
     num_raises: int
 
 
@@ -36,8 +38,12 @@ def damped_cholesky(
     damping: float,
     where: str,
     factor: Callable[[Tensor], tuple[Tensor, bool]] | None = None,
+    own: bool = False,
 ) -> DampedCholesky:
     """Factor G + delta I in float64, delta = damping * mean(diag G), ten times more at each failed attempt.
+
+    With `own` it is G + damping * diag(G): each input's ridge is a share of its own energy, so that one with the energy
+    of thousands puts nothing on the others.
 
     G is a matrix, which is copied, or what makes a new one in float64, which is overwritten: asked once per attempt.
     `factor` is `factored`, or `inverse_factored`.
@@ -46,8 +52,11 @@ def damped_cholesky(
     for num_raises in range(_MAX_RAISES + 1):
         shifted_NN = gram_NN.to(torch.float64, copy=True) if isinstance(gram_NN, Tensor) else gram_NN()
         share = damping * 10.0**num_raises
-        delta = share * (float(shifted_NN.diagonal().mean()) or 1.0)
-        shifted_NN.diagonal().add_(delta)
+        diagonal_N = shifted_NN.diagonal()
+        mean = float(diagonal_N.mean()) or 1.0
+        delta = share * mean
+        # Inputs without energy get next to nothing.
+        diagonal_N.add_(diagonal_N.clamp_min(_LEAST_ENERGY * mean), alpha=share) if own else diagonal_N.add_(delta)
         factor_NN, definite = (factor or factored)(shifted_NN)
         if definite:
             return DampedCholesky(factor_NN=factor_NN, delta=delta, damping=share, num_raises=num_raises)

@@ -52,8 +52,11 @@ def removal_path(problem: LayerProblem, num_remove: int) -> RemovalPath:
     it, half the squared output error per token. The start is the ridge solution on all inputs, so the dense-path
     target is followed from the first removal on. The metric changes which units leave; it does not change the
     least-squares weight of those that stay, because every output row is free.
+
+    The ridge is a share of each input's own energy. As a share of the mean, one unit with the energy of thousands makes
+    all others dear: one MLP of SmolLM2 was priced 13 times too high by it.
     """
-    weight_MI, inverse_II, _ = _objective(problem)
+    weight_MI, inverse_II, _ = _objective(problem, own=True)
     path = _greedy_path(problem, num_remove, weight_MI, inverse_II)
     return RemovalPath(order=path.order, cost=path.cost / problem.total().num_tokens)
 
@@ -71,7 +74,7 @@ def keep_swapped(problem: LayerProblem, num_keep: int) -> Tensor:
     Of one partition only: exchanges do not keep as many in each.
     """
     assert problem.partitions == 1
-    weight_MI, inverse_II, delta = _objective(problem)
+    weight_MI, inverse_II, delta = _objective(problem, own=False)
     keep_U = torch.ones(problem.num_units, dtype=torch.bool, device=problem.device)
     keep_U[_greedy_path(problem, problem.num_units - num_keep, weight_MI.clone(), inverse_II).order] = False
     # The exchanges hold two matrices of this size; the inverse would be a third.
@@ -112,21 +115,23 @@ def shrunk_gram(problem: LayerProblem) -> Tensor:
     return gram_II
 
 
-def _objective(problem: LayerProblem) -> tuple[Tensor, Tensor, float]:
+def _objective(problem: LayerProblem, *, own: bool) -> tuple[Tensor, Tensor, float]:
     """Return W and H^-1 of 1/2 tr((V - W) H (V - W)^T), and the ridge in H, all in float64.
 
-    H is the shrunk, damped Gram. W is the ridge solution on all inputs, times the root of the damped sensitivity where
-    there is one.
+    H is the shrunk Gram, damped by a share of each input's `own` energy or of the mean. W is the ridge solution on all
+    inputs, times the root of the damped sensitivity where there is one.
     """
     target_OI = problem.total().target_OI
-    weight_OI = problem.weight_OI.to(torch.float64, copy=True) if target_OI is None else _refitted(problem, target_OI)
+    weight_OI = (
+        problem.weight_OI.to(torch.float64, copy=True) if target_OI is None else _refitted(problem, target_OI, own)
+    )
     if problem.sensitivity_OO is not None:
         weight_OI = metric_root(problem.sensitivity_OO).T @ weight_OI
-    factor = damped_cholesky(lambda: shrunk_gram(problem), problem.damping, "greedy removal")
+    factor = damped_cholesky(lambda: shrunk_gram(problem), problem.damping, "greedy removal", own=own)
     return weight_OI, inverted(factor.factor_NN), factor.delta
 
 
-def _refitted(problem: LayerProblem, target_OI: Rows) -> Tensor:
+def _refitted(problem: LayerProblem, target_OI: Rows, own: bool) -> Tensor:
     """Return the ridge solution on all inputs, (O, I) in float64.
 
     What the weights should be without a removal is a matter of fitting: there the correlations count in full.
@@ -135,7 +140,7 @@ def _refitted(problem: LayerProblem, target_OI: Rows) -> Tensor:
     # Nothing of the weight in float64 is left when the Gram is factored.
     residual_OI = times_gram(problem.weight_OI, gram_II, None, None).neg_()
     add_columns(residual_OI, target_OI, None)
-    factor = damped_cholesky(partial(in_float64, gram_II), problem.damping, "greedy removal")
+    factor = damped_cholesky(partial(in_float64, gram_II), problem.damping, "greedy removal", own=own)
     return solved(factor.factor_NN, residual_OI).add_(problem.weight_OI)
 
 

@@ -63,8 +63,9 @@ def least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 
     Both ridges are `damping` as a share of mean(diag G_KK), or, with `held_out`, whichever of a grid fits the held-out
     windows best when the others are solved, each down to no correction at all; the answer is then solved on all
-    windows. With `held_out_by_text` best is the least relative error |V x_K - y|^2 / |y|^2 of the text with the largest
-    one. What was taken is in the statistics; a correction that was not made has none there.
+    windows. Those of the grid are shares of each input's own energy, so that one with the energy of thousands does not
+    drown the others' correlations. With `held_out_by_text` best is the least relative error |V x_K - y|^2 / |y|^2 of
+    the text with the largest one. What was taken is in the statistics; a correction that was not made has none there.
     """
     return _least_squares(problem, keep_U, judged=False)
 
@@ -77,7 +78,7 @@ def judged_least_squares(problem: LayerProblem, keep_U: Tensor) -> SolveResult:
 def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> SolveResult:
     if problem.fit.target_OI is None and bool(keep_U.all()):
         return SolveResult(weight_OK=problem.weight_OI, status="ok", statistics={})
-    ridges = _Ridges(local=problem.damping, path=problem.damping)
+    ridges = _Ridges(local=problem.damping, path=problem.damping, own=False)
     statistics: dict[str, float] = {}
     if problem.held_out is not None:
         ridges = _choose_ridges(problem, keep_U)
@@ -98,11 +99,13 @@ def _least_squares(problem: LayerProblem, keep_U: Tensor, *, judged: bool) -> So
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ridges:
-    """Ridges as shares of mean(diag G_KK); an infinite one stands for no correction."""
+    """Ridges as shares of the inputs' energy; an infinite one stands for no correction."""
 
     local: float
     path: float
     """Ridge of the dense path's correction; without effect for the local target."""
+    own: bool
+    """Whether they are shares of each input's own energy, as those of the grid, or of the mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +125,7 @@ def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution
     if ridges.local < _NONE:
         # Nothing but the product stays while the square is factored.
         right_OK = times_gram(problem.weight_OI[:, removed_P], total.gram_II, removed_P, kept_K)
-        factor = damped_cholesky(gram_KK, ridges.local, "least squares")
+        factor = damped_cholesky(gram_KK, ridges.local, "least squares", own=ridges.own)
         weight_OK = add_columns(solved(factor.factor_NN, right_OK), problem.weight_OI, kept_K)
         taken, raises = replace(taken, local=factor.damping), factor.num_raises
         del factor, right_OK
@@ -131,7 +134,7 @@ def _solved(problem: LayerProblem, keep_U: Tensor, ridges: _Ridges) -> _Solution
     if total.target_OI is not None and ridges.path < _NONE:
         right_OK = times_gram(problem.weight_OI, total.gram_II, None, kept_K).neg_()
         add_columns(right_OK, total.target_OI, kept_K)
-        factor = damped_cholesky(gram_KK, ridges.path, "least squares")
+        factor = damped_cholesky(gram_KK, ridges.path, "least squares", own=ridges.own)
         weight_OK += solved(factor.factor_NN, right_OK)
         taken, raises = replace(taken, path=factor.damping), max(raises, factor.num_raises)
     return _Solution(weight_OK=weight_OK, taken=taken, num_raises=raises)
@@ -195,7 +198,8 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     by_local: dict[float, Tensor] = {}
     by_path: dict[float, Tensor] = {}
     for damping in sorted({*_LOCAL_GRID, *(() if residual_RK is None else _PATH_GRID)}):
-        factor = damped_cholesky(partial(block_of, fit.gram_II, kept_K, kept_K), damping, "least squares")
+        gram_KK = partial(block_of, fit.gram_II, kept_K, kept_K)
+        factor = damped_cholesky(gram_KK, damping, "least squares", own=True)
         if damping in _LOCAL_GRID:
             by_local[damping] = solved(factor.factor_NN, right_RK.clone())
         if damping in _PATH_GRID and residual_RK is not None:
@@ -211,8 +215,8 @@ def _choose_ridges(problem: LayerProblem, keep_U: Tensor) -> _Ridges:
     losses = {damping: loss(base_RK + by_local[local] + by_path[damping]) for damping in by_path}
     path = min(losses, key=lambda damping: losses[damping])
     if loss(base_RK) <= losses[path]:
-        return _Ridges(local=_NONE, path=_NONE)
-    return _Ridges(local=local, path=path)
+        return _Ridges(local=_NONE, path=_NONE, own=True)
+    return _Ridges(local=local, path=path, own=True)
 
 
 def _held_out_loss(
