@@ -37,7 +37,9 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         default=None, ge=1, description="kept units per block are a multiple of this"
     )
     damping: Annotated[Damping | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
-        default=None, description="ridge as a share of the Gram's mean diagonal; auto: chosen on windows kept apart"
+        default=None,
+        description="ridge as a share of the Gram's mean diagonal; auto: as one of each input's own energy, chosen on "
+        "windows kept apart",
     )
     shrinkage: Annotated[float | None, Flag(Group.ADVANCED, unset=METHODS_OWN)] = Field(
         default=None,
