@@ -194,7 +194,8 @@ def test_llama_cpp_reads_alike(name: str, folders: dict[str, Path], pruned: Any,
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     with torch.no_grad():
         wanted_V = model(torch.tensor(prompts)).logits[0, -1].log_softmax(-1)
-    torch.testing.assert_close(ran.logprobs_NV[-1], wanted_V, rtol=0, atol=1e-3)
+    # Keys and values are kept in half precision there.
+    torch.testing.assert_close(ran.logprobs_NV[-1], wanted_V, rtol=0, atol=2e-3)
 
 
 def test_a_tokenizer_without_a_gguf_form(folders: dict[str, Path], command_line: CommandLine, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from structprune.files import check_path, expand_user, read_validated
 from structprune.kinds import HeadUnits, UnitKind
 from structprune.recipe.common import DEFAULT_METHOD, Recipe, flag_name
 from structprune.recipe.limits import TARGETS
+from structprune.recipe.units import UnitsRecipe
 from structprune.recipe.widths import BlockWidths
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def with_allocation(values: Mapping[str, Any], file: str | Path, share: float) -
     Raises InputError for values that decide the widths too, UnsupportedError for a method that has none.
     """
     kind = Recipe.kind_for(values)
-    if "widths" not in kind.model_fields:
+    if not issubclass(kind, UnitsRecipe):
         raise UnsupportedError(
             f"--allocation gives widths, and method {values.get('method') or DEFAULT_METHOD!r} removes {kind.removes}",
             got=str(file),
