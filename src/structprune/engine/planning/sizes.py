@@ -42,7 +42,7 @@ _TEXT_READER_BYTES = 48 * 2**20
 # with AVX-512 but no AMX, for which 727 were.
 _KERNEL_CACHE_BYTES = 48 * 2**20
 _SENSITIVITY_KERNEL_BYTES = 40 * 2**20
-# In float32 only what a backward pass leaves in the heap, and the code for it: of 30 runs of one small shape five took
+# In float32 only what a backward pass leaves in the heap, and the code for it: of 20 runs of one small shape three took
 # more in some phase than was planned without it, by up to 3 MiB.
 _SENSITIVITY_HEAP_BYTES = 16 * 2**20
 # Of the exchange between ranks: a piece (engine/ranks/group.py), the library's copy of it, sockets and threads.
