@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -346,14 +347,20 @@ def test_noise_gets_the_larger_ridge() -> None:
     """The inputs can make up for what the weight lacks; noise they cannot."""
     keep_U = keep_mask(12, list(range(8)))
 
-    def solved(num_noise: int) -> SolveResult:
-        problem = split_problem(num_noise, path=True)
+    def solved(num_noise: int, seed: int) -> SolveResult:
+        problem = split_problem(num_noise, path=True, seed=seed)
         lacking_OI = 0.1 * torch.randn(6, 12, generator=generator(9), dtype=torch.float64)
         return judged_least_squares(replace(problem, weight_OI=problem.weight_OI + lacking_OI), keep_U)
 
-    clean, noisy = solved(0), solved(6)
-    assert noisy.statistics["path_damping"] >= 10 * clean.statistics["path_damping"]
-    assert noisy.statistics["held_out_error"] > clean.statistics["held_out_error"]
+    raised: list[float] = []
+    for seed in range(8):
+        clean, noisy = solved(0, seed), solved(6, seed)
+        assert noisy.statistics["held_out_error"] > clean.statistics["held_out_error"]
+        # None where the noise got no correction at all.
+        raised.append(noisy.statistics.get("path_damping", math.inf) / clean.statistics["path_damping"])
+    # By a step of the grid in any draw, and in most by more.
+    assert min(raised) > 1
+    assert median(raised) > 10
 
 
 @pytest.mark.parametrize("path", [False, True])

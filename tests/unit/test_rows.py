@@ -116,7 +116,7 @@ def test_paths_objectives_and_answers_are_those_of_all_windows() -> None:
     residual_OI = torch.as_tensor(whole.fit.target_OI).double() - weight_OI @ gram_II
     local_OK = weight_OI[:, kept_K] + solve(weight_OI[:, removed_P] @ gram_II[removed_P], chosen.statistics["damping"])
     expected_OK = local_OK + solve(residual_OI, chosen.statistics["path_damping"])
-    torch.testing.assert_close(chosen.weight_OK.double(), expected_OK, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(chosen.weight_OK, expected_OK.to(chosen.weight_OK.dtype))
 
 
 def test_a_problem_without_its_held_out_windows_is_that_of_the_others() -> None:

@@ -55,8 +55,11 @@ def damped_cholesky(
         diagonal_N = shifted_NN.diagonal()
         mean = float(diagonal_N.mean()) or 1.0
         delta = share * mean
-        # Inputs without energy get next to nothing.
-        diagonal_N.add_(diagonal_N.clamp_min(_LEAST_ENERGY * mean), alpha=share) if own else diagonal_N.add_(delta)
+        if own:
+            # Inputs without energy get next to nothing.
+            diagonal_N.add_(diagonal_N.clamp_min(_LEAST_ENERGY * mean), alpha=share)
+        else:
+            diagonal_N.add_(delta)
         factor_NN, definite = (factor or factored)(shifted_NN)
         if definite:
             return DampedCholesky(factor_NN=factor_NN, delta=delta, damping=share, num_raises=num_raises)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
 from structprune.results.frozen import Frozen
@@ -88,7 +86,7 @@ class SearchReport(Frozen):
         if not self.finalist_losses:
             return f"{self.name}: found no other widths {took}"
         error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
-        further = ", ".join(Path(text.name).name for text in self.texts if text.after > text.before)
+        further = ", ".join(text.label for text in self.texts if text.after > text.before)
         against = f"further from it on {further}" if self.clear else "not two standard errors"
         verdict = "taken" if self.taken else f"{against}, so the start stays"
         figures = f" ({text_figures(self.texts)})" if len(self.texts) > 1 else ""

@@ -28,9 +28,7 @@ class Perplexities(Frozen):
         return math.log(self.ratio)
 
 
-class HeldOutText(Perplexities):
-    """What the result is worth on the held-out windows of one of several texts."""
-
+class _OneText(Frozen):
     name: str
     num_windows: int
 
@@ -38,6 +36,10 @@ class HeldOutText(Perplexities):
     def label(self) -> str:
         """The name without its folder, for what is made to be published."""
         return Path(self.name).name
+
+
+class HeldOutText(_OneText, Perplexities):
+    """What the result is worth on the held-out windows of one of several texts."""
 
 
 class HeldOutReport(Perplexities):
@@ -91,11 +93,9 @@ class CalibrationReport(Perplexities):
     """Each text, where there are several."""
 
 
-class TextDistance(Frozen):
+class TextDistance(_OneText):
     """How far two models are from the dense one on windows of one text that neither was chosen by."""
 
-    name: str
-    num_windows: int
     before: float
     """Mean KL divergence per token of the choice at the start, in nats."""
     after: float
@@ -104,4 +104,4 @@ class TextDistance(Frozen):
 
 def text_figures(texts: Iterable[TextDistance]) -> str:
     """Say for every text how far both choices are from the dense model."""
-    return ", ".join(f"{Path(text.name).name} {text.before:.4f} -> {text.after:.4f}" for text in texts)
+    return ", ".join(f"{text.label} {text.before:.4f} -> {text.after:.4f}" for text in texts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from structprune.architectures.sources.fewer_tokens import open_with_tokens
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import WindowRequest
@@ -60,7 +61,7 @@ def open_teacher(model: str, adapter: str, student: StockModel) -> StockModel:
     dense, path = StockModel(open_model(model, adapter=adapter)), student.reader.directory / KEPT_NAME
     if not path.is_file() or dense.layout.vocab_size == student.layout.vocab_size:
         return dense
-    return StockModel(open_model(model, adapter=adapter, tokens=read_kept(path)))
+    return StockModel(open_with_tokens(dense.reader, read_kept(path)))
 
 
 def recover_model(

@@ -62,24 +62,20 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
 
 def _row(value: Any, name: str, where: str) -> list[int]:
     if not isinstance(value, list) or not all(_is_id(token) or token == _NO_TOKEN for token in value):
-        raise CheckpointError(
-            "an entry of the model's settings lists no tokens",
-            where=where,
-            got=f"{name} {value!r}"[:80],
-            wanted="ids of tokens",
-        )
+        raise _no_tokens(value, name, where, "ids of tokens")
     return value
 
 
 def _pair(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list) or len(value) != 2:
-        raise CheckpointError(
-            "an entry of the model's settings lists no tokens",
-            where=where,
-            got=f"{name} {value!r}"[:80],
-            wanted="a place and the id of a token",
-        )
+        raise _no_tokens(value, name, where, "a place and the id of a token")
     return value
+
+
+def _no_tokens(value: Any, name: str, where: str, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        "an entry of the model's settings lists no tokens", where=where, got=f"{name} {value!r}"[:80], wanted=wanted
+    )
 
 
 def _is_id(value: Any) -> bool:

@@ -142,7 +142,7 @@ def _refuse_idle(recipe: ElementsRecipe, method: Method) -> None:
 
 
 def elements_need_windows(recipe: ResolvedElements, method: Method) -> bool:
-    """Return whether weights are chosen or solved, or their shares or their order decided, by what windows measure."""
+    """Return whether weights are chosen or solved, or their shares decided, by what windows measure."""
     sharing = SHARINGS.get(recipe.allocator)
     return bool(reads_of(method, recipe.solver)) or sharing.measure is not None or sharing.by_loss
 

@@ -266,7 +266,8 @@ class _Loop:
         # One that harms a text is only reported, and only where all others do too.
         best = min(range(1, len(compete)), key=lambda number: (not harmless[number], figures[number]), default=0)
         gain = compared(losses[0], losses[best], texts, objective)
-        taken = best > 0 and gain.counts and harmless[best]
+        clear = best > 0 and gain.counts
+        taken = clear and harmless[best]
         chosen = best if taken else 0
         masks = self._other_units(self._widths(slots, compete[chosen]))
         report = SearchReport(
@@ -281,7 +282,7 @@ class _Loop:
             found_loss=figures[best],
             gain=gain.gain,
             standard_error=gain.standard_error if best and math.isfinite(gain.standard_error) else None,
-            clear=best > 0 and gain.counts,
+            clear=clear,
             texts=self._distances(losses[0], losses[best]),
             taken=taken,
             num_masks=NUM_MASKS,
