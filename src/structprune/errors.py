@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Self
 
+NOT_FINITE_ADVICE = "use --dtype float32; where that is what runs, the source checkpoint is damaged"
+"""What to do about numbers of a forward pass that are NaN or infinite."""
+
 
 class StructPruneError(Exception):
     """Base of every error that is the input's fault, not ours.

@@ -173,7 +173,9 @@ def test_no_text_config(model: Path) -> None:
     del config["text_config"]
     (model / "config.json").write_text(json.dumps(config))
     # Stock code takes another model's numbers then.
-    refused(model, "num_hidden_layers is larger", "heck that config.json belongs to the checkpoint")
+    refused(
+        model, "config.json does not say num_hidden_layers, which the stock class would make 32", "entry text_config"
+    )
 
 
 @pytest.mark.parametrize("text", ["llama", 3, [1, 2], {"model_type": "nothing"}, {"model_type": "bert"}, {}])

@@ -247,6 +247,32 @@ def test_protected_blocks_are_uneven(refused: Refused, tiny_llama: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--temperature", "0.5"),
+            "the closed-form allocator has no temperature; got --temperature 0.5, wanted --allocator fermi-dirac, "
+            "softmax.",
+        ),
+        (
+            ("--head-units", "query-head"),
+            "heads stay as they are where attention is not in scope; got --head-units query-head, --scope mlp, wanted "
+            "--scope attention or all, or --head-units left out.",
+        ),
+        (
+            ("--repair-epochs", "3"),
+            "--repair-epochs says how --repair is done, which asks for nothing; got --repair-epochs 3, --repair none, "
+            "wanted a value for --repair, or --repair-epochs left out.",
+        ),
+    ],
+)
+def test_settings_of_what_is_not_done(
+    flags: tuple[str, ...], expected: str, refused: Refused, tiny_llama: Path
+) -> None:
+    assert refused(tiny_llama, "--method", "structprune", *flags) == expected
+
+
+@pytest.mark.parametrize(
     ("flag", "value"),
     [
         ("--solver", "least-squares"),

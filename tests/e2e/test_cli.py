@@ -191,7 +191,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     given = {
         "method": "wanda-sp",
         "sparsity": 0.25,
-        "scope": "mlp",
+        "scope": "all",
         "head_units": "query-head",
         "calibration": str(text_file),
         "num_samples": 3,
@@ -213,7 +213,7 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "solver": "least-squares",
         "target": "local",
         "structure": "uniform",
-        "temperature": 0.5,
+        "temperature": 0.0,
         "min_retention": 0.2,
         "max_retention": 0.9,
         "outer_iterations": 0,
@@ -223,8 +223,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "sensitivity_samples": 3,
         "sensitivity_scale": "given",
         "gates": "none",
-        "gates_steps": 3,
-        "gates_loss": "text",
+        "gates_steps": 128,
+        "gates_loss": "divergence",
         "repair": "scales",
         "repair_samples": 2,
         "repair_epochs": 2,
@@ -245,7 +245,6 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     flags[place : place + 2] = ["--no-search-anchors"]
     result = cli("prune", tiny_llama, "--output", tmp_path / "out", "--json", *flags)
     assert result.code == 0
-    # Without attention in scope there are no units of it to choose.
     unset = {
         "device_memory": None,
         "widths": None,
@@ -256,10 +255,29 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
         "time_budget": 0,
         **dict.fromkeys(TARGETS),
     }
-    assert strict_json(result.out)["recipe"] == {**given, "head_units": "kv-group", **unset}
+    assert strict_json(result.out)["recipe"] == {**given, **unset}
     # Memory of a device is refused here, a time, widths and limits decide what other flags do: test_device_memory.py,
     # test_expected_time.py, test_widths.py and test_limits.py.
     assert {*given, *unset} == set(UnitsRecipe.model_fields)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gates": "graspprune", "gates_steps": 3, "gates_loss": "text"},
+        {"search": "evopress", "search_generations": 2, "search_children": 3, "search_anchors": True},
+        {"allocator": "fermi-dirac", "temperature": 0.5},
+    ],
+)
+def test_flags_beside_others_reach_the_recipe(
+    given: dict[str, Any], cli: Run, tiny_llama: Path, text_file: Path
+) -> None:
+    flags = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
+    flags = [part for part in flags if part is not True]
+    asked = (*calibrated_on(text_file), "--method", "structprune", "--num-samples", 16)
+    result = cli("plan", tiny_llama, *asked, "--json", *flags)
+    assert result.code == 0
+    assert given.items() <= strict_json(result.out)["recipe"].items()
 
 
 def test_flags_win_over_the_recipe_file(cli: Run, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def gated(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PruneReport:
     """The report of the same run without gates."""
-    return prune(tiny_llama, recipe(text_file, gates="none"), tmp_path_factory.mktemp("plain") / "out")
+    return prune(tiny_llama, recipe(text_file, gates="none", gates_steps=128), tmp_path_factory.mktemp("plain") / "out")
 
 
 def test_the_units_that_stay_are_the_learned_ones(gated: PruneReport, plain: PruneReport) -> None:
@@ -260,7 +260,7 @@ def test_a_text_with_too_few_windows(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_it_is_planned(tiny_llama: Path, text_file: Path) -> None:
     with_gates = plan(tiny_llama, recipe(text_file)).plan
-    without = plan(tiny_llama, recipe(text_file, gates="none")).plan
+    without = plan(tiny_llama, recipe(text_file, gates="none", gates_steps=128)).plan
     assert Phase.GATES in with_gates.phases
     assert Phase.GATES not in without.phases
     assert with_gates.disk_bytes > without.disk_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import structprune
 from structprune.api import plan, resume
-from structprune.errors import StructPruneError
+from structprune.errors import StructPruneError, UnsupportedError
 from structprune.recipe import Recipe
 from structprune.results.report import PruneReport
 from structprune.runs.journal import Journal
@@ -309,6 +310,19 @@ def test_what_cannot_be_held(
     with pytest.raises(StructPruneError, match=message):
         structprune.prune(tiny_llama, Recipe.build(**values), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_whose_tokenizer_is_not_known(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Nothing is advised that the command does not take."""
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="how large a GGUF file gets is not known") as caught:
+        plan(source, asked(text_file, target_bytes="f16:80KB"))
+    assert caught.value.do == (
+        "use a limit of the weight files without a type; `structprune export` then takes --tokenizer-gguf"
+    )
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

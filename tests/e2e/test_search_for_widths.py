@@ -244,7 +244,7 @@ def test_a_search_is_not_for_several_ranks(model: Path, text_file: Path) -> None
         ({"structure": "uniform"}, "gives every block its own width"),
         ({"sparsity": 0.0}, "nothing is to go"),
         ({"num_samples": 3}, "too few calibration windows for a search"),
-        ({"search": "none"}, "nothing searches for widths"),
+        ({"search": "none"}, "says how --search is done, which asks for nothing"),
         ({"widths": {"blocks": {"0": {"mlp": 3}}}, "sparsity": None}, "would decide the same thing"),
         ({"method": "depth", "sparsity": 0.5}, "no meaning for method 'depth'"),
     ],

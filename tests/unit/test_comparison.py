@@ -86,6 +86,15 @@ def test_a_method_without_units_takes_as_many_parameters(tiny_llama: Path) -> No
     assert fitted(units, METHODS.get("fasp"), layout) is units
 
 
+def test_shared_settings_of_what_only_some_do() -> None:
+    shared = {"gates_steps": 8, "seed": 1}
+    variants = [parse_variant("structprune"), parse_variant("structprune:gates=graspprune")]
+    assert shared_settings(shared, variants) == {"structprune": ["--gates-steps"]}
+    assert [getattr(cell_recipe(shared, v, 0.3), "gates_steps", None) for v in variants] == [128, 8]
+    with pytest.raises(InputError, match="--gates-steps has no meaning for any of the methods"):
+        shared_settings(shared, variants[:1])
+
+
 def test_shared_settings_count_where_they_have_a_meaning() -> None:
     variants = [parse_variant(name) for name in ("fasp", "depth", "slicegpt:multiple_of=4")]
     shared = {"seq_len": 32, "multiple_of": 1, "shrinkage": 0.0, "sparsity": 0.5}

@@ -13,8 +13,17 @@ from pydantic import ValidationError
 from structprune.engine.pipelines.registry import PIPELINES
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods import METHODS
-from structprune.recipe import RECIPES, RESOLVED, Recipe, ResolvedRecipe, all_fields, default_sensitivity_samples
+from structprune.recipe import (
+    RECIPES,
+    RESOLVED,
+    Recipe,
+    ResolvedRecipe,
+    all_fields,
+    default_sensitivity_samples,
+    flag_name,
+)
 from structprune.recipe.depth import DepthRecipe
+from structprune.recipe.fields import flag_of
 from structprune.recipe.limits import TARGETS
 from structprune.recipe.units import UnitsRecipe
 
@@ -258,7 +267,20 @@ def test_changes_cover_every_field() -> None:
 
 @pytest.mark.parametrize("field", list(CHANGES))
 def test_fingerprint_sees_every_field(field: str) -> None:
-    assert Recipe(**{field: CHANGES[field]}).fingerprint() != Recipe().fingerprint()
+    beside = flag_of(all_fields()[field]).beside
+    shared = {beside: CHANGES[beside]} if beside else {}
+    assert Recipe(**shared, **{field: CHANGES[field]}).fingerprint() != Recipe(**shared).fingerprint()
+
+
+@pytest.mark.parametrize("field", [name for name, field in all_fields().items() if flag_of(field).beside])
+def test_how_something_is_done_is_refused_where_it_is_not(field: str) -> None:
+    beside = flag_of(all_fields()[field]).beside
+    message = f"{flag_name(field)} says how {flag_name(beside)} is done, which asks for nothing"
+    for asked in ({}, {beside: None}, {beside: "none"}):
+        with pytest.raises(UnsupportedError, match=message):
+            Recipe(**asked, **{field: CHANGES[field]})
+    # What asks for nothing itself, and what reports of runs hold.
+    assert Recipe(**{field: all_fields()[field].default}) == Recipe()
 
 
 # One class per pipeline

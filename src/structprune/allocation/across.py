@@ -166,6 +166,6 @@ def bisected(removed: Callable[[float], float], target: float, low: float, high:
 
 
 CLOSED_FORM = Allocator(allocate=closed_form, compares="loss")
-FERMI_DIRAC = Allocator(allocate=fermi_dirac, compares="loss")
-SOFTMAX = Allocator(allocate=softmax, compares="loss")
+FERMI_DIRAC = Allocator(allocate=fermi_dirac, compares="loss", has_temperature=True)
+SOFTMAX = Allocator(allocate=softmax, compares="loss", has_temperature=True)
 STANDARDISED = Allocator(allocate=standardised, compares="scores")

@@ -29,6 +29,8 @@ class Allocator:
     """Whether it asks what each width adds to a limited sum, so that the sum need not grow evenly with the units."""
     reads_widths: bool = False
     """Whether the widths are decided outside, and the sparsity is what they make of it."""
+    has_temperature: bool = False
+    """Whether `AllocationOptions.temperature` changes what it does."""
     packages: tuple[str, ...] = ()
     """Modules that it imports beside the dependencies of structprune."""
     extra: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +103,8 @@ def count_texts(
     counted, samples = list[CountedText](), list[str]()
     for text, num_steps in zip(texts, steps, strict=True):
         counts_V, sample, done = torch.zeros(source.num_rows, dtype=torch.int64), "", 0
-        for part, behind in _parts(text, source, observer):
+        name, parts = _opened(text, source, observer)
+        for part, behind in parts:
             sample += part[: _CHECKED_CHARACTERS - len(sample)]
             for ids in source.encoder.encoded_together(part):
                 counts_V += torch.bincount(ids, minlength=source.num_rows)
@@ -114,7 +115,7 @@ def count_texts(
             observer.advance(Path(text.name).name)
         if not counts_V.any():
             raise InputError("the text has no token that could be counted", where=text.name)
-        counted.append(CountedText(name=text.name, weight=text.weight, counts_V=counts_V))
+        counted.append(CountedText(name=name, weight=text.weight, counts_V=counts_V))
         samples.append(sample)
     return counted, samples
 
@@ -123,18 +124,17 @@ def sampled_text(text: WeightedText, source: TokenSource, observer: Observer) ->
     """Read a text, of a large one pieces from all over it. Raises InputError as `count_texts` does."""
     if text.path is not None:
         return read_text(text.path, source.encoder.render, share=Share(num_bytes=_SAMPLED_BYTES, seed=0))
-    return "\n".join(part for part, _ in _parts(text, source, observer))
+    return "\n".join(part for part, _ in _opened(text, source, observer)[1])
 
 
 def _num_steps(text: WeightedText) -> int:
     return 1 if text.path is None else max(1, -(-text.path.stat().st_size // _STEP_BYTES))
 
 
-def _parts(text: WeightedText, source: TokenSource, observer: Observer) -> Iterator[tuple[str, int]]:
-    """Yield parts of a text, and how many bytes of its file have been read."""
+def _opened(text: WeightedText, source: TokenSource, observer: Observer) -> tuple[str, Iterable[tuple[str, int]]]:
+    """Return what a text is, and its parts, each with how many bytes of its file have been read by then."""
     if text.path is not None:
-        yield from text_parts(text.path, source.encoder.render)
-        return
+        return text.name, text_parts(text.path, source.encoder.render)
     found: list[str] = []
 
     def encode(content: str) -> Tensor:
@@ -143,8 +143,8 @@ def _parts(text: WeightedText, source: TokenSource, observer: Observer) -> Itera
 
     # A built-in text is what its source gives where many windows are asked for.
     context = SourceContext(encode=encode, sample=_no_sample, num_samples=_MANY_WINDOWS, seq_len=_SHORT_WINDOW, seed=0)
-    load_windows(text.name, context, observer.note)
-    yield from ((part, 0) for part in found)
+    used, _ = load_windows(text.name, context, observer.note)
+    return used, [(part, 0) for part in found]
 
 
 def _no_sample(num_windows: int, window_len: int, seed: int) -> Tensor:

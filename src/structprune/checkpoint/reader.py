@@ -49,7 +49,8 @@ class CheckpointReader:
         """The dtype that every tensor is read in; None: each in its own."""
         check_folder(directory, with_adapter=beside_adapter)
         self.config = read_json(directory / "config.json", do="every Hugging Face checkpoint has a config.json")
-        self._source_config = self.config
+        self.source_config = self.config
+        """config.json as it is in the files."""
         check_names_no_code(self.config, str(directory / "config.json"))
         self._pieces: dict[str, tuple[Stacking, Place]] = {}
         placed, self.notes = self._locate()
@@ -312,7 +313,7 @@ class CheckpointReader:
         """
         if self.wrapper is not None:
             return self.wrapper.whole.fingerprint()
-        digest = hashlib.sha256(json.dumps(self._source_config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.source_config, sort_keys=True).encode())
         for name in sorted(self.shapes, key=self.stored_name):
             digest.update(f"{self.stored_name(name)}{self.shapes[name]}{self._stored_dtypes[name]}".encode())
         for path in self.files:

@@ -13,7 +13,7 @@ from structprune.cli.command import many_values
 from structprune.cli.flags import ModelArgument, QuietFlag
 from structprune.cli.settings import given, takes_fields
 from structprune.errors import InputError
-from structprune.recipe import MOST_SAMPLES, Flag, Group, Recipe, read_yaml
+from structprune.recipe import MOST_SAMPLES, Flag, Group, Recipe
 
 CompareCommand = many_values("--methods", "--sparsities", "--text", "--set")
 
@@ -58,7 +58,7 @@ def compare(
     """Prune MODEL by each method at each sparsity, test all alike, and write one table."""
     from structprune.comparison.cells import common_recipe, is_limited, parse_settings, parse_variant
 
-    of_file = read_yaml(recipe) if recipe is not None else {}
+    of_file = Recipe.merged_values(recipe, {}) if recipe is not None else {}
     shared = {**of_file, **settings, **parse_settings(set_fields or [], "--set")}
     variants = [parse_variant(name) for name in methods]
     limited = [variant for variant in variants if is_limited(shared, variant)]

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from structprune.errors import InputError, StructPruneError
 from structprune.ranks import launched
 from structprune.recipe import Flag, Group, Recipe, all_fields
+from structprune.recipe.fields import flag_of
 from structprune.recipe.path import PATH_NAME, with_allocation
 
 Verb = Callable[..., None]
@@ -91,7 +92,7 @@ def takes_fields(
     An option that is not on the command line has the value None. A verb with a parameter of an option's name gets its
     value too.
     """
-    flags = {parameter.name: parameter for parameter in (*more, *(flag_of(name, f) for name, f in fields.items()))}
+    flags = {parameter.name: parameter for parameter in (*more, *(option_of(name, f) for name, f in fields.items()))}
 
     def decorate(verb: Verb) -> Verb:
         own = inspect.signature(verb, eval_str=True).parameters
@@ -121,9 +122,9 @@ def takes_fields(
     return decorate
 
 
-def flag_of(name: str, field: FieldInfo) -> inspect.Parameter:
+def option_of(name: str, field: FieldInfo) -> inspect.Parameter:
     """Describe the option of one field: its type, group and default as typer wants them."""
-    flag = next(entry for entry in field.metadata if isinstance(entry, Flag))
+    flag = flag_of(field)
     kind, option = _kind(field), "--" + name.replace("_", "-")
     names = flag.names or (f"{option}/--no-{option[2:]}" if kind is bool else option)
     text = (field.description or "").rstrip(".")

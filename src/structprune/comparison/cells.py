@@ -65,11 +65,11 @@ def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> d
     Raises InputError for a setting that has no meaning for any, or for an unknown method.
     """
     kinds = {v.label: _kind(shared, v) for v in variants}
-    fields = {label: set(kind.model_fields) for label, kind in kinds.items()}
+    fields = {v.label: set(_shared_with(shared, v)) for v in variants}
     names = [name for name in shared if name not in _OF_THE_CELL]
     for name in names:
-        idle = all(kind.asks_nothing(name, shared[name], shared) for kind in kinds.values())
-        if not idle and not any(name in own for own in fields.values()):
+        asks_nothing = all(kind.asks_nothing(name, shared[name], shared) for kind in kinds.values())
+        if not asks_nothing and not any(name in own for own in fields.values()):
             raise InputError(f"{flag_name(name)} has no meaning for any of the methods", got=", ".join(fields))
     return {
         label: left_out
@@ -81,6 +81,13 @@ def shared_settings(shared: Mapping[str, Any], variants: Sequence[Variant]) -> d
 def _kind(shared: Mapping[str, Any], variant: Variant) -> type[Recipe]:
     """Find the class of a variant's recipe, by its method and by the pattern that it gets. Raises InputError."""
     return Recipe.kind_for({**shared, **variant.changes, "method": variant.method})
+
+
+def _shared_with(shared: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Keep the shared settings that have a meaning for a variant, by its method and by what else it is to do."""
+    kind = _kind(shared, variant)
+    without = kind.idle({**shared, **variant.changes}).keys() - variant.changes.keys()
+    return {name: value for name, value in shared.items() if name in kind.model_fields and name not in without}
 
 
 def common_recipe(shared: Mapping[str, Any]) -> Recipe:
@@ -114,12 +121,11 @@ def cell_recipe(shared: Mapping[str, Any], variant: Variant, sparsity: float | N
 
     Without a share its limits decide. Raises InputError that names the variant's bad setting.
     """
-    own = _kind(shared, variant).model_fields
     # As many windows for all, whatever each takes.
     fields = {
         "scope": Recipe().scope,
         "num_samples": MOST_SAMPLES,
-        **{name: value for name, value in shared.items() if name in own},
+        **_shared_with(shared, variant),
     }
     share = {} if sparsity is None else {"sparsity": sparsity}
     return Recipe.build(**{**fields, **variant.changes, "method": variant.method, **share})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from structprune.architectures.sources.tokenizer import TextEncoder
 from structprune.architectures.stock.loading import backbone, output_head
 from structprune.calibration.context import WindowStart, consecutive_windows
-from structprune.errors import InputError, NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, InputError, NumericalError
 
 # Logits of this many positions at a time: the vocabulary is wider than everything else in the model.
 _LOGIT_TOKENS = 512
@@ -84,7 +84,7 @@ class PredictionSums:
             raise NumericalError(
                 "the model's logits are NaN, infinite or absurdly large",
                 where=text_name,
-                do="use --dtype float32; if it stays, the checkpoint is damaged",
+                do=NOT_FINITE_ADVICE,
             )
         mean = self.nll / self.num_tokens
         return PerplexityResult(

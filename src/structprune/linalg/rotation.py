@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of float64 numbers at a time while a weight is rotated."""
@@ -31,7 +31,7 @@ def principal_basis(gram_DD: Tensor, num_keep: int, damping: float, where: str) 
         raise NumericalError(
             "the eigenvalues of the residual stream are not finite",
             where=where,
-            do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            do=NOT_FINITE_ADVICE,
         )
     # Ascending from the library.
     basis_DK = vectors_DD[:, len(values_D) - num_keep :].flip(1)

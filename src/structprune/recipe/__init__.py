@@ -15,7 +15,6 @@ from structprune.recipe.common import (
     default_held_out,
     default_sensitivity_samples,
     flag_name,
-    read_yaml,
 )
 from structprune.recipe.fields import DEFAULT_SHARD_BYTES, ByteCount, Flag, Group, settings_fingerprint, validated
 
@@ -34,7 +33,6 @@ __all__ = [
     "default_held_out",
     "default_sensitivity_samples",
     "flag_name",
-    "read_yaml",
     "settings_fingerprint",
     "validated",
 ]

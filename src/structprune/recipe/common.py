@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, model_validator
 from pydantic.fields import FieldInfo
 
 from structprune.errors import InputError, UnsupportedError
-from structprune.files import check_path, check_regular
 from structprune.kinds import Scope
 from structprune.recipe.fields import (
     BOS_FIELD,
@@ -28,10 +26,12 @@ from structprune.recipe.fields import (
     OutputDtype,
     Seconds,
     Share,
+    flag_of,
     settings_fingerprint,
     validated,
 )
 from structprune.recipe.limits import TARGETS
+from structprune.recipe.settings_file import read_yaml
 from structprune.recipe.tokens import (
     DROP_RESERVE_FIELD,
     VOCABULARY_FIELD,
@@ -209,6 +209,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
                 wanted=f"--method {', '.join(others)}" if others else None,
                 do=None if others else f"settings that have one: {', '.join(map(flag_name, cls.model_fields))}",
             )
+        if idle := cls.idle(values):
+            name, beside = next(iter(idle.items()))
+            raise UnsupportedError(
+                f"{flag_name(name)} says how {flag_name(beside)} is done, which asks for nothing",
+                got=f"{flag_name(name)} {values[name]}, {flag_name(beside)} {all_fields()[beside].default}",
+                wanted=f"a value for {flag_name(beside)}, or {flag_name(name)} left out",
+            )
         # None stands for the default where other pipelines leave the field to the method.
         unsaid = {name for name in cls.model_fields if name in values and values[name] is None and cls._has_own(name)}
         return {name: value for name, value in values.items() if name not in foreign and name not in unsaid}
@@ -234,6 +241,18 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return value in (None, all_fields()[name].default) or (name in settled and value == settled[name])
 
     @classmethod
+    def idle(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        """Find what says how another setting is done that asks for nothing: name -> that setting."""
+        found: dict[str, str] = {}
+        for name in values.keys() & cls.model_fields.keys():
+            beside = flag_of(all_fields()[name]).beside
+            waits = beside and values.get(beside) in (None, all_fields()[beside].default)
+            # Zero stands for none in what a run has worked by.
+            if waits and values[name] and not cls.asks_nothing(name, values[name], values):
+                found[name] = beside
+        return dict(sorted(found.items()))
+
+    @classmethod
     def build(cls, **values: Any) -> Self:
         """Validate `values`. Raises InputError that names the field, what it got and what it takes."""
         return validated(cls, values)
@@ -246,7 +265,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     @staticmethod
     def merged_values(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Read a YAML mapping of recipe fields without validating it; `overrides` win. Raises InputError."""
-        values = read_yaml(path)
+        values = read_yaml(path, all_fields())
         # Either decides the number of windows: what overrides one overrides the other.
         for name, other in (("num_samples", "time_budget"), ("time_budget", "num_samples")):
             if overrides.get(name) is not None and other not in overrides:
@@ -394,57 +413,3 @@ def _pipeline_of(method: str, values: Mapping[str, Any]) -> str:
 def flag_name(field: str) -> str:
     """Write a field as it is on the command line."""
     return "--" + field.replace("_", "-")
-
-
-def _named_twice(text: str) -> list[str]:
-    """List the entries that a YAML mapping has more than once, at any depth: a loader takes the last without a word."""
-    waiting, seen, twice = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int](), list[str]()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            # An alias; it may even name a node that it lies in.
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            names = [str(key.value) for key, _ in node.value]
-            twice += [name for name in dict.fromkeys(names) if names.count(name) > 1]
-            waiting += [value for _, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-    return twice
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping of recipe fields, not yet validated. Raises InputError."""
-    check_path(path, "the recipe file")
-    try:
-        check_regular(path)
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-        twice = _named_twice(text)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError("the recipe file does not exist", where=str(path)) from None
-    except Exception as error:
-        # PyYAML's constructors raise ValueError, TypeError, RecursionError and more beside YAMLError.
-        raise InputError(
-            "the recipe file cannot be read as YAML", where=str(path), got=" ".join(str(error).split())
-        ) from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise InputError(
-            "a recipe must be a mapping",
-            where=str(path),
-            got=type(data).__name__,
-            wanted="lines such as `sparsity: 0.3`",
-        )
-    if twice:
-        raise InputError(f"the recipe has the field {twice[0]!r} twice", where=str(path), do="remove one of the lines")
-    unknown = sorted(set(data) - set(all_fields()))
-    if unknown:
-        raise InputError(
-            f"unknown recipe field {unknown[0]!r}", where=str(path), do=f"known: {', '.join(all_fields())}"
-        )
-    return data

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 
 from structprune.errors import InputError
 from structprune.files import DEFAULT_SHARD_BYTES as DEFAULT_SHARD_BYTES
@@ -45,6 +46,13 @@ class Flag:
     """What is taken where nothing is given, in words, for a field whose default does not say it."""
     names: str = ""
     """Both names of a switch, `--on/--off`; empty: the field's name, and `--no-` before it."""
+    beside: str = ""
+    """The field that has to ask for something, where this one says how that is done; alone it would change nothing."""
+
+
+def flag_of(field: FieldInfo) -> Flag:
+    """Return how a recipe's field was declared."""
+    return next(entry for entry in field.metadata if isinstance(entry, Flag))
 
 
 ByteCount = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]

@@ -48,13 +48,16 @@ class RepairedRecipe(Recipe, frozen=True):
         "each channel and head, the matrices as they are; scales+biases: new biases too, where the model's config has "
         "an entry for them; none: nothing",
     )
-    repair_epochs: Annotated[int, Flag(Group.HOW)] = Field(
+    repair_epochs: Annotated[int, Flag(Group.HOW, beside="repair")] = Field(
         default=1, ge=1, description="passes of the repair over its windows; the best one is kept"
     )
-    repair_samples: Annotated[int | None, Flag(Group.CALIBRATION, unset="all of --num-samples")] = Field(
-        default=None,
-        ge=0,
-        description="calibration windows of the repair; it is measured on an eighth of them and learns from the others",
+    repair_samples: Annotated[int | None, Flag(Group.CALIBRATION, unset="all of --num-samples", beside="repair")] = (
+        Field(
+            default=None,
+            ge=0,
+            description="calibration windows of the repair; it is measured on an eighth of them and learns from the "
+            "others",
+        )
     )
     objective: Annotated[ObjectiveName, Flag(Group.HOW)] = Field(
         default="mean",

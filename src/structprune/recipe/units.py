@@ -60,13 +60,13 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         description="how widths are looked for by measurements, from the allocator's on, such as evopress "
         "(docs/search.md lists all); none: the allocator's stay",
     )
-    search_generations: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own")] = Field(
+    search_generations: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own", beside="search")] = Field(
         default=None, ge=0, description="times that a search proposes choices of widths, at most"
     )
-    search_children: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own")] = Field(
+    search_children: Annotated[int | None, Flag(Group.ADVANCED, unset="the search's own", beside="search")] = Field(
         default=None, ge=0, description="choices of widths that a search proposes at a time"
     )
-    search_anchors: Annotated[bool, Flag(Group.ADVANCED)] = Field(
+    search_anchors: Annotated[bool, Flag(Group.ADVANCED, beside="search")] = Field(
         default=False,
         description="let a search measure first what one width of every sublayer loses by itself, and what each loses "
         "that may go, and correct predicted losses by it",
@@ -117,10 +117,10 @@ class UnitsRecipe(LimitedRecipe, frozen=True):
         description="what learns which units stay, through the whole model before any block is cut: graspprune, or "
         "none (docs/gates.md lists all)",
     )
-    gates_steps: Annotated[int, Flag(Group.HOW)] = Field(
+    gates_steps: Annotated[int, Flag(Group.HOW, beside="gates")] = Field(
         default=128, ge=1, description="steps of the gates, each on one calibration window"
     )
-    gates_loss: Annotated[Literal["divergence", "text"], Flag(Group.ADVANCED)] = Field(
+    gates_loss: Annotated[Literal["divergence", "text"], Flag(Group.ADVANCED, beside="gates")] = Field(
         default="divergence",
         description="what the gates lower. divergence: the KL divergence from the dense model's predictions; text: the "
         "loss of the calibration text's own next tokens",

@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.linalg.gram_products import energy
 from structprune.linalg.products import exact_bfloat16_products
 from structprune.memory import HEAP_BLOCK_BYTES
@@ -107,7 +107,7 @@ class GramAccumulator:
             raise NumericalError(
                 f"{bad} of {len(diagonal)} activations are NaN or infinite (or overflow when squared)",
                 where=where,
-                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+                do=NOT_FINITE_ADVICE,
             )
         for start in range(0, len(gram_II), self._strip):
             stop = start + self._strip

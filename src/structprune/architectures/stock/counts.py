@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from structprune.architectures.stock.tensor_check import advice_on_missing
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.errors import CheckpointError
@@ -18,6 +21,12 @@ _SIZES = (
 _LARGEST = 2**63
 
 
+def _says(config: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Say whether a config, or one inside it, has this entry with this value."""
+    inner = (each for each in config.values() if isinstance(each, Mapping))
+    return config.get(name) == value or any(_says(each, name, value) for each in inner)
+
+
 def check_counts(reader: CheckpointReader) -> None:
     """Raise CheckpointError for more blocks or experts than there are tensors, and for sizes that are none.
 
@@ -28,6 +37,15 @@ def check_counts(reader: CheckpointReader) -> None:
     for name in _COUNTS:
         count = reader.config.get(name)
         if isinstance(count, int | float) and count > len(reader.shapes):
+            if not _says(reader.source_config, name, count):
+                raise CheckpointError(
+                    f"config.json does not say {name}, which the stock class would make {count:g}: that is more than "
+                    "the number of tensors",
+                    where=where,
+                    got=f"{len(reader.shapes)} tensors",
+                    do=f"write {name} into it; of a model with images, sound or several parts the sizes are those of "
+                    "the text model, in an entry text_config",
+                )
             raise CheckpointError(
                 f"{name} is larger than the number of tensors",
                 where=where,

@@ -22,7 +22,7 @@ from structprune.calibration.store import HiddenStore
 from structprune.engine.layerwise.statistics import Streams, read_ranges
 from structprune.engine.run.context import RunContext, WindowRanges
 from structprune.engine.streaming.propagate import Propagator
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.linalg.gram_products import energy, strips
 from structprune.rows import DiagonalRows, Rows, SymmetricRows
 from structprune.solvers.elements.problem import Reads
@@ -140,7 +140,7 @@ class _Sums:
             raise NumericalError(
                 "activations are NaN or infinite (or overflow when squared)",
                 where=where,
-                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+                do=NOT_FINITE_ADVICE,
             )
         rows = self.rows or [(energy_I / max(1, self.num_tokens)).to("cpu", torch.float32)]
         sum_I = torch.zeros_like(energy_I) if self.means and self.sum_I is None else self.sum_I

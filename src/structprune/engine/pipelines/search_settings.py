@@ -8,7 +8,6 @@ from structprune.engine.planning.searching import SearchWork, search_work, windo
 from structprune.engine.planning.shapes import by_kind
 from structprune.errors import InputError, UnsupportedError
 from structprune.methods.method import Method, SensitivityKind
-from structprune.recipe import flag_name
 from structprune.recipe.limits import targets_of
 from structprune.recipe.units import ResolvedUnits, UnitsRecipe
 
@@ -20,16 +19,9 @@ def search_of(recipe: UnitsRecipe) -> Search | None:
 
 
 def search_settings(recipe: UnitsRecipe, search: Search | None) -> dict[str, int]:
-    """Fill what the recipe leaves to the search. Raises UnsupportedError for settings of a search without one."""
+    """Fill what the recipe leaves to the search; zeros where there is none."""
     asked = {name: getattr(recipe, name) for name in ("search_generations", "search_children")}
     if search is None:
-        for name, value in {**asked, "search_anchors": recipe.search_anchors}.items():
-            if value:
-                raise UnsupportedError(
-                    "nothing searches for widths",
-                    got=flag_name(name) if value is True else f"{flag_name(name)} {value}",
-                    wanted=f"--search {', '.join(SEARCHES)}",
-                )
         return dict.fromkeys(asked, 0)
     options = search.options(*asked.values(), seed=recipe.seed)
     return {"search_generations": options.generations, "search_children": options.children}

@@ -11,10 +11,19 @@ from structprune.architectures.families.common import CHANNELS_ENTRY, VALUES_ENT
 from structprune.architectures.modeling.removed import check_can_go
 from structprune.architectures.modeling.value_channels import has_narrow_values
 from structprune.architectures.stock.model import StockModel
-from structprune.architectures.units import check_bias
 from structprune.engine.pipelines.decided import allocator_for, with_limits, with_widths
 from structprune.engine.pipelines.gated_settings import check_gates, planned_gates
 from structprune.engine.pipelines.search_settings import check_search, planned_search, search_of, search_settings
+from structprune.engine.pipelines.units_checks import (
+    check_allocator,
+    check_biases,
+    check_correlations,
+    check_iterative,
+    check_path,
+    check_score,
+    check_solver,
+    check_value_channels,
+)
 from structprune.engine.pipelines.wrapped import evenly_inside
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.widths import are_even, binding_limits
@@ -25,10 +34,8 @@ from structprune.kinds import SCOPES, Structure
 from structprune.methods.method import Method, SensitivityKind
 from structprune.recipe import default_sensitivity_samples
 from structprune.recipe.repaired import objective_of
-from structprune.recipe.units import Damping, ResolvedUnits, Target, UnitsRecipe
-from structprune.scores import SCORES, SELECTORS, score_or_selector
+from structprune.recipe.units import ResolvedUnits, Target, UnitsRecipe
 from structprune.solvers import SOLVERS
-from structprune.solvers.mlp.updates import ACTIVATIONS
 from structprune.types import UnitGroup, UnitKind
 
 _NARROW = 4096
@@ -48,7 +55,7 @@ def unit_settings(
     if recipe.widths.blocks:
         recipe = with_widths(recipe, _kinds(groups), stock)
     recipe = evenly_inside(recipe, groups, stock)
-    _check_constants(recipe.solver or method.solver, groups, stock)
+    check_biases(recipe.solver or method.solver, groups, stock.family.name)
     lost = _may_be_lost(recipe, groups)
     check_can_go(stock.config, stock.family, lost)
     if "attention" in lost:
@@ -64,7 +71,7 @@ def unit_settings(
     check_gates(resolved, method, groups)
     for group in groups:
         if SOLVERS.get(resolved.solver).propose is not None and group.kind == "mlp":
-            _check_iterative(resolved.solver, group, stock.family.name)
+            check_iterative(resolved.solver, group, stock.family.name)
     return resolved, groups
 
 
@@ -109,19 +116,6 @@ def units_request(request: PlanRequest, recipe: ResolvedUnits, method: Method, s
     )
 
 
-def _check_constants(solver: str, groups: Sequence[UnitGroup], stock: StockModel) -> None:
-    """Raise UnsupportedError where a solver that adds to biases cannot."""
-    if "biases" not in SOLVERS.get(solver).changes:
-        return
-    for group in groups:
-        check_bias(group)
-        if group.output_normed:
-            raise UnsupportedError(
-                f"solver {solver!r} adds one constant, and {stock.family.name} norms what a sublayer adds per token",
-                wanted="--solver least-squares or mask-only",
-            )
-
-
 def _checked_multiple(multiple_of: int, groups: Sequence[UnitGroup], stock: StockModel) -> int:
     for group in groups:
         if multiple_of % group.multiple_of:
@@ -131,27 +125,6 @@ def _checked_multiple(multiple_of: int, groups: Sequence[UnitGroup], stock: Stoc
                 wanted=f"a multiple of {group.multiple_of}",
             )
     return multiple_of
-
-
-def _check_iterative(solver: str, group: UnitGroup, family_name: str) -> None:
-    """Raise UnsupportedError where a solver that moves the producers of an MLP cannot."""
-    if group.up_module is None or group.activation is None:
-        raise UnsupportedError(
-            f"solver {solver!r} moves up and gate as maps of their own, which {family_name} does not have",
-            wanted="--solver least-squares",
-        )
-    if group.activation not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"solver {solver!r} does not know this activation",
-            got=group.activation,
-            wanted=", ".join(ACTIVATIONS),
-            do="use --solver least-squares",
-        )
-    if group.output_normed:
-        raise UnsupportedError(
-            f"solver {solver!r} fits all tokens at one scale, and {family_name} norms what the MLP adds",
-            wanted="--solver least-squares",
-        )
 
 
 def _resolved(
@@ -174,9 +147,9 @@ def _resolved(
     temperature = method.temperature if allocator == method.allocator else 0.0
     target = _checked_target(recipe, method, groups)
     protect_first, protect_last = _protected_blocks(recipe, method, len(stock.layout.blocks))
-    score = _check_score(recipe.score or method.score, method)
+    score = check_score(recipe.score or method.score, method)
     if VALUES_ENTRY in narrows:
-        _check_value_channels(recipe, score)
+        check_value_channels(recipe, score)
     if CHANNELS_ENTRY in narrows and evenly:
         raise UnsupportedError(
             f"the width of MLPs follows from the hidden size in stock {stock.family.name}, so no stock config says it",
@@ -188,8 +161,8 @@ def _resolved(
         # Nothing is missing, so nothing is added.
         solver = _IDLE_SOLVER
     damping = recipe.damping or method.damping
-    _check_solver(recipe, method, solver, damping)
-    _check_correlations(recipe, method, score, allocator)
+    check_solver(recipe, method, solver, damping)
+    check_correlations(recipe, method, score, allocator)
     if recipe.max_retention < recipe.min_retention:
         raise InputError(
             "no share of a block's units is within the bounds",
@@ -203,8 +176,8 @@ def _resolved(
             f"{gives} gives every block its own width",
             wanted=f"--structure {Structure.PER_LAYER} or --allocator {_EVEN_ALLOCATOR}",
         )
-    _check_allocator(recipe, method, score, allocator)
-    _check_path(method, solver, target)
+    check_allocator(recipe, method, score, allocator)
+    check_path(method, solver, target)
     if search is not None:
         check_search(recipe, method, allocator)
     return ResolvedUnits.of(
@@ -240,36 +213,6 @@ def _checked_target(recipe: UnitsRecipe, method: Method, groups: Sequence[UnitGr
     return target
 
 
-def _check_solver(recipe: UnitsRecipe, method: Method, solver: str, damping: Damping) -> None:
-    """Raise UnsupportedError for a solver that lacks what it reads, InputError for too few windows to judge a ridge."""
-    if SOLVERS.get(solver).reads and not method.needs_statistics:
-        raise UnsupportedError(
-            f"method {method.name!r} measures nothing that a solver could use", wanted=f"--solver {_IDLE_SOLVER}"
-        )
-    if SOLVERS.get(solver).propose is not None and damping != "auto":
-        raise UnsupportedError(
-            f"solver {solver!r} is judged on held-out windows",
-            got=f"--damping {damping:g}",
-            wanted="--damping auto",
-        )
-    if damping == "auto" and recipe.most_samples < 2 and method.needs_statistics:
-        raise InputError(
-            "one window cannot both fit and choose the ridge",
-            got=f"--num-samples {recipe.most_samples}, --damping auto",
-            wanted="at least 2 windows, or a number for --damping",
-        )
-
-
-def _check_correlations(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
-    """Raise UnsupportedError for a shrinkage that nothing reads."""
-    if recipe.shrinkage and score not in SELECTORS and method.sensitivity_for(allocator) is not SensitivityKind.LOSS:
-        raise UnsupportedError(
-            f"score {score!r} does not remove units one after the other, so it counts on no correlations",
-            got=f"--shrinkage {recipe.shrinkage:g}",
-            wanted="--score greedy, or --method structprune",
-        )
-
-
 def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: int) -> bool:
     """Say whether blocks keep different widths whatever the allocator. Raises UnsupportedError if one was asked for."""
     uneven = not stock.has_even_blocks
@@ -280,66 +223,6 @@ def _has_uneven_blocks(recipe: UnitsRecipe, stock: StockModel, num_protected: in
         if uneven:
             raise UnsupportedError("the source's blocks have different widths", wanted=wanted)
     return uneven or num_protected > 0
-
-
-def _check_allocator(recipe: UnitsRecipe, method: Method, score: str, allocator: str) -> None:
-    """Raise UnsupportedError where the allocator cannot compare blocks, compares none, or has nothing to scale."""
-    sensitivity, entry = method.sensitivity_for(allocator), ALLOCATORS.get(allocator)
-    weighs = "an allocator that weighs blocks, such as closed-form"
-    if recipe.sensitivity_scale != "given" and sensitivity is not SensitivityKind.LOSS:
-        raise UnsupportedError(
-            f"method {method.name!r} with the {allocator} allocator measures no sensitivities that could be scaled",
-            got=f"--sensitivity-scale {recipe.sensitivity_scale}",
-            wanted="--sensitivity-scale given, or --method structprune",
-        )
-    if sensitivity is SensitivityKind.SCORES and score in SELECTORS:
-        raise UnsupportedError(
-            f"{score!r} gives no number per unit that blocks could be compared by",
-            got=f"--allocator {allocator}",
-            wanted=f"another allocator, or --score {', '.join(SCORES)}",
-        )
-    if recipe.outer_iterations and entry.compares == "none":
-        raise UnsupportedError(
-            f"the {allocator} allocator reads no removal costs, so an outer iteration changes nothing",
-            got=f"--outer-iterations {recipe.outer_iterations}",
-            wanted=weighs,
-        )
-    if recipe.outer_iterations and sensitivity is not SensitivityKind.LOSS:
-        raise UnsupportedError(
-            f"outer iterations measure costs by greedy removal, in another unit than {method.name!r} does",
-            got=f"--outer-iterations {recipe.outer_iterations}",
-            wanted="--outer-iterations 0, or --method structprune",
-        )
-    if recipe.allow_block_removal and entry.even:
-        raise UnsupportedError(
-            f"the {allocator} allocator takes the same share of every block, so it removes none",
-            got="--allow-block-removal",
-            wanted=weighs,
-        )
-
-
-def _check_path(method: Method, solver: str, target: Target) -> None:
-    """Raise UnsupportedError for a target on the dense path that the solver cannot follow."""
-    if target == "dense-path" and "biases" in SOLVERS.get(solver).changes:
-        raise UnsupportedError(f"solver {solver!r} makes up for removed inputs only", wanted="--target local")
-    if target == "dense-path" and not method.needs_statistics:
-        raise UnsupportedError(f"method {method.name!r} solves nothing, so it has no target", wanted="--target local")
-
-
-def _check_value_channels(recipe: UnitsRecipe, score: str) -> None:
-    """Raise UnsupportedError for what has no meaning where every KV head keeps as many value channels."""
-    if recipe.structure == Structure.UNIFORM:
-        raise UnsupportedError(
-            "no stock config has heads with fewer value channels than key channels",
-            got="--structure uniform, --head-units value-channel",
-            wanted="--structure per-layer, or --head-units kv-group",
-        )
-    if score in SELECTORS and not SELECTORS.get(score).keeps_partitions:
-        raise UnsupportedError(
-            "exchanges would move value channels from one KV head to another, and each keeps as many",
-            got=f"--score {score}, --head-units value-channel",
-            wanted="--score greedy, or --head-units kv-group",
-        )
 
 
 def _protected_blocks(recipe: UnitsRecipe, method: Method, num_blocks: int) -> tuple[int, int]:
@@ -362,31 +245,6 @@ def _protected_blocks(recipe: UnitsRecipe, method: Method, num_blocks: int) -> t
     return first, last
 
 
-def _check_score(score: str, method: Method) -> str:
-    """Return `score` if `method` measures what it reads. Raises InputError or UnsupportedError."""
-    reads = score_or_selector(score).reads
-    if "gradients" in reads and method.sensitivity is not SensitivityKind.TAYLOR:
-        raise UnsupportedError(
-            f"score {score!r} needs gradients by the weights, which {method.name!r} does not measure",
-            wanted="another --score, or --method llm-pruner",
-        )
-    if method.sensitivity is SensitivityKind.TAYLOR and "gradients" not in reads:
-        raise UnsupportedError(
-            f"method {method.name!r} measures gradients by the weights, which score {score!r} does not read",
-            wanted=f"--score {', '.join(name for name in SCORES if 'gradients' in SCORES.get(name).reads)}",
-        )
-    if score != method.score and not method.needs_statistics and method.sensitivity is SensitivityKind.NONE:
-        raise UnsupportedError(
-            f"method {method.name!r} measures nothing that a score could read", wanted=f"--score {method.score}"
-        )
-    if "sensitivity" in reads and method.sensitivity is not SensitivityKind.LOSS:
-        raise UnsupportedError(
-            f"score {score!r} needs the output sensitivity, which {method.name!r} does not measure",
-            wanted="another --score, or --method structprune",
-        )
-    return score
-
-
 def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
     """Return 32 for widths below 4096, else 128: rows that the kernels of CPUs and GPUs like."""
     return 32 if max((group.num_units * group.width for group in groups), default=0) < _NARROW else 128
@@ -395,6 +253,12 @@ def _default_multiple(groups: tuple[UnitGroup, ...]) -> int:
 def _groups_in_scope(method: Method, recipe: UnitsRecipe, stock: StockModel) -> tuple[UnitGroup, ...]:
     """List the groups in scope in the order of the forward pass."""
     kinds = SCOPES[recipe.scope]
+    if recipe.head_units not in (None, "kv-group") and "attention" not in kinds:
+        raise UnsupportedError(
+            "heads stay as they are where attention is not in scope",
+            got=f"--head-units {recipe.head_units}, --scope {recipe.scope}",
+            wanted="--scope attention or all, or --head-units left out",
+        )
     # One of each kind, that can lose units where some block has such.
     groups = {group.kind: group for group in sorted(stock.groups, key=lambda group: bool(group.config_fields))}
     for kind in kinds:

@@ -191,7 +191,15 @@ def _tokenizer_bytes(stock: StockModel) -> int:
     else:
         fewer = stock.reader.fewer_tokens
         vocab_size = stock.layout.vocab_size if fewer is None else fewer.before
-        found = built_tokenizer(stock.reader.directory, vocab_size, stock.config)
+        try:
+            found = built_tokenizer(stock.reader.directory, vocab_size, stock.config)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"how large a GGUF file gets is not known before it has a tokenizer: {error.what}",
+                where=error.where,
+                got=error.got,
+                do="use a limit of the weight files without a type; `structprune export` then takes --tokenizer-gguf",
+            ) from None
         entries = [(entry.key, entry.value) for entry in found.entries]
     return sum(8 + len(key) + 4 + _value_bytes(value) for key, value in entries)
 

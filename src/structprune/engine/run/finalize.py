@@ -35,7 +35,7 @@ from structprune.engine.run.held_out import measure_held_out
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
 from structprune.engine.streaming.losses import summed_loss
 from structprune.engine.streaming.model import StreamedModel
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import runtimes
 from structprune.files import write_json, write_text
@@ -199,7 +199,7 @@ def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
             raise NumericalError(
                 "the model's output on the calibration text is NaN, infinite or absurdly large",
                 where="dense model" if not result else "pruned model",
-                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+                do=NOT_FINITE_ADVICE,
             )
         result.append(math.exp(mean))
     first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(context.device)

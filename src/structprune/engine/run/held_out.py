@@ -18,7 +18,7 @@ from structprune.calibration.select import fingerprint
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.losses import last_states, window_losses
 from structprune.engine.streaming.model import StreamedModel
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.ranks import add_numbers
@@ -108,7 +108,7 @@ def _record(context: RunContext, step: str, means: Sequence[float], name: str) -
         raise NumericalError(
             "the model's output on the held-out windows is NaN, infinite or absurdly large",
             where=f"{name} model",
-            do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            do=NOT_FINITE_ADVICE,
         )
     return context.run.journal.record(
         step, loss=means[0], texts=list(means[1:]), peak_bytes=context.meter.peak_so_far()

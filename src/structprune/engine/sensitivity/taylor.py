@@ -24,7 +24,7 @@ from structprune.engine.sensitivity.store import Costs, load_found
 from structprune.engine.streaming.backward import differentiate
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.propagate import Propagator
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.phases import Phase
 from structprune.scores import SCORES
 from structprune.scores.selection import ascending
@@ -101,7 +101,7 @@ def weight_sums(
             raise NumericalError(
                 f"a gradient by {name!r} is NaN or infinite (or overflows when squared)",
                 where=f"block {block.index}",
-                do="use --dtype float32; if it stays, the source checkpoint is damaged",
+                do=NOT_FINITE_ADVICE,
             )
     with torch.no_grad():
         return {group.name: unit_sums(block, group, weights, mean, square) for group in context.groups(block)}

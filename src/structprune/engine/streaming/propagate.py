@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from structprune.architectures.stock.model import BlockInputs, output_tensor
 from structprune.calibration.store import HiddenStore
 from structprune.engine.streaming.transfer import Put, transfer_for
-from structprune.errors import NumericalError
+from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 
 
 class _Tap(nn.Module):
@@ -86,7 +86,7 @@ def check_finite(output_BSD: Tensor, index: int) -> None:
         raise NumericalError(
             "the hidden states after the block are NaN or infinite",
             where=f"block {index}",
-            do="use --dtype float32; if it stays, the source checkpoint is damaged",
+            do=NOT_FINITE_ADVICE,
         )
 
 
