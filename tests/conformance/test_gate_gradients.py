@@ -150,7 +150,7 @@ def test_gate_gradients(family: str, stand_ins: bool, loss: GateLoss, tmp_path: 
     gate_U = torch.rand(len(problem.start_U), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     recorder = _Recorder(gate_U)
     settings = RecoverySettings(mode="scales", seq_len=SEQ_LEN, batch=1, learning_rate=1.0)
-    recovery = on_calibration(context, context.stock, settings, len(context.windows.ids_NS))
+    recovery = on_calibration(context, context.stock, settings, context.windows)
     for uses_gradient in (True, False):
         gates = Gates(start=lambda _: recorder, paper="none", uses_gradient=uses_gradient)
         with contextlib.closing(

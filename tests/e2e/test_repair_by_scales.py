@@ -211,7 +211,7 @@ def removed_sublayer(text_file: Path) -> dict[str, Any]:
         ),
         pytest.param("llama-untied-biased", {}, [], [], marks=pytest.mark.slow),
         ("gpt2", {"scope": "mlp"}, [], []),
-        ("gemma2", {"scope": "mlp"}, ["attention"], ["mlp"]),
+        ("gemma2", {"scope": "mlp", "sparsity": 0.6}, ["attention"], ["mlp"]),
         pytest.param("qwen3", {"structure": "per-layer"}, ["attention"], ["mlp"], marks=pytest.mark.slow),
         ("qwen3_moe", {"method": "reap", "sparsity": 0.5}, ["attention"], ["mlp"]),
         pytest.param("qwen2", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
@@ -340,6 +340,23 @@ def test_its_own_windows(sharp_llama: Path, text_file: Path, tmp_path: Path) -> 
     report = prune(sharp_llama, asked, tmp_path / "out")
     assert report.repair is not None
     assert (report.repair.num_windows, report.repair.num_measured) == (4, 1)
+    assert report.repair.num_apart == 5
+    assert "; nothing else was fitted on 5 of them" in dict(summary_rows(report))["repair by scales"]
+
+
+def test_a_short_text_has_few_windows_apart(sharp_llama: Path, tmp_path: Path) -> None:
+    """It learns from others too, and is measured on those that nothing was fitted on."""
+    text = tmp_path / "short.txt"
+    text.write_text("abcdefghijklmnopqrstuvwxyz 0123 " * 45, encoding="utf-8")
+    notes: list[str] = []
+    observer = SilentObserver()
+    observer.note = notes.append
+    asked = recipe(text, held_out=1, reload_check=False)
+    report = prune(sharp_llama, asked, tmp_path / "out", observer=observer)
+    assert (report.calibration.num_windows, report.repair and report.repair.num_apart) == (40, 4)
+    assert report.repair is not None
+    assert (report.repair.num_windows, report.repair.num_measured) == (35, 5)
+    assert any("has 4 windows for the repair beside those that are fitted on, not 40" in note for note in notes)
 
 
 @pytest.mark.parametrize(

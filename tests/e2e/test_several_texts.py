@@ -188,6 +188,35 @@ def support_context(**changes: Any) -> SourceContext:
     return SourceContext(**{"encode": encode, "sample": sample, "seq_len": 16, "seed": 3, **changes})
 
 
+def test_a_repair_s_windows_are_of_every_text(texts: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
+    """By the weights, beside those that are fitted on and those held out; a resumed run has the same."""
+    context = SourceContext(
+        render=str,
+        encode=lambda text: torch.tensor([ord(c) for c in text], dtype=torch.int64),
+        sample=lambda *_: torch.empty(0),
+        num_samples=12,
+        seq_len=32,
+        seed=0,
+        num_held_out=4,
+        num_repair=8,
+    )
+    asked = weighted_texts((f"{texts['vowels']}:3", str(texts["digits"])))
+    _, plain = load_texts(asked, replace(context, num_repair=0), lambda _: None)
+    _, found = load_texts(asked, context, lambda _: None)
+    assert torch.equal(plain.ids_NS, found.ids_NS)
+    assert found.repair_NS is not None
+    assert [len(text.repair) for text in found.texts] == [6, 2]
+    for text, letters in zip(found.texts, ("aeiou ", "0123456789"), strict=True):
+        assert set(found.repair_NS[list(text.repair)].flatten().tolist()) <= set(map(ord, letters))
+    rows = [
+        tuple(row)
+        for part in (found.ids_NS, found.held_out_NS, found.repair_NS)
+        if part is not None
+        for row in part.tolist()
+    ]
+    assert len(rows) == len(set(rows)) == 24
+
+
 def test_fewer_windows_than_texts(texts: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
     few = recipe(*map(str, texts.values()), num_samples=2)
     for verb in (lambda: plan(tiny_llama, few), lambda: prune(tiny_llama, few, tmp_path / "out")):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structprune.calibration import SOURCES
-from structprune.calibration.context import CalibrationWindows, Source, SourceContext, draw_windows
+from structprune.calibration.context import CalibrationWindows, Source, SourceContext, TextWindows, draw_windows
 from structprune.calibration.select import fingerprint, held_out_text, load_windows
 from structprune.calibration.sources import packed
 from structprune.calibration.sources.file import file_windows, read_text
@@ -99,6 +99,47 @@ def test_all_windows_when_there_are_fewer_than_asked() -> None:
     assert sorted(windows.ids_NS[:, 0].tolist()) == [0, 10, 20, 30, 40]
     assert windows.description == "numbers (all of its 5 windows; 100 were asked for)"
     assert positions(57, 5, 10).description == "numbers"
+
+
+@pytest.mark.parametrize(("num_windows", "held_out", "repair"), [(20, 3, 4), (11, 3, 0), (13, 3, 2), (10, None, 0)])
+def test_windows_of_a_repair_are_beside_all_others(num_windows: int, held_out: int | None, repair: int) -> None:
+    asked = replace(
+        context(num_samples=8, num_held_out=3), num_repair=4, encode=lambda _: torch.arange(num_windows * 10)
+    )
+    found = draw_windows("any", "numbers", replace(asked, num_held_out=7)).divided(3).with_held_out(3, 1)
+    parts = (found.ids_NS, found.held_out_NS, found.repair_NS)
+    assert [None if part is None else len(part) for part in parts[1:]] == [
+        min(held_out, num_windows - 8) if held_out else 2,
+        repair or None,
+    ]
+    starts = torch.cat([part[:, 0] for part in parts if part is not None])
+    assert len(starts.unique()) == len(starts) <= num_windows
+    # Without a repair the others are the same.
+    plain = draw_windows("any", "numbers", replace(asked, num_repair=0, num_held_out=3)).with_held_out(3, 1)
+    assert torch.equal(plain.ids_NS, found.ids_NS)
+    assert found.held_out_NS is not None
+    assert plain.held_out_NS is not None
+    assert torch.equal(plain.held_out_NS, found.held_out_NS)
+
+
+def test_a_repair_learns_from_others_where_a_text_is_short() -> None:
+    ids_NS = torch.arange(6)[:, None]
+    found = CalibrationWindows(
+        ids_NS=ids_NS,
+        description="numbers",
+        repair_NS=torch.tensor([[10], [11], [12]]),
+        texts=(
+            TextWindows(name="a", description="", weight=1, windows=(0, 2, 4), held_out=(), repair=(1,)),
+            TextWindows(name="b", description="", weight=1, windows=(1, 3, 5), held_out=(), repair=(0, 2)),
+        ),
+    )
+    short = found.for_repair(5)
+    assert short.ids_NS[:, 0].tolist() == [0, 1, 10, 11, 12]
+    assert [text.windows for text in short.texts] == [(0, 3), (1, 2, 4)]
+    assert found.for_repair(2).ids_NS[:, 0].tolist() == [10, 11]
+    assert [text.windows for text in found.for_repair(2).texts] == [(1,), (0,)]
+    assert found.for_repair(90).ids_NS[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 10, 11, 12]
+    assert replace(found, repair_NS=None).for_repair(4).ids_NS[:, 0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 9])

@@ -56,6 +56,8 @@ class WindowRequest:
     """Whether each begins with the model's start token."""
     num_held_out: int = 0
     """Windows beside those, which nothing will be fitted on."""
+    num_repair: int = 0
+    """Windows beside all of those, which only a repair will learn from."""
     min_samples: int = 1
     """Windows that are needed to fit."""
 
@@ -73,6 +75,8 @@ class SourceContext:
     seed: int
     num_held_out: int = 0
     """Windows to draw beside those, which nothing will be fitted on."""
+    num_repair: int = 0
+    """Windows to draw beside all of those, for a repair. Sources are asked for them with the held-out ones."""
     min_samples: int = 1
     """Windows that are needed to fit: fewer are not left where the text is so short that held-out ones are taken away.
     """
@@ -96,6 +100,8 @@ class TextWindows:
     """Numbers of those that are fitted on."""
     held_out: tuple[int, ...]
     """Numbers of the held-out ones."""
+    repair: tuple[int, ...] = ()
+    """Numbers of those for a repair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +114,8 @@ class CalibrationWindows:
     """What each begins with, as the tokenizer spells it; empty: with the text itself."""
     held_out_NS: Tensor | None = None
     """Windows of the same text that nothing is fitted on; None: there are none."""
+    repair_NS: Tensor | None = None
+    """Windows of the same text that only a repair learns from; None: there are none."""
     set_apart: bool = False
     """Whether a text had no more windows than were asked for, so that those held out are missing from the others."""
     texts: tuple[TextWindows, ...] = ()
@@ -119,6 +127,32 @@ class CalibrationWindows:
     def num_held_out(self) -> int:
         """How many windows are held out."""
         return 0 if self.held_out_NS is None else len(self.held_out_NS)
+
+    def divided(self, num_held_out: int) -> CalibrationWindows:
+        """Give those of the held-out windows to a repair that are more than so many."""
+        if self.held_out_NS is None or self.num_held_out <= num_held_out:
+            return self
+        held_out_NS, repair_NS = self.held_out_NS[:num_held_out], self.held_out_NS[num_held_out:]
+        return replace(self, held_out_NS=held_out_NS if len(held_out_NS) else None, repair_NS=repair_NS)
+
+    def for_repair(self, number: int) -> CalibrationWindows:
+        """Return the windows of a repair: those that are there for it, before them some of the others if they are few.
+
+        The last ones of every text are those that nothing was fitted on.
+        """
+        apart_NS = self.ids_NS[:0] if self.repair_NS is None else self.repair_NS[:number]
+        fitted_NS = self.ids_NS[: number - len(apart_NS)]
+        texts = [
+            replace(
+                text,
+                windows=(
+                    *(place for place in text.windows if place < len(fitted_NS)),
+                    *(place + len(fitted_NS) for place in text.repair if place < len(apart_NS)),
+                ),
+            )
+            for text in self.texts
+        ]
+        return replace(self, ids_NS=torch.cat([fitted_NS, apart_NS]), texts=tuple(texts))
 
     def with_held_out(self, num_held_out: int, min_samples: int) -> CalibrationWindows:
         """Set some of the windows apart, the last ones, if none are held out yet and there are enough.

@@ -34,18 +34,25 @@ def load_texts(
     weights = [text.weight for text in texts]
     wanted = shares(weights, context.num_samples)
     # One of each at least: what a text has lost can be said only where something was measured on it.
-    held_out = shares(weights, max(context.num_held_out, len(texts))) if context.num_held_out else [0] * len(texts)
+    held_out, repair = (
+        shares(weights, max(number, len(texts))) if number else [0] * len(texts)
+        for number in (context.num_held_out, context.num_repair)
+    )
     drawn = [
-        load_windows(text.name, replace(context, num_samples=n, num_held_out=h, min_samples=1), notify)
-        for text, n, h in zip(texts, wanted, held_out, strict=True)
+        load_windows(text.name, replace(context, num_samples=n, num_held_out=h, num_repair=r, min_samples=1), notify)
+        for text, n, h, r in zip(texts, wanted, held_out, repair, strict=True)
     ]
     parts = [windows for _, windows in drawn]
-    fitted, apart = _mixed([len(part.ids_NS) for part in parts]), _mixed([part.num_held_out for part in parts])
+    fitted, apart, taught = (
+        _mixed([0 if ids_NS is None else len(ids_NS) for ids_NS in each])
+        for each in zip(*((part.ids_NS, part.held_out_NS, part.repair_NS) for part in parts), strict=True)
+    )
     return ", ".join(name for name, _ in drawn), CalibrationWindows(
         ids_NS=torch.stack([parts[text].ids_NS[number] for text, number in fitted]),
+        repair_NS=torch.stack([_there(parts[text].repair_NS)[number] for text, number in taught]) if taught else None,
         description="; ".join(f"{len(part.ids_NS)} windows of {part.description}" for part in parts),
         start=context.start.text,
-        held_out_NS=torch.stack([_held_out(parts[text])[number] for text, number in apart]) if apart else None,
+        held_out_NS=torch.stack([_there(parts[text].held_out_NS)[number] for text, number in apart]) if apart else None,
         set_apart=any(part.set_apart for part in parts),
         texts=tuple(
             TextWindows(
@@ -54,6 +61,7 @@ def load_texts(
                 weight=text.weight,
                 windows=tuple(place for place, (of, _) in enumerate(fitted) if of == number),
                 held_out=tuple(place for place, (of, _) in enumerate(apart) if of == number),
+                repair=tuple(place for place, (of, _) in enumerate(taught) if of == number),
             )
             for number, (text, (name, part)) in enumerate(zip(texts, drawn, strict=True))
         ),
@@ -66,9 +74,9 @@ def _mixed(counts: Sequence[int]) -> list[tuple[int, int]]:
     return [(text, number) for _, text, number in sorted(places)]
 
 
-def _held_out(windows: CalibrationWindows) -> Tensor:
-    assert windows.held_out_NS is not None
-    return windows.held_out_NS
+def _there(ids_NS: Tensor | None) -> Tensor:
+    assert ids_NS is not None
+    return ids_NS
 
 
 def check_texts(texts: Sequence[WeightedText]) -> None:
@@ -91,8 +99,8 @@ def load_windows(
     source gives none beside the others, some of those are set apart. Raises InputError for an unknown name or a text
     that is too short.
     """
-    used, windows = _draw(name, context, notify)
-    return used, windows.with_held_out(context.num_held_out, context.min_samples)
+    used, windows = _draw(name, replace(context, num_held_out=context.num_held_out + context.num_repair), notify)
+    return used, windows.divided(context.num_held_out).with_held_out(context.num_held_out, context.min_samples)
 
 
 def _draw(name: str | None, context: SourceContext, notify: Callable[[str], None]) -> tuple[str, CalibrationWindows]:

@@ -245,7 +245,7 @@ def num_probe(recipe: Recipe) -> int:
 def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
     """Plan how a run with so many calibration windows goes about it. Raises MemoryBudgetError."""
     recipe, stock, num_ranks = resolved.recipe, resolved.stock, resolved.ranks.size
-    tokens = (num_windows + recipe.held_out) * recipe.seq_len
+    tokens = (num_windows + recipe.held_out + repair_windows(recipe, num_windows)) * recipe.seq_len
     files = [held_bytes(text.path, tokens) for text in recipe.texts if text.path is not None]
     request = PlanRequest(
         layout=stock.layout,
@@ -315,6 +315,7 @@ def drawn_windows(
             seed=recipe.seed,
             bos=recipe.bos,
             num_held_out=recipe.held_out,
+            num_repair=(num_repair := repair_windows(recipe, recipe.num_samples)),
             min_samples=num_needed,
         ),
         dtype=resolved.dtype,
@@ -332,6 +333,12 @@ def drawn_windows(
             got=f"{found} window of {recipe.seq_len} tokens, {flag}",
             wanted=f"at least {num_needed} windows" + (", or a number for --damping" if ridge_only else ""),
             do="give more text, or lower --seq-len",
+        )
+    num_apart = 0 if windows.repair_NS is None else len(windows.repair_NS)
+    if num_apart < num_repair:
+        notify(
+            f"{name} has {num_apart} windows for the repair beside those that are fitted on, not {num_repair}: it "
+            "learns from some of those too, which show little of what it could mend"
         )
     if windows.held_out_NS is not None and source.decode is not None:
         written = [source.decode(ids_S[1:]) for ids_S in windows.held_out_NS]

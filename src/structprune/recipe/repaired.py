@@ -18,10 +18,10 @@ def repair_of(recipe: Recipe) -> str | None:
 
 
 def repair_windows(recipe: Recipe, num_windows: int) -> int:
-    """Count the calibration windows that a repair has, of those that there are; 0 where there is none."""
+    """Count the windows that a repair asks for, as many as are fitted on unless it says; 0 where there is none."""
     if not isinstance(recipe, RepairedRecipe) or recipe.repair == "none":
         return 0
-    return min(recipe.repair_samples or num_windows, num_windows)
+    return recipe.repair_samples or num_windows
 
 
 def repair_epochs(recipe: Recipe) -> int:
@@ -51,13 +51,13 @@ class RepairedRecipe(Recipe, frozen=True):
     repair_epochs: Annotated[int, Flag(Group.HOW, beside="repair")] = Field(
         default=1, ge=1, description="passes of the repair over its windows; the best one is kept"
     )
-    repair_samples: Annotated[int | None, Flag(Group.CALIBRATION, unset="all of --num-samples", beside="repair")] = (
-        Field(
-            default=None,
-            ge=0,
-            description="calibration windows of the repair; it is measured on an eighth of them and learns from the "
-            "others",
-        )
+    repair_samples: Annotated[
+        int | None, Flag(Group.CALIBRATION, unset="as many as --num-samples", beside="repair")
+    ] = Field(
+        default=None,
+        ge=0,
+        description="windows of the same texts for the repair, which nothing else is fitted on where the texts have so "
+        "many; it is measured on an eighth of them and learns from the others",
     )
     objective: Annotated[ObjectiveName, Flag(Group.HOW)] = Field(
         default="mean",

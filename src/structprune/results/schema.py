@@ -59,6 +59,8 @@ class RepairReport(Frozen):
     """Calibration windows that were learned from."""
     num_measured: int
     """Calibration windows that said whether it helped."""
+    num_apart: int = 0
+    """Windows of both kinds that nothing else was fitted on; reports of earlier versions name none."""
     steps: int
     divergence_before: float
     """Mean KL divergence from the dense model on those, in nats per token; with `--objective worst` that of the text

@@ -125,8 +125,9 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
         (
             f"repair by {repair.mode}",
             f"KL from the dense model{of} {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per "
-            f"token on {repair.num_measured} of the calibration's windows; {repair.num_windows} others taught "
-            f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
+            f"token on {repair.num_measured} windows; {repair.num_windows} others taught {repair.num_learned:,} "
+            f"numbers in {repair.seconds:.0f} s"
+            + (f"; nothing else was fitted on {repair.num_apart} of them" if repair.num_apart else "")
             + _said("; new biases in {}", repair.new_biases)
             + _said("; none in {}, for which the config has no entry", repair.no_biases)
             + ("" if repair.changed else "; nothing helped, nothing was changed"),

@@ -1,7 +1,4 @@
-"""Learning on a run's own calibration windows: the last ones of every text only measure.
-
-Shape suffixes: N windows, S positions.
-"""
+"""Learning on windows of a run's calibration texts: the last ones of every text only measure."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.architectures.stock.model import StockModel
+from structprune.calibration.context import CalibrationWindows
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.model import StreamedModel
 from structprune.recipe.repaired import objective_of
@@ -18,20 +16,20 @@ from structprune.training.texts import Texts
 
 
 def on_calibration(
-    context: RunContext, student: StockModel, settings: RecoverySettings, num_windows: int
+    context: RunContext, student: StockModel, settings: RecoverySettings, windows: CalibrationWindows
 ) -> RecoveryContext:
-    """Let `student` learn from the dense model on the run's first `num_windows` calibration windows."""
-    ids_NS = context.windows.ids_NS[:num_windows]
+    """Let `student` learn from the dense model on windows of the run's calibration texts."""
     # Window by window: a run that goes on must not depend on how much memory was free at its start.
     teacher = StreamedModel(
         stock=context.stock,
-        windows=replace(context.windows, ids_NS=ids_NS),
+        windows=windows,
         plan=replace(context.plan, micro_batch_windows=1),
         device=context.device,
         dtype=context.dtype,
         meter=context.meter,
     )
-    train, measured = divided(by_text(context, len(ids_NS)))
+    by_text = [text.windows for text in windows.texts if text.windows] or [tuple(range(len(windows.ids_NS)))]
+    train, measured = divided(by_text)
     return RecoveryContext(
         teacher=teacher,
         student=replace(teacher, stock=student),
@@ -42,13 +40,6 @@ def on_calibration(
         observer=context.observer,
         objective=objective_of(context.recipe),
     )
-
-
-def by_text(context: RunContext, num_windows: int) -> list[list[int]]:
-    """List the numbers of the first `num_windows` windows, of each text."""
-    numbers = range(num_windows)
-    texts = [[number for number in text.windows if number in numbers] for text in context.windows.texts]
-    return [text for text in texts if text] or [list(numbers)]
 
 
 def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:

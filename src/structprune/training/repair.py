@@ -1,9 +1,11 @@
 """The repair of `prune`: behind the last block the pruned model learns from the dense one, matrices left as they are.
 
-It is a distillation in mode scales (stream.py) on the run's own calibration windows, one window a step. The last
-windows of every text are not learned from: they say which pass over the others is kept, if any, by the mean of the
-texts or by the one that is furthest from the dense model. The run's held-out windows take no part, so what the report
-says of them stays a measurement.
+It is a distillation in mode scales (stream.py), one window a step, on windows of the calibration's texts that nothing
+else was fitted on: the pruned model meets those that its weights were solved for better than any other text (by 0.28
+nats per token instead of 0.37 on SmolLM2), and shows little there of what could be mended. The last windows of every
+text are not learned from: they say which pass over the others is kept, if any, by the mean of the texts or by the one
+that is furthest from the dense model. The run's held-out windows take no part, so what the report says of them stays a
+measurement.
 
 With biases, the pruned model first gets zeros for those that its consumers lack and its config has an entry for. Where
 the entry gives biases to a sublayer's other maps too, those stay zero.
@@ -167,6 +169,7 @@ def _learn(pruned: _Pruned, new: ModelWriter, folder: Path) -> RepairReport:
         num_learned=num_learned,
         num_windows=len(recovery.texts.all_train),
         num_measured=len(recovery.texts.all_held_out),
+        num_apart=0 if context.windows.repair_NS is None else len(context.windows.repair_NS),
         steps=history.step,
         divergence_before=history.evaluations[0].divergence,
         divergence_after=history.best.divergence,
@@ -185,7 +188,8 @@ def _recovery_context(context: RunContext, student: StockModel) -> RecoveryConte
         epochs=repair_epochs(context.recipe),
         seed=context.recipe.seed,
     )
-    return on_calibration(context, student, settings, repair_windows(context.recipe, len(context.windows.ids_NS)))
+    num_windows = repair_windows(context.recipe, len(context.windows.ids_NS))
+    return on_calibration(context, student, settings, context.windows.for_repair(num_windows))
 
 
 def _distilled(context: RecoveryContext, place: Workplace, learning: Learning) -> tuple[History, int]:

@@ -50,6 +50,7 @@ def source_context(
         seed=wanted.seed,
         start=window_start(encoder, wanted.bos),
         num_held_out=wanted.num_held_out,
+        num_repair=wanted.num_repair,
         min_samples=wanted.min_samples,
     )
 

@@ -33,7 +33,7 @@ _SHOWN = 200
 # Of a resolved recipe these are what was found: free memory, and texts that were counted on to decide.
 _ASKED = {"memory", "device_memory", "vocabulary_text", "drop_reserve"}
 # Tensors of the file that keeps them.
-_IDS, _HELD_OUT = "ids", "held_out"
+_IDS, _HELD_OUT, _REPAIR = "ids", "held_out", "repair"
 _PARTS = {
     "recipe": "with other settings",
     "source": "from another source checkpoint",
@@ -175,7 +175,7 @@ def begin_or_go_on(
     budgets, num_samples = Budgets(host=recipe.memory, device=recipe.device_memory or None), recipe.num_samples
     if before is not None:
         # What the windows are is not known yet.
-        unknown = {name: before.get(name) for name in ("windows", "held_out")}
+        unknown = {name: before.get(name) for name in ("windows", "held_out", "repair")}
         check_same(before, {**same, **unknown}, run.staging)
         # The plan is one for the memory that was free then: another one adds up in another order.
         budgets = Budgets(host=before["budget_bytes"], device=before["device_budget_bytes"])
@@ -188,6 +188,7 @@ def begin_or_go_on(
     same |= {
         "windows": fingerprint(windows.ids_NS),
         "held_out": "none" if windows.held_out_NS is None else fingerprint(windows.held_out_NS),
+        "repair": "none" if windows.repair_NS is None else fingerprint(windows.repair_NS),
     }
     check_free_disk(run.output, chosen.disk_bytes - run.used_bytes())
     if len(windows.ids_NS) < num_samples:
@@ -213,8 +214,8 @@ def _keep_windows(run: RunDirectory, name: str, windows: CalibrationWindows, *, 
     `counted` are texts that tokens were counted on beside those of the windows.
     """
     path = run.staging / WINDOWS_NAME
-    held_out = {} if windows.held_out_NS is None else {_HELD_OUT: windows.held_out_NS.contiguous()}
-    save_file({_IDS: windows.ids_NS.contiguous(), **held_out}, path)
+    kinds = {_IDS: windows.ids_NS, _HELD_OUT: windows.held_out_NS, _REPAIR: windows.repair_NS}
+    save_file({name: ids_NS.contiguous() for name, ids_NS in kinds.items() if ids_NS is not None}, path)
     names = [text.name for text in windows.texts] or [name]
     names += [text.name for text in weighted_texts(counted)]
     files = [file for file in (WeightedText(name=name).path for name in names) if file is not None]
@@ -252,11 +253,12 @@ def _find_windows(run: RunDirectory, *, begun: bool) -> tuple[str, CalibrationWi
         ids_NS=tensors[_IDS],
         description=line["description"],
         held_out_NS=tensors.get(_HELD_OUT),
+        repair_NS=tensors.get(_REPAIR),
         set_apart=line["set_apart"],
         start=line["start"],
         held_out_bytes=line.get("held_out_bytes"),
         texts=tuple(
-            TextWindows(**{**text, "windows": tuple(text["windows"]), "held_out": tuple(text["held_out"])})
+            TextWindows(**{**text, **{name: tuple(text[name]) for name in ("windows", "held_out", "repair")}})
             for text in line["texts"]
         ),
     )

@@ -122,7 +122,7 @@ def _learn(
     settings = RecoverySettings(
         mode="scales", seq_len=context.windows.ids_NS.shape[1], batch=1, learning_rate=1.0, seed=recipe.seed
     )
-    recovery = on_calibration(context, context.stock, settings, len(context.windows.ids_NS))
+    recovery = on_calibration(context, context.stock, settings, context.windows)
     start_folder = folder / "start"
     start_folder.mkdir(exist_ok=True)
     start = measure_start(context, start_folder, recovery.texts.all_train, problem, sensitivities)
