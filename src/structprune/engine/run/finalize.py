@@ -5,6 +5,7 @@ Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 import platform
@@ -288,7 +289,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     checkpoint, result = context.run.checkpoint, written.result
     calibration = _calibration_report(context, result.metrics)
     manifest = {
-        "structprune": importlib.metadata.version("structprune"),
+        "structprune": _installed("structprune"),
         "recipe": context.recipe.model_dump(mode="json"),
         "source_fingerprint": context.reader.fingerprint(),
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
@@ -392,12 +393,18 @@ def _memory_report(context: RunContext) -> MemoryReport:
     )
 
 
+@functools.cache
+def _installed(name: str) -> str:
+    """Return the version of an installed package; reading it takes milliseconds."""
+    return importlib.metadata.version(name)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of everything that decides the bytes of a result."""
     return {
-        "structprune": importlib.metadata.version("structprune"),
+        "structprune": _installed("structprune"),
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "safetensors": importlib.metadata.version("safetensors"),
+        "transformers": _installed("transformers"),
+        "safetensors": _installed("safetensors"),
         "python": platform.python_version(),
     }
