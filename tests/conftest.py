@@ -99,18 +99,26 @@ def command_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     return run
 
 
-@pytest.fixture(autouse=True)
-def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reload check of every run without its fresh process, which takes seconds; test_reload.py has the real one."""
-    if "fresh_process" not in request.fixturenames:
-        from structprune.evaluation import reload
+@pytest.fixture(scope="session", autouse=True)
+def real_reload() -> Generator[Any]:
+    """The reload check of every run without its fresh process, which takes seconds; test_reload.py has the real one.
 
-        monkeypatch.setattr(reload, "reload_in_a_process", lambda spec, work: reload.reload_here(spec))
+    Of the session, so that it holds for the runs of fixtures of modules too.
+    """
+    from structprune.evaluation import reload
+
+    real = reload.reload_in_a_process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "reload_in_a_process", lambda spec, work: reload.reload_here(spec))
+        yield real
 
 
 @pytest.fixture
-def fresh_process() -> None:
+def fresh_process(real_reload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reload check of this test starts its process."""
+    from structprune.evaluation import reload
+
+    monkeypatch.setattr(reload, "reload_in_a_process", real_reload)
 
 
 @pytest.fixture
