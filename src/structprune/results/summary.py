@@ -125,8 +125,8 @@ def repair_rows(report: PruneFacts) -> list[tuple[str, str]]:
         (
             f"repair by {repair.mode}",
             f"KL from the dense model{of} {repair.divergence_before:.4f} -> {repair.divergence_after:.4f} nats per "
-            f"token on {repair.num_measured} windows; {repair.num_windows} others taught {repair.num_learned:,} "
-            f"numbers in {repair.seconds:.0f} s"
+            f"token on {_plural(repair.num_measured, 'window')}; {repair.num_windows} others taught "
+            f"{repair.num_learned:,} numbers in {repair.seconds:.0f} s"
             + (f"; nothing else was fitted on {repair.num_apart} of them" if repair.num_apart else "")
             + _said("; new biases in {}", repair.new_biases)
             + _said("; none in {}, for which the config has no entry", repair.no_biases)
@@ -219,7 +219,7 @@ def _starved_warnings(report: PruneFacts) -> list[str]:
 
 
 def _windows(held_out: HeldOutReport | HeldOutText) -> str:
-    return f"{held_out.num_windows} held-out window{'' if held_out.num_windows == 1 else 's'}"
+    return _plural(held_out.num_windows, "held-out window")
 
 
 def _before_and_after(measured: Perplexities, where: str) -> str:
@@ -413,3 +413,7 @@ def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
         for name, value in rows
     )
     return f"<table><caption>{html.escape(title)}</caption><tbody>{cells}</tbody></table>"
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
