@@ -25,9 +25,10 @@ from structprune.engine.resolve import check as check
 from structprune.engine.run.calibration import window_start
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.device import DeviceMeter
-from structprune.engine.run.finalize import load_report, versions
+from structprune.engine.run.finalize import load_report
 from structprune.engine.run.identity import RunRequest, as_begun, begin_or_go_on, find_request
 from structprune.engine.run.pace import Expected, expected, in_words, measured_pace
+from structprune.engine.run.versions import versions
 from structprune.errors import CheckpointError, InputError, UnsupportedError
 from structprune.exporters import EXPORTERS
 from structprune.exporters.export import EXPORT_DTYPES, ExportRequest, ExportResult
@@ -39,7 +40,7 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
-from structprune.recipe.repaired import repair_of, repair_windows
+from structprune.recipe.repaired import repair_of
 from structprune.recipe.tokens import AUTO_TOKENS
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
@@ -305,7 +306,6 @@ def _context(
                 "memory": begun.plan.budgets.host,
                 "device_memory": begun.plan.budgets.device or 0,
             }
-            | ({"repair_samples": found} if (found := repair_windows(resolved.recipe, num_windows)) else {})
         ),
         method=resolved.method,
         kinds=resolved.kinds,

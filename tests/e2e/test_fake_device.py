@@ -186,8 +186,7 @@ BOUNDS: list[Any] = [
     ({}, ALL_THERE, 1.25),
     *(pytest.param({}, places, 1.25, marks=pytest.mark.slow) for places in PLACES[1:]),
     pytest.param(STRUCTPRUNE, ALL_THERE, 1.25, marks=pytest.mark.slow),
-    (STRUCTPRUNE, PLACES[1], 1.25),
-    pytest.param(STRUCTPRUNE, PLACES[2], 1.25, marks=pytest.mark.slow),
+    *((STRUCTPRUNE, places, 1.25) for places in PLACES[1:]),
     pytest.param({"scope": "all"}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     pytest.param({"damping": 1e-4}, ALL_THERE, 1.25, marks=pytest.mark.slow),
     # Libraries of a GPU may copy what is not laid out as they want it.

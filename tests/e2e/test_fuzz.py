@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The same cases on every machine; a case that hangs fails by its deadline, generous because cores may be shared.
 FUZZ = settings(
-    max_examples=300,
+    max_examples=500,
     derandomize=True,
     database=None,
     deadline=timedelta(seconds=20),

@@ -210,13 +210,13 @@ def removed_sublayer(text_file: Path) -> dict[str, Any]:
             "llama", {"method": "fasp", "head_units": "value-channel"}, ["attention", "mlp"], [], marks=pytest.mark.slow
         ),
         pytest.param("llama-untied-biased", {}, [], [], marks=pytest.mark.slow),
-        pytest.param("gpt2", {"scope": "mlp"}, [], [], marks=pytest.mark.slow),
+        ("gpt2", {"scope": "mlp"}, [], []),
         ("gemma2", {"scope": "mlp", "sparsity": 0.6}, ["attention"], ["mlp"]),
         pytest.param("qwen3", {"structure": "per-layer"}, ["attention"], ["mlp"], marks=pytest.mark.slow),
         ("qwen3_moe", {"method": "reap", "sparsity": 0.5}, ["attention"], ["mlp"]),
         pytest.param("qwen2", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
         pytest.param("mistral", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
-        pytest.param("opt-without-bias", {"scope": "mlp"}, [], ["attention", "mlp"], marks=pytest.mark.slow),
+        ("opt-without-bias", {"scope": "mlp"}, [], ["attention", "mlp"]),
     ],
 )
 def test_biases_where_the_format_can_hold_them(

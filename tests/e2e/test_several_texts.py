@@ -188,8 +188,8 @@ def support_context(**changes: Any) -> SourceContext:
     return SourceContext(**{"encode": encode, "sample": sample, "seq_len": 16, "seed": 3, **changes})
 
 
-def test_a_repair_s_windows_are_of_every_text(texts: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
-    """By the weights, beside those that are fitted on and those held out; a resumed run has the same."""
+def test_a_repair_s_windows_are_of_every_text(texts: dict[str, Path]) -> None:
+    """By the weights, beside those that are fitted on and those held out."""
     context = SourceContext(
         render=str,
         encode=lambda text: torch.tensor([ord(c) for c in text], dtype=torch.int64),

@@ -314,9 +314,7 @@ def _encode(source: Path, text: Path) -> list[int]:
     return AutoTokenizer.from_pretrained(source)(text.read_text(), add_special_tokens=False)["input_ids"]
 
 
-@pytest.fixture(
-    scope="module", params=["llama", "llama-untied-biased", pytest.param("mistral", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["llama", "llama-untied-biased", "mistral"])
 def sliced(
     request: pytest.FixtureRequest,
     sources: Callable[[str], Path],

@@ -128,6 +128,11 @@ class CalibrationWindows:
         """How many windows are held out."""
         return 0 if self.held_out_NS is None else len(self.held_out_NS)
 
+    @property
+    def num_repair(self) -> int:
+        """How many windows there are for a repair alone."""
+        return 0 if self.repair_NS is None else len(self.repair_NS)
+
     def divided(self, num_held_out: int) -> CalibrationWindows:
         """Give those of the held-out windows to a repair that are more than so many."""
         if self.held_out_NS is None or self.num_held_out <= num_held_out:

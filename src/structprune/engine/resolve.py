@@ -334,11 +334,10 @@ def drawn_windows(
             wanted=f"at least {num_needed} windows" + (", or a number for --damping" if ridge_only else ""),
             do="give more text, or lower --seq-len",
         )
-    num_apart = 0 if windows.repair_NS is None else len(windows.repair_NS)
-    if num_apart < num_repair:
+    if windows.num_repair < num_repair:
         notify(
-            f"{name} has {num_apart} windows for the repair beside those that are fitted on, not {num_repair}: it "
-            "learns from some of those too, which show little of what it could mend"
+            f"{name} has {windows.num_repair} windows for the repair beside those that are fitted on, not {num_repair}: "
+            "it learns from some of those too, which show little of what it could mend"
         )
     if windows.held_out_NS is not None and source.decode is not None:
         written = [source.decode(ids_S[1:]) for ids_S in windows.held_out_NS]

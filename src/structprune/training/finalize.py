@@ -26,8 +26,9 @@ from structprune.checkpoint.readme import README_NAME
 from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.reload import RELOAD_TOKENS
-from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, versions, write_weights
+from structprune.engine.run.finalize import MANIFEST_NAME, copy_outer, write_weights
 from structprune.engine.run.reload_check import Probe, check_reload
+from structprune.engine.run.versions import versions
 from structprune.engine.streaming.divergence import Heads, divergence, load_heads
 from structprune.engine.streaming.losses import last_states, summed_losses
 from structprune.errors import NumericalError

@@ -169,7 +169,7 @@ def _learn(pruned: _Pruned, new: ModelWriter, folder: Path) -> RepairReport:
         num_learned=num_learned,
         num_windows=len(recovery.texts.all_train),
         num_measured=len(recovery.texts.all_held_out),
-        num_apart=0 if context.windows.repair_NS is None else len(context.windows.repair_NS),
+        num_apart=min(context.windows.num_repair, len(recovery.teacher.windows.ids_NS)),
         steps=history.step,
         divergence_before=history.evaluations[0].divergence,
         divergence_after=history.best.divergence,

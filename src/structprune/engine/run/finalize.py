@@ -5,10 +5,7 @@ Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +31,7 @@ from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
 from structprune.engine.run.held_out import measure_held_out
 from structprune.engine.run.reload_check import Probe, check_reload, take_probe
+from structprune.engine.run.versions import versions
 from structprune.engine.streaming.losses import summed_loss
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import NOT_FINITE_ADVICE, NumericalError
@@ -289,7 +287,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     checkpoint, result = context.run.checkpoint, written.result
     calibration = _calibration_report(context, result.metrics)
     manifest = {
-        "structprune": _installed("structprune"),
+        "structprune": versions()["structprune"],
         "recipe": context.recipe.model_dump(mode="json"),
         "source_fingerprint": context.reader.fingerprint(),
         "held_out": None if held_out is None else held_out.model_dump(mode="json"),
@@ -391,20 +389,3 @@ def _memory_report(context: RunContext) -> MemoryReport:
             solves=plan.solves,
         ),
     )
-
-
-@functools.cache
-def _installed(name: str) -> str:
-    """Return the version of an installed package; reading it takes milliseconds."""
-    return importlib.metadata.version(name)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that decides the bytes of a result."""
-    return {
-        "structprune": _installed("structprune"),
-        "torch": torch.__version__,
-        "transformers": _installed("transformers"),
-        "safetensors": _installed("safetensors"),
-        "python": platform.python_version(),
-    }

@@ -16,7 +16,7 @@ from structprune.calibration.context import CalibrationWindows, TextWindows
 from structprune.calibration.select import fingerprint
 from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.planning.plan import Budgets, PrunePlan
-from structprune.engine.run.finalize import versions
+from structprune.engine.run.versions import versions
 from structprune.errors import InputError
 from structprune.files import file_sum
 from structprune.recipe import Recipe, ResolvedRecipe
