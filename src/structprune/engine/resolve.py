@@ -336,8 +336,8 @@ def drawn_windows(
         )
     if windows.num_repair < num_repair:
         notify(
-            f"{name} has {windows.num_repair} windows for the repair beside those that are fitted on, not {num_repair}: "
-            "it learns from some of those too, which show little of what it could mend"
+            f"{name} has {windows.num_repair} windows for the repair beside those that are fitted on, not "
+            f"{num_repair}: it learns from some of those too, which show little of what it could mend"
         )
     if windows.held_out_NS is not None and source.decode is not None:
         written = [source.decode(ids_S[1:]) for ids_S in windows.held_out_NS]
