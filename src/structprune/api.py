@@ -40,7 +40,7 @@ from structprune.methods import METHODS
 from structprune.observer import MarkingObserver, Observer, SilentObserver
 from structprune.ranks import ALONE, RANK_TIMEOUT_S, Ranks, launched, refuse_ranks
 from structprune.recipe import Recipe, ResolvedRecipe
-from structprune.recipe.repaired import repair_of
+from structprune.recipe.repaired import merges_rows, repair_of
 from structprune.recipe.tokens import AUTO_TOKENS
 from structprune.recipe.training import RecoverySettings
 from structprune.results.recovery import RecoveryReport
@@ -220,6 +220,7 @@ def _check_asked(recipe: Recipe, run: RunDirectory, ranks: Ranks, shared: Path |
     for what, flag, name, do in (
         ("a repair", "--repair", repair_of(recipe), recover_after),
         ("learning gates", "--gates", learner_of(recipe), "start it without torchrun"),
+        ("merging rows", "--merge-rows", True if merges_rows(recipe) else None, "start it without torchrun"),
     ):
         if ranks.size > 1 and name is not None:
             raise UnsupportedError(f"{what} is not for several ranks", got=f"{flag} {name}, {ranks.size} ranks", do=do)

@@ -30,6 +30,7 @@ class Phase(StrEnum):
     SEARCH_CANDIDATES = "search: candidates"
     ITERATE = "iterate"
     REPAIR = "repair"
+    MERGED_ROWS = "merged rows"
     SLICE_STATISTICS = "statistics"
     SLICE_EIGENVECTORS = "eigenvectors"
     ROTATE_BLOCK = "rotate block"

@@ -30,6 +30,7 @@ def test_the_names_are_those_of_the_reports_that_users_have() -> None:
         "search: candidates",
         "iterate",
         "repair",
+        "merged rows",
         "statistics",
         "eigenvectors",
         "rotate block",

@@ -75,6 +75,7 @@ CHANGES: dict[str, Any] = {
     "sensitivity_scale": "per-text",
     "repair": "scales",
     "repair_samples": 3,
+    "merge_rows": True,
     "repair_epochs": 2,
     "gates": "graspprune",
     "gates_steps": 5,
@@ -276,7 +277,7 @@ def test_fingerprint_sees_every_field(field: str) -> None:
 def test_how_something_is_done_is_refused_where_it_is_not(field: str) -> None:
     beside = flag_of(all_fields()[field]).beside
     message = f"{flag_name(field)} says how {flag_name(beside)} is done, which asks for nothing"
-    for asked in ({}, {beside: None}, {beside: "none"}):
+    for asked in ({}, {beside: None}, {beside: all_fields()[beside].default}):
         with pytest.raises(UnsupportedError, match=message):
             Recipe(**asked, **{field: CHANGES[field]})
     # What asks for nothing itself, and what reports of runs hold.
@@ -426,7 +427,7 @@ def test_recipes_of_earlier_reports_load(changes: dict[str, Any]) -> None:
         "gates_loss",
         *TARGETS,
     }
-    added_later |= {"vocabulary_text", "drop_reserve"}
+    added_later |= {"vocabulary_text", "drop_reserve", "merge_rows"}
     added_later |= {"search", "search_generations", "search_children", "search_anchors"}
     own = added_later & set(type(resolved).model_fields)
     assert set(written) - set(earlier) == added | own

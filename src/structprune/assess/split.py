@@ -119,14 +119,11 @@ def room_for(model: str | Path, recipe: Recipe, possible: PossibleSizes) -> Room
     # The units, as if neither tokens went nor a limit were there.
     alone = {
         **dict.fromkeys(type(recipe).model_fields.keys() & set(TARGETS)),
-        "vocabulary": ALL_TOKENS,
-        "vocabulary_text": (),
-        "drop_reserve": False,
         "sparsity": _A_LITTLE,
         "num_samples": recipe.most_samples,
         "time_budget": None,
     }
-    resolved = check(model, recipe.model_copy(update=alone))
+    resolved = check(model, recipe.with_tokens(ALL_TOKENS).model_copy(update=alone))
     stock, kinds = resolved.stock, resolved.kinds
     limited = resolved.recipe.model_copy(update={_PARAMETERS: targets_of(recipe)[_PARAMETERS]})
     (limit,) = find_limits(stock, limited, kinds if isinstance(limited, ResolvedUnits) else ())

@@ -9,6 +9,7 @@ import bisect
 import copy
 import hashlib
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,19 @@ _PIECE_BYTES = 4 * 2**20
 
 
 class FewerRows:
-    """A checkpoint whose tensors `sliced` have the rows `rows` alone, ascending."""
+    """A checkpoint whose tensors `sliced` have the rows `rows` alone, ascending.
 
-    def __init__(self, base: CheckpointReader, sliced: Collection[str], rows: Sequence[int]) -> None:
-        self._base, self._sliced, self._rows = base, frozenset(sliced), tuple(rows)
+    These are read from `instead`, if it is named, where the tensors have no others.
+    """
+
+    def __init__(
+        self,
+        base: CheckpointReader,
+        sliced: Collection[str],
+        rows: Sequence[int],
+        instead: CheckpointReader | None = None,
+    ) -> None:
+        self._base, self._sliced, self._rows, self._instead = base, frozenset(sliced), tuple(rows), instead
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base.shapes)
@@ -53,7 +63,28 @@ class FewerRows:
         """Return the tensor `name`, of which rows can be read."""
         if name not in self._sliced:
             return self._base.open_slice(name)
+        if self._instead is not None:
+            return self._instead.open_slice(name)
         return _PickedRows(self._base, name, self._rows)
+
+    @property
+    def base(self) -> CheckpointReader:
+        """The checkpoint with all rows."""
+        return self._base
+
+    def others(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (numbers of rows in the base, those rows) of what is left out of the tensor `name`, by pieces."""
+        num_rows, *width = self._base.shapes[name]
+        dtype = self._base.dtypes[name]
+        step = max(1, _PIECE_BYTES // max(1, math.prod(width) * dtype.itemsize))
+        kept = torch.zeros(num_rows, dtype=torch.bool)
+        kept[list(self._rows)] = True
+        for start in range(0, num_rows, step):
+            numbers = torch.nonzero(~kept[start : start + step]).flatten()
+            if len(numbers):
+                # Opened anew: pages of a file's mapping stay resident as long as it is open.
+                piece: Tensor = self._base.open_slice(name)[start : min(start + step, num_rows)]
+                yield numbers + start, piece[numbers]
 
     def path_of(self, name: str) -> Path:
         """Return the file that holds the tensor."""

@@ -148,11 +148,11 @@ class ModelWriter(CheckpointWriter):
         super().__init__(folder, num_blocks + 2, form)
         self._blocks_module = blocks_module
 
-    def beside(self, folder: Path) -> Self:
-        """Return a writer of other blocks in `folder`, with links to these shards in front of the blocks and behind."""
+    def beside(self, folder: Path, shards: Iterable[int] | None = None) -> Self:
+        """Return a writer of others in `folder`, with links to these shards: those around the blocks unless said."""
         other = copy.copy(self)
         other._folder, other._tensors = folder, {}
-        for number in (1, self.num_shards):
+        for number in (1, self.num_shards) if shards is None else shards:
             other.path(number).unlink(missing_ok=True)
             os.link(self.path(number), other.path(number))
             other.adopt(number)

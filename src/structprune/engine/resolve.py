@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from structprune.allocation.gates import gates_of
+from structprune.architectures.sources.fewer_tokens import missing_tokens, source_tokenizer_bytes
 from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.sources.tokenizer import tokenizer_bytes
 from structprune.architectures.stock.forward_bytes import mixer_memory
@@ -38,6 +39,7 @@ from structprune.recipe import DEFAULT_TIME_BUDGET_S, Recipe, ResolvedRecipe, de
 from structprune.recipe.limits import targets_of
 from structprune.recipe.repaired import (
     RepairedRecipe,
+    merges_rows,
     objective_of,
     repair_adds_biases,
     repair_epochs,
@@ -266,6 +268,8 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
         text_bytes=max(files, default=0),
         packaged_text=len(files) < len(recipe.texts),
+        missing_tokens=missing_tokens(stock.reader) if merges_rows(recipe) else 0,
+        source_tokenizer_bytes=source_tokenizer_bytes(stock.reader) if merges_rows(recipe) else 0,
         repair_windows=repair_windows(recipe, num_windows),
         repair_epochs=repair_epochs(recipe),
         repair_adds_biases=repair_adds_biases(recipe),
@@ -292,6 +296,8 @@ def _divisions(recipe: ResolvedRecipe, method: Method) -> list[tuple[str, str]]:
         found.append(("fit and choose the ridge", "--damping auto"))
     if repair_of(recipe) is not None:
         found.append(("teach the repair and measure it", f"--repair {repair_of(recipe)}"))
+    if merges_rows(recipe):
+        found.append(("fit rows and measure them", "--merge-rows"))
     if isinstance(recipe, ResolvedUnits) and gates_of(recipe.gates) is not None:
         found.append(("teach the gates and measure them", f"--gates {recipe.gates}"))
     return found

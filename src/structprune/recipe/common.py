@@ -211,9 +211,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
             )
         if idle := cls.idle(values):
             name, beside = next(iter(idle.items()))
+            unset = flag_of(all_fields()[beside]).unset or all_fields()[beside].default
             raise UnsupportedError(
                 f"{flag_name(name)} says how {flag_name(beside)} is done, which asks for nothing",
-                got=f"{flag_name(name)} {values[name]}, {flag_name(beside)} {all_fields()[beside].default}",
+                got=f"{flag_name(name)} {values[name]}, {flag_name(beside)} {unset}",
                 wanted=f"a value for {flag_name(beside)}, or {flag_name(name)} left out",
             )
         # None stands for the default where other pipelines leave the field to the method.

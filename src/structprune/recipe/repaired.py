@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from structprune.recipe.common import Recipe
 from structprune.recipe.fields import Flag, Group
 from structprune.texts import OBJECTIVES, Objective, ObjectiveName
+from structprune.vocabulary.kept import KeptTokens
 
 
 def repair_of(recipe: Recipe) -> str | None:
@@ -32,6 +33,11 @@ def repair_epochs(recipe: Recipe) -> int:
 def repair_adds_biases(recipe: Recipe) -> bool:
     """Say whether a recipe's repair gives consumers biases that they lack."""
     return repair_of(recipe) == "scales+biases"
+
+
+def merges_rows(recipe: Recipe) -> bool:
+    """Say whether head rows are fitted to carry the tokens that are gone."""
+    return isinstance(recipe, RepairedRecipe) and recipe.merge_rows
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -59,8 +65,18 @@ class RepairedRecipe(Recipe, frozen=True):
         description="windows of the same texts for the repair, which nothing else is fitted on where the texts have so "
         "many; it is measured on an eighth of them and learns from the others",
     )
+    merge_rows: Annotated[bool, Flag(Group.HOW, beside="vocabulary")] = Field(
+        default=False,
+        description="fit the head's rows of first pieces to carry what the tokens that are gone would have been given, "
+        "on the calibration windows; they stay if windows that they were not fitted on are predicted better",
+    )
     objective: Annotated[ObjectiveName, Flag(Group.HOW)] = Field(
         default="mean",
         description="what is best for several calibration texts, where a ridge is chosen on windows kept apart or a "
         "repair is kept. mean: all windows together; worst: the text that fares worst, each beside its own size",
     )
+
+    def with_tokens(self, kept: KeptTokens) -> Self:
+        found = super().with_tokens(kept)
+        # Where none goes there is none to carry.
+        return found if kept else found.model_copy(update={"merge_rows": False})

@@ -135,6 +135,43 @@ class AdapterReport(Frozen):
     """Tensors that the adapter has in whole."""
 
 
+_MEASURED_BY = {"loss": "loss of text that was not counted", "divergence": "divergence from all rows"}
+
+
+class MergedRowsReport(Frozen):
+    """Head rows of first pieces that were fitted to carry what missing tokens would have been given."""
+
+    num_rows: int
+    """Rows that were fitted."""
+    num_missing: int
+    """Tokens that are gone and begin with one of them."""
+    num_positions: int
+    """Positions of the calibration windows that they were fitted on."""
+    num_measured: int
+    """Windows beside those that said whether they stay."""
+    measure: Literal["loss", "divergence"]
+    """loss: mean loss per token, in nats, of windows whose text tokens were not counted on; bits per byte follow it.
+    divergence: where there is no such text, the mean KL divergence, in nats, from what the same states and all of the
+    source's rows predict, each missing token at its first piece. None of a counted text's own tokens is missing."""
+    before: float
+    after: float
+    """Of what was kept."""
+    changed: bool
+    """False where the new rows did not lower it: the old ones stayed."""
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """Say what came of it."""
+        measured = f"{self.num_measured} windows that they were not fitted on"
+        if not self.changed:
+            return f"the head's rows are as they were: merged ones were no better on {measured}"
+        return (
+            f"{self.num_rows:,} head rows carry {self.num_missing:,} of the missing tokens, "
+            f"{_MEASURED_BY[self.measure]} {self.before:.4f} -> {self.after:.4f} on {measured}"
+        )
+
+
 class VocabularyReport(Frozen):
     """Tokens that were taken out of the source's vocabulary before anything else."""
 
@@ -150,6 +187,8 @@ class VocabularyReport(Frozen):
     texts: tuple[str, ...]
     num_tokens: int
     """Tokens of those texts."""
+    merged: MergedRowsReport | None = None
+    """None: nothing was fitted."""
 
     @property
     def line(self) -> str:
@@ -158,7 +197,7 @@ class VocabularyReport(Frozen):
         went = f"{self.parameters:,} parameters fewer" + (f" of the {before:,} of their rows" if before else "")
         return (
             f"{self.after:,} of {self.before:,} tokens stay, {went}; {self.covered:.3%} of the {self.num_tokens:,} "
-            "tokens that were counted"
+            "tokens that were counted" + ("" if self.merged is None else f"; {self.merged.line}")
         )
 
 

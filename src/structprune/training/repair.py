@@ -30,12 +30,11 @@ from torch import Tensor
 from structprune.architectures.stock.model import StockModel
 from structprune.architectures.units import missing_biases
 from structprune.checkpoint.writer import ModelWriter
+from structprune.engine.run.assembled import assembled
 from structprune.engine.run.context import Repair, Repaired, RunContext
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.engine.streaming.losses import last_states
 from structprune.engine.streaming.model import StreamedModel
-from structprune.exporters.per_layer import write_modeling_file
-from structprune.files import empty_folder, write_json
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
 from structprune.recipe.repaired import repair_epochs, repair_of, repair_windows
@@ -102,13 +101,8 @@ class _Pruned:
         return scales_of(streamed, block, self.still)
 
     def assembled(self, directory: Path) -> StockModel:
-        """Make a checkpoint of the shards that stock blocks are built from; nothing else reads it."""
-        empty_folder(directory)
-        write_json(directory / "config.json", self.config)
-        if self.context.recipe.per_layer:
-            write_modeling_file(directory, self.context.stock.family, self.config)
-        self.writer.link(directory, self.zeros)
-        return StockModel(self.context.reader.beside(directory))
+        """Open it as stock code would; `directory` is emptied."""
+        return assembled(self.context, self.writer, self.config, directory, self.zeros)
 
 
 def _with_biases(pruned: _Pruned, directory: Path) -> _Pruned:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from structprune.architectures.sources.tokenizer import TextEncoder
+from structprune.architectures.sources.tokenizer import TextEncoder, tokenizer_bytes
 from structprune.architectures.stock.model import StockModel
 from structprune.checkpoint.fewer_rows import FewerRows
 from structprune.checkpoint.folder import write_companions
@@ -29,8 +29,12 @@ from structprune.vocabulary.kept import KeptTokens
 from structprune.vocabulary.tokenizer_json import identity, needed_ids
 
 
-def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointReader:
+def open_with_tokens(
+    base: CheckpointReader, kept: KeptTokens, rows: CheckpointReader | None = None
+) -> CheckpointReader:
     """Open `base` with the tokens of `kept` alone; headers and the tokenizer only.
+
+    Their rows are those of the checkpoint `rows`, if one is named, which has no others.
 
     Raises InputError for a list that was made of another tokenizer or lacks what every text needs, UnsupportedError for
     a tokenizer or tensors that cannot be cut, CheckpointError where a setting names a token that is gone.
@@ -60,7 +64,7 @@ def open_with_tokens(base: CheckpointReader, kept: KeptTokens) -> CheckpointRead
     config = with_new_ids(base.config, new, num_rows, str(base.directory / "config.json"))
     write_companions(base.directory, directory, config, base.weight_files)
     left_out = write_files(directory, tokenizer, new, num_rows)
-    reader = CheckpointReader(directory, FewerRows(base, sliced, kept.ids))
+    reader = CheckpointReader(directory, FewerRows(base, sliced, kept.ids, rows))
     reader.adapter = base.adapter
     reader.fewer_tokens = FewerTokens(
         before=num_rows,
@@ -102,6 +106,17 @@ def rows_by_token(base: CheckpointReader) -> tuple[int, tuple[str, ...]]:
         sliced.append(stock.reader.stored_name(name))
     # The names of a whole model's files may be older ones than those of the text model's view.
     return rows, tuple(name for name in base.shapes if base.stored_name(name) in sliced)
+
+
+def missing_tokens(reader: CheckpointReader) -> int:
+    """Count the tokens that were taken out of a checkpoint's vocabulary."""
+    gone = reader.fewer_tokens
+    return 0 if gone is None else gone.before - gone.after
+
+
+def source_tokenizer_bytes(reader: CheckpointReader) -> int:
+    """Return the bytes of the tokenizer's files before tokens were taken out."""
+    return tokenizer_bytes(reader.weights.base.directory) if isinstance(reader.weights, FewerRows) else 0
 
 
 def read_tokenizer(directory: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,3 +59,23 @@ def with_entries(projection: nn.Module, family: Family, config: Any) -> nn.Modul
     values = [(name, getattr(config, name)) for name in family.logit_entries]
     changes = [LOGIT_ENTRIES[name](value) for name, value in values if value is not None]
     return nn.Sequential(projection, *changes) if changes else projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadParts:
+    """A head, part by part: what it does one after the other."""
+
+    norm: nn.Module
+    """The final norm, or what returns its input."""
+    projection: nn.Linear
+    changes: nn.Sequential
+    """What some families do to the logits, each by itself."""
+
+
+def head_parts(head: nn.Module) -> HeadParts:
+    """Take a head apart that `StockModel.head` has built."""
+    assert isinstance(head, nn.Sequential)
+    *norms, last = head
+    projection, *changes = last if isinstance(last, nn.Sequential) else [last]
+    assert isinstance(projection, nn.Linear)
+    return HeadParts(norm=nn.Sequential(*norms), projection=projection, changes=nn.Sequential(*changes))

@@ -410,11 +410,13 @@ class StockModel:
     def head_tensors(self) -> list[str]:
         """List the tensors that `head` needs: final norm, and the output projection or the tied embedding."""
         names = [n for n in self.layout.outer_tensors if n.startswith(f"{self._final_norm_module}.")]
-        return [*names, self.head_weight, *([self._head_bias] if self._head_bias in self.layout.outer_tensors else [])]
+        return [*names, self.head_weight, *([self.head_bias] if self.head_bias else [])]
 
     @property
-    def _head_bias(self) -> str:
-        return f"{self.family.head_module}.bias"
+    def head_bias(self) -> str | None:
+        """Checkpoint name of the output projection's bias; None where it has none."""
+        name = f"{self.family.head_module}.bias"
+        return name if name in self.layout.outer_tensors else None
 
     @property
     def _final_norm_module(self) -> str | None:
@@ -443,9 +445,9 @@ class StockModel:
             local = {n.removeprefix(f"{norm_name}."): t for n, t in tensors.items() if n.startswith(f"{norm_name}.")}
             norm.load_state_dict(local, strict=True, assign=True)
             parts.append(norm)
-        biased = self._head_bias in tensors
-        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=biased, device="meta")
-        weights = {"weight": tensors[self.head_weight]} | ({"bias": tensors[self._head_bias]} if biased else {})
+        bias = {} if self.head_bias is None else {"bias": tensors[self.head_bias]}
+        projection = nn.Linear(self.layout.hidden_size, self.layout.vocab_size, bias=bool(bias), device="meta")
+        weights = {"weight": tensors[self.head_weight]} | bias
         projection.load_state_dict(weights, assign=True)
         head = with_entries(projection, self.family, self.config)
         return nn.Sequential(*parts, head).eval().requires_grad_(False)

@@ -24,7 +24,8 @@ from structprune.engine.passes import BlockPass, Carried, Line, PassState, Visit
 from structprune.engine.pipelines.slice_settings import kept_width, sliced_shares
 from structprune.engine.pipelines.slice_weights import rotated_block, rotated_embeddings, rotated_head
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.finalize import Outcome, Result, commit, final_metrics, size_report
+from structprune.engine.run.final_metrics import final_metrics
+from structprune.engine.run.finalize import Outcome, Result, commit, size_report
 from structprune.engine.streaming.blocks import load_block
 from structprune.engine.streaming.final_states import first_windows
 from structprune.engine.streaming.propagate import Propagator
@@ -74,7 +75,7 @@ def execute_slice(context: RunContext) -> PruneReport:
 
     def finish() -> Result:
         release_free_memory()
-        metrics = final_metrics(context, sliced.outcome)
+        metrics = final_metrics(context, sliced.outcome.dense_NSD, sliced.outcome.pruned_NSD)
         release_free_memory()
         removed = layout.block_parameters - writer.num_block_parameters
         writer.write_rest(rotated_head(context, sliced.last_DK))

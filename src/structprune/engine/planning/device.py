@@ -13,6 +13,7 @@ import torch
 
 from structprune.engine.planning.elements import Beside, element_phases
 from structprune.engine.planning.gates import gate_device_bytes
+from structprune.engine.planning.merged import merged_device_bytes
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest
 from structprune.engine.planning.search_bytes import search_solve_phases
 from structprune.engine.planning.shapes import (
@@ -103,6 +104,8 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
                 phases |= search_solve_phases(request, block, kind, parts, base + weights)
     if request.repair_windows:
         phases[Phase.REPAIR] = base + _repair_bytes(request, block, weights, max(outer.values()))
+    if request.missing_tokens:
+        phases[Phase.MERGED_ROWS] = max(running, phases[Phase.EMBED], loss + merged_device_bytes(request))
     if request.gates is not None:
         learning = gate_device_bytes(request, block, weights, max(outer.values()))
         phases[Phase.GATES] = max(base + learning, running + sensitivity)

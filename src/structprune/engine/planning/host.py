@@ -17,6 +17,7 @@ import torch
 from structprune.engine.planning.device import device_plan
 from structprune.engine.planning.gates import gate_disk_bytes, gate_phases
 from structprune.engine.planning.host_elements import host_element_phases
+from structprune.engine.planning.merged import merged_disk_bytes, merged_phases
 from structprune.engine.planning.plan import DevicePlan, Place, PlanRequest, PrunePlan
 from structprune.engine.planning.reload import ReloadBound
 from structprune.engine.planning.search_bytes import disk_of_search, measuring_bytes, search_phases
@@ -159,7 +160,7 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
         phases |= search_phases(sizes)
     if request.repair_windows:
         phases |= _repair(sizes, phases[Phase.EMBED])
-    phases |= gate_phases(sizes, phases[Phase.EMBED])
+    phases |= gate_phases(sizes, phases[Phase.EMBED]) | merged_phases(sizes)
     if request.slices != "no":
         phases |= _slicing(sizes)
     elif request.elements:
@@ -378,7 +379,7 @@ def _disk_to_go_on(sizes: HostSizes) -> int:
         total += sum(request.stored_bytes.values())
         total += (2 * LEARNED_VECTORS + 3) * 4 * sum(repair_numbers(request)) + 3 * 4 * new_bias_numbers(request)
         total += (2 * request.repair_windows + num_blocks) * window if sizes.choice.store == "file" else 0
-    total += gate_disk_bytes(sizes)
+    total += gate_disk_bytes(sizes) + merged_disk_bytes(sizes)
     return total + (sum(request.stored_bytes.values()) if request.num_rehearsals else 0)
 
 

@@ -42,6 +42,8 @@ class What(StrEnum):
     """The products of all inputs of one window that maps of one block read."""
     MAP_SOLVE = "map solve"
     """All maps of one block's sublayer with their zeros, and what they lose."""
+    ROW_SOLVE = "row solve"
+    """One head row fitted to what missing tokens would have been given."""
     BASIS = "basis"
     """The leading directions of the stream at one position."""
 

@@ -160,6 +160,10 @@ class PlanRequest:
     """Whether consumers are solved again, and not only cut."""
     kept: Mapping[str, int] = field(default_factory=dict[str, int])
     """Kind -> most units that any block keeps, where that is known beforehand."""
+    missing_tokens: int = 0
+    """Tokens that are gone and whose probability the head's rows are to carry; 0: nobody asked for that."""
+    source_tokenizer_bytes: int = 0
+    """The tokenizer's files with those tokens."""
     tokenizer_bytes: int = 0
     """Bytes of the tokenizer's files."""
     text_bytes: int = 0

@@ -6,6 +6,7 @@ writing weights) are left out, and every block counts as wide as it is before it
 
 from __future__ import annotations
 
+from structprune.engine.planning.merged import merged_work
 from structprune.engine.planning.pieces import Counts, Piece, What, Work
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.searching import candidate_windows, solved_widths
@@ -32,6 +33,7 @@ def planned_work(request: PlanRequest, choice: HostChoice) -> Work | None:
         "search": _search(request),
         "blocks": _blocks(request, choice),
         "repair": _repair(request),
+        "merged rows": _merged_rows(request),
         "perplexities and checks": _measurements(request),
     }
     return {name: counts for name, counts in counted.items() if counts}
@@ -219,6 +221,14 @@ def _repair(request: PlanRequest) -> Counts:
             Piece(What.HEAD): 2 * evaluations * measured,
         },
     )
+
+
+def _merged_rows(request: PlanRequest) -> Counts:
+    """Count passing all windows through the pruned model, and those that measure once more, with what is fitted."""
+    if not request.missing_tokens:
+        return {}
+    judged = num_kept_apart(request.num_windows) + request.num_probe
+    return _added(_passes(request, _left(request) * (request.num_windows + judged)), merged_work(request))
 
 
 def _gates(request: PlanRequest) -> Counts:

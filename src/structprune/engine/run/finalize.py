@@ -5,14 +5,12 @@ Shape suffixes: N windows, S positions, D hidden size, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structprune.architectures.sources.resolve import hub_id, source_commit
@@ -26,15 +24,14 @@ from structprune.checkpoint.weight_files import WeightFiles, tensors_around
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.planning.forecast import retyped, shape_of
 from structprune.engine.planning.limits import Limit, limit_reports
-from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.widths import Widths, block_widths
 from structprune.engine.run.context import RunContext
+from structprune.engine.run.final_metrics import FinalMetrics, final_metrics
 from structprune.engine.run.held_out import measure_held_out
-from structprune.engine.run.reload_check import Probe, check_reload, take_probe
+from structprune.engine.run.merged_rows import MergedRows, merge_rows
+from structprune.engine.run.reload_check import check_reload
 from structprune.engine.run.versions import versions
-from structprune.engine.streaming.losses import summed_loss
 from structprune.engine.streaming.model import StreamedModel
-from structprune.errors import NOT_FINITE_ADVICE, NumericalError
 from structprune.exporters.per_layer import write_modeling_file
 from structprune.exporters.runtimes import runtimes
 from structprune.files import write_json, write_text
@@ -42,6 +39,7 @@ from structprune.memory import release_free_memory
 from structprune.observer import Observer
 from structprune.phases import Phase, by_name
 from structprune.recipe.path import PATH_NAME, RemovalPath
+from structprune.recipe.repaired import merges_rows
 from structprune.recipe.widths import WIDTHS_NAME, saved_widths
 from structprune.report.card import model_card
 from structprune.report.page import PAGE_NAME, prune_page
@@ -54,6 +52,7 @@ from structprune.results.schema import (
     AdapterReport,
     BlockReport,
     FilesReport,
+    MergedRowsReport,
     ReloadReport,
     RepairReport,
     ReusedStatistics,
@@ -105,16 +104,6 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinalMetrics:
-    """What the head makes of the final hidden states of the first `num_probe` calibration windows."""
-
-    dense_perplexity: float
-    pruned_perplexity: float
-    probe: Probe | None
-    """None if the recipe wants no reload check."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """All that is to be committed."""
 
@@ -125,6 +114,8 @@ class Result:
     metrics: FinalMetrics
     repair: RepairReport | None = None
     """None: there was none."""
+    merged: MergedRowsReport | None = None
+    """What came of merging rows; None: nobody asked."""
 
 
 def finalize(
@@ -161,13 +152,27 @@ def _with_outer(
         writer, config, repair = repaired.writer, repaired.config, repaired.report
         if repaired.pruned_NSD is not None:
             outcome = replace(outcome, pruned_NSD=repaired.pruned_NSD)
+    rows: MergedRows | None = None
+    if merges_rows(context.recipe):
+        rows = merge_rows(context, writer, config)
+        writer = rows.writer
+        if rows.pruned_NSD is not None:
+            outcome = replace(outcome, pruned_NSD=rows.pruned_NSD)
     release_free_memory()
     with context.meter.phase(Phase.PERPLEXITY):
-        metrics = final_metrics(context, outcome)
+        metrics = final_metrics(context, outcome.dense_NSD, outcome.pruned_NSD, None if rows is None else rows.stock)
     removed = context.stock.layout.num_parameters - writer.num_parameters
     files = writer.weight_files(context.recipe.max_shard_size, tensors_around(context.reader))
     size = size_report(context, files, outcome, removed_in_blocks=removed, scope_parameters=scope_parameters)
-    return Result(files=files, config=config, outcome=outcome, size=size, metrics=metrics, repair=repair)
+    return Result(
+        files=files,
+        config=config,
+        outcome=outcome,
+        size=size,
+        metrics=metrics,
+        repair=repair,
+        merged=None if rows is None else rows.report,
+    )
 
 
 def copy_outer(model: StreamedModel, writer: ModelWriter) -> None:
@@ -183,30 +188,6 @@ def write_weights(files: WeightFiles, directory: Path, observer: Observer) -> No
     """Put the weight files together; the run's shards stay until the directory has its name."""
     observer.start("write files", len(files.files))
     files.write(directory, observer.advance)
-
-
-@torch.no_grad()
-def final_metrics(context: RunContext, outcome: Outcome) -> FinalMetrics:
-    """Compute the calibration text's perplexities, dense and pruned, and the logits for the reload check."""
-    head = context.stock.load_head(context.device, context.dtype)
-    labels_T = context.windows.ids_NS[: context.num_probe, 1:].reshape(-1).to(context.device)
-    result: list[float] = []
-    for hidden_NSD in (outcome.dense_NSD, outcome.pruned_NSD):
-        hidden_TD = hidden_NSD[:, :-1].reshape(-1, hidden_NSD.shape[-1]).to(context.device)
-        mean = summed_loss(head, hidden_TD, labels_T) / len(hidden_TD)
-        if not mean < 700:
-            raise NumericalError(
-                "the model's output on the calibration text is NaN, infinite or absurdly large",
-                where="dense model" if not result else "pruned model",
-                do=NOT_FINITE_ADVICE,
-            )
-        result.append(math.exp(mean))
-    first_SD = outcome.pruned_NSD[0, :LOGIT_TOKENS].to(context.device)
-    return FinalMetrics(
-        dense_perplexity=result[0],
-        pruned_perplexity=result[1],
-        probe=take_probe(context, context.windows.ids_NS[0], head(first_SD)),
-    )
 
 
 def size_report(
@@ -311,7 +292,7 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
         source_fingerprint=context.reader.fingerprint(),
         source_commit=source_commit(context.reader.directory),
         adapter=None if adapter is None else AdapterReport(**asdict(adapter)),
-        vocabulary=None if tokens is None else VocabularyReport(**asdict(tokens)),
+        vocabulary=None if tokens is None else VocabularyReport(**asdict(tokens), merged=result.merged),
         family=layout.family,
         method=context.method.name,
         recipe=context.recipe,

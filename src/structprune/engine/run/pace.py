@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structprune.architectures.sources.fewer_tokens import missing_tokens
 from structprune.architectures.stock.model import StockModel, block_arguments, output_tensor
 from structprune.engine.planning.pieces import Piece, What, Work
 from structprune.engine.run.pace_maps import MapTrials, extrapolated
+from structprune.engine.run.row_fit import RIDGES
 from structprune.linalg.rotation import principal_basis
 from structprune.memory import release_free_memory
 from structprune.recipe import ResolvedRecipe
@@ -32,6 +34,7 @@ from structprune.scores.selection import removal_path
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, LayerProblem, Moments, SublayerKind, TaylorSums, UnitGroup
+from structprune.vocabulary.merged import EXAMPLES_PER_POSITION, MOST_EXAMPLES, most_positions, row_steps
 
 # A trial is repeated with more tokens until it takes so long; the first one has so many.
 _LONG_ENOUGH_S = 0.25
@@ -111,6 +114,8 @@ class Trials:
                 return self._sums(self.stock.layout.hidden_size, 0)
             case What.BASIS:
                 return self._basis()
+            case What.ROW_SOLVE:
+                return self._row_solve()
             case What.MAP_INPUTS | What.MAP_SUMS | What.MAP_SOLVE:
                 assert piece.kind is not None
                 return self._maps(piece.what, piece.kind)
@@ -225,6 +230,17 @@ class Trials:
         gram_DD = self._gram(measured)
         run = partial(principal_basis, gram_DD, measured // 2, _DAMPING, "a trial")
         return self._seconds(run) * (hidden / measured) ** 3
+
+    def _row_solve(self) -> float:
+        """Time it on as many examples as a row has on average, or on part of them: most of the time grows with them."""
+        hidden, num_tokens = self.stock.layout.hidden_size, self.recipe.num_samples * self.recipe.seq_len
+        num_tokens = min(num_tokens, most_positions(hidden, self.dtype.itemsize))
+        rows = max(1, min(missing_tokens(self.stock.reader), self.stock.layout.vocab_size) // 3)
+        examples = max(1, min(MOST_EXAMPLES, num_tokens, num_tokens * EXAMPLES_PER_POSITION // rows))
+        measured, width = min(examples, _MOST_INPUTS), min(hidden, _MOST_INPUTS)
+        hidden_ED, weight_E = torch.randn(measured, width), torch.rand(measured)
+        seconds = self._seconds(partial(row_steps, hidden_ED, weight_E, weight_E, RIDGES, 1.0))
+        return seconds * (examples / measured) * (hidden / width)
 
     def _problem(self, what: What, group: UnitGroup) -> float:
         """Time a choice, a solve or the costs of removals: for a large problem, on two smaller ones of its shape."""
