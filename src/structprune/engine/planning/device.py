@@ -26,6 +26,7 @@ from structprune.engine.planning.shapes import (
     gram_bytes,
     group_problem,
     kept_for_backward,
+    left_bytes,
     logit_bytes,
     mask_bytes,
     mixer_bytes,
@@ -141,7 +142,10 @@ def _phases(request: PlanRequest, micro_batch: int, sums: Place, solves: Place) 
     elif request.needs_statistics:
         for kind, parts in by_kind(request.groups).items():
             taken = sum(_sum_bytes(request, part, sums) for part in parts)
-            batch = max(activations, *(statistics_bytes(request, part, micro_batch) for part in parts))
+            # The last micro-batch's inputs and targets are there while the next one passes; where the ridge is chosen,
+            # sums that are not all there at once are counted below.
+            left = 0 if request.chooses_ridge else max(left_bytes(request, part, micro_batch) for part in parts)
+            batch = max(activations + left, *(statistics_bytes(request, part, micro_batch) for part in parts))
             if request.chooses_ridge and sums == "device":
                 # Those of the windows that are fitted, and of other texts, while the last ones are taken.
                 before = request.held_out_texts

@@ -131,6 +131,15 @@ def statistics_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -
     return micro_batch * request.seq_len * token
 
 
+def left_bytes(request: PlanRequest, group: UnitGroup, micro_batch: int) -> int:
+    """Return what stays of a micro-batch whose sums are taken until the next ones are: inputs, and where a target is
+    taken this, the residual and the output.
+    """
+    token = group.num_units * group.width * request.compute_dtype.itemsize
+    token += 3 * request.layout.hidden_size * 4 if request.follows_dense else 0
+    return micro_batch * request.seq_len * token
+
+
 def mask_bytes(request: PlanRequest, micro_batch: int) -> int:
     """Return the bytes of the attention masks, which stay while blocks run: one for each of up to three batch sizes."""
     layout, item = request.layout, request.compute_dtype.itemsize
