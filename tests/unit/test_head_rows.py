@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from structprune.calibration.store import MemoryStore
+from structprune.engine.run import row_fit
 from structprune.vocabulary.first_pieces import first_pieces
 from structprune.vocabulary.merged import MOST_EXAMPLES, Examples, lifts, most_positions, row_steps
 from structprune.vocabulary.model import TOKEN_MODELS
@@ -111,3 +113,15 @@ def test_the_first_piece_is_the_one_that_a_text_has_there(kind: str) -> None:
     for number, piece in found.items():
         assert number not in new
         assert spelled[number].startswith(names[piece]) or names[piece].startswith("<0x")
+
+
+@pytest.mark.parametrize("most", [3, 10, 1000])
+def test_positions_are_spread_over_all_windows(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_fit, "most_positions", lambda hidden, item: most)
+    store = MemoryStore((4, 6, 8), torch.float32)
+    taken = row_fit._spread(store, 4).tolist()
+    assert taken == sorted(set(taken))
+    assert len(taken) == min(most, 24)
+    assert {number // 6 for number in taken} >= ({0, 1, 2, 3} if most > 3 else {0})
+    assert taken[0] == 0
+    assert taken[-1] < 24

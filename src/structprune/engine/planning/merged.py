@@ -23,8 +23,8 @@ from structprune.vocabulary.merged import (
 
 # What a tokenizer of many tokens takes in memory for each byte of its file; there are two.
 _TOKENIZER_SHARE = 15
-# Arrays of probabilities at once: own, missing, weights and lifts, and one on its way.
-_ARRAYS = 5
+# Arrays of probabilities at once, where examples are put down, the choice is measured, and the finished model.
+_FITTING, _CHOOSING, _JUDGING = 5, 6, 4
 NUM_RIDGES = 2
 # The rows of the missing tokens are read, and their logits made, so many at a time (`run/row_fit.py`).
 _ROWS = 1024
@@ -60,15 +60,17 @@ def merged_phases(sizes: HostSizes) -> PhaseBytes:
     embedding = sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states
     states = num_positions * hidden * sizes.item
     at_once = min(num_positions, max(LOGIT_TOKENS, MERGED_BYTES // 4))
-    collecting = _ARRAYS * min(max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS), 4 * rows * at_once) + sizes.logits
-    collecting += _ROWS * (hidden * sizes.item + at_once * (sizes.item + 2 * 4)) if rows < _ROWS else MERGED_BYTES
+    array = min(max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS), 4 * rows * at_once)
+    # The missing tokens' rows of a slice, and their logits at these positions.
+    slices = _ROWS * (hidden * sizes.item + min(at_once, array // (4 * rows)) * (sizes.item + 2 * 4))
     example = 4 * EXAMPLE.itemsize * num_positions * min(rows, EXAMPLES_PER_POSITION) // PARTS
     examples = min(MOST_EXAMPLES, num_positions)
     solving = example + 3 * 4 * examples * hidden + (2 + NUM_RIDGES) * 4 * min(examples, hidden) ** 2
-    fitting = states + max(sizes.head + CHUNK_BYTES + collecting, sizes.head + solving)
-    # The states of the windows that measure, before and after, and both heads.
+    fitting = states + sizes.head + CHUNK_BYTES + max(_FITTING * array + slices + sizes.logits, solving)
+    # The states of the windows that measure, before and after.
     measured = min(num_positions, (num_kept_apart(request.num_windows) + request.num_probe + 1) * request.seq_len)
-    choosing = 2 * sizes.head + CHUNK_BYTES + collecting + sizes.logits + 3 * measured * hidden * sizes.item
+    choosing = sizes.head + CHUNK_BYTES + 3 * measured * hidden * sizes.item + slices + sizes.logits
+    choosing += max(_CHOOSING * array, sizes.head + _JUDGING * array + sizes.logits)
     writing = sum(sizes.outer.values()) + CHUNK_BYTES
     return {
         Phase.MERGED_ROWS: max(
@@ -80,7 +82,7 @@ def merged_phases(sizes: HostSizes) -> PhaseBytes:
 def merged_device_bytes(request: PlanRequest) -> int:
     """Return what a device holds beside the head: probabilities and states of some positions, or the old rows."""
     hidden, item, rows = request.layout.hidden_size, request.compute_dtype.itemsize, _most_rows(request)
-    collecting = (_ARRAYS + 1) * max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS) + _ROWS * hidden * item
+    collecting = _CHOOSING * max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS) + _ROWS * hidden * item
     return max(collecting, rows * hidden * item + 3 * 4 * _ROWS * hidden)
 
 

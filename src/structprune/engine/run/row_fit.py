@@ -171,7 +171,7 @@ class RowFit:
         """
         total, rows_G = 0.0, self.pieces.rows_G.to(self.context.device)
         normed_TD = self._normed(store, list(places.values()))
-        states_TD = torch.cat([new.read(place, place + 1)[0] for place in places])[:: _apart(store, len(places))]
+        states_TD = torch.cat([new.read(place, place + 1)[0] for place in places])[_spread(store, len(places))]
         for start, chunk in self._chunks(normed_TD):
             wanted_GC, missing_C = chunk.wanted_GC(), chunk.missing_GC.sum(0)
             for first in range(0, len(missing_C), LOGIT_TOKENS):
@@ -202,8 +202,7 @@ class RowFit:
     def _normed(self, store: HiddenStore, windows: Sequence[int]) -> Tensor:
         """Read the normalised states of as many positions as there is room for, spread evenly over the windows."""
         _, seq_len, hidden = store.shape
-        total = len(windows) * seq_len
-        take = torch.arange(0, total, _apart(store, len(windows)))
+        take = _spread(store, len(windows))
         normed_TD = torch.empty(len(take), hidden, dtype=store.dtype)
         done = 0
         for place, number in enumerate(windows):
@@ -229,10 +228,12 @@ class _Chunk:
         return (self.own_GC + self.missing_GC) / (1 + self.missing_GC.sum(0))
 
 
-def _apart(store: HiddenStore, num_windows: int) -> int:
-    """Return which of so many windows' positions are taken: every first, second or so on."""
+def _spread(store: HiddenStore, num_windows: int) -> Tensor:
+    """Return which of so many windows' positions are taken, one behind the other: evenly, where not all can be."""
     _, seq_len, hidden = store.shape
-    return -(-num_windows * seq_len // most_positions(hidden, store.dtype.itemsize))
+    total = num_windows * seq_len
+    count = min(total, most_positions(hidden, store.dtype.itemsize))
+    return torch.arange(count) * total // count
 
 
 def _source(context: RunContext) -> FewerRows:
