@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import structprune
 from structprune.api import export, inspect, plan, recover, resume
@@ -31,29 +31,13 @@ from structprune.texts import weighted_texts
 from structprune.training.run import open_teacher
 from structprune.vocabulary.kept import ALL_TOKENS, KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
-from support.models import TINY_MODELS, spread_weights
-from support.vocabularies import TEXT, byte_level
-from support.wrappers import tiny_wrapper
+from support.models import TINY_MODELS
+from support.spare_rows import ROWS, save_with_spare_rows
+from support.vocabularies import TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
-ROWS = 576
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 32, "dtype": "float32", "multiple_of": 1}
-
-
-def save_model(kind: str, directory: Path) -> Path:
-    """A tiny model whose embedding has more rows than its tokenizer has tokens."""
-    torch.manual_seed(0)
-    wrapped = kind not in TINY_MODELS
-    model = tiny_wrapper(kind) if wrapped else TINY_MODELS[kind]()
-    model.resize_token_embeddings(ROWS, mean_resizing=False)
-    spread_weights(model)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
-    (model.config.text_config if wrapped else model.config).eos_token_id = tokenizer.eos_token_id
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +49,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("vocabulary") / "llama")
+    return save_with_spare_rows("llama", tmp_path_factory.mktemp("vocabulary") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +73,7 @@ KINDS = ["llama", "llama-untied-biased", "opt", "gemma2", "gpt2", "gemma3"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_among_the_tokens_that_stay(kind: str, texts: Path, tmp_path: Path) -> None:
     """Nothing else is removed: the logits of kept tokens are the source's own."""
-    source = save_model(kind, tmp_path / "source")
+    source = save_with_spare_rows(kind, tmp_path / "source")
     kept = choose_vocabulary(source, VocabularyRequest(size=384, texts=[str(texts)])).kept
     report = pruned(source, tmp_path / "out", texts, kept, sparsity=0.0, method="magnitude")
     loader = AutoModelForCausalLM if kind in TINY_MODELS else AutoModelForImageTextToText

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import structprune
 from structprune.api import check, plan, recover, resume
@@ -25,30 +26,17 @@ from structprune.recipe.training import RecoverySettings
 from structprune.results.report import PruneReport
 from structprune.results.schema import MergedRowsReport, VocabularyReport
 from structprune.training.run import open_teacher
-from structprune.vocabulary.kept import KeptTokens
+from structprune.vocabulary.kept import KEPT_NAME, KeptTokens
 from support.command_line import CommandLine
-from support.models import TINY_MODELS, spread_weights
-from support.vocabularies import TEXT, byte_level
+from support.spare_rows import save_with_spare_rows
+from support.vocabularies import TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
 
-ROWS, SIZE = 576, 384
-KINDS = ["llama-untied-biased", "opt", "gpt2", "llama", "gemma2"]
+SIZE = 384
+KINDS = ["llama-untied-biased", "opt", "gpt2", "llama", "gemma2", "gemma3"]
 # Tied models of random weights meet their own input worse with the new rows.
-REFUSED = {"llama", "gemma2"}
-
-
-def save_model(kind: str, directory: Path) -> Path:
-    torch.manual_seed(0)
-    model = TINY_MODELS[kind]()
-    model.resize_token_embeddings(ROWS, mean_resizing=False)
-    spread_weights(model)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+REFUSED = {"llama", "gemma2", "gemma3"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama-untied-biased", tmp_path_factory.mktemp("source") / "llama")
+    return save_with_spare_rows("llama-untied-biased", tmp_path_factory.mktemp("source") / "llama")
 
 
 def kept_of(source: Path, text: Path) -> KeptTokens:
@@ -90,7 +78,9 @@ def merged_of(report: PruneReport) -> MergedRowsReport:
 
 def predictions(directory: Path, ids_NS: Tensor) -> Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(directory)(input_ids=ids_NS).logits.log_softmax(-1)
+        has_images = "vision_config" in json.loads((directory / "config.json").read_text())
+        loader: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        return loader.from_pretrained(directory)(input_ids=ids_NS).logits.log_softmax(-1)
 
 
 def wanted(source: Path, kept: KeptTokens, ids_NS: Tensor, output: Path) -> Tensor:
@@ -113,7 +103,7 @@ def divergence(wanted_NSV: Tensor, found_NSV: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_divergences_are_those_of_stock_code(kind: str, text: Path, tmp_path: Path) -> None:
-    source = save_model(kind, tmp_path / "source")
+    source = save_with_spare_rows(kind, tmp_path / "source")
     kept = kept_of(source, text)
     recipe = recipe_of(text, kept)
     resolved = check(source, recipe)
@@ -148,7 +138,7 @@ def test_the_divergences_are_those_of_stock_code(kind: str, text: Path, tmp_path
 
 @pytest.mark.parametrize("kind", ["llama-untied-biased", "llama"])
 def test_text_that_was_not_counted_tells_by_its_loss(kind: str, text: Path, tmp_path: Path) -> None:
-    source = save_model(kind, tmp_path / "source")
+    source = save_with_spare_rows(kind, tmp_path / "source")
     kept = kept_of(source, text)
     other, both = tmp_path / "other.txt", tmp_path / "kept.json"
     other.write_text("\n".join(TEXT[150:] * 6), encoding="utf-8")
@@ -255,6 +245,23 @@ def test_recovery_learns_from_a_teacher_with_the_same_rows(source: Path, text: P
     settings = RecoverySettings(mode="scales", calibration=(str(text),), num_samples=4, seq_len=32, dtype="float32")
     report = recover(tmp_path / "out", source, settings, tmp_path / "again")
     assert report.evaluations[0].divergence == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "gemma3"])
+@pytest.mark.parametrize("merged", [True, False])
+def test_whose_rows_the_teacher_has(kind: str, merged: bool, text: Path, tmp_path: Path) -> None:
+    """The student's where the list beside it says that they carry missing tokens, else its own; in its own dtype."""
+    source = save_with_spare_rows(kind, tmp_path / "source")
+    asked = recipe_of(text, kept_of(source, text), merge_rows=False, output_dtype="bfloat16")
+    structprune.prune(source, asked, tmp_path / "out")
+    path = tmp_path / "out" / KEPT_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "merged_rows": merged}), encoding="utf-8")
+    student = StockModel(open_model(str(tmp_path / "out")))
+    teacher = open_teacher(str(source), "none", student)
+    (own,), (rounded,) = (model.reader.read([model.head_weight]).values() for model in (teacher, student))
+    assert own.dtype == torch.float32
+    assert torch.equal(own.bfloat16(), rounded)
+    assert torch.equal(own, rounded.float()) == merged
 
 
 def test_where_rows_cannot_be_merged(source: Path, text: Path, tmp_path: Path, command_line: CommandLine) -> None:

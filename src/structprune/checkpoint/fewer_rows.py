@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from structprune.checkpoint.reader import CheckpointReader
-from structprune.checkpoint.weight_source import dtype_code
+from structprune.checkpoint.weight_source import STORED_DTYPES, dtype_code
 from structprune.memory import release_free_memory
 
 _PIECE_BYTES = 4 * 2**20
@@ -27,7 +27,7 @@ _PIECE_BYTES = 4 * 2**20
 class FewerRows:
     """A checkpoint whose tensors `sliced` have the rows `rows` alone, ascending.
 
-    These are read from `instead`, if it is named, where the tensors have no others.
+    These are read from `instead`, if it is named, which has the kept rows alone already, in the base's dtypes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FewerRows:
         if name not in self._sliced:
             return self._base.open_slice(name)
         if self._instead is not None:
-            return self._instead.open_slice(name)
+            return _InsteadRows(self._instead.open_slice(name), _PickedRows(self._base, name, self._rows))
         return _PickedRows(self._base, name, self._rows)
 
     @property
@@ -112,6 +112,17 @@ class FewerRows:
     def scratch_bytes(self) -> int:
         """What reading holds beside the tensor that is read: a piece of the base's, and the rows picked of it."""
         return self._base.scratch_bytes + 2 * _PIECE_BYTES
+
+
+class _InsteadRows:
+    """Rows of another checkpoint, whose header is that of the picked ones."""
+
+    def __init__(self, rows: Any, picked: _PickedRows) -> None:
+        self._rows, self.get_shape, self.get_dtype = rows, picked.get_shape, picked.get_dtype
+
+    def __getitem__(self, part: Any) -> Tensor:
+        found: Tensor = self._rows[part]
+        return found.to(STORED_DTYPES[self.get_dtype()])
 
 
 class _PickedRows:

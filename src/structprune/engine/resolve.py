@@ -268,6 +268,7 @@ def plan_run(resolved: ResolvedRun, num_windows: int) -> PrunePlan:
         tokenizer_bytes=tokenizer_bytes(stock.reader.directory),
         text_bytes=max(files, default=0),
         packaged_text=len(files) < len(recipe.texts),
+        num_texts=len(recipe.texts),
         missing_tokens=missing_tokens(stock.reader) if merges_rows(recipe) else 0,
         source_tokenizer_bytes=source_tokenizer_bytes(stock.reader) if merges_rows(recipe) else 0,
         repair_windows=repair_windows(recipe, num_windows),

@@ -145,6 +145,8 @@ def _token_rows(report: PruneReport) -> list[tuple[str, str, str]]:
     if tokens.parameters_before is not None:
         left = tokens.parameters_before - tokens.parameters
         rows.append(("parameters of their rows", f"{tokens.parameters_before:,}", f"{left:,}"))
+    if tokens.merged is not None and tokens.merged.changed:
+        rows.append(("head rows that carry missing tokens", "", f"{tokens.merged.num_rows:,}"))
     if report.held_out is not None and (bits := report.held_out.bits_per_byte) is not None:
         name = "bits per byte of the held-out windows, with the tokens that stay"
         rows.append((name, f"{bits[0]:.4f}", f"{bits[1]:.4f}"))
@@ -152,7 +154,7 @@ def _token_rows(report: PruneReport) -> list[tuple[str, str, str]]:
 
 
 # The list is beside the card, and no setting for making another.
-_OF_TOKENS = ("vocabulary", "vocabulary_text", "drop_reserve")
+_OF_TOKENS = ("vocabulary", "vocabulary_text", "drop_reserve", "merge_rows")
 # What the recipe's `head_units` counts.
 _HEAD_UNITS: Mapping[HeadUnits, str] = {
     "kv-group": "KV groups of heads",

@@ -163,7 +163,7 @@ class MergedRowsReport(Frozen):
     @property
     def line(self) -> str:
         """Say what came of it."""
-        measured = f"{self.num_measured} windows that they were not fitted on"
+        measured = f"{self.num_measured} windows that they were not fitted on but chosen by"
         if not self.changed:
             return f"the head's rows are as they were: merged ones were no better on {measured}"
         return (

@@ -15,7 +15,6 @@ from structprune.architectures.sources.resolve import open_model
 from structprune.architectures.stock.model import StockModel
 from structprune.calibration.context import WindowRequest
 from structprune.checkpoint.folder import check_needed, sort_files
-from structprune.checkpoint.reader import CheckpointReader
 from structprune.engine.run.calibration import source_context
 from structprune.engine.run.device import DTYPES, resolve_device, resolve_dtype
 from structprune.engine.run.identity import check_same
@@ -57,15 +56,15 @@ _PARTS = {
 def open_teacher(model: str, adapter: str, student: StockModel) -> StockModel:
     """Open the teacher with the tokens that the student has kept, by the list that its run has left.
 
-    Embedding and head are the student's: they do not learn, and rows that carry missing tokens too are what the teacher
-    is to predict with. One with as many rows as the student has lost its tokens before: the list is of the model that
-    it came from.
+    Where that says that rows carry missing tokens, embedding and head are the student's: they do not learn, and what
+    the teacher is to predict is what they make of its states. One with as many rows as the student has lost its tokens
+    before: the list is of the model that it came from.
     """
     dense, path = StockModel(open_model(model, adapter=adapter)), student.reader.directory / KEPT_NAME
     if not path.is_file() or dense.layout.vocab_size == student.layout.vocab_size:
         return dense
-    rows = CheckpointReader(student.reader.directory)
-    return StockModel(open_with_tokens(dense.reader, read_kept(path), rows))
+    kept = read_kept(path)
+    return StockModel(open_with_tokens(dense.reader, kept, student.reader if kept.merged_rows else None))
 
 
 def recover_model(

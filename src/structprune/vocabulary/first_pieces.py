@@ -15,18 +15,18 @@ from structprune.vocabulary.tokenizer_json import added_tokens, all_tokens
 def first_pieces(before: Mapping[str, Any], after: Mapping[str, Any], new: Ids, where: str) -> dict[int, int]:
     """Return, for each token of the tokenizer `before` that `after` lacks, the id there of its first piece.
 
-    Tokens that stand for no text have none, nor those whose first piece is the unknown token, nor the continuations of
-    words that WordPiece marks: they cannot be cut without the word in front of them.
+    Tokens that stand for no text have none, nor those whose first piece is the unknown token. Where a tokenizer marks
+    the continuations of words or their ends, tokens that are not whole words have none: they cannot be cut alone.
     """
     added = added_tokens(before)
     model: Any = Tokenizer.from_str(json.dumps(after)).model
     unknown = _unknown(after["model"])
-    mark = after["model"].get("continuing_subword_prefix") if after["model"].get("type") == "WordPiece" else None
+    continues, ends = (after["model"].get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
     found: dict[int, int] = {}
     for number, token in all_tokens(before, where).items():
-        if number in new or token in added or (mark and token.startswith(mark)):
+        if number in new or token in added or (continues and token.startswith(continues)) or not token.endswith(ends):
             continue
-        pieces = model.tokenize(token)
+        pieces = model.tokenize(token.removesuffix(ends))
         if pieces and pieces[0].id != unknown:
             found[number] = pieces[0].id
     return found

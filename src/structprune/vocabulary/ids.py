@@ -40,7 +40,7 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
     for name, value in config.items():
         if isinstance(value, Mapping):
             result[name] = with_new_ids(value, new, num_rows, where)
-        elif value == num_rows and name.startswith("vocab_size"):
+        elif value == num_rows and str(name).startswith("vocab_size"):
             result[name] = len(new)
         elif name in _LISTS and isinstance(value, list):
             rows = [_row(row, name, where) for row in value]
@@ -48,11 +48,11 @@ def with_new_ids(config: Mapping[str, Any], new: Ids, num_rows: int, where: str)
         elif name in _PAIRS and isinstance(value, list):
             pairs = [_pair(pair, name, where) for pair in value]
             result[name] = [[place, _new_id(token, new, num_rows, name, where)] for place, token in pairs]
-        elif _ONE.fullmatch(name):
+        elif _ONE.fullmatch(str(name)):
             ids = value if isinstance(value, list) else [value]
             found = [_new_id(number, new, num_rows, name, where) for number in ids]
             result[name] = found if isinstance(value, list) else found[0]
-        elif _SEVERAL.fullmatch(name) and isinstance(value, list):
+        elif _SEVERAL.fullmatch(str(name)) and isinstance(value, list):
             known = {_NO_TOKEN: _NO_TOKEN, **new}
             result[name] = [known[token] for token in _row(value, name, where) if token in known]
         else:

@@ -35,6 +35,8 @@ class KeptTokens(BaseModel, frozen=True, extra="forbid"):
     """Tokens of all texts together."""
     covered: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of them that stay, the mean of the texts' own."""
+    merged_rows: bool = False
+    """Whether the rows beside this list carry missing tokens; of what a run has written."""
 
     @model_validator(mode="after")
     def _ascending(self) -> KeptTokens:

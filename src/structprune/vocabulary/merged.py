@@ -29,7 +29,7 @@ MOST_EXAMPLES = 4096
 MERGED_BYTES = 32 * 2**20
 """Bytes of probabilities of all pieces at the positions that are computed at once."""
 PARTS = 16
-"""Files that examples are put down in, each of a range of pieces, so that one of them is in memory."""
+"""Files that examples are put down in, so that one of them is in memory; each has every sixteenth piece."""
 # Below, a piece is not fitted at a position: 3e-5 lost less on text than 1e-4 did.
 _LEAST_SHARE = 3e-5
 # Where a piece was hardly possible and a missing token was, its logit would have to rise without end.
@@ -55,12 +55,11 @@ def most_positions(hidden_size: int, item_bytes: int) -> int:
 
 
 class Examples:
-    """Examples in files of `folder`, by ranges of the pieces."""
+    """Examples in files of `folder`, all of one piece in the same file."""
 
     def __init__(self, folder: Path, num_pieces: int) -> None:
         folder.mkdir(exist_ok=True)
         self.num_pieces = num_pieces
-        self._bounds = [num_pieces * part // PARTS for part in range(PARTS + 1)]
         self._paths = [folder / f"examples-{part}.bin" for part in range(PARTS)]
         for path in self._paths:
             path.write_bytes(b"")
@@ -75,13 +74,14 @@ class Examples:
         found["position"] = (place + first).cpu().numpy()
         found["weight"] = most_KC[rank, place].float().cpu().numpy()
         found["lift"] = lift_KC[rank, place].float().cpu().numpy()
-        parts = np.searchsorted(self._bounds, found["piece"], side="right") - 1
+        # Common pieces have low numbers: neighbours go to different files.
+        parts = found["piece"] % PARTS
         for part, path in enumerate(self._paths):
             with path.open("ab") as file:
                 file.write(found[parts == part].tobytes())
 
     def by_piece(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Yield (piece, positions E, weights E, lifts E) of every piece that has examples, in order."""
+        """Yield (piece, positions E, weights E, lifts E) of every piece that has examples."""
         for path in self._paths:
             found = np.fromfile(path, dtype=EXAMPLE)
             found = found[np.lexsort((-found["weight"], found["piece"]))]
@@ -103,8 +103,9 @@ class Examples:
 
 def row_steps(hidden_ED: Tensor, weight_E: Tensor, lift_E: Tensor, ridges: Sequence[float], energy: float) -> Tensor:
     """Return the steps of one row (R, D), float32, for each of the ridges; `energy` is e above."""
-    root_E1 = weight_E.sqrt()[:, None]
-    scaled_ED, wanted_E1 = hidden_ED.float() * root_E1, lift_E[:, None] * root_E1
+    # States have a strong direction in common, beside which a ridge is lost in float32.
+    root_E1 = weight_E.double().sqrt()[:, None]
+    scaled_ED, wanted_E1 = hidden_ED.double().mul_(root_E1), lift_E.double()[:, None] * root_E1
     # The smaller of the two systems, of the examples or of the hidden size.
     few = len(scaled_ED) < scaled_ED.shape[1]
     gram = scaled_ED @ scaled_ED.T if few else scaled_ED.T @ scaled_ED
@@ -114,5 +115,5 @@ def row_steps(hidden_ED: Tensor, weight_E: Tensor, lift_E: Tensor, ridges: Seque
         ridged = gram.clone()
         ridged.diagonal().add_(ridge * energy)
         solved = torch.cholesky_solve(right, torch.linalg.cholesky(ridged))
-        found.append((scaled_ED.T @ solved if few else solved)[:, 0])
+        found.append((scaled_ED.T @ solved if few else solved)[:, 0].float())
     return torch.stack(found)

@@ -34,7 +34,7 @@ def open_with_tokens(
 ) -> CheckpointReader:
     """Open `base` with the tokens of `kept` alone; headers and the tokenizer only.
 
-    Their rows are those of the checkpoint `rows`, if one is named, which has no others.
+    Their rows are those of the checkpoint `rows`, if one is named: one that has the kept rows alone already.
 
     Raises InputError for a list that was made of another tokenizer or lacks what every text needs, UnsupportedError for
     a tokenizer or tensors that cannot be cut, CheckpointError where a setting names a token that is gone.

@@ -11,7 +11,6 @@ from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.shapes import LOGIT_TOKENS
 from structprune.engine.planning.sizes import CHUNK_BYTES, HostSizes
 from structprune.phases import Phase, PhaseBytes
-from structprune.recipe.training import num_kept_apart
 from structprune.vocabulary.merged import (
     EXAMPLE,
     EXAMPLES_PER_POSITION,
@@ -37,6 +36,11 @@ def positions(request: PlanRequest) -> int:
     """Count the positions that are fitted, at most."""
     most = most_positions(request.layout.hidden_size, request.compute_dtype.itemsize)
     return min(most, request.num_windows * request.seq_len)
+
+
+def judged_windows(request: PlanRequest) -> int:
+    """Count the windows that measure, at most: an eighth of each text's, but one at least."""
+    return max(1, min(request.num_windows // 2, request.num_windows // 8 + request.num_texts))
 
 
 def likely_rows(request: PlanRequest) -> int:
@@ -65,11 +69,13 @@ def merged_phases(sizes: HostSizes) -> PhaseBytes:
     slices = _ROWS * (hidden * sizes.item + min(at_once, array // (4 * rows)) * (sizes.item + 2 * 4))
     example = 4 * EXAMPLE.itemsize * num_positions * min(rows, EXAMPLES_PER_POSITION) // PARTS
     examples = min(MOST_EXAMPLES, num_positions)
-    solving = example + 3 * 4 * examples * hidden + (2 + NUM_RIDGES) * 4 * min(examples, hidden) ** 2
+    solving = example + 3 * 8 * examples * hidden + 4 * 8 * min(examples, hidden) ** 2
     fitting = states + sizes.head + CHUNK_BYTES + max(_FITTING * array + slices + sizes.logits, solving)
     # The states of the windows that measure, before and after.
-    measured = min(num_positions, (num_kept_apart(request.num_windows) + request.num_probe + 1) * request.seq_len)
-    choosing = sizes.head + CHUNK_BYTES + 3 * measured * hidden * sizes.item + slices + sizes.logits
+    judged = judged_windows(request) * request.seq_len * hidden * sizes.item
+    choosing = sizes.head + CHUNK_BYTES + 2 * min(states, judged) + slices + sizes.logits
+    if sizes.choice.store == "memory":
+        choosing += judged + request.num_probe * request.seq_len * hidden * sizes.item
     choosing += max(_CHOOSING * array, sizes.head + _JUDGING * array + sizes.logits)
     writing = sum(sizes.outer.values()) + CHUNK_BYTES
     return {
@@ -99,8 +105,11 @@ def merged_disk_bytes(sizes: HostSizes) -> int:
 
 
 def merged_work(request: PlanRequest) -> Counts:
-    """Count the logits, of missing tokens too, and the solves; the passes are the caller's."""
-    windows, judged = positions(request) / request.seq_len, num_kept_apart(request.num_windows)
+    """Count the logits, of missing tokens too, and the solves; the passes are the caller's.
+
+    One finished model is counted. Up to three are measured, until one is better than the model before.
+    """
+    windows, judged = positions(request) / request.seq_len, judged_windows(request)
     all_tokens = 1 + _ADDED_UP * request.missing_tokens / request.layout.vocab_size
     return {
         # The choice and the finished model are measured by all tokens too, and the latter by two heads.

@@ -162,6 +162,8 @@ class PlanRequest:
     """Kind -> most units that any block keeps, where that is known beforehand."""
     missing_tokens: int = 0
     """Tokens that are gone and whose probability the head's rows are to carry; 0: nobody asked for that."""
+    num_texts: int = 1
+    """Calibration texts."""
     source_tokenizer_bytes: int = 0
     """The tokenizer's files with those tokens."""
     tokenizer_bytes: int = 0

@@ -6,7 +6,7 @@ writing weights) are left out, and every block counts as wide as it is before it
 
 from __future__ import annotations
 
-from structprune.engine.planning.merged import merged_work
+from structprune.engine.planning.merged import judged_windows, merged_work
 from structprune.engine.planning.pieces import Counts, Piece, What, Work
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.searching import candidate_windows, solved_widths
@@ -227,7 +227,7 @@ def _merged_rows(request: PlanRequest) -> Counts:
     """Count passing all windows through the pruned model, and those that measure once more, with what is fitted."""
     if not request.missing_tokens:
         return {}
-    judged = num_kept_apart(request.num_windows) + request.num_probe
+    judged = judged_windows(request) + request.num_probe
     return _added(_passes(request, _left(request) * (request.num_windows + judged)), merged_work(request))
 
 

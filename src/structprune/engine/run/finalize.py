@@ -279,7 +279,9 @@ def _complete(context: RunContext, written: _Written, held_out: HeldOutReport | 
     write_json(checkpoint / MANIFEST_NAME, manifest)
     write_json(checkpoint / WIDTHS_NAME, saved_widths(block_widths(context.stock, result.outcome.widths)))
     if context.recipe.vocabulary:
-        write_json(checkpoint / KEPT_NAME, context.recipe.vocabulary.model_dump(mode="json"))
+        merged = result.merged is not None and result.merged.changed
+        kept = context.recipe.vocabulary.model_copy(update={"merged_rows": merged})
+        write_json(checkpoint / KEPT_NAME, kept.model_dump(mode="json"))
     if result.outcome.path is not None:
         write_json(checkpoint / PATH_NAME, result.outcome.path.model_dump(mode="json"))
     context.meter.mark("finish")

@@ -59,7 +59,7 @@ class MergedRows:
 
 
 def merge_rows(context: RunContext, writer: ModelWriter, config: Mapping[str, Any]) -> MergedRows:
-    """Fit the head's rows, or go on with what an interrupted process left of it; all tokens of a run's source are read.
+    """Fit the head's rows, or go on with what an interrupted process left of it.
 
     Raises NumericalError for states that are not finite.
     """
@@ -211,12 +211,16 @@ class _Merging:
 
 
 def uncounted(context: RunContext, windows: Sequence[int]) -> list[int]:
-    """Return those of the windows whose text tokens were not counted on, as far as the list of tokens says."""
-    counted = set(context.recipe.tokens.texts)
+    """Return those of the windows whose text tokens were not counted on.
+
+    The list of tokens has the texts' names as they were given: a file of the same name in another folder is taken for
+    the one that was counted.
+    """
+    counted = {Path(name).name for name in context.recipe.tokens.texts}
     texts = context.windows.texts
     if not texts:
-        return [] if context.calibration_name in counted else list(windows)
-    of_others = {number for text in texts if text.name not in counted for number in text.windows}
+        return [] if Path(context.calibration_name).name in counted else list(windows)
+    of_others = {number for text in texts if Path(text.name).name not in counted for number in text.windows}
     return [number for number in windows if number in of_others]
 
 

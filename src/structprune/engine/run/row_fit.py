@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,10 @@ from structprune.vocabulary.merged import MERGED_BYTES, Examples, lifts, most_po
 RIDGES = (0.03, 0.3)
 """Each gives steps of its own: 0.03 was best on Gemma 3 270M, by little."""
 SHARES = (1.0, 0.7, 0.4)
-"""How much of the steps is gone: with few positions less is better."""
+"""How much of the steps is taken: with few positions less is better."""
 ROWS = 1024
 """Rows that are read, written or changed at once."""
-# Where a family's cap hardly lets a logit move.
+# Of the slope at zero: where a family's cap hardly lets a logit move.
 _LEAST_SLOPE = 0.1
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -171,7 +171,7 @@ class RowFit:
         """
         total, rows_G = 0.0, self.pieces.rows_G.to(self.context.device)
         normed_TD = self._normed(store, list(places.values()))
-        states_TD = torch.cat([new.read(place, place + 1)[0] for place in places])[_spread(store, len(places))]
+        states_TD = _taken(new, list(places))
         for start, chunk in self._chunks(normed_TD):
             wanted_GC, missing_C = chunk.wanted_GC(), chunk.missing_GC.sum(0)
             for first in range(0, len(missing_C), LOGIT_TOKENS):
@@ -201,16 +201,21 @@ class RowFit:
     @torch.no_grad()
     def _normed(self, store: HiddenStore, windows: Sequence[int]) -> Tensor:
         """Read the normalised states of as many positions as there is room for, spread evenly over the windows."""
-        _, seq_len, hidden = store.shape
-        take = _spread(store, len(windows))
-        normed_TD = torch.empty(len(take), hidden, dtype=store.dtype)
-        done = 0
-        for place, number in enumerate(windows):
-            inside = take[(take >= place * seq_len) & (take < (place + 1) * seq_len)] - place * seq_len
-            states_SD = store.read(number, number + 1)[0, inside].to(self.context.device)
-            normed_TD[done : done + len(inside)] = self.head.norm(states_SD).cpu()
+        return _taken(store, windows, lambda states_PD: self.head.norm(states_PD.to(self.context.device)).cpu())
+
+
+def _taken(store: HiddenStore, windows: Sequence[int], change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Read the states (T, D) of `_spread`'s positions of these windows, changed window by window."""
+    _, seq_len, hidden = store.shape
+    take = _spread(store, len(windows))
+    taken_TD = torch.empty(len(take), hidden, dtype=store.dtype)
+    done = 0
+    for place, number in enumerate(windows):
+        inside = take[(take >= place * seq_len) & (take < (place + 1) * seq_len)] - place * seq_len
+        if len(inside):
+            taken_TD[done : done + len(inside)] = change(store.read(number, number + 1)[0, inside])
             done += len(inside)
-        return normed_TD
+    return taken_TD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +271,9 @@ def _own(head: HeadParts, hidden_CD: Tensor, rows_G: Tensor) -> tuple[Tensor, Te
 def _slope(changes: nn.Module, products_CG: Tensor) -> Tensor:
     """Differentiate what a family does to logits, each by itself."""
     found = products_CG.detach().requires_grad_(True)
-    return torch.autograd.grad(changes(found).sum(), found)[0].clamp_min(_LEAST_SLOPE)
+    at_zero = torch.zeros(1, device=found.device, requires_grad=True)
+    slope_CG, slope_1 = torch.autograd.grad(changes(found).sum() + changes(at_zero).sum(), [found, at_zero])
+    return torch.maximum(slope_CG, _LEAST_SLOPE * slope_1)
 
 
 @torch.no_grad()
