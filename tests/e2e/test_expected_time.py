@@ -29,6 +29,7 @@ from structprune.statistics import GramAccumulator
 from structprune.types import UNIT_KINDS, Stage
 from support.command_line import CommandLine
 from support.models import save_tiny
+from support.spare_rows import save_with_spare_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,11 +146,13 @@ def test_a_run_does_what_was_counted(
     assert watch.seen == planned
 
 
-def test_every_kind_of_work_is_timed(models: dict[str, Path]) -> None:
+def test_every_kind_of_work_is_timed(models: dict[str, Path], tmp_path: Path) -> None:
     """All methods together do all of it, and more of it takes longer."""
     done: set[What] = set()
-    for family, changes in (*CASES.values(), ("llama", SEARCH)):
-        found = plan(models[family], Recipe.build(**{**UNITS, "calibration": "auto", **changes}), timed=True)
+    more = models | {"spare": save_with_spare_rows("llama", tmp_path / "spare")}
+    rows = {"method": "fasp", "multiple_of": 1, "vocabulary": 384, "merge_rows": True}
+    for family, changes in (*CASES.values(), ("llama", SEARCH), ("spare", rows)):
+        found = plan(more[family], Recipe.build(**{**UNITS, "calibration": "auto", **changes}), timed=True)
         assert found.time is not None
         assert found.plan.work is not None
         assert list(found.time.stretches) == list(found.plan.work)

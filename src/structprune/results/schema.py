@@ -155,7 +155,7 @@ class MergedRowsReport(Frozen):
     source's rows predict, each missing token at its first piece. None of a counted text's own tokens is missing."""
     before: float
     after: float
-    """Of what was kept."""
+    """The same measure of what was kept."""
     changed: bool
     """False where the new rows did not lower it: the old ones stayed."""
     seconds: float
