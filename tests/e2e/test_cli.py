@@ -258,7 +258,8 @@ def test_every_flag_reaches_the_recipe(cli: Run, tiny_llama: Path, text_file: Pa
     }
     assert strict_json(result.out)["recipe"] == {**given, **unset}
     # Memory of a device is refused here, a time, widths and limits decide what other flags do, and rows are merged
-    # where tokens go: test_device_memory.py, test_expected_time.py, test_widths.py, test_limits.py, test_merged_rows.py.
+    # where tokens go: test_device_memory.py, test_expected_time.py, test_widths.py, test_limits.py and
+    # test_merged_rows.py.
     assert {*given, *unset} == set(UnitsRecipe.model_fields)
 
 
