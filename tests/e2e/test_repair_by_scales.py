@@ -18,10 +18,10 @@ from structprune.api import plan, resume
 from structprune.errors import InputError, NumericalError, UnsupportedError
 from structprune.observer import SilentObserver
 from structprune.phases import Phase
+from structprune.recipe.training import divided
 from structprune.results.report import PruneReport
 from structprune.results.summary import summary_rows
 from structprune.training import loop
-from structprune.training.calibrated import divided
 from support.models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,19 @@ _DEFAULTS = {
 def num_kept_apart(found: int) -> int:
     """Choose how many of a text's windows are only measured on: an eighth, but one at least and few enough."""
     return max(1, min(_MOST_HELD_OUT, found // 8))
+
+
+def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Divide windows into those that are learned from, all together, and those of each text that only measure.
+
+    These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
+    """
+    counts = [num_kept_apart(len(text)) if len(text) > 1 else 0 for text in texts]
+    if not any(counts):
+        counts[-1] = 1
+    train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
+    measured = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
+    return tuple(train), measured
 
 
 class RecoverySettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):

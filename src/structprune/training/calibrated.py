@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from structprune.architectures.stock.model import StockModel
@@ -10,7 +9,7 @@ from structprune.calibration.context import CalibrationWindows
 from structprune.engine.run.context import RunContext
 from structprune.engine.streaming.model import StreamedModel
 from structprune.recipe.repaired import objective_of
-from structprune.recipe.training import RecoverySettings, num_kept_apart
+from structprune.recipe.training import RecoverySettings, divided
 from structprune.training.context import RecoveryContext
 from structprune.training.texts import Texts
 
@@ -40,16 +39,3 @@ def on_calibration(
         observer=context.observer,
         objective=objective_of(context.recipe),
     )
-
-
-def divided(texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Divide windows into those that are learned from, all together, and those of each text that only measure.
-
-    These are its last ones, an eighth of it; a text with a single window has none, unless all have one.
-    """
-    counts = [num_kept_apart(len(text)) if len(text) > 1 else 0 for text in texts]
-    if not any(counts):
-        counts[-1] = 1
-    train = sorted(number for text, count in zip(texts, counts, strict=True) for number in text[: len(text) - count])
-    measured = tuple(tuple(text[len(text) - count :]) for text, count in zip(texts, counts, strict=True) if count)
-    return tuple(train), measured

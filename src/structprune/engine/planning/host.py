@@ -36,7 +36,7 @@ from structprune.engine.planning.shapes import (
     solver_windows,
     weight_gradient_bytes,
 )
-from structprune.engine.planning.sizes import CHUNK_BYTES, HostChoice, HostSizes
+from structprune.engine.planning.sizes import CHUNK_BYTES, TOKENIZER_SHARE, HostChoice, HostSizes
 from structprune.engine.planning.slices import SliceMemory, slice_phases
 from structprune.engine.planning.work import planned_work
 from structprune.engine.planning.workspace import iteration_bytes
@@ -47,9 +47,8 @@ from structprune.types import UnitGroup, UnitKind
 
 # More tokens at once do not make the matrix products faster on any CPU that was tried, and cost memory.
 _TARGET_TOKENS = 2048
-# Reading the text: what is loaded for it, and a tokenizer, 14 times as large as its file.
+# Reading the text: what is loaded for it, beside the tokenizer.
 _TEXT_BYTES = 64 * 2**20
-_TOKENIZER_SHARE = 15
 # The text as bytes, as text, in pieces, and joined; its tokens of four characters in pieces and joined.
 _CHARACTER_BYTES = 8
 # Of sums and solves on a device, what is fastest first: a solve is one piece of work, sums move for each micro-batch.
@@ -174,7 +173,7 @@ def _phases(sizes: HostSizes) -> PhaseBytes:
 def _reading(sizes: HostSizes) -> PhaseBytes:
     """Plan reading the calibration text, and embedding its windows with the embeddings alone in memory."""
     request = sizes.request
-    text = _TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * request.text_bytes
+    text = TOKENIZER_SHARE * request.tokenizer_bytes + _CHARACTER_BYTES * request.text_bytes
     return {
         Phase.CALIBRATION_TEXT: sizes.runtime + _TEXT_BYTES + text,
         Phase.EMBED: sizes.stores_open + sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from structprune.engine.planning.pieces import Counts, Piece, What
 from structprune.engine.planning.plan import PlanRequest
 from structprune.engine.planning.shapes import LOGIT_TOKENS
-from structprune.engine.planning.sizes import CHUNK_BYTES, HostSizes
+from structprune.engine.planning.sizes import CHUNK_BYTES, TOKENIZER_SHARE, HostSizes
 from structprune.phases import Phase, PhaseBytes
 from structprune.vocabulary.merged import (
     EXAMPLE,
@@ -17,16 +17,13 @@ from structprune.vocabulary.merged import (
     MERGED_BYTES,
     MOST_EXAMPLES,
     PARTS,
+    RIDGES,
+    ROWS,
     most_positions,
 )
 
-# What a tokenizer of many tokens takes in memory for each byte of its file; there are two.
-_TOKENIZER_SHARE = 15
 # Arrays of probabilities at once, where examples are put down, the choice is measured, and the finished model.
 _FITTING, _CHOOSING, _JUDGING = 5, 6, 4
-NUM_RIDGES = 2
-# The rows of the missing tokens are read, and their logits made, so many at a time (`run/row_fit.py`).
-_ROWS = 1024
 # Logits of missing tokens are added up, of which a loss over them would take half the time.
 _ADDED_UP = 0.5
 _LIKELY_SHARE = 3
@@ -43,9 +40,9 @@ def judged_windows(request: PlanRequest) -> int:
     return max(1, min(request.num_windows // 2, request.num_windows // 8 + request.num_texts))
 
 
-def likely_rows(request: PlanRequest) -> int:
+def likely_rows(missing_tokens: int, vocab_size: int) -> int:
     """Return how many rows are expected to change."""
-    return max(1, _most_rows(request) // _LIKELY_SHARE)
+    return max(1, min(missing_tokens, vocab_size) // _LIKELY_SHARE)
 
 
 def _most_rows(request: PlanRequest) -> int:
@@ -59,14 +56,14 @@ def merged_phases(sizes: HostSizes) -> PhaseBytes:
         return {}
     hidden, num_positions, rows = sizes.hidden, positions(request), _most_rows(request)
     beside = sizes.stores_closed + (sizes.store if sizes.choice.store == "memory" else 0)
-    tokenizers = _TOKENIZER_SHARE * (request.tokenizer_bytes + request.source_tokenizer_bytes)
+    tokenizers = TOKENIZER_SHARE * (request.tokenizer_bytes + request.source_tokenizer_bytes)
     passing = sizes.weights + sizes.cast + max(sizes.weights, sizes.activations)
     embedding = sizes.embeddings + CHUNK_BYTES + 2 * sizes.micro_batch_states
     states = num_positions * hidden * sizes.item
     at_once = min(num_positions, max(LOGIT_TOKENS, MERGED_BYTES // 4))
     array = min(max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS), 4 * rows * at_once)
     # The missing tokens' rows of a slice, and their logits at these positions.
-    slices = _ROWS * (hidden * sizes.item + min(at_once, array // (4 * rows)) * (sizes.item + 2 * 4))
+    slices = ROWS * (hidden * sizes.item + min(at_once, array // (4 * rows)) * (sizes.item + 2 * 4))
     example = 4 * EXAMPLE.itemsize * num_positions * min(rows, EXAMPLES_PER_POSITION) // PARTS
     examples = min(MOST_EXAMPLES, num_positions)
     solving = example + 3 * 8 * examples * hidden + 4 * 8 * min(examples, hidden) ** 2
@@ -88,8 +85,8 @@ def merged_phases(sizes: HostSizes) -> PhaseBytes:
 def merged_device_bytes(request: PlanRequest) -> int:
     """Return what a device holds beside the head: probabilities and states of some positions, or the old rows."""
     hidden, item, rows = request.layout.hidden_size, request.compute_dtype.itemsize, _most_rows(request)
-    collecting = _CHOOSING * max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS) + _ROWS * hidden * item
-    return max(collecting, rows * hidden * item + 3 * 4 * _ROWS * hidden)
+    collecting = _CHOOSING * max(MERGED_BYTES, 4 * rows * LOGIT_TOKENS) + ROWS * hidden * item
+    return max(collecting, rows * hidden * item + 3 * 4 * ROWS * hidden)
 
 
 def merged_disk_bytes(sizes: HostSizes) -> int:
@@ -98,7 +95,7 @@ def merged_disk_bytes(sizes: HostSizes) -> int:
     if not request.missing_tokens:
         return 0
     examples = EXAMPLE.itemsize * positions(request) * min(rows, EXAMPLES_PER_POSITION)
-    steps = NUM_RIDGES * 4 * rows * sizes.hidden
+    steps = len(RIDGES) * 4 * rows * sizes.hidden
     states = 2 * sizes.store if sizes.choice.store == "file" else 0
     missing = request.missing_tokens * sizes.hidden * sizes.item
     return missing + examples + steps + states + sum(sizes.outer.values())
@@ -114,5 +111,5 @@ def merged_work(request: PlanRequest) -> Counts:
     return {
         # The choice and the finished model are measured by all tokens too, and the latter by two heads.
         Piece(What.HEAD): windows * all_tokens + judged * (2 * all_tokens + 2),
-        Piece(What.ROW_SOLVE): likely_rows(request),
+        Piece(What.ROW_SOLVE): likely_rows(request.missing_tokens, request.layout.vocab_size),
     }

@@ -29,6 +29,8 @@ from structprune.types import BlockLayout, UnitKind
 
 # The reader copies large tensors out of the file's mapping in chunks of this size.
 CHUNK_BYTES = 16 * 2**20
+TOKENIZER_SHARE = 15
+"""What a tokenizer takes in memory for each byte of its file: 14 were seen."""
 _HEAP_STATES = 8
 # Thread stacks, allocator slack, Python objects; readers of parquet files stay once they were used.
 _RUNTIME_BYTES = 40 * 2**20

@@ -16,6 +16,7 @@ Shape suffixes: G pieces whose rows change, V vocabulary, D hidden size, N windo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -31,15 +32,16 @@ from structprune.calibration.store import FileStore, HiddenStore
 from structprune.checkpoint.writer import ModelWriter
 from structprune.engine.run.assembled import assembled
 from structprune.engine.run.context import RunContext
-from structprune.engine.run.row_fit import ROWS, SHARES, RowFit, missing_rows, pieces_of
+from structprune.engine.run.row_fit import RowFit, missing_rows, pieces_of
 from structprune.engine.streaming.final_states import load_final_states, save_final_states
 from structprune.engine.streaming.losses import last_states, summed_loss
 from structprune.engine.streaming.model import StreamedModel
 from structprune.errors import UnsupportedError
 from structprune.memory import release_free_memory
 from structprune.phases import Phase
-from structprune.recipe.training import num_kept_apart
+from structprune.recipe.training import divided
 from structprune.results.schema import MergedRowsReport
+from structprune.vocabulary.merged import ROWS, SHARES
 
 _STEP = "merged rows"
 _FINAL = "states with merged rows"
@@ -224,16 +226,11 @@ def uncounted(context: RunContext, windows: Sequence[int]) -> list[int]:
     return [number for number in windows if number in of_others]
 
 
-def _divided(context: RunContext) -> tuple[list[int], list[int]]:
+def _divided(context: RunContext) -> tuple[tuple[int, ...], list[int]]:
     """Divide the windows into those that are fitted on and those, the last ones of each text, that are not."""
     texts = [text.windows for text in context.windows.texts if text.windows]
-    groups = texts or [tuple(range(len(context.windows.ids_NS)))]
-    counts = [num_kept_apart(len(group)) if len(group) > 1 else 0 for group in groups]
-    if not any(counts):
-        counts[-1] = 1
-    judged = sorted(n for group, count in zip(groups, counts, strict=True) for n in group[len(group) - count :])
-    fitted = sorted({n for group in groups for n in group} - set(judged))
-    return fitted, judged
+    fitted, judged = divided(texts or [tuple(range(len(context.windows.ids_NS)))])
+    return fitted, sorted(itertools.chain(*judged))
 
 
 def _step(weight_VD: Tensor, rows_G: Tensor, step: FileStore, share: float) -> None:

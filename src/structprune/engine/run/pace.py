@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from structprune.architectures.sources.fewer_tokens import missing_tokens
 from structprune.architectures.stock.model import StockModel, block_arguments, output_tensor
+from structprune.engine.planning.merged import likely_rows
 from structprune.engine.planning.pieces import Piece, What, Work
 from structprune.engine.run.pace_maps import MapTrials, extrapolated
-from structprune.engine.run.row_fit import RIDGES
 from structprune.linalg.rotation import principal_basis
 from structprune.memory import release_free_memory
 from structprune.recipe import ResolvedRecipe
@@ -34,7 +34,7 @@ from structprune.scores.selection import removal_path
 from structprune.solvers import SOLVERS
 from structprune.statistics import GramAccumulator
 from structprune.types import BlockLayout, LayerProblem, Moments, SublayerKind, TaylorSums, UnitGroup
-from structprune.vocabulary.merged import EXAMPLES_PER_POSITION, MOST_EXAMPLES, most_positions, row_steps
+from structprune.vocabulary.merged import EXAMPLES_PER_POSITION, MOST_EXAMPLES, RIDGES, most_positions, row_steps
 
 # A trial is repeated with more tokens until it takes so long; the first one has so many.
 _LONG_ENOUGH_S = 0.25
@@ -235,7 +235,7 @@ class Trials:
         """Time it on as many examples as a row has on average, or on part of them: most of the time grows with them."""
         hidden, num_tokens = self.stock.layout.hidden_size, self.recipe.num_samples * self.recipe.seq_len
         num_tokens = min(num_tokens, most_positions(hidden, self.dtype.itemsize))
-        rows = max(1, min(missing_tokens(self.stock.reader), self.stock.layout.vocab_size) // 3)
+        rows = likely_rows(missing_tokens(self.stock.reader), self.stock.layout.vocab_size)
         examples = max(1, min(MOST_EXAMPLES, num_tokens, num_tokens * EXAMPLES_PER_POSITION // rows))
         measured, width = min(examples, _MOST_INPUTS), min(hidden, _MOST_INPUTS)
         hidden_ED, weight_E = torch.randn(measured, width), torch.rand(measured)

@@ -24,14 +24,8 @@ from structprune.engine.run.context import RunContext
 from structprune.memory import release_free_memory
 from structprune.vocabulary.files import TOKENIZER_NAME
 from structprune.vocabulary.first_pieces import first_pieces
-from structprune.vocabulary.merged import MERGED_BYTES, Examples, lifts, most_positions, row_steps
+from structprune.vocabulary.merged import MERGED_BYTES, RIDGES, ROWS, SHARES, Examples, lifts, most_positions, row_steps
 
-RIDGES = (0.03, 0.3)
-"""Each gives steps of its own: 0.03 was best on Gemma 3 270M, by little."""
-SHARES = (1.0, 0.7, 0.4)
-"""How much of the steps is taken: with few positions less is better."""
-ROWS = 1024
-"""Rows that are read, written or changed at once."""
 # Of the slope at zero: where a family's cap hardly lets a logit move.
 _LEAST_SLOPE = 0.1
 _TINY = torch.finfo(torch.float32).tiny
